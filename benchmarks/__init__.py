@@ -1,0 +1,1 @@
+"""Measuring pMF: what a step computes, keeps for backward, and takes."""

@@ -1,0 +1,28 @@
+"""A value and its tangent, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Dual(NamedTuple):
+    """A value and its tangent along one direction: forward-mode differentiation of one tensor.
+
+    `value` has B samples in its first dimension, or is None where an optional input is absent. `dot`
+    covers the last B_dot <= B samples, or is None where the tangent is zero. Nothing is recorded for
+    `dot`: it never carries a gradient.
+    """
+
+    value: Tensor | None
+    dot: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Dual:
+        """A linear function of one sample at a time, applied to both; absent parts stay absent."""
+        return Dual(*(None if part is None else function(part) for part in self))
+
+
+ABSENT = Dual(None)
+"""An optional input that was not given."""

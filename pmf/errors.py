@@ -1,0 +1,24 @@
+"""Bad input: the one exception for it, and when values can be checked."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+class InputError(ValueError):
+    """Bad input: one line that names the argument, what came and what was expected."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `InputError(message)` unless `condition` holds."""
+    if not condition:
+        raise InputError(message)
+
+
+def readable(*tensors: Tensor) -> bool:
+    """True on real CPU tensors outside compilers: a look neither waits for a GPU nor breaks a graph."""
+    if torch.compiler.is_compiling():
+        return False
+    return all(t.device.type == "cpu" and not isinstance(t, FakeTensor) for t in tensors)

@@ -1,0 +1,296 @@
+"""The layers of pMF as nn.Modules: `forward` for values, `forward_dual` for values and tangents.
+
+Each layer is written once, as `forward_dual` on `Dual`s; `forward` is the same with no tangent.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pmf import ops
+from pmf.config import ModelConfig
+from pmf.dual import ABSENT, Dual
+
+BLOCK_GAIN = 0.32
+"""Block Linears are drawn from N(0, BLOCK_GAIN^2 / fan_in)."""
+
+
+Rope = tuple[Tensor, Tensor]
+"""cos and sin of the patch tokens' rotary angles, [N, D / 2] each, from `ops.rope_tables`."""
+
+
+def _chunk(x: Dual, parts: int) -> tuple[Dual, ...]:
+    """Equal parts of the last dimension."""
+    dots = (None,) * parts if x.dot is None else x.dot.chunk(parts, -1)
+    return tuple(Dual(*pair) for pair in zip(x.value.chunk(parts, -1), dots, strict=True))
+
+
+def linear_dual(x: Dual, weight: Tensor, bias: Tensor | None = None) -> Dual:
+    """x W^T + b, and x_dot W^T. Two products, so that backward keeps no tangent alive."""
+    value = F.linear(x.value, weight, bias)
+    if x.dot is None:
+        return Dual(value)
+    with torch.no_grad():
+        return Dual(value, F.linear(x.dot, weight))
+
+
+class DualModule(nn.Module):
+    """A layer whose `forward(*values)` is `forward_dual` without tangents."""
+
+    def __init__(self, impl: str | None = None) -> None:
+        super().__init__()
+        self.impl = impl
+
+    def forward(self, *inputs):
+        """`forward_dual` of the same inputs without tangents: the value alone."""
+        return self.forward_dual(*(Dual(i) if i is None or isinstance(i, Tensor) else i for i in inputs)).value
+
+
+class Linear(nn.Linear):
+    """torch.nn.Linear with a tangent; weights drawn from N(0, gain^2 / fan_in), bias 0."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = False, gain: float = 1.0):
+        self.gain = gain
+        super().__init__(in_features, out_features, bias=bias)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.gain / math.sqrt(self.in_features))
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward_dual(self, x: Dual) -> Dual:
+        """x W^T + b, and its tangent."""
+        return linear_dual(x, self.weight, self.bias)
+
+
+class Residual(NamedTuple):
+    """A residual stream whose last branch is still to be added: x + gate * branch.
+
+    The addition waits for the next norm, which reads the sum anyway.
+    """
+
+    x: Dual
+    branch: Dual | None = None
+    gate: Dual | None = None
+
+    def add(self) -> Dual:
+        """x + gate branch, and x_dot + gate branch_dot + gate_dot branch."""
+        x, branch = self.x, self.branch
+        gate = self.gate.map(lambda g: g[:, None] if g.ndim == 2 else g)
+        value = x.value + gate.value * branch.value
+        with torch.no_grad():
+            dot = ops.total(
+                x.dot,
+                None if branch.dot is None else _last(gate.value, branch.dot) * branch.dot,
+                None if gate.dot is None else _last(branch.value, gate.dot) * gate.dot,
+            )
+        return Dual(value, dot)
+
+
+def _last(value: Tensor, like: Tensor) -> Tensor:
+    """The samples of `value` that `like` covers; a per-channel value serves every sample."""
+    return value if value.ndim == 1 else ops.tail(value, like.shape[0])
+
+
+class NormModulate(DualModule):
+    """Normalise with a learned per-channel weight, then modulate per sample; see `ops.norm_modulate`."""
+
+    def __init__(self, width: int, *, kind: str = "rms", eps: float = 1e-6, impl: str | None = None):
+        super().__init__(impl)
+        self.kind, self.eps = kind, eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward_dual(self, x: Dual, scale: Dual = ABSENT, shift: Dual = ABSENT) -> Dual:
+        """n(x) weight (1 + scale) + shift: x [B, S, C]; scale, shift [B, C] or absent."""
+        return Dual(
+            *ops.norm_modulate_dual(
+                (x.value, self.weight, scale.value, shift.value),
+                (x.dot, None, scale.dot, shift.dot),
+                kind=self.kind,
+                eps=self.eps,
+                impl=self.impl,
+            )
+        )
+
+    def after_residual(
+        self, residual: Residual, scale: Dual = ABSENT, shift: Dual = ABSENT
+    ) -> tuple[Dual, Dual]:
+        """The stream with its pending branch added, and that sum normalised and modulated."""
+        if residual.branch is None:
+            return residual.x, self.forward_dual(residual.x, scale, shift)
+        x, branch, gate = residual
+        (x_new, y), (x_new_dot, y_dot) = ops.residual_norm_modulate_dual(
+            (x.value, branch.value, gate.value, self.weight, scale.value, shift.value),
+            (x.dot, branch.dot, gate.dot, None, scale.dot, shift.dot),
+            kind=self.kind,
+            eps=self.eps,
+            impl=self.impl,
+        )
+        return Dual(x_new, x_new_dot), Dual(y, y_dot)
+
+
+class ScalarEmbedder(DualModule):
+    """A scalar [B] as a vector [B, C]: 256 sinusoidal features, Linear, SiLU, Linear."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = Linear(256, width, bias=True)
+        self.fc2 = Linear(width, width, bias=True)
+
+    def forward_dual(self, s: Dual) -> Dual:
+        """The embedding of s, and its tangent."""
+        features = Dual(*ops.scalar_features_dual((s.value,), (s.dot,)))
+        hidden = self.fc1.forward_dual(features.map(lambda x: x.to(self.fc1.weight.dtype)))
+        return self.fc2.forward_dual(Dual(*ops.silu_dual((hidden.value,), (hidden.dot,))))
+
+
+class PatchEmbed(DualModule):
+    """Images to tokens: a p x p convolution to the bottleneck, a 1 x 1 to the width, learned positions."""
+
+    def __init__(self, config: ModelConfig, impl: str | None = None) -> None:
+        super().__init__(impl)
+        self.proj1 = nn.Conv2d(
+            config.in_channels, config.bottleneck, config.patch_size, stride=config.patch_size
+        )
+        self.proj2 = nn.Conv2d(config.bottleneck, config.hidden_size, 1)
+        self.positions = nn.Parameter(torch.empty(config.sequence_length, config.hidden_size))
+        for conv in (self.proj1, self.proj2):
+            nn.init.xavier_uniform_(conv.weight.flatten(1))
+            nn.init.zeros_(conv.bias)
+        nn.init.normal_(self.positions, std=0.02)
+
+    def forward_dual(self, images: Dual, prefix: Dual = ABSENT) -> Dual:
+        """[prefix, patches] + positions: images [B, c, H, W], prefix [B, P, C] -> [B, S, C]."""
+        first, second = self.proj1, self.proj2
+        return Dual(
+            *ops.patch_embed_dual(
+                (
+                    images.value,
+                    first.weight,
+                    first.bias,
+                    second.weight,
+                    second.bias,
+                    self.positions,
+                    prefix.value,
+                ),
+                (images.dot, None, None, None, None, None, prefix.dot),
+                impl=self.impl,
+            )
+        )
+
+
+class Attention(DualModule):
+    """Multi-head self-attention with normalised q and k and 2-D rotary positions; no biases."""
+
+    def __init__(self, config: ModelConfig, impl: str | None = None) -> None:
+        super().__init__(impl)
+        width = config.hidden_size
+        self.num_heads, self.prefix_length = config.num_heads, config.prefix_length
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
+            Linear(width, width, gain=BLOCK_GAIN) for _ in range(4)
+        )
+        self.q_norm = nn.RMSNorm(config.head_dim, eps=1e-6)
+        self.k_norm = nn.RMSNorm(config.head_dim, eps=1e-6)
+
+    def forward_dual(self, x: Dual, rope: Rope) -> Dual:
+        """x [B, S, C] -> [B, S, C]."""
+        weight = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
+        packed = linear_dual(x, weight).map(lambda p: p.unflatten(-1, (3, self.num_heads, -1)))
+        qkv, qkv_dot = ops.qk_norm_rope_dual(
+            (packed.value, self.q_norm.weight, self.k_norm.weight, *rope),
+            (packed.dot, None, None, None, None),
+            prefix_length=self.prefix_length,
+            eps=self.q_norm.eps,
+            impl=self.impl,
+        )
+        mixed = Dual(*ops.attention_dual(qkv, qkv_dot, impl=self.impl))
+        return self.out_proj.forward_dual(mixed.map(lambda o: o.flatten(2)))
+
+
+class SwiGLU(DualModule):
+    """w2(silu(w1 x) * w3 x), no biases."""
+
+    def __init__(self, config: ModelConfig, impl: str | None = None) -> None:
+        super().__init__(impl)
+        width, hidden = config.hidden_size, config.mlp_width
+        self.w1 = Linear(width, hidden, gain=BLOCK_GAIN)
+        self.w3 = Linear(width, hidden, gain=BLOCK_GAIN)
+        self.w2 = Linear(hidden, width, gain=BLOCK_GAIN)
+
+    def forward_dual(self, x: Dual) -> Dual:
+        """x [B, S, C] -> [B, S, C]."""
+        # Zero rows up to a multiple of 8 keep every row 16-byte aligned and change nothing.
+        pad = -self.w1.out_features % 8
+        w1, w3 = (F.pad(linear.weight, (0, 0, 0, pad)) for linear in (self.w1, self.w3))
+        hidden = linear_dual(x, torch.cat([w1, w3]))
+        gated = Dual(*ops.swiglu_dual((hidden.value,), (hidden.dot,), impl=self.impl))
+        return linear_dual(gated, F.pad(self.w2.weight, (0, pad)))
+
+
+class Block(DualModule):
+    """One transformer block: x + gate attn(norm(x)), then x + gate mlp(norm(x)).
+
+    in_context: the gates are learned per channel and start at zero. adaln: shift, scale and gate of
+    both halves come from the conditioning vector through a Linear that starts at zero.
+    """
+
+    def __init__(self, config: ModelConfig, impl: str | None = None) -> None:
+        super().__init__(impl)
+        width = config.hidden_size
+        self.norm1 = NormModulate(width, impl=impl)
+        self.attn = Attention(config, impl)
+        self.norm2 = NormModulate(width, impl=impl)
+        self.mlp = SwiGLU(config, impl)
+        if config.conditioning == "adaln":
+            self.modulation = Linear(width, 6 * width, bias=True, gain=0.0)
+        else:
+            self.attn_scale = nn.Parameter(torch.zeros(width))
+            self.mlp_scale = nn.Parameter(torch.zeros(width))
+
+    def _modulations(self, condition: Dual) -> tuple[Dual, ...]:
+        """(shift, scale, gate) of attention and of the MLP."""
+        if condition.value is None:
+            return ABSENT, ABSENT, Dual(self.attn_scale), ABSENT, ABSENT, Dual(self.mlp_scale)
+        return _chunk(self.modulation.forward_dual(condition), 6)
+
+    def forward_residual(self, residual: Residual, rope: Rope, condition: Dual = ABSENT) -> Residual:
+        """The block on a stream whose last branch is pending; its own MLP branch stays pending."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self._modulations(condition)
+        x, y = self.norm1.after_residual(residual, scale1, shift1)
+        residual = Residual(x, self.attn.forward_dual(y, rope), gate1)
+        x, y = self.norm2.after_residual(residual, scale2, shift2)
+        return Residual(x, self.mlp.forward_dual(y), gate2)
+
+    def forward_dual(self, x: Dual, rope: Rope, condition: Dual = ABSENT) -> Dual:
+        """x [B, S, C] -> [B, S, C]; condition [B, C] under adaln."""
+        return self.forward_residual(Residual(x), rope, condition).add()
+
+
+class FinalLayer(DualModule):
+    """Norm and a zero-initialised Linear to the p * p * c values of each patch."""
+
+    def __init__(self, config: ModelConfig, impl: str | None = None) -> None:
+        super().__init__(impl)
+        width = config.hidden_size
+        self.prefix_length = config.prefix_length
+        self.norm = NormModulate(width, impl=impl)
+        self.linear = Linear(width, config.patch_values, bias=True, gain=0.0)
+        if config.conditioning == "adaln":
+            self.modulation = Linear(width, 2 * width, bias=True, gain=0.0)
+
+    def forward_residual(self, residual: Residual, condition: Dual = ABSENT) -> Dual:
+        """The patch tokens' predictions [B, N, p * p * c] of a stream whose last branch is pending."""
+        shift = scale = ABSENT
+        if condition.value is not None:
+            shift, scale = _chunk(self.modulation.forward_dual(condition), 2)
+        _, y = self.norm.after_residual(residual, scale, shift)
+        return self.linear.forward_dual(y.map(lambda tokens: tokens[:, self.prefix_length :]))
+
+    def forward_dual(self, x: Dual, condition: Dual = ABSENT) -> Dual:
+        """x [B, S, C] -> [B, N, p * p * c]."""
+        return self.forward_residual(Residual(x), condition)

@@ -1,0 +1,307 @@
+"""The pMF loss (arXiv 2601.22158): random draws, guidance, step plan, objective.
+
+    z_t = (1 - t) x + t e                              e = noise_scale N(0, I)
+    v_g = stopgrad(v_t + (1 - 1/w')(v_c - v_u))        w' = w inside [t_min, t_max], else 1
+    V   = u + (t - r) stopgrad(du/dt)                  du/dt along (v_c, 1, 0)
+    L_u = sum (V - v_g)^2,  L_v = sum (v - v_g)^2      per row
+    loss = mean adp(L_u) + adp(L_v) + perceptual terms,  adp(L) = L / stopgrad(L + eps)^p
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from pmf import ops
+from pmf.config import LossConfig
+from pmf.dual import Dual
+from pmf.errors import readable, require
+
+PLANS = ("lean", "naive")
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of one training step of B rows.
+
+    All but `noise` live on the CPU, so that counting rows waits for no GPU. t >= r in [0, 1], omega,
+    t_min and t_max are float32 [B]; fm_mask marks flow-matching rows (t = r), drop_mask rows of the
+    null class, bool [B]; noise [B, c, H, W] has unit variance.
+    """
+
+    t: Tensor
+    r: Tensor
+    fm_mask: Tensor
+    omega: Tensor
+    t_min: Tensor
+    t_max: Tensor
+    drop_mask: Tensor
+    noise: Tensor
+
+    def rows(self, index: Tensor) -> Draws:
+        """The same draws with their rows in another order."""
+        return Draws(**{f.name: _select(getattr(self, f.name), index) for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What `pmf_loss` returns."""
+
+    loss: Tensor
+    """The scalar to differentiate."""
+    terms: dict[str, Tensor]
+    """Detached scalars: loss_u and loss_v, mean squared errors over all pixels; perceptual distances."""
+    fields: dict[str, Tensor] | None = None
+    """z_t, v_c, v_g, u, du_dt and v as images, when asked for."""
+
+
+def sample_draws(
+    batch: int,
+    image_shape: tuple[int, int, int],
+    loss_config: LossConfig,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Draws:
+    """The random draws of one step for a device batch of `batch` rows (method.md's laws).
+
+    `generator` is a CPU generator (None: the default one). `noise` is drawn on `device`.
+    """
+    c, g = loss_config, generator
+
+    def uniform(low: float = 0.0, high: float = 1.0) -> Tensor:
+        return low + (high - low) * torch.rand(batch, generator=g)
+
+    def logit_normal() -> Tensor:
+        return torch.sigmoid(c.p_mean + c.p_std * torch.randn(batch, generator=g))
+
+    t, r = logit_normal(), logit_normal()
+    if c.tr_uniform:
+        replaced = uniform() < 0.1
+        t, r = torch.where(replaced, uniform(), t), torch.where(replaced, uniform(), r)
+    fm_mask = torch.arange(batch) < int(batch * c.data_proportion)
+    r = torch.where(fm_mask, t, r)
+    t, r = torch.maximum(t, r), torch.minimum(t, r)
+
+    dropped = int((uniform() < c.class_dropout).sum())  # Binomial(batch, class_dropout)
+    noise_generator = torch.Generator(device or "cpu")
+    noise_generator.manual_seed(int(torch.randint(2**62, (), generator=g)))
+    return Draws(
+        t=t,
+        r=r,
+        fm_mask=fm_mask,
+        omega=_omega(uniform(), c.cfg_max, c.cfg_beta),
+        t_min=torch.where(fm_mask, 0.0, uniform(0.0, 0.5)),
+        t_max=torch.where(fm_mask, 1.0, uniform(0.5, 1.0)),
+        drop_mask=torch.arange(batch) < dropped,
+        noise=torch.randn(batch, *image_shape, generator=noise_generator, device=device),
+    )
+
+
+def _omega(uniform: Tensor, cfg_max: float, beta: float) -> Tensor:
+    """The inverse of the distribution with density proportional to omega^-beta on [1, 1 + cfg_max]."""
+    span = math.log1p(cfg_max)
+    if beta == 1:
+        return torch.exp(uniform * span)
+    return torch.exp(torch.log1p(uniform * math.expm1((1 - beta) * span)) / (1 - beta))
+
+
+def _select(value: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` (on the CPU) of `value`, wherever it lives."""
+    return value[index.to(value.device, non_blocking=True)]
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Which rows need what. Row indices and w' live on the CPU; flow-matching rows come first.
+
+    | rows                            | tangent | v_c                      | v_u |
+    |---------------------------------|---------|--------------------------|-----|
+    | flow-matching, not dropped      | no      | the main pass's own v    | yes |
+    | flow-matching, dropped          | no      | no                       | no  |
+    | t > r, inside the interval      | yes     | yes                      | yes |
+    | t > r, outside the interval     | yes     | yes, w' = 1              | no  |
+    | t > r, dropped                  | yes     | yes, the original class  | no  |
+    """
+
+    tangent_rows: int
+    """B_dot: the last rows, whose du/dt the loss reads."""
+    null_rows: Tensor
+    """The rows that need v_u."""
+    guidance: Tensor
+    """1 - 1/w' per row: zero outside the interval and on dropped rows."""
+
+    @classmethod
+    def of(cls, draws: Draws, plan: str) -> StepPlan:
+        """The plan of these draws: "lean" as in the table, "naive" everything on every row."""
+        inside = (draws.t_min <= draws.t) & (draws.t <= draws.t_max)
+        guided = inside & ~draws.drop_mask
+        guidance = torch.where(guided, 1 - 1 / draws.omega, 0.0)
+        batch = len(draws.t)
+        if plan == "naive":
+            return cls(batch, torch.arange(batch), guidance)
+        return cls(int((~draws.fm_mask).sum()), guided.nonzero()[:, 0], guidance)
+
+    def null_index(self) -> Tensor:
+        """Per row, its place among `null_rows`; -1 for none."""
+        index = torch.full((len(self.guidance),), -1)
+        index[self.null_rows] = torch.arange(len(self.null_rows))
+        return index
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One step's tensors on the model's device, flow-matching rows first."""
+
+    x: Tensor
+    y: Tensor
+    z: Tensor
+    draws: Draws
+    plan: StepPlan
+
+    def on_device(self, value: Tensor) -> Tensor:
+        return value.to(self.z.device, non_blocking=True)
+
+    def last(self, value: Tensor) -> Tensor:
+        return ops.tail(value, self.plan.tangent_rows)
+
+
+@torch.no_grad()
+def _v_tokens(model, z: Tensor, omega: Tensor, y: Tensor) -> Tensor:
+    """Guidance's v head: h = 0, the interval [0, 1]; no u head, no tangent."""
+    zero, one = torch.zeros_like(omega), torch.ones_like(omega)
+    return model.predict_dual(Dual(z), Dual(zero), omega, zero, one, y, heads=("v",))["v"].value
+
+
+def _conditional_tokens(model, step: _Step) -> Tensor | None:
+    """net_c for the last B_dot rows: the class as drawn, w' inside its interval and 1 outside."""
+    if step.plan.tangent_rows == 0:
+        return None
+    d = step.draws
+    inside = (d.t_min <= d.t) & (d.t <= d.t_max)
+    omega = step.last(step.on_device(torch.where(inside, d.omega, 1.0)))
+    return _v_tokens(model, step.last(step.z), omega, step.last(step.y))
+
+
+def _null_tokens(model, step: _Step) -> Tensor | None:
+    """net_n for `null_rows`: the null class at w = 1."""
+    if len(step.plan.null_rows) == 0:
+        return None
+    z = _select(step.z, step.plan.null_rows)
+    one = z.new_ones(len(z), dtype=torch.float32)
+    return _v_tokens(model, z, one, torch.full_like(one, model.config.num_classes, dtype=torch.int64))
+
+
+def _main_pass(model, step: _Step, net_c: Tensor | None, t_clip: float) -> dict[str, Dual]:
+    """Both heads on every row, with u's tangent along (v_c, 1, 0) on the last rows."""
+    d = step.draws
+    dropped = step.on_device(d.drop_mask)
+    y = torch.where(dropped, model.config.num_classes, step.y)
+    h, z_dot, h_dot = step.on_device(d.t - d.r), None, None
+    if net_c is not None:
+        with torch.no_grad():
+            c = step.last(step.on_device(d.t)).clamp(t_clip, 1)[:, None, None, None]
+            z_dot = (step.last(step.z) - model.to_images(net_c)) / c
+            h_dot = torch.ones_like(step.last(h))
+    omega, t_min, t_max = (step.on_device(value) for value in (d.omega, d.t_min, d.t_max))
+    return model.predict_dual(Dual(step.z, z_dot), Dual(h, h_dot), omega, t_min, t_max, y)
+
+
+def _adaptive(loss: Tensor, config: LossConfig) -> Tensor:
+    """adp(L) = L / stopgrad(L + norm_eps)^norm_p."""
+    return loss / (loss.detach() + config.norm_eps) ** config.norm_p
+
+
+def _perceptual_terms(
+    perceptual: Callable, step: _Step, net_u: Tensor, config: LossConfig, to_images: Callable
+) -> dict[str, Tensor]:
+    """Distances per row between x_hat = z_t - t u and x, zero where t >= perceptual_max_t."""
+    rows = (step.draws.t < config.perceptual_max_t).nonzero()[:, 0]
+    t = _select(step.on_device(step.draws.t), rows)[:, None, None, None]
+    z, x = _select(step.z, rows), _select(step.x, rows)
+    net = to_images(_select(net_u, rows))
+    x_hat = z - t / t.clamp(config.t_clip, 1) * (z - net)
+    full = torch.zeros(len(step.x), device=z.device)
+    where = rows.to(z.device, non_blocking=True)
+    return {name: full.index_put((where,), value.float()) for name, value in perceptual(x_hat, x).items()}
+
+
+def pmf_loss(
+    model,
+    x: Tensor,
+    y: Tensor,
+    draws: Draws,
+    loss_config: LossConfig,
+    perceptual: Callable[[Tensor, Tensor], dict[str, Tensor]] | None = None,
+    plan: str = "lean",
+    return_fields: bool = False,
+) -> LossOutput:
+    """The pMF training loss of one device batch, exactly as in the equations above.
+
+    Args: model with both heads; x [B, c, H, W] in [-1, 1]; y int64 [B]; draws from `sample_draws`;
+    perceptual(x_hat, x) -> {"lpips": [B'], "convnext": [B']}, called on the rows with t below
+    perceptual_max_t; plan "lean" evaluates what the loss reads and nothing more, "naive" everything on
+    every row as the authors' step does. Errors: `InputError` on bad shapes, labels, draws or NaN images.
+    """
+    check_step(model, x, y, draws, plan)
+    order = torch.argsort(draws.fm_mask.int(), descending=True, stable=True)
+    draws = draws.rows(order)
+    x, y = _select(x, order), _select(y, order)
+    t = draws.t.to(x.device, non_blocking=True)
+    t_image = t[:, None, None, None]
+    z = (1 - t_image) * x + t_image * (model.config.noise_scale * draws.noise.to(x.device))
+    step = _Step(x, y, z, draws, StepPlan.of(draws, plan))
+
+    net_c, net_n = _conditional_tokens(model, step), _null_tokens(model, step)
+    nets = _main_pass(model, step, net_c, loss_config.t_clip)
+    heads = (nets["u"].value, nets["v"].value, nets["u"].dot, net_c, net_n)
+    guidance = (step.on_device(step.plan.guidance), step.on_device(step.plan.null_index()))
+    options = dict(t_clip=loss_config.t_clip, patch_size=model.config.patch_size)
+    h = step.on_device(draws.t - draws.r)
+    loss_u, loss_v = ops.pmf_objective(*heads, z, x, t, h, *guidance, **options, impl=model.impl)
+
+    rows = _adaptive(loss_u, loss_config) + _adaptive(loss_v, loss_config)
+    terms = {"loss_u": loss_u.detach().mean() / x[0].numel(), "loss_v": loss_v.detach().mean() / x[0].numel()}
+    if perceptual is not None:
+        weights = {"lpips": loss_config.lpips_weight, "convnext": loss_config.convnext_weight}
+        for name, distance in _perceptual_terms(
+            perceptual, step, nets["u"].value, loss_config, model.to_images
+        ).items():
+            rows = rows + weights[name] * _adaptive(distance, loss_config)
+            terms[name] = distance.detach().mean()
+    output = LossOutput(rows.mean(), terms)
+    if not return_fields:
+        return output
+    images = {"z_t": z} | ops.pmf_objective_fields(*heads, z, x, t, *guidance, **options)
+    return replace(output, fields={n: _select(v, torch.argsort(order)) for n, v in images.items()})
+
+
+def check_step(model, x: Tensor, y: Tensor, draws: Draws, plan: str) -> None:
+    """Errors: `InputError` on a model without v head, bad shapes, labels, draws, plan or NaN images."""
+    require(plan in PLANS, f"plan: expected one of {PLANS}, got {plan!r}")
+    require("v" in model.heads, "model: training needs the v head, got one built with aux_head=False")
+    shape = list(model.config.image_shape)
+    require(
+        x.ndim == 4 and list(x.shape[1:]) == shape and len(x) > 0,
+        f"x: expected shape [B, {', '.join(map(str, shape))}] with B > 0, got {list(x.shape)}",
+    )
+    batch = len(x)
+    for name, value in (("y", y), *((f.name, getattr(draws, f.name)) for f in fields(draws))):
+        wanted = list(x.shape) if name == "noise" else [batch]
+        where = name if name == "y" else f"draws.{name}"
+        require(list(value.shape) == wanted, f"{where}: expected shape {wanted}, got {list(value.shape)}")
+    require(bool((draws.r <= draws.t).all()), "draws: expected r <= t in every row (h = t - r >= 0)")
+    require(bool((draws.r >= 0).all() and (draws.t <= 1).all()), "draws: expected t and r in [0, 1]")
+    require(
+        bool((draws.t == draws.r)[draws.fm_mask].all()), "draws: expected r = t where fm_mask is set"
+    )
+    if readable(x, y):
+        classes = model.config.num_classes
+        require(bool(torch.isfinite(x).all()), "x: expected finite images, got NaN or infinity")
+        require(
+            bool(((y >= 0) & (y < classes)).all()),
+            f"y: expected labels in [0, {classes - 1}], got {y.min().item()} to {y.max().item()}",
+        )

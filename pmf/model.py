@@ -1,0 +1,242 @@
+"""PMFDiT: the transformer that predicts the clean image, with a head for u and one for v."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pmf import ops
+from pmf.config import ModelConfig, model_config
+from pmf.dual import ABSENT, Dual
+from pmf.errors import readable, require
+from pmf.layers import Block, FinalLayer, PatchEmbed, Residual, ScalarEmbedder
+
+HEADS = ("u", "v")
+SCALARS = ("h", "omega", "t_min", "t_max")
+PREFIX = {"y": "class", "omega": "omega", "t_min": "t_min", "t_max": "t_max", "h": "time"}
+"""Order of the prefix tokens, and the name of each group in `ModelConfig` and the published files."""
+
+
+class Conditioning(nn.Module):
+    """Class and scalars, embedded: as prefix tokens (in_context) or as one vector (adaln).
+
+    The network sees h = t - r, the guidance scale as 1 - 1 / omega, the interval [t_min, t_max] and
+    the class y. Only h has a tangent.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.in_context = config.conditioning == "in_context"
+        self.classes = nn.Embedding(config.num_classes + 1, width)
+        nn.init.normal_(self.classes.weight, std=1 / math.sqrt(width))
+        self.embedders = nn.ModuleDict({name: ScalarEmbedder(width) for name in SCALARS})
+        if self.in_context:
+            self.tokens = nn.ParameterDict(
+                {
+                    name: torch.randn(getattr(config, f"{source}_tokens"), width) / math.sqrt(width)
+                    for name, source in PREFIX.items()
+                }
+            )
+
+    def forward_dual(self, h: Dual, omega: Tensor, t_min: Tensor, t_max: Tensor, y: Tensor) -> Dual:
+        """The prefix [B, P, C] (in_context), or silu of the summed embeddings [B, C] (adaln)."""
+        scalars = dict(h=h, omega=Dual(1 - 1 / omega), t_min=Dual(t_min), t_max=Dual(t_max))
+        embedded = {name: self.embedders[name].forward_dual(scalars[name]) for name in SCALARS}
+        embedded["y"] = Dual(self.classes(y))
+        if not self.in_context:
+            vector = Dual(sum(e.value for e in embedded.values()), embedded["h"].dot)
+            return Dual(*ops.silu_dual((vector.value,), (vector.dot,)))
+        groups = [self.tokens[name] + embedded[name].value[:, None] for name in PREFIX]
+        prefix = torch.cat(groups, 1)
+        return Dual(prefix, self._prefix_dot(embedded["h"].dot, prefix))
+
+    def _prefix_dot(self, h_dot: Tensor | None, prefix: Tensor) -> Tensor | None:
+        """The time tokens, which come last, all move with the embedding of h."""
+        if h_dot is None:
+            return None
+        prefix_dot = torch.zeros_like(ops.tail(prefix, h_dot.shape[0]))
+        prefix_dot[:, -self.tokens["h"].shape[0] :] = h_dot[:, None]
+        return prefix_dot
+
+
+class PMFDiT(nn.Module):
+    """The pMF network (arXiv 2601.22158): images z_t and conditions to the velocities u and v.
+
+    It predicts the clean image, net, in pixels; the velocities are (z - net) / clip(t, 0.05, 1).
+    Build one with `create_model`. Inputs of `forward`: z [B, c, H, W]; t in [0, 1], h = t - r in
+    [0, t], omega >= 1, t_min and t_max in [0, 1], all float [B]; y int64 [B], the null class being
+    num_classes.
+    """
+
+    T_CLIP = 0.05
+    """Lower clip of t where the predicted image becomes a velocity (not a property of the weights)."""
+
+    def __init__(self, config: ModelConfig, *, impl: str | None = None, aux_head: bool = True) -> None:
+        super().__init__()
+        self.config, self.impl = config, impl
+        shared = config.depth - config.aux_head_depth
+        self.conditioning = Conditioning(config)
+        self.patch_embed = PatchEmbed(config, impl)
+        self.shared_blocks = nn.ModuleList(Block(config, impl) for _ in range(shared))
+        self.head_blocks = nn.ModuleDict()
+        self.final_layers = nn.ModuleDict()
+        for head in HEADS if aux_head else ("u",):
+            self.head_blocks[head] = nn.ModuleList(
+                Block(config, impl) for _ in range(config.aux_head_depth)
+            )
+            self.final_layers[head] = FinalLayer(config, impl)
+        cos, sin = ops.rope_tables(config.grid_size, config.head_dim)
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """("u", "v"), or ("u",) without the auxiliary head."""
+        return tuple(self.final_layers)
+
+    def predict_dual(
+        self, z: Dual, h: Dual, omega: Tensor, t_min: Tensor, t_max: Tensor, y: Tensor, *, heads=HEADS
+    ) -> dict[str, Dual]:
+        """The heads' clean-image predictions as tokens [B, N, p * p * c], with the tangent of u's.
+
+        Runs the shared blocks and the heads asked for. v's tangent is never needed, nor computed.
+        """
+        condition = self.conditioning.forward_dual(h, omega, t_min, t_max, y)
+        prefix, vector = (condition, ABSENT) if self.conditioning.in_context else (ABSENT, condition)
+        stream = Residual(self.patch_embed.forward_dual(z, prefix))
+        for block in self.shared_blocks:
+            stream = block.forward_residual(stream, self._rope, vector)
+        return {head: self._head(head, stream, vector) for head in heads}
+
+    @property
+    def _rope(self) -> tuple[Tensor, Tensor]:
+        return self.rope_cos, self.rope_sin
+
+    def _head(self, head: str, stream: Residual, vector: Dual) -> Dual:
+        if head == "v":
+            stream = Residual(*(None if part is None else Dual(part.value) for part in stream))
+            vector = Dual(vector.value)
+        for block in self.head_blocks[head]:
+            stream = block.forward_residual(stream, self._rope, vector)
+        return self.final_layers[head].forward_residual(stream, vector)
+
+    def forward(
+        self, z: Tensor, t: Tensor, h: Tensor, omega: Tensor, t_min: Tensor, t_max: Tensor, y: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """u and v [B, c, H, W]; v is None without the auxiliary head. Arguments: see the class."""
+        return self.forward_dual(z, t, h, omega, t_min, t_max, y)[:2]
+
+    def forward_dual(
+        self,
+        z: Tensor,
+        t: Tensor,
+        h: Tensor,
+        omega: Tensor,
+        t_min: Tensor,
+        t_max: Tensor,
+        y: Tensor,
+        z_dot: Tensor | None = None,
+        t_dot: Tensor | None = None,
+        h_dot: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """u, v and u_dot, the derivative of u along (z_dot, t_dot, h_dot).
+
+        Tangents [B_dot, ...] cover the last B_dot rows; None is zero. u_dot [B_dot, c, H, W] is None
+        without any tangent, and never carries a gradient.
+        """
+        self.check_inputs(z, t, h, omega, t_min, t_max, y)
+        rows = ops.tangent_rows((z_dot, t_dot, h_dot))
+        for name, dot, primal in (("z_dot", z_dot, z), ("t_dot", t_dot, t), ("h_dot", h_dot, h)):
+            if dot is not None:
+                wanted = [rows, *primal.shape[1:]]
+                require(
+                    list(dot.shape) == wanted and rows <= primal.shape[0],
+                    f"forward_dual: {name} must have shape {wanted} with at most {primal.shape[0]} rows, "
+                    f"got {list(dot.shape)}",
+                )
+        nets = self.predict_dual(
+            Dual(z, z_dot), Dual(h, h_dot), omega, t_min, t_max, y, heads=self.heads
+        )
+        images = {head: net.map(self.to_images) for head, net in nets.items()}
+        u = self.velocity_dual(Dual(z, z_dot), Dual(t, t_dot), images["u"], rows)
+        v = self.velocity_dual(Dual(z), Dual(t), images["v"], None).value if "v" in images else None
+        return u.value, v, u.dot
+
+    def to_images(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, N, p * p * c] as images [B, c, H, W]."""
+        return ops.unpatchify(tokens, self.config.patch_size, self.config.in_channels)
+
+    def velocity_dual(self, z: Dual, t: Dual, net: Dual, rows: int | None) -> Dual:
+        """(z - net) / c with c = clip(t, 0.05, 1), and (z_dot - net_dot - u c_dot) / c, the quotient rule."""
+        c = t.value.clamp(self.T_CLIP, 1)[:, None, None, None]
+        u = (z.value - net.value) / c
+        if rows is None:
+            return Dual(u)
+        with torch.no_grad():
+            u_last, c, t_last = (ops.tail(value, rows) for value in (u, c, t.value))
+            numerator = ops.total(z.dot, None if net.dot is None else -net.dot)
+            if t.dot is not None:
+                c_dot = torch.where(t_last > self.T_CLIP, t.dot, 0)[:, None, None, None]
+                numerator = ops.total(numerator, -u_last * c_dot)
+            return Dual(u, numerator / c)
+
+    def check_inputs(
+        self, z: Tensor, t: Tensor, h: Tensor, omega: Tensor, t_min: Tensor, t_max: Tensor, y: Tensor
+    ) -> None:
+        """Shapes always; values where reading them is free: on the CPU, outside compilers."""
+        shape = list(self.config.image_shape)
+        require(
+            z.ndim == 4 and list(z.shape[1:]) == shape,
+            f"z: expected shape [B, {', '.join(map(str, shape))}], got {list(z.shape)}",
+        )
+        scalars = dict(t=t, h=h, omega=omega, t_min=t_min, t_max=t_max)
+        for name, value in (*scalars.items(), ("y", y)):
+            require(
+                list(value.shape) == [z.shape[0]],
+                f"{name}: expected shape [{z.shape[0]}], got {list(value.shape)}",
+            )
+        require(y.dtype == torch.int64, f"y: expected int64 class labels, got {y.dtype}")
+        if not readable(z, y, *scalars.values()):
+            return
+        classes = self.config.num_classes
+        require(bool(torch.isfinite(z).all()), "z: expected finite images, got NaN or infinity")
+        require(
+            bool(((y >= 0) & (y <= classes)).all()),
+            f"y: expected labels in [0, {classes}], got {y.min().item()} to {y.max().item()}",
+        )
+        require(bool(((t >= 0) & (t <= 1)).all()), "t: expected times in [0, 1]")
+        require(bool(((h >= 0) & (h <= t)).all()), "h: expected h = t - r in [0, t]")
+        require(bool((omega >= 1).all()), f"omega: expected guidance scales >= 1, got {omega.min().item():g}")
+        for name, value in (("t_min", t_min), ("t_max", t_max)):
+            require(bool(((value >= 0) & (value <= 1)).all()), f"{name}: expected times in [0, 1]")
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options) -> PMFDiT:
+        """A network from a run directory, a checkpoint file or a hub id; see `pmf.checkpoint.load_model`."""
+        from pmf.checkpoint import load_model
+
+        return load_model(source, **options)
+
+
+def create_model(
+    name_or_config: str | ModelConfig,
+    *,
+    impl: str | None = None,
+    aux_head: bool = True,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> PMFDiT:
+    """A freshly initialised network: a preset of `pmf.MODELS` by name, or a `ModelConfig`.
+
+    `impl` chooses the ops' implementation (see `pmf.ops`; None reads PMF_IMPL, default "auto").
+    `aux_head=False` leaves out the v head, which only training needs. Errors: an unknown preset or impl.
+    """
+    config = model_config(name_or_config)
+    ops.checked_impl(impl)
+    with torch.device(device or torch.get_default_device()):
+        model = PMFDiT(config, impl=impl, aux_head=aux_head)
+    return model.to(dtype=dtype)

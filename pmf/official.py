@@ -1,0 +1,169 @@
+"""The published PyTorch checkpoints: their names, and the way there and back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from pmf import ops
+from pmf.config import MODELS, ModelConfig
+from pmf.errors import require
+from pmf.model import PREFIX, create_model
+
+_EMBEDDERS = {"h": "h", "omega": "omega", "t_min": "cfg_t_start", "t_max": "cfg_t_end"}
+ROPE = "net.rope_freqs"
+
+_BLOCK_NAMES = {
+    "attn_scale": "attn_scale",
+    "mlp_scale": "mlp_scale",
+    "norm1.weight": "norm1.weight",
+    "norm2.weight": "norm2.weight",
+    "attn.q_norm.weight": "attn.q_norm.weight",
+    "attn.k_norm.weight": "attn.k_norm.weight",
+    **{
+        f"attn.{name}.weight": f"attn.{name}._flax_linear.weight"
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj")
+    },
+    **{f"mlp.{name}.weight": f"mlp.{name}._flax_linear.weight" for name in ("w1", "w3", "w2")},
+}
+
+
+def _pairs(config: ModelConfig, heads: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """(our name, the published name) of every parameter."""
+    for ours, theirs in PREFIX.items():
+        yield f"conditioning.tokens.{ours}", f"net.{theirs}_tokens"
+    yield "patch_embed.positions", "net.pos_embed"
+    for layer in ("proj1", "proj2"):
+        for part in ("weight", "bias"):
+            yield f"patch_embed.{layer}.{part}", f"net.x_embedder.{layer}.{part}"
+    for ours, theirs in _EMBEDDERS.items():
+        for layer, index in (("fc1", 0), ("fc2", 2)):
+            for part in ("weight", "bias"):
+                yield (
+                    f"conditioning.embedders.{ours}.{layer}.{part}",
+                    f"net.{theirs}_embedder.mlp.{index}._flax_linear.{part}",
+                )
+    yield "conditioning.classes.weight", "net.y_embedder.embedding_table._flax_embedding.weight"
+    stacks = [("shared_blocks", "shared_blocks", config.depth - config.aux_head_depth)]
+    stacks += [(f"head_blocks.{head}", f"{head}_heads", config.aux_head_depth) for head in heads]
+    for ours, theirs, depth in stacks:
+        for i in range(depth):
+            for name, published in _BLOCK_NAMES.items():
+                yield f"{ours}.{i}.{name}", f"net.{theirs}.{i}.{published}"
+    for head in heads:
+        yield f"final_layers.{head}.norm.weight", f"net.{head}_final_layer.norm.weight"
+        for part in ("weight", "bias"):
+            yield (
+                f"final_layers.{head}.linear.{part}",
+                f"net.{head}_final_layer.linear._flax_linear.{part}",
+            )
+
+
+def _to_official(name: str, value: Tensor) -> Tensor:
+    """Tokens and positions carry a leading dimension of one in the published files."""
+    return value[None] if name.startswith("conditioning.tokens") or name.endswith("positions") else value
+
+
+def _from_official(name: str, value: Tensor) -> Tensor:
+    return value[0] if name.startswith("conditioning.tokens") or name.endswith("positions") else value
+
+
+def _rope_freqs(config: ModelConfig) -> Tensor:
+    """The derived complex buffer of the published files: cos + i sin."""
+    return torch.complex(*ops.rope_tables(config.grid_size, config.head_dim))
+
+
+def infer_config(state: Mapping[str, Tensor]) -> ModelConfig:
+    """The network that a published state dict belongs to, read off its shapes.
+
+    noise_scale is no weight: it comes from the preset of the same shapes, else it is 1.
+    Errors: a key that the shapes are read from is missing.
+    """
+
+    def shape(key: str) -> tuple[int, ...]:
+        require(key in state, f"state dict: key {key!r} is missing, expected a published pMF checkpoint")
+        return tuple(state[key].shape)
+
+    def depth(stack: str) -> int:
+        found = [re.match(rf"net\.{stack}\.(\d+)\.", key) for key in state]
+        return 1 + max((int(match[1]) for match in found if match), default=-1)
+
+    counts = {name: shape(f"net.{name}_tokens")[1] for name in PREFIX.values()}
+    bottleneck, channels, patch, _ = shape("net.x_embedder.proj1.weight")
+    _, length, width = shape("net.pos_embed")
+    head_depth = depth("u_heads")
+    require(head_depth > 0, "state dict: key 'net.u_heads.0.attn_scale' is missing, expected a u head")
+    read = ModelConfig(
+        image_size=patch * round((length - sum(counts.values())) ** 0.5),
+        patch_size=patch,
+        hidden_size=width,
+        depth=depth("shared_blocks") + head_depth,
+        num_heads=width // shape("net.u_heads.0.attn.q_norm.weight")[0],
+        aux_head_depth=head_depth,
+        num_classes=shape("net.y_embedder.embedding_table._flax_embedding.weight")[0] - 1,
+        in_channels=channels,
+        bottleneck=bottleneck,
+        **{f"{name}_tokens": count for name, count in counts.items()},
+    )
+    same = (c for c in MODELS.values() if _same_shapes(c, read))
+    return next(same, read)
+
+
+def _same_shapes(a: ModelConfig, b: ModelConfig) -> bool:
+    return {**a.__dict__, "noise_scale": 1.0} == {**b.__dict__, "noise_scale": 1.0}
+
+
+def _expected_shapes(config: ModelConfig, heads: tuple[str, ...]) -> dict[str, torch.Size]:
+    model = create_model(config, aux_head="v" in heads, device="meta")
+    return {name: _to_official(name, value).shape for name, value in model.state_dict().items()}
+
+
+def convert_official_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A published state dict under our names; it strict-loads into `create_model(...)`.
+
+    Inference checkpoints (no v head) load with `aux_head=False`. The derived buffer `net.rope_freqs`
+    is checked against our tables and left out. Errors: `InputError` names the first key that is
+    missing, unexpected or of a wrong shape.
+    """
+    config = infer_config(state)
+    heads = ("u", "v") if any(key.startswith("net.v_") for key in state) else ("u",)
+    shapes, pairs = _expected_shapes(config, heads), dict(_pairs(config, heads))
+    for ours, theirs in pairs.items():
+        require(theirs in state, f"state dict: key {theirs!r} is missing")
+        got, wanted = list(state[theirs].shape), list(shapes[ours])
+        require(got == wanted, f"state dict: {theirs!r} must have shape {wanted}, got {got}")
+    surplus = sorted(set(state) - set(pairs.values()) - {ROPE})
+    require(not surplus, f"state dict: unexpected key {surplus[0] if surplus else ''!r}")
+    if ROPE in state:
+        _check_rope(state[ROPE], _rope_freqs(config))
+    return {ours: _from_official(ours, state[theirs]) for ours, theirs in pairs.items()}
+
+
+def _check_rope(got: Tensor, wanted: Tensor) -> None:
+    require(
+        got.shape == wanted.shape,
+        f"state dict: {ROPE!r} must have shape {list(wanted.shape)}, got {list(got.shape)}",
+    )
+    if got.device.type != "meta":
+        close = torch.allclose(got.to("cpu", wanted.dtype), wanted, atol=1e-4)
+        require(close, f"state dict: {ROPE!r} holds other rotary angles than this network's")
+
+
+def export_official_state_dict(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The way back: our state dict under the published names, `net.rope_freqs` included.
+
+    Errors: `InputError` for an adaln network (the published format has none) or a missing key.
+    """
+    require(
+        config.conditioning == "in_context",
+        f'conditioning: the published format needs "in_context", got {config.conditioning!r}',
+    )
+    heads = ("u", "v") if any(key.startswith("final_layers.v") for key in state) else ("u",)
+    exported = {ROPE: _rope_freqs(config)}
+    for ours, theirs in _pairs(config, heads):
+        require(ours in state, f"state dict: key {ours!r} is missing")
+        exported[theirs] = _to_official(ours, state[ours])
+    return exported

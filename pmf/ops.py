@@ -1,0 +1,365 @@
+"""The functional ops: check the inputs, choose an implementation, compute value and tangent.
+
+Every op comes as `<op>(...)` and as `<op>_dual(primals, tangents, ...)`. `primals` are the op's
+tensors in order; `tangents` has the same length, None meaning zero. A tangent covers the last
+B_dot <= B samples. The value is recorded for backward, the tangent never is; when every tangent
+is None the result's tangent is None and costs nothing. Sums and statistics are taken in float32
+(float64 for float64 inputs). Bad input raises `InputError`, which names the argument.
+
+`impl` is "auto", "triton" or "reference"; None reads the environment variable PMF_IMPL, default
+"auto": Triton kernels for CUDA tensors where the op has one, the reference otherwise. "triton"
+raises where it cannot run; it never falls back.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pmf import reference
+from pmf.errors import require
+
+log = logging.getLogger("pmf")
+
+IMPLEMENTATIONS = ("auto", "triton", "reference")
+KERNEL_MODULES: dict[str, str] = {}
+"""Ops that have a Triton kernel, and the module of `pmf.kernels` that holds it."""
+
+
+def checked_impl(impl: str | None) -> str:
+    """`impl`, or PMF_IMPL where it is None. Errors: not one of `IMPLEMENTATIONS`."""
+    source = "impl" if impl is not None else "PMF_IMPL"
+    impl = impl if impl is not None else os.environ.get("PMF_IMPL", "auto")
+    require(impl in IMPLEMENTATIONS, f"{source}: expected one of {IMPLEMENTATIONS}, got {impl!r}")
+    return impl
+
+
+@functools.cache
+def _report(op: str, choice: str, reason: str) -> None:
+    log.info("%s runs on %s: %s", op, choice, reason)
+
+
+def _why_not_triton(op: str, device: torch.device) -> str | None:
+    """Why the Triton kernel of `op` cannot run on `device`; None when it can."""
+    if op not in KERNEL_MODULES:
+        return "this op has no Triton kernel yet"
+    if importlib.util.find_spec("triton") is None:
+        return "the triton package is not installed"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"tensors are on {device.type}, not on cuda, and TRITON_INTERPRET is not 1"
+    return None
+
+
+def _choose(op: str, impl: str | None, device: torch.device) -> Callable:
+    """The function that computes `<op>_dual` (or `op`) on `device`."""
+    impl = checked_impl(impl)
+    wanted = impl == "triton" or (impl == "auto" and device.type == "cuda")
+    reason = _why_not_triton(op, device) if wanted else "requested" if impl == "reference" else "no cuda"
+    require(impl != "triton" or reason is None, f'{op}: impl="triton" cannot run: {reason}')
+    if reason is None:
+        _report(op, "triton", "requested" if impl == "triton" else "tensors are on cuda")
+        return getattr(importlib.import_module(f"pmf.kernels.{KERNEL_MODULES[op]}"), op)
+    _report(op, "reference", reason)
+    return getattr(reference, op)
+
+
+def _shape(op: str, name: str, tensor: Tensor, *expected: int | None) -> None:
+    """`tensor` has that shape; None stands for any size."""
+    matches = tensor.ndim == len(expected) and all(
+        want is None or want == size for want, size in zip(expected, tensor.shape, strict=True)
+    )
+    wanted = ", ".join("any" if size is None else str(size) for size in expected)
+    require(matches, f"{op}: {name} must have shape [{wanted}], got {list(tensor.shape)}")
+
+
+def _tangents(op: str, names: str, primals: tuple, tangents: tuple) -> None:
+    """As many tangents as primals, each shaped like the last rows of its primal, all of one B_dot.
+
+    `names` lists the primals; those with a * take a tangent.
+    """
+    entries = names.split()
+    require(len(primals) == len(entries), f"{op}: expected {len(entries)} primals, got {len(primals)}")
+    require(
+        len(tangents) == len(entries), f"{op}: expected {len(entries)} tangents, got {len(tangents)}"
+    )
+    rows = reference.tangent_rows(tangents)
+    for entry, primal, tangent in zip(entries, primals, tangents, strict=True):
+        if tangent is None:
+            continue
+        name = entry.rstrip("*")
+        require(entry.endswith("*"), f"{op}: {name} takes no tangent, got one; expected None")
+        require(primal is not None, f"{op}: {name} is absent, so its tangent must be None")
+        _shape(op, f"{name}'s tangent", tangent, rows, *primal.shape[1:])
+        require(
+            rows <= primal.shape[0],
+            f"{op}: {name}'s tangent must have at most {primal.shape[0]} samples, got {rows}",
+        )
+
+
+def _modulation(op: str, x: Tensor, **parameters: Tensor | None) -> None:
+    """Each parameter is [C] or, except `weight`, [B, C]."""
+    batch, _, width = x.shape
+    for name, parameter in parameters.items():
+        if parameter is None:
+            continue
+        per_sample = name != "weight" and parameter.ndim == 2
+        _shape(op, name, parameter, *((batch, width) if per_sample else (width,)))
+
+
+def _activation_dtype(x: Tensor) -> torch.dtype:
+    """The dtype a product reads next: autocast's where it is on, else that of `x`."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def norm_modulate(x, weight=None, scale=None, shift=None, *, kind="rms", eps=1e-6, impl=None) -> Tensor:
+    """Normalise over the last dimension, then modulate (adaLN): y = n(x) weight (1 + scale) + shift.
+
+    n(x) = (x - mu) / sqrt(mean((x - mu)^2) + eps), with mu = mean(x) for kind "layer" and 0 for "rms".
+
+    Args: x [B, S, C]; weight [C] or None (ones); scale, shift [B, C], [C] or None (zeros).
+    Returns y [B, S, C] in autocast's dtype where autocast is on, else in that of x.
+    Tangents: of x, and of scale and shift per sample.
+    """
+    return norm_modulate_dual((x, weight, scale, shift), (None,) * 4, kind=kind, eps=eps, impl=impl)[0]
+
+
+def norm_modulate_dual(primals, tangents, *, kind="rms", eps=1e-6, impl=None):
+    """`norm_modulate` of (x, weight, scale, shift), and its tangent.
+
+    n_dot = (c_dot - n mean(n c_dot)) / sqrt(...), c_dot = x_dot - mean(x_dot) or x_dot.
+    """
+    op = "norm_modulate"
+    _tangents(op, "x* weight scale* shift*", primals, tangents)
+    x, weight, scale, shift = primals
+    _shape(op, "x", x, None, None, None)
+    _modulation(op, x, weight=weight, scale=scale, shift=shift)
+    require(kind in ("rms", "layer"), f'{op}: kind must be "rms" or "layer", got {kind!r}')
+    run = _choose("norm_modulate_dual", impl, x.device)
+    return run(primals, tangents, kind=kind, eps=eps, out_dtype=_activation_dtype(x))
+
+
+def residual_norm_modulate(
+    x, branch, gate, weight=None, scale=None, shift=None, *, kind="rms", eps=1e-6, impl=None
+) -> tuple[Tensor, Tensor]:
+    """Gated residual, then `norm_modulate`: x_new = x + gate branch, y = n(x_new) weight (1 + scale) + shift.
+
+    Args: x, branch [B, S, C]; gate [C] or [B, C]; the rest as in `norm_modulate`.
+    Returns x_new in the dtype of x, and y.
+    Tangents: of x and branch, and of gate, scale and shift per sample.
+    """
+    primals = (x, branch, gate, weight, scale, shift)
+    return residual_norm_modulate_dual(primals, (None,) * 6, kind=kind, eps=eps, impl=impl)[0]
+
+
+def residual_norm_modulate_dual(primals, tangents, *, kind="rms", eps=1e-6, impl=None):
+    """`residual_norm_modulate` of (x, branch, gate, weight, scale, shift), and its tangents.
+
+    x_new_dot = x_dot + gate branch_dot + gate_dot branch. Returns ((x_new, y), (x_new_dot, y_dot)).
+    """
+    op = "residual_norm_modulate"
+    _tangents(op, "x* branch* gate* weight scale* shift*", primals, tangents)
+    x, branch, gate, weight, scale, shift = primals
+    _shape(op, "x", x, None, None, None)
+    _shape(op, "branch", branch, *x.shape)
+    _modulation(op, x, gate=gate, weight=weight, scale=scale, shift=shift)
+    require(kind in ("rms", "layer"), f'{op}: kind must be "rms" or "layer", got {kind!r}')
+    run = _choose("residual_norm_modulate_dual", impl, x.device)
+    return run(primals, tangents, kind=kind, eps=eps, out_dtype=_activation_dtype(x))
+
+
+def qk_norm_rope(qkv, q_weight, k_weight, cos, sin, *, prefix_length=0, eps=1e-6, impl=None):
+    """Per-head RMSNorm of q and k, 2-D rotary positions, and the split: q, k, v [B, S, H, D] each.
+
+    q = R(n(q) q_weight), k = R(n(k) k_weight), v unchanged. R turns each adjacent pair (a, b) of the
+    tokens behind the prefix: (a cos - b sin, a sin + b cos).
+
+    Args: qkv [B, S, 3, H, D]; q_weight, k_weight [D]; cos, sin [S - prefix_length, D / 2].
+    Tangents: of qkv. Errors: D odd.
+    """
+    primals = (qkv, q_weight, k_weight, cos, sin)
+    return qk_norm_rope_dual(primals, (None,) * 5, prefix_length=prefix_length, eps=eps, impl=impl)[0]
+
+
+def qk_norm_rope_dual(primals, tangents, *, prefix_length=0, eps=1e-6, impl=None):
+    """`qk_norm_rope` of (qkv, q_weight, k_weight, cos, sin), and its tangents.
+
+    Returns ((q, k, v), (q_dot, k_dot, v_dot)).
+    """
+    op = "qk_norm_rope"
+    _tangents(op, "qkv* q_weight k_weight cos sin", primals, tangents)
+    qkv, q_weight, k_weight, cos, sin = primals
+    _shape(op, "qkv", qkv, None, None, 3, None, None)
+    length, head_dim = qkv.shape[1], qkv.shape[4]
+    require(head_dim % 2 == 0, f"{op}: head_dim must be even, got {head_dim}")
+    require(
+        0 <= prefix_length <= length,
+        f"{op}: prefix_length must lie in [0, {length}], got {prefix_length}",
+    )
+    _shape(op, "q_weight", q_weight, head_dim)
+    _shape(op, "k_weight", k_weight, head_dim)
+    _shape(op, "cos", cos, length - prefix_length, head_dim // 2)
+    _shape(op, "sin", sin, length - prefix_length, head_dim // 2)
+    run = _choose("qk_norm_rope_dual", impl, qkv.device)
+    return run(primals, tangents, prefix_length=prefix_length, eps=eps)
+
+
+def attention(q, k, v, *, scale=None, impl=None) -> Tensor:
+    """Softmax attention over all keys: o = softmax(scale q k^T) v.
+
+    Args: q [B, S_q, H, D]; k, v [B, S_k, H, D]; scale defaults to 1 / sqrt(D).
+    Returns o [B, S_q, H, D]. Tangents: of q, k and v.
+    """
+    return attention_dual((q, k, v), (None,) * 3, scale=scale, impl=impl)[0]
+
+
+def attention_dual(primals, tangents, *, scale=None, impl=None):
+    """`attention` of (q, k, v), and its tangent.
+
+    P = softmax(S), S_dot = scale (q_dot k^T + q k_dot^T), H = P * S_dot,
+    o_dot = P v_dot + H v - rowsum(H) o.
+    """
+    op = "attention"
+    _tangents(op, "q* k* v*", primals, tangents)
+    q, k, v = primals
+    _shape(op, "q", q, None, None, None, None)
+    _shape(op, "k", k, q.shape[0], None, *q.shape[2:])
+    _shape(op, "v", v, *k.shape)
+    run = _choose("attention_dual", impl, q.device)
+    return run(primals, tangents, scale=scale)
+
+
+def swiglu(x, *, impl=None) -> Tensor:
+    """SwiGLU's pointwise half: silu(a) b for x = [a, b].
+
+    Args: x [B, S, 2F]. Returns [B, S, F]. Tangents: of x.
+    """
+    return swiglu_dual((x,), (None,), impl=impl)[0]
+
+
+def swiglu_dual(primals, tangents, *, impl=None):
+    """`swiglu` of (x,), and its tangent silu'(a) a_dot b + silu(a) b_dot."""
+    op = "swiglu"
+    _tangents(op, "x*", primals, tangents)
+    (x,) = primals
+    _shape(op, "x", x, None, None, None)
+    require(x.shape[-1] % 2 == 0, f"{op}: x must have an even last dimension, got {x.shape[-1]}")
+    return _choose("swiglu_dual", impl, x.device)(primals, tangents)
+
+
+def patch_embed(images, weight1, bias1, weight2, bias2, positions, prefix=None, *, impl=None) -> Tensor:
+    """Image to token sequence: [prefix, (patches weight1 + bias1) weight2 + bias2] + positions.
+
+    Args: images [B, c, H, W]; weight1 [E, c, p, p], the p x p convolution of stride p; bias1 [E];
+    weight2 [C, E, 1, 1]; bias2 [C]; positions [S, C]; prefix [B, P, C] or None (P = 0);
+    S = P + (H / p) (W / p).
+    Returns [B, S, C]. Tangents: of images and prefix.
+    """
+    primals = (images, weight1, bias1, weight2, bias2, positions, prefix)
+    return patch_embed_dual(primals, (None,) * 7, impl=impl)[0]
+
+
+def patch_embed_dual(primals, tangents, *, impl=None):
+    """`patch_embed` of (images, weight1, bias1, weight2, bias2, positions, prefix), and its tangent."""
+    op = "patch_embed"
+    _tangents(op, "images* weight1 bias1 weight2 bias2 positions prefix*", primals, tangents)
+    images, weight1, bias1, weight2, bias2, positions, prefix = primals
+    _shape(op, "images", images, None, None, None, None)
+    batch, channels, height, width = images.shape
+    patch = weight1.shape[-1]
+    _shape(op, "weight1", weight1, None, channels, patch, patch)
+    require(
+        height % patch == 0 and width % patch == 0,
+        f"{op}: images must have sides that are multiples of the patch size {patch}, got {height} x {width}",
+    )
+    inner, outer = weight1.shape[0], weight2.shape[0]
+    _shape(op, "bias1", bias1, inner)
+    _shape(op, "weight2", weight2, outer, inner, 1, 1)
+    _shape(op, "bias2", bias2, outer)
+    prefix_length = 0
+    if prefix is not None:
+        _shape(op, "prefix", prefix, batch, None, outer)
+        prefix_length = prefix.shape[1]
+    _shape(op, "positions", positions, prefix_length + (height // patch) * (width // patch), outer)
+    return _choose("patch_embed_dual", impl, images.device)(primals, tangents)
+
+
+def pmf_objective(
+    net_u,
+    net_v,
+    net_u_dot,
+    net_c,
+    net_n,
+    z,
+    x,
+    t,
+    h,
+    guidance,
+    null_index,
+    *,
+    t_clip=0.05,
+    patch_size,
+    impl=None,
+) -> tuple[Tensor, Tensor]:
+    """L_u, L_v per row: sums over pixels of (V - v_g)^2 and (v - v_g)^2 (arXiv 2601.22158).
+
+    The equations stand at the top of `pmf/reference/objective.py`.
+
+    Args: tokens of clean-image predictions in the layout of `patchify`, K = p * p * c values each:
+    net_u, net_v [B, N, K], the two heads; net_u_dot [B_dot, N, K] or None, the tangent of net_u along
+    (v_c, 1, 0); net_c [B_dot, N, K] or None, guidance's conditional v head on the last B_dot rows (the
+    rows before take net_v, whose inputs were the same); net_n [B_n, N, K] or None, the v head on the
+    null class; null_index [B] int64, the row of net_n, -1 for none. Images z = z_t and x [B, c, H, W].
+    Scalars t, h = t - r and guidance = 1 - 1 / w' [B].
+    Returns two float32 [B] (float64 for float64 inputs). Gradients reach net_u and net_v alone.
+    """
+    op = "pmf_objective"
+    _shape(op, "z", z, None, None, None, None)
+    _shape(op, "x", x, *z.shape)
+    batch, channels, height, width = z.shape
+    tokens = (height // patch_size * (width // patch_size), patch_size**2 * channels)
+    for name, value in (("net_u", net_u), ("net_v", net_v)):
+        _shape(op, name, value, batch, *tokens)
+    for name, value in (("net_u_dot", net_u_dot), ("net_c", net_c), ("net_n", net_n)):
+        if value is not None:
+            _shape(op, name, value, None, *tokens)
+    require(
+        (net_u_dot is None) == (net_c is None) and (net_c is None or net_c.shape == net_u_dot.shape),
+        f"{op}: net_c must cover the same rows as net_u_dot",
+    )
+    for name, value in (("t", t), ("h", h), ("guidance", guidance), ("null_index", null_index)):
+        _shape(op, name, value, batch)
+    run = _choose("pmf_objective", impl, z.device)
+    return run(
+        net_u,
+        net_v,
+        net_u_dot,
+        net_c,
+        net_n,
+        z,
+        x,
+        t,
+        h,
+        guidance,
+        null_index,
+        t_clip=t_clip,
+        patch_size=patch_size,
+    )
+
+
+# What has one implementation, in plain PyTorch: small tensors, layouts and helpers of tangents.
+scalar_features_dual = reference.scalar_features_dual
+silu_dual = reference.silu_dual
+rope_tables = reference.rope_tables
+patchify = reference.patchify
+unpatchify = reference.unpatchify
+pmf_objective_fields = reference.pmf_objective_fields
+tail = reference.tail
+total = reference.total

@@ -1,0 +1,30 @@
+"""The oracle: `torch.func.jvp` of a network's plain forward pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def model_jvp(
+    model, z, t, h, omega, t_min, t_max, y, z_dot, t_dot, h_dot
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """u, v and du/dt by `torch.func.jvp` of `model.forward` along (z_dot, t_dot, h_dot).
+
+    Tangents of B_dot < B rows are padded with zeros in front; u_dot comes back for the last B_dot
+    rows, as from `model.forward_dual`. Meant for float64 and small networks: every activation's
+    tangent is recorded too.
+    """
+    rows = z_dot.shape[0]
+
+    def pad(tangent: Tensor, primal: Tensor) -> Tensor:
+        return torch.cat([torch.zeros_like(primal[: primal.shape[0] - rows]), tangent])
+
+    def u_of(z: Tensor, t: Tensor, h: Tensor) -> tuple[Tensor, Tensor | None]:
+        u, v = model(z, t, h, omega, t_min, t_max, y)
+        return u, v
+
+    primals = (z, t, h)
+    tangents = tuple(pad(dot, primal) for dot, primal in zip((z_dot, t_dot, h_dot), primals, strict=True))
+    u, u_dot, v = torch.func.jvp(u_of, primals, tangents, has_aux=True)
+    return u, v, u_dot[u_dot.shape[0] - rows :]

@@ -1,0 +1,107 @@
+"""Normalise and modulate, alone and behind a gated residual."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pmf.reference.tangent import accumulate, tail, tangent_rows, times, total
+
+Kind = Literal["rms", "layer"]
+
+
+def _normalise(x: Tensor, kind: Kind, eps: float) -> tuple[Tensor, Tensor]:
+    """n = (x - mu) / sqrt(mean((x - mu)^2) + eps) and its 1 / sqrt(...); mu = 0 for "rms"."""
+    centred = x - x.mean(-1, keepdim=True) if kind == "layer" else x
+    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    return centred * rstd, rstd
+
+
+def _normalise_dot(n: Tensor, rstd: Tensor, x_dot: Tensor, kind: Kind) -> Tensor:
+    """n_dot = rstd (c_dot - n mean(n c_dot)), with c_dot = x_dot - mean(x_dot) for "layer"."""
+    c_dot = x_dot - x_dot.mean(-1, keepdim=True) if kind == "layer" else x_dot
+    return rstd * (c_dot - n * (n * c_dot).mean(-1, keepdim=True))
+
+
+def _per_token(modulation: Tensor | None) -> Tensor | None:
+    """[B, C] as [B, 1, C], [C] as it is: broadcastable to [B, S, C]."""
+    if modulation is None:
+        return None
+    modulation = accumulate(modulation)
+    return modulation[:, None] if modulation.ndim == 2 else modulation
+
+
+def _rows(parameter: Tensor | None, rows: int) -> Tensor | None:
+    """The last `rows` samples of a per-sample modulation; a per-channel one has none to choose."""
+    if parameter is None or parameter.ndim < 3:
+        return None if parameter is None else parameter.detach()
+    return tail(parameter, rows)
+
+
+def norm_modulate_dual(
+    primals: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
+    tangents: tuple[Tensor | None, None, Tensor | None, Tensor | None],
+    *,
+    kind: Kind = "rms",
+    eps: float = 1e-6,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """y = n(x) weight (1 + scale) + shift, and its tangent; see `pmf.ops.norm_modulate`."""
+    x, weight, scale, shift = primals
+    x_dot, _, scale_dot, shift_dot = tangents
+    out_dtype = out_dtype or x.dtype
+
+    n, rstd = _normalise(accumulate(x), kind, eps)
+    weight, scale, shift = (_per_token(p) for p in (weight, scale, shift))
+    factors = [f for f in (weight, None if scale is None else 1 + scale) if f is not None]
+    factor = math.prod(factors) if factors else None
+    y = n if factor is None else n * factor
+    y = y if shift is None else y + shift
+
+    rows = tangent_rows(tangents)
+    if rows is None:
+        return y.to(out_dtype), None
+    with torch.no_grad():
+        n, rstd, weight, factor = tail(n, rows), tail(rstd, rows), _rows(weight, rows), _rows(factor, rows)
+        n_dot = None if x_dot is None else _normalise_dot(n, rstd, accumulate(x_dot), kind)
+        scaled = n_dot if factor is None else times(n_dot, factor)
+        weighted = n if weight is None else n * weight
+        y_dot = total(scaled, times(weighted, _per_token(scale_dot)), _per_token(shift_dot))
+        return y.to(out_dtype), y_dot.expand(n.shape).to(out_dtype).contiguous()
+
+
+def residual_norm_modulate_dual(
+    primals: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None],
+    tangents: tuple[Tensor | None, Tensor | None, Tensor | None, None, Tensor | None, Tensor | None],
+    *,
+    kind: Kind = "rms",
+    eps: float = 1e-6,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
+    """x_new = x + gate branch, y = norm_modulate(x_new), and both tangents."""
+    x, branch, gate, weight, scale, shift = primals
+    x_dot, branch_dot, gate_dot, _, scale_dot, shift_dot = tangents
+
+    gate = _per_token(gate)
+    x_new = (accumulate(x) + gate * accumulate(branch)).to(x.dtype)
+
+    rows = tangent_rows((x_dot, branch_dot, gate_dot))
+    x_new_dot = None
+    if rows is not None:
+        with torch.no_grad():
+            x_new_dot = total(
+                None if x_dot is None else accumulate(x_dot),
+                None if branch_dot is None else _rows(gate, rows) * accumulate(branch_dot),
+                times(accumulate(tail(branch, rows)), _per_token(gate_dot)),
+            ).to(x.dtype)
+    y, y_dot = norm_modulate_dual(
+        (x_new, weight, scale, shift),
+        (x_new_dot, None, scale_dot, shift_dot),
+        kind=kind,
+        eps=eps,
+        out_dtype=out_dtype,
+    )
+    return (x_new, y), (x_new_dot, y_dot)

@@ -1,0 +1,126 @@
+"""From the heads' clean-image predictions to the pMF squared errors (arXiv 2601.22158).
+
+Everything is computed on tokens, in the layout of `patchify`. With c = clip(t, t_clip, 1):
+
+    u      = (z - net_u) / c                      v   = (z - net_v) / c
+    v_c    = (z - net_c) / c                      v_t = (z - x) / c
+    du/dt  = (v_c - net_u_dot) / c - c' u / c     c'  = 1 above t_clip, else 0
+    V      = u + h stopgrad(du/dt)
+    v_g    = v_t + guidance (v_c - v_n) = (z - x_g) / c,   x_g = x + guidance (net_c - net_n)
+
+so that V - v_g = (x_g - net_u) / c + h du/dt and v - v_g = (x_g - net_v) / c: no difference of two
+large numbers divided by a small c.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pmf.reference.patch import patchify, unpatchify
+from pmf.reference.tangent import accumulate, tail
+
+
+def _per_row(scalar: Tensor, like: Tensor) -> Tensor:
+    """[B] as [B, 1, 1] in the dtype of `like`."""
+    return scalar.to(like.dtype)[:, None, None]
+
+
+def _conditional(net_v: Tensor, net_c: Tensor | None) -> Tensor:
+    """net_c for the last B_dot rows, the main pass's own v head (same inputs) for those before."""
+    own = accumulate(net_v.detach())
+    if net_c is None:
+        return own
+    return torch.cat([own[: own.shape[0] - net_c.shape[0]], accumulate(net_c)])
+
+
+def _guided_image(
+    x: Tensor, net_c: Tensor, net_n: Tensor | None, null_index: Tensor, guidance: Tensor
+) -> Tensor:
+    """x_g = x + guidance (net_c - net_n) on the rows that have a null-class prediction, else x."""
+    if net_n is None or net_n.shape[0] == 0:
+        return x
+    rows = (null_index >= 0).nonzero()[:, 0]
+    difference = net_c[rows] - accumulate(net_n)[null_index[rows]]
+    return x.index_add(0, rows, _per_row(guidance[rows], x) * difference)
+
+
+@torch.no_grad()
+def _du_dt(
+    net_u: Tensor, net_u_dot: Tensor | None, net_c: Tensor, z: Tensor, t: Tensor, t_clip: float
+) -> Tensor:
+    """du/dt along (v_c, 1, 0): on the last B_dot rows, zero before them."""
+    result = torch.zeros_like(z)
+    if net_u_dot is None:
+        return result
+    rows = net_u_dot.shape[0]
+    z, net_u, net_c, t = (tail(value, rows) for value in (z, net_u, net_c, t))
+    c = _per_row(t.clamp(t_clip, 1), z)
+    c_dot = _per_row(t > t_clip, z)
+    u, v_c = (z - net_u) / c, (z - net_c) / c
+    result[result.shape[0] - rows :] = (v_c - accumulate(net_u_dot)) / c - c_dot * u / c
+    return result
+
+
+def _terms(net_u, net_v, net_u_dot, net_c, net_n, z, x, t, null_index, guidance, t_clip, patch_size):
+    """The tokens everything is made of: z, x_g, net_c, du/dt and 1 / c."""
+    z, x = accumulate(patchify(z, patch_size)), accumulate(patchify(x, patch_size))
+    net_c = _conditional(net_v, net_c)
+    x_g = _guided_image(x, net_c, net_n, null_index, guidance)
+    du_dt = _du_dt(accumulate(net_u), net_u_dot, net_c, z, t, t_clip)
+    return z, x_g, net_c, du_dt, 1 / _per_row(t.clamp(t_clip, 1), z)
+
+
+def pmf_objective(
+    net_u: Tensor,
+    net_v: Tensor,
+    net_u_dot: Tensor | None,
+    net_c: Tensor | None,
+    net_n: Tensor | None,
+    z: Tensor,
+    x: Tensor,
+    t: Tensor,
+    h: Tensor,
+    guidance: Tensor,
+    null_index: Tensor,
+    *,
+    t_clip: float,
+    patch_size: int,
+) -> tuple[Tensor, Tensor]:
+    """L_u, L_v per row: sums over pixels of (V - v_g)^2 and (v - v_g)^2; see `pmf.ops.pmf_objective`."""
+    _, x_g, _, du_dt, inverse_c = _terms(
+        net_u, net_v, net_u_dot, net_c, net_n, z, x, t, null_index, guidance, t_clip, patch_size
+    )
+    error_u = (x_g - net_u) * inverse_c + _per_row(h, x_g) * du_dt
+    error_v = (x_g - net_v) * inverse_c
+    return error_u.square().sum((1, 2)), error_v.square().sum((1, 2))
+
+
+@torch.no_grad()
+def pmf_objective_fields(
+    net_u: Tensor,
+    net_v: Tensor,
+    net_u_dot: Tensor | None,
+    net_c: Tensor | None,
+    net_n: Tensor | None,
+    z: Tensor,
+    x: Tensor,
+    t: Tensor,
+    guidance: Tensor,
+    null_index: Tensor,
+    *,
+    t_clip: float,
+    patch_size: int,
+) -> dict[str, Tensor]:
+    """The images v_c, v_g, u, du_dt and v that the objective is made of."""
+    z_tokens, x_g, net_c, du_dt, inverse_c = _terms(
+        net_u, net_v, net_u_dot, net_c, net_n, z, x, t, null_index, guidance, t_clip, patch_size
+    )
+    tokens = {
+        "v_c": (z_tokens - net_c) * inverse_c,
+        "v_g": (z_tokens - x_g) * inverse_c,
+        "u": (z_tokens - net_u) * inverse_c,
+        "du_dt": du_dt,
+        "v": (z_tokens - net_v) * inverse_c,
+    }
+    return {name: unpatchify(value, patch_size, z.shape[1]) for name, value in tokens.items()}

@@ -1,0 +1,66 @@
+"""Per-head RMSNorm of q and k, 2-D rotary positions, and the split of packed q, k, v."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pmf.reference.norm import _normalise, _normalise_dot
+from pmf.reference.tangent import accumulate, tail
+
+
+def rope_tables(
+    grid_size: int, head_dim: int, *, theta: float = 10000.0, device=None
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of the 2-D rotary angles of a square grid, each float32 [grid_size^2, head_dim / 2].
+
+    The first half of the pairs turns with the row index, the second half with the column index;
+    pair i of a half turns by theta^(-i / (head_dim / 4)) a step. Angles are taken in float64.
+    """
+    pairs = head_dim // 4
+    frequency = theta ** (-torch.arange(pairs, device=device, dtype=torch.float64) / pairs)
+    angle = torch.arange(grid_size, device=device, dtype=torch.float64)[:, None] * frequency
+    row = angle[:, None].expand(grid_size, grid_size, pairs)
+    column = angle[None].expand(grid_size, grid_size, pairs)
+    angles = torch.cat([row, column], -1).flatten(0, 1)
+    return angles.cos().float(), angles.sin().float()
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, prefix_length: int) -> Tensor:
+    """Turn the adjacent pairs of the tokens behind the prefix: x [B, S, H, D], cos, sin [N, D / 2]."""
+    prefix, patches = x[:, :prefix_length], x[:, prefix_length:]
+    a, b = patches.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    turned = torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+    return torch.cat([prefix, turned], 1)
+
+
+def qk_norm_rope_dual(
+    primals: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    tangents: tuple[Tensor | None, None, None, None, None],
+    *,
+    prefix_length: int,
+    eps: float = 1e-6,
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]]:
+    """q, k = R(n(q) q_weight), R(n(k) k_weight), v unchanged; see `pmf.ops.qk_norm_rope`."""
+    qkv, q_weight, k_weight, cos, sin = primals
+    qkv_dot = tangents[0]
+    qk, v = accumulate(qkv[:, :, :2]), qkv[:, :, 2]
+    weight = accumulate(torch.stack([q_weight, k_weight]))[:, None]
+
+    def turn(pair: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = pair.unbind(2)
+        return (
+            _rotate(q, cos, sin, prefix_length).to(qkv.dtype),
+            _rotate(k, cos, sin, prefix_length).to(qkv.dtype),
+        )
+
+    n, rstd = _normalise(qk, "rms", eps)
+    q, k = turn(n * weight)
+    if qkv_dot is None:
+        return (q, k, v), (None, None, None)
+    with torch.no_grad():
+        rows = qkv_dot.shape[0]
+        n_dot = _normalise_dot(tail(n, rows), tail(rstd, rows), accumulate(qkv_dot[:, :, :2]), "rms")
+        q_dot, k_dot = turn(n_dot * weight)
+    return (q, k, v), (q_dot, k_dot, qkv_dot[:, :, 2])

@@ -1,0 +1,24 @@
+"""SwiGLU's pointwise half."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pmf.reference.tangent import accumulate, tail
+
+
+def swiglu_dual(primals: tuple[Tensor], tangents: tuple[Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """y = silu(a) b for x = [a, b], and y_dot = silu'(a) a_dot b + silu(a) b_dot."""
+    (x,), (x_dot,) = primals, tangents
+    a, b = accumulate(x).chunk(2, -1)
+    sigmoid = torch.sigmoid(a)
+    silu = a * sigmoid
+    y = (silu * b).to(x.dtype)
+    if x_dot is None:
+        return y, None
+    with torch.no_grad():
+        a_dot, b_dot = accumulate(x_dot).chunk(2, -1)
+        a, b, sigmoid, silu = (tail(v, x_dot.shape[0]) for v in (a, b, sigmoid, silu))
+        y_dot = (sigmoid + silu * (1 - sigmoid)) * a_dot * b + silu * b_dot
+        return y, y_dot.to(x.dtype)

@@ -1,0 +1,39 @@
+"""Small helpers of the tangent formulas: rows, accumulation, sums with absent terms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def tangent_rows(tangents: Iterable[Tensor | None]) -> int | None:
+    """B_dot, the number of samples that carry a tangent; None when no tangent is given."""
+    return next((tangent.shape[0] for tangent in tangents if tangent is not None), None)
+
+
+def tail(value: Tensor, rows: int) -> Tensor:
+    """The last `rows` samples, cut off from autograd."""
+    return value.detach()[value.shape[0] - rows :]
+
+
+def accumulate(value: Tensor) -> Tensor:
+    """`value` in the dtype that sums are taken in: float32, or float64 for float64."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def total(*terms: Tensor | None) -> Tensor | None:
+    """The sum of the terms that are there; None when none is."""
+    present = [term for term in terms if term is not None]
+    if not present:
+        return None
+    result = present[0]
+    for term in present[1:]:
+        result = result + term
+    return result
+
+
+def times(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """a * b, or None (zero) when either is absent."""
+    return None if a is None or b is None else a * b

@@ -1,0 +1,1 @@
+"""Training pMF: command line, loop, data, optimizers."""
