@@ -7,8 +7,9 @@ is None the result's tangent is None and costs nothing. Sums and statistics are 
 (float64 for float64 inputs). Bad input raises `InputError`, which names the argument.
 
 `impl` is "auto", "triton" or "reference"; None reads the environment variable PMF_IMPL, default
-"auto": Triton kernels for CUDA tensors where the op has one, the reference otherwise. "triton"
-raises where it cannot run; it never falls back.
+"auto": Triton kernels for CUDA tensors that they can take, the reference otherwise. "triton" raises
+where a kernel cannot run; it never falls back. Ops that have no kernel yet use the reference under
+every impl. The choice and its reason are logged once, at INFO.
 """
 
 from __future__ import annotations
@@ -29,8 +30,16 @@ from pmf.errors import require
 log = logging.getLogger("pmf")
 
 IMPLEMENTATIONS = ("auto", "triton", "reference")
-KERNEL_MODULES: dict[str, str] = {}
+KERNEL_MODULES = {
+    "norm_modulate_dual": "norm",
+    "residual_norm_modulate_dual": "norm",
+}
 """Ops that have a Triton kernel, and the module of `pmf.kernels` that holds it."""
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL_MAX_WIDTH = 8192
+"""Widest row a norm kernel keeps in registers."""
+
+_kernels: dict[str, Callable] = {}
 
 
 def checked_impl(impl: str | None) -> str:
@@ -46,28 +55,71 @@ def _report(op: str, choice: str, reason: str) -> None:
     log.info("%s runs on %s: %s", op, choice, reason)
 
 
-def _why_not_triton(op: str, device: torch.device) -> str | None:
-    """Why the Triton kernel of `op` cannot run on `device`; None when it can."""
-    if op not in KERNEL_MODULES:
-        return "this op has no Triton kernel yet"
-    if importlib.util.find_spec("triton") is None:
-        return "the triton package is not installed"
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"tensors are on {device.type}, not on cuda, and TRITON_INTERPRET is not 1"
+def _unsupported(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
+    """What about these tensors a Triton kernel cannot take; None when it can."""
+    floats = [t for t in tensors if t is not None and t.is_floating_point()]
+    dtypes = {t.dtype for t in floats}
+    device = floats[0].device
+    for tensor in floats:
+        if tensor.dtype not in KERNEL_DTYPES:
+            return f'dtype must be float32, bfloat16 or float16 with impl="triton", got {tensor.dtype}'
+        if tensor.device != device:
+            return f"tensors must be on one device, got {device} and {tensor.device}"
+    if {torch.bfloat16, torch.float16} <= dtypes:
+        return "dtypes must not mix bfloat16 and float16, got both"
     return None
 
 
-def _choose(op: str, impl: str | None, device: torch.device) -> Callable:
-    """The function that computes `<op>_dual` (or `op`) on `device`."""
-    impl = checked_impl(impl)
-    wanted = impl == "triton" or (impl == "auto" and device.type == "cuda")
-    reason = _why_not_triton(op, device) if wanted else "requested" if impl == "reference" else "no cuda"
-    require(impl != "triton" or reason is None, f'{op}: impl="triton" cannot run: {reason}')
+@torch.compiler.assume_constant_result
+def _use_triton(op: str, impl: str | None, device: str, unsupported: str | None) -> bool:
+    """Whether the Triton kernel runs; compilers call this once, while they trace.
+
+    An op without a kernel runs on the reference under every impl.
+    """
+    impl, name = checked_impl(impl), op.removesuffix("_dual")
+    reason = None
+    if op not in KERNEL_MODULES:
+        reason = "this op has no Triton kernel yet"
+    elif impl == "reference":
+        reason = "requested"
+    elif device != "cuda" and impl == "auto":
+        reason = "no cuda"
+    else:
+        if importlib.util.find_spec("triton") is None:
+            reason = 'impl="triton" needs the triton package, which is not installed'
+        elif device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            reason = (
+                f'impl="triton" needs cuda tensors, got {device} (TRITON_INTERPRET=1 runs the interpreter)'
+            )
+        else:
+            reason = unsupported
+        require(impl != "triton" or reason is None, f"{name}: {reason}")
     if reason is None:
-        _report(op, "triton", "requested" if impl == "triton" else "tensors are on cuda")
-        return getattr(importlib.import_module(f"pmf.kernels.{KERNEL_MODULES[op]}"), op)
-    _report(op, "reference", reason)
-    return getattr(reference, op)
+        _report(name, "triton", "requested" if impl == "triton" else "tensors are on cuda")
+        if op not in _kernels:
+            _kernels[op] = getattr(importlib.import_module(f"pmf.kernels.{KERNEL_MODULES[op]}"), op)
+        return True
+    _report(name, "reference", reason)
+    return False
+
+
+def _choose(
+    op: str, impl: str | None, tensors: tuple[Tensor | None, ...], limit: str | None = None
+) -> Callable:
+    """The function that computes `op` on these tensors.
+
+    `limit` says what else about them the kernel cannot take.
+    """
+    device = next(t.device.type for t in tensors if t is not None)
+    unsupported = limit or (_unsupported(op, tensors) if op in KERNEL_MODULES else None)
+    return _kernels[op] if _use_triton(op, impl, device, unsupported) else getattr(reference, op)
+
+
+def _width_limit(x: Tensor) -> str | None:
+    width = x.shape[-1]
+    if width <= KERNEL_MAX_WIDTH:
+        return None
+    return f'width must be at most {KERNEL_MAX_WIDTH} with impl="triton", got {width}'
 
 
 def _shape(op: str, name: str, tensor: Tensor, *expected: int | None) -> None:
@@ -86,9 +138,7 @@ def _tangents(op: str, names: str, primals: tuple, tangents: tuple) -> None:
     """
     entries = names.split()
     require(len(primals) == len(entries), f"{op}: expected {len(entries)} primals, got {len(primals)}")
-    require(
-        len(tangents) == len(entries), f"{op}: expected {len(entries)} tangents, got {len(tangents)}"
-    )
+    require(len(tangents) == len(entries), f"{op}: expected {len(entries)} tangents, got {len(tangents)}")
     rows = reference.tangent_rows(tangents)
     for entry, primal, tangent in zip(entries, primals, tangents, strict=True):
         if tangent is None:
@@ -96,6 +146,7 @@ def _tangents(op: str, names: str, primals: tuple, tangents: tuple) -> None:
         name = entry.rstrip("*")
         require(entry.endswith("*"), f"{op}: {name} takes no tangent, got one; expected None")
         require(primal is not None, f"{op}: {name} is absent, so its tangent must be None")
+        require(primal.ndim > 1, f"{op}: {name} per channel takes no tangent; expand it to [B, C]")
         _shape(op, f"{name}'s tangent", tangent, rows, *primal.shape[1:])
         require(
             rows <= primal.shape[0],
@@ -142,7 +193,7 @@ def norm_modulate_dual(primals, tangents, *, kind="rms", eps=1e-6, impl=None):
     _shape(op, "x", x, None, None, None)
     _modulation(op, x, weight=weight, scale=scale, shift=shift)
     require(kind in ("rms", "layer"), f'{op}: kind must be "rms" or "layer", got {kind!r}')
-    run = _choose("norm_modulate_dual", impl, x.device)
+    run = _choose("norm_modulate_dual", impl, primals, _width_limit(x))
     return run(primals, tangents, kind=kind, eps=eps, out_dtype=_activation_dtype(x))
 
 
@@ -171,7 +222,7 @@ def residual_norm_modulate_dual(primals, tangents, *, kind="rms", eps=1e-6, impl
     _shape(op, "branch", branch, *x.shape)
     _modulation(op, x, gate=gate, weight=weight, scale=scale, shift=shift)
     require(kind in ("rms", "layer"), f'{op}: kind must be "rms" or "layer", got {kind!r}')
-    run = _choose("residual_norm_modulate_dual", impl, x.device)
+    run = _choose("residual_norm_modulate_dual", impl, primals, _width_limit(x))
     return run(primals, tangents, kind=kind, eps=eps, out_dtype=_activation_dtype(x))
 
 
@@ -207,7 +258,7 @@ def qk_norm_rope_dual(primals, tangents, *, prefix_length=0, eps=1e-6, impl=None
     _shape(op, "k_weight", k_weight, head_dim)
     _shape(op, "cos", cos, length - prefix_length, head_dim // 2)
     _shape(op, "sin", sin, length - prefix_length, head_dim // 2)
-    run = _choose("qk_norm_rope_dual", impl, qkv.device)
+    run = _choose("qk_norm_rope_dual", impl, primals)
     return run(primals, tangents, prefix_length=prefix_length, eps=eps)
 
 
@@ -232,7 +283,7 @@ def attention_dual(primals, tangents, *, scale=None, impl=None):
     _shape(op, "q", q, None, None, None, None)
     _shape(op, "k", k, q.shape[0], None, *q.shape[2:])
     _shape(op, "v", v, *k.shape)
-    run = _choose("attention_dual", impl, q.device)
+    run = _choose("attention_dual", impl, primals)
     return run(primals, tangents, scale=scale)
 
 
@@ -251,7 +302,7 @@ def swiglu_dual(primals, tangents, *, impl=None):
     (x,) = primals
     _shape(op, "x", x, None, None, None)
     require(x.shape[-1] % 2 == 0, f"{op}: x must have an even last dimension, got {x.shape[-1]}")
-    return _choose("swiglu_dual", impl, x.device)(primals, tangents)
+    return _choose("swiglu_dual", impl, primals)(primals, tangents)
 
 
 def patch_embed(images, weight1, bias1, weight2, bias2, positions, prefix=None, *, impl=None) -> Tensor:
@@ -288,7 +339,7 @@ def patch_embed_dual(primals, tangents, *, impl=None):
         _shape(op, "prefix", prefix, batch, None, outer)
         prefix_length = prefix.shape[1]
     _shape(op, "positions", positions, prefix_length + (height // patch) * (width // patch), outer)
-    return _choose("patch_embed_dual", impl, images.device)(primals, tangents)
+    return _choose("patch_embed_dual", impl, primals)(primals, tangents)
 
 
 def pmf_objective(
@@ -336,7 +387,7 @@ def pmf_objective(
     )
     for name, value in (("t", t), ("h", h), ("guidance", guidance), ("null_index", null_index)):
         _shape(op, name, value, batch)
-    run = _choose("pmf_objective", impl, z.device)
+    run = _choose("pmf_objective", impl, (z, net_u, net_v))
     return run(
         net_u,
         net_v,

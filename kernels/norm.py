@@ -1,0 +1,429 @@
+"""Normalise and modulate, alone or behind a gated residual: `norm_modulate`, `residual_norm_modulate`.
+
+    x_new = x + gate branch                        x_new_dot = x_dot + gate branch_dot + gate_dot branch
+    n     = (x_new - mu) rstd                      n_dot     = rstd (c_dot - n mean(n c_dot))
+    y     = n weight (1 + scale) + shift           y_dot     = n_dot weight (1 + scale)
+                                                               + n weight scale_dot + shift_dot
+
+mu = 0 for "rms"; c_dot = x_new_dot, minus its mean for "layer". Without a branch, x_new = x. Everything
+between reading and writing is float32; x_new is rounded to the dtype of x before it is normalised.
+
+Backward, with f = weight (1 + scale) and dx_new the gradient that reaches x_new from elsewhere:
+
+    dx = dx_new + rstd (c - n mean(n c)), c = f dy (minus its mean)      dbranch = gate dx
+    A = sum over tokens of n dy:  dscale = weight A, dweight = sum over samples of (1 + scale) A
+    dshift = sum of dy            dgate = sum of dx branch
+
+Sums over tokens: every program adds up its share of one sample in registers and writes it to a row of
+a partial buffer; the rows are summed afterwards, in a fixed order.
+
+Saved: x_new (x without a branch), branch where gate needs a gradient, the parameters, and rstd (for
+"layer" mu too) as float32: 4 or 8 bytes a row. Nothing is saved for tangents.
+
+Bytes moved a row of C values, x of e_x bytes, y of e_y, branch of e_b; all of it is the minimum but for
+the partial sums (2% at pMF's shapes) and vectors per channel or sample, read once for every tile:
+    norm_modulate            forward C (e_x + e_y), twice that with a tangent
+                             backward C (2 e_x + e_y)
+    residual_norm_modulate   forward C (2 e_x + e_b + e_y), twice that with a tangent
+                             backward C (3 e_x + 2 e_b + e_y), one e_b less where gate needs no gradient
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pmf.kernels import registration
+from pmf.kernels.registration import Chip, absent, present
+from pmf.kernels.tiles import load_vector, normalise, normalise_dot
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows and (padded) columns of the tile a program works on at a time."""
+
+    rows: int
+    block: int
+    warps: int
+
+
+def forward_tile(width: int, chip: Chip) -> Tile:
+    """8 values a thread and operand: one 16-byte load of bfloat16, two of float32.
+
+    With a tangent and a branch that is four operands in flight, enough to hide the latency of HBM at
+    half occupancy. Rows wider than 4096 take more values a thread instead of more than 16 warps.
+    """
+    block = registration.power_of_two(width)
+    if chip.interpreted:
+        return Tile(32, block, 1)
+    warps = min(max(block // 256, 4), 16)
+    return Tile(max(256 * warps // block, 1), block, warps)
+
+
+def backward_tile(width: int, length: int, samples: int, chip: Chip) -> tuple[Tile, int]:
+    """The forward's tile, and the programs a sample is shared by.
+
+    Every program writes up to three rows of partial sums, so there should be few; eight warps' worth
+    of programs for each scheduler keep the chip busy.
+    """
+    tile = forward_tile(width, chip)
+    wanted = triton.cdiv(chip.processors * 32 // tile.warps, max(samples, 1))
+    return tile, max(min(wanted, triton.cdiv(length, tile.rows)), 1)
+
+
+@triton.jit
+def _forward(
+    p_x, p_branch, p_gate, p_weight, p_scale, p_shift,
+    p_x_dot, p_branch_dot, p_gate_dot, p_scale_dot, p_shift_dot,
+    p_x_new, p_y, p_x_new_dot, p_y_dot, p_stats,
+    length, first_dot, eps,
+    STRIDES: tl.constexpr, C: tl.constexpr, LAYER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """ROWS tokens of one sample. STRIDES: from sample to sample of gate, scale, shift and their tangents."""
+    tiles = tl.cdiv(length, ROWS)
+    i_b = (tl.program_id(0) // tiles).to(tl.int64)
+    i_s = tl.program_id(0) % tiles * ROWS
+    STATISTICS: tl.constexpr = 2 if LAYER else 1
+    i_r, i_c = tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    m_r = i_s + i_r < length
+    m_c = (i_c < C)[None, :]
+    mask = m_r[:, None] & m_c
+    i_tile = i_r[:, None] * C + i_c[None, :]
+    i_row = i_b * length + i_s
+
+    b_x = tl.load(p_x + i_row * C + i_tile, mask=mask, other=0.0).to(tl.float32)
+    if p_branch is not None:
+        b_branch = tl.load(p_branch + i_row * C + i_tile, mask=mask, other=0.0).to(tl.float32)
+        b_gate = load_vector(p_gate + i_b * STRIDES[0], i_c, C)
+        b_x_new = (b_x + b_gate * b_branch).to(p_x_new.dtype.element_ty)
+        tl.store(p_x_new + i_row * C + i_tile, b_x_new, mask=mask)
+        b_x = b_x_new.to(tl.float32)
+
+    b_n, b_mean, b_rstd = normalise(b_x, m_c, eps, C, LAYER)
+    p_row = p_stats + (i_row + i_r[:, None]) * STATISTICS
+    tl.store(p_row, b_rstd, mask=m_r[:, None])
+    if LAYER:
+        tl.store(p_row + 1, b_mean, mask=m_r[:, None])
+
+    # Up to here b_weighted is n weight; scale_dot multiplies that.
+    b_weighted = b_n
+    b_factor = tl.full([1, BLOCK], 1.0, tl.float32)
+    if p_weight is not None:
+        b_factor = load_vector(p_weight, i_c, C)
+        b_weighted = b_n * b_factor
+    b_y = b_weighted
+    if p_scale is not None:
+        b_one_plus = 1.0 + load_vector(p_scale + i_b * STRIDES[1], i_c, C)
+        b_factor = b_factor * b_one_plus
+        b_y = b_y * b_one_plus
+    if p_shift is not None:
+        b_y += load_vector(p_shift + i_b * STRIDES[2], i_c, C)
+    tl.store(p_y + i_row * C + i_tile, b_y.to(p_y.dtype.element_ty), mask=mask)
+
+    if p_y_dot is not None:
+        if i_b >= first_dot:
+            i_b_dot = i_b - first_dot
+            i_row_dot = i_b_dot * length + i_s
+            b_y_dot = tl.zeros([ROWS, BLOCK], tl.float32)
+            b_x_dot = tl.zeros([ROWS, BLOCK], tl.float32)
+            if p_x_dot is not None:
+                b_x_dot = tl.load(p_x_dot + i_row_dot * C + i_tile, mask=mask, other=0.0).to(tl.float32)
+            if p_branch_dot is not None:
+                p_tile = p_branch_dot + i_row_dot * C + i_tile
+                b_x_dot += b_gate * tl.load(p_tile, mask=mask, other=0.0).to(tl.float32)
+            if p_gate_dot is not None:
+                b_x_dot += load_vector(p_gate_dot + i_b_dot * STRIDES[3], i_c, C) * b_branch
+            if p_x_new_dot is not None:
+                b_x_new_dot = b_x_dot.to(p_x_new_dot.dtype.element_ty)
+                tl.store(p_x_new_dot + i_row_dot * C + i_tile, b_x_new_dot, mask=mask)
+                b_x_dot = b_x_new_dot.to(tl.float32)
+            if (p_x_dot is not None) or (p_x_new_dot is not None):
+                b_y_dot = normalise_dot(b_n, b_rstd, b_x_dot, m_c, C, LAYER) * b_factor
+            if p_scale_dot is not None:
+                b_y_dot += b_weighted * load_vector(p_scale_dot + i_b_dot * STRIDES[4], i_c, C)
+            if p_shift_dot is not None:
+                b_y_dot += load_vector(p_shift_dot + i_b_dot * STRIDES[5], i_c, C)
+            tl.store(p_y_dot + i_row_dot * C + i_tile, b_y_dot.to(p_y_dot.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _backward(
+    p_dy, p_dx_new, p_x_new, p_branch, p_gate, p_weight, p_scale, p_stats,
+    p_dx, p_dbranch, p_sum_ndy, p_sum_dy, p_sum_dgate,
+    length, chunk,
+    STRIDES: tl.constexpr, C: tl.constexpr, LAYER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`chunk` tokens of one sample, ROWS at a time; sums over them go to row program_id of the buffers."""
+    chunks = tl.cdiv(length, chunk)
+    i_program = tl.program_id(0).to(tl.int64)
+    i_b = i_program // chunks
+    start = (i_program % chunks).to(tl.int32) * chunk
+    stop = tl.minimum(start + chunk, length)
+    STATISTICS: tl.constexpr = 2 if LAYER else 1
+    i_r, i_c = tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    m_c = (i_c < C)[None, :]
+    i_tile = i_r[:, None] * C + i_c[None, :]
+
+    b_factor = tl.full([1, BLOCK], 1.0, tl.float32)
+    if p_weight is not None:
+        b_factor = load_vector(p_weight, i_c, C)
+    if p_scale is not None:
+        b_factor = b_factor * (1.0 + load_vector(p_scale + i_b * STRIDES[1], i_c, C))
+    b_sum_ndy = tl.zeros([ROWS, BLOCK], tl.float32)
+    b_sum_dy = tl.zeros([ROWS, BLOCK], tl.float32)
+    b_sum_dgate = tl.zeros([ROWS, BLOCK], tl.float32)
+
+    for i_s in range(start, stop, ROWS):
+        i_row = i_b * length + i_s
+        m_r = (i_s + i_r < stop)[:, None]
+        mask = m_r & m_c
+        b_dy = tl.load(p_dy + i_row * C + i_tile, mask=mask, other=0.0).to(tl.float32)
+        b_n = tl.load(p_x_new + i_row * C + i_tile, mask=mask, other=0.0).to(tl.float32)
+        p_row = p_stats + (i_row + i_r[:, None]) * STATISTICS
+        b_rstd = tl.load(p_row, mask=m_r, other=0.0)
+        if LAYER:
+            b_mean = tl.load(p_row + 1, mask=m_r, other=0.0)
+            b_n = tl.where(mask, b_n - b_mean, 0.0)
+        b_n = b_n * b_rstd
+        b_dx = normalise_dot(b_n, b_rstd, b_dy * b_factor, m_c, C, LAYER)
+        if p_dx_new is not None:
+            b_dx += tl.load(p_dx_new + i_row * C + i_tile, mask=mask, other=0.0).to(tl.float32)
+        tl.store(p_dx + i_row * C + i_tile, b_dx.to(p_dx.dtype.element_ty), mask=mask)
+        if p_dbranch is not None:
+            b_dbranch = b_dx * load_vector(p_gate + i_b * STRIDES[0], i_c, C)
+            tl.store(p_dbranch + i_row * C + i_tile, b_dbranch.to(p_dbranch.dtype.element_ty), mask=mask)
+        if p_sum_ndy is not None:
+            b_sum_ndy += b_n * b_dy
+        if p_sum_dy is not None:
+            b_sum_dy += b_dy
+        if p_sum_dgate is not None:
+            p_tile = p_branch + i_row * C + i_tile
+            b_sum_dgate += b_dx * tl.load(p_tile, mask=mask, other=0.0).to(tl.float32)
+
+    if p_sum_ndy is not None:
+        tl.store(p_sum_ndy + i_program * C + i_c, tl.sum(b_sum_ndy, 0), mask=i_c < C)
+    if p_sum_dy is not None:
+        tl.store(p_sum_dy + i_program * C + i_c, tl.sum(b_sum_dy, 0), mask=i_c < C)
+    if p_sum_dgate is not None:
+        tl.store(p_sum_dgate + i_program * C + i_c, tl.sum(b_sum_dgate, 0), mask=i_c < C)
+
+
+def _strides(*modulations: Tensor | None) -> tuple[int, ...]:
+    """Steps from sample to sample: 0 where there is one vector for all."""
+    return tuple(m.stride(0) if m is not None and m.ndim == 2 else 0 for m in modulations)
+
+
+def _unit(modulation: Tensor | None) -> Tensor | None:
+    """A modulation whose channels lie side by side; samples may be any step apart."""
+    return modulation if modulation is None or modulation.stride(-1) == 1 else modulation.contiguous()
+
+
+def _allocate_forward(
+    x, branch, gate, weight, scale, shift,
+    x_dot, branch_dot, gate_dot, scale_dot, shift_dot, layer, eps, out_dtype,
+):  # fmt: skip
+    """x_new, y, x_new_dot, y_dot and the statistics [B, S, 1 or 2]; see `absent` for those not needed."""
+    samples, length, width = x.shape
+    dots = (x_dot, branch_dot, gate_dot, scale_dot, shift_dot)
+    rows = samples - registration.first_dot(samples, *dots)
+
+    def like(wanted: bool, samples: int, dtype: torch.dtype) -> Tensor:
+        return x.new_empty(samples, length, width, dtype=dtype) if wanted else absent(x)
+
+    x_new_has_dot = branch is not None and any(dot is not None for dot in dots[:3])
+    return (
+        like(branch is not None, samples, x.dtype),
+        like(True, samples, out_dtype),
+        like(x_new_has_dot, rows, x.dtype),
+        like(any(dot is not None for dot in dots), rows, out_dtype),
+        x.new_empty(samples, length, 2 if layer else 1, dtype=torch.float32),
+    )
+
+
+def _run_forward(
+    x, branch, gate, weight, scale, shift,
+    x_dot, branch_dot, gate_dot, scale_dot, shift_dot, layer, eps, out_dtype,
+):  # fmt: skip
+    streams = (x, branch, x_dot, branch_dot)
+    x, branch, x_dot, branch_dot = (None if s is None else s.contiguous() for s in streams)
+    modulations = [_unit(m) for m in (gate, scale, shift, gate_dot, scale_dot, shift_dot)]
+    gate, scale, shift, gate_dot, scale_dot, shift_dot = modulations
+    dots = (x_dot, branch_dot, gate_dot, scale_dot, shift_dot)
+    outputs = _allocate_forward(x, branch, gate, weight, scale, shift, *dots, layer, eps, out_dtype)
+    x_new, y, x_new_dot, y_dot, stats = outputs
+    samples, length, width = x.shape
+    tile = forward_tile(width, registration.chip(x.device))
+    registration.launch(
+        _forward, samples * triton.cdiv(length, tile.rows),
+        x, branch, gate, weight, scale, shift, *dots,
+        present(x_new, branch is not None), y,
+        present(x_new_dot, x_new_dot.numel() > 0), present(y_dot, y_dot.numel() > 0), stats,
+        length, registration.first_dot(samples, *dots), eps,
+        STRIDES=_strides(*modulations), C=width, LAYER=layer, ROWS=tile.rows, BLOCK=tile.block,
+        num_warps=tile.warps,
+    )  # fmt: skip
+    return outputs
+
+
+def _fake_backward(dy, dx_new, x_new, branch, gate, weight, scale, shift, stats, branch_dtype, layer, needs):
+    """dx, dbranch, dgate, dweight, dscale, dshift; `needs` says which of the last four to compute."""
+    parameters = zip((gate, weight, scale, shift), needs, strict=True)
+    return (
+        torch.empty_like(x_new, memory_format=torch.contiguous_format),
+        x_new.new_empty(x_new.shape if gate is not None else 0, dtype=branch_dtype),
+        *(p.new_empty(p.shape) if need else absent(x_new) for p, need in parameters),
+    )
+
+
+def _run_backward(dy, dx_new, x_new, branch, gate, weight, scale, shift, stats, branch_dtype, layer, needs):
+    need_gate, need_weight, need_scale, need_shift = needs
+    dy, x_new = dy.contiguous(), x_new.contiguous()
+    dx_new, branch = (None if t is None else t.contiguous() for t in (dx_new, branch))
+    gate, scale = _unit(gate), _unit(scale)
+    samples, length, width = x_new.shape
+    dx = torch.empty_like(x_new)
+    dbranch = x_new.new_empty(x_new.shape if gate is not None else 0, dtype=branch_dtype)
+    tile, programs = backward_tile(width, length, samples, registration.chip(dy.device))
+    chunk = triton.cdiv(triton.cdiv(length, programs), tile.rows) * tile.rows if length else 1
+    programs = triton.cdiv(length, chunk)
+    wanted = (need_weight or need_scale, need_shift, need_gate)
+    partial = x_new.new_empty(sum(wanted), samples, programs, width, dtype=torch.float32)
+    buffers = iter(partial)
+    ndy, sum_dy, sum_dgate = (next(buffers) if want else None for want in wanted)
+    registration.launch(
+        _backward, samples * programs,
+        dy, dx_new, x_new, branch, gate, weight, scale, stats,
+        dx, present(dbranch, gate is not None), ndy, sum_dy, sum_dgate,
+        length, chunk,
+        STRIDES=_strides(gate, scale), C=width, LAYER=layer, ROWS=tile.rows, BLOCK=tile.block,
+        num_warps=tile.warps,
+    )  # fmt: skip
+
+    if ndy is not None:
+        # With a scale per sample, the weight's gradient needs the sums of every sample.
+        ndy = ndy.sum(1) if scale is not None and scale.ndim == 2 else ndy.sum((0, 1))
+    dweight = dscale = dgate = dshift = absent(dx)
+    if need_weight:
+        dweight = _like(weight, ndy if scale is None else ndy * (1 + scale.float()))
+    if need_scale:
+        dscale = _like(scale, ndy if weight is None else ndy * weight.float())
+    if need_shift:
+        dshift = _like(shift, sum_dy.sum(1))
+    if need_gate:
+        dgate = _like(gate, sum_dgate.sum(1))
+    return dx, dbranch, dgate, dweight, dscale, dshift
+
+
+def _like(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient in the parameter's dtype, summed over samples where the parameter serves all of them."""
+    gradient = gradient.sum(0) if gradient.ndim > parameter.ndim else gradient
+    return gradient.to(parameter.dtype)
+
+
+_PARAMETERS = "Tensor? gate, Tensor? weight, Tensor? scale, Tensor? shift"
+_norm_forward = registration.define(
+    f"norm_forward(Tensor x, Tensor? branch, {_PARAMETERS}, Tensor? x_dot, Tensor? branch_dot, "
+    "Tensor? gate_dot, Tensor? scale_dot, Tensor? shift_dot, bool layer, float eps, ScalarType out_dtype) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _run_forward,
+    _allocate_forward,
+)
+_norm_backward = registration.define(
+    f"norm_backward(Tensor dy, Tensor? dx_new, Tensor x_new, Tensor? branch, {_PARAMETERS}, Tensor stats, "
+    "ScalarType branch_dtype, bool layer, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _run_backward,
+    _fake_backward,
+)
+
+
+class _Norm(torch.autograd.Function):
+    """(x, branch, gate, weight, scale, shift, tangents of all but weight, options) -> `_allocate_forward`."""
+
+    @staticmethod
+    def forward(*inputs):
+        return _norm_forward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        x, branch, gate, weight, scale, shift = inputs[:6]
+        x_new, _, x_new_dot, y_dot, stats = outputs
+        ctx.layer, _, ctx.out_dtype = inputs[11:]
+        ctx.branch_dtype = x.dtype if branch is None else branch.dtype
+        ctx.needs = list(ctx.needs_input_grad[2:6])
+        ctx.set_materialize_grads(False)
+        alone = branch is None
+        ctx.mark_non_differentiable(*((x_new,) if alone else ()), x_new_dot, y_dot, stats)
+        ctx.save_for_backward(
+            x if alone else x_new, branch if ctx.needs[0] else None, gate, weight, scale, shift, stats
+        )
+
+    @staticmethod
+    def backward(ctx, dx_new, dy, *_):
+        x_new, branch, gate, weight, scale, shift, stats = ctx.saved_tensors
+        if gate is None:
+            dx_new = None  # compilers hand in an empty tensor for the absent x_new
+        if dy is None:
+            dy = torch.zeros_like(x_new, dtype=ctx.out_dtype)
+        dx, dbranch, *parameters = _norm_backward(
+            dy,
+            dx_new,
+            x_new,
+            branch,
+            gate,
+            weight,
+            scale,
+            shift,
+            stats,
+            ctx.branch_dtype,
+            ctx.layer,
+            ctx.needs,
+        )
+        dparameters = (present(d, need) for d, need in zip(parameters, ctx.needs, strict=True))
+        return dx, present(dbranch, gate is not None), *dparameters, *(None,) * 8
+
+
+def _per_sample(dot: Tensor | None, samples: int) -> Tensor | None:
+    """The tangent of a modulation [C] (which only forward-mode differentiation gives) as [B, C]."""
+    return dot.expand(samples, -1) if dot is not None and dot.ndim == 1 else dot
+
+
+def residual_norm_modulate_dual(primals, tangents, *, kind, eps, out_dtype):
+    """Triton's `pmf.ops.residual_norm_modulate_dual`: ((x_new, y), (x_new_dot, y_dot))."""
+
+    def compute(primals, tangents):
+        x_dot, branch_dot, gate_dot, _, scale_dot, shift_dot = tangents
+        gate_dot, scale_dot, shift_dot = (
+            _per_sample(dot, primals[0].shape[0]) for dot in (gate_dot, scale_dot, shift_dot)
+        )
+        dots = (x_dot, branch_dot, gate_dot, scale_dot, shift_dot)
+        x_new, y, x_new_dot, y_dot, _ = _Norm.apply(*primals, *dots, kind == "layer", eps, out_dtype)
+        moves = any(dot is not None for dot in dots[:3])
+        return (x_new, y), (
+            present(x_new_dot, moves),
+            present(y_dot, moves or scale_dot is not None or shift_dot is not None),
+        )
+
+    names = "x* branch* gate* weight scale* shift*"
+    return registration.run_dual("residual_norm_modulate", names, compute, primals, tangents)
+
+
+def norm_modulate_dual(primals, tangents, *, kind, eps, out_dtype):
+    """Triton's `pmf.ops.norm_modulate_dual`: (y, y_dot)."""
+
+    def compute(primals, tangents):
+        x, *parameters = primals
+        x_dot, _, scale_dot, shift_dot = tangents
+        scale_dot, shift_dot = (_per_sample(dot, x.shape[0]) for dot in (scale_dot, shift_dot))
+        dots = (x_dot, None, None, scale_dot, shift_dot)
+        _, y, _, y_dot, _ = _Norm.apply(x, None, None, *parameters, *dots, kind == "layer", eps, out_dtype)
+        return (y,), (present(y_dot, any(dot is not None for dot in dots)),)
+
+    (y,), (y_dot,) = registration.run_dual(
+        "norm_modulate", "x* weight scale* shift*", compute, primals, tangents
+    )
+    return y, y_dot

@@ -1,0 +1,139 @@
+"""How a kernel becomes an operator: registration, launch, forward mode, and the chip it runs on.
+
+An op family is a `torch.autograd.Function` over raw operators `pmf::<name>`: one for value and
+tangent, one for the gradients. Compilers see the raw operators as opaque calls with a fake
+(shape-only) version. The Function has no forward-mode rule on purpose: Dynamo drops such rules, so
+`run_dual` takes dual tensors apart itself, in eager mode only, and puts them together again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_LIBRARY = torch.library.Library("pmf", "FRAGMENT")
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What launch configurations depend on."""
+
+    capability: int
+    """Compute capability times ten: 80, 90, 100; 0 for Triton's interpreter."""
+    processors: int
+    """Number of streaming multiprocessors."""
+
+    @property
+    def interpreted(self) -> bool:
+        """Triton's interpreter, where a program costs milliseconds whatever the size of its tile."""
+        return self.capability == 0
+
+
+@functools.cache
+def _cuda_chip(index: int) -> Chip:
+    properties = torch.cuda.get_device_properties(index)
+    return Chip(10 * properties.major + properties.minor, properties.multi_processor_count)
+
+
+def chip(device: torch.device) -> Chip:
+    """The chip behind `device`."""
+    if device.type != "cuda":
+        return Chip(0, 1)
+    return _cuda_chip(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def launch(kernel, grid: int, *arguments, **options) -> None:
+    """Run `grid` programs of a kernel; an empty grid is no work."""
+    if grid > 0:
+        kernel[(grid,)](*arguments, **options)
+
+
+def define(schema: str, run: Callable, fake: Callable) -> Callable:
+    """Register the operator `pmf::<schema>`, computed by `run`, and return it.
+
+    `fake` computes the same shapes, dtypes and strides without data. Gradients belong to the
+    autograd.Function around the operator: asking the bare operator for them raises.
+    """
+    name = schema.partition("(")[0]
+
+    def on_its_device(*arguments):
+        device = next(a.device for a in arguments if isinstance(a, Tensor))
+        guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        with guard:
+            return run(*arguments)
+
+    def refuse(context, *gradients):
+        raise RuntimeError(
+            f"pmf::{name}: its gradient was lost, because torch.func.grad or vjp ran inside torch.compile; "
+            "use loss.backward() or torch.autograd.grad there"
+        )
+
+    _LIBRARY.define(schema)
+    for key in ("CUDA", "CPU"):
+        _LIBRARY.impl(name, on_its_device, key)
+    torch.library.register_fake(f"pmf::{name}", fake, lib=_LIBRARY)
+    torch.library.register_autograd(f"pmf::{name}", refuse, lib=_LIBRARY)
+    return getattr(torch.ops.pmf, name).default
+
+
+def run_dual(op: str, names: str, compute: Callable, primals: tuple, tangents: tuple) -> tuple:
+    """`compute(primals, tangents)`, a tuple of values and one of tangents, also for dual tensors.
+
+    `names` lists the primals; those with a * take a tangent.
+
+    Inside `torch.func.jvp` or `torch.autograd.forward_ad`, primals that are dual tensors are taken
+    apart and the values returned as dual tensors. Errors: inside a compiled function, which would
+    drop the tangent (pytorch issue 192985).
+    """
+    if forward_ad._current_level < 0:
+        return compute(primals, tangents)
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{op}: torch.compile would lose the tangents of forward-mode differentiation "
+            f"(torch.func.jvp, forward_ad); call {op}_dual with explicit tangents"
+        )
+    duals = [(None, None) if p is None else forward_ad.unpack_dual(p) for p in primals]
+    found = tuple(tangent for _, tangent in duals)
+    if all(tangent is None for tangent in found):
+        return compute(primals, tangents)
+    for name, tangent in zip(names.split(), found, strict=True):
+        if tangent is not None and not name.endswith("*"):
+            raise RuntimeError(f"{op}: {name} takes no tangent, got a dual tensor")
+    if any(tangent is not None for tangent in tangents):
+        raise RuntimeError(f"{op}: got explicit tangents and dual tensors; expected one or the other")
+    values, dots = compute(tuple(primal for primal, _ in duals), found)
+    pairs = zip(values, dots, strict=True)
+    return tuple(v if dot is None else forward_ad.make_dual(v, dot) for v, dot in pairs), (None,) * len(dots)
+
+
+def absent(like: Tensor) -> Tensor:
+    """What an operator returns in place of an output that was not asked for."""
+    return like.new_empty(0)
+
+
+def present(output: Tensor, asked: bool) -> Tensor | None:
+    """The output, or None where it was not asked for."""
+    return output if asked else None
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x [..., C] as [rows, C] with unit stride along C; a copy only where no view can say it."""
+    rows = x.flatten(0, -2)
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def first_dot(samples: int, *tangents: Tensor | None) -> int:
+    """The first sample that carries a tangent; tangents cover the last ones."""
+    return samples - next((tangent.shape[0] for tangent in tangents if tangent is not None), 0)
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of two that is at least `size`: tiles have such sides."""
+    return triton.next_power_of_2(size)

@@ -1,0 +1,64 @@
+"""Tile mathematics shared by the kernels, in float32. Columns of a tile beyond its width hold zero."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_vector(p_vector, i_c, C: tl.constexpr):
+    """Values i_c of a vector of length C, as [1, BLOCK] float32."""
+    return tl.load(p_vector + i_c, mask=i_c < C, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def row_mean(b_x, C: tl.constexpr):
+    """Mean over C columns: [R, BLOCK] -> [R, 1]."""
+    return (tl.sum(b_x, 1) * (1.0 / C))[:, None]
+
+
+@triton.jit
+def centre(b_x, m_c, C: tl.constexpr, LAYER: tl.constexpr):
+    """b_x - mean(b_x) for LAYER, else b_x; and the mean."""
+    b_mean = tl.zeros([b_x.shape[0], 1], tl.float32)
+    if LAYER:
+        b_mean = row_mean(b_x, C)
+        b_x = tl.where(m_c, b_x - b_mean, 0.0)
+    return b_x, b_mean
+
+
+@triton.jit
+def normalise(b_x, m_c, eps, C: tl.constexpr, LAYER: tl.constexpr):
+    """n = (x - mu) / sqrt(mean((x - mu)^2) + eps) of every row, mu and 1 / sqrt(...), [R, 1] each."""
+    b_x, b_mean = centre(b_x, m_c, C, LAYER)
+    b_rstd = tl.rsqrt(row_mean(b_x * b_x, C) + eps)
+    return b_x * b_rstd, b_mean, b_rstd
+
+
+@triton.jit
+def normalise_dot(b_n, b_rstd, b_x_dot, m_c, C: tl.constexpr, LAYER: tl.constexpr):
+    """n_dot = rstd (c_dot - n mean(n c_dot)), c_dot = x_dot - mean(x_dot) for LAYER, else x_dot.
+
+    The map is symmetric, so the same function takes the gradient of n to that of x.
+    """
+    b_c_dot, _ = centre(b_x_dot, m_c, C, LAYER)
+    return b_rstd * (b_c_dot - b_n * row_mean(b_n * b_c_dot, C))
+
+
+@triton.jit
+def silu(b_a):
+    """silu(a) = a sigmoid(a), and its derivative."""
+    b_sigmoid = tl.sigmoid(b_a)
+    b_silu = b_a * b_sigmoid
+    return b_silu, b_sigmoid + b_silu * (1.0 - b_sigmoid)
+
+
+@triton.jit
+def rotate(b_x, b_cos, b_sin):
+    """Turn the adjacent pairs (a, b) of every row: (a cos - b sin, a sin + b cos). [R, D]; [R, D / 2]."""
+    R: tl.constexpr = b_x.shape[0]
+    D: tl.constexpr = b_x.shape[1]
+    b_a, b_b = tl.split(tl.reshape(b_x, [R, D // 2, 2]))
+    b_turned = tl.join(b_a * b_cos - b_b * b_sin, b_a * b_sin + b_b * b_cos)
+    return tl.reshape(b_turned, [R, D])

@@ -1,0 +1,165 @@
+"""The correctness budget of the kernels, and what every op must do besides: compile, forward mode, errors.
+
+Truth is the reference in float64 on the same (already rounded) inputs. A kernel may be off by twice
+the error of the reference in the kernel's own precision, plus one rounding step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+
+import torch
+from torch import Tensor
+
+from pmf import ops
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def generator(*seed) -> torch.Generator:
+    """A generator that depends on nothing but `seed`."""
+    return torch.Generator().manual_seed(zlib.crc32(repr(seed).encode()))
+
+
+def randn(*shape: int, gen: torch.Generator, dtype=torch.float32, mean=0.0) -> Tensor:
+    """Normal values rounded to dtype."""
+    return (torch.randn(*shape, generator=gen) + mean).to(DEVICE, dtype)
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same values as a view with gaps between samples, rows and (for wide tensors) columns."""
+    wide = x.new_full((*x.shape[:-1], x.shape[-1] + 3), float("nan"))
+    view = wide[..., : x.shape[-1]]
+    view.copy_(x)
+    return view
+
+
+def within_budget(name: str, kernel: Tensor, reference: Tensor, truth: Tensor) -> None:
+    """Assert the budget, in the maximum norm and in the mean square."""
+    assert kernel.dtype == reference.dtype and kernel.shape == reference.shape, name
+    if kernel.numel() == 0:
+        return
+    step = torch.finfo(kernel.dtype).eps
+    truth = truth.double()
+    for norm in (lambda e: e.abs().max(), lambda e: e.square().mean().sqrt()):
+        error, allowed = norm(kernel.double() - truth), norm(reference.double() - truth)
+        bound = 2 * allowed + step * norm(truth)
+        # Written so that NaN fails.
+        assert error <= bound, f"{name}: error {error:.3g}, reference's {allowed:.3g}, bound {bound:.3g}"
+
+
+def _flat(outputs) -> list[Tensor | None]:
+    return list(outputs) if isinstance(outputs, tuple) else [outputs]
+
+
+def evaluate(op: str, primals, tangents, cotangents, *, impl: str, dtype=None, autocast=None, **options):
+    """Values, tangents and gradients of `<op>_dual`; `dtype` converts every input first."""
+
+    def leaf(p: Tensor | None) -> Tensor | None:
+        if p is None:
+            return None
+        # detach keeps strides: views reach the op as views.
+        return (p if dtype is None else p.to(dtype)).detach().requires_grad_()
+
+    primals = tuple(leaf(p) for p in primals)
+    tangents = tuple(t if t is None or dtype is None else t.to(dtype) for t in tangents)
+    context = contextlib.nullcontext() if autocast is None else torch.autocast(DEVICE, autocast)
+    with context:
+        values, dots = getattr(ops, f"{op}_dual")(primals, tangents, impl=impl, **options)
+    values, dots = _flat(values), _flat(dots)
+    if cotangents is None:
+        cotangents = [randn(*v.shape, gen=generator(op, i), dtype=v.dtype) for i, v in enumerate(values)]
+    given = [p for p in primals if p is not None]
+    converted = [c.to(v.dtype) for c, v in zip(cotangents, values, strict=True)]
+    gradients = torch.autograd.grad(values, given, converted, allow_unused=True)
+    assert not any(dot is not None and dot.requires_grad for dot in dots)
+    return values, dots, list(gradients), cotangents
+
+
+def check(op: str, primals, tangents, *, autocast=None, **options) -> None:
+    """Values, tangents and every gradient of the Triton op within the budget."""
+    low = evaluate(op, primals, tangents, None, impl="reference", autocast=autocast, **options)
+    true = evaluate(op, primals, tangents, low[3], impl="reference", dtype=torch.float64, **options)
+    mine = evaluate(op, primals, tangents, low[3], impl="triton", autocast=autocast, **options)
+    for what, kernel, reference, truth in zip(
+        ("value", "tangent", "gradient"), mine, low, true, strict=False
+    ):
+        for i, parts in enumerate(zip(kernel, reference, truth, strict=True)):
+            missing = [part is None for part in parts]
+            assert all(missing) or not any(missing), f"{what} {i} is None in some"
+            if parts[0] is not None:
+                within_budget(f"{op}: {what} {i}", *parts)
+
+
+def close(kernel, expected) -> None:
+    """The same computation on another path: equal bit for bit, None for None."""
+    for a, b in zip(_flat(kernel), _flat(expected), strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+def check_compiles(op: str, primals, tangents, **options) -> None:
+    """fullgraph compilation and activation checkpointing change no value, tangent or gradient."""
+    dual = getattr(ops, f"{op}_dual")
+
+    def run(*tensors):
+        n = len(primals)
+        values, dots = dual(tensors[:n], tensors[n:], impl="triton", **options)
+        return (*_flat(values), *(d for d in _flat(dots) if d is not None))
+
+    def outcome(function):
+        leaves = [None if p is None else p.detach().requires_grad_() for p in primals]
+        outputs = function(*leaves, *tangents)
+        recorded = [o for o in outputs if o.requires_grad]
+        given = [p for p in leaves if p is not None]
+        return (
+            *(o.detach() for o in outputs),
+            *torch.autograd.grad(sum(o.float().square().sum() for o in recorded), given, allow_unused=True),
+        )
+
+    expected = outcome(run)
+    torch._dynamo.reset()
+    close(outcome(torch.compile(run, backend="aot_eager", fullgraph=True)), expected)
+    close(outcome(lambda *t: torch.utils.checkpoint.checkpoint(run, *t, use_reentrant=False)), expected)
+
+
+def check_forward_mode(op: str, primals, moving: tuple[int, ...], **options) -> None:
+    """torch.func.jvp and forward_ad of the value op give the dual op's tangent; compilers must raise."""
+    import pytest
+    from torch.autograd import forward_ad
+
+    dual, value = getattr(ops, f"{op}_dual"), getattr(ops, op)
+    tangents = [None] * len(primals)
+    for i in moving:
+        tangents[i] = randn(*primals[i].shape, gen=generator(op, i), dtype=primals[i].dtype)
+    expected_values, expected = dual(primals, tuple(tangents), impl="triton", **options)
+
+    def of_moving(*parts):
+        arguments = list(primals)
+        for i, part in zip(moving, parts, strict=True):
+            arguments[i] = part
+        return value(*arguments, impl="triton", **options)
+
+    parts, dots = tuple(primals[i] for i in moving), tuple(tangents[i] for i in moving)
+    values, found = torch.func.jvp(of_moving, parts, dots)
+    close(values, expected_values)
+    close(found, expected)
+
+    with forward_ad.dual_level():
+        outputs = _flat(of_moving(*(forward_ad.make_dual(p, t) for p, t in zip(parts, dots, strict=True))))
+        close(tuple(forward_ad.unpack_dual(o).tangent for o in outputs), expected)
+
+    def tangent_of(*parts):
+        return torch.func.jvp(of_moving, parts, dots)[1]
+
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"explicit tangents|Observed exception"):
+        torch.compile(tangent_of, backend="aot_eager", fullgraph=True)(*parts)
+    # Without fullgraph the compiler may give up and run it in eager mode, with the right tangent.
+    close(torch.compile(tangent_of, backend="aot_eager")(*parts), expected)
+    with pytest.raises(Exception, match="jvp"):
+        torch.func.jvp(tangent_of, parts, dots)
+    # Dynamo drops the backward rule here, with an error of its own or ours; never a wrong gradient.
+    with pytest.raises(Exception, match=r"gradient was lost|AutogradFunctionContextVariable"):
+        gradient = torch.func.grad(lambda *p: sum(v.float().sum() for v in _flat(of_moving(*p))))
+        torch.compile(gradient, backend="aot_eager", fullgraph=True)(*parts)
