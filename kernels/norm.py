@@ -67,11 +67,11 @@ def forward_tile(width: int, chip: Chip) -> Tile:
 def backward_tile(width: int, length: int, samples: int, chip: Chip) -> tuple[Tile, int]:
     """The forward's tile, and the programs a sample is shared by.
 
-    Every program writes up to three rows of partial sums, so there should be few; eight warps' worth
-    of programs for each scheduler keep the chip busy.
+    Every program writes up to three rows of partial sums, so there should be few: as many as reside at
+    once, in one wave. Registers (about 100 a thread) admit 16 warps a multiprocessor.
     """
     tile = forward_tile(width, chip)
-    wanted = triton.cdiv(chip.processors * 32 // tile.warps, max(samples, 1))
+    wanted = chip.processors * 16 // tile.warps // max(samples, 1)
     return tile, max(min(wanted, triton.cdiv(length, tile.rows)), 1)
 
 

@@ -115,7 +115,7 @@ def test_views(residual):
     residual=st.booleans(),
     batch=st.integers(1, 3),
     length=st.integers(0, 140),
-    width=st.integers(1, 130),
+    width=st.integers(12, 130),
     kind=st.sampled_from(("rms", "layer")),
     gate=st.sampled_from(LAYOUTS[1:]),
     layout=st.sampled_from(MODULATIONS),

@@ -1,0 +1,181 @@
+"""Compile every shipped kernel configuration without a GPU and read the machine code.
+
+Run as `python -m tests.static_checks [family ...]`, outside Triton's interpreter; prints one JSON line
+a kernel and chip. The launchers run on meta tensors with their launches recorded, so what is compiled
+is what ships: the same arguments, specialised as Triton's own launcher would.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SIZES = {"B": (768, 12, 2048), "L": (1024, 16, 2736), "H": (1280, 16, 3416)}
+"""Width, heads, (padded) MLP width of the published networks."""
+BATCH, LENGTH, PREFIX = 64, 276, 20
+CHIPS = {80: 108, 90: 132, 100: 148}
+"""Capability, and the number of multiprocessors of A100, H100 and B200."""
+TYPES = {
+    "torch.float32": "fp32",
+    "torch.bfloat16": "bf16",
+    "torch.float16": "fp16",
+}
+
+
+def _meta(*shape, dtype):
+    import torch
+
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def norm_cases(size: str, stream, low):
+    """The residual norm of a published block and of an adaLN block, and the first norm of a network."""
+    import torch
+
+    from pmf.kernels import norm
+
+    width = SIZES[size][0]
+    x, y = _meta(BATCH, LENGTH, width, dtype=stream), _meta(BATCH, LENGTH, width, dtype=low)
+    x_dot, y_dot = x[: BATCH // 2], y[: BATCH // 2]
+    channel = _meta(width, dtype=torch.float32)
+    sample = _meta(BATCH, 6 * width, dtype=low)[:, width : 2 * width]
+    sample_dot = sample[: BATCH // 2]
+    none = (None,) * 5
+    published = (x, y, channel, channel, None, None)
+    adaln = (x, y, sample, channel, sample, sample)
+    first = (x, None, None, channel, None, None)
+    options = (False, 1e-6, low)
+    yield "forward", lambda: norm._run_forward(*published, *none, *options)
+    yield "dual", lambda: norm._run_forward(*published, x_dot, y_dot, None, None, None, *options)
+    yield (
+        "dual adaln",
+        lambda: norm._run_forward(*adaln, x_dot, y_dot, *(sample_dot,) * 3, True, *options[1:]),
+    )
+    yield "dual alone", lambda: norm._run_forward(*first, x_dot, *none[1:], *options)
+    stats = _meta(BATCH, LENGTH, 1, dtype=torch.float32)
+    needs = [True, True, False, False]
+    yield (
+        "backward",
+        lambda: norm._run_backward(y, x, x, y, channel, channel, None, None, stats, low, False, needs),
+    )
+    adaln_stats = _meta(BATCH, LENGTH, 2, dtype=torch.float32)
+    yield (
+        "backward adaln",
+        lambda: norm._run_backward(
+            y, x, x, y, sample, channel, sample, sample, adaln_stats, low, True, [True] * 4
+        ),
+    )
+
+
+FAMILIES = {"norm": norm_cases}
+
+
+def recorded_launches(families):
+    """(label, capability, kernel's module and name, arguments, options) of every shipped launch."""
+    import torch
+
+    from pmf.kernels import registration
+
+    launches = []
+    for capability, processors in CHIPS.items():
+        registration.chip = lambda device, c=registration.Chip(capability, processors): c
+        for family in families:
+            for size in SIZES:
+                for stream, low in ((torch.float32, torch.bfloat16), (torch.float32, torch.float32)):
+                    if low == torch.float32 and size != "H":
+                        continue  # the widest needs most registers
+                    for case, run in FAMILIES[family](size, stream, low):
+                        label = f"{family} {case} {size} {str(low).removeprefix('torch.')}"
+                        calls = []
+                        registration.launch = lambda *a, _calls=calls, **o: _calls.append((a, o))
+                        run()
+                        for (kernel, _, *arguments), options in calls:
+                            name = (kernel.fn.__module__, kernel.fn.__name__)
+                            launches.append((label, capability, name, _plain(arguments), options))
+    return launches
+
+
+def _plain(arguments):
+    """Tensors as their dtype's name: enough to compile, and picklable."""
+    import torch
+
+    return [f"*{TYPES[str(a.dtype)]}" if isinstance(a, torch.Tensor) else a for a in arguments]
+
+
+def compile_one(launch) -> dict:
+    """Registers, stack, shared memory and widths of global accesses of one launch's kernel."""
+    import importlib
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    label, capability, (module, name), arguments, options = launch
+    kernel = getattr(importlib.import_module(module), name)
+    options = dict(options)
+    compile_options = {k: options.pop(k) for k in ("num_warps", "num_stages") if k in options}
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.arg_names):
+        value = arguments[i] if i < len(arguments) else options[parameter]
+        if i >= len(arguments) or value is None or (isinstance(value, int) and value == 1):
+            signature[parameter], constants[parameter] = "constexpr", value
+        elif isinstance(value, str):
+            signature[parameter], attributes[(i,)] = value, [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter] = "fp32"
+        else:
+            signature[parameter] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=compile_options)
+    return dict(
+        label=label, capability=capability, kernel=name, **compile_options, **_read(compiled.asm["cubin"])
+    )
+
+
+def _read(cubin: bytes) -> dict:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        command = [tool, "-res-usage", "-sass", file.name]
+        code = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = {key: int(re.search(rf"{key}:(\d+)", code).group(1)) for key in ("REG", "STACK", "SHARED")}
+    accesses = collections.Counter()
+    for instruction, modifiers in re.findall(r"\b(LDG|STG)\.E(\S*)", code):
+        width = re.search(r"\.(128|64|U16|S16|U8)\b", modifiers)
+        accesses[f"{instruction}.{width.group(1) if width else '32'}"] += 1
+    return dict(
+        registers=found["REG"],
+        stack=found["STACK"],
+        shared=found["SHARED"],
+        local=len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        products=len(re.findall(r"\b(?:HGMMA|HMMA|UTCHMMA)\b", code)),
+        **dict(sorted(accesses.items())),
+    )
+
+
+def main() -> None:
+    """Compile on all cores, in processes of their own; identical launches once."""
+    families = sys.argv[1:] or list(FAMILIES)
+    launches = {repr(launch[1:]): launch for launch in recorded_launches(families)}
+    context = multiprocessing.get_context("fork")
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context) as pool:
+        for result in pool.map(compile_one, launches.values()):
+            print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()
