@@ -33,12 +33,15 @@ IMPLEMENTATIONS = ("auto", "triton", "reference")
 KERNEL_MODULES = {
     "norm_modulate_dual": "norm",
     "residual_norm_modulate_dual": "norm",
+    "qk_norm_rope_dual": "rotary",
     "swiglu_dual": "swiglu",
 }
 """Ops that have a Triton kernel, and the module of `pmf.kernels` that holds it."""
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KERNEL_MAX_WIDTH = 8192
 """Widest row a norm kernel keeps in registers."""
+
+KERNEL_MAX_HEAD_DIM = 128
 
 _kernels: dict[str, Callable] = {}
 
@@ -259,7 +262,9 @@ def qk_norm_rope_dual(primals, tangents, *, prefix_length=0, eps=1e-6, impl=None
     _shape(op, "k_weight", k_weight, head_dim)
     _shape(op, "cos", cos, length - prefix_length, head_dim // 2)
     _shape(op, "sin", sin, length - prefix_length, head_dim // 2)
-    run = _choose("qk_norm_rope_dual", impl, primals)
+    fits = head_dim % 8 == 0 and head_dim <= KERNEL_MAX_HEAD_DIM
+    limit = f"head_dim must be a multiple of 8 up to {KERNEL_MAX_HEAD_DIM}, got {head_dim}"
+    run = _choose("qk_norm_rope_dual", impl, primals, None if fits else limit)
     return run(primals, tangents, prefix_length=prefix_length, eps=eps)
 
 
