@@ -81,7 +81,7 @@ def _place(
 
 @triton.jit
 def _angles(p_cos, p_sin, i_position, D: tl.constexpr, BLOCK: tl.constexpr):
-    """cos and sin [ROWS, BLOCK / 2] at each row's position behind the prefix; 1 and 0 where it is negative."""
+    """cos and sin [ROWS, BLOCK / 2] at each row's position behind the prefix; 1 and 0 on the prefix."""
     i_pair = tl.arange(0, BLOCK // 2)
     mask = (i_position >= 0)[:, None] & (i_pair < D // 2)[None, :]
     i_angle = i_position[:, None] * (D // 2) + i_pair[None, :]

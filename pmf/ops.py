@@ -262,9 +262,12 @@ def qk_norm_rope_dual(primals, tangents, *, prefix_length=0, eps=1e-6, impl=None
     _shape(op, "k_weight", k_weight, head_dim)
     _shape(op, "cos", cos, length - prefix_length, head_dim // 2)
     _shape(op, "sin", sin, length - prefix_length, head_dim // 2)
-    fits = head_dim % 8 == 0 and head_dim <= KERNEL_MAX_HEAD_DIM
-    limit = f"head_dim must be a multiple of 8 up to {KERNEL_MAX_HEAD_DIM}, got {head_dim}"
-    run = _choose("qk_norm_rope_dual", impl, primals, None if fits else limit)
+    limit = None
+    if head_dim % 8 != 0 or head_dim > KERNEL_MAX_HEAD_DIM:
+        limit = f"head_dim must be a multiple of 8 up to {KERNEL_MAX_HEAD_DIM}, got {head_dim}"
+    elif cos.requires_grad or sin.requires_grad:
+        limit = 'cos and sin take no gradient with impl="triton", got tables that require one'
+    run = _choose("qk_norm_rope_dual", impl, primals, limit)
     return run(primals, tangents, prefix_length=prefix_length, eps=eps)
 
 
