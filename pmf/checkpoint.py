@@ -24,6 +24,7 @@ from pmf.official import convert_official_state_dict, export_official_state_dict
 __all__ = [
     "convert_official_state_dict",
     "export_official_state_dict",
+    "infer_config",
     "load_model",
     "save_model",
     "write_atomically",

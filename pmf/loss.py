@@ -176,23 +176,21 @@ def _v_tokens(model, z: Tensor, omega: Tensor, y: Tensor) -> Tensor:
     return model.predict_dual(Dual(z), Dual(zero), omega, zero, one, y, heads=("v",))["v"].value
 
 
-def _conditional_tokens(model, step: _Step) -> Tensor | None:
-    """net_c for the last B_dot rows: the class as drawn, w' inside its interval and 1 outside."""
-    if step.plan.tangent_rows == 0:
-        return None
-    d = step.draws
+def _guidance_tokens(model, step: _Step) -> tuple[Tensor | None, Tensor | None]:
+    """(net_c, net_n) in one pass: the class as drawn at w' on the last B_dot rows (w' = w inside the
+    interval, else 1), and the null class at w = 1 on `null_rows`.
+    """
+    d, rows = step.draws, step.plan.tangent_rows
     inside = (d.t_min <= d.t) & (d.t <= d.t_max)
     omega = step.last(step.on_device(torch.where(inside, d.omega, 1.0)))
-    return _v_tokens(model, step.last(step.z), omega, step.last(step.y))
-
-
-def _null_tokens(model, step: _Step) -> Tensor | None:
-    """net_n for `null_rows`: the null class at w = 1."""
-    if len(step.plan.null_rows) == 0:
-        return None
-    z = _select(step.z, step.plan.null_rows)
-    one = z.new_ones(len(z), dtype=torch.float32)
-    return _v_tokens(model, z, one, torch.full_like(one, model.config.num_classes, dtype=torch.int64))
+    z_null = _select(step.z, step.plan.null_rows)
+    one = omega.new_ones(len(z_null))
+    null = torch.full_like(one, model.config.num_classes, dtype=torch.int64)
+    if rows + len(z_null) == 0:
+        return None, None
+    z = torch.cat([step.last(step.z), z_null])
+    net = _v_tokens(model, z, torch.cat([omega, one]), torch.cat([step.last(step.y), null]))
+    return (net[:rows] if rows else None), (net[rows:] if len(z_null) else None)
 
 
 def _main_pass(model, step: _Step, net_c: Tensor | None, t_clip: float) -> dict[str, Dual]:
@@ -255,7 +253,7 @@ def pmf_loss(
     z = (1 - t_image) * x + t_image * (model.config.noise_scale * draws.noise.to(x.device))
     step = _Step(x, y, z, draws, StepPlan.of(draws, plan))
 
-    net_c, net_n = _conditional_tokens(model, step), _null_tokens(model, step)
+    net_c, net_n = _guidance_tokens(model, step)
     nets = _main_pass(model, step, net_c, loss_config.t_clip)
     heads = (nets["u"].value, nets["v"].value, nets["u"].dot, net_c, net_n)
     guidance = (step.on_device(step.plan.guidance), step.on_device(step.plan.null_index()))
