@@ -59,18 +59,18 @@ def norm_modulate_dual(
     factors = [f for f in (weight, None if scale is None else 1 + scale) if f is not None]
     factor = math.prod(factors) if factors else None
     y = n if factor is None else n * factor
-    y = y if shift is None else y + shift
+    y = (y if shift is None else y + shift).to(out_dtype)
 
     rows = tangent_rows(tangents)
     if rows is None:
-        return y.to(out_dtype), None
+        return y, None
     with torch.no_grad():
         n, rstd, weight, factor = tail(n, rows), tail(rstd, rows), _rows(weight, rows), _rows(factor, rows)
         n_dot = None if x_dot is None else _normalise_dot(n, rstd, accumulate(x_dot), kind)
         scaled = n_dot if factor is None else times(n_dot, factor)
         weighted = n if weight is None else n * weight
         y_dot = total(scaled, times(weighted, _per_token(scale_dot)), _per_token(shift_dot))
-        return y.to(out_dtype), y_dot.expand(n.shape).to(out_dtype).contiguous()
+        return y, y_dot.expand(n.shape).to(out_dtype).contiguous()
 
 
 def residual_norm_modulate_dual(
