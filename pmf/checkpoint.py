@@ -57,9 +57,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
         raise
 
 
-def save_model(
-    path: str | Path, config: ModelConfig, state: Mapping[str, Tensor], **metadata: object
-) -> None:
+def save_model(path: str | Path, config: ModelConfig, state: Mapping[str, Tensor], **metadata: object) -> None:
     """Write a state dict with its configuration (and JSON metadata) as one safetensors file, atomically.
 
     Errors: `InputError` when `path` cannot be written; nothing half-written is left behind.
@@ -110,7 +108,10 @@ def _locate(source: str, weights: str | None) -> Path:
         name = weights or _default_weights(path)
         file = path / f"{name}.safetensors"
         found = sorted(f.stem for f in path.glob("*.safetensors"))
-        require(file.is_file(), f"source: {path} has no {file.name}, expected one of {found or 'any .safetensors'}")
+        require(
+            file.is_file(),
+            f"source: {path} has no {file.name}, expected one of {found or 'any .safetensors'}",
+        )
         return file
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not re.search(r"\.(safetensors|pt|pth|bin)$", source)
     require(
@@ -130,9 +131,7 @@ def _download(hub_id: str, weights: str | None) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise InputError(
-            f"source: {hub_id} is no local path; hub ids need pip install 'pixel-meanflow[hub]'"
-        ) from None
+        raise InputError(f"source: {hub_id} is no local path; hub ids need pip install 'pixel-meanflow[hub]'") from None
     try:
         directory = snapshot_download(hub_id, allow_patterns=["*.safetensors", "config.json"])
     except Exception as error:

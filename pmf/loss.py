@@ -1,10 +1,10 @@
 """The pMF loss (arXiv 2601.22158): random draws, guidance, step plan, objective.
 
-    z_t = (1 - t) x + t e                              e = noise_scale N(0, I)
-    v_g = stopgrad(v_t + (1 - 1/w')(v_c - v_u))        w' = w inside [t_min, t_max], else 1
-    V   = u + (t - r) stopgrad(du/dt)                  du/dt along (v_c, 1, 0)
-    L_u = sum (V - v_g)^2,  L_v = sum (v - v_g)^2      per row
-    loss = mean adp(L_u) + adp(L_v) + perceptual terms,  adp(L) = L / stopgrad(L + eps)^p
+z_t = (1 - t) x + t e                              e = noise_scale N(0, I)
+v_g = stopgrad(v_t + (1 - 1/w')(v_c - v_u))        w' = w inside [t_min, t_max], else 1
+V   = u + (t - r) stopgrad(du/dt)                  du/dt along (v_c, 1, 0)
+L_u = sum (V - v_g)^2,  L_v = sum (v - v_g)^2      per row
+loss = mean adp(L_u) + adp(L_v) + perceptual terms,  adp(L) = L / stopgrad(L + eps)^p
 """
 
 from __future__ import annotations
@@ -293,9 +293,7 @@ def check_step(model, x: Tensor, y: Tensor, draws: Draws, plan: str) -> None:
         require(list(value.shape) == wanted, f"{where}: expected shape {wanted}, got {list(value.shape)}")
     require(bool((draws.r <= draws.t).all()), "draws: expected r <= t in every row (h = t - r >= 0)")
     require(bool((draws.r >= 0).all() and (draws.t <= 1).all()), "draws: expected t and r in [0, 1]")
-    require(
-        bool((draws.t == draws.r)[draws.fm_mask].all()), "draws: expected r = t where fm_mask is set"
-    )
+    require(bool((draws.t == draws.r)[draws.fm_mask].all()), "draws: expected r = t where fm_mask is set")
     if readable(x, y):
         classes = model.config.num_classes
         require(bool(torch.isfinite(x).all()), "x: expected finite images, got NaN or infinity")

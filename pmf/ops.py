@@ -86,9 +86,7 @@ def _tangents(op: str, names: str, primals: tuple, tangents: tuple) -> None:
     """
     entries = names.split()
     require(len(primals) == len(entries), f"{op}: expected {len(entries)} primals, got {len(primals)}")
-    require(
-        len(tangents) == len(entries), f"{op}: expected {len(entries)} tangents, got {len(tangents)}"
-    )
+    require(len(tangents) == len(entries), f"{op}: expected {len(entries)} tangents, got {len(tangents)}")
     rows = reference.tangent_rows(tangents)
     for entry, primal, tangent in zip(entries, primals, tangents, strict=True):
         if tangent is None:

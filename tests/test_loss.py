@@ -212,7 +212,10 @@ def test_draws_repeat_with_their_generator():
         (dict(plan="quick"), r"plan: expected one of \('lean', 'naive'\), got 'quick'"),
         (dict(draw=dict(r=torch.ones(4, dtype=torch.float64))), "draws: expected r <= t in every row"),
         (dict(draw=dict(noise=torch.zeros(4, 2, 8, 9))), r"draws.noise: expected shape \[4, 2, 8, 8\]"),
-        (dict(draw=dict(fm_mask=torch.ones(4, dtype=torch.bool))), "draws: expected r = t where fm_mask is set"),
+        (
+            dict(draw=dict(fm_mask=torch.ones(4, dtype=torch.bool))),
+            "draws: expected r = t where fm_mask is set",
+        ),
     ],
 )
 def test_bad_input_is_one_line_that_names_the_argument(change, message):

@@ -57,5 +57,5 @@ def test_the_first_wrong_key_is_named(change, message):
 
 def test_adaln_has_no_published_format():
     config = pmf.ModelConfig(**{**golden().config.__dict__, "conditioning": "adaln"})
-    with pytest.raises(pmf.InputError, match='needs "in_context", got \'adaln\''):
+    with pytest.raises(pmf.InputError, match="needs \"in_context\", got 'adaln'"):
         pmf.export_official_state_dict({}, config)

@@ -13,9 +13,18 @@ angles = torch.randn(5, 4)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: ops.norm_modulate(x[0]), r"norm_modulate: x must have shape \[any, any, any\], got \[5, 8\]"),
-        (lambda: ops.norm_modulate(x, torch.ones(7)), r"norm_modulate: weight must have shape \[8\], got \[7\]"),
-        (lambda: ops.norm_modulate(x, scale=torch.ones(3, 8)), r"scale must have shape \[2, 8\], got \[3, 8\]"),
+        (
+            lambda: ops.norm_modulate(x[0]),
+            r"norm_modulate: x must have shape \[any, any, any\], got \[5, 8\]",
+        ),
+        (
+            lambda: ops.norm_modulate(x, torch.ones(7)),
+            r"norm_modulate: weight must have shape \[8\], got \[7\]",
+        ),
+        (
+            lambda: ops.norm_modulate(x, scale=torch.ones(3, 8)),
+            r"scale must have shape \[2, 8\], got \[3, 8\]",
+        ),
         (lambda: ops.norm_modulate(x, kind="batch"), 'kind must be "rms" or "layer", got \'batch\''),
         (lambda: ops.residual_norm_modulate(x, x[:1], torch.ones(8)), r"branch must have shape \[2, 5, 8\]"),
         (

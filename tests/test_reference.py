@@ -35,7 +35,12 @@ def patch_primals(prefix):
 
 
 CASES = {
-    "norm rms": (reference.norm_modulate_dual, lambda: (draw(B, S, C), draw(C), draw(B, C), draw(B, C)), (0, 2, 3), {}),
+    "norm rms": (
+        reference.norm_modulate_dual,
+        lambda: (draw(B, S, C), draw(C), draw(B, C), draw(B, C)),
+        (0, 2, 3),
+        {},
+    ),
     "norm layer": (
         reference.norm_modulate_dual,
         lambda: (draw(B, S, C), None, draw(B, C), None),
@@ -43,7 +48,12 @@ CASES = {
         dict(kind="layer"),
     ),
     "norm plain": (reference.norm_modulate_dual, lambda: (draw(B, S, C), None, None, None), (0,), {}),
-    "norm shift": (reference.norm_modulate_dual, lambda: (draw(B, S, C), draw(C), None, draw(B, C)), (0, 3), {}),
+    "norm shift": (
+        reference.norm_modulate_dual,
+        lambda: (draw(B, S, C), draw(C), None, draw(B, C)),
+        (0, 3),
+        {},
+    ),
     "residual": (
         reference.residual_norm_modulate_dual,
         lambda: (draw(B, S, C), draw(B, S, C), draw(B, C), draw(C), draw(B, C), draw(B, C)),
@@ -102,9 +112,7 @@ def test_tangent_is_the_jvp_of_the_value(name, rows):
                 given[i] = m
             return tuple(flat(op(tuple(given), nothing, **options)[0]))
 
-        _, expected = torch.func.jvp(
-            of, tuple(primals[i][B - rows :] for i in chosen), tuple(dots[i] for i in chosen)
-        )
+        _, expected = torch.func.jvp(of, tuple(primals[i][B - rows :] for i in chosen), tuple(dots[i] for i in chosen))
         for v, d, e in zip(flat(value), flat(dot), expected, strict=True):
             d = torch.zeros_like(e) if d is None else d
             assert d.shape[0] == rows and d.shape[1:] == v.shape[1:]

@@ -63,7 +63,10 @@ def test_presets_sample_with_their_published_setting():
         (dict(omega=0.0), "omega: expected a guidance scale >= 1, got 0.0"),
         (dict(t_min=0.9, t_max=0.1), "t_min: expected 0 <= t_min <= t_max <= 1, got 0.9 and 0.1"),
         (dict(seeds=[1]), "seeds: expected 2 of them, got 1"),
-        (dict(noise=torch.zeros(2, 2, 8, 8), seeds=[1, 2]), "noise: expected either noise or seeds, got both"),
+        (
+            dict(noise=torch.zeros(2, 2, 8, 8), seeds=[1, 2]),
+            "noise: expected either noise or seeds, got both",
+        ),
         (dict(noise=torch.zeros(2, 2, 8, 9)), r"noise: expected shape \[2, 2, 8, 8\], got \[2, 2, 8, 9\]"),
         (dict(noise=torch.full((2, 2, 8, 8), torch.nan)), "noise: expected finite values"),
     ],

@@ -18,7 +18,7 @@ CONFIG_FILE = "config.json"
 class SamplingConfig:
     """How samples are drawn for grids and for evaluation."""
 
-    omega: float = 1.5
+    omega: float = 1.1
     """Guidance scale, at least 1."""
     t_min: float = 0.0
     """Start of the guidance interval."""
@@ -36,7 +36,7 @@ class RunConfig:
     """Continue the run in this directory exactly where it was saved; flags given beside it override it."""
     overwrite: bool = False
     """Replace a run that is already in `out`."""
-    steps: int = 1500
+    steps: int = 1600
     """Training steps."""
     batch_size: int = 64
     """Images per step."""
@@ -58,7 +58,7 @@ class RunConfig:
     """The network."""
     loss: LossConfig = field(default_factory=lambda: LOSSES["pMF-digits"])
     """The loss."""
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=4e-3, decay_steps=1600))
     """The optimizer."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """The sampler."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -39,9 +40,12 @@ class ImageSet:
 
 
 def step_seed(seed: int, index: int, purpose: str) -> int:
-    """A seed of its own for each (run seed, step or epoch, purpose)."""
-    offset = {"epoch": 0, "draws": 1}[purpose]
-    return ((seed * 2 + offset) << 40) + index
+    """A seed of its own for each (run seed, step or epoch, purpose).
+
+    Hashed to 32 bits, since PyTorch's CPU generator reads no more of a seed.
+    """
+    entropy = [seed, index, *purpose.encode()]
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
 
 def digits() -> tuple[ImageSet, ImageSet]:

@@ -26,7 +26,7 @@ PICTURE_ROWS = 8
 
 
 def pick_device(name: str) -> torch.device:
-    """"auto" is cuda where there is one, else cpu. Errors: a device that is not there."""
+    """ "auto" is cuda where there is one, else cpu. Errors: a device that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -114,9 +114,7 @@ class Trainer:
         config, optimizer = self.config, self.config.optimizer
         x, y = self.data.batch(self.step, config.batch_size, config.seed)
         generator = torch.Generator().manual_seed(step_seed(config.seed, self.step, "draws"))
-        draws = pmf.sample_draws(
-            config.batch_size, config.model.image_shape, config.loss, generator, self.device
-        )
+        draws = pmf.sample_draws(config.batch_size, config.model.image_shape, config.loss, generator, self.device)
         out = pmf.pmf_loss(self.model, x.to(self.device), y.to(self.device), draws, config.loss)
         out.loss.backward()
         limit = optimizer.clip_norm or torch.inf
@@ -141,7 +139,11 @@ class Trainer:
             while self.step < self.config.steps and not stop.requested:
                 began = time.perf_counter()
                 record = {name: float(value) for name, value in self.train_step().items()}
-                record = {"step": self.step, **record, "images_per_second": images / (time.perf_counter() - began)}
+                record = {
+                    "step": self.step,
+                    **record,
+                    "images_per_second": images / (time.perf_counter() - began),
+                }
                 require(
                     all(map(_finite, record.values())),
                     f"loss: not finite at step {self.step}, expected a lower learning rate or clip_norm; the "
@@ -149,7 +151,9 @@ class Trainer:
                 )
                 self._report(record, log)
                 bar.set_postfix(
-                    loss_u=f"{record['loss_u']:.3f}", images_per_s=f"{record['images_per_second']:.0f}", refresh=False
+                    loss_u=f"{record['loss_u']:.3f}",
+                    images_per_s=f"{record['images_per_second']:.0f}",
+                    refresh=False,
                 )
                 bar.update()
                 self._save_when_due(stop.requested)

@@ -10,9 +10,7 @@ from pmf.reference.norm import _normalise, _normalise_dot
 from pmf.reference.tangent import accumulate, tail
 
 
-def rope_tables(
-    grid_size: int, head_dim: int, *, theta: float = 10000.0, device=None
-) -> tuple[Tensor, Tensor]:
+def rope_tables(grid_size: int, head_dim: int, *, theta: float = 10000.0, device=None) -> tuple[Tensor, Tensor]:
     """cos and sin of the 2-D rotary angles of a square grid, each float32 [grid_size^2, head_dim / 2].
 
     The first half of the pairs turns with the row index, the second half with the column index;
