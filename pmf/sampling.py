@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ def seeded_noise(seeds: Sequence[int], image_shape: tuple[int, int, int]) -> Ten
     """Unit-variance noise [n, c, H, W] on the CPU, each image from its own seed.
 
     A sample's noise depends on its seed alone: not on the batch it is drawn in, nor on the device.
+    Seeds lie in [0, 2^32), all that PyTorch's CPU generator reads of one.
     """
     noise = torch.empty(len(seeds), *image_shape)
     for row, seed in zip(noise, seeds, strict=True):
@@ -63,6 +65,7 @@ def generate(
     require(batch_size >= 1, f"batch_size: expected at least 1, got {batch_size}")
     seeds = range(len(labels)) if seeds is None else seeds
     require(len(seeds) == len(labels), f"seeds: expected {len(labels)} of them, got {len(seeds)}")
+    require(all(0 <= seed < 2**32 for seed in seeds), "seeds: expected integers in [0, 2^32)")
     if noise is not None:
         wanted = [len(labels), *shape]
         require(list(noise.shape) == wanted, f"noise: expected shape {wanted}, got {list(noise.shape)}")
@@ -99,7 +102,7 @@ def _integrate(model, z: Tensor, y: Tensor, steps: int, conditions: tuple[float,
     """From z_1 to z_0 in equal steps; only the u head runs."""
     omega, t_min, t_max = (z.new_full((len(z),), value, dtype=torch.float32) for value in conditions)
     times = torch.linspace(1, 0, steps + 1, device=z.device)
-    for t, r in zip(times[:-1], times[1:], strict=True):
+    for t, r in pairwise(times):
         h = (t - r).expand(len(z))
         net = model.predict_dual(Dual(z), Dual(h), omega, t_min, t_max, y, heads=("u",))["u"].value
         # z - h u with u = (z - net) / c, written so that h = c gives net itself.

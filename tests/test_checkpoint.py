@@ -55,7 +55,7 @@ def test_missing_and_torn_files_are_one_line_errors(saved):
     (directory / "model.pt").write_bytes(b"PK\x03\x04 torn")
     with pytest.raises(pmf.InputError, match="is not a readable checkpoint"):
         pmf.PMFDiT.from_pretrained(directory / "model.pt")
-    with pytest.raises(pmf.InputError, match="has no ema_7.safetensors, expected one of"):
+    with pytest.raises(pmf.InputError, match=r"has no ema_7.safetensors, expected one of"):
         pmf.PMFDiT.from_pretrained(directory, weights="ema_7")
     with pytest.raises(pmf.InputError, match=r"does not exist, expected a run directory, a checkpoint file or"):
         pmf.PMFDiT.from_pretrained(directory / "nowhere" / "model.safetensors")
@@ -66,7 +66,7 @@ def test_wrong_weights_are_named(saved):
     state = model.state_dict()
     missing = {k: v for k, v in state.items() if k != "patch_embed.positions"}
     save_model(directory / "model.safetensors", TINY, missing)
-    with pytest.raises(pmf.InputError, match="lacks the weight 'patch_embed.positions'"):
+    with pytest.raises(pmf.InputError, match=r"lacks the weight 'patch_embed.positions'"):
         pmf.PMFDiT.from_pretrained(directory)
     save_model(directory / "model.safetensors", TINY, state | {"patch_embed.positions": torch.ones(3)})
     with pytest.raises(pmf.InputError, match=r"'patch_embed.positions' must have shape \[11, 32\], got \[3\]"):

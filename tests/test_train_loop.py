@@ -101,12 +101,12 @@ def _fast():
 def test_wrong_places_are_refused(finished, tmp_path):
     with pytest.raises(pmf.InputError, match=r"out: .* already holds a run, expected --resume"):
         Trainer(config(finished), digits()[0])
-    with pytest.raises(pmf.InputError, match="resume: .* holds no run"):
+    with pytest.raises(pmf.InputError, match=r"resume: .* holds no run"):
         load_run_config(tmp_path)
     (tmp_path / "config.json").write_text("{ torn")
     with pytest.raises(pmf.InputError, match="is not a readable run configuration"):
         load_run_config(tmp_path)
-    with pytest.raises(pmf.InputError, match="has no state.pt, nothing was saved there yet"):
+    with pytest.raises(pmf.InputError, match=r"has no state.pt, nothing was saved there yet"):
         Trainer(config(tmp_path, resume=tmp_path), digits()[0])
     (tmp_path / "state.pt").write_bytes((finished / "state.pt").read_bytes()[:1000])
     with pytest.raises(pmf.InputError, match=r"resume: cannot continue from .*state.pt: ") as error:

@@ -46,8 +46,8 @@ def test_muons_first_step_is_the_published_one(shape):
 
 def test_learning_rate_is_constant_unless_decay_is_asked_for():
     assert learning_rate(OptimizerConfig(), 99, 100) == 1e-3
-    decayed = OptimizerConfig(learning_rate=1.0, decay_steps=10)
-    assert [learning_rate(decayed, step, 100) for step in (0, 90, 95, 99)] == [1.0, 1.0, 0.5, 0.1]
+    decayed = OptimizerConfig(learning_rate=1.0, decay_share=0.1)
+    assert [learning_rate(decayed, step, 100) for step in (0, 90, 95, 99)] == pytest.approx([1.0, 1.0, 0.5, 0.1])
 
 
 def test_ema_follows_the_published_ramp():

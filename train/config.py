@@ -58,7 +58,7 @@ class RunConfig:
     """The network."""
     loss: LossConfig = field(default_factory=lambda: LOSSES["pMF-digits"])
     """The loss."""
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=4e-3, decay_steps=1600))
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=4e-3, decay_share=1.0))
     """The optimizer."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """The sampler."""

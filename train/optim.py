@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Muon and Adam, as published: one learning rate, no weight decay."""
+    """Muon and Adam: one learning rate, no weight decay; the defaults are the published values."""
 
     learning_rate: float = 1e-3
     """Learning rate of both optimizers."""
@@ -22,8 +22,8 @@ class OptimizerConfig:
     """Decay rates of Adam's moments."""
     adam_eps: float = 1e-8
     """Offset of Adam's denominator."""
-    decay_steps: int = 0
-    """Bring the learning rate linearly to zero over the last so many steps (0: constant, as published)."""
+    decay_share: float = 0.0
+    """Share of the run, at its end, in which the learning rate falls linearly to zero (0: constant, as published)."""
     clip_norm: float = 0.0
     """Clip the norm of the whole gradient to this (0: never, as published)."""
 
@@ -65,9 +65,9 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> dict[str, tor
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     """The learning rate of step `step` (from 0) of `steps`."""
-    if config.decay_steps == 0:
+    if config.decay_share == 0:
         return config.learning_rate
-    return config.learning_rate * min(1.0, (steps - step) / config.decay_steps)
+    return config.learning_rate * min(1.0, (steps - step) / (steps * config.decay_share))
 
 
 class EMA:
