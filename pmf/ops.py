@@ -92,9 +92,7 @@ def _use_triton(op: str, impl: str | None, device: str, unsupported: str | None)
         if importlib.util.find_spec("triton") is None:
             reason = 'impl="triton" needs the triton package, which is not installed'
         elif device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            reason = (
-                f'impl="triton" needs cuda tensors, got {device} (TRITON_INTERPRET=1 runs the interpreter)'
-            )
+            reason = f'impl="triton" needs cuda tensors, got {device} (TRITON_INTERPRET=1 runs the interpreter)'
         else:
             reason = unsupported
         require(impl != "triton" or reason is None, f"{name}: {reason}")
@@ -107,9 +105,7 @@ def _use_triton(op: str, impl: str | None, device: str, unsupported: str | None)
     return False
 
 
-def _choose(
-    op: str, impl: str | None, tensors: tuple[Tensor | None, ...], limit: str | None = None
-) -> Callable:
+def _choose(op: str, impl: str | None, tensors: tuple[Tensor | None, ...], limit: str | None = None) -> Callable:
     """The function that computes `op` on these tensors.
 
     `limit` says what else about them the kernel cannot take.
