@@ -183,9 +183,7 @@ def _backward(
         i_dq = (i_b * STRIDES[0] + i_s * STRIDES[1] + i_head * STRIDES[2])[:, None] + i_c[None, :]
         i_dk = (i_b * STRIDES[3] + i_s * STRIDES[4] + i_head * STRIDES[5])[:, None] + i_c[None, :]
         i_dv = (i_b * STRIDES[6] + i_s * STRIDES[7] + i_head * STRIDES[8])[:, None] + i_c[None, :]
-        b_sum_q += _turn_back(
-            p_qkv, p_dq, p_q_weight, p_dqkv, b_cos, b_sin, i_in, i_dq, i_out, mask, eps, D, BLOCK
-        )
+        b_sum_q += _turn_back(p_qkv, p_dq, p_q_weight, p_dqkv, b_cos, b_sin, i_in, i_dq, i_out, mask, eps, D, BLOCK)
         b_sum_k += _turn_back(
             p_qkv + H * D,
             p_dk,

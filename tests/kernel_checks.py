@@ -86,9 +86,7 @@ def check(op: str, primals, tangents, *, autocast=None, **options) -> None:
     low = evaluate(op, primals, tangents, None, impl="reference", autocast=autocast, **options)
     true = evaluate(op, primals, tangents, low[3], impl="reference", dtype=torch.float64, **options)
     mine = evaluate(op, primals, tangents, low[3], impl="triton", autocast=autocast, **options)
-    for what, kernel, reference, truth in zip(
-        ("value", "tangent", "gradient"), mine, low, true, strict=False
-    ):
+    for what, kernel, reference, truth in zip(("value", "tangent", "gradient"), mine, low, true, strict=False):
         for i, parts in enumerate(zip(kernel, reference, truth, strict=True)):
             missing = [part is None for part in parts]
             assert all(missing) or not any(missing), f"{what} {i} is None in some"

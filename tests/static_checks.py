@@ -69,9 +69,7 @@ def norm_cases(size: str, stream, low):
     adaln_stats = _meta(BATCH, LENGTH, 2, dtype=torch.float32)
     yield (
         "backward adaln",
-        lambda: norm._run_backward(
-            y, x, x, y, sample, channel, sample, sample, adaln_stats, low, True, [True] * 4
-        ),
+        lambda: norm._run_backward(y, x, x, y, sample, channel, sample, sample, adaln_stats, low, True, [True] * 4),
     )
 
 
@@ -168,9 +166,7 @@ def compile_one(launch) -> dict:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=compile_options)
-    return dict(
-        label=label, capability=capability, kernel=name, **compile_options, **_read(compiled.asm["cubin"])
-    )
+    return dict(label=label, capability=capability, kernel=name, **compile_options, **_read(compiled.asm["cubin"]))
 
 
 def _read(cubin: bytes) -> dict:

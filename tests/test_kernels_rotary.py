@@ -101,9 +101,7 @@ def test_registered_operators():
     (qkv, *rest), (dot, *_) = inputs(3, 5, 2, 16, 2, (BF16, F32), 2)
     q, k, v = ops.qk_norm_rope(qkv, *rest, prefix_length=2, impl="triton")
     utils, operators = ("test_schema", "test_faketensor"), torch.ops.pmf
-    torch.library.opcheck(
-        operators.qk_norm_rope_forward.default, (qkv, dot, *rest, 2, 1e-6), test_utils=utils
-    )
+    torch.library.opcheck(operators.qk_norm_rope_forward.default, (qkv, dot, *rest, 2, 1e-6), test_utils=utils)
     torch.library.opcheck(
         operators.qk_norm_rope_backward.default, (qkv, *rest, q, k, v, 2, 1e-6, True), test_utils=utils
     )
@@ -112,9 +110,7 @@ def test_registered_operators():
 @pytest.mark.parametrize("head_dim", (84, 136))
 def test_bad_head_dim(head_dim):
     primals, _ = inputs(1, 2, 1, head_dim, 0, (F32, F32), 0)
-    with pytest.raises(
-        InputError, match=f"^qk_norm_rope: head_dim must be a multiple of 8 up to 128, got {head_dim}$"
-    ):
+    with pytest.raises(InputError, match=f"^qk_norm_rope: head_dim must be a multiple of 8 up to 128, got {head_dim}$"):
         ops.qk_norm_rope(*primals, impl="triton")
 
 
