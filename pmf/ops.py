@@ -167,7 +167,8 @@ def _modulation(op: str, x: Tensor, **parameters: Tensor | None) -> None:
 def _activation_dtype(x: Tensor) -> torch.dtype:
     """The dtype a product reads next: autocast's where it is on, else that of `x`."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
 def norm_modulate(x, weight=None, scale=None, shift=None, *, kind="rms", eps=1e-6, impl=None) -> Tensor:
