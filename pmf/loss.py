@@ -21,6 +21,7 @@ from pmf import ops
 from pmf.config import LossConfig
 from pmf.dual import Dual
 from pmf.errors import readable, require
+from pmf.layers import held_weights
 
 PLANS = ("lean", "naive")
 
@@ -272,8 +273,9 @@ def pmf_loss(
     z = (1 - t_image) * x + t_image * (model.config.noise_scale * draws.noise.to(x.device))
     step = _Step(x, y, z, draws, StepPlan.of(draws, plan))
 
-    net_c, net_n = (_lean_guidance if plan == "lean" else _naive_guidance)(model, step)
-    nets = _main_pass(model, step, net_c, loss_config.t_clip)
+    with held_weights(model, x.device.type):
+        net_c, net_n = (_lean_guidance if plan == "lean" else _naive_guidance)(model, step)
+        nets = _main_pass(model, step, net_c, loss_config.t_clip)
     heads = (nets["u"].value, nets["v"].value, nets["u"].dot, net_c, net_n)
     guidance = (step.on_device(step.plan.guidance), step.on_device(step.plan.null_index()))
     options = dict(t_clip=loss_config.t_clip, patch_size=model.config.patch_size)

@@ -17,7 +17,7 @@ RULES = {
     "pmf/ops.py": r"pmf\.reference.*|pmf\.errors|pmf\.kernels.*",
     "pmf/layers.py": r"pmf\.(ops|config|dual|errors)",
     "pmf/model.py": r"pmf\.(ops|config|dual|errors|layers|checkpoint|checkpointing)",
-    "pmf/loss.py": r"pmf\.(ops|config|dual|errors)",
+    "pmf/loss.py": r"pmf\.(ops|config|dual|errors|layers)",
     "pmf/sampling.py": r"pmf\.(config|dual|errors)",
     "pmf": r"pmf(?!\.(train|benchmarks|kernels)).*",
     "train": r"pmf(?!\.(benchmarks|kernels)).*",
