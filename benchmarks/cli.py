@@ -1,4 +1,4 @@
-"""`python -m pmf.benchmarks`: measure the ops; on a GPU, record the figures."""
+"""`python -m pmf.benchmarks SUITE`: measure ops, steps or sampling; on a GPU, record the figures."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import functools
 import subprocess
 import sys
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import tyro
 
 from pmf.benchmarks.cases import Case, op_cases
 from pmf.benchmarks.ledger import ROOT, append, provenance
+from pmf.benchmarks.steps import sampling_case, step_case
 from pmf.benchmarks.timing import ceilings, measure
 from pmf.config import MODELS
 from pmf.errors import InputError, require
@@ -20,12 +22,15 @@ from pmf.errors import InputError, require
 
 @dataclass(frozen=True)
 class Options:
-    """Measure pMF's ops against their rivals. Without a GPU, what runs is shown and nothing is recorded."""
+    """Measure pMF against its rivals. Without a GPU, what runs is shown and nothing is recorded."""
 
+    suite: tyro.conf.Positional[Literal["ops", "steps", "sampling", "gpu"]]
+    """ops: each op at the shapes of a block. steps: whole training steps. sampling: one-step sampling.
+    gpu: all of them, one after the other."""
     sizes: tuple[str, ...] = ("pMF-B/16", "pMF-L/16", "pMF-H/16")
     """Presets whose shapes are measured."""
-    batch: int = 64
-    """Images in a batch."""
+    batch: int | None = None
+    """Images in a batch (default: 64 for ops, 128 for steps and sampling)."""
     only: str = ""
     """Measure only cases whose name contains this."""
     repeats: int = 30
@@ -73,12 +78,24 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
 
 
-def measure_all(options: Options) -> None:
-    """Errors: `InputError` on an unknown preset or a pattern that fits no case."""
+def chosen_cases(options: Options) -> list[Case]:
+    """The cases of the suite. Errors: `InputError` on an unknown preset or a pattern that fits no case."""
     for size in options.sizes:
         require(size in MODELS, f"sizes: unknown preset {size!r}, expected one of {', '.join(MODELS)}")
-    cases = [case for case in op_cases(options.sizes, options.batch) if options.only in case.name]
+    suites = {
+        "ops": lambda: op_cases(options.sizes, options.batch or 64),
+        "steps": lambda: [step_case(size, options.batch or 128) for size in options.sizes],
+        "sampling": lambda: [sampling_case(size, options.batch or 128) for size in options.sizes],
+    }
+    names = suites if options.suite == "gpu" else (options.suite,)
+    cases = [case for name in names for case in suites[name]() if options.only in case.name]
     require(bool(cases), f"only: {options.only!r} fits no case")
+    return cases
+
+
+def measure_all(options: Options) -> None:
+    """Measure the suite; each figure enters the ledger at once, so that an interrupted run keeps it."""
+    cases = chosen_cases(options)
     device = torch.device(options.device)
     recorded = device.type == "cuda"
     limits, origin = ceilings(device), provenance(device)

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 import pmf
-from pmf.benchmarks import cases, cli, ledger
+from pmf.benchmarks import cases, cli, ledger, steps
+from pmf.benchmarks.baselines import joint_jvp_loss, two_pass_loss
 from pmf.benchmarks.timing import ceilings, measure
-from tests.networks import TINY, relative_error
+from tests.networks import TINY, random_model, relative_error
+from tests.test_loss import LOSS, gradients, step_inputs
 
 CPU = torch.device("cpu")
 SMALL = dataclasses.replace(TINY, image_size=8, hidden_size=32)
@@ -68,14 +70,19 @@ def test_ledger_appends_a_line_with_its_origin(tmp_path):
 
 def test_command_measures_and_records_nothing_without_a_gpu(capsys, monkeypatch):
     monkeypatch.setattr(cli, "append", lambda record: pytest.fail("recorded without a GPU"))
-    cli.main(["--sizes", "small", "--batch", "2", "--repeats", "2", "--only", "swiglu forward", "--device", "cpu"])
+    cli.main(
+        ["ops", "--sizes", "small", "--batch", "2", "--repeats", "2", "--only", "swiglu forward", "--device", "cpu"]
+    )
     out = capsys.readouterr().out
     assert "triton" in out and "compiled reference" in out and "no GPU: nothing was recorded" in out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--sizes", "pMF-Q"], "sizes: unknown preset 'pMF-Q'"), (["--only", "nothing"], "only: 'nothing' fits no case")],
+    [
+        (["gpu", "--sizes", "pMF-Q"], "sizes: unknown preset 'pMF-Q'"),
+        (["ops", "--only", "nothing"], "only: 'nothing' fits no case"),
+    ],
 )
 def test_bad_options_are_one_line(arguments, message, capsys):
     with pytest.raises(SystemExit):
@@ -83,17 +90,37 @@ def test_bad_options_are_one_line(arguments, message, capsys):
     assert capsys.readouterr().err.startswith(f"pmf.benchmarks: {message}")
 
 
-def test_baseline_is_the_same_loss():
-    from pmf.benchmarks.baselines import joint_jvp_loss
-    from tests.test_loss import LOSS, gradients, random_model, step_inputs
-
+@pytest.mark.parametrize("baseline", [joint_jvp_loss, two_pass_loss])
+def test_baselines_are_the_same_loss(baseline):
     x, y, draws = step_inputs(6)
     model = random_model()
     out, grads = gradients(model, x, y, draws, LOSS)
     model.zero_grad()
-    loss = joint_jvp_loss(model, x, y, draws, LOSS)
+    loss = baseline(model, x, y, draws, LOSS)
     loss.backward()
     assert loss.item() == pytest.approx(out.loss.item(), rel=1e-12)
     for name, p in model.named_parameters():
         if name in grads:
             assert relative_error(grads[name], p.grad) < 1e-9
+
+
+@pytest.mark.parametrize("case", [steps.step_case, steps.sampling_case])
+def test_step_and_sampling_cases_run(case, monkeypatch):
+    monkeypatch.setitem(pmf.LOSSES, "small", LOSS)
+    monkeypatch.setitem(pmf.SAMPLING, "small", dict(omega=2.0, t_min=0.1, t_max=0.9))
+    small = case("small", 2)
+    assert small.operations > 0
+    for name, prepare in small.providers(CPU).items():
+        if "compiled" not in name:
+            prepare()()
+
+
+def test_a_lean_step_is_much_faster_than_a_joint_jvp_step():
+    """On the digits network, in one run, in turns; only the ratio counts."""
+    case = steps.step_case("pMF-digits", 64)
+    providers = case.providers(CPU)
+    chosen = {name: providers[name]() for name in ("joint jvp", "lean")}
+    times = measure(chosen, CPU, repeats=12)
+    ratio = times["joint jvp"].quartiles_us[0] / times["lean"].quartiles_us[0]
+    print(f"joint jvp / lean: {ratio:.2f}")
+    assert ratio >= 1.8

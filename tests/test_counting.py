@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pmf
-from pmf.benchmarks.baselines import joint_jvp_loss
+from pmf.benchmarks.baselines import flow_matching_loss, joint_jvp_loss
 from pmf.benchmarks.counting import meta_step, operations, row_operations, saved_bytes
 from tests.networks import TINY, random_model
 from tests.test_loss import LOSS, step_inputs
@@ -51,17 +51,11 @@ def test_a_lean_step_of_b16_at_batch_8():
     assert lean <= 0.74 * naive
 
 
-def flow_matching_loss(model, x, y, draws):
-    """Plain flow matching of the same network: both heads regress the same velocity, no tangent, no guidance."""
-    every = dataclasses.replace(draws, r=draws.t, fm_mask=torch.ones_like(draws.fm_mask))
-    return pmf.pmf_loss(model, x, y, every, LOSS).loss
-
-
 def saved_by(model, x, y, draws):
     """Bytes that a lean, a flow-matching and a joint-jvp step keep for backward."""
     steps = dict(
         lean=lambda: pmf.pmf_loss(model, x, y, draws, LOSS).loss,
-        flow_matching=lambda: flow_matching_loss(model, x, y, draws),
+        flow_matching=lambda: flow_matching_loss(model, x, y, draws, LOSS),
         joint=lambda: joint_jvp_loss(model, x, y, draws, LOSS),
     )
     return {name: saved_bytes(step, model.parameters()) for name, step in steps.items()}
