@@ -64,7 +64,7 @@ def _plain_loss(model, x: Tensor, y: Tensor, draws: Draws, config: LossConfig, f
         v_in = model(z, t, zero, w, zero, one, y)[1]
         v_u = model(z, t, zero, one, zero, one, null)[1]
         v_c = torch.where(draws.fm_mask.to(device).view(image), v_fm, v_in)
-        v_t = (z - x) / t.clamp(config.t_clip, 1).view(image)
+        v_t = (z - x) / t.clamp(model.config.t_clip, 1).view(image)
         scale = torch.where(dropped, zero, 1 - 1 / w)
         v_g = v_t + scale.view(image) * (v_c - v_u)
     y = torch.where(dropped, null, y)

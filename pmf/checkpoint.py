@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 import tempfile
 from collections.abc import Callable, Mapping
@@ -34,7 +33,7 @@ __all__ = [
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     """Let `write(temporary)` make the file, then put it in place: whole, or not at all.
 
-    Errors: `InputError` when the directory cannot be written; whatever `write` raises.
+    Errors: `InputError` when `path` cannot be written (no directory, no permission, a full disk).
     """
     path = Path(path)
     try:
@@ -52,9 +51,14 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         os.replace(temporary, path)
-    except BaseException:
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"path: cannot write {path}: {_first_line(error)}") from error
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def save_model(path: str | Path, config: ModelConfig, state: Mapping[str, Tensor], **metadata: object) -> None:
@@ -124,7 +128,12 @@ def _locate(source: str, weights: str | None) -> Path:
 def _default_weights(directory: Path) -> str:
     """What the run's configuration names for sampling, else the trained weights."""
     config = directory / "config.json"
-    return json.loads(config.read_text()).get("sampling_weights", "model") if config.is_file() else "model"
+    if not config.is_file():
+        return "model"
+    try:
+        return str(json.loads(config.read_text()).get("sampling_weights", "model"))
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"source: {config} is not a readable configuration: {_first_line(error)}") from error
 
 
 def _download(hub_id: str, weights: str | None) -> Path:
@@ -135,7 +144,7 @@ def _download(hub_id: str, weights: str | None) -> Path:
     try:
         directory = snapshot_download(hub_id, allow_patterns=["*.safetensors", "config.json"])
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = _first_line(error)
         raise InputError(f"source: {hub_id} is no local path and the hub did not serve it: {reason}") from error
     return _locate(directory, weights)
 
@@ -150,10 +159,13 @@ def _read(file: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
                 state = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"source: {file} is not a readable checkpoint: {reason}") from error
+    except Exception as error:  # a torn file can make its reader fail in any way
+        raise InputError(f"source: {file} is not a readable checkpoint: {_first_line(error)}") from error
     if "pmf_config" in metadata:
-        return ModelConfig(**json.loads(metadata["pmf_config"])), state
-    require(isinstance(state, dict), f"source: {file} holds a {type(state).__name__}, expected a state dict")
+        try:
+            return ModelConfig(**json.loads(metadata["pmf_config"])), state
+        except (TypeError, ValueError) as error:
+            raise InputError(f"source: {file} holds no readable configuration: {_first_line(error)}") from error
+    tensors = isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())
+    require(tensors, f"source: {file} is not a readable checkpoint: expected a state dict of tensors")
     return infer_config(state), convert_official_state_dict(state)

@@ -5,6 +5,7 @@ Source: arXiv 2601.22158 and the configurations its authors published.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,6 +38,8 @@ class ModelConfig:
     """Width between the two projections of the patch embedding."""
     noise_scale: float = 1.0
     """Standard deviation of the noise e in z_t = (1 - t) x + t e."""
+    t_clip: float = 0.05
+    """Lower clip of t where the predicted image becomes a velocity: u = (z - net) / clip(t, t_clip, 1)."""
     conditioning: Literal["in_context", "adaln"] = "in_context"
     """in_context: prefix tokens, as published. adaln: shift, scale and gate in every block."""
     class_tokens: int = 8
@@ -53,10 +56,12 @@ class ModelConfig:
     def __post_init__(self) -> None:
         positive = (
             "image_size patch_size hidden_size depth num_heads aux_head_depth num_classes in_channels "
-            "bottleneck noise_scale class_tokens omega_tokens t_min_tokens t_max_tokens time_tokens"
+            "bottleneck noise_scale t_clip class_tokens omega_tokens t_min_tokens t_max_tokens time_tokens"
         )
         for name in positive.split():
             value = getattr(self, name)
+            real = name in ("noise_scale", "t_clip")
+            require(real or isinstance(value, int), f"ModelConfig: {name} must be an integer, got {value!r}")
             require(value > 0, f"ModelConfig: {name} must be positive, got {value}")
         require(
             self.image_size % self.patch_size == 0,
@@ -126,7 +131,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Random draws, guidance and weights of the pMF loss (method.md's names)."""
+    """Random draws, guidance and weights of the pMF loss."""
 
     p_mean: float = 0.8
     """Mean of the logit-normal that t and r are drawn from."""
@@ -146,8 +151,6 @@ class LossConfig:
     """Exponent of the adaptive weight 1 / (L + norm_eps)^norm_p."""
     norm_eps: float = 0.01
     """Offset of the adaptive weight."""
-    t_clip: float = 0.05
-    """Lower clip of t where the network's image is turned into a velocity."""
     perceptual_max_t: float = 0.8
     """Perceptual terms see only rows with t below this."""
     lpips_weight: float = 0.4
@@ -156,10 +159,12 @@ class LossConfig:
     """Weight of the ConvNeXt term."""
 
     def __post_init__(self) -> None:
+        for name, value in self.__dict__.items():
+            require(math.isfinite(value), f"LossConfig: {name} must be finite, got {value}")
         for name in ("data_proportion", "class_dropout"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"LossConfig: {name} must lie in [0, 1], got {value}")
-        for name in ("p_std", "norm_eps", "t_clip"):
+        for name in ("p_std", "norm_eps"):
             value = getattr(self, name)
             require(value > 0, f"LossConfig: {name} must be positive, got {value}")
         for name in ("cfg_max", "lpips_weight", "convnext_weight"):

@@ -92,7 +92,7 @@ class Residual(NamedTuple):
                 None if branch.dot is None else _last(gate.value, branch.dot) * branch.dot,
                 None if gate.dot is None else _last(branch.value, gate.dot) * gate.dot,
             )
-        return Dual(value, dot)
+        return Dual(value, dot).map(lambda part: part.to(x.value.dtype))
 
 
 def _last(value: Tensor, like: Tensor) -> Tensor:

@@ -68,10 +68,14 @@ def sample_draws(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> Draws:
-    """The random draws of one step for a device batch of `batch` rows (method.md's laws).
+    """The random draws of one step for a device batch of `batch` rows .
 
-    `generator` is a CPU generator (None: the default one). `noise` is drawn on `device`.
+    t and r are logit-normal (tr_uniform: sometimes uniform), r = t on the first flow-matching rows, sorted
+    so that t >= r; omega has density proportional to omega^-beta; t_min and t_max are uniform on the lower
+    and the upper half of [0, 1], 0 and 1 on flow-matching rows; the first Binomial(B, class_dropout) rows are
+    dropped. `generator` is a CPU generator (None: the default one). `noise` is drawn on `device`.
     """
+    require(batch >= 1, f"batch: expected at least 1 row, got {batch}")
     c, g = loss_config, generator
 
     def uniform(low: float = 0.0, high: float = 1.0) -> Tensor:
@@ -213,7 +217,7 @@ def _naive_guidance(model, step: _Step) -> tuple[Tensor, Tensor]:
     return torch.where(step.on_device(step.draws.fm_mask)[:, None, None], net_fm, net_c), net_n
 
 
-def _main_pass(model, step: _Step, net_c: Tensor | None, t_clip: float) -> dict[str, Dual]:
+def _main_pass(model, step: _Step, net_c: Tensor | None) -> dict[str, Dual]:
     """Both heads on every row, with u's tangent along (v_c, 1, 0) on the last rows."""
     d = step.draws
     dropped = step.on_device(d.drop_mask)
@@ -221,7 +225,7 @@ def _main_pass(model, step: _Step, net_c: Tensor | None, t_clip: float) -> dict[
     h, z_dot, h_dot = step.on_device(d.t - d.r), None, None
     if net_c is not None:
         with torch.no_grad():
-            c = step.last(step.on_device(d.t)).clamp(t_clip, 1)[:, None, None, None]
+            c = step.last(step.on_device(d.t)).clamp(model.config.t_clip, 1)[:, None, None, None]
             z_dot = (step.last(step.z) - model.to_images(net_c)) / c
             h_dot = torch.ones_like(step.last(h))
     omega, t_min, t_max = (step.on_device(value) for value in (d.omega, d.t_min, d.t_max))
@@ -233,15 +237,13 @@ def _adaptive(loss: Tensor, config: LossConfig) -> Tensor:
     return loss / (loss.detach() + config.norm_eps) ** config.norm_p
 
 
-def _perceptual_terms(
-    perceptual: Callable, step: _Step, net_u: Tensor, config: LossConfig, to_images: Callable
-) -> dict[str, Tensor]:
+def _perceptual_terms(perceptual: Callable, model, step: _Step, net_u: Tensor, config: LossConfig) -> dict[str, Tensor]:
     """Distances per row between x_hat = z_t - t u and x, zero where t >= perceptual_max_t."""
     rows = (step.draws.t < config.perceptual_max_t).nonzero()[:, 0]
     t = _select(step.on_device(step.draws.t), rows)[:, None, None, None]
     z, x = _select(step.z, rows), _select(step.x, rows)
-    net = to_images(_select(net_u, rows))
-    x_hat = z - t / t.clamp(config.t_clip, 1) * (z - net)
+    net = model.to_images(_select(net_u, rows))
+    x_hat = z - t / t.clamp(model.config.t_clip, 1) * (z - net)
     full = torch.zeros(len(step.x), device=z.device)
     where = rows.to(z.device, non_blocking=True)
     return {name: full.index_put((where,), value.float()) for name, value in perceptual(x_hat, x).items()}
@@ -275,10 +277,10 @@ def pmf_loss(
 
     with held_weights(model, x.device.type):
         net_c, net_n = (_lean_guidance if plan == "lean" else _naive_guidance)(model, step)
-        nets = _main_pass(model, step, net_c, loss_config.t_clip)
+        nets = _main_pass(model, step, net_c)
     heads = (nets["u"].value, nets["v"].value, nets["u"].dot, net_c, net_n)
     guidance = (step.on_device(step.plan.guidance), step.on_device(step.plan.null_index()))
-    options = dict(t_clip=loss_config.t_clip, patch_size=model.config.patch_size)
+    options = dict(t_clip=model.config.t_clip, patch_size=model.config.patch_size)
     h = step.on_device(draws.t - draws.r)
     loss_u, loss_v = ops.pmf_objective(*heads, z, x, t, h, *guidance, **options, impl=model.impl)
 
@@ -286,9 +288,8 @@ def pmf_loss(
     terms = {"loss_u": loss_u.detach().mean() / x[0].numel(), "loss_v": loss_v.detach().mean() / x[0].numel()}
     if perceptual is not None:
         weights = {"lpips": loss_config.lpips_weight, "convnext": loss_config.convnext_weight}
-        for name, distance in _perceptual_terms(
-            perceptual, step, nets["u"].value, loss_config, model.to_images
-        ).items():
+        for name, distance in _perceptual_terms(perceptual, model, step, nets["u"].value, loss_config).items():
+            require(name in weights, f"perceptual: expected terms {sorted(weights)}, got {name!r}")
             rows = rows + weights[name] * _adaptive(distance, loss_config)
             terms[name] = distance.detach().mean()
     output = LossOutput(rows.mean(), terms)
@@ -312,12 +313,16 @@ def check_step(model, x: Tensor, y: Tensor, draws: Draws, plan: str) -> None:
         wanted = list(x.shape) if name == "noise" else [batch]
         where = name if name == "y" else f"draws.{name}"
         require(list(value.shape) == wanted, f"{where}: expected shape {wanted}, got {list(value.shape)}")
+    require(y.dtype == torch.int64, f"y: expected int64 class labels, got {y.dtype}")
+    require(bool((draws.omega >= 1).all()), "draws: expected omega >= 1 in every row")
     require(bool((draws.r <= draws.t).all()), "draws: expected r <= t in every row (h = t - r >= 0)")
     require(bool((draws.r >= 0).all() and (draws.t <= 1).all()), "draws: expected t and r in [0, 1]")
     require(bool((draws.t == draws.r)[draws.fm_mask].all()), "draws: expected r = t where fm_mask is set")
     if readable(x, y):
         classes = model.config.num_classes
         require(bool(torch.isfinite(x).all()), "x: expected finite images, got NaN or infinity")
+        finite = not readable(draws.noise) or bool(torch.isfinite(draws.noise).all())
+        require(finite, "draws.noise: expected finite values, got NaN or infinity")
         require(
             bool(((y >= 0) & (y < classes)).all()),
             f"y: expected labels in [0, {classes - 1}], got {y.min().item()} to {y.max().item()}",

@@ -69,14 +69,11 @@ class Conditioning(nn.Module):
 class PMFDiT(nn.Module):
     """The pMF network (arXiv 2601.22158): images z_t and conditions to the velocities u and v.
 
-    It predicts the clean image, net, in pixels; the velocities are (z - net) / clip(t, 0.05, 1).
+    It predicts the clean image, net, in pixels; the velocities are (z - net) / clip(t, t_clip, 1).
     Build one with `create_model`. Inputs of `forward`: z [B, c, H, W]; t in [0, 1], h = t - r in
     [0, t], omega >= 1, t_min and t_max in [0, 1], all float [B]; y int64 [B], the null class being
     num_classes.
     """
-
-    T_CLIP = 0.05
-    """Lower clip of t where the predicted image becomes a velocity (not a property of the weights)."""
 
     def __init__(
         self,
@@ -100,6 +97,13 @@ class PMFDiT(nn.Module):
         cos, sin = ops.rope_tables(config.grid_size, config.head_dim)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        """The rotary tables stay float32 in a network of any dtype."""
+        result = super()._apply(fn, recurse)
+        tables = ops.rope_tables(self.config.grid_size, self.config.head_dim, device=self.rope_cos.device)
+        self.rope_cos, self.rope_sin = tables
+        return result
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -183,8 +187,9 @@ class PMFDiT(nn.Module):
         return ops.unpatchify(tokens, self.config.patch_size, self.config.in_channels)
 
     def velocity_dual(self, z: Dual, t: Dual, net: Dual, rows: int | None) -> Dual:
-        """(z - net) / c with c = clip(t, 0.05, 1), and (z_dot - net_dot - u c_dot) / c, the quotient rule."""
-        c = t.value.clamp(self.T_CLIP, 1)[:, None, None, None]
+        """(z - net) / c with c = clip(t, t_clip, 1), and (z_dot - net_dot - u c_dot) / c, the quotient rule."""
+        t_clip = self.config.t_clip
+        c = t.value.clamp(t_clip, 1)[:, None, None, None]
         u = (z.value - net.value) / c
         if rows is None:
             return Dual(u)
@@ -192,7 +197,7 @@ class PMFDiT(nn.Module):
             u_last, c, t_last = (ops.tail(value, rows) for value in (u, c, t.value))
             numerator = ops.total(z.dot, None if net.dot is None else -net.dot)
             if t.dot is not None:
-                c_dot = torch.where(t_last > self.T_CLIP, t.dot, 0)[:, None, None, None]
+                c_dot = torch.where(t_last > t_clip, t.dot, 0)[:, None, None, None]
                 numerator = ops.total(numerator, -u_last * c_dot)
             return Dual(u, numerator / c)
 

@@ -83,17 +83,19 @@ def infer_config(state: Mapping[str, Tensor]) -> ModelConfig:
     Errors: a key that the shapes are read from is missing.
     """
 
-    def shape(key: str) -> tuple[int, ...]:
+    def shape(key: str, ndim: int) -> tuple[int, ...]:
         require(key in state, f"state dict: key {key!r} is missing, expected a published pMF checkpoint")
-        return tuple(state[key].shape)
+        got = tuple(state[key].shape)
+        require(len(got) == ndim and all(got), f"state dict: {key!r} must have {ndim} dimensions, got {list(got)}")
+        return got
 
     def depth(stack: str) -> int:
         found = [re.match(rf"net\.{stack}\.(\d+)\.", key) for key in state]
         return 1 + max((int(match[1]) for match in found if match), default=-1)
 
-    counts: dict[str, Any] = {f"{name}_tokens": shape(f"net.{name}_tokens")[1] for name in PREFIX.values()}
-    bottleneck, channels, patch, _ = shape("net.x_embedder.proj1.weight")
-    _, length, width = shape("net.pos_embed")
+    counts: dict[str, Any] = {f"{name}_tokens": shape(f"net.{name}_tokens", 3)[1] for name in PREFIX.values()}
+    bottleneck, channels, patch, _ = shape("net.x_embedder.proj1.weight", 4)
+    _, length, width = shape("net.pos_embed", 3)
     head_depth = depth("u_heads")
     require(head_depth > 0, "state dict: key 'net.u_heads.0.attn_scale' is missing, expected a u head")
     read = ModelConfig(
@@ -101,9 +103,9 @@ def infer_config(state: Mapping[str, Tensor]) -> ModelConfig:
         patch_size=patch,
         hidden_size=width,
         depth=depth("shared_blocks") + head_depth,
-        num_heads=width // shape("net.u_heads.0.attn.q_norm.weight")[0],
+        num_heads=width // shape("net.u_heads.0.attn.q_norm.weight", 1)[0],
         aux_head_depth=head_depth,
-        num_classes=shape("net.y_embedder.embedding_table._flax_embedding.weight")[0] - 1,
+        num_classes=shape("net.y_embedder.embedding_table._flax_embedding.weight", 2)[0] - 1,
         in_channels=channels,
         bottleneck=bottleneck,
         **counts,

@@ -50,12 +50,9 @@ def generate(
     batch_size images at a time, with a progress bar where asked for.
     Errors: `InputError` on labels out of range, both noise and seeds, wrong shapes, NaN, or no preset.
     """
-    labels = torch.as_tensor(labels)
+    labels = _integers("labels", labels)
     classes, shape = model.config.num_classes, model.config.image_shape
-    require(
-        labels.ndim == 1 and labels.dtype == torch.int64 and len(labels) > 0,
-        "labels: expected a non-empty list of integers",
-    )
+    require(len(labels) > 0, "labels: expected at least one class, got none")
     require(
         bool(((labels >= 0) & (labels <= classes)).all()),
         f"labels: expected classes in [0, {classes}], got {labels.min().item()} to {labels.max().item()}",
@@ -63,7 +60,7 @@ def generate(
     require(noise is None or seeds is None, "noise: expected either noise or seeds, got both")
     require(steps >= 1, f"steps: expected at least 1, got {steps}")
     require(batch_size >= 1, f"batch_size: expected at least 1, got {batch_size}")
-    seeds = range(len(labels)) if seeds is None else seeds
+    seeds = range(len(labels)) if seeds is None else _integers("seeds", seeds).tolist()
     require(len(seeds) == len(labels), f"seeds: expected {len(labels)} of them, got {len(seeds)}")
     require(all(0 <= seed < 2**32 for seed in seeds), "seeds: expected integers in [0, 2^32)")
     if noise is not None:
@@ -81,6 +78,17 @@ def generate(
         z = model.config.noise_scale * z.to(device)
         images.append(_integrate(model, z, labels[part].to(device), steps, conditions))
     return torch.cat(images)
+
+
+def _integers(name: str, values: Sequence[int] | Tensor) -> Tensor:
+    """A list of integers as int64 [n]. Errors: `InputError` on anything else."""
+    try:
+        tensor = torch.as_tensor(values if isinstance(values, Tensor) else list(values) or torch.empty(0).long())
+    except (TypeError, ValueError, RuntimeError):
+        tensor = torch.empty(())
+    whole = tensor.ndim == 1 and not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+    require(whole, f"{name}: expected a list of integers, got {values!r}"[:200])
+    return tensor.to(torch.int64)
 
 
 def _conditions(config, omega: float | None, t_min: float | None, t_max: float | None) -> tuple[float, ...]:
@@ -106,5 +114,5 @@ def _integrate(model, z: Tensor, y: Tensor, steps: int, conditions: tuple[float,
         h = (t - r).expand(len(z))
         net = model.predict_dual(Dual(z), Dual(h), omega, t_min, t_max, y, heads=("u",))["u"].value
         # z - h u with u = (z - net) / c, written so that h = c gives net itself.
-        z = torch.lerp(z, model.to_images(net).to(z.dtype), ((t - r) / t.clamp(model.T_CLIP, 1)).to(z.dtype))
+        z = torch.lerp(z, model.to_images(net).to(z.dtype), ((t - r) / t.clamp(model.config.t_clip, 1)).to(z.dtype))
     return z

@@ -55,6 +55,20 @@ def test_missing_and_torn_files_are_one_line_errors(saved):
     (directory / "model.pt").write_bytes(b"PK\x03\x04 torn")
     with pytest.raises(pmf.InputError, match="is not a readable checkpoint"):
         pmf.PMFDiT.from_pretrained(directory / "model.pt")
+    for content in (b"hello\n", b"\x80\x04K*."):
+        (directory / "model.pt").write_bytes(content)
+        with pytest.raises(pmf.InputError, match="is not a readable checkpoint"):
+            pmf.PMFDiT.from_pretrained(directory / "model.pt")
+    torch.save({"net.pos_embed": 3}, directory / "model.pt")
+    with pytest.raises(pmf.InputError, match="expected a state dict of tensors"):
+        pmf.PMFDiT.from_pretrained(directory / "model.pt")
+    for text in ("{ torn", "[]"):
+        (directory / "config.json").write_text(text)
+        with pytest.raises(pmf.InputError, match=r"config.json is not a readable configuration"):
+            pmf.PMFDiT.from_pretrained(directory)
+    save_file({"w": torch.ones(1)}, file, metadata={"pmf_config": '{"widths": 3}'})
+    with pytest.raises(pmf.InputError, match="holds no readable configuration"):
+        pmf.PMFDiT.from_pretrained(file)
     with pytest.raises(pmf.InputError, match=r"has no ema_7.safetensors, expected one of"):
         pmf.PMFDiT.from_pretrained(directory, weights="ema_7")
     with pytest.raises(pmf.InputError, match=r"does not exist, expected a run directory, a checkpoint file or"):
@@ -104,7 +118,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         temporary.write_text("half")
         raise RuntimeError("disk full")
 
-    with pytest.raises(RuntimeError, match="disk full"):
+    with pytest.raises(pmf.InputError, match=r"path: cannot write .*file.txt: disk full"):
         write_atomically(path, fail)
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file.txt"]
 

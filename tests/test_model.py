@@ -34,7 +34,7 @@ def test_forward_dual_is_the_jvp_of_forward(conditioning, rows):
 
 def test_the_quotient_rule_holds_on_both_sides_of_the_clip():
     model, inputs = random_model(), model_inputs(TINY, BATCH)
-    assert inputs["t"][0] < model.T_CLIP < inputs["t"][1]
+    assert inputs["t"][0] < model.config.t_clip < inputs["t"][1]
     t_dot = torch.ones(BATCH, dtype=torch.float64)
     u, _, u_dot = model.forward_dual(**inputs, t_dot=t_dot)
     assert u_dot[0].abs().max() == 0
@@ -102,6 +102,13 @@ def test_unknown_preset_and_impl_are_refused():
         pmf.create_model("pMF-Z")
     with pytest.raises(pmf.InputError, match="impl: expected one of"):
         pmf.create_model(TINY, impl="fast")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_rotary_tables_stay_exact_in_any_dtype(dtype):
+    model = pmf.create_model(TINY)
+    cos = model.rope_cos.clone()
+    assert model.to(dtype).rope_cos.dtype == torch.float32 and torch.equal(model.rope_cos, cos)
 
 
 def test_bfloat16_autocast_runs_and_agrees_roughly_with_float32():

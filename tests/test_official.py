@@ -45,6 +45,7 @@ def test_values_come_back_unchanged():
             lambda s: s.update({ROPE: torch.ones(64, 8, dtype=torch.complex64)}),
             "'net.rope_freqs' holds other rotary angles",
         ),
+        (lambda s: s.update({"net.pos_embed": torch.ones(4)}), "'net.pos_embed' must have 3 dimensions, got"),
         (lambda s: s.clear(), "key 'net.class_tokens' is missing, expected a published pMF checkpoint"),
     ],
 )

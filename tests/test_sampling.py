@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -46,6 +47,13 @@ def test_an_image_depends_on_its_seed_and_label_alone():
     assert not torch.allclose(whole[0], whole[1])
 
 
+def test_any_integers_are_labels():
+    model = random_model(dtype=torch.float32)
+    whole = pmf.generate(model, [1, 2], **SETTING)
+    for labels in (np.array([1, 2], dtype=np.int32), torch.tensor([1, 2], dtype=torch.uint8), range(1, 3)):
+        assert torch.equal(pmf.generate(model, labels, **SETTING), whole)
+
+
 def test_presets_sample_with_their_published_setting():
     model = pmf.create_model("pMF-digits", aux_head=False)
     preset = pmf.SAMPLING["pMF-digits"]
@@ -58,7 +66,9 @@ def test_presets_sample_with_their_published_setting():
     ("change", "message"),
     [
         (dict(labels=[0, 6]), r"labels: expected classes in \[0, 5\], got 0 to 6"),
-        (dict(labels=[]), "labels: expected a non-empty list of integers"),
+        (dict(labels=[]), "labels: expected at least one class, got none"),
+        (dict(labels=["a", "b"]), "labels: expected a list of integers, got"),
+        (dict(seeds=[1.5, 2.0]), "seeds: expected a list of integers, got"),
         (dict(steps=0), "steps: expected at least 1, got 0"),
         (dict(omega=0.0), "omega: expected a guidance scale >= 1, got 0.0"),
         (dict(t_min=0.9, t_max=0.1), "t_min: expected 0 <= t_min <= t_max <= 1, got 0.9 and 0.1"),

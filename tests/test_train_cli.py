@@ -45,6 +45,15 @@ def test_resume_takes_the_stored_values_and_flags_override_them(run):
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
 
 
+def test_resume_knows_the_runs_own_values(tmp_path):
+    out = tmp_path / "run"
+    main(["digits", "--out", str(out), *TINY_RUN, "--ema-half-lives", "5", "--sampling-weights", "ema_5"])
+    main(["digits", f"--resume={out}", "--steps", "3", "--ema-half-lives", "5"])
+    assert json.loads((out / "config.json").read_text())["steps"] == 3
+    with pytest.raises(SystemExit):
+        main(["digits", "--resume", str(out), "--out", str(tmp_path / "other")])
+
+
 def test_sample_draws_one_column_per_label(run, tmp_path, capsys):
     png = tmp_path / "grid.png"
     main(["sample", str(run), "--labels", "3", "1", "4", "--rows", "2", "--steps", "2", "--out", str(png)])
@@ -65,6 +74,8 @@ def test_eval_prints_a_line_per_number_of_steps(run, capsys):
         (["eval", "/nowhere"], "source: /nowhere does not exist"),
         (["digits", "--resume", "/nowhere"], "resume: /nowhere holds no run"),
         (["digits", "--out", "/proc/run"], "path: cannot write /proc/run/config.json"),
+        (["digits", "--optimizer.clip-norm", "-1"], "optimizer.clip_norm: out of range, got -1.0"),
+        (["digits", "--sampling.omega", "0.5"], "sampling.omega: expected a guidance scale >= 1, got 0.5"),
         (["digits", "--model.patch-size", "3"], "ModelConfig: patch_size must divide image_size 8, got 3"),
     ],
 )

@@ -39,7 +39,6 @@ class Copier(torch.nn.Module):
         super().__init__()
         self.template = random_model()
         self.config = self.template.config.__class__(image_size=8, patch_size=8, in_channels=1, num_classes=10)
-        self.T_CLIP = 0.05
 
     def predict_dual(self, z, h, omega, t_min, t_max, y, *, heads):
         train, _ = digits()

@@ -75,8 +75,11 @@ def test_metrics_of_steps_that_were_not_saved_are_dropped(finished, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_saves_and_continues_exactly(finished, tmp_path, number):
-    trainer = Trainer(config(tmp_path / "run", save_every=100), digits()[0])
+def test_an_interrupted_run_saves_and_continues_exactly(tmp_path, number):
+    """Under the default optimizer, whose learning rate depends on the step."""
+    decaying = dict(optimizer=RunConfig().optimizer, save_every=100)
+    whole = train(config(tmp_path / "whole", **decaying))
+    trainer = Trainer(config(tmp_path / "run", **decaying), digits()[0])
     step = trainer.train_step
 
     def interrupted():
@@ -88,7 +91,66 @@ def test_an_interrupted_run_saves_and_continues_exactly(finished, tmp_path, numb
     trainer.run()
     assert trainer.step == 3 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     train(dataclasses.replace(load_run_config(tmp_path / "run"), resume=tmp_path / "run"))
-    assert losses(tmp_path / "run") == losses(finished)
+    assert losses(tmp_path / "run") == losses(whole)
+
+
+def test_a_run_killed_while_it_saved_the_last_step_is_completed(tmp_path):
+    out = train(config(tmp_path / "run", steps=3))
+    for file in (*out.glob("*.safetensors"), *out.glob("*.png")):
+        file.unlink()
+    train(dataclasses.replace(load_run_config(out), resume=out))
+    assert len([*out.glob("*.safetensors"), *out.glob("*.png")]) == 6
+
+
+def test_a_run_killed_before_its_first_checkpoint_can_start_again(tmp_path):
+    out = train(config(tmp_path / "run", steps=3))
+    (out / "state.pt").rename(out / ".state.pt.torn.pt")
+    train(config(out, steps=3))
+    assert (out / "state.pt").exists() and not (out / ".state.pt.torn.pt").exists()
+
+
+def test_flags_beside_resume_override_and_are_kept(tmp_path):
+    out = train(config(tmp_path / "run", steps=3))
+    chosen = dataclasses.replace(CONSTANT, momentum=0.5, adam_betas=(0.5, 0.6))
+    changed = dataclasses.replace(load_run_config(out), resume=out, steps=4, optimizer=chosen)
+    trainer = Trainer(changed, digits()[0])
+    trainer.run()
+    assert trainer.optimizers["muon"].param_groups[0]["momentum"] == 0.5
+    assert trainer.optimizers["adam"].param_groups[0]["betas"] == (0.5, 0.6)
+    stored = load_run_config(out)
+    assert stored.steps == 4 and stored.optimizer == chosen and stored.resume is None
+    with pytest.raises(pmf.InputError, match=r"steps: .* is already at step 4, expected at least that, got 3"):
+        Trainer(dataclasses.replace(stored, resume=out, steps=3), digits()[0])
+
+
+def test_overwriting_takes_the_run_and_nothing_else(tmp_path):
+    out = train(config(tmp_path / "run", steps=3))
+    (out / "notes.txt").write_text("mine")
+    train(config(out, steps=2, overwrite=True))
+    assert len(losses(out)) == 2 and (out / "notes.txt").read_text() == "mine"
+
+
+def test_a_directory_that_is_no_run_is_left_alone(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "other"}')
+    (tmp_path / "model.safetensors").write_text("theirs")
+    for overwrite in (False, True):
+        with pytest.raises(pmf.InputError, match=r"is not empty and holds no run"):
+            Trainer(config(tmp_path, overwrite=overwrite), digits()[0])
+    assert (tmp_path / "model.safetensors").read_text() == "theirs"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(model=dataclasses.replace(SMALL, in_channels=3)), r"images of shape \[1, 8, 8\], got \[3, 8, 8\]"),
+        (dict(model=dataclasses.replace(SMALL, num_classes=5)), "model.num_classes: expected at least 10"),
+        (dict(device="meta"), "device: cannot use 'meta'"),
+    ],
+)
+def test_what_cannot_run_leaves_nothing_behind(tmp_path, change, message):
+    with pytest.raises(pmf.InputError, match=message):
+        Trainer(config(tmp_path / "run", **change), digits()[0])
+    assert not (tmp_path / "run").exists()
 
 
 def test_training_learns(tmp_path):
@@ -136,6 +198,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     ("change", "message"),
     [
         (dict(steps=0), "steps: expected a positive number, got 0"),
+        (dict(seed=-1), "seed: expected a number >= 0, got -1"),
         (dict(sampling_weights="ema_3"), "sampling_weights: expected one of model, ema_500"),
     ],
 )

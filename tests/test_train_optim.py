@@ -44,6 +44,15 @@ def test_muons_first_step_is_the_published_one(shape):
     assert ((linear.weight - before) - expected).norm() < 0.02 * expected.norm()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [dict(learning_rate=-1.0), dict(clip_norm=-1.0), dict(decay_share=-1.0), dict(newton_schulz_steps=500)],
+)
+def test_impossible_optimizers_are_refused(change):
+    with pytest.raises(pmf.InputError, match=f"optimizer.{next(iter(change))}: out of range"):
+        OptimizerConfig(**change)
+
+
 def test_learning_rate_is_constant_unless_decay_is_asked_for():
     assert learning_rate(OptimizerConfig(), 99, 100) == 1e-3
     decayed = OptimizerConfig(learning_rate=1.0, decay_share=0.1)

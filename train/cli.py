@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from dataclasses import dataclass
@@ -89,14 +90,19 @@ def _load(config: SampleConfig | EvalConfig):
 
 def digits(arguments: list[str]) -> None:
     """Train on digits; with --resume, the stored configuration supplies the defaults."""
-    first = tyro.cli(RunConfig, prog="pmf digits", args=arguments)
-    if first.resume is not None:
-        stored = load_run_config(first.resume)
-        first = tyro.cli(RunConfig, prog="pmf digits", args=arguments, default=stored)
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--resume", type=Path)
+    resumed = finder.parse_known_args(arguments)[0].resume
+    stored = RunConfig() if resumed is None else load_run_config(resumed)
+    config = tyro.cli(RunConfig, prog="pmf digits", args=arguments, default=stored)
+    require(
+        resumed is None or config.out == stored.out,
+        f"out: expected none beside --resume, which continues in {resumed}, got {config.out}",
+    )
     from pmf.train import data
     from pmf.train.loop import Trainer
 
-    trainer = Trainer(first, data.digits()[0])
+    trainer = Trainer(config, data.digits()[0])
     trainer.run()
     print(f"run: {trainer.directory} (samples.png, loss.png, metrics.jsonl)")
 

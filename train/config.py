@@ -25,6 +25,11 @@ class SamplingConfig:
     t_max: float = 1.0
     """End of the guidance interval."""
 
+    def __post_init__(self) -> None:
+        require(self.omega >= 1, f"sampling.omega: expected a guidance scale >= 1, got {self.omega}")
+        ordered = 0 <= self.t_min <= self.t_max <= 1
+        require(ordered, f"sampling.t_min: expected 0 <= t_min <= t_max <= 1, got {self.t_min} and {self.t_max}")
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -33,9 +38,9 @@ class RunConfig:
     out: Path = Path("runs/digits")
     """Directory of the run: configuration, metrics, checkpoints, pictures."""
     resume: Path | None = None
-    """Continue the run in this directory exactly where it was saved; flags given beside it override it."""
+    """Continue the run in this directory exactly where it was saved; flags beside it override its configuration."""
     overwrite: bool = False
-    """Replace a run that is already in `out`."""
+    """Replace the run that is in `out`; nothing else in there is touched."""
     steps: int = 1600
     """Training steps."""
     batch_size: int = 64
@@ -44,8 +49,8 @@ class RunConfig:
     """Seed of initialisation, data order and draws."""
     device: str = "auto"
     """Device to train on: auto (cuda where there is one, else cpu), cpu, cuda, cuda:1, ..."""
-    impl: str = "auto"
-    """Implementation of the ops: auto, triton or reference."""
+    impl: str | None = None
+    """Implementation of the ops: auto, triton or reference (default: PMF_IMPL, else auto)."""
     ema_half_lives: tuple[float, ...] = (500.0, 1000.0, 2000.0)
     """Half-lives of the EMA copies, in thousands of images."""
     sampling_weights: str = "ema_500"
@@ -66,6 +71,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "save_every", "sample_every"):
             require(getattr(self, name) > 0, f"{name}: expected a positive number, got {getattr(self, name)}")
+        require(self.seed >= 0, f"seed: expected a number >= 0, got {self.seed}")
+        require(all(k > 0 for k in self.ema_half_lives), f"ema_half_lives: expected > 0, got {self.ema_half_lives}")
         known = ("model", *(f"ema_{k:g}" for k in self.ema_half_lives))
         require(
             self.sampling_weights in known,
@@ -84,13 +91,15 @@ def load_run_config(directory: Path) -> RunConfig:
     require(file.is_file(), f"resume: {directory} holds no run, expected a directory with {CONFIG_FILE}")
     try:
         return _build(RunConfig, json.loads(file.read_text()))
-    except (json.JSONDecodeError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"resume: {file} is not a readable run configuration: {error}") from error
 
 
 def _build(kind: type, values: dict):
-    """A dataclass from its JSON."""
+    """A dataclass from its JSON. Errors: KeyError on a value that is no field, or where none is there."""
     hints = get_type_hints(kind)
+    if not values or set(values) - set(hints):
+        raise KeyError(f"expected the fields of {kind.__name__}")
     return kind(**{f.name: _value(hints[f.name], values[f.name]) for f in fields(kind) if f.name in values})
 
 

@@ -8,6 +8,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 import pmf
+from pmf.errors import require
 from pmf.train.data import digits
 
 PER_CLASS = 50
@@ -38,6 +39,9 @@ def evaluate_digits(
     classes. For scale: real training digits are at 0.46, the ten class means at 7.2, noise at 62.
     """
     train, held_out = digits()
+    shape, wanted = model.config.image_shape, tuple(train.images.shape[1:])
+    fits = shape == wanted and model.config.num_classes == 10
+    require(fits, f"source: expected a network for {list(wanted)} images of 10 classes, got {list(shape)}")
     labels = torch.arange(10).repeat_interleave(PER_CLASS)
     seeds = range(seed * len(labels), (seed + 1) * len(labels))
     samples = pmf.generate(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from tqdm import tqdm
 import pmf
 from pmf.checkpoint import save_model, write_atomically
 from pmf.errors import InputError, require
-from pmf.train.config import CONFIG_FILE, RunConfig, to_json
+from pmf.train.config import CONFIG_FILE, RunConfig, load_run_config, to_json
 from pmf.train.data import ImageSet, step_seed
 from pmf.train.images import save_grid, save_loss_curve
 from pmf.train.optim import EMA, build_optimizers, learning_rate
@@ -29,11 +30,27 @@ def pick_device(name: str) -> torch.device:
     """ "auto" is cuda where there is one, else cpu. Errors: a device that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    require(name.split(":")[0] != "meta", f"device: cannot use {name!r}: it computes nothing")
     try:
         torch.empty(0, device=name)
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device: cannot use {name!r}: {str(error).splitlines()[0]}") from None
+
+
+def _is_run(directory: Path) -> bool:
+    try:
+        load_run_config(directory)
+        return True
+    except InputError:
+        return False
+
+
+def _run_files(directory: Path) -> list[Path]:
+    """What a run writes: nothing else in its directory is ever removed."""
+    names = (CONFIG_FILE, STATE_FILE, METRICS_FILE, "samples.png", "loss.png", "model.safetensors")
+    patterns = (*names, "ema_*.safetensors", "tensorboard/events.*", *(f".{name}.*" for name in names), ".ema_*")
+    return [file for pattern in patterns for file in directory.glob(pattern)]
 
 
 class Trainer:
@@ -46,35 +63,40 @@ class Trainer:
     def __init__(self, config: RunConfig, data: ImageSet) -> None:
         self.config, self.data = config, data
         self.device = pick_device(config.device)
+        _check_data(data, config)
         torch.manual_seed(config.seed)
         self.model = pmf.create_model(config.model, impl=config.impl, device=self.device)
         self.optimizers = build_optimizers(self.model, config.optimizer)
         self.emas = {f"ema_{k:g}": EMA(self.model, k) for k in config.ema_half_lives}
         self.step = 0
         self.directory = config.resume or config.out
+        self._sample([0])  # what cannot sample is refused before it leaves anything behind
         if config.resume is not None:
             self._load_state()
         else:
-            self._open_directory()
+            self._clear_directory()
+        text = to_json(replace(config, out=self.directory, resume=None, overwrite=False))
+        write_atomically(self.directory / CONFIG_FILE, lambda temporary: temporary.write_text(text))
         self.metrics = self._metrics_so_far()
         self.writer = _tensorboard(self.directory)
 
-    def _open_directory(self) -> None:
-        """A fresh directory with the configuration in it."""
-        taken = (self.directory / CONFIG_FILE).exists()
+    def _clear_directory(self) -> None:
+        """An empty or new directory; or one whose run may go: with --overwrite, or with nothing saved yet."""
+        directory = self.directory
+        if not directory.is_dir() or not any(directory.iterdir()):
+            return
+        require(_is_run(directory), f"out: {directory} is not empty and holds no run, expected another --out")
         require(
-            self.config.overwrite or not taken,
-            f"out: {self.directory} already holds a run, expected --resume {self.directory}, --overwrite "
-            "or another --out",
+            self.config.overwrite or not (directory / STATE_FILE).exists(),
+            f"out: {directory} already holds a run, expected --resume {directory}, --overwrite or another --out",
         )
-        if taken:
-            shutil.rmtree(self.directory)
-        text = to_json(self.config)
-        write_atomically(self.directory / CONFIG_FILE, lambda temporary: temporary.write_text(text))
+        for file in _run_files(directory):
+            file.unlink()
 
     def _load_state(self) -> None:
         file = self.directory / STATE_FILE
         require(file.is_file(), f"resume: {self.directory} has no {STATE_FILE}, nothing was saved there yet")
+        settings = {name: [dict(g) for g in part.param_groups] for name, part in self.optimizers.items()}
         try:
             state = torch.load(file, map_location=self.device, weights_only=True)
             self.model.load_state_dict(state["model"])
@@ -85,15 +107,29 @@ class Trainer:
         except Exception as error:
             reason = str(error).strip().splitlines()[0]
             raise InputError(f"resume: cannot continue from {file}: {reason}") from error
+        for name, part in self.optimizers.items():  # the configuration's settings, not the checkpoint's
+            for group, chosen in zip(part.param_groups, settings[name], strict=True):
+                group.update({key: value for key, value in chosen.items() if key != "params"})
+        require(
+            self.step <= self.config.steps,
+            f"steps: {self.directory} is already at step {self.step}, expected at least that, got {self.config.steps}",
+        )
 
     def _metrics_so_far(self) -> list[dict]:
         """The metrics up to this step; those of steps that were not saved are dropped from the file."""
         file = self.directory / METRICS_FILE
         lines = file.read_text().splitlines() if file.exists() else []
-        kept = [record for record in map(json.loads, lines[: self.step]) if record["step"] <= self.step]
+        kept = list(itertools.takewhile(lambda r: r.get("step", self.step + 1) <= self.step, map(_record, lines)))
         text = "".join(json.dumps(record) + "\n" for record in kept)
         write_atomically(file, lambda temporary: temporary.write_text(text))
         return kept
+
+    def _sample(self, labels: list[int]) -> Tensor:
+        """One-step images of these classes from the sampling weights."""
+        sampling = self.config.sampling
+        return pmf.generate(
+            self.sampling_model(), labels, omega=sampling.omega, t_min=sampling.t_min, t_max=sampling.t_max
+        )
 
     def save(self) -> None:
         """Write everything that resuming needs, then the weights for sampling; each file whole or not."""
@@ -132,6 +168,8 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the last step. Ctrl-C (or SIGTERM) saves and stops; a non-finite loss is an error."""
+        if self.step == self.config.steps:  # stopped while it saved the last step
+            self._save_when_due(stopping=True)
         stop = _StopRequest()
         images = self.config.batch_size
         bar = tqdm(total=self.config.steps, initial=self.step, desc="training", unit="step")
@@ -179,11 +217,7 @@ class Trainer:
         """samples.png, one column per class (at most ten), from the sampling weights; loss.png."""
         columns = min(10, self.config.model.num_classes)
         labels = list(range(columns)) * PICTURE_ROWS
-        sampling = self.config.sampling
-        images = pmf.generate(
-            self.sampling_model(), labels, omega=sampling.omega, t_min=sampling.t_min, t_max=sampling.t_max
-        )
-        save_grid(self.directory / "samples.png", images, columns=columns)
+        save_grid(self.directory / "samples.png", self._sample(labels), columns=columns)
         steps = [record["step"] for record in self.metrics]
         terms = {name: [record[name] for record in self.metrics] for name in ("loss_u", "loss_v")}
         save_loss_curve(self.directory / "loss.png", steps, terms)
@@ -195,6 +229,23 @@ class Trainer:
         model = pmf.create_model(self.config.model, impl=self.config.impl, device=self.device)
         model.load_state_dict(self.emas[self.config.sampling_weights].state_dict())
         return model
+
+
+def _check_data(data: ImageSet, config: RunConfig) -> None:
+    """The network fits the images and their classes."""
+    shape, wanted = tuple(data.images.shape[1:]), config.model.image_shape
+    require(shape == wanted, f"model: expected a network for images of shape {list(shape)}, got {list(wanted)}")
+    classes = int(data.labels.max()) + 1
+    got = config.model.num_classes
+    require(got >= classes, f"model.num_classes: expected at least {classes} for these images, got {got}")
+
+
+def _record(line: str) -> dict:
+    """A line of the metrics; {} where it is torn."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return {}
 
 
 def _finite(value: float) -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from pmf.errors import require
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,19 @@ class OptimizerConfig:
     """Share of the run, at its end, in which the learning rate falls linearly to zero (0: constant, as published)."""
     clip_norm: float = 0.0
     """Clip the norm of the whole gradient to this (0: never, as published)."""
+
+    def __post_init__(self) -> None:
+        within = {
+            "learning_rate": 0 < self.learning_rate < math.inf,
+            "momentum": 0 <= self.momentum < 1,
+            "newton_schulz_steps": 1 <= self.newton_schulz_steps < 100,
+            "adam_betas": all(0 <= beta < 1 for beta in self.adam_betas),
+            "adam_eps": 0 < self.adam_eps < math.inf,
+            "decay_share": 0 <= self.decay_share <= 1,
+            "clip_norm": 0 <= self.clip_norm < math.inf,
+        }
+        for name, good in within.items():
+            require(good, f"optimizer.{name}: out of range, got {getattr(self, name)}")
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
