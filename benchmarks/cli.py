@@ -14,6 +14,7 @@ import tyro
 
 from pmf.benchmarks.cases import Case, op_cases
 from pmf.benchmarks.ledger import ROOT, append, provenance
+from pmf.benchmarks.memory import BUDGETS_GB, measured_largest_batch, table
 from pmf.benchmarks.steps import sampling_case, step_case
 from pmf.benchmarks.timing import ceilings, measure
 from pmf.config import MODELS
@@ -24,9 +25,9 @@ from pmf.errors import InputError, require
 class Options:
     """Measure pMF against its rivals. Without a GPU, what runs is shown and nothing is recorded."""
 
-    suite: tyro.conf.Positional[Literal["ops", "steps", "sampling", "gpu"]]
+    suite: tyro.conf.Positional[Literal["ops", "steps", "sampling", "memory", "gpu"]]
     """ops: each op at the shapes of a block. steps: whole training steps. sampling: one-step sampling.
-    gpu: all of them, one after the other."""
+    memory: the largest batch. gpu: all of them, one after the other."""
     sizes: tuple[str, ...] = ("pMF-B/16", "pMF-L/16", "pMF-H/16")
     """Presets whose shapes are measured."""
     batch: int | None = None
@@ -87,10 +88,26 @@ def chosen_cases(options: Options) -> list[Case]:
         "steps": lambda: [step_case(size, options.batch or 128) for size in options.sizes],
         "sampling": lambda: [sampling_case(size, options.batch or 128) for size in options.sizes],
     }
-    names = suites if options.suite == "gpu" else (options.suite,)
+    names = suites if options.suite == "gpu" else {options.suite} & set(suites)
     cases = [case for name in names for case in suites[name]() if options.only in case.name]
-    require(bool(cases), f"only: {options.only!r} fits no case")
+    require(bool(cases) or options.suite == "memory", f"only: {options.only!r} fits no case")
     return cases
+
+
+def measure_memory(options: Options, origin: dict[str, object]) -> None:
+    """The largest batch per size and checkpointing mode: computed, and on a GPU measured too."""
+    for row in table(options.sizes):
+        print(
+            "  ".join(
+                f"{name}: {value:.1f}" if isinstance(value, float) else f"{name}: {value}"
+                for name, value in row.items()
+            )
+        )
+        if options.device != "cpu":
+            for budget in BUDGETS_GB:
+                batch = measured_largest_batch(str(row["size"]), str(row["checkpointing"]), budget)
+                print(f"  measured at {budget} GB: {batch}")
+                append({**origin, **row, "case": "largest batch", "budget_gb": budget, "largest_batch": batch})
 
 
 def measure_all(options: Options) -> None:
@@ -109,5 +126,7 @@ def measure_all(options: Options) -> None:
             print(f"{case.name:44}{record['provider']:20}{record['median_us']:12.1f} us{share:8.1%}")
             if recorded:
                 append({**origin, **limits, **record})
+    if options.suite in ("memory", "gpu"):
+        measure_memory(options, origin)
     if not recorded:
         print("no GPU: nothing was recorded")

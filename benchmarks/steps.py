@@ -27,11 +27,14 @@ def _inputs(size: str, batch: int, device: torch.device) -> tuple[Tensor, Tensor
     return x, y, pmf.sample_draws(batch, shape, LOSSES[size], generator, device)
 
 
-def _lean(model, x, y, draws, config) -> Tensor:
+def lean_loss(model, x, y, draws, config) -> Tensor:
+    """The library's own loss."""
     return pmf.pmf_loss(model, x, y, draws, config).loss
 
 
-def _step(loss: Callable, size: str, batch: int, device: torch.device, compiled: bool, **options) -> Run:
+def training_step(
+    loss: Callable, size: str, batch: int, device: torch.device, compiled: bool = False, **options
+) -> Run:
     """Forward and backward of one batch, under bfloat16 autocast on CUDA; gradients are dropped after."""
     model = pmf.create_model(size, device=device, **options)
     x, y, draws = _inputs(size, batch, device)
@@ -54,15 +57,15 @@ def step_case(size: str, batch: int) -> Case:
         "joint jvp, compiled": (joint_jvp_loss, True, dict(impl="reference")),
         "jvp without gradient, second forward": (two_pass_loss, False, dict(impl="reference")),
         "flow matching": (flow_matching_loss, False, {}),
-        "lean": (_lean, False, {}),
-        "lean, compiled": (_lean, True, {}),
-        "lean, checkpointed": (_lean, False, dict(checkpointing="block")),
+        "lean": (lean_loss, False, {}),
+        "lean, compiled": (lean_loss, True, {}),
+        "lean, checkpointed": (lean_loss, False, dict(checkpointing="block")),
     }
     draws = pmf.sample_draws(batch, (1, 1, 1), LOSSES[size], torch.Generator().manual_seed(0))
 
     def providers(device: torch.device) -> dict[str, Callable[[], Run]]:
         return {
-            name: functools.partial(_step, loss, size, batch, device, compiled, **options)
+            name: functools.partial(training_step, loss, size, batch, device, compiled, **options)
             for name, (loss, compiled, options) in ways.items()
         }
 

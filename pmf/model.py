@@ -259,4 +259,4 @@ def create_model(
     require(checkpointing in CHECKPOINTING, f"checkpointing: expected one of {CHECKPOINTING}, got {checkpointing!r}")
     with torch.device(device or torch.get_default_device()):
         model = PMFDiT(config, impl=impl, aux_head=aux_head, checkpointing=checkpointing)
-    return model.to(dtype=dtype)
+    return model if dtype is None else model.to(dtype)
