@@ -97,12 +97,7 @@ def chosen_cases(options: Options) -> list[Case]:
 def measure_memory(options: Options, origin: dict[str, object]) -> None:
     """The largest batch per size and checkpointing mode: computed, and on a GPU measured too."""
     for row in table(options.sizes):
-        print(
-            "  ".join(
-                f"{name}: {value:.1f}" if isinstance(value, float) else f"{name}: {value}"
-                for name, value in row.items()
-            )
-        )
+        print("  ".join(f"{name}: {value}" for name, value in row.items()))
         if options.device != "cpu":
             for budget in BUDGETS_GB:
                 batch = measured_largest_batch(str(row["size"]), str(row["checkpointing"]), budget)

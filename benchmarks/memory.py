@@ -29,7 +29,7 @@ class RowMemory:
     """Activations that one more row of the batch saves for backward."""
 
     def largest_batch(self, budget_gb: float) -> int:
-        """Rows that fit beside what is fixed: an upper bound, since passing buffers are not counted."""
+        """Rows that fit beside what is fixed: an upper bound, since buffers that come and go are not counted."""
         return max(0, int((budget_gb * 1e9 - self.fixed) // self.per_row))
 
 
@@ -43,10 +43,15 @@ def _fixed_bytes(model: nn.Module) -> int:
 def row_memory(size: str, checkpointing: str = "none", impl: str = "triton") -> RowMemory:
     """Counted on fake tensors under bfloat16 autocast, without computing anything.
 
-    impl "triton" needs a GPU or TRITON_INTERPRET=1, as everywhere.
+    Under "block" checkpointing the one block that backward recomputes counts too. impl "triton" needs a
+    GPU or TRITON_INTERPRET=1, as everywhere.
     """
+    config = MODELS[size]
+    block = 0
+    if checkpointing == "block":
+        block = row_memory(size, "none", impl).per_row // (config.depth + config.aux_head_depth)
     with FakeTensorMode():
-        model = create_model(MODELS[size], impl=impl, checkpointing=checkpointing, device="cpu")
+        model = create_model(config, impl=impl, checkpointing=checkpointing, device="cpu")
 
         def kept(batch: int) -> int:
             one, y = torch.ones(batch), torch.zeros(batch, dtype=torch.int64)
@@ -58,7 +63,7 @@ def row_memory(size: str, checkpointing: str = "none", impl: str = "triton") -> 
 
             return saved_bytes(run, model.parameters())
 
-        return RowMemory(_fixed_bytes(model), kept(2) - kept(1))
+        return RowMemory(_fixed_bytes(model), kept(2) - kept(1) + block)
 
 
 def measured_largest_batch(size: str, checkpointing: str, budget_gb: float, joint: bool = False) -> int:
@@ -94,5 +99,5 @@ def table(sizes: tuple[str, ...]) -> list[dict[str, object]]:
         for mode in ("none", "block"):
             memory = row_memory(size, mode)
             batches = {f"{gb} GB": memory.largest_batch(gb) for gb in BUDGETS_GB}
-            rows.append({"size": size, "checkpointing": mode, "MB per image": memory.per_row / 1e6, **batches})
+            rows.append({"size": size, "checkpointing": mode, "MB per image": round(memory.per_row / 1e6), **batches})
     return rows

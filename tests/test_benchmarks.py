@@ -9,7 +9,10 @@ import torch
 import pmf
 from pmf.benchmarks import cases, cli, ledger, steps
 from pmf.benchmarks.baselines import joint_jvp_loss, two_pass_loss
+from pmf.benchmarks.counting import saved_bytes
+from pmf.benchmarks.memory import row_memory
 from pmf.benchmarks.timing import ceilings, measure
+from pmf.dual import Dual
 from tests.networks import TINY, random_model, relative_error
 from tests.test_loss import LOSS, gradients, step_inputs
 
@@ -113,6 +116,28 @@ def test_step_and_sampling_cases_run(case, monkeypatch):
     for name, prepare in small.providers(CPU).items():
         if "compiled" not in name:
             prepare()()
+
+
+def test_memory_per_row_is_what_a_row_saves():
+    """Counted on fake tensors: what a real forward pass of one more row keeps."""
+    memory = row_memory("small", impl="reference")
+    model = pmf.create_model(SMALL, impl="reference")
+
+    def kept(batch):
+        one, z = torch.ones(batch), Dual(torch.randn(batch, *SMALL.image_shape))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            run = lambda: model.predict_dual(z, Dual(one), one, one, one, torch.zeros(batch).long())  # noqa: E731
+            return saved_bytes(run, model.parameters())
+
+    assert memory.per_row == kept(3) - kept(2)
+    assert row_memory("small", "block").per_row < row_memory("small").per_row
+    assert memory.largest_batch(1.0) == (10**9 - memory.fixed) // memory.per_row
+
+
+def test_the_memory_table_has_every_size_and_mode(capsys):
+    cli.main(["memory", "--sizes", "small", "--device", "cpu"])
+    out = capsys.readouterr().out
+    assert "checkpointing: none" in out and "checkpointing: block" in out and "141 GB" in out
 
 
 def test_a_lean_step_is_much_faster_than_a_joint_jvp_step():
