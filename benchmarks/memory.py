@@ -63,7 +63,7 @@ def row_memory(size: str, checkpointing: str = "none", impl: str = "triton") -> 
 
             return saved_bytes(run, model.parameters())
 
-        return RowMemory(_fixed_bytes(model), kept(2) - kept(1) + block)
+        return RowMemory(_fixed_bytes(model), kept(3) - kept(2) + block)
 
 
 def measured_largest_batch(size: str, checkpointing: str, budget_gb: float, joint: bool = False) -> int:
