@@ -11,6 +11,7 @@ _HOMES = {
     "pmf.checkpoint": (
         "convert_official_state_dict",
         "export_official_state_dict",
+        "infer_config",
         "load_model",
         "save_model",
     ),

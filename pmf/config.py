@@ -204,7 +204,7 @@ LOSSES: dict[str, LossConfig] = {
     "pMF-L/32": LossConfig(p_mean=0.0, perceptual_max_t=0.6),
     "pMF-H/16": LossConfig(p_mean=0.0, perceptual_max_t=0.6, tr_uniform=True),
     "pMF-H/32": LossConfig(p_mean=0.0, perceptual_max_t=0.6, tr_uniform=True),
-    "pMF-digits": LossConfig(),
+    "pMF-digits": LossConfig(p_std=1.2, tr_uniform=True, norm_p=0.5),
 }
 
 SAMPLING: dict[str, dict[str, float]] = {
@@ -214,7 +214,7 @@ SAMPLING: dict[str, dict[str, float]] = {
     "pMF-L/32": dict(omega=7.5, t_min=0.2, t_max=0.6),
     "pMF-H/16": dict(omega=7.0, t_min=0.2, t_max=0.6),
     "pMF-H/32": dict(omega=5.5, t_min=0.1, t_max=0.6),
-    "pMF-digits": dict(omega=2.0, t_min=0.0, t_max=1.0),
+    "pMF-digits": dict(omega=1.1, t_min=0.0, t_max=1.0),
 }
 
 

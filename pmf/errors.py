@@ -7,8 +7,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 
-class InputError(ValueError):
-    """Bad input: one line that names the argument, what came and what was expected."""
+class InputError(Exception):
+    """Bad input: one line that names the argument, what came and what was expected.
+
+    Not a ValueError, which command-line parsers catch and reword.
+    """
 
 
 def require(condition: bool, message: str) -> None:

@@ -59,6 +59,7 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=bias)
 
     def reset_parameters(self) -> None:
+        """Draw the weights."""
         nn.init.normal_(self.weight, std=self.gain / math.sqrt(self.in_features))
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -117,9 +118,7 @@ class NormModulate(DualModule):
             )
         )
 
-    def after_residual(
-        self, residual: Residual, scale: Dual = ABSENT, shift: Dual = ABSENT
-    ) -> tuple[Dual, Dual]:
+    def after_residual(self, residual: Residual, scale: Dual = ABSENT, shift: Dual = ABSENT) -> tuple[Dual, Dual]:
         """The stream with its pending branch added, and that sum normalised and modulated."""
         if residual.branch is None:
             return residual.x, self.forward_dual(residual.x, scale, shift)
@@ -154,9 +153,7 @@ class PatchEmbed(DualModule):
 
     def __init__(self, config: ModelConfig, impl: str | None = None) -> None:
         super().__init__(impl)
-        self.proj1 = nn.Conv2d(
-            config.in_channels, config.bottleneck, config.patch_size, stride=config.patch_size
-        )
+        self.proj1 = nn.Conv2d(config.in_channels, config.bottleneck, config.patch_size, stride=config.patch_size)
         self.proj2 = nn.Conv2d(config.bottleneck, config.hidden_size, 1)
         self.positions = nn.Parameter(torch.empty(config.sequence_length, config.hidden_size))
         for conv in (self.proj1, self.proj2):
@@ -191,9 +188,7 @@ class Attention(DualModule):
         super().__init__(impl)
         width = config.hidden_size
         self.num_heads, self.prefix_length = config.num_heads, config.prefix_length
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
-            Linear(width, width, gain=BLOCK_GAIN) for _ in range(4)
-        )
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(width, width, gain=BLOCK_GAIN) for _ in range(4))
         self.q_norm = nn.RMSNorm(config.head_dim, eps=1e-6)
         self.k_norm = nn.RMSNorm(config.head_dim, eps=1e-6)
 

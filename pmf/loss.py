@@ -1,10 +1,10 @@
 """The pMF loss (arXiv 2601.22158): random draws, guidance, step plan, objective.
 
-    z_t = (1 - t) x + t e                              e = noise_scale N(0, I)
-    v_g = stopgrad(v_t + (1 - 1/w')(v_c - v_u))        w' = w inside [t_min, t_max], else 1
-    V   = u + (t - r) stopgrad(du/dt)                  du/dt along (v_c, 1, 0)
-    L_u = sum (V - v_g)^2,  L_v = sum (v - v_g)^2      per row
-    loss = mean adp(L_u) + adp(L_v) + perceptual terms,  adp(L) = L / stopgrad(L + eps)^p
+z_t = (1 - t) x + t e                              e = noise_scale N(0, I)
+v_g = stopgrad(v_t + (1 - 1/w')(v_c - v_u))        w' = w inside [t_min, t_max], else 1
+V   = u + (t - r) stopgrad(du/dt)                  du/dt along (v_c, 1, 0)
+L_u = sum (V - v_g)^2,  L_v = sum (v - v_g)^2      per row
+loss = mean adp(L_u) + adp(L_v) + perceptual terms,  adp(L) = L / stopgrad(L + eps)^p
 """
 
 from __future__ import annotations
@@ -176,23 +176,21 @@ def _v_tokens(model, z: Tensor, omega: Tensor, y: Tensor) -> Tensor:
     return model.predict_dual(Dual(z), Dual(zero), omega, zero, one, y, heads=("v",))["v"].value
 
 
-def _conditional_tokens(model, step: _Step) -> Tensor | None:
-    """net_c for the last B_dot rows: the class as drawn, w' inside its interval and 1 outside."""
-    if step.plan.tangent_rows == 0:
-        return None
-    d = step.draws
+def _guidance_tokens(model, step: _Step) -> tuple[Tensor | None, Tensor | None]:
+    """(net_c, net_n) in one pass: the class as drawn at w' on the last B_dot rows (w' = w inside the
+    interval, else 1), and the null class at w = 1 on `null_rows`.
+    """
+    d, rows = step.draws, step.plan.tangent_rows
     inside = (d.t_min <= d.t) & (d.t <= d.t_max)
     omega = step.last(step.on_device(torch.where(inside, d.omega, 1.0)))
-    return _v_tokens(model, step.last(step.z), omega, step.last(step.y))
-
-
-def _null_tokens(model, step: _Step) -> Tensor | None:
-    """net_n for `null_rows`: the null class at w = 1."""
-    if len(step.plan.null_rows) == 0:
-        return None
-    z = _select(step.z, step.plan.null_rows)
-    one = z.new_ones(len(z), dtype=torch.float32)
-    return _v_tokens(model, z, one, torch.full_like(one, model.config.num_classes, dtype=torch.int64))
+    z_null = _select(step.z, step.plan.null_rows)
+    one = omega.new_ones(len(z_null))
+    null = torch.full_like(one, model.config.num_classes, dtype=torch.int64)
+    if rows + len(z_null) == 0:
+        return None, None
+    z = torch.cat([step.last(step.z), z_null])
+    net = _v_tokens(model, z, torch.cat([omega, one]), torch.cat([step.last(step.y), null]))
+    return (net[:rows] if rows else None), (net[rows:] if len(z_null) else None)
 
 
 def _main_pass(model, step: _Step, net_c: Tensor | None, t_clip: float) -> dict[str, Dual]:
@@ -255,7 +253,7 @@ def pmf_loss(
     z = (1 - t_image) * x + t_image * (model.config.noise_scale * draws.noise.to(x.device))
     step = _Step(x, y, z, draws, StepPlan.of(draws, plan))
 
-    net_c, net_n = _conditional_tokens(model, step), _null_tokens(model, step)
+    net_c, net_n = _guidance_tokens(model, step)
     nets = _main_pass(model, step, net_c, loss_config.t_clip)
     heads = (nets["u"].value, nets["v"].value, nets["u"].dot, net_c, net_n)
     guidance = (step.on_device(step.plan.guidance), step.on_device(step.plan.null_index()))
@@ -295,9 +293,7 @@ def check_step(model, x: Tensor, y: Tensor, draws: Draws, plan: str) -> None:
         require(list(value.shape) == wanted, f"{where}: expected shape {wanted}, got {list(value.shape)}")
     require(bool((draws.r <= draws.t).all()), "draws: expected r <= t in every row (h = t - r >= 0)")
     require(bool((draws.r >= 0).all() and (draws.t <= 1).all()), "draws: expected t and r in [0, 1]")
-    require(
-        bool((draws.t == draws.r)[draws.fm_mask].all()), "draws: expected r = t where fm_mask is set"
-    )
+    require(bool((draws.t == draws.r)[draws.fm_mask].all()), "draws: expected r = t where fm_mask is set")
     if readable(x, y):
         classes = model.config.num_classes
         require(bool(torch.isfinite(x).all()), "x: expected finite images, got NaN or infinity")

@@ -85,9 +85,7 @@ class PMFDiT(nn.Module):
         self.head_blocks = nn.ModuleDict()
         self.final_layers = nn.ModuleDict()
         for head in HEADS if aux_head else ("u",):
-            self.head_blocks[head] = nn.ModuleList(
-                Block(config, impl) for _ in range(config.aux_head_depth)
-            )
+            self.head_blocks[head] = nn.ModuleList(Block(config, impl) for _ in range(config.aux_head_depth))
             self.final_layers[head] = FinalLayer(config, impl)
         cos, sin = ops.rope_tables(config.grid_size, config.head_dim)
         self.register_buffer("rope_cos", cos, persistent=False)
@@ -158,9 +156,7 @@ class PMFDiT(nn.Module):
                     f"forward_dual: {name} must have shape {wanted} with at most {primal.shape[0]} rows, "
                     f"got {list(dot.shape)}",
                 )
-        nets = self.predict_dual(
-            Dual(z, z_dot), Dual(h, h_dot), omega, t_min, t_max, y, heads=self.heads
-        )
+        nets = self.predict_dual(Dual(z, z_dot), Dual(h, h_dot), omega, t_min, t_max, y, heads=self.heads)
         images = {head: net.map(self.to_images) for head, net in nets.items()}
         u = self.velocity_dual(Dual(z, z_dot), Dual(t, t_dot), images["u"], rows)
         v = self.velocity_dual(Dual(z), Dual(t), images["v"], None).value if "v" in images else None

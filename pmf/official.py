@@ -24,8 +24,7 @@ _BLOCK_NAMES = {
     "attn.q_norm.weight": "attn.q_norm.weight",
     "attn.k_norm.weight": "attn.k_norm.weight",
     **{
-        f"attn.{name}.weight": f"attn.{name}._flax_linear.weight"
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj")
+        f"attn.{name}.weight": f"attn.{name}._flax_linear.weight" for name in ("q_proj", "k_proj", "v_proj", "out_proj")
     },
     **{f"mlp.{name}.weight": f"mlp.{name}._flax_linear.weight" for name in ("w1", "w3", "w2")},
 }

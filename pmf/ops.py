@@ -413,4 +413,5 @@ patchify = reference.patchify
 unpatchify = reference.unpatchify
 pmf_objective_fields = reference.pmf_objective_fields
 tail = reference.tail
+tangent_rows = reference.tangent_rows
 total = reference.total

@@ -13,9 +13,7 @@ FEATURES = 256
 MAX_PERIOD = 10000.0
 
 
-def scalar_features_dual(
-    primals: tuple[Tensor], tangents: tuple[Tensor | None]
-) -> tuple[Tensor, Tensor | None]:
+def scalar_features_dual(primals: tuple[Tensor], tangents: tuple[Tensor | None]) -> tuple[Tensor, Tensor | None]:
     """[cos(s f), sin(s f)] of scalars s [B], f_i = 10000^(-i / 128): [B, 256], and the tangent."""
     (s,), (s_dot,) = primals, tangents
     half = FEATURES // 2

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 
-def model_jvp(
-    model, z, t, h, omega, t_min, t_max, y, z_dot, t_dot, h_dot
-) -> tuple[Tensor, Tensor | None, Tensor]:
+def model_jvp(model, z, t, h, omega, t_min, t_max, y, z_dot, t_dot, h_dot) -> tuple[Tensor, Tensor | None, Tensor]:
     """u, v and du/dt by `torch.func.jvp` of `model.forward` along (z_dot, t_dot, h_dot).
 
     Tangents of B_dot < B rows are padded with zeros in front; u_dot comes back for the last B_dot

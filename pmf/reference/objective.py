@@ -34,9 +34,7 @@ def _conditional(net_v: Tensor, net_c: Tensor | None) -> Tensor:
     return torch.cat([own[: own.shape[0] - net_c.shape[0]], accumulate(net_c)])
 
 
-def _guided_image(
-    x: Tensor, net_c: Tensor, net_n: Tensor | None, null_index: Tensor, guidance: Tensor
-) -> Tensor:
+def _guided_image(x: Tensor, net_c: Tensor, net_n: Tensor | None, null_index: Tensor, guidance: Tensor) -> Tensor:
     """x_g = x + guidance (net_c - net_n) on the rows that have a null-class prediction, else x."""
     if net_n is None or net_n.shape[0] == 0:
         return x
@@ -46,9 +44,7 @@ def _guided_image(
 
 
 @torch.no_grad()
-def _du_dt(
-    net_u: Tensor, net_u_dot: Tensor | None, net_c: Tensor, z: Tensor, t: Tensor, t_clip: float
-) -> Tensor:
+def _du_dt(net_u: Tensor, net_u_dot: Tensor | None, net_c: Tensor, z: Tensor, t: Tensor, t_clip: float) -> Tensor:
     """du/dt along (v_c, 1, 0): on the last B_dot rows, zero before them."""
     result = torch.zeros_like(z)
     if net_u_dot is None:

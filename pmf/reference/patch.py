@@ -16,9 +16,7 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 def unpatchify(tokens: Tensor, patch_size: int, channels: int) -> Tensor:
     """The inverse of `patchify` for a square grid: tokens [B, N, p * p * c] to [B, c, H, W]."""
     grid = round(tokens.shape[1] ** 0.5)
-    return rearrange(
-        tokens, "b (h w) (p q c) -> b c (h p) (w q)", h=grid, p=patch_size, q=patch_size, c=channels
-    )
+    return rearrange(tokens, "b (h w) (p q c) -> b c (h p) (w q)", h=grid, p=patch_size, q=patch_size, c=channels)
 
 
 def patch_embed_dual(

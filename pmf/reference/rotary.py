@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pmf.reference.norm import _normalise, _normalise_dot
 from pmf.reference.tangent import accumulate, tail
 
 
-def rope_tables(
-    grid_size: int, head_dim: int, *, theta: float = 10000.0, device=None
-) -> tuple[Tensor, Tensor]:
+def rope_tables(grid_size: int, head_dim: int, *, theta: float = 10000.0, device=None) -> tuple[Tensor, Tensor]:
     """cos and sin of the 2-D rotary angles of a square grid, each float32 [grid_size^2, head_dim / 2].
 
     The first half of the pairs turns with the row index, the second half with the column index;
@@ -26,13 +25,10 @@ def rope_tables(
     return angles.cos().float(), angles.sin().float()
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, prefix_length: int) -> Tensor:
-    """Turn the adjacent pairs of the tokens behind the prefix: x [B, S, H, D], cos, sin [N, D / 2]."""
-    prefix, patches = x[:, :prefix_length], x[:, prefix_length:]
-    a, b = patches.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
-    turned = torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
-    return torch.cat([prefix, turned], 1)
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn adjacent pairs: x [B, S, 2, H, D]; cos, sin [S, 1, 1, D / 2]."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
 
 def qk_norm_rope_dual(
@@ -45,22 +41,18 @@ def qk_norm_rope_dual(
     """q, k = R(n(q) q_weight), R(n(k) k_weight), v unchanged; see `pmf.ops.qk_norm_rope`."""
     qkv, q_weight, k_weight, cos, sin = primals
     qkv_dot = tangents[0]
-    qk, v = accumulate(qkv[:, :, :2]), qkv[:, :, 2]
+    qk = accumulate(qkv[:, :, :2])
     weight = accumulate(torch.stack([q_weight, k_weight]))[:, None]
-
-    def turn(pair: Tensor) -> tuple[Tensor, Tensor]:
-        q, k = pair.unbind(2)
-        return (
-            _rotate(q, cos, sin, prefix_length).to(qkv.dtype),
-            _rotate(k, cos, sin, prefix_length).to(qkv.dtype),
-        )
+    # Prefix tokens turn by nothing: cos 1, sin 0.
+    cos = F.pad(cos, (0, 0, prefix_length, 0), value=1.0)[:, None, None].to(qk.dtype)
+    sin = F.pad(sin, (0, 0, prefix_length, 0))[:, None, None].to(qk.dtype)
 
     n, rstd = _normalise(qk, "rms", eps)
-    q, k = turn(n * weight)
+    q, k = _rotate(n * weight, cos, sin).to(qkv.dtype).unbind(2)
     if qkv_dot is None:
-        return (q, k, v), (None, None, None)
+        return (q, k, qkv[:, :, 2]), (None, None, None)
     with torch.no_grad():
         rows = qkv_dot.shape[0]
         n_dot = _normalise_dot(tail(n, rows), tail(rstd, rows), accumulate(qkv_dot[:, :, :2]), "rms")
-        q_dot, k_dot = turn(n_dot * weight)
-    return (q, k, v), (q_dot, k_dot, qkv_dot[:, :, 2])
+        q_dot, k_dot = _rotate(n_dot * weight, cos, sin).to(qkv.dtype).unbind(2)
+    return (q, k, qkv[:, :, 2]), (q_dot, k_dot, qkv_dot[:, :, 2])

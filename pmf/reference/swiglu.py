@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pmf.reference.tangent import accumulate, tail
@@ -12,13 +13,13 @@ def swiglu_dual(primals: tuple[Tensor], tangents: tuple[Tensor | None]) -> tuple
     """y = silu(a) b for x = [a, b], and y_dot = silu'(a) a_dot b + silu(a) b_dot."""
     (x,), (x_dot,) = primals, tangents
     a, b = accumulate(x).chunk(2, -1)
-    sigmoid = torch.sigmoid(a)
-    silu = a * sigmoid
-    y = (silu * b).to(x.dtype)
+    y = (F.silu(a) * b).to(x.dtype)
     if x_dot is None:
         return y, None
     with torch.no_grad():
         a_dot, b_dot = accumulate(x_dot).chunk(2, -1)
-        a, b, sigmoid, silu = (tail(v, x_dot.shape[0]) for v in (a, b, sigmoid, silu))
+        a, b = (tail(v, x_dot.shape[0]) for v in (a, b))
+        sigmoid = torch.sigmoid(a)
+        silu = a * sigmoid
         y_dot = (sigmoid + silu * (1 - sigmoid)) * a_dot * b + silu * b_dot
         return y, y_dot.to(x.dtype)

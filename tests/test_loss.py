@@ -1,0 +1,233 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+
+import pmf
+from pmf.benchmarks.counting import saved_bytes
+from pmf.loss import StepPlan
+from pmf.reference.jvp import model_jvp
+from tests.networks import TINY, golden, random_model, relative_error
+
+LOSS = pmf.LossConfig()
+
+
+def step_inputs(batch, loss_config=LOSS, seed=0, dtype=torch.float64):
+    """x, y and draws of one step on the tiny network."""
+    torch.manual_seed(seed)
+    draws = pmf.sample_draws(batch, TINY.image_shape, loss_config)
+    floats = {f.name: getattr(draws, f.name) for f in dataclasses.fields(draws)}
+    floats = {n: v.to(dtype) if v.is_floating_point() else v for n, v in floats.items()}
+    x = torch.rand(batch, *TINY.image_shape, dtype=dtype) * 2 - 1
+    return x, torch.randint(TINY.num_classes, (batch,)), pmf.Draws(**floats)
+
+
+def gradients(model, *arguments, **options):
+    model.zero_grad()
+    out = pmf.pmf_loss(model, *arguments, **options)
+    out.loss.backward()
+    return out, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("plan", ["naive", "lean"])
+def test_golden_loss_fields_and_gradients(plan):
+    g = golden()
+    out, grads = gradients(g.model(), g["in/x"], g["in/y"], g.draws, LOSS, plan=plan, return_fields=True)
+    read = ~g.draws.fm_mask if plan == "lean" else slice(None)
+    not_null = ~(g.draws.fm_mask & g.draws.drop_mask) if plan == "lean" else slice(None)
+    rows = {"du_dt": read, "v_c": not_null}
+    for name, field in out.fields.items():
+        which = rows.get(name, slice(None))
+        assert relative_error(field[which], g[f"out/{name}"][which]) < 1e-5, name
+    assert out.loss.item() == pytest.approx(g["out/loss"].item(), rel=1e-6)
+    for name in ("loss_u", "loss_v"):
+        assert out.terms[name].item() == pytest.approx(g[f"out/{name}"].item(), rel=1e-5)
+    published = pmf.export_official_state_dict(grads, g.config)
+    for name, grad in published.items():
+        if name != "net.rope_freqs":
+            assert relative_error(grad, g[f"grad/{name}"]) < 1e-4, name
+
+
+def test_loss_is_the_one_written_down():
+    """Every equation of the method, transcribed on torch.func.jvp, against pmf_loss."""
+    config = dataclasses.replace(LOSS, class_dropout=0.4, norm_p=0.7)
+    x, y, d = step_inputs(8, config, seed=3)
+    assert d.drop_mask.any() and (~d.fm_mask).any()
+    model = random_model(dataclasses.replace(TINY, noise_scale=2.0))
+    image = lambda s: s[:, None, None, None]  # noqa: E731
+    zero, one = torch.zeros_like(d.t), torch.ones_like(d.t)
+    c = image(d.t.clamp(0.05, 1))
+
+    z = image(1 - d.t) * x + image(d.t) * 2.0 * d.noise
+    w = torch.where((d.t_min <= d.t) & (d.t <= d.t_max), d.omega, 1.0)
+    v_c = model(z, d.t, zero, w, zero, one, y)[1].detach()
+    v_u = model(z, d.t, zero, one, zero, one, torch.full_like(y, 5))[1].detach()
+    v_t = (z - x) / c
+    v_g = torch.where(image(d.drop_mask), v_t, v_t + image(1 - 1 / w) * (v_c - v_u))
+    y_main = torch.where(d.drop_mask, 5, y)
+    u, v, du_dt = model_jvp(model, z, d.t, d.t - d.r, d.omega, d.t_min, d.t_max, y_main, v_c, one, one)
+    per_row = lambda e: e.square().sum((1, 2, 3))  # noqa: E731
+    loss_u = per_row(u + image(d.t - d.r) * du_dt.detach() - v_g)
+    loss_v = per_row(v - v_g)
+    loss = sum(e / (e.detach() + 0.01) ** 0.7 for e in (loss_u, loss_v)).mean()
+    model.zero_grad()
+    loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    for plan in ("naive", "lean"):
+        out, grads = gradients(model, x, y, d, config, plan=plan)
+        assert out.loss.item() == pytest.approx(loss.item(), rel=1e-12)
+        assert out.terms["loss_u"].item() == pytest.approx(loss_u.mean().item() / x[0].numel(), rel=1e-11)
+        for name, grad in grads.items():
+            assert relative_error(grad, expected[name]) < 1e-9, (plan, name)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 7])
+@pytest.mark.parametrize(
+    "change",
+    [{}, dict(data_proportion=0.0), dict(data_proportion=1.0), dict(class_dropout=1.0)],
+    ids=["published", "no fm rows", "only fm rows", "all dropped"],
+)
+def test_lean_is_naive(batch, change):
+    config = dataclasses.replace(LOSS, **change)
+    x, y, draws = step_inputs(batch, config, seed=batch)
+    model = random_model()
+    naive, expected = gradients(model, x, y, draws, config, plan="naive")
+    lean, grads = gradients(model, x, y, draws, config, plan="lean")
+    assert lean.loss.item() == pytest.approx(naive.loss.item(), rel=1e-12)
+    assert grads.keys() == expected.keys()
+    for name, grad in grads.items():
+        assert (grad - expected[name]).norm() <= 1e-9 * expected[name].norm(), name
+
+
+def test_rows_may_come_in_any_order():
+    x, y, draws = step_inputs(6)
+    order = torch.tensor([5, 0, 3, 1, 4, 2])
+    model = random_model()
+    sorted_out = pmf.pmf_loss(model, x, y, draws, LOSS, return_fields=True)
+    mixed = pmf.pmf_loss(model, x[order], y[order], draws.rows(order), LOSS, return_fields=True)
+    assert mixed.loss.item() == pytest.approx(sorted_out.loss.item(), rel=1e-12)
+    for name, field in mixed.fields.items():
+        assert relative_error(field, sorted_out.fields[name][order]) < 1e-12, name
+
+
+def test_plan_gives_each_row_what_the_table_says():
+    rows = dict(
+        #                 fm    fm dropped  inside  outside  dropped
+        fm_mask=torch.tensor([True, True, False, False, False]),
+        drop_mask=torch.tensor([False, True, False, False, True]),
+        t=torch.tensor([0.5, 0.5, 0.5, 0.9, 0.5]),
+        t_min=torch.tensor([0.0, 0.0, 0.2, 0.2, 0.2]),
+        t_max=torch.tensor([1.0, 1.0, 0.7, 0.7, 0.7]),
+        omega=torch.full((5,), 4.0),
+        r=torch.zeros(5),
+        noise=torch.zeros(5, 1),
+    )
+    plan = StepPlan.of(pmf.Draws(**rows), "lean")
+    assert plan.tangent_rows == 3
+    assert plan.null_rows.tolist() == [0, 2]
+    assert plan.guidance.tolist() == [0.75, 0, 0.75, 0, 0]
+    assert plan.null_index().tolist() == [0, -1, 1, -1, -1]
+
+
+def test_main_pass_saves_what_forward_saves():
+    """One training step keeps, beside its squared errors, what a plain forward of the same rows keeps."""
+    x, y, draws = step_inputs(6)
+    model = random_model()
+    none = dataclasses.replace(draws, r=draws.t, fm_mask=torch.ones(6, dtype=torch.bool))
+    with_tangent = saved_bytes(lambda: pmf.pmf_loss(model, x, y, draws, LOSS), model.parameters())
+    without = saved_bytes(lambda: pmf.pmf_loss(model, x, y, none, LOSS), model.parameters())
+    assert with_tangent == without
+
+
+def test_perceptual_terms_see_early_rows_and_are_weighted():
+    x, y, draws = step_inputs(8)
+    model, seen = random_model(), []
+
+    def perceptual(x_hat, target):
+        seen.append((x_hat, target))
+        distance = (x_hat - target).square().mean((1, 2, 3))
+        return {"lpips": distance, "convnext": 2 * distance}
+
+    plain = pmf.pmf_loss(model, x, y, draws, LOSS, return_fields=True)
+    out, _ = gradients(model, x, y, draws, LOSS, perceptual=perceptual)
+    early = draws.t < LOSS.perceptual_max_t
+    x_hat, target = seen[0]
+    t = draws.t[early][:, None, None, None]
+    assert torch.equal(target, x[early])
+    assert relative_error(x_hat, plain.fields["z_t"][early] - t * plain.fields["u"][early]) < 1e-12
+    d = (x_hat - target).square().mean((1, 2, 3)).float()
+    extra = (0.4 * d / (d + 0.01) + 0.1 * 2 * d / (2 * d + 0.01)).sum() / 8
+    assert (out.loss - plain.loss).item() == pytest.approx(extra.item(), rel=1e-5)
+    assert out.terms["lpips"].item() == pytest.approx(d.sum().item() / 8, rel=1e-6)
+    assert x_hat.requires_grad
+
+
+def test_draws_follow_their_laws():
+    n = 40_000
+    config = pmf.LossConfig(p_mean=0.3, p_std=0.5, cfg_beta=2.0, class_dropout=0.2)
+    d = pmf.sample_draws(n, (1, 1, 1), config, torch.Generator().manual_seed(0))
+    fm = d.fm_mask
+    assert fm.sum() == n // 2 and fm[: n // 2].all() and torch.equal(d.t[fm], d.r[fm])
+    logit = torch.logit(d.t[fm])
+    assert logit.mean().item() == pytest.approx(0.3, abs=0.02)
+    assert logit.std().item() == pytest.approx(0.5, abs=0.02)
+    assert (d.t >= d.r).all()
+    both = torch.logit(torch.cat([d.t[~fm], d.r[~fm]]))
+    assert both.mean().item() == pytest.approx(0.3, abs=0.02)
+    # Density w^-2 on [1, 8]: P(w < 2) = (1 - 1/2) / (1 - 1/8).
+    assert (d.omega < 2).float().mean().item() == pytest.approx(0.5 / 0.875, abs=0.01)
+    assert d.omega.min() >= 1 and d.omega.max() <= 8
+    assert (d.t_min[fm] == 0).all() and (d.t_max[fm] == 1).all()
+    assert d.t_min[~fm].mean().item() == pytest.approx(0.25, abs=0.01)
+    assert d.t_max[~fm].mean().item() == pytest.approx(0.75, abs=0.01)
+    dropped = int(d.drop_mask.sum())
+    assert d.drop_mask[:dropped].all() and abs(dropped - 0.2 * n) < 5 * math.sqrt(n * 0.16)
+    assert d.noise.std().item() == pytest.approx(1, abs=0.02)
+
+
+def test_beta_one_is_log_uniform_and_tr_uniform_widens_the_times():
+    d = pmf.sample_draws(40_000, (1, 1, 1), LOSS, torch.Generator().manual_seed(0))
+    assert d.omega.log().mean().item() == pytest.approx(math.log(8) / 2, abs=0.02)
+    wide = dataclasses.replace(LOSS, tr_uniform=True)
+    u = pmf.sample_draws(40_000, (1, 1, 1), wide, torch.Generator().manual_seed(0))
+    low = lambda draws: (draws.t[draws.fm_mask] < 0.1).float().mean().item()  # noqa: E731
+    assert low(d) < 0.001 and low(u) == pytest.approx(0.01, abs=0.003)
+
+
+def test_draws_repeat_with_their_generator():
+    first, second = (pmf.sample_draws(5, (1, 2, 2), LOSS, torch.Generator().manual_seed(7)) for _ in range(2))
+    for f in dataclasses.fields(first):
+        assert torch.equal(getattr(first, f.name), getattr(second, f.name))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(x=torch.zeros(4, 2, 8, 7)), r"x: expected shape \[B, 2, 8, 8\] with B > 0, got \[4, 2, 8, 7\]"),
+        (dict(x=torch.full((4, 2, 8, 8), torch.inf)), "x: expected finite images, got NaN or infinity"),
+        (dict(y=torch.tensor([0, 1, 2, 5])), r"y: expected labels in \[0, 4\], got 0 to 5"),
+        (dict(y=torch.zeros(3, dtype=torch.long)), r"y: expected shape \[4\], got \[3\]"),
+        (dict(plan="quick"), r"plan: expected one of \('lean', 'naive'\), got 'quick'"),
+        (dict(draw=dict(r=torch.ones(4, dtype=torch.float64))), "draws: expected r <= t in every row"),
+        (dict(draw=dict(noise=torch.zeros(4, 2, 8, 9))), r"draws.noise: expected shape \[4, 2, 8, 8\]"),
+        (
+            dict(draw=dict(fm_mask=torch.ones(4, dtype=torch.bool))),
+            "draws: expected r = t where fm_mask is set",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_that_names_the_argument(change, message):
+    x, y, draws = step_inputs(4)
+    draws = dataclasses.replace(draws, **change.get("draw", {}))
+    arguments = dict(x=x, y=y, plan="lean") | {k: v for k, v in change.items() if k != "draw"}
+    with pytest.raises(pmf.InputError, match=message) as error:
+        pmf.pmf_loss(random_model(), draws=draws, loss_config=LOSS, **arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_training_needs_the_v_head():
+    x, y, draws = step_inputs(2)
+    with pytest.raises(pmf.InputError, match="training needs the v head"):
+        pmf.pmf_loss(random_model(aux_head=False), x, y, draws, LOSS)

@@ -1,0 +1,29 @@
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_wheel_holds_every_module_under_pmf_and_nothing_else(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        tmp_path,
+        ROOT,
+    ]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    (wheel,) = tmp_path.glob("pixel_meanflow-*.whl")
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    expected = {str(file.relative_to(ROOT)) for file in (ROOT / "pmf").rglob("*.py")}
+    for room in ("kernels", "train", "benchmarks"):
+        expected |= {f"pmf/{file.relative_to(ROOT)}" for file in (ROOT / room).rglob("*.py")}
+    assert held == expected

@@ -1,0 +1,196 @@
+"""Every reference op: value against a plain formula, tangent against torch.func.jvp, in float64."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pmf import ops, reference
+from tests.networks import relative_error
+
+B, S, C, H, D = 3, 7, 12, 2, 8
+
+
+def draw(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def tables(length):
+    angle = draw(length, D // 2)
+    return angle.cos(), angle.sin()
+
+
+def patch_primals(prefix):
+    positions = draw(4 + (3 if prefix else 0), C)
+    return (
+        draw(B, 2, 8, 8),
+        draw(5, 2, 4, 4),
+        draw(5),
+        draw(C, 5, 1, 1),
+        draw(C),
+        positions,
+        draw(B, 3, C) if prefix else None,
+    )
+
+
+CASES = {
+    "norm rms": (
+        reference.norm_modulate_dual,
+        lambda: (draw(B, S, C), draw(C), draw(B, C), draw(B, C)),
+        (0, 2, 3),
+        {},
+    ),
+    "norm layer": (
+        reference.norm_modulate_dual,
+        lambda: (draw(B, S, C), None, draw(B, C), None),
+        (0, 2),
+        dict(kind="layer"),
+    ),
+    "norm plain": (reference.norm_modulate_dual, lambda: (draw(B, S, C), None, None, None), (0,), {}),
+    "norm shift": (
+        reference.norm_modulate_dual,
+        lambda: (draw(B, S, C), draw(C), None, draw(B, C)),
+        (0, 3),
+        {},
+    ),
+    "residual": (
+        reference.residual_norm_modulate_dual,
+        lambda: (draw(B, S, C), draw(B, S, C), draw(B, C), draw(C), draw(B, C), draw(B, C)),
+        (0, 1, 2, 4, 5),
+        {},
+    ),
+    "residual channel": (
+        reference.residual_norm_modulate_dual,
+        lambda: (draw(B, S, C), draw(B, S, C), draw(C), draw(C), None, None),
+        (0, 1),
+        {},
+    ),
+    "rope": (
+        reference.qk_norm_rope_dual,
+        lambda: (draw(B, S, 3, H, D), draw(D), draw(D), *tables(S - 2)),
+        (0,),
+        dict(prefix_length=2),
+    ),
+    "attention": (
+        reference.attention_dual,
+        lambda: (draw(B, S, H, D), draw(B, 5, H, D), draw(B, 5, H, D)),
+        (0, 1, 2),
+        {},
+    ),
+    "swiglu": (reference.swiglu_dual, lambda: (draw(B, S, 2 * C),), (0,), {}),
+    "silu": (reference.silu_dual, lambda: (draw(B, C),), (0,), {}),
+    "scalar": (reference.scalar_features_dual, lambda: (draw(B),), (0,), {}),
+    "patch": (reference.patch_embed_dual, lambda: patch_primals(False), (0,), {}),
+    "patch prefix": (reference.patch_embed_dual, lambda: patch_primals(True), (0, 6), {}),
+}
+
+
+def flat(result):
+    return list(result) if isinstance(result, tuple) else [result]
+
+
+def subsets(indices):
+    """All of them, and each alone."""
+    return [indices, *((i,) for i in indices if len(indices) > 1)]
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("rows", [0, 1, B])
+def test_tangent_is_the_jvp_of_the_value(name, rows):
+    torch.manual_seed(0)
+    op, make, tangible, options = CASES[name]
+    primals = make()
+    nothing = (None,) * len(primals)
+    for chosen in subsets(tangible):
+        dots = {i: draw(rows, *primals[i].shape[1:]) for i in chosen}
+        value, dot = op(primals, tuple(dots.get(i) for i in range(len(primals))), **options)
+
+        def of(*moving, chosen=chosen):
+            given = [p if p is None else p[len(p) - rows :] if i in tangible else p for i, p in enumerate(primals)]
+            for i, m in zip(chosen, moving, strict=True):
+                given[i] = m
+            return tuple(flat(op(tuple(given), nothing, **options)[0]))
+
+        _, expected = torch.func.jvp(of, tuple(primals[i][B - rows :] for i in chosen), tuple(dots[i] for i in chosen))
+        for v, d, e in zip(flat(value), flat(dot), expected, strict=True):
+            d = torch.zeros_like(e) if d is None else d
+            assert d.shape[0] == rows and d.shape[1:] == v.shape[1:]
+            assert torch.allclose(d, e, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tangent_is_never_recorded_and_absent_without_tangents(name):
+    torch.manual_seed(0)
+    op, make, tangible, options = CASES[name]
+    primals = tuple(None if p is None else p.requires_grad_() for p in make())
+    dots = tuple(draw(*p.shape) if i in tangible else None for i, p in enumerate(primals))
+    value, dot = op(primals, dots, **options)
+    alone, absent = op(primals, (None,) * len(primals), **options)
+    for v, d, a, n in zip(flat(value), flat(dot), flat(alone), flat(absent), strict=True):
+        assert not d.requires_grad and v.requires_grad and n is None
+        assert torch.equal(v, a)
+
+
+def test_norms_are_torchs_own():
+    x, weight, scale, shift = CASES["norm rms"][1]()
+    expected = F.rms_norm(x, (C,), weight, 1e-6) * (1 + scale[:, None]) + shift[:, None]
+    assert relative_error(ops.norm_modulate(x, weight, scale, shift), expected) < 1e-14
+    expected = F.layer_norm(x, (C,), weight, eps=1e-6)
+    assert relative_error(ops.norm_modulate(x, weight, kind="layer"), expected) < 1e-14
+
+
+def test_attention_is_torchs_own():
+    q, k, v = CASES["attention"][1]()
+    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    expected = F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+    assert relative_error(ops.attention(q, k, v), expected) < 1e-14
+
+
+def test_rotation_is_complex_multiplication_by_the_angle():
+    torch.manual_seed(0)
+    grid = 3
+    cos, sin = (x.double() for x in reference.rope_tables(grid, D))
+    qkv = draw(B, 2 + grid**2, 3, H, D)
+    q, k, v = ops.qk_norm_rope(
+        qkv, torch.ones(D, dtype=torch.float64), torch.ones(D, dtype=torch.float64), cos, sin, prefix_length=2
+    )
+    n = F.rms_norm(qkv[:, :, :2], (D,), eps=1e-6)
+    turn = torch.complex(cos, sin)[:, None]
+    for actual, plain in zip((q, k), n.unbind(2), strict=True):
+        pairs = torch.view_as_complex(plain[:, 2:].unflatten(-1, (-1, 2)).contiguous())
+        assert relative_error(actual[:, 2:], torch.view_as_real(pairs * turn).flatten(-2)) < 1e-14
+        assert torch.equal(actual[:, :2], plain[:, :2])
+    assert torch.equal(v, qkv[:, :, 2])
+
+
+def test_rope_tables_turn_rows_first_then_columns():
+    cos, sin = reference.rope_tables(4, 16)
+    frequency = 10000.0 ** (-torch.arange(4, dtype=torch.float64) / 4)
+    row, column = 2, 3
+    angle = torch.cat([row * frequency, column * frequency])
+    assert torch.allclose(cos[row * 4 + column], angle.cos().float())
+    assert torch.allclose(sin[row * 4 + column], angle.sin().float())
+
+
+def test_patches_are_laid_out_row_column_channel_and_come_back():
+    images = torch.arange(2 * 3 * 4 * 4).reshape(2, 3, 4, 4)
+    tokens = reference.patchify(images, 2)
+    assert tokens[0, 1].tolist() == [images[0, c, i, 2 + j].item() for i in (0, 1) for j in (0, 1) for c in range(3)]
+    assert torch.equal(reference.unpatchify(tokens, 2, 3), images)
+
+
+def test_scalar_features_are_cosines_then_sines():
+    features, _ = reference.scalar_features_dual((torch.tensor([0.7]),), (None,))
+    assert features[0, 1].item() == pytest.approx(math.cos(0.7 * 10000 ** (-1 / 128)), abs=1e-6)
+    assert features[0, 129].item() == pytest.approx(math.sin(0.7 * 10000 ** (-1 / 128)), abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_the_rounded_float32_result(dtype):
+    torch.manual_seed(0)
+    x, x_dot = torch.randn(2, B, S, C).to(dtype)
+    y, y_dot = ops.norm_modulate_dual((x, None, None, None), (x_dot, None, None, None))
+    exact, exact_dot = ops.norm_modulate_dual((x.float(), None, None, None), (x_dot.float(), None, None, None))
+    assert y.dtype == y_dot.dtype == dtype
+    assert torch.equal(y, exact.to(dtype)) and torch.equal(y_dot, exact_dot.to(dtype))

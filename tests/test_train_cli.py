@@ -1,0 +1,96 @@
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from pmf.train.cli import main
+
+TINY_RUN = [
+    "--steps",
+    "2",
+    "--batch-size",
+    "4",
+    "--model.depth",
+    "2",
+    "--model.aux-head-depth",
+    "1",
+    "--model.hidden-size",
+    "16",
+    "--model.num-heads",
+    "2",
+    "--loss.p-mean",
+    "0.1",
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "run"
+    main(["digits", "--out", str(out), *TINY_RUN])
+    return out
+
+
+def test_flags_override_and_are_stored(run):
+    stored = json.loads((run / "config.json").read_text())
+    assert stored["model"]["hidden_size"] == 16 and stored["loss"]["p_mean"] == 0.1
+    assert stored["loss"]["p_std"] == 0.8 and stored["steps"] == 2
+
+
+def test_resume_takes_the_stored_values_and_flags_override_them(run):
+    main(["digits", "--resume", str(run), "--steps", "3"])
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_sample_draws_one_column_per_label(run, tmp_path, capsys):
+    png = tmp_path / "grid.png"
+    main(["sample", str(run), "--labels", "3", "1", "4", "--rows", "2", "--steps", "2", "--out", str(png)])
+    assert Image.open(png).size == (3 * 66 - 2, 2 * 66 - 2)
+    assert "columns 3 1 4" in capsys.readouterr().out
+
+
+def test_eval_prints_a_line_per_number_of_steps(run, capsys):
+    main(["eval", str(run), "--steps", "1", "2"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["steps"] for line in lines] == [1, 2]
+    assert all(line["frechet_distance"] > 0 and 0 <= line["accuracy"] <= 1 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval", "/nowhere"], "source: /nowhere does not exist"),
+        (["digits", "--resume", "/nowhere"], "resume: /nowhere holds no run"),
+        (["digits", "--out", "/proc/run"], "path: cannot write /proc/run/config.json"),
+        (["digits", "--model.patch-size", "3"], "ModelConfig: patch_size must divide image_size 8, got 3"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith(f"pmf: {message}")
+
+
+def test_labels_out_of_range_are_refused(run, capsys):
+    with pytest.raises(SystemExit):
+        main(["sample", str(run), "--labels", "11"])
+    assert "labels: expected classes in [0, 10], got 11 to 11" in capsys.readouterr().err
+
+
+def test_module_and_help_work_and_explain_every_value():
+    out = subprocess.run([sys.executable, "-m", "pmf.train", "--help"], capture_output=True, text=True, check=True)
+    assert all(command in out.stdout for command in ("digits", "sample", "eval"))
+    text = subprocess.run(
+        [sys.executable, "-m", "pmf.train", "digits", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    for flag in ("--steps", "--resume", "--model.hidden-size", "--loss.p-mean", "--optimizer.clip-norm"):
+        assert flag in text
+    assert "(default: 0.8)" in re.sub(r"\s+", " ", text)
+
+
+def test_unknown_commands_name_the_known_ones():
+    with pytest.raises(SystemExit, match="unknown command 'paint', expected one of digits, sample, eval"):
+        main(["paint"])

@@ -1,0 +1,28 @@
+import torch
+
+from pmf.train.data import digits, step_seed
+
+
+def test_digits_are_split_by_class_and_scaled():
+    train, held_out = digits()
+    assert len(train) == 1500 and len(held_out) == 297
+    assert train.images.shape == (1500, 1, 8, 8)
+    assert train.images.min() == -1 and train.images.max() == 1
+    shares = [torch.bincount(part.labels) / len(part) for part in (train, held_out)]
+    assert (shares[0] - shares[1]).abs().max() < 0.005
+    assert torch.equal(digits()[0].images, train.images)
+
+
+def test_an_epoch_shows_every_image_once_across_batch_borders():
+    train, _ = digits()
+    train = type(train)(torch.arange(10.0)[:, None, None, None], torch.arange(10))
+    seen = torch.cat([train.batch(step, 4, seed=1)[1] for step in range(5)])
+    for epoch in (seen[:10], seen[10:]):
+        assert sorted(epoch.tolist()) == list(range(10))
+    assert not torch.equal(seen[:10], seen[10:])
+    assert not torch.equal(train.batch(0, 10, seed=1)[1], train.batch(0, 10, seed=2)[1])
+
+
+def test_seeds_differ_by_run_step_and_purpose():
+    seeds = {step_seed(s, i, p) for s in range(3) for i in range(3) for p in ("epoch", "draws")}
+    assert len(seeds) == 18

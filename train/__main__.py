@@ -1,0 +1,5 @@
+"""`python -m pmf.train`."""
+
+from pmf.train.cli import main
+
+main()

@@ -1,0 +1,98 @@
+"""The published optimizer: Muon on every Linear weight, Adam on everything else; and the EMA copies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Muon and Adam: one learning rate, no weight decay; the defaults are the published values."""
+
+    learning_rate: float = 1e-3
+    """Learning rate of both optimizers."""
+    momentum: float = 0.95
+    """Momentum of Muon (Nesterov)."""
+    newton_schulz_steps: int = 5
+    """Newton-Schulz iterations of Muon."""
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of Adam's moments."""
+    adam_eps: float = 1e-8
+    """Offset of Adam's denominator."""
+    decay_share: float = 0.0
+    """Share of the run, at its end, in which the learning rate falls linearly to zero (0: constant, as published)."""
+    clip_norm: float = 0.0
+    """Clip the norm of the whole gradient to this (0: never, as published)."""
+
+
+def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """(Muon's, Adam's): Linear weights to Muon; biases, norms, gates, tokens, positions, convolutions and
+    the class table to Adam.
+    """
+    muon = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+    chosen = {id(p) for p in muon}
+    return muon, [p for p in model.parameters() if id(p) not in chosen]
+
+
+def build_optimizers(model: nn.Module, config: OptimizerConfig) -> dict[str, torch.optim.Optimizer]:
+    """torch.optim.Muon and AdamW (weight decay 0) over the model's parameters, by name.
+
+    Muon scales each update by sqrt(max(1, fan_out / fan_in)), its "original" adjustment.
+    """
+    muon, adam = split_parameters(model)
+    return {
+        "muon": torch.optim.Muon(
+            muon,
+            lr=config.learning_rate,
+            weight_decay=0.0,
+            momentum=config.momentum,
+            nesterov=True,
+            ns_steps=config.newton_schulz_steps,
+            adjust_lr_fn="original",
+        ),
+        "adam": torch.optim.AdamW(
+            adam,
+            lr=config.learning_rate,
+            betas=config.adam_betas,
+            eps=config.adam_eps,
+            weight_decay=0.0,
+        ),
+    }
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """The learning rate of step `step` (from 0) of `steps`."""
+    if config.decay_share == 0:
+        return config.learning_rate
+    return config.learning_rate * min(1.0, (steps - step) / (steps * config.decay_share))
+
+
+class EMA:
+    """An exponential moving average of a model's parameters with the published ramp.
+
+    beta = 0.5^(batch / max(half_life, 1e-8)), half_life = min(half_life_kimg * 1000, 0.05 images_seen).
+    """
+
+    def __init__(self, model: nn.Module, half_life_kimg: float) -> None:
+        self.half_life_kimg = half_life_kimg
+        self.average = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, batch: int, images_seen: int) -> None:
+        """Move towards the model after a step of `batch` images; images_seen counts those before it."""
+        half_life = min(self.half_life_kimg * 1000, 0.05 * images_seen)
+        beta = 0.5 ** (batch / max(half_life, 1e-8))
+        current = [p.detach() for p in model.parameters()]
+        torch._foreach_lerp_(list(self.average.values()), current, 1 - beta)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averaged parameters by name."""
+        return self.average
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over averaged parameters."""
+        for name, value in self.average.items():
+            value.copy_(state[name])
