@@ -33,6 +33,7 @@ IMPLEMENTATIONS = ("auto", "triton", "reference")
 KERNEL_MODULES = {
     "norm_modulate_dual": "norm",
     "residual_norm_modulate_dual": "norm",
+    "swiglu_dual": "swiglu",
 }
 """Ops that have a Triton kernel, and the module of `pmf.kernels` that holds it."""
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -75,7 +75,18 @@ def norm_cases(size: str, stream, low):
     )
 
 
-FAMILIES = {"norm": norm_cases}
+def swiglu_cases(size: str, stream, low):
+    """Rows of the padded MLP width."""
+    from pmf.kernels import swiglu
+
+    width = SIZES[size][2]
+    x, dy = _meta(BATCH, LENGTH, 2 * width, dtype=low), _meta(BATCH, LENGTH, width, dtype=low)
+    yield "forward", lambda: swiglu._run_forward(x, None)
+    yield "dual", lambda: swiglu._run_forward(x, x[: BATCH // 2])
+    yield "backward", lambda: swiglu._run_backward(dy, x)
+
+
+FAMILIES = {"norm": norm_cases, "swiglu": swiglu_cases}
 
 
 def recorded_launches(families):
@@ -86,7 +97,8 @@ def recorded_launches(families):
 
     launches = []
     for capability, processors in CHIPS.items():
-        registration.chip = lambda device, c=registration.Chip(capability, processors): c
+        chip = registration.Chip(capability, processors)
+        registration.chip = lambda device, _chip=chip: _chip
         for family in families:
             for size in SIZES:
                 for stream, low in ((torch.float32, torch.bfloat16), (torch.float32, torch.float32)):
