@@ -86,7 +86,24 @@ def swiglu_cases(size: str, stream, low):
     yield "backward", lambda: swiglu._run_backward(dy, x)
 
 
-FAMILIES = {"norm": norm_cases, "swiglu": swiglu_cases}
+def attention_cases(size: str, stream, low):
+    """Heads of 64 and 128 (size B), of 80 (size H); all of them in float32."""
+    import torch
+
+    from pmf.kernels import attention
+
+    head_dims = {"B": (64, 128), "L": (), "H": (80,) if low == torch.bfloat16 else (64, 80, 128)}[size]
+    for head_dim in head_dims:
+        heads = 16
+        q, k, v = _meta(BATCH, LENGTH, 3, heads, head_dim, dtype=low).unbind(2)
+        lse = _meta(BATCH, heads, LENGTH, dtype=torch.float32)
+        yield (
+            f"tangent D {head_dim}",
+            lambda q=q, k=k, v=v, lse=lse: attention._run_tangent(q, k, v, q, k, v, q, lse, 0.1),
+        )
+
+
+FAMILIES = {"norm": norm_cases, "swiglu": swiglu_cases, "attention": attention_cases}
 
 
 def recorded_launches(families):
@@ -135,23 +152,30 @@ def compile_one(launch) -> dict:
     options = dict(options)
     compile_options = {k: options.pop(k) for k in ("num_warps", "num_stages") if k in options}
     signature, constants, attributes = {}, {}, {}
+
+    def specialise(value, place: tuple, given=True):
+        """The type of an argument; `place` says which it is, and where in a tuple."""
+        if not given or value is None or (isinstance(value, int) and value == 1):
+            constants[place] = value
+            return "constexpr"
+        if isinstance(value, tuple):
+            return tuple(specialise(v, (*place, i)) for i, v in enumerate(value))
+        if isinstance(value, str) or (isinstance(value, int) and value % 16 == 0):
+            attributes[place] = [["tt.divisibility", 16]]
+        if isinstance(value, float):
+            return "fp32"
+        return value if isinstance(value, str) else "i32" if abs(value) < 2**31 else "i64"
+
     for i, parameter in enumerate(kernel.arg_names):
-        value = arguments[i] if i < len(arguments) else options[parameter]
-        if i >= len(arguments) or value is None or (isinstance(value, int) and value == 1):
-            signature[parameter], constants[parameter] = "constexpr", value
-        elif isinstance(value, str):
-            signature[parameter], attributes[(i,)] = value, [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[parameter] = "fp32"
-        else:
-            signature[parameter] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
+        given = i < len(arguments)
+        value = arguments[i] if given else options[parameter]
+        signature[parameter] = specialise(value, (i,), given)
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=compile_options)
-    return dict(
-        label=label, capability=capability, kernel=name, **compile_options, **_read(compiled.asm["cubin"])
-    )
+    found = dict(label=label, capability=capability, kernel=name, **compile_options)
+    found |= _read(compiled.asm["cubin"])
+    # What is allocated at launch does not show in the machine code.
+    return found | dict(shared=max(found["shared"], compiled.metadata.shared))
 
 
 def _read(cubin: bytes) -> dict:
@@ -174,7 +198,7 @@ def _read(cubin: bytes) -> dict:
         stack=found["STACK"],
         shared=found["SHARED"],
         local=len(re.findall(r"\b(?:LDL|STL)\b", code)),
-        products=len(re.findall(r"\b(?:HGMMA|HMMA|UTCHMMA)\b", code)),
+        **{name: len(re.findall(rf"\b{name}\b", code)) for name in ("HMMA", "HGMMA", "UTCHMMA")},
         **dict(sorted(accesses.items())),
     )
 
