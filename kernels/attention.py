@@ -282,7 +282,7 @@ _attention_tangent = registration.define(
 
 
 class _Tangent(torch.autograd.Function):
-    """Arguments of the operator -> o_dot; saves nothing, has no gradient, refuses to be differentiated."""
+    """Arguments of the operator -> o_dot; saves nothing, has no gradient, refuses forward mode."""
 
     @staticmethod
     def forward(*inputs):
@@ -306,8 +306,11 @@ def attention_dual(primals, tangents, *, scale=None):
         dots = [dot for dot in tangents if dot is not None]
         if not dots:
             return (o,), (None,)
-        last = [x.detach()[x.shape[0] - dots[0].shape[0] :] for x in (*primals, o, lse)]
-        return (o,), (_Tangent.apply(*last[:3], *tangents, *last[3:], scale),)
+        # Dynamo takes no Function without differentiable outputs, nor would it see what this one refuses.
+        tangent = _attention_tangent if torch.compiler.is_compiling() else _Tangent.apply
+        with torch.no_grad():
+            last = [x.detach()[x.shape[0] - dots[0].shape[0] :] for x in (*primals, o, lse)]
+            return (o,), (tangent(*last[:3], *tangents, *last[3:], scale),)
 
     (o,), (o_dot,) = registration.run_dual("attention", "q* k* v*", compute, primals, tangents)
     return o, o_dot

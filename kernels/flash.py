@@ -62,8 +62,9 @@ def choose(device: str, dtype: str) -> str:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """o [B, S_q, H, D], contiguous, and the log-sum-exp of every row of scores, float32 [B, H, S_q]."""
-    if q.numel() == 0:
-        return q.new_zeros(q.shape), q.new_zeros(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+    if q.numel() == 0:  # no library takes it; the formula keeps the graph of gradients whole
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k)
+        return torch.einsum("bhqk,bkhd->bqhd", scores, v), scores.detach().sum(-1).float()
     backend = choose(q.device.type, str(q.dtype))
     if backend == "flash_attn":
         o, lse, _ = _package()(q, k, v, softmax_scale=scale, return_attn_probs=True)
