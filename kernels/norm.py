@@ -423,7 +423,5 @@ def norm_modulate_dual(primals, tangents, *, kind, eps, out_dtype):
         _, y, _, y_dot, _ = _Norm.apply(x, None, None, *parameters, *dots, kind == "layer", eps, out_dtype)
         return (y,), (present(y_dot, any(dot is not None for dot in dots)),)
 
-    (y,), (y_dot,) = registration.run_dual(
-        "norm_modulate", "x* weight scale* shift*", compute, primals, tangents
-    )
+    (y,), (y_dot,) = registration.run_dual("norm_modulate", "x* weight scale* shift*", compute, primals, tangents)
     return y, y_dot

@@ -148,9 +148,7 @@ def _run_backward(dy, x):
 _swiglu_forward = registration.define(
     "swiglu_forward(Tensor x, Tensor? x_dot) -> (Tensor, Tensor)", _run_forward, _allocate_forward
 )
-_swiglu_backward = registration.define(
-    "swiglu_backward(Tensor dy, Tensor x) -> Tensor", _run_backward, _fake_backward
-)
+_swiglu_backward = registration.define("swiglu_backward(Tensor dy, Tensor x) -> Tensor", _run_backward, _fake_backward)
 
 
 class _SwiGLU(torch.autograd.Function):

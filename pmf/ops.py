@@ -33,6 +33,7 @@ IMPLEMENTATIONS = ("auto", "triton", "reference")
 KERNEL_MODULES = {
     "norm_modulate_dual": "norm",
     "residual_norm_modulate_dual": "norm",
+    "qk_norm_rope_dual": "rotary",
     "swiglu_dual": "swiglu",
     "attention_dual": "attention",
 }
@@ -42,6 +43,8 @@ KERNEL_MAX_WIDTH = 8192
 """Widest row a norm kernel keeps in registers."""
 KERNEL_MAX_HEAD_DIM = 128
 """Widest head the attention tangent keeps in registers."""
+
+KERNEL_MAX_HEAD_DIM = 128
 
 _kernels: dict[str, Callable] = {}
 
@@ -92,9 +95,7 @@ def _use_triton(op: str, impl: str | None, device: str, unsupported: str | None)
         if importlib.util.find_spec("triton") is None:
             reason = 'impl="triton" needs the triton package, which is not installed'
         elif device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            reason = (
-                f'impl="triton" needs cuda tensors, got {device} (TRITON_INTERPRET=1 runs the interpreter)'
-            )
+            reason = f'impl="triton" needs cuda tensors, got {device} (TRITON_INTERPRET=1 runs the interpreter)'
         else:
             reason = unsupported
         require(impl != "triton" or reason is None, f"{name}: {reason}")
@@ -107,9 +108,7 @@ def _use_triton(op: str, impl: str | None, device: str, unsupported: str | None)
     return False
 
 
-def _choose(
-    op: str, impl: str | None, tensors: tuple[Tensor | None, ...], limit: str | None = None
-) -> Callable:
+def _choose(op: str, impl: str | None, tensors: tuple[Tensor | None, ...], limit: str | None = None) -> Callable:
     """The function that computes `op` on these tensors.
 
     `limit` says what else about them the kernel cannot take.
@@ -277,7 +276,12 @@ def qk_norm_rope_dual(primals, tangents, *, prefix_length=0, eps=1e-6, impl=None
     _shape(op, "k_weight", k_weight, head_dim)
     _shape(op, "cos", cos, length - prefix_length, head_dim // 2)
     _shape(op, "sin", sin, length - prefix_length, head_dim // 2)
-    run = _choose("qk_norm_rope_dual", impl, primals)
+    limit = None
+    if head_dim % 8 != 0 or head_dim > KERNEL_MAX_HEAD_DIM:
+        limit = f"head_dim must be a multiple of 8 up to {KERNEL_MAX_HEAD_DIM}, got {head_dim}"
+    elif cos.requires_grad or sin.requires_grad:
+        limit = 'cos and sin take no gradient with impl="triton", got tables that require one'
+    run = _choose("qk_norm_rope_dual", impl, primals, limit)
     return run(primals, tangents, prefix_length=prefix_length, eps=eps)
 
 

@@ -53,16 +53,21 @@ def _flat(outputs) -> list[Tensor | None]:
     return list(outputs) if isinstance(outputs, tuple) else [outputs]
 
 
-def evaluate(op: str, primals, tangents, cotangents, *, impl: str, dtype=None, autocast=None, **options):
+def _leaves(primals, fixed=(), dtype=None) -> tuple:
+    """The primals as leaves that require gradients, but for the fixed ones; strides stay as they are."""
+    return tuple(
+        None if p is None else p.detach().to(dtype or p.dtype).requires_grad_(i not in fixed)
+        for i, p in enumerate(primals)
+    )
+
+
+def _trained(leaves) -> list[Tensor]:
+    return [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+
+
+def evaluate(op, primals, tangents, cotangents, *, impl, dtype=None, autocast=None, fixed=(), **options):
     """Values, tangents and gradients of `<op>_dual`; `dtype` converts every input first."""
-
-    def leaf(p: Tensor | None) -> Tensor | None:
-        if p is None:
-            return None
-        # detach keeps strides: views reach the op as views.
-        return (p if dtype is None else p.to(dtype)).detach().requires_grad_()
-
-    primals = tuple(leaf(p) for p in primals)
+    primals = _leaves(primals, fixed, dtype)
     tangents = tuple(t if t is None or dtype is None else t.to(dtype) for t in tangents)
     context = contextlib.nullcontext() if autocast is None else torch.autocast(DEVICE, autocast)
     with context:
@@ -70,21 +75,18 @@ def evaluate(op: str, primals, tangents, cotangents, *, impl: str, dtype=None, a
     values, dots = _flat(values), _flat(dots)
     if cotangents is None:
         cotangents = [randn(*v.shape, gen=generator(op, i), dtype=v.dtype) for i, v in enumerate(values)]
-    given = [p for p in primals if p is not None]
     converted = [c.to(v.dtype) for c, v in zip(cotangents, values, strict=True)]
-    gradients = torch.autograd.grad(values, given, converted, allow_unused=True)
+    gradients = torch.autograd.grad(values, _trained(primals), converted, allow_unused=True)
     assert not any(dot is not None and dot.requires_grad for dot in dots)
     return values, dots, list(gradients), cotangents
 
 
 def check(op: str, primals, tangents, *, autocast=None, **options) -> None:
-    """Values, tangents and every gradient of the Triton op within the budget."""
+    """Values, tangents and every gradient of the Triton op within the budget; see `evaluate`."""
     low = evaluate(op, primals, tangents, None, impl="reference", autocast=autocast, **options)
     true = evaluate(op, primals, tangents, low[3], impl="reference", dtype=torch.float64, **options)
     mine = evaluate(op, primals, tangents, low[3], impl="triton", autocast=autocast, **options)
-    for what, kernel, reference, truth in zip(
-        ("value", "tangent", "gradient"), mine, low, true, strict=False
-    ):
+    for what, kernel, reference, truth in zip(("value", "tangent", "gradient"), mine, low, true, strict=False):
         for i, parts in enumerate(zip(kernel, reference, truth, strict=True)):
             missing = [part is None for part in parts]
             assert all(missing) or not any(missing), f"{what} {i} is None in some"
@@ -98,7 +100,7 @@ def close(kernel, expected) -> None:
         assert (a is None and b is None) or torch.equal(a, b)
 
 
-def check_compiles(op: str, primals, tangents, **options) -> None:
+def check_compiles(op: str, primals, tangents, *, fixed=(), **options) -> None:
     """fullgraph compilation and activation checkpointing change no value, tangent or gradient."""
     dual = getattr(ops, f"{op}_dual")
 
@@ -108,13 +110,12 @@ def check_compiles(op: str, primals, tangents, **options) -> None:
         return (*_flat(values), *(d for d in _flat(dots) if d is not None))
 
     def outcome(function):
-        leaves = [None if p is None else p.detach().requires_grad_() for p in primals]
+        leaves = _leaves(primals, fixed)
         outputs = function(*leaves, *tangents)
-        recorded = [o for o in outputs if o.requires_grad]
-        given = [p for p in leaves if p is not None]
+        total = sum(o.float().square().sum() for o in outputs if o.requires_grad)
         return (
             *(o.detach() for o in outputs),
-            *torch.autograd.grad(sum(o.float().square().sum() for o in recorded), given, allow_unused=True),
+            *torch.autograd.grad(total, _trained(leaves), allow_unused=True),
         )
 
     expected = outcome(run)
@@ -160,7 +161,7 @@ def check_forward_mode(op: str, primals, moving: tuple[int, ...], *, own_backwar
         torch.compile(tangent_of, backend="aot_eager", fullgraph=True)(*parts)
     # Without fullgraph the compiler may give up and run it in eager mode, with the right tangent.
     close(torch.compile(tangent_of, backend="aot_eager")(*parts), expected)
-    with pytest.raises(Exception, match="jvp|forward AD"):
+    with pytest.raises(Exception, match=r"jvp|forward AD"):
         torch.func.jvp(tangent_of, parts, dots)
     gradient = torch.func.grad(lambda *p: sum(v.float().sum() for v in _flat(of_moving(*p))))
     compiled = torch.compile(gradient, backend="aot_eager", fullgraph=True)

@@ -69,9 +69,7 @@ def norm_cases(size: str, stream, low):
     adaln_stats = _meta(BATCH, LENGTH, 2, dtype=torch.float32)
     yield (
         "backward adaln",
-        lambda: norm._run_backward(
-            y, x, x, y, sample, channel, sample, sample, adaln_stats, low, True, [True] * 4
-        ),
+        lambda: norm._run_backward(y, x, x, y, sample, channel, sample, sample, adaln_stats, low, True, [True] * 4),
     )
 
 
@@ -103,7 +101,31 @@ def attention_cases(size: str, stream, low):
         )
 
 
-FAMILIES = {"norm": norm_cases, "swiglu": swiglu_cases, "attention": attention_cases}
+def rotary_cases(size: str, stream, low):
+    """Packed q, k, v of a published block."""
+    import torch
+
+    from pmf.kernels import rotary
+
+    width, heads, _ = SIZES[size]
+    head_dim = width // heads
+    qkv = _meta(BATCH, LENGTH, 3, heads, head_dim, dtype=low)
+    weight = _meta(head_dim, dtype=torch.float32)
+    table = _meta(LENGTH - PREFIX, head_dim // 2, dtype=torch.float32)
+    inputs = (weight, weight, table, table)
+    d = _meta(BATCH, LENGTH, heads, head_dim, dtype=low)
+    options = (PREFIX, 1e-6)
+    yield "forward", lambda: rotary._run_forward(qkv, None, *inputs, *options)
+    yield "dual", lambda: rotary._run_forward(qkv, qkv[: BATCH // 2], *inputs, *options)
+    yield "backward", lambda: rotary._run_backward(qkv, *inputs, d, d, d, *options, True)
+
+
+FAMILIES = {
+    "norm": norm_cases,
+    "rotary": rotary_cases,
+    "swiglu": swiglu_cases,
+    "attention": attention_cases,
+}
 
 
 def recorded_launches(families):

@@ -45,9 +45,7 @@ def inputs(residual, batch, length, width, layouts, mode, dtypes, seed):
     if residual:
         primals.append(randn(batch, length, width, gen=gen, dtype=low))
     names = ("gate", "weight", "scale", "shift")
-    for name, layout in zip(
-        names if residual else names[1:], layouts if residual else layouts[1:], strict=True
-    ):
+    for name, layout in zip(names if residual else names[1:], layouts if residual else layouts[1:], strict=True):
         primals.append(parameter(layout, batch, width, gen, param, name))
     rows = {"none": 0, "partial": max(batch - 1, 1), "full": batch}[mode]
     weight = 3 if residual else 1
@@ -148,12 +146,8 @@ def test_forward_mode_per_channel():
     """Forward mode, unlike the explicit dual op, may move a modulation per channel."""
     primals, _ = inputs(False, 2, 5, 24, ("channel",) * 4, "none", (F32, F32, F32), 0)
     x, weight, scale, shift = primals
-    _, dot = torch.func.jvp(
-        lambda s: ops.norm_modulate(x, weight, s, shift, impl="triton"), (scale,), (shift,)
-    )
-    _, expected = torch.func.jvp(
-        lambda s: ops.norm_modulate(x, weight, s, shift, impl="reference"), (scale,), (shift,)
-    )
+    _, dot = torch.func.jvp(lambda s: ops.norm_modulate(x, weight, s, shift, impl="triton"), (scale,), (shift,))
+    _, expected = torch.func.jvp(lambda s: ops.norm_modulate(x, weight, s, shift, impl="reference"), (scale,), (shift,))
     torch.testing.assert_close(dot, expected)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-FAMILIES = ("norm", "swiglu")
+FAMILIES = ("norm", "rotary", "swiglu")
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 
 

@@ -85,4 +85,4 @@ def test_the_choice_is_reported_once(caplog):
     with caplog.at_level(logging.INFO, logger="pmf"):
         ops.swiglu(x, impl="reference")
         ops.swiglu(x, impl="reference")
-    assert [r.getMessage() for r in caplog.records] == ["swiglu_dual runs on reference: requested"]
+    assert [r.getMessage() for r in caplog.records] == ["swiglu runs on reference: requested"]

@@ -1,0 +1,326 @@
+"""Per-head RMSNorm of q and k, rotation, and the split of packed q, k, v: `qk_norm_rope`.
+
+    q = R(n(q) q_weight)        q_dot = R(n_dot q_weight), n_dot = rstd (x_dot - n mean(n x_dot))
+
+and k likewise; v is unchanged. R turns the adjacent pairs (a, b) of the tokens behind the prefix by the
+angles of their position, (a cos - b sin, a sin + b cos), and leaves the prefix alone: it reads 1 and 0 there.
+
+Backward: g = R^-1(dq), dq_weight = sum of g n, and g q_weight goes through the norm, whose map is
+symmetric: dx = rstd (g q_weight - n mean(n g q_weight)). Weight gradients are summed in registers by
+every program, written to its row of a partial buffer, and summed over rows in a fixed order.
+
+Saved: the packed qkv alone. A head lies in the registers of a few threads, so taking its rstd again
+costs less than keeping it.
+
+v and its tangent are views of qkv and qkv_dot. Attention takes strides, so a copy would only cost: 2 e of
+6 e bytes a value of forward traffic, and the memory of v (backward has kept qkv anyway). The gradient of v
+is written into its place in dqkv, next to those of q and k, so that no third pass adds them up.
+
+Bytes moved a token of H D values of e bytes a part, the minimum but for the tables, which H heads share:
+forward 4 H D e, twice that with a tangent, backward 8 H D e (q, k, three gradients; three gradients out).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pmf.kernels import registration
+from pmf.kernels.registration import Chip, absent, present
+from pmf.kernels.tiles import load_vector, normalise, normalise_dot, rotate
+
+
+@dataclass(frozen=True)
+class Tile:
+    """`tokens` times `heads` rows of `block` (padded) columns."""
+
+    tokens: int
+    heads: int
+    block: int
+    warps: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of the tile, one a head."""
+        return self.tokens * self.heads
+
+
+def tile_of(heads: int, head_dim: int, chip: Chip) -> Tile:
+    """All heads of a token where they fit, several tokens where they are few; 8 values a thread.
+
+    q and k of a program's tokens turn by the same angles, read from cache for every head.
+    """
+    block = registration.power_of_two(head_dim)
+    together = min(registration.power_of_two(heads), 4096 // block)
+    tokens = max((64 if chip.interpreted else 1024 // block) // together, 1)
+    return Tile(tokens, together, block, 1 if chip.interpreted else max(tokens * together * block // 256, 1))
+
+
+@triton.jit
+def _place(
+    i_tile,
+    tokens,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Tokens and heads of the rows of tile number i_tile, and where the tile holds values."""
+    groups: tl.constexpr = tl.cdiv(H, HEADS)
+    i_r = tl.arange(0, ROWS)
+    i_token = i_tile // groups * (ROWS // HEADS) + i_r // HEADS
+    i_head = i_tile % groups * HEADS + i_r % HEADS
+    mask = ((i_token < tokens) & (i_head < H))[:, None] & (tl.arange(0, BLOCK) < D)[None, :]
+    return i_token, i_head, mask
+
+
+@triton.jit
+def _angles(p_cos, p_sin, i_position, D: tl.constexpr, BLOCK: tl.constexpr):
+    """cos and sin [ROWS, BLOCK / 2] at each row's position behind the prefix; 1 and 0 on the prefix."""
+    i_pair = tl.arange(0, BLOCK // 2)
+    mask = (i_position >= 0)[:, None] & (i_pair < D // 2)[None, :]
+    i_angle = i_position[:, None] * (D // 2) + i_pair[None, :]
+    return tl.load(p_cos + i_angle, mask=mask, other=1.0), tl.load(p_sin + i_angle, mask=mask, other=0.0)
+
+
+@triton.jit
+def _turn(
+    p_x, p_x_dot, p_weight, p_y, p_y_dot, b_cos, b_sin, i_in, i_out, i_in_dot, i_out_dot, mask, m_dot, eps,
+    D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """R(n(x) weight) of one of q and k, and its tangent where m_dot holds for a row."""
+    i_c = tl.arange(0, BLOCK)
+    b_weight = load_vector(p_weight, i_c, D)
+    b_n, _, b_rstd = normalise(tl.load(p_x + i_in, mask=mask, other=0.0).to(tl.float32), mask, eps, D, False)
+    b_y = rotate(b_n * b_weight, b_cos, b_sin)
+    tl.store(p_y + i_out, b_y.to(p_y.dtype.element_ty), mask=mask)
+    if p_y_dot is not None:
+        if tl.max(m_dot.to(tl.int32)) > 0:
+            mask = mask & m_dot[:, None]
+            b_x_dot = tl.load(p_x_dot + i_in_dot, mask=mask, other=0.0).to(tl.float32)
+            b_y_dot = rotate(normalise_dot(b_n, b_rstd, b_x_dot, mask, D, False) * b_weight, b_cos, b_sin)
+            tl.store(p_y_dot + i_out_dot, b_y_dot.to(p_y_dot.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _forward(
+    p_qkv, p_qkv_dot, p_q_weight, p_k_weight, p_cos, p_sin, p_q, p_k, p_q_dot, p_k_dot,
+    tokens, first_dot_token, length, prefix, step, dot_step, eps,
+    H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """q and k of one tile; `step` values lie between tokens of qkv, `dot_step` between those of qkv_dot."""
+    i_token, i_head, mask = _place(tl.program_id(0), tokens, H, D, HEADS, ROWS, BLOCK)
+    i_row = i_head[:, None] * D + tl.arange(0, BLOCK)[None, :]
+    b_cos, b_sin = _angles(p_cos, p_sin, i_token % length - prefix, D, BLOCK)
+    i_token_dot = i_token - first_dot_token
+    m_dot = i_token_dot >= 0
+    i_in = i_token.to(tl.int64)[:, None] * step + i_row
+    i_out = i_token.to(tl.int64)[:, None] * (H * D) + i_row
+    i_in_dot = i_token_dot.to(tl.int64)[:, None] * dot_step + i_row
+    i_out_dot = i_token_dot.to(tl.int64)[:, None] * (H * D) + i_row
+    p_k_in_dot = None
+    if p_qkv_dot is not None:
+        p_k_in_dot = p_qkv_dot + H * D
+    _turn(
+        p_qkv, p_qkv_dot, p_q_weight, p_q, p_q_dot, b_cos, b_sin,
+        i_in, i_out, i_in_dot, i_out_dot, mask, m_dot, eps, D, BLOCK,
+    )  # fmt: skip
+    _turn(
+        p_qkv + H * D, p_k_in_dot, p_k_weight, p_k, p_k_dot, b_cos, b_sin,
+        i_in, i_out, i_in_dot, i_out_dot, mask, m_dot, eps, D, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def _turn_back(
+    p_x,
+    p_dy,
+    p_weight,
+    p_dx,
+    b_cos,
+    b_sin,
+    i_in,
+    i_dy,
+    i_out,
+    mask,
+    eps,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Writes dx of one of q and k; returns the tile's terms of the weight's gradient."""
+    b_weight = load_vector(p_weight, tl.arange(0, BLOCK), D)
+    b_n, _, b_rstd = normalise(tl.load(p_x + i_in, mask=mask, other=0.0).to(tl.float32), mask, eps, D, False)
+    b_dy = tl.load(p_dy + i_dy, mask=mask, other=0.0).to(tl.float32)
+    b_g = rotate(b_dy, b_cos, -b_sin)
+    b_dx = normalise_dot(b_n, b_rstd, b_g * b_weight, mask, D, False)
+    tl.store(p_dx + i_out, b_dx.to(p_dx.dtype.element_ty), mask=mask)
+    return b_g * b_n
+
+
+@triton.jit
+def _backward(
+    p_qkv, p_q_weight, p_k_weight, p_cos, p_sin, p_dq, p_dk, p_dv, p_dqkv, p_sums,
+    tokens, length, prefix, step, eps, tiles,
+    STRIDES: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Every num_programs-th tile; STRIDES: of samples, tokens and heads of dq, dk and dv."""
+    i_c = tl.arange(0, BLOCK)
+    b_sum_q = tl.zeros([ROWS, BLOCK], tl.float32)
+    b_sum_k = tl.zeros([ROWS, BLOCK], tl.float32)
+    for i_tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        i_token, i_head, mask = _place(i_tile, tokens, H, D, HEADS, ROWS, BLOCK)
+        i_b, i_s = (i_token // length).to(tl.int64), (i_token % length).to(tl.int64)
+        b_cos, b_sin = _angles(p_cos, p_sin, i_token % length - prefix, D, BLOCK)
+        i_row = i_head[:, None] * D + i_c[None, :]
+        i_in = i_token.to(tl.int64)[:, None] * step + i_row
+        i_out = i_token.to(tl.int64)[:, None] * (3 * H * D) + i_row
+        i_dq = (i_b * STRIDES[0] + i_s * STRIDES[1] + i_head * STRIDES[2])[:, None] + i_c[None, :]
+        i_dk = (i_b * STRIDES[3] + i_s * STRIDES[4] + i_head * STRIDES[5])[:, None] + i_c[None, :]
+        i_dv = (i_b * STRIDES[6] + i_s * STRIDES[7] + i_head * STRIDES[8])[:, None] + i_c[None, :]
+        b_sum_q += _turn_back(p_qkv, p_dq, p_q_weight, p_dqkv, b_cos, b_sin, i_in, i_dq, i_out, mask, eps, D, BLOCK)
+        b_sum_k += _turn_back(
+            p_qkv + H * D,
+            p_dk,
+            p_k_weight,
+            p_dqkv + H * D,
+            b_cos,
+            b_sin,
+            i_in,
+            i_dk,
+            i_out,
+            mask,
+            eps,
+            D,
+            BLOCK,
+        )
+        b_dv = tl.load(p_dv + i_dv, mask=mask, other=0.0)
+        tl.store(p_dqkv + 2 * H * D + i_out, b_dv.to(p_dqkv.dtype.element_ty), mask=mask)
+    if p_sums is not None:
+        p_row = p_sums + tl.program_id(0) * (2 * D) + i_c
+        tl.store(p_row, tl.sum(b_sum_q, 0), mask=i_c < D)
+        tl.store(p_row + D, tl.sum(b_sum_k, 0), mask=i_c < D)
+
+
+def _token_rows(qkv: Tensor) -> Tensor:
+    """[B, S, 3, H, D] as [B S, 3 H D]; a view unless heads or samples have gaps between them."""
+    return registration.as_rows(qkv.flatten(2))
+
+
+def _allocate_forward(qkv, qkv_dot, q_weight, k_weight, cos, sin, prefix, eps):
+    """q, k, q_dot, k_dot."""
+    samples, length, _, heads, head_dim = qkv.shape
+
+    def part(samples: int) -> Tensor:
+        return qkv.new_empty(samples, length, heads, head_dim)
+
+    if qkv_dot is None:
+        return part(samples), part(samples), absent(qkv), absent(qkv)
+    rows = qkv_dot.shape[0]
+    return part(samples), part(samples), part(rows), part(rows)
+
+
+def _run_forward(qkv, qkv_dot, q_weight, k_weight, cos, sin, prefix, eps):
+    q, k, q_dot, k_dot = _allocate_forward(qkv, qkv_dot, q_weight, k_weight, cos, sin, prefix, eps)
+    samples, length, heads, head_dim = q.shape
+    rows = _token_rows(qkv)
+    dot_rows = None if qkv_dot is None else _token_rows(qkv_dot)
+    tile = tile_of(heads, head_dim, registration.chip(qkv.device))
+    tokens, moves = samples * length, qkv_dot is not None
+    registration.launch(
+        _forward, triton.cdiv(tokens, tile.tokens) * triton.cdiv(heads, tile.heads),
+        rows, dot_rows, q_weight.contiguous(), k_weight.contiguous(), cos.contiguous(), sin.contiguous(),
+        q, k, present(q_dot, moves), present(k_dot, moves),
+        tokens, registration.first_dot(samples, qkv_dot) * length, length, prefix,
+        rows.stride(0), dot_rows.stride(0) if moves else 0, eps,
+        H=heads, D=head_dim, HEADS=tile.heads, ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps,
+    )  # fmt: skip
+    return q, k, q_dot, k_dot
+
+
+def _fake_backward(qkv, q_weight, k_weight, cos, sin, dq, dk, dv, prefix, eps, need_weights):
+    """dqkv, dq_weight, dk_weight."""
+    weights = (torch.empty_like(w) if need_weights else absent(w) for w in (q_weight, k_weight))
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format), *weights
+
+
+def _run_backward(qkv, q_weight, k_weight, cos, sin, dq, dk, dv, prefix, eps, need_weights):
+    samples, length, _, heads, head_dim = qkv.shape
+    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    rows = _token_rows(qkv)
+    dq, dk, dv = (d if d.stride(-1) == 1 else d.contiguous() for d in (dq, dk, dv))
+    chip = registration.chip(qkv.device)
+    tile = tile_of(heads, head_dim, chip)
+    tiles = triton.cdiv(samples * length, tile.tokens) * triton.cdiv(heads, tile.heads)
+    # One wave of programs: registers admit 16 warps a multiprocessor.
+    programs = min(tiles, 16 * chip.processors // tile.warps)
+    sums = qkv.new_empty(programs, 2, head_dim, dtype=torch.float32) if need_weights else None
+    registration.launch(
+        _backward, programs,
+        rows, q_weight.contiguous(), k_weight.contiguous(), cos.contiguous(), sin.contiguous(),
+        dq, dk, dv, dqkv, sums,
+        samples * length, length, prefix, rows.stride(0), eps, tiles,
+        STRIDES=(*dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3]),
+        H=heads, D=head_dim, HEADS=tile.heads, ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps,
+    )  # fmt: skip
+    if not need_weights:
+        return dqkv, absent(q_weight), absent(k_weight)
+    return dqkv, sums[:, 0].sum(0).to(q_weight.dtype), sums[:, 1].sum(0).to(k_weight.dtype)
+
+
+_INPUTS = "Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin"
+_qk_norm_rope_forward = registration.define(
+    f"qk_norm_rope_forward(Tensor qkv, Tensor? qkv_dot, {_INPUTS}, int prefix, float eps) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _run_forward,
+    _allocate_forward,
+)
+_qk_norm_rope_backward = registration.define(
+    f"qk_norm_rope_backward(Tensor qkv, {_INPUTS}, Tensor dq, Tensor dk, Tensor dv, int prefix, float eps, "
+    "bool need_weights) -> (Tensor, Tensor, Tensor)",
+    _run_backward,
+    _fake_backward,
+)
+
+
+class _QKNormRope(torch.autograd.Function):
+    """(qkv, qkv_dot, q_weight, k_weight, cos, sin, prefix, eps) -> (q, k, v, q_dot, k_dot)."""
+
+    @staticmethod
+    def forward(qkv, *inputs):
+        q, k, q_dot, k_dot = _qk_norm_rope_forward(qkv, *inputs)
+        return q, k, qkv[:, :, 2], q_dot, k_dot
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        qkv, _, q_weight, k_weight, cos, sin, ctx.prefix, ctx.eps = inputs
+        ctx.need_weights = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+        ctx.mark_non_differentiable(*outputs[3:])
+        ctx.save_for_backward(qkv, q_weight, k_weight, cos, sin)
+
+    @staticmethod
+    def backward(ctx, dq, dk, dv, *_):
+        dqkv, dq_weight, dk_weight = _qk_norm_rope_backward(
+            *ctx.saved_tensors, dq, dk, dv, ctx.prefix, ctx.eps, ctx.need_weights
+        )
+        weights = (present(d, ctx.need_weights) for d in (dq_weight, dk_weight))
+        return dqkv, None, *weights, None, None, None, None
+
+
+def qk_norm_rope_dual(primals, tangents, *, prefix_length, eps):
+    """Triton's `pmf.ops.qk_norm_rope_dual`: ((q, k, v), (q_dot, k_dot, v_dot))."""
+
+    def compute(primals, tangents):
+        qkv, *rest = primals
+        qkv_dot = tangents[0]
+        q, k, v, q_dot, k_dot = _QKNormRope.apply(qkv, qkv_dot, *rest, prefix_length, eps)
+        if qkv_dot is None:
+            return (q, k, v), (None, None, None)
+        return (q, k, v), (q_dot, k_dot, qkv_dot.detach()[:, :, 2])
+
+    return registration.run_dual("qk_norm_rope", "qkv* q_weight k_weight cos sin", compute, primals, tangents)
