@@ -36,6 +36,7 @@ KERNEL_MODULES = {
     "qk_norm_rope_dual": "rotary",
     "swiglu_dual": "swiglu",
     "attention_dual": "attention",
+    "pmf_objective": "objective",
 }
 """Ops that have a Triton kernel, and the module of `pmf.kernels` that holds it."""
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

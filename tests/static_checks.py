@@ -27,6 +27,7 @@ TYPES = {
     "torch.float32": "fp32",
     "torch.bfloat16": "bf16",
     "torch.float16": "fp16",
+    "torch.int64": "i64",
 }
 
 
@@ -120,11 +121,29 @@ def rotary_cases(size: str, stream, low):
     yield "backward", lambda: rotary._run_backward(qkv, *inputs, d, d, d, *options, True)
 
 
+def objective_cases(size: str, stream, low):
+    """256 px with patches of 16 (size B) and 512 px with patches of 32 (size H)."""
+    import torch
+
+    from pmf.kernels import objective
+
+    if size == "L":
+        return
+    side, patch = {"B": (256, 16), "H": (512, 32)}[size]
+    net, image = _meta(BATCH, 256, 3 * patch**2, dtype=low), _meta(BATCH, 3, side, side, dtype=torch.float32)
+    scalar, index = _meta(BATCH, dtype=torch.float32), _meta(BATCH, dtype=torch.int64)
+    half = net[: BATCH // 2]
+    inputs = (net, net, half, half, half, image, image, *(scalar,) * 3, index, 0.05, patch)
+    yield "forward", lambda: objective._run_forward(*inputs)
+    yield "backward", lambda: objective._run_backward(_meta(2, BATCH, dtype=torch.float32), *inputs)
+
+
 FAMILIES = {
     "norm": norm_cases,
     "rotary": rotary_cases,
     "swiglu": swiglu_cases,
     "attention": attention_cases,
+    "objective": objective_cases,
 }
 
 

@@ -53,3 +53,17 @@ def test_machine_code_of_attention():
         wanted = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[entry["capability"]]
         # Float32 products are exact float32, which no matrix unit computes.
         assert units == ({wanted} if "bfloat16" in entry["label"] else set()), entry
+
+
+def test_machine_code_of_the_objective():
+    """No spills; tokens and gradients in 16-byte accesses, images one value a thread, few scalars a program."""
+    entries = compiled("objective")
+    assert {entry["capability"] for entry in entries} == {80, 90, 100}
+    for entry in entries:
+        assert fits(entry), entry
+        vectors = 1 if "bfloat16" in entry["label"] else 2
+        assert entry["LDG.128"] == 5 * vectors, entry
+        # 8 values of x and of z; t, h, guidance, the null index, the two scales.
+        assert entry["LDG.32"] <= 22, entry
+        stores = {"STG.32": 2} if "forward" in entry["label"] else {"STG.128": 2 * vectors}
+        assert stores == {name: count for name, count in entry.items() if name.startswith("STG")}, entry
