@@ -119,7 +119,7 @@ def _errors(
 
 def _launch(nets, z, x, scalars, t_clip, patch_size, *outputs):
     """Run the kernel on the inputs and (sums, scales, dnet_u, dnet_v)."""
-    net_u, _, net_u_dot, _, net_n = nets
+    first_dot = registration.first_dot(len(z), nets[2])
     nets = [None if net is None or net.numel() == 0 else net.contiguous() for net in nets]
     t, h, guidance, null_index = (s.contiguous() for s in scalars)
     batch, channels, height, width = z.shape
@@ -127,7 +127,7 @@ def _launch(nets, z, x, scalars, t_clip, patch_size, *outputs):
     registration.launch(
         _errors, batch * triton.cdiv(z[0].numel(), tile.block) if z.numel() else 0,
         *nets, z.contiguous(), x.contiguous(), t, h, guidance, null_index, *outputs,
-        registration.first_dot(batch, net_u_dot), t_clip,
+        first_dot, t_clip,
         SHAPE=(height, width, patch_size, channels), BLOCK=tile.block, num_warps=tile.warps,
     )  # fmt: skip
 

@@ -36,6 +36,7 @@ KERNEL_MODULES = {
     "qk_norm_rope_dual": "rotary",
     "swiglu_dual": "swiglu",
     "attention_dual": "attention",
+    "patch_embed_dual": "patch",
     "pmf_objective": "objective",
 }
 """Ops that have a Triton kernel, and the module of `pmf.kernels` that holds it."""
@@ -44,6 +45,9 @@ KERNEL_MAX_WIDTH = 8192
 """Widest row a norm kernel keeps in registers."""
 KERNEL_MAX_HEAD_DIM = 128
 """Widest head the attention tangent keeps in registers."""
+KERNEL_PATCHES = (2, 4, 8, 16, 32)
+KERNEL_MAX_BOTTLENECK = 256
+"""Widest bottleneck the patch embedding keeps in registers between its two products."""
 
 KERNEL_MAX_HEAD_DIM = 128
 
@@ -134,6 +138,14 @@ def _attention_limit(primals: tuple, tangents: tuple) -> str | None:
     dtypes = sorted({str(x.dtype) for x in (*primals, *tangents) if x is not None})
     if len(dtypes) > 1:
         return f'q, k, v and their tangents must have one dtype with impl="triton", got {" and ".join(dtypes)}'
+    return None
+
+
+def _patch_limit(patch: int, bottleneck: int) -> str | None:
+    if patch not in KERNEL_PATCHES:
+        return f'patch size must be one of {KERNEL_PATCHES} with impl="triton", got {patch}'
+    if bottleneck > KERNEL_MAX_BOTTLENECK:
+        return f'bottleneck must be at most {KERNEL_MAX_BOTTLENECK} with impl="triton", got {bottleneck}'
     return None
 
 
@@ -366,7 +378,8 @@ def patch_embed_dual(primals, tangents, *, impl=None):
         _shape(op, "prefix", prefix, batch, None, outer)
         prefix_length = prefix.shape[1]
     _shape(op, "positions", positions, prefix_length + (height // patch) * (width // patch), outer)
-    return _choose("patch_embed_dual", impl, primals)(primals, tangents)
+    run = _choose("patch_embed_dual", impl, primals, _patch_limit(patch, inner))
+    return run(primals, tangents)
 
 
 def pmf_objective(

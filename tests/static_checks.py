@@ -138,12 +138,36 @@ def objective_cases(size: str, stream, low):
     yield "backward", lambda: objective._run_backward(_meta(2, BATCH, dtype=torch.float32), *inputs)
 
 
+def patch_cases(size: str, stream, low):
+    """The published embeddings: 256 px with patches of 16; for H in float32 too, and 512 px with patches of 32."""
+    import torch
+
+    from pmf.kernels import patch
+
+    width, bottleneck = SIZES[size][0], {"B": 128, "L": 128, "H": 256}[size]
+    for side, p in ((256, 16), (512, 32)) if size == "H" else ((256, 16),):
+        images = _meta(BATCH, 3, side, side, dtype=torch.float32)
+        weight1, bias1 = _meta(bottleneck, 3, p, p, dtype=low), _meta(bottleneck, dtype=low)
+        weight2, bias2 = _meta(width, bottleneck, 1, 1, dtype=low), _meta(width, dtype=low)
+        positions, prefix = _meta(LENGTH, width, dtype=stream), _meta(BATCH, PREFIX, width, dtype=stream)
+        hidden = _meta(BATCH, 256, bottleneck, dtype=low)
+        weights, half = (weight1, bias1, weight2, bias2), BATCH // 2
+        dual = (images, images[:half], *weights, positions, prefix, prefix[:half], low, True)
+        plain = (images, None, *weights, positions, None, None, low, False)
+        tokens = _meta(BATCH, LENGTH, width, dtype=stream)
+        gradients = (tokens, images, weight1, weight2, hidden, PREFIX, [True] * 5)
+        yield f"dual {p}", lambda dual=dual: patch._run_forward(*dual)
+        yield f"plain {p}", lambda plain=plain: patch._run_forward(*plain)
+        yield f"backward {p}", lambda gradients=gradients: patch._run_backward(*gradients)
+
+
 FAMILIES = {
     "norm": norm_cases,
     "rotary": rotary_cases,
     "swiglu": swiglu_cases,
     "attention": attention_cases,
     "objective": objective_cases,
+    "patch": patch_cases,
 }
 
 
@@ -177,7 +201,12 @@ def _plain(arguments):
     """Tensors as their dtype's name: enough to compile, and picklable."""
     import torch
 
-    return [f"*{TYPES[str(a.dtype)]}" if isinstance(a, torch.Tensor) else a for a in arguments]
+    def plain(a):
+        if isinstance(a, tuple):
+            return tuple(plain(part) for part in a)
+        return f"*{TYPES[str(a.dtype)]}" if isinstance(a, torch.Tensor) else a
+
+    return [plain(a) for a in arguments]
 
 
 def compile_one(launch) -> dict:

@@ -10,7 +10,7 @@ from tests.kernel_checks import DEVICE, close, generator, randn, within_budget
 from tests.networks import golden, relative_error
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-NAMES = "net_u net_v net_u_dot net_c net_n z x t h guidance null_index".split()
+NAMES = ["net_u", "net_v", "net_u_dot", "net_c", "net_n", "z", "x", "t", "h", "guidance", "null_index"]
 
 
 def inputs(batch, rows, guided, patch, size=32, channels=3, nets=F32, images=F32, seed=0):
