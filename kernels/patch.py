@@ -4,8 +4,9 @@
     tokens_dot = [prefix_dot, (patches_dot weight1^T) weight2^T]
 
 A patch is p x p x c values of an image, read where it lies: no im2col. hidden (bottleneck E) stays on the
-chip between the products. Products take factors in the weights' dtype (autocast's, where it is on) and are
-summed in float32; hidden is rounded to that dtype, the tokens to the wider of it and the positions'.
+chip between the products (in float32, in the cache). Products take factors in the weights' dtype (autocast's,
+where it is on), float32 ones as three TF32 products, and are summed in float32; hidden is rounded to that
+dtype, the tokens to the wider of it and the positions'.
 
 Backward, with dp the gradient of the patch tokens:
 
@@ -37,6 +38,7 @@ from pmf.kernels import registration
 from pmf.kernels.registration import Chip, absent, present
 from pmf.kernels.tiles import product
 
+FLOAT32_COLUMNS = tl.constexpr(32)
 SPLITS = 16
 """Stretches of tokens that dweight1 is summed over side by side, times its tiles: more than one a processor."""
 
@@ -88,7 +90,10 @@ def _patches(
     SHAPE: tl.constexpr, E: tl.constexpr, C: tl.constexpr,
     M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Tokens of M of `count` patches. Biases and positions are absent for tangents."""
+    """Tokens of M of `count` patches. Biases and positions are absent for tangents.
+
+    Float32: hidden does not fit into registers as a factor; it is put down, and read a few columns at a time.
+    """
     PATCHES: tl.constexpr = (SHAPE[0] // SHAPE[2]) * (SHAPE[1] // SHAPE[2])
     K: tl.constexpr = SHAPE[3] * SHAPE[2] * SHAPE[2]
     i_m, i_e = i_tile * M + tl.arange(0, M), tl.arange(0, BLOCK_E)
@@ -109,14 +114,29 @@ def _patches(
     if p_hidden is not None:
         tl.store(p_hidden + i_m.to(tl.int64)[:, None] * E + i_e[None, :], b_low, mask=m_m & m_e[None, :])
 
+    FLOAT32: tl.constexpr = p_weight2.dtype.element_ty == tl.float32
+    if FLOAT32:
+        tl.debug_barrier()  # other threads of the program read what is stored above
     i_n = (prefix + i_m % PATCHES)[:, None]
     p_row = p_tokens + ((i_m // PATCHES).to(tl.int64)[:, None] * (prefix + PATCHES) + i_n) * C
     for i_start in range(0, C, BLOCK_C):
         i_c = i_start + tl.arange(0, BLOCK_C)
         m_c = i_c < C
-        p_w = p_weight2 + i_c[None, :] * E + i_e[:, None]
-        b_w = tl.load(p_w, mask=m_e[:, None] & m_c[None, :], other=0.0)
-        b_y = product(b_low, b_w, tl.zeros([M, BLOCK_C], tl.float32), "tf32x3")
+        b_y = tl.zeros([M, BLOCK_C], tl.float32)
+        if FLOAT32:
+            for i_few in range(0, E, FLOAT32_COLUMNS):
+                i_h = i_few + tl.arange(0, FLOAT32_COLUMNS)
+                m_h = i_h < E
+                b_few = tl.load(
+                    p_hidden + i_m.to(tl.int64)[:, None] * E + i_h[None, :], mask=m_m & m_h[None, :], other=0.0
+                )
+                p_w = p_weight2 + i_c[None, :] * E + i_h[:, None]
+                b_w = tl.load(p_w, mask=m_h[:, None] & m_c[None, :], other=0.0)
+                b_y = product(b_few, b_w, b_y, "tf32x3")
+        else:
+            p_w = p_weight2 + i_c[None, :] * E + i_e[:, None]
+            b_w = tl.load(p_w, mask=m_e[:, None] & m_c[None, :], other=0.0)
+            b_y = product(b_low, b_w, b_y, "tf32x3")
         mask = m_m & m_c[None, :]
         if p_bias2 is not None:
             b_y += tl.load(p_bias2 + i_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
@@ -145,8 +165,8 @@ def _prefix(
 
 @triton.jit
 def _forward(
-    p_images, p_images_dot, weights, p_positions, p_prefix, p_prefix_dot, p_tokens, p_tokens_dot, p_hidden,
-    samples, samples_dot, prefix,
+    p_images, p_images_dot, weights, p_positions, p_prefix, p_prefix_dot,
+    p_tokens, p_tokens_dot, p_hidden, p_hidden_dot, samples, samples_dot, prefix,
     SHAPE: tl.constexpr, E: tl.constexpr, C: tl.constexpr,
     M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -168,7 +188,7 @@ def _forward(
         tiles = tl.cdiv(samples_dot * PATCHES, M)
         if (i_tile >= 0) & (i_tile < tiles):
             _patches(
-                p_images_dot, weights[0], None, weights[2], None, None, p_tokens_dot, None,
+                p_images_dot, weights[0], None, weights[2], None, None, p_tokens_dot, p_hidden_dot,
                 i_tile, samples_dot * PATCHES, prefix, SHAPE, E, C, M, BLOCK_E, BLOCK_K, BLOCK_C,
             )  # fmt: skip
         i_tile -= tiles
@@ -268,14 +288,22 @@ def _run_forward(
     arguments = (None if a is None or a.numel() == 0 else a.contiguous() for a in arguments)
     images, images_dot, positions, prefix, prefix_dot = arguments
     patches, samples, samples_dot = _patches_of(shape), len(tokens), tokens_dot.shape[0]
-    counts = (samples * patches, samples_dot * patches if images_dot is not None else 0)
-    before = len(tokens[0]) - patches if samples else 0
-    counts += (samples * before, samples_dot * before if prefix_dot is not None else 0)
+    before = tokens.shape[1] - patches
+    counts = (
+        samples * patches,
+        samples_dot * patches if images_dot is not None else 0,
+        samples * before,
+        samples_dot * before if prefix_dot is not None else 0,
+    )
+    # In float32 the kernel needs a place for hidden.
+    scratch = dtype == torch.float32
+    at = hidden if keep or not scratch else tokens.new_empty(samples, patches, bottleneck, dtype=dtype)
+    at_dot = tokens.new_empty(samples_dot if scratch else 0, patches, bottleneck, dtype=dtype)
     registration.launch(
         _forward, sum(triton.cdiv(count, tile.tokens) for count in counts) if samples else 0,
         images, images_dot, weights, positions, prefix, prefix_dot,
-        tokens, present(tokens_dot, tokens_dot.numel() > 0), present(hidden, keep),
-        samples, samples_dot, before,
+        tokens, present(tokens_dot, tokens_dot.numel() > 0),
+        present(at, keep or scratch), present(at_dot, scratch), samples, samples_dot, before,
         SHAPE=shape, E=bottleneck, C=width, M=tile.tokens,
         BLOCK_E=max(registration.power_of_two(bottleneck), 16), BLOCK_K=tile.values, BLOCK_C=tile.channels,
         num_warps=tile.warps, num_stages=tile.stages,

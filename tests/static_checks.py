@@ -86,12 +86,12 @@ def swiglu_cases(size: str, stream, low):
 
 
 def attention_cases(size: str, stream, low):
-    """Heads of 64 and 128 (size B), of 80 (size H); all of them in float32."""
+    """Heads of 64 and 128 (size B), of 80 (size H); in float32 those of 80 and 128."""
     import torch
 
     from pmf.kernels import attention
 
-    head_dims = {"B": (64, 128), "L": (), "H": (80,) if low == torch.bfloat16 else (64, 80, 128)}[size]
+    head_dims = {"B": (64, 128), "L": (), "H": (80,) if low == torch.bfloat16 else (80, 128)}[size]
     for head_dim in head_dims:
         heads = 16
         q, k, v = _meta(BATCH, LENGTH, 3, heads, head_dim, dtype=low).unbind(2)
@@ -122,7 +122,7 @@ def rotary_cases(size: str, stream, low):
 
 
 def objective_cases(size: str, stream, low):
-    """256 px with patches of 16 (size B) and 512 px with patches of 32 (size H)."""
+    """256 px and patches of 16 (B), 512 px and patches of 32 (H)."""
     import torch
 
     from pmf.kernels import objective
@@ -139,13 +139,13 @@ def objective_cases(size: str, stream, low):
 
 
 def patch_cases(size: str, stream, low):
-    """The published embeddings: 256 px with patches of 16; for H in float32 too, and 512 px with patches of 32."""
+    """B with 256 px and patches of 16, H with 512 px and patches of 32."""
     import torch
 
     from pmf.kernels import patch
 
     width, bottleneck = SIZES[size][0], {"B": 128, "L": 128, "H": 256}[size]
-    for side, p in ((256, 16), (512, 32)) if size == "H" else ((256, 16),):
+    for side, p in {"B": ((256, 16),), "L": (), "H": ((512, 32),)}[size]:
         images = _meta(BATCH, 3, side, side, dtype=torch.float32)
         weight1, bias1 = _meta(bottleneck, 3, p, p, dtype=low), _meta(bottleneck, dtype=low)
         weight2, bias2 = _meta(width, bottleneck, 1, 1, dtype=low), _meta(width, dtype=low)
@@ -153,11 +153,9 @@ def patch_cases(size: str, stream, low):
         hidden = _meta(BATCH, 256, bottleneck, dtype=low)
         weights, half = (weight1, bias1, weight2, bias2), BATCH // 2
         dual = (images, images[:half], *weights, positions, prefix, prefix[:half], low, True)
-        plain = (images, None, *weights, positions, None, None, low, False)
         tokens = _meta(BATCH, LENGTH, width, dtype=stream)
         gradients = (tokens, images, weight1, weight2, hidden, PREFIX, [True] * 5)
         yield f"dual {p}", lambda dual=dual: patch._run_forward(*dual)
-        yield f"plain {p}", lambda plain=plain: patch._run_forward(*plain)
         yield f"backward {p}", lambda gradients=gradients: patch._run_backward(*gradients)
 
 

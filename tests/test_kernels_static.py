@@ -67,3 +67,18 @@ def test_machine_code_of_the_objective():
         assert entry["LDG.32"] <= 22, entry
         stores = {"STG.32": 2} if "forward" in entry["label"] else {"STG.128": 2 * vectors}
         assert stores == {name: count for name, count in entry.items() if name.startswith("STG")}, entry
+
+
+def test_machine_code_of_the_patch_embedding():
+    """No spills; every product on the matrix units; images read and everything written 16 bytes at a time."""
+    entries = compiled("patch")
+    assert {entry["capability"] for entry in entries} == {80, 90, 100}
+    for entry in entries:
+        assert fits(entry), entry
+        assert entry["HMMA"] + entry["HGMMA"] + entry["UTCHMMA"] > 0, entry
+        if "bfloat16" in entry["label"]:
+            assert entry[{80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[entry["capability"]]], entry
+        assert entry["STG.128"], entry
+        assert not {"STG.64", "STG.32", "STG.U16"} & entry.keys(), entry
+        # Biases are vectors: at most a few narrow loads for them.
+        assert entry.get("LDG.U16", 0) <= 1, entry
