@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from pmf.config import LossConfig, ModelConfig
+from pmf.dual import Dual
+from pmf.loss import Draws, StepPlan, pmf_loss
+from pmf.model import create_model
 
 
 def saved_bytes(run: Callable[[], object], parameters: Iterable[Tensor] = ()) -> int:
@@ -24,3 +31,69 @@ def saved_bytes(run: Callable[[], object], parameters: Iterable[Tensor] = ()) ->
         total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     del result
     return total
+
+
+@dataclass(frozen=True)
+class RowOperations:
+    """Operations that one row of a batch costs in each part of a step."""
+
+    guidance: int
+    """The shared blocks and the v head, forward."""
+    main: int
+    """Both heads, forward and backward."""
+    tangent: int
+    """The tangent through the shared blocks and the u head."""
+
+    def lean(self, draws: Draws) -> int:
+        """Operations of the lean step on these draws."""
+        plan = StepPlan.of(draws, "lean")
+        guided = plan.tangent_rows + len(plan.padded_null_rows())
+        return guided * self.guidance + len(draws.t) * self.main + plan.tangent_rows * self.tangent
+
+    def naive(self, draws: Draws) -> int:
+        """Operations of the naive step: three guidance passes and a tangent on every row."""
+        return len(draws.t) * (3 * self.guidance + self.main + self.tangent)
+
+    def flow_matching(self, draws: Draws) -> int:
+        """Operations of a plain flow-matching step of the same network."""
+        return len(draws.t) * self.main
+
+
+def operations(run: Callable[[], object]) -> int:
+    """Multiplications and additions of the matrix products that `run` calls, on any device, meta too."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def meta_step(config: ModelConfig, draws: Draws, plan: str) -> Callable[[], None]:
+    """A whole step, forward and backward, on meta tensors: nothing is computed, everything is counted."""
+    model = create_model(config, device="meta", impl="reference")
+    batch = len(draws.t)
+    draws = replace(draws, noise=torch.empty(batch, *config.image_shape, device="meta"))
+    x = torch.empty(batch, *config.image_shape, device="meta")
+    y = torch.zeros(batch, dtype=torch.int64, device="meta")
+    return lambda: pmf_loss(model, x, y, draws, LossConfig(), plan=plan).loss.backward()
+
+
+def row_operations(config: ModelConfig) -> RowOperations:
+    """Counted on one row of the network on meta tensors."""
+    model = create_model(config, device="meta", impl="reference")
+    one = torch.ones(1, device="meta")
+    y = torch.zeros(1, dtype=torch.int64, device="meta")
+    z = torch.empty(1, *config.image_shape, device="meta")
+
+    def forward(heads: tuple[str, ...], z_dot: Tensor | None = None) -> list[Tensor]:
+        h = Dual(one, None if z_dot is None else one)
+        nets = model.predict_dual(Dual(z, z_dot), h, one, one, one, y, heads=heads)
+        return [net.value for net in nets.values()]
+
+    def train() -> None:
+        sum(net.sum() for net in forward(("u", "v"))).backward()
+
+    plain = operations(lambda: forward(("u",)))
+    return RowOperations(
+        guidance=operations(lambda: forward(("v",))),
+        main=operations(train),
+        tangent=operations(lambda: forward(("u",), z)) - plain,
+    )

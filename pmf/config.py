@@ -6,7 +6,7 @@ Source: arXiv 2601.22158 and the configurations its authors published.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pmf.errors import require
 
@@ -167,10 +167,10 @@ class LossConfig:
             require(value >= 0, f"LossConfig: {name} must not be negative, got {value}")
 
 
-_BASE = dict(hidden_size=768, depth=16, num_heads=12)
-_LARGE = dict(hidden_size=1024, depth=32, num_heads=16)
-_HUGE = dict(hidden_size=1280, depth=48, num_heads=16, bottleneck=256)
-_FINE = dict(image_size=512, patch_size=32)
+_BASE: dict[str, Any] = dict(hidden_size=768, depth=16, num_heads=12)
+_LARGE: dict[str, Any] = dict(hidden_size=1024, depth=32, num_heads=16)
+_HUGE: dict[str, Any] = dict(hidden_size=1280, depth=48, num_heads=16, bottleneck=256)
+_FINE: dict[str, Any] = dict(image_size=512, patch_size=32)
 
 MODELS: dict[str, ModelConfig] = {
     "pMF-B/16": ModelConfig(**_BASE),

@@ -5,7 +5,9 @@ Each layer is written once, as `forward_dual` on `Dual`s; `forward` is the same 
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -181,7 +183,38 @@ class PatchEmbed(DualModule):
         )
 
 
-class Attention(DualModule):
+class PackedModule(DualModule):
+    """A layer whose weights are joined for fewer, larger products: on every call, or once per step."""
+
+    _held: tuple[Tensor, ...] | None = None
+
+    def pack(self) -> tuple[Tensor, ...]:
+        """The joined weights, recorded by autograd back to the parameters."""
+        raise NotImplementedError
+
+    def packed(self) -> tuple[Tensor, ...]:
+        """The weights that `held_weights` holds, else freshly joined ones."""
+        return self.pack() if self._held is None else self._held
+
+
+@contextlib.contextmanager
+def held_weights(model: nn.Module, device_type: str) -> Iterator[None]:
+    """Join the weights of every `PackedModule` once, cast where autocast is on, for all passes inside.
+
+    The parameters must not change inside.
+    """
+    modules = [m for m in model.modules() if isinstance(m, PackedModule)]
+    dtype = ops.autocast_dtype(device_type)
+    try:
+        for module in modules:
+            module._held = tuple(w if dtype is None else w.to(dtype) for w in module.pack())
+        yield
+    finally:
+        for module in modules:
+            module._held = None
+
+
+class Attention(PackedModule):
     """Multi-head self-attention with normalised q and k and 2-D rotary positions; no biases."""
 
     def __init__(self, config: ModelConfig, impl: str | None = None) -> None:
@@ -192,9 +225,13 @@ class Attention(DualModule):
         self.q_norm = nn.RMSNorm(config.head_dim, eps=1e-6)
         self.k_norm = nn.RMSNorm(config.head_dim, eps=1e-6)
 
+    def pack(self) -> tuple[Tensor, ...]:
+        """One weight for q, k and v."""
+        return (torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight]),)
+
     def forward_dual(self, x: Dual, rope: Rope) -> Dual:
         """x [B, S, C] -> [B, S, C]."""
-        weight = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
+        (weight,) = self.packed()
         packed = linear_dual(x, weight).map(lambda p: p.unflatten(-1, (3, self.num_heads, -1)))
         qkv, qkv_dot = ops.qk_norm_rope_dual(
             (packed.value, self.q_norm.weight, self.k_norm.weight, *rope),
@@ -207,7 +244,7 @@ class Attention(DualModule):
         return self.out_proj.forward_dual(mixed.map(lambda o: o.flatten(2)))
 
 
-class SwiGLU(DualModule):
+class SwiGLU(PackedModule):
     """w2(silu(w1 x) * w3 x), no biases."""
 
     def __init__(self, config: ModelConfig, impl: str | None = None) -> None:
@@ -217,14 +254,21 @@ class SwiGLU(DualModule):
         self.w3 = Linear(width, hidden, gain=BLOCK_GAIN)
         self.w2 = Linear(hidden, width, gain=BLOCK_GAIN)
 
-    def forward_dual(self, x: Dual) -> Dual:
-        """x [B, S, C] -> [B, S, C]."""
-        # Zero rows up to a multiple of 8 keep every row 16-byte aligned and change nothing.
+    def pack(self) -> tuple[Tensor, ...]:
+        """One weight for w1 and w3, and w2: hidden width padded with zeros to a multiple of 8.
+
+        The zeros keep every row 16-byte aligned and change nothing.
+        """
         pad = -self.w1.out_features % 8
         w1, w3 = (F.pad(linear.weight, (0, 0, 0, pad)) for linear in (self.w1, self.w3))
-        hidden = linear_dual(x, torch.cat([w1, w3]))
+        return torch.cat([w1, w3]), F.pad(self.w2.weight, (0, pad))
+
+    def forward_dual(self, x: Dual) -> Dual:
+        """x [B, S, C] -> [B, S, C]."""
+        w13, w2 = self.packed()
+        hidden = linear_dual(x, w13)
         gated = Dual(*ops.swiglu_dual((hidden.value,), (hidden.dot,), impl=self.impl))
-        return linear_dual(gated, F.pad(self.w2.weight, (0, pad)))
+        return linear_dual(gated, w2)
 
 
 class Block(DualModule):

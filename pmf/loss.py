@@ -14,12 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pmf import ops
 from pmf.config import LossConfig
 from pmf.dual import Dual
 from pmf.errors import readable, require
+from pmf.layers import held_weights
 
 PLANS = ("lean", "naive")
 
@@ -145,6 +147,11 @@ class StepPlan:
             return cls(batch, torch.arange(batch), guidance)
         return cls(int((~draws.fm_mask).sum()), guided.nonzero()[:, 0], guidance)
 
+    def padded_null_rows(self) -> Tensor:
+        """`null_rows`, then row 0 again until their number is a multiple of B / 16: few sizes to compile."""
+        granule = max(1, len(self.guidance) // 16)
+        return F.pad(self.null_rows, (0, -len(self.null_rows) % granule))
+
     def null_index(self) -> Tensor:
         """Per row, its place among `null_rows`; -1 for none."""
         index = torch.full((len(self.guidance),), -1)
@@ -176,21 +183,34 @@ def _v_tokens(model, z: Tensor, omega: Tensor, y: Tensor) -> Tensor:
     return model.predict_dual(Dual(z), Dual(zero), omega, zero, one, y, heads=("v",))["v"].value
 
 
-def _guidance_tokens(model, step: _Step) -> tuple[Tensor | None, Tensor | None]:
-    """(net_c, net_n) in one pass: the class as drawn at w' on the last B_dot rows (w' = w inside the
-    interval, else 1), and the null class at w = 1 on `null_rows`.
+def _inside_omega(draws: Draws) -> Tensor:
+    """w' = w where t lies in [t_min, t_max], else 1."""
+    return torch.where((draws.t_min <= draws.t) & (draws.t <= draws.t_max), draws.omega, 1.0)
+
+
+def _lean_guidance(model, step: _Step) -> tuple[Tensor | None, Tensor | None]:
+    """(net_c, net_n) in one pass: the class as drawn at w' on the last B_dot rows, and the null class at
+    w = 1 on `null_rows`, padded so that few batch sizes occur.
     """
-    d, rows = step.draws, step.plan.tangent_rows
-    inside = (d.t_min <= d.t) & (d.t <= d.t_max)
-    omega = step.last(step.on_device(torch.where(inside, d.omega, 1.0)))
-    z_null = _select(step.z, step.plan.null_rows)
-    one = omega.new_ones(len(z_null))
-    null = torch.full_like(one, model.config.num_classes, dtype=torch.int64)
-    if rows + len(z_null) == 0:
+    rows, null_rows = step.plan.tangent_rows, step.plan.padded_null_rows()
+    if rows + len(null_rows) == 0:
         return None, None
-    z = torch.cat([step.last(step.z), z_null])
+    omega = step.last(step.on_device(_inside_omega(step.draws)))
+    one = omega.new_ones(len(null_rows))
+    null = torch.full_like(one, model.config.num_classes, dtype=torch.int64)
+    z = torch.cat([step.last(step.z), _select(step.z, null_rows)])
     net = _v_tokens(model, z, torch.cat([omega, one]), torch.cat([step.last(step.y), null]))
-    return (net[:rows] if rows else None), (net[rows:] if len(z_null) else None)
+    return (net[:rows] if rows else None), (net[rows:] if len(null_rows) else None)
+
+
+def _naive_guidance(model, step: _Step) -> tuple[Tensor, Tensor]:
+    """(net_c, net_n) as the authors compute them: three passes over every row, at w, at w' and at 1."""
+    omega, inside = (step.on_device(w) for w in (step.draws.omega, _inside_omega(step.draws)))
+    null = torch.full_like(step.y, model.config.num_classes)
+    net_fm = _v_tokens(model, step.z, omega, step.y)
+    net_c = _v_tokens(model, step.z, inside, step.y)
+    net_n = _v_tokens(model, step.z, torch.ones_like(omega), null)
+    return torch.where(step.on_device(step.draws.fm_mask)[:, None, None], net_fm, net_c), net_n
 
 
 def _main_pass(model, step: _Step, net_c: Tensor | None, t_clip: float) -> dict[str, Dual]:
@@ -253,8 +273,9 @@ def pmf_loss(
     z = (1 - t_image) * x + t_image * (model.config.noise_scale * draws.noise.to(x.device))
     step = _Step(x, y, z, draws, StepPlan.of(draws, plan))
 
-    net_c, net_n = _guidance_tokens(model, step)
-    nets = _main_pass(model, step, net_c, loss_config.t_clip)
+    with held_weights(model, x.device.type):
+        net_c, net_n = (_lean_guidance if plan == "lean" else _naive_guidance)(model, step)
+        nets = _main_pass(model, step, net_c, loss_config.t_clip)
     heads = (nets["u"].value, nets["v"].value, nets["u"].dot, net_c, net_n)
     guidance = (step.on_device(step.plan.guidance), step.on_device(step.plan.null_index()))
     options = dict(t_clip=loss_config.t_clip, patch_size=model.config.patch_size)

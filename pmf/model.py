@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from pmf import ops
+from pmf.checkpointing import checkpoint_values
 from pmf.config import ModelConfig, model_config
 from pmf.dual import ABSENT, Dual
 from pmf.errors import readable, require
 from pmf.layers import Block, FinalLayer, PatchEmbed, Residual, ScalarEmbedder
 
 HEADS = ("u", "v")
+CHECKPOINTING = ("none", "block")
 SCALARS = ("h", "omega", "t_min", "t_max")
 PREFIX = {"y": "class", "omega": "omega", "t_min": "t_min", "t_max": "t_max", "h": "time"}
 """Order of the prefix tokens, and the name of each group in `ModelConfig` and the published files."""
@@ -75,9 +78,16 @@ class PMFDiT(nn.Module):
     T_CLIP = 0.05
     """Lower clip of t where the predicted image becomes a velocity (not a property of the weights)."""
 
-    def __init__(self, config: ModelConfig, *, impl: str | None = None, aux_head: bool = True) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        impl: str | None = None,
+        aux_head: bool = True,
+        checkpointing: Literal["none", "block"] = "none",
+    ) -> None:
         super().__init__()
-        self.config, self.impl = config, impl
+        self.config, self.impl, self.checkpointing = config, impl, checkpointing
         shared = config.depth - config.aux_head_depth
         self.conditioning = Conditioning(config)
         self.patch_embed = PatchEmbed(config, impl)
@@ -107,19 +117,25 @@ class PMFDiT(nn.Module):
         prefix, vector = (condition, ABSENT) if self.conditioning.in_context else (ABSENT, condition)
         stream = Residual(self.patch_embed.forward_dual(z, prefix))
         for block in self.shared_blocks:
-            stream = block.forward_residual(stream, self._rope, vector)
+            stream = self._block(block, stream, vector)
         return {head: self._head(head, stream, vector) for head in heads}
 
     @property
     def _rope(self) -> tuple[Tensor, Tensor]:
         return self.rope_cos, self.rope_sin
 
+    def _block(self, block: Block, stream: Residual, vector: Dual) -> Residual:
+        """One block; under "block" checkpointing backward recomputes its values, never its tangents."""
+        if self.checkpointing == "none" or not torch.is_grad_enabled():
+            return block.forward_residual(stream, self._rope, vector)
+        return checkpoint_values(block.forward_residual, stream, self._rope, vector)
+
     def _head(self, head: str, stream: Residual, vector: Dual) -> Dual:
         if head == "v":
             stream = Residual(*(None if part is None else Dual(part.value) for part in stream))
             vector = Dual(vector.value)
         for block in self.head_blocks[head]:
-            stream = block.forward_residual(stream, self._rope, vector)
+            stream = self._block(block, stream, vector)
         return self.final_layers[head].forward_residual(stream, vector)
 
     def forward(
@@ -223,16 +239,19 @@ def create_model(
     *,
     impl: str | None = None,
     aux_head: bool = True,
+    checkpointing: Literal["none", "block"] = "none",
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> PMFDiT:
     """A freshly initialised network: a preset of `pmf.MODELS` by name, or a `ModelConfig`.
 
     `impl` chooses the ops' implementation (see `pmf.ops`; None reads PMF_IMPL, default "auto").
-    `aux_head=False` leaves out the v head, which only training needs. Errors: an unknown preset or impl.
+    `aux_head=False` leaves out the v head, which only training needs. `checkpointing="block"` keeps the
+    blocks' inputs for backward and recomputes the rest. Errors: an unknown preset, impl or checkpointing.
     """
     config = model_config(name_or_config)
     ops.checked_impl(impl)
+    require(checkpointing in CHECKPOINTING, f"checkpointing: expected one of {CHECKPOINTING}, got {checkpointing!r}")
     with torch.device(device or torch.get_default_device()):
-        model = PMFDiT(config, impl=impl, aux_head=aux_head)
+        model = PMFDiT(config, impl=impl, aux_head=aux_head, checkpointing=checkpointing)
     return model.to(dtype=dtype)

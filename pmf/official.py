@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,7 +91,7 @@ def infer_config(state: Mapping[str, Tensor]) -> ModelConfig:
         found = [re.match(rf"net\.{stack}\.(\d+)\.", key) for key in state]
         return 1 + max((int(match[1]) for match in found if match), default=-1)
 
-    counts = {name: shape(f"net.{name}_tokens")[1] for name in PREFIX.values()}
+    counts: dict[str, Any] = {f"{name}_tokens": shape(f"net.{name}_tokens")[1] for name in PREFIX.values()}
     bottleneck, channels, patch, _ = shape("net.x_embedder.proj1.weight")
     _, length, width = shape("net.pos_embed")
     head_depth = depth("u_heads")
@@ -105,7 +106,7 @@ def infer_config(state: Mapping[str, Tensor]) -> ModelConfig:
         num_classes=shape("net.y_embedder.embedding_table._flax_embedding.weight")[0] - 1,
         in_channels=channels,
         bottleneck=bottleneck,
-        **{f"{name}_tokens": count for name, count in counts.items()},
+        **counts,
     )
     same = (c for c in MODELS.values() if _same_shapes(c, read))
     return next(same, read)

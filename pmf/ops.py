@@ -195,10 +195,15 @@ def _modulation(op: str, x: Tensor, **parameters: Tensor | None) -> None:
         _shape(op, name, parameter, *((batch, width) if per_sample else (width,)))
 
 
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """Autocast's dtype where it is on, else None."""
+    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if on else None
+
+
 def _activation_dtype(x: Tensor) -> torch.dtype:
     """The dtype a product reads next: autocast's where it is on, else that of `x`."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return autocast_dtype(x.device.type) or x.dtype
 
 
 def norm_modulate(x, weight=None, scale=None, shift=None, *, kind="rms", eps=1e-6, impl=None) -> Tensor:

@@ -85,3 +85,20 @@ def test_initialisation_follows_the_published_laws():
     assert patch.positions.std().item() == pytest.approx(0.02, rel=0.02)
     fan_in, fan_out = 3 * 16 * 16, 128
     assert patch.proj1.weight.abs().max().item() == pytest.approx((6 / (fan_in + fan_out)) ** 0.5, rel=0.01)
+
+
+def test_weights_are_joined_once_while_held():
+    attention = randomise(layers.Attention(TINY))
+    x = tokens()
+    plain = attention(x, rope())
+    packs = []
+    pack, attention.pack = attention.pack, lambda: packs.append(1) or pack()
+    with layers.held_weights(attention, "cpu"):
+        for _ in range(3):
+            held = attention(x, rope())
+    assert len(packs) == 1 and torch.equal(held, plain)
+    held.sum().backward()
+    assert all(p.grad is not None for p in attention.parameters())
+    with torch.no_grad():
+        attention.q_proj.weight.mul_(2)
+    assert not torch.equal(attention(x, rope()), plain)

@@ -5,6 +5,7 @@ import torch
 
 import pmf
 from pmf.benchmarks.counting import saved_bytes
+from pmf.dual import Dual
 from pmf.reference.jvp import model_jvp
 from tests.networks import TINY, model_inputs, random_model, relative_error
 
@@ -111,3 +112,17 @@ def test_bfloat16_autocast_runs_and_agrees_roughly_with_float32():
         rounded = model.forward_dual(**inputs, **tangents)
     for low, high in zip(rounded, exact, strict=True):
         assert relative_error(low.float(), high) < 0.05
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_the_dual_pass_compiles_as_one_graph(impl):
+    config = dataclasses.replace(TINY, depth=2)
+    model, inputs = random_model(config, dtype=torch.float32, impl=impl), model_inputs(config, 3, dtype=torch.float32)
+    h, z = Dual(inputs["h"], torch.ones(2)), Dual(inputs["z"], torch.randn(2, *config.image_shape))
+    arguments = (z, h, *(inputs[name] for name in ("omega", "t_min", "t_max", "y")))
+    plain = model.predict_dual(*arguments)
+    compiled = torch.compile(model.predict_dual, fullgraph=True, backend="aot_eager")(*arguments)
+    for head in plain:
+        assert relative_error(compiled[head].value, plain[head].value) < 1e-6
+    assert relative_error(compiled["u"].dot, plain["u"].dot) < 1e-6
+    assert compiled["u"].value.requires_grad and not compiled["u"].dot.requires_grad

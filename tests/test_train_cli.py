@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def run(tmp_path_factory):
 def test_flags_override_and_are_stored(run):
     stored = json.loads((run / "config.json").read_text())
     assert stored["model"]["hidden_size"] == 16 and stored["loss"]["p_mean"] == 0.1
-    assert stored["loss"]["p_std"] == 0.8 and stored["steps"] == 2
+    assert stored["loss"]["p_std"] == 1.2 and stored["steps"] == 2
 
 
 def test_resume_takes_the_stored_values_and_flags_override_them(run):
@@ -84,11 +85,15 @@ def test_module_and_help_work_and_explain_every_value():
     out = subprocess.run([sys.executable, "-m", "pmf.train", "--help"], capture_output=True, text=True, check=True)
     assert all(command in out.stdout for command in ("digits", "sample", "eval"))
     text = subprocess.run(
-        [sys.executable, "-m", "pmf.train", "digits", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "pmf.train", "digits", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "COLUMNS": "200"},
     ).stdout
     for flag in ("--steps", "--resume", "--model.hidden-size", "--loss.p-mean", "--optimizer.clip-norm"):
         assert flag in text
-    assert "(default: 0.8)" in re.sub(r"\s+", " ", text)
+    assert "(default: 1.2)" in re.sub(r"\s+", " ", text)
 
 
 def test_unknown_commands_name_the_known_ones():

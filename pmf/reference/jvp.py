@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,5 +26,6 @@ def model_jvp(model, z, t, h, omega, t_min, t_max, y, z_dot, t_dot, h_dot) -> tu
 
     primals = (z, t, h)
     tangents = tuple(pad(dot, primal) for dot, primal in zip((z_dot, t_dot, h_dot), primals, strict=True))
-    u, u_dot, v = torch.func.jvp(u_of, primals, tangents, has_aux=True)
+    jvp: Any = torch.func.jvp
+    u, u_dot, v = jvp(u_of, primals, tangents, has_aux=True)
     return u, v, u_dot[u_dot.shape[0] - rows :]

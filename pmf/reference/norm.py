@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -57,7 +56,7 @@ def norm_modulate_dual(
     n, rstd = _normalise(accumulate(x), kind, eps)
     weight, scale, shift = (_per_token(p) for p in (weight, scale, shift))
     factors = [f for f in (weight, None if scale is None else 1 + scale) if f is not None]
-    factor = math.prod(factors) if factors else None
+    factor = torch.mul(*factors) if len(factors) == 2 else factors[0] if factors else None
     y = n if factor is None else n * factor
     y = (y if shift is None else y + shift).to(out_dtype)
 

@@ -38,9 +38,8 @@ def _guided_image(x: Tensor, net_c: Tensor, net_n: Tensor | None, null_index: Te
     """x_g = x + guidance (net_c - net_n) on the rows that have a null-class prediction, else x."""
     if net_n is None or net_n.shape[0] == 0:
         return x
-    rows = (null_index >= 0).nonzero()[:, 0]
-    difference = net_c[rows] - accumulate(net_n)[null_index[rows]]
-    return x.index_add(0, rows, _per_row(guidance[rows], x) * difference)
+    difference = net_c - accumulate(net_n)[null_index.clamp(min=0)]
+    return x + _per_row(torch.where(null_index >= 0, guidance, 0), x) * difference
 
 
 @torch.no_grad()

@@ -1,0 +1,5 @@
+"""`python -m pmf.benchmarks`."""
+
+from pmf.benchmarks.cli import main
+
+main()

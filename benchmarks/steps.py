@@ -1,0 +1,90 @@
+"""Whole training steps and one-step sampling: ours against what a script would otherwise do."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import pmf
+from pmf.benchmarks.baselines import flow_matching_loss, joint_jvp_loss, two_pass_loss
+from pmf.benchmarks.cases import Case, Run
+from pmf.benchmarks.counting import row_operations
+from pmf.config import LOSSES, MODELS
+
+STEP_TEST = "test_loss.py"
+SAMPLING_TEST = "test_sampling.py"
+
+
+def _inputs(size: str, batch: int, device: torch.device) -> tuple[Tensor, Tensor, pmf.Draws]:
+    """x, y and draws with the published laws."""
+    shape = MODELS[size].image_shape
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(batch, *shape, device=device) * 2 - 1
+    y = torch.randint(MODELS[size].num_classes, (batch,), generator=generator).to(device)
+    return x, y, pmf.sample_draws(batch, shape, LOSSES[size], generator, device)
+
+
+def _lean(model, x, y, draws, config) -> Tensor:
+    return pmf.pmf_loss(model, x, y, draws, config).loss
+
+
+def _step(loss: Callable, size: str, batch: int, device: torch.device, compiled: bool, **options) -> Run:
+    """Forward and backward of one batch, under bfloat16 autocast on CUDA; gradients are dropped after."""
+    model = pmf.create_model(size, device=device, **options)
+    x, y, draws = _inputs(size, batch, device)
+    if compiled:
+        model.predict_dual = torch.compile(model.predict_dual)
+
+    def run() -> None:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+            value = loss(model, x, y, draws, LOSSES[size])
+        value.backward()
+        model.zero_grad()
+
+    return run
+
+
+def step_case(size: str, batch: int) -> Case:
+    """The pMF step of one preset. Operations are those of the lean plan, whatever a provider spends."""
+    ways = {
+        "joint jvp": (joint_jvp_loss, False, dict(impl="reference")),
+        "joint jvp, compiled": (joint_jvp_loss, True, dict(impl="reference")),
+        "jvp without gradient, second forward": (two_pass_loss, False, dict(impl="reference")),
+        "flow matching": (flow_matching_loss, False, {}),
+        "lean": (_lean, False, {}),
+        "lean, compiled": (_lean, True, {}),
+        "lean, checkpointed": (_lean, False, dict(checkpointing="block")),
+    }
+    draws = pmf.sample_draws(batch, (1, 1, 1), LOSSES[size], torch.Generator().manual_seed(0))
+
+    def providers(device: torch.device) -> dict[str, Callable[[], Run]]:
+        return {
+            name: functools.partial(_step, loss, size, batch, device, compiled, **options)
+            for name, (loss, compiled, options) in ways.items()
+        }
+
+    operations = row_operations(MODELS[size]).lean(draws)
+    return Case(f"step {size.removeprefix('pMF-')} batch {batch}", 0, operations, providers, STEP_TEST)
+
+
+def sampling_case(size: str, batch: int) -> Case:
+    """One-step sampling of one preset: the u head alone, bfloat16."""
+
+    def sampler(device: torch.device, compiled: bool) -> Run:
+        model = pmf.create_model(size, aux_head=False, device=device, dtype=torch.bfloat16)
+        noise = torch.randn(batch, *model.config.image_shape, device=device)
+        labels = torch.zeros(batch, dtype=torch.int64)
+        if compiled:
+            model.predict_dual = torch.compile(model.predict_dual)
+        return lambda: pmf.generate(model, labels, noise=noise, batch_size=batch)
+
+    def providers(device: torch.device) -> dict[str, Callable[[], Run]]:
+        names = {"eager": False, "compiled": True}
+        return {name: functools.partial(sampler, device, compiled) for name, compiled in names.items()}
+
+    # The guidance pass runs as many blocks as sampling does: the shared ones and one head.
+    operations = batch * row_operations(MODELS[size]).guidance
+    return Case(f"sampling {size.removeprefix('pMF-')} batch {batch}", 0, operations, providers, SAMPLING_TEST)

@@ -1,0 +1,54 @@
+"""Activation checkpointing of dual layers: backward recomputes values, never tangents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import checkpoint
+
+from pmf.dual import Dual
+
+
+def _is_dual(node: Any) -> bool:
+    return isinstance(node, Dual)
+
+
+def _split(tree: Any) -> tuple[list, list, Any]:
+    """The values and the tangents of the `Dual`s in a tree of named tuples, and its structure."""
+    leaves, spec = tree_flatten(tree, is_leaf=_is_dual)
+    values = [leaf.value if _is_dual(leaf) else leaf for leaf in leaves]
+    dots = [leaf.dot if _is_dual(leaf) else None for leaf in leaves]
+    duals = [_is_dual(leaf) for leaf in leaves]
+    return values, dots, (spec, duals)
+
+
+def _join(values: list, dots: list, structure: Any) -> Any:
+    spec, duals = structure
+    leaves = [Dual(v, d) if dual else v for v, d, dual in zip(values, dots, duals, strict=True)]
+    return tree_unflatten(leaves, spec)
+
+
+def checkpoint_values(layer: Callable, *inputs: Any) -> Any:
+    """`layer(*inputs)`, keeping only the values of `inputs` for backward.
+
+    The first run computes values and tangents, and gives the tangents away; the run that backward asks for
+    computes the values alone. Tangents record nothing, so both runs record the same.
+    """
+    values, dots, structure = _split(inputs)
+    tangents_in: list = [dots]
+    tangents_out: list = []
+    outline: list = []
+
+    def run(*values: Any) -> tuple:
+        first = bool(tangents_in)
+        result = layer(*_join(list(values), tangents_in.pop() if first else [None] * len(values), structure))
+        out_values, out_dots, out_structure = _split(result)
+        if first:
+            tangents_out.extend(out_dots)
+            outline.append(out_structure)
+        return tuple(out_values)
+
+    out_values = checkpoint(run, *values, use_reentrant=False, preserve_rng_state=False)
+    return _join(list(out_values), tangents_out, outline[0])

@@ -1,0 +1,126 @@
+"""The benchmark's cases run in small on the CPU, with the kernels in the interpreter."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import pmf
+from pmf.benchmarks import cases, cli, ledger, steps
+from pmf.benchmarks.baselines import joint_jvp_loss, two_pass_loss
+from pmf.benchmarks.timing import ceilings, measure
+from tests.networks import TINY, random_model, relative_error
+from tests.test_loss import LOSS, gradients, step_inputs
+
+CPU = torch.device("cpu")
+SMALL = dataclasses.replace(TINY, image_size=8, hidden_size=32)
+OPS = {f"{op.name} {len(op.moving)}": op for op in cases.block_ops(SMALL, batch=2)}
+
+
+@pytest.fixture(autouse=True)
+def presets(monkeypatch):
+    monkeypatch.setitem(pmf.MODELS, "small", SMALL)
+
+
+@pytest.mark.parametrize("mode", cases.MODES)
+@pytest.mark.parametrize("op", OPS)
+def test_every_case_runs(benchmark, op, mode):
+    case = OPS[op].cases("small")[cases.MODES.index(mode)]
+    torch.manual_seed(0)
+    providers = {n: prepare() for n, prepare in case.providers(CPU).items() if n != "compiled reference"}
+    benchmark.pedantic(providers["triton"], rounds=1)
+    assert case.bytes > 0
+    for run in providers.values():
+        assert all(torch.isfinite(x).all() for x in cases._flat(run()) if isinstance(x, torch.Tensor))
+
+
+def test_bytes_are_those_of_inputs_and_outputs():
+    """What the formula says a forward pass moves, counted on real tensors (parameters are negligible)."""
+    for op in OPS.values():
+        primals = op.make(CPU)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            value, _ = getattr(pmf.ops, f"{op.name}_dual")(primals, (None,) * len(primals), **op.options)
+        rows = [x for x in (*primals, *cases._flat(value)) if x is not None and x.ndim >= 3]
+        moved = sum(x.numel() * x.element_size() for x in rows)
+        if op.name == "qk_norm_rope":  # v is neither read nor written
+            moved = moved * 2 // 3
+        assert moved == op.traffic["forward"], op.name
+
+
+def test_measure_takes_turns_and_gives_quartiles():
+    order = []
+    result = measure({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, CPU, repeats=4)
+    assert order == ["a", "b"] * 6
+    assert result["a"].quartiles_us[0] <= result["a"].median_us <= result["a"].quartiles_us[1]
+
+
+def test_ceilings_are_positive():
+    assert all(value > 0 for value in ceilings(CPU).values())
+
+
+def test_ledger_appends_a_line_with_its_origin(tmp_path):
+    record = {**ledger.provenance(CPU), "case": "x", "median_us": 1.0}
+    for _ in range(2):
+        file = ledger.append(record, tmp_path)
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert file.name == "cpu.jsonl" and len(lines) == 2
+    assert {"commit", "dirty", "torch", "triton", "gpu"} <= lines[0].keys()
+
+
+def test_command_measures_and_records_nothing_without_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "append", lambda record: pytest.fail("recorded without a GPU"))
+    cli.main(
+        ["ops", "--sizes", "small", "--batch", "2", "--repeats", "2", "--only", "swiglu forward", "--device", "cpu"]
+    )
+    out = capsys.readouterr().out
+    assert "triton" in out and "compiled reference" in out and "no GPU: nothing was recorded" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["gpu", "--sizes", "pMF-Q"], "sizes: unknown preset 'pMF-Q'"),
+        (["ops", "--only", "nothing"], "only: 'nothing' fits no case"),
+    ],
+)
+def test_bad_options_are_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
+    assert capsys.readouterr().err.startswith(f"pmf.benchmarks: {message}")
+
+
+@pytest.mark.parametrize("baseline", [joint_jvp_loss, two_pass_loss])
+def test_baselines_are_the_same_loss(baseline):
+    x, y, draws = step_inputs(6)
+    model = random_model()
+    out, grads = gradients(model, x, y, draws, LOSS)
+    model.zero_grad()
+    loss = baseline(model, x, y, draws, LOSS)
+    loss.backward()
+    assert loss.item() == pytest.approx(out.loss.item(), rel=1e-12)
+    for name, p in model.named_parameters():
+        if name in grads:
+            assert relative_error(grads[name], p.grad) < 1e-9
+
+
+@pytest.mark.parametrize("case", [steps.step_case, steps.sampling_case])
+def test_step_and_sampling_cases_run(case, monkeypatch):
+    monkeypatch.setitem(pmf.LOSSES, "small", LOSS)
+    monkeypatch.setitem(pmf.SAMPLING, "small", dict(omega=2.0, t_min=0.1, t_max=0.9))
+    small = case("small", 2)
+    assert small.operations > 0
+    for name, prepare in small.providers(CPU).items():
+        if "compiled" not in name:
+            prepare()()
+
+
+def test_a_lean_step_is_much_faster_than_a_joint_jvp_step():
+    """On the digits network, in one run, in turns; only the ratio counts."""
+    case = steps.step_case("pMF-digits", 64)
+    providers = case.providers(CPU)
+    chosen = {name: providers[name]() for name in ("joint jvp", "lean")}
+    times = measure(chosen, CPU, repeats=12)
+    ratio = times["joint jvp"].quartiles_us[0] / times["lean"].quartiles_us[0]
+    print(f"joint jvp / lean: {ratio:.2f}")
+    assert ratio >= 1.8
