@@ -17,7 +17,7 @@ def load_vector(p_vector, i_c, C: tl.constexpr):
 
 
 @triton.jit
-def product(b_a, b_b, b_sum, PRECISION: tl.constexpr = "ieee"):
+def product(b_a, b_b, b_sum, PRECISION: tl.constexpr):
     """b_sum + a b, accumulated in float32.
 
     PRECISION is that of float32 factors: "ieee", or "tf32x3", three TF32 products (22 of 24 bits).
