@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
 def load_vector(p_vector, i_c, C: tl.constexpr):
     """Values i_c of a vector of length C, as [1, BLOCK] float32."""
     return tl.load(p_vector + i_c, mask=i_c < C, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def product(b_a, b_b, b_sum, PRECISION: tl.constexpr):
+    """b_sum + a b, accumulated in float32.
+
+    PRECISION is that of float32 factors: "ieee", or "tf32x3", three TF32 products (22 of 24 bits).
+    """
+    if INTERPRETED:
+        # The interpreter would multiply the bits of bfloat16 values; as float32 the products are exact.
+        b_a, b_b = b_a.to(tl.float32), b_b.to(tl.float32)
+    return tl.dot(b_a, b_b, b_sum, input_precision=PRECISION)
 
 
 @triton.jit

@@ -35,11 +35,19 @@ KERNEL_MODULES = {
     "residual_norm_modulate_dual": "norm",
     "qk_norm_rope_dual": "rotary",
     "swiglu_dual": "swiglu",
+    "attention_dual": "attention",
+    "patch_embed_dual": "patch",
+    "pmf_objective": "objective",
 }
 """Ops that have a Triton kernel, and the module of `pmf.kernels` that holds it."""
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KERNEL_MAX_WIDTH = 8192
 """Widest row a norm kernel keeps in registers."""
+KERNEL_MAX_HEAD_DIM = 128
+"""Widest head the attention tangent keeps in registers."""
+KERNEL_PATCHES = (2, 4, 8, 16, 32)
+KERNEL_MAX_BOTTLENECK = 256
+"""Widest bottleneck the patch embedding keeps in registers between its two products."""
 
 KERNEL_MAX_HEAD_DIM = 128
 
@@ -120,6 +128,29 @@ def _width_limit(x: Tensor) -> str | None:
     if width <= KERNEL_MAX_WIDTH:
         return None
     return f'width must be at most {KERNEL_MAX_WIDTH} with impl="triton", got {width}'
+
+
+def _attention_limit(primals: tuple, tangents: tuple) -> str | None:
+    head_dim = primals[0].shape[-1]
+    if head_dim % 8 or not 0 < head_dim <= KERNEL_MAX_HEAD_DIM:
+        wanted = f"a multiple of 8 up to {KERNEL_MAX_HEAD_DIM}"
+        return f'head_dim must be {wanted} with impl="triton", got {head_dim}'
+    dtypes = sorted({str(x.dtype) for x in (*primals, *tangents) if x is not None})
+    if len(dtypes) > 1:
+        return f'q, k, v and their tangents must have one dtype with impl="triton", got {" and ".join(dtypes)}'
+    return None
+
+
+def _patch_limit(patch: int, bottleneck: int) -> str | None:
+    if patch not in KERNEL_PATCHES:
+        return f'patch size must be one of {KERNEL_PATCHES} with impl="triton", got {patch}'
+    if bottleneck > KERNEL_MAX_BOTTLENECK:
+        return f'bottleneck must be at most {KERNEL_MAX_BOTTLENECK} with impl="triton", got {bottleneck}'
+    return None
+
+
+def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else x.to(dtype)
 
 
 def _shape(op: str, name: str, tensor: Tensor, *expected: int | None) -> None:
@@ -293,7 +324,10 @@ def attention_dual(primals, tangents, *, scale=None, impl=None):
     _shape(op, "q", q, None, None, None, None)
     _shape(op, "k", k, q.shape[0], None, *q.shape[2:])
     _shape(op, "v", v, *k.shape)
-    run = _choose("attention_dual", impl, primals)
+    require(k.shape[1] > 0, f"{op}: k must have at least one token, got 0")
+    if q.dtype != torch.float64 and _activation_dtype(q) != q.dtype:
+        primals, tangents = (tuple(_cast(x, _activation_dtype(q)) for x in pair) for pair in (primals, tangents))
+    run = _choose("attention_dual", impl, primals, _attention_limit(primals, tangents))
     return run(primals, tangents, scale=scale)
 
 
@@ -349,7 +383,8 @@ def patch_embed_dual(primals, tangents, *, impl=None):
         _shape(op, "prefix", prefix, batch, None, outer)
         prefix_length = prefix.shape[1]
     _shape(op, "positions", positions, prefix_length + (height // patch) * (width // patch), outer)
-    return _choose("patch_embed_dual", impl, primals)(primals, tangents)
+    run = _choose("patch_embed_dual", impl, primals, _patch_limit(patch, inner))
+    return run(primals, tangents)
 
 
 def pmf_objective(

@@ -27,6 +27,7 @@ TYPES = {
     "torch.float32": "fp32",
     "torch.bfloat16": "bf16",
     "torch.float16": "fp16",
+    "torch.int64": "i64",
 }
 
 
@@ -84,6 +85,23 @@ def swiglu_cases(size: str, stream, low):
     yield "backward", lambda: swiglu._run_backward(dy, x)
 
 
+def attention_cases(size: str, stream, low):
+    """Heads of 64 and 128 (size B), of 80 (size H); in float32 those of 80 and 128."""
+    import torch
+
+    from pmf.kernels import attention
+
+    head_dims = {"B": (64, 128), "L": (), "H": (80,) if low == torch.bfloat16 else (80, 128)}[size]
+    for head_dim in head_dims:
+        heads = 16
+        q, k, v = _meta(BATCH, LENGTH, 3, heads, head_dim, dtype=low).unbind(2)
+        lse = _meta(BATCH, heads, LENGTH, dtype=torch.float32)
+        yield (
+            f"tangent D {head_dim}",
+            lambda q=q, k=k, v=v, lse=lse: attention._run_tangent(q, k, v, q, k, v, q, lse, 0.1),
+        )
+
+
 def rotary_cases(size: str, stream, low):
     """Packed q, k, v of a published block."""
     import torch
@@ -103,7 +121,52 @@ def rotary_cases(size: str, stream, low):
     yield "backward", lambda: rotary._run_backward(qkv, *inputs, d, d, d, *options, True)
 
 
-FAMILIES = {"norm": norm_cases, "rotary": rotary_cases, "swiglu": swiglu_cases}
+def objective_cases(size: str, stream, low):
+    """256 px and patches of 16 (B), 512 px and patches of 32 (H)."""
+    import torch
+
+    from pmf.kernels import objective
+
+    if size == "L":
+        return
+    side, patch = {"B": (256, 16), "H": (512, 32)}[size]
+    net, image = _meta(BATCH, 256, 3 * patch**2, dtype=low), _meta(BATCH, 3, side, side, dtype=torch.float32)
+    scalar, index = _meta(BATCH, dtype=torch.float32), _meta(BATCH, dtype=torch.int64)
+    half = net[: BATCH // 2]
+    inputs = (net, net, half, half, half, image, image, *(scalar,) * 3, index, 0.05, patch)
+    yield "forward", lambda: objective._run_forward(*inputs)
+    yield "backward", lambda: objective._run_backward(_meta(2, BATCH, dtype=torch.float32), *inputs)
+
+
+def patch_cases(size: str, stream, low):
+    """B with 256 px and patches of 16, H with 512 px and patches of 32."""
+    import torch
+
+    from pmf.kernels import patch
+
+    width, bottleneck = SIZES[size][0], {"B": 128, "L": 128, "H": 256}[size]
+    for side, p in {"B": ((256, 16),), "L": (), "H": ((512, 32),)}[size]:
+        images = _meta(BATCH, 3, side, side, dtype=torch.float32)
+        weight1, bias1 = _meta(bottleneck, 3, p, p, dtype=low), _meta(bottleneck, dtype=low)
+        weight2, bias2 = _meta(width, bottleneck, 1, 1, dtype=low), _meta(width, dtype=low)
+        positions, prefix = _meta(LENGTH, width, dtype=stream), _meta(BATCH, PREFIX, width, dtype=stream)
+        hidden = _meta(BATCH, 256, bottleneck, dtype=low)
+        weights, half = (weight1, bias1, weight2, bias2), BATCH // 2
+        dual = (images, images[:half], *weights, positions, prefix, prefix[:half], low, True)
+        tokens = _meta(BATCH, LENGTH, width, dtype=stream)
+        gradients = (tokens, images, weight1, weight2, hidden, PREFIX, [True] * 5)
+        yield f"dual {p}", lambda dual=dual: patch._run_forward(*dual)
+        yield f"backward {p}", lambda gradients=gradients: patch._run_backward(*gradients)
+
+
+FAMILIES = {
+    "norm": norm_cases,
+    "rotary": rotary_cases,
+    "swiglu": swiglu_cases,
+    "attention": attention_cases,
+    "objective": objective_cases,
+    "patch": patch_cases,
+}
 
 
 def recorded_launches(families):
@@ -136,7 +199,12 @@ def _plain(arguments):
     """Tensors as their dtype's name: enough to compile, and picklable."""
     import torch
 
-    return [f"*{TYPES[str(a.dtype)]}" if isinstance(a, torch.Tensor) else a for a in arguments]
+    def plain(a):
+        if isinstance(a, tuple):
+            return tuple(plain(part) for part in a)
+        return f"*{TYPES[str(a.dtype)]}" if isinstance(a, torch.Tensor) else a
+
+    return [plain(a) for a in arguments]
 
 
 def compile_one(launch) -> dict:
@@ -152,21 +220,30 @@ def compile_one(launch) -> dict:
     options = dict(options)
     compile_options = {k: options.pop(k) for k in ("num_warps", "num_stages") if k in options}
     signature, constants, attributes = {}, {}, {}
+
+    def specialise(value, place: tuple, given=True):
+        """The type of an argument; `place` says which it is, and where in a tuple."""
+        if not given or value is None or (isinstance(value, int) and value == 1):
+            constants[place] = value
+            return "constexpr"
+        if isinstance(value, tuple):
+            return tuple(specialise(v, (*place, i)) for i, v in enumerate(value))
+        if isinstance(value, str) or (isinstance(value, int) and value % 16 == 0):
+            attributes[place] = [["tt.divisibility", 16]]
+        if isinstance(value, float):
+            return "fp32"
+        return value if isinstance(value, str) else "i32" if abs(value) < 2**31 else "i64"
+
     for i, parameter in enumerate(kernel.arg_names):
-        value = arguments[i] if i < len(arguments) else options[parameter]
-        if i >= len(arguments) or value is None or (isinstance(value, int) and value == 1):
-            signature[parameter], constants[parameter] = "constexpr", value
-        elif isinstance(value, str):
-            signature[parameter], attributes[(i,)] = value, [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[parameter] = "fp32"
-        else:
-            signature[parameter] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
+        given = i < len(arguments)
+        value = arguments[i] if given else options[parameter]
+        signature[parameter] = specialise(value, (i,), given)
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=compile_options)
-    return dict(label=label, capability=capability, kernel=name, **compile_options, **_read(compiled.asm["cubin"]))
+    found = dict(label=label, capability=capability, kernel=name, **compile_options)
+    found |= _read(compiled.asm["cubin"])
+    # What is allocated at launch does not show in the machine code.
+    return found | dict(shared=max(found["shared"], compiled.metadata.shared))
 
 
 def _read(cubin: bytes) -> dict:
@@ -189,7 +266,7 @@ def _read(cubin: bytes) -> dict:
         stack=found["STACK"],
         shared=found["SHARED"],
         local=len(re.findall(r"\b(?:LDL|STL)\b", code)),
-        products=len(re.findall(r"\b(?:HGMMA|HMMA|UTCHMMA)\b", code)),
+        **{name: len(re.findall(rf"\b{name}\b", code)) for name in ("HMMA", "HGMMA", "UTCHMMA")},
         **dict(sorted(accesses.items())),
     )
 

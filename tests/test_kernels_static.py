@@ -22,17 +22,63 @@ def compiled(family: str) -> list[dict]:
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
+def fits(entry: dict) -> bool:
+    """No spills, and shared memory within the chip."""
+    return entry["stack"] == entry["local"] == 0 and entry["shared"] <= SHARED_LIMIT[entry["capability"]]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_machine_code(family):
     """No spills, room for 16 warps' registers, 16-byte accesses wherever a row is read or written."""
     entries = compiled(family)
     assert {entry["capability"] for entry in entries} == {80, 90, 100}
     for entry in entries:
-        assert entry["stack"] == entry["local"] == 0, entry
-        assert entry["shared"] <= SHARED_LIMIT[entry["capability"]], entry
+        assert fits(entry), entry
         assert entry["registers"] * 32 * 16 <= 65536, entry
         assert entry["LDG.128"] and entry["STG.128"], entry
         # Statistics are single floats: one access for each a tile.
         assert entry.get("LDG.32", 0) <= 2 and entry.get("STG.32", 0) <= 2, entry
         narrow = {f"{access}.{width}" for access in ("LDG", "STG") for width in ("64", "U16", "S16", "U8")}
         assert not narrow & entry.keys(), entry
+
+
+def test_machine_code_of_attention():
+    """At D 64, 80 and 128 no spills; every product on the matrix units."""
+    entries = compiled("attention")
+    assert {entry["capability"] for entry in entries} == {80, 90, 100}
+    for entry in entries:
+        assert fits(entry), entry
+        assert entry["LDG.128"] and entry["STG.128"], entry
+        units = {unit for unit in ("HMMA", "HGMMA", "UTCHMMA") if entry[unit]}
+        wanted = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[entry["capability"]]
+        # Float32 products are exact float32, which no matrix unit computes.
+        assert units == ({wanted} if "bfloat16" in entry["label"] else set()), entry
+
+
+def test_machine_code_of_the_objective():
+    """No spills; tokens and gradients in 16-byte accesses, images one value a thread, few scalars a program."""
+    entries = compiled("objective")
+    assert {entry["capability"] for entry in entries} == {80, 90, 100}
+    for entry in entries:
+        assert fits(entry), entry
+        vectors = 1 if "bfloat16" in entry["label"] else 2
+        assert entry["LDG.128"] == 5 * vectors, entry
+        # 8 values of x and of z; t, h, guidance, the null index, the two scales.
+        assert entry["LDG.32"] <= 22, entry
+        stores = {"STG.32": 2} if "forward" in entry["label"] else {"STG.128": 2 * vectors}
+        assert stores == {name: count for name, count in entry.items() if name.startswith("STG")}, entry
+
+
+def test_machine_code_of_the_patch_embedding():
+    """No spills; every product on the matrix units; images read and everything written 16 bytes at a time."""
+    entries = compiled("patch")
+    assert {entry["capability"] for entry in entries} == {80, 90, 100}
+    for entry in entries:
+        assert fits(entry), entry
+        assert entry["HMMA"] + entry["HGMMA"] + entry["UTCHMMA"] > 0, entry
+        if "bfloat16" in entry["label"]:
+            assert entry[{80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[entry["capability"]]], entry
+        assert entry["STG.128"], entry
+        assert not {"STG.64", "STG.32", "STG.U16"} & entry.keys(), entry
+        # Biases are vectors: at most a few narrow loads for them.
+        assert entry.get("LDG.U16", 0) <= 1, entry

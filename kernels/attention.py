@@ -1,0 +1,316 @@
+"""`attention`: FlashAttention for the value, one kernel for the tangent.
+
+    o = softmax(S) v,  S = scale q k^T                                     (kernels/flash.py)
+
+    P     = exp(S - lse)                     S_dot = scale (q_dot k^T + q k_dot^T)
+    H     = P * (S_dot - shift)              G     = P v_dot + H v
+    o_dot = G - rowsum(H) o
+
+With o and the log-sum-exp of the primal at hand, P is final as soon as it is computed: no online
+softmax, one accumulator, five products a tile (two of them only where q or k moves, the last only where
+v does). The value's backward is that of FlashAttention; for the tangent nothing is saved.
+
+Rounding. H is rounded to the dtype of v before it is multiplied. Two things keep that error small:
+
+1. o_dot does not change when any constant of the row is subtracted from S_dot, for the rows of P sum to
+   one. `shift` is the mean of S_dot over 16 keys spread evenly over the sequence. A common mode of the
+   tangents (k_dot = c + small parts, as from a shift of the conditioning) adds the same q c to all of a
+   row, so it leaves S_dot - shift, and with it the rounding of H, as they are without it. The mean of n
+   random keys leaves a row's spread larger by sqrt(1 + 1 / n), 3% here; a single key would make it 41%
+   and might be an outlier, a prefix token; a mean weighted by P would need a pass of its own. The cost
+   is 16 more keys for the first product of S_dot.
+2. rowsum(H) sums the rounded values, those that meet v. An error e_j in H_j then enters o_dot as
+   e_j (v_j - o) instead of e_j v_j: it cancels where attention is concentrated or values have a common part.
+
+Sums and scores are float32; products of float32 inputs are float32 too, not TF32. There, an error of one
+step in the log-sum-exp scales a row of P by more than the budget allows, so o_dot is divided by P's sum.
+
+Bytes moved a sample and head: q, q_dot, o, o_dot once, 4 S_q D e; k, k_dot, v, v_dot once for each tile of
+queries, from the second on out of L2, because the programs of one head run side by side; lse 4 S_q.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pmf.kernels import flash, registration
+from pmf.kernels.registration import Chip
+from pmf.kernels.tiles import product
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+FLOAT32_COLUMNS = tl.constexpr(16)
+SHIFT_KEYS = tl.constexpr(16)
+"""Keys whose mean is subtracted from S_dot: the least a matrix product takes."""
+ALIGNMENT = 8
+"""Rows start at multiples of 8 values; strides are handed over in this unit, so that compilers know."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries a program owns, keys it takes at a time, and how head_dim is split into powers of two."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    widths: tuple[int, int]
+
+
+def split(head_dim: int) -> tuple[int, int]:
+    """Two powers of two that cover head_dim, (64, 16) for 80; the second is 0 where one is as small."""
+    first = 1 << (head_dim.bit_length() - 1)
+    rest = head_dim - first
+    second = max(registration.power_of_two(rest), 16) if rest else 0
+    whole = max(registration.power_of_two(head_dim), 16)
+    return (whole, 0) if first + second >= whole else (first, second)
+
+
+def tangent_tile(head_dim: int, dtype: torch.dtype, chip: Chip) -> Tile:
+    """128 queries, so that keys and values are read few times, and as many keys as fit beside them.
+
+    A program holds S and S_dot (queries x keys) and the accumulator (queries x D) in float32, and q, q_dot
+    and P, H as factors. On Hopper factors lie in shared memory and 64 keys fit; on Ampere they lie in
+    registers, too, 255 a thread with 16 keys at D 128; Blackwell has 512 columns of tensor memory for all.
+    Keys and values take 4 x keys x D values of shared memory a stage: three stages where they fit.
+    """
+    widths = split(head_dim)
+    padded, generation = sum(widths), chip.capability // 10
+    if chip.interpreted:
+        return Tile(128, 64, 1, 1, widths)
+    if dtype == torch.float32:
+        return Tile(32 if padded <= 80 else 16, 16, 8, 1, widths)
+    if padded <= 64 or (generation == 9 and padded <= 96):
+        return Tile(128, 64, 8, 3, widths)
+    if generation == 9:
+        return Tile(128, 64, 8, 2, widths)
+    if padded <= 80:
+        return Tile(128, 32, 8, 3, widths)
+    return Tile(64, 64, 8, 2, widths) if generation == 10 else Tile(128, 16, 8, 3, widths)
+
+
+@triton.jit
+def _load(p_rows, i_row, m_row, step, first, WIDTH: tl.constexpr, D: tl.constexpr, WHOLE: tl.constexpr):
+    """Columns first to first + WIDTH of some rows, zero where m_row is false and, unless WHOLE, beyond D."""
+    i_d = first + tl.arange(0, WIDTH)
+    mask = m_row[:, None]
+    if not WHOLE:
+        mask = mask & (i_d < D)[None, :]
+    return tl.load(p_rows + i_row[:, None] * step + i_d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _load_parts(p_rows, i_row, m_row, step, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """Rows of D values in their two parts; the second is the first again where D1 is 0."""
+    b_0 = _load(p_rows, i_row, m_row, step, 0, D0, D, D0 <= D)
+    b_1 = b_0
+    if D1 > 0:
+        b_1 = _load(p_rows, i_row, m_row, step, D0, D1, D, D0 + D1 <= D)
+    return b_0, b_1
+
+
+@triton.jit
+def _scores(
+    b_a0, b_a1, p_a, i_m, m_m, a_step, b_b0, b_b1, p_b, i_n, m_n, b_step, b_sum,
+    D: tl.constexpr, D1: tl.constexpr,
+):  # fmt: skip
+    """b_sum + a b^T of tiles of rows, given in parts (b_) and as where they are in memory (p_, i_, m_).
+
+    Float32 factors are read again, a few columns at a time: all of them would not fit into registers.
+    """
+    if p_a.dtype.element_ty == tl.float32:
+        for i_d in range(0, D, FLOAT32_COLUMNS):
+            b_a = _load(p_a, i_m, m_m, a_step, i_d, FLOAT32_COLUMNS, D, False)
+            b_b = _load(p_b, i_n, m_n, b_step, i_d, FLOAT32_COLUMNS, D, False)
+            b_sum = product(b_a, tl.trans(b_b), b_sum, "ieee")
+    else:
+        b_sum = product(b_a0, tl.trans(b_b0), b_sum, "ieee")
+        if D1 > 0:
+            b_sum = product(b_a1, tl.trans(b_b1), b_sum, "ieee")
+    return b_sum
+
+
+@triton.jit
+def _tangent(
+    p_q, p_k, p_v, p_q_dot, p_k_dot, p_v_dot, p_o, p_lse, p_o_dot,
+    steps, heads, length_q, length_k, scale,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """M queries of one head of one sample, against all keys, N at a time.
+
+    steps: of q, k, v, q_dot, k_dot, v_dot, o and o_dot, from sample to sample, token to token and head
+    to head, in units of 8 values.
+    """
+    MOVES: tl.constexpr = (p_q_dot is not None) or (p_k_dot is not None)
+    FLOAT32: tl.constexpr = p_q.dtype.element_ty == tl.float32
+    tiles = tl.cdiv(length_q, M)
+    i_m = tl.program_id(0) % tiles * M + tl.arange(0, M)
+    i_bh = tl.program_id(0) // tiles
+    i_b, i_h = (i_bh // heads).to(tl.int64), (i_bh % heads).to(tl.int64)
+    m_m = i_m < length_q
+    q_step, k_step, v_step = steps[1] * 8, steps[4] * 8, steps[7] * 8
+    q_dot_step, k_dot_step, v_dot_step = steps[10] * 8, steps[13] * 8, steps[16] * 8
+
+    p_k += (i_b * steps[3] + i_h * steps[5]) * 8
+    p_q += (i_b * steps[0] + i_h * steps[2]) * 8
+    b_q0, b_q1 = _load_parts(p_q, i_m, m_m, q_step, D, D0, D1)
+    b_lse = tl.load(p_lse + i_bh.to(tl.int64) * length_q + i_m, mask=m_m, other=0.0) * LOG2_E
+    b_sum_p = tl.zeros([M], tl.float32)
+    b_sum = tl.zeros([M], tl.float32)
+    b_acc0 = tl.zeros([M, D0], tl.float32)
+    b_acc1 = tl.zeros([M, D1 if D1 > 0 else 16], tl.float32)
+
+    if MOVES:
+        p_v += (i_b * steps[6] + i_h * steps[8]) * 8
+        i_few = tl.arange(0, SHIFT_KEYS) * length_k // SHIFT_KEYS
+        b_few = tl.zeros([M, SHIFT_KEYS], tl.float32)
+        m_few = i_few >= 0
+        if p_q_dot is not None:
+            p_q_dot += (i_b * steps[9] + i_h * steps[11]) * 8
+            b_q_dot0, b_q_dot1 = _load_parts(p_q_dot, i_m, m_m, q_dot_step, D, D0, D1)
+            b_few0, b_few1 = _load_parts(p_k, i_few, m_few, k_step, D, D0, D1)
+            b_few = _scores(
+                b_q_dot0, b_q_dot1, p_q_dot, i_m, m_m, q_dot_step,
+                b_few0, b_few1, p_k, i_few, m_few, k_step, b_few, D, D1,
+            )  # fmt: skip
+        if p_k_dot is not None:
+            p_k_dot += (i_b * steps[12] + i_h * steps[14]) * 8
+            b_few0, b_few1 = _load_parts(p_k_dot, i_few, m_few, k_dot_step, D, D0, D1)
+            b_few = _scores(
+                b_q0, b_q1, p_q, i_m, m_m, q_step,
+                b_few0, b_few1, p_k_dot, i_few, m_few, k_dot_step, b_few, D, D1,
+            )  # fmt: skip
+        b_shift = tl.sum(b_few, 1) * (scale / SHIFT_KEYS)
+    if p_v_dot is not None:
+        p_v_dot += (i_b * steps[15] + i_h * steps[17]) * 8
+
+    for i_s in range(0, length_k, N):
+        i_n = i_s + tl.arange(0, N)
+        m_n = i_n < length_k
+        b_k0, b_k1 = _load_parts(p_k, i_n, m_n, k_step, D, D0, D1)
+        b_s = tl.zeros([M, N], tl.float32)
+        b_s = _scores(b_q0, b_q1, p_q, i_m, m_m, q_step, b_k0, b_k1, p_k, i_n, m_n, k_step, b_s, D, D1)
+        b_p = tl.where(m_n[None, :], tl.exp2(b_s * (scale * LOG2_E) - b_lse[:, None]), 0.0)
+        if FLOAT32:
+            b_sum_p += tl.sum(b_p, 1)
+        if p_v_dot is not None:
+            b_v_dot0, b_v_dot1 = _load_parts(p_v_dot, i_n, m_n, v_dot_step, D, D0, D1)
+            b_p_low = b_p.to(b_v_dot0.dtype)
+            b_acc0 = product(b_p_low, b_v_dot0, b_acc0, "ieee")
+            if D1 > 0:
+                b_acc1 = product(b_p_low, b_v_dot1, b_acc1, "ieee")
+        if MOVES:
+            b_s_dot = tl.zeros([M, N], tl.float32)
+            if p_q_dot is not None:
+                b_s_dot = _scores(
+                    b_q_dot0, b_q_dot1, p_q_dot, i_m, m_m, q_dot_step,
+                    b_k0, b_k1, p_k, i_n, m_n, k_step, b_s_dot, D, D1,
+                )  # fmt: skip
+            if p_k_dot is not None:
+                b_k_dot0, b_k_dot1 = _load_parts(p_k_dot, i_n, m_n, k_dot_step, D, D0, D1)
+                b_s_dot = _scores(
+                    b_q0, b_q1, p_q, i_m, m_m, q_step,
+                    b_k_dot0, b_k_dot1, p_k_dot, i_n, m_n, k_dot_step, b_s_dot, D, D1,
+                )  # fmt: skip
+            b_v0, b_v1 = _load_parts(p_v, i_n, m_n, v_step, D, D0, D1)
+            b_h = (b_p * (b_s_dot * scale - b_shift[:, None])).to(b_v0.dtype)
+            b_sum += tl.sum(b_h.to(tl.float32), 1)
+            b_acc0 = product(b_h, b_v0, b_acc0, "ieee")
+            if D1 > 0:
+                b_acc1 = product(b_h, b_v1, b_acc1, "ieee")
+
+    if MOVES:
+        p_o += (i_b * steps[18] + i_h * steps[20]) * 8
+        b_o0, b_o1 = _load_parts(p_o, i_m, m_m, steps[19] * 8, D, D0, D1)
+        b_acc0 -= b_sum[:, None] * b_o0.to(tl.float32)
+        if D1 > 0:
+            b_acc1 -= b_sum[:, None] * b_o1.to(tl.float32)
+    if FLOAT32:
+        b_acc0 = b_acc0 / b_sum_p[:, None]
+        b_acc1 = b_acc1 / b_sum_p[:, None]
+    p_o_dot += (i_b * steps[21] + i_h * steps[23]) * 8 + i_m[:, None] * (steps[22] * 8)
+    i_d = tl.arange(0, D0)[None, :]
+    tl.store(p_o_dot + i_d, b_acc0.to(p_o_dot.dtype.element_ty), mask=m_m[:, None] & (i_d < D))
+    if D1 > 0:
+        i_d = D0 + tl.arange(0, D1)[None, :]
+        tl.store(p_o_dot + i_d, b_acc1.to(p_o_dot.dtype.element_ty), mask=m_m[:, None] & (i_d < D))
+
+
+def _aligned(x: Tensor | None) -> Tensor | None:
+    """Heads whose channels lie side by side and start at multiples of 8 values; else a copy."""
+    if x is None or (x.stride(-1) == 1 and all(step % ALIGNMENT == 0 for step in x.stride()[:-1])):
+        return x
+    return x.contiguous()
+
+
+def _steps(*tensors: Tensor | None) -> tuple[int, ...]:
+    """Steps from sample to sample, token to token and head to head, in units of 8 values."""
+    steps = (x.stride()[:-1] if x is not None else (0, 0, 0) for x in tensors)
+    return tuple(step // ALIGNMENT for three in steps for step in three)
+
+
+def _allocate_tangent(q, k, v, q_dot, k_dot, v_dot, o, lse, scale):
+    """o_dot, contiguous."""
+    return o.new_empty(o.shape)
+
+
+def _run_tangent(q, k, v, q_dot, k_dot, v_dot, o, lse, scale):
+    q, k, v, q_dot, k_dot, v_dot, o = (_aligned(x) for x in (q, k, v, q_dot, k_dot, v_dot, o))
+    o_dot = o.new_empty(o.shape)
+    samples, length_q, heads, head_dim = q.shape
+    tile = tangent_tile(head_dim, q.dtype, registration.chip(q.device))
+    registration.launch(
+        _tangent, samples * heads * triton.cdiv(length_q, tile.queries),
+        q, k, v, q_dot, k_dot, v_dot, o, lse.contiguous(), o_dot,
+        _steps(q, k, v, q_dot, k_dot, v_dot, o, o_dot), heads, length_q, k.shape[1], scale,
+        D=head_dim, D0=tile.widths[0], D1=tile.widths[1], M=tile.queries, N=tile.keys,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return o_dot
+
+
+_attention_tangent = registration.define(
+    "attention_tangent(Tensor q, Tensor k, Tensor v, Tensor? q_dot, Tensor? k_dot, Tensor? v_dot, "
+    "Tensor o, Tensor lse, float scale) -> Tensor",
+    _run_tangent,
+    _allocate_tangent,
+)
+
+
+class _Tangent(torch.autograd.Function):
+    """Arguments of the operator -> o_dot; saves nothing, has no gradient, refuses forward mode."""
+
+    @staticmethod
+    def forward(*inputs):
+        return _attention_tangent(*inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        ctx.mark_non_differentiable(outputs)
+
+    @staticmethod
+    def backward(ctx, _):
+        return (None,) * 9
+
+
+def attention_dual(primals, tangents, *, scale=None):
+    """Triton's `pmf.ops.attention_dual`: (o, o_dot)."""
+    scale = primals[0].shape[-1] ** -0.5 if scale is None else scale
+
+    def compute(primals, tangents):
+        o, lse = flash.attention(*primals, scale)
+        dots = [dot for dot in tangents if dot is not None]
+        if not dots:
+            return (o,), (None,)
+        # Dynamo takes no Function without differentiable outputs, nor would it see what this one refuses.
+        tangent = _attention_tangent if torch.compiler.is_compiling() else _Tangent.apply
+        with torch.no_grad():
+            last = [x.detach()[x.shape[0] - dots[0].shape[0] :] for x in (*primals, o, lse)]
+            return (o,), (tangent(*last[:3], *tangents, *last[3:], scale),)
+
+    (o,), (o_dot,) = registration.run_dual("attention", "q* k* v*", compute, primals, tangents)
+    return o, o_dot
