@@ -67,7 +67,7 @@ def split(head_dim: int) -> tuple[int, int]:
     rest = head_dim - first
     second = max(registration.power_of_two(rest), 16) if rest else 0
     whole = max(registration.power_of_two(head_dim), 16)
-    return (whole, 0) if first + second >= whole else (first, second)
+    return (whole, 0) if first < 16 or first + second >= whole else (first, second)
 
 
 def tangent_tile(head_dim: int, dtype: torch.dtype, chip: Chip) -> Tile:
@@ -75,7 +75,8 @@ def tangent_tile(head_dim: int, dtype: torch.dtype, chip: Chip) -> Tile:
 
     A program holds S and S_dot (queries x keys) and the accumulator (queries x D) in float32, and q, q_dot
     and P, H as factors. On Hopper factors lie in shared memory and 64 keys fit; on Ampere they lie in
-    registers, too, 255 a thread with 16 keys at D 128; Blackwell has 512 columns of tensor memory for all.
+    registers, too, 255 a thread with 16 keys at D 128; Blackwell has 512 columns of tensor memory for all,
+    too few for 64 keys beside two accumulators.
     Keys and values take 4 x keys x D values of shared memory a stage: three stages where they fit.
     """
     widths = split(head_dim)
@@ -84,7 +85,7 @@ def tangent_tile(head_dim: int, dtype: torch.dtype, chip: Chip) -> Tile:
         return Tile(128, 64, 1, 1, widths)
     if dtype == torch.float32:
         return Tile(32 if padded <= 80 else 16, 16, 8, 1, widths)
-    if padded <= 64 or (generation == 9 and padded <= 96):
+    if (padded <= 64 and not (generation == 10 and widths[1])) or (generation == 9 and padded <= 96):
         return Tile(128, 64, 8, 3, widths)
     if generation == 9:
         return Tile(128, 64, 8, 2, widths)

@@ -86,12 +86,12 @@ def swiglu_cases(size: str, stream, low):
 
 
 def attention_cases(size: str, stream, low):
-    """Heads of 64 and 128 (size B), of 80 (size H); in float32 those of 80 and 128."""
+    """Heads of 40, 64 and 128 (size B), of 80 (size H); in float32 those of 80 and 128."""
     import torch
 
     from pmf.kernels import attention
 
-    head_dims = {"B": (64, 128), "L": (), "H": (80,) if low == torch.bfloat16 else (80, 128)}[size]
+    head_dims = {"B": (40, 64, 128), "L": (), "H": (80,) if low == torch.bfloat16 else (80, 128)}[size]
     for head_dim in head_dims:
         heads = 16
         q, k, v = _meta(BATCH, LENGTH, 3, heads, head_dim, dtype=low).unbind(2)

@@ -287,3 +287,20 @@ def test_bad_input(heads, message):
     with pytest.raises(InputError, match=f"^attention: .*{message}") as error:
         ops.attention(*heads, impl="triton")
     assert "\n" not in str(error.value)
+
+
+def test_head_dims_are_split_into_what_products_take():
+    from pmf.kernels.attention import split
+
+    assert [split(d) for d in (8, 16, 40, 64, 80, 96, 128)] == [
+        (16, 0),
+        (16, 0),
+        (32, 16),
+        (64, 0),
+        (64, 16),
+        (64, 32),
+        (128, 0),
+    ]
+    for d in range(8, 129, 8):
+        first, second = split(d)
+        assert d <= first + second <= 2 * max(d, 8) and {first, second} <= {0, 16, 32, 64, 128}
