@@ -8,14 +8,17 @@ carry a tangent are the last half of the batch, as with the published draws.
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from pmf import ops
-from pmf.config import MODELS, ModelConfig
+from pmf.config import LOSSES, MODELS, ModelConfig
+from pmf.layers import PatchEmbed
+from pmf.loss import StepPlan, sample_draws
 
 MODES = ("forward", "dual", "backward")
 Run = Callable[[], object]
@@ -54,6 +57,10 @@ class Op:
     """Operations per mode; empty where there are no products."""
     constant: tuple[int, ...] = ()
     """Places of the primals that take no gradient."""
+    every_row: bool = False
+    """Tangents on every row, not on the last half alone."""
+    rivals: dict[str, Callable] = field(default_factory=dict)
+    """Other libraries' ways to compute value and tangent: (primals, tangents) -> anything."""
 
     def cases(self, size: str) -> list[Case]:
         """One case per mode."""
@@ -81,6 +88,8 @@ class Op:
             "compiled reference": lambda *a: compiled(*a, "reference"),
             "triton": lambda *a: dual(*a, "triton"),
         }
+        if mode == "dual":
+            ways |= self.rivals
         return {name: functools.partial(self._run, way, mode, device) for name, way in ways.items()}
 
     def _run(self, way: Callable, mode: str, device: torch.device) -> Run:
@@ -89,7 +98,7 @@ class Op:
         if mode == "forward":
             return lambda: way(primals, nothing)
         if mode == "dual":
-            rows = primals[0].shape[0] // 2
+            rows = primals[0].shape[0] // (1 if self.every_row else 2)
             dots = (torch.randn_like(p[-rows:]) if i in self.moving else None for i, p in enumerate(primals))
             tangents = tuple(dots)
             return lambda: way(primals, tangents)
@@ -185,11 +194,132 @@ def block_ops(config: ModelConfig, batch: int) -> list[Op]:
     ]
 
 
+def patch_op(config: ModelConfig, batch: int) -> Op:
+    """Image to tokens: the image is read once, the tokens are written once."""
+    width, grid, inner = config.hidden_size, config.grid_size, config.bottleneck
+    image, tokens = batch * 4 * config.in_channels * config.image_size**2, batch * config.sequence_length * width * 4
+    prefix = batch * config.prefix_length * width * 4
+    products = 2 * batch * grid**2 * inner * (config.patch_values + width)
+
+    def make(device: torch.device) -> tuple[Tensor, ...]:
+        layer = PatchEmbed(config).to(device)
+        images = torch.randn(batch, *config.image_shape, device=device)
+        tokens = _random(device, torch.float32, batch, config.prefix_length, width)
+        first, second = layer.proj1, layer.proj2
+        weights = (first.weight, first.bias, second.weight, second.bias, layer.positions)
+        return (images, *(w.detach() for w in weights), tokens)
+
+    moved = image + tokens + prefix
+    return Op(
+        "patch_embed",
+        make,
+        (0, 6),
+        {"forward": moved, "dual": moved * 3 // 2, "backward": moved},
+        "test_kernels_patch.py",
+        {},
+        {"forward": products, "dual": products * 3 // 2, "backward": 2 * products},
+        constant=(0,),
+    )
+
+
+def attention_op(batch: int, length: int, heads: int, head_dim: int) -> Op:
+    """Attention with tangents on every row, against what other scripts use."""
+    values = batch * length * heads * head_dim * 2
+    products = 2 * batch * heads * length**2 * head_dim
+
+    def make(device: torch.device) -> tuple[Tensor, ...]:
+        return tuple(_random(device, torch.bfloat16, batch, length, heads, head_dim) for _ in range(3))
+
+    def plain_jvp(primals, tangents):
+        return torch.func.jvp(lambda *qkv: ops.attention(*qkv, impl="reference"), primals, tangents)
+
+    rivals = {"plain attention, torch.func.jvp": plain_jvp}
+    if importlib.util.find_spec("jvp_flash_attention") and length % 32 == 0 and head_dim in (16, 32, 64, 128):
+        rivals["jvp_flash_attention"] = _jvp_flash_attention
+    return Op(
+        "attention",
+        make,
+        (0, 1, 2),
+        {"forward": 4 * values, "dual": 8 * values, "backward": 8 * values},
+        "test_kernels_attention.py",
+        {},
+        {"forward": 2 * products, "dual": 7 * products, "backward": 5 * products},
+        every_row=True,
+        rivals=rivals,
+    )
+
+
+def _jvp_flash_attention(primals, tangents):
+    """The package's dual forward; it takes heads before tokens."""
+    from jvp_flash_attention.jvp_attention import JVPAttn
+    from torch.autograd import forward_ad
+
+    with forward_ad.dual_level():
+        pairs = zip(primals, tangents, strict=True)
+        duals = [forward_ad.make_dual(*(x.transpose(1, 2).contiguous() for x in pair)) for pair in pairs]
+        return forward_ad.unpack_dual(JVPAttn.fwd_dual(*duals))
+
+
+def objective_case(size: str, batch: int) -> Case:
+    """The squared errors of a lean step and their gradients: tokens, tangent and guidance read once."""
+    config = MODELS[size]
+    draws = sample_draws(batch, (1, 1, 1), LOSSES[size], torch.Generator().manual_seed(0))
+    plan = StepPlan.of(draws, "lean")
+    tokens = batch * config.num_patches * config.patch_values
+    # Forward: both heads in bfloat16, x in float32; on the last rows the tangent and net_c, on some net_n.
+    partial = config.num_patches * config.patch_values * 2 * (2 * plan.tangent_rows + len(plan.null_rows))
+    read = tokens * (2 + 2 + 4) + partial
+    moved = 2 * read + tokens * 4  # backward reads the same again and writes both gradients
+
+    def prepare(impl: str, compiled: bool, device: torch.device) -> Run:
+        def random(rows: int) -> Tensor:
+            return _random(device, torch.bfloat16, rows, config.num_patches, config.patch_values)
+
+        heads = [random(batch).requires_grad_() for _ in range(2)]
+        rest = (random(plan.tangent_rows), random(plan.tangent_rows), random(len(plan.null_rows)))
+        z, x = (torch.randn(batch, *config.image_shape, device=device) for _ in range(2))
+        scalars = [v.to(device) for v in (draws.t, draws.t - draws.r, plan.guidance, plan.null_index())]
+
+        def objective(*inputs):
+            options = dict(t_clip=config.t_clip, patch_size=config.patch_size, impl=impl)
+            return ops.pmf_objective(*inputs, **options)
+
+        way = torch.compile(objective) if compiled else objective
+
+        def run():
+            loss_u, loss_v = way(*heads, *rest, z, x, *scalars)
+            return torch.autograd.grad((loss_u + loss_v).sum(), heads)
+
+        return run
+
+    def providers(device: torch.device) -> dict[str, Callable[[], Run]]:
+        ways = {
+            "reference": ("reference", False),
+            "compiled reference": ("reference", True),
+            "triton": ("triton", False),
+        }
+        return {name: functools.partial(prepare, *way, device) for name, way in ways.items()}
+
+    name = f"pmf_objective step {size.removeprefix('pMF-')}"
+    return Case(name, moved, 0, providers, "test_kernels_objective.py")
+
+
+LONG = ((1024, 64), (4096, 64), (1024, 128), (4096, 128))
+"""(length, head_dim) of attention beyond pMF's own."""
+
+
 def op_cases(sizes: tuple[str, ...] = ("pMF-B/16", "pMF-L/16", "pMF-H/16"), batch: int = 64) -> list[Case]:
-    """Every op of the block at the shapes of these presets."""
+    """Every op at the shapes of these presets, and attention at longer ones."""
     cases = []
     for size in sizes:
         for op in block_ops(MODELS[size], batch):
             adaln = " adaln" if op.name == "residual_norm_modulate" and 2 in op.moving else ""
             cases += op.cases(size.removeprefix("pMF-") + adaln)
+        config, name = MODELS[size], size.removeprefix("pMF-")
+        cases += patch_op(config, batch).cases(name)
+        own = attention_op(batch, config.sequence_length, config.num_heads, config.head_dim)
+        cases += [*own.cases(name), objective_case(size, batch)]
+    for length, head_dim in LONG:
+        batch_tokens = max(1, 16384 // length)
+        cases += attention_op(batch_tokens, length, 16, head_dim).cases(f"S {length} D {head_dim}")
     return cases

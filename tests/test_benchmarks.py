@@ -18,12 +18,14 @@ from tests.test_loss import LOSS, gradients, step_inputs
 
 CPU = torch.device("cpu")
 SMALL = dataclasses.replace(TINY, image_size=8, hidden_size=32)
-OPS = {f"{op.name} {len(op.moving)}": op for op in cases.block_ops(SMALL, batch=2)}
+BLOCK = cases.block_ops(SMALL, batch=2)
+OPS = {f"{op.name} {len(op.moving)}": op for op in (*BLOCK, cases.patch_op(SMALL, 2), cases.attention_op(2, 7, 2, 16))}
 
 
 @pytest.fixture(autouse=True)
 def presets(monkeypatch):
     monkeypatch.setitem(pmf.MODELS, "small", SMALL)
+    monkeypatch.setitem(pmf.LOSSES, "small", LOSS)
 
 
 @pytest.mark.parametrize("mode", cases.MODES)
@@ -40,7 +42,7 @@ def test_every_case_runs(benchmark, op, mode):
 
 def test_bytes_are_those_of_inputs_and_outputs():
     """What the formula says a forward pass moves, counted on real tensors (parameters are negligible)."""
-    for op in OPS.values():
+    for op in BLOCK:
         primals = op.make(CPU)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             value, _ = getattr(pmf.ops, f"{op.name}_dual")(primals, (None,) * len(primals), **op.options)
@@ -49,6 +51,21 @@ def test_bytes_are_those_of_inputs_and_outputs():
         if op.name == "qk_norm_rope":  # v is neither read nor written
             moved = moved * 2 // 3
         assert moved == op.traffic["forward"], op.name
+
+
+def test_the_objective_case_runs():
+    case = cases.objective_case("small", 4)
+    for name, prepare in case.providers(CPU).items():
+        if "compiled" not in name:
+            assert all(torch.isfinite(gradient).all() for gradient in prepare()())
+
+
+def test_every_published_shape_has_a_case():
+    names = [case.name for case in cases.op_cases()]
+    assert len(names) == len(set(names))
+    for size in ("B/16", "L/16", "H/16"):
+        assert f"attention dual {size}" in names and f"patch_embed backward {size}" in names
+    assert "attention dual S 4096 D 128" in names
 
 
 def test_measure_takes_turns_and_gives_quartiles():
@@ -109,7 +126,6 @@ def test_baselines_are_the_same_loss(baseline):
 
 @pytest.mark.parametrize("case", [steps.step_case, steps.sampling_case])
 def test_step_and_sampling_cases_run(case, monkeypatch):
-    monkeypatch.setitem(pmf.LOSSES, "small", LOSS)
     monkeypatch.setitem(pmf.SAMPLING, "small", dict(omega=2.0, t_min=0.1, t_max=0.9))
     small = case("small", 2)
     assert small.operations > 0
