@@ -81,11 +81,13 @@ def _place(
 
 @triton.jit
 def _angles(p_cos, p_sin, i_position, D: tl.constexpr, BLOCK: tl.constexpr):
-    """cos and sin [ROWS, BLOCK / 2] at each row's position behind the prefix; 1 and 0 on the prefix."""
+    """cos and sin [ROWS, BLOCK / 2] at each row's position behind the prefix, in float32; 1 and 0 on the prefix."""
     i_pair = tl.arange(0, BLOCK // 2)
     mask = (i_position >= 0)[:, None] & (i_pair < D // 2)[None, :]
     i_angle = i_position[:, None] * (D // 2) + i_pair[None, :]
-    return tl.load(p_cos + i_angle, mask=mask, other=1.0), tl.load(p_sin + i_angle, mask=mask, other=0.0)
+    b_cos = tl.load(p_cos + i_angle, mask=mask, other=1.0).to(tl.float32)
+    b_sin = tl.load(p_sin + i_angle, mask=mask, other=0.0).to(tl.float32)
+    return b_cos, b_sin
 
 
 @triton.jit
