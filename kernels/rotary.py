@@ -255,7 +255,7 @@ def _run_backward(qkv, q_weight, k_weight, cos, sin, dq, dk, dv, prefix, eps, ne
     samples, length, _, heads, head_dim = qkv.shape
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     rows = _token_rows(qkv)
-    dq, dk, dv = (d if d.stride(-1) == 1 else d.contiguous() for d in (dq, dk, dv))
+    dq, dk, dv = (registration.unit_step(d) for d in (dq, dk, dv))
     chip = registration.chip(qkv.device)
     tile = tile_of(heads, head_dim, chip)
     tiles = triton.cdiv(samples * length, tile.tokens) * triton.cdiv(heads, tile.heads)
