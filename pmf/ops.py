@@ -59,17 +59,13 @@ def _report(op: str, choice: str, reason: str) -> None:
     log.info("%s runs on %s: %s", op, choice, reason)
 
 
-def _unsupported(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
-    """What about these tensors a Triton kernel cannot take; None when it can."""
-    floats = [t for t in tensors if t is not None and t.is_floating_point()]
-    dtypes = {t.dtype for t in floats}
-    device = floats[0].device
-    for tensor in floats:
-        if tensor.dtype not in KERNEL_DTYPES:
-            return f'dtype must be float32, bfloat16 or float16 with impl="triton", got {tensor.dtype}'
-        if tensor.device != device:
-            return f"tensors must be on one device, got {device} and {tensor.device}"
-    if {torch.bfloat16, torch.float16} <= dtypes:
+def _unsupported(tensors: tuple[Tensor | None, ...]) -> str | None:
+    """What about the dtypes of these tensors, tangents too, a Triton kernel cannot take; None when it can."""
+    dtypes = [t.dtype for t in tensors if t is not None]
+    for dtype in dtypes:
+        if dtype not in KERNEL_DTYPES:
+            return f'dtype must be float32, bfloat16 or float16 with impl="triton", got {dtype}'
+    if torch.bfloat16 in dtypes and torch.float16 in dtypes:
         return "dtypes must not mix bfloat16 and float16, got both"
     return None
 
@@ -106,12 +102,9 @@ def _use_triton(op: str, impl: str | None, device: str, unsupported: str | None)
 
 
 def _choose(op: str, impl: str | None, tensors: tuple[Tensor | None, ...], limit: str | None = None) -> Callable:
-    """The function that computes `op` on these tensors.
-
-    `limit` says what else about them the kernel cannot take.
-    """
+    """The function that computes `op` on these tensors; `limit`: what else about them its kernel cannot take."""
     device = next(t.device.type for t in tensors if t is not None)
-    unsupported = limit or (_unsupported(op, tensors) if op in KERNEL_MODULES else None)
+    unsupported = limit or (_unsupported(tensors) if op in KERNEL_MODULES else None)
     return _kernels[op] if _use_triton(op, impl, device, unsupported) else getattr(reference, op)
 
 
@@ -131,27 +124,34 @@ def _shape(op: str, name: str, tensor: Tensor, *expected: int | None) -> None:
     require(matches, f"{op}: {name} must have shape [{wanted}], got {list(tensor.shape)}")
 
 
-def _tangents(op: str, names: str, primals: tuple, tangents: tuple) -> None:
-    """As many tangents as primals, each shaped like the last rows of its primal, all of one B_dot.
+def _floating(op: str, name: str, tensor: Tensor, device: torch.device) -> None:
+    """`tensor` is a floating tensor, and on that device."""
+    is_floating = isinstance(tensor, Tensor) and tensor.is_floating_point()
+    require(is_floating, f"{op}: {name} must be a floating tensor, got {getattr(tensor, 'dtype', tensor)}")
+    require(tensor.device == device, f"{op}: {name} must be on {device}, got {tensor.device}")
 
-    `names` lists the primals; those with a * take a tangent.
+
+def _check(op: str, names: str, primals: tuple, tangents: tuple) -> None:
+    """Floating primals on one device; as many tangents, each like the last rows of its primal, of one B_dot.
+
+    `names` lists the primals; those with a * take a tangent, those with a ? may be None.
     """
     entries = names.split()
     require(len(primals) == len(entries), f"{op}: expected {len(entries)} primals, got {len(primals)}")
     require(len(tangents) == len(entries), f"{op}: expected {len(entries)} tangents, got {len(tangents)}")
-    rows = reference.tangent_rows(tangents)
     for entry, primal, tangent in zip(entries, primals, tangents, strict=True):
+        name = entry.rstrip("*?")
+        if primal is not None or "?" not in entry:
+            _floating(op, name, primal, getattr(primals[0], "device", None))
         if tangent is None:
             continue
-        name = entry.rstrip("*")
-        require(entry.endswith("*"), f"{op}: {name} takes no tangent, got one; expected None")
+        _floating(op, f"{name}'s tangent", tangent, primals[0].device)
+        require("*" in entry, f"{op}: {name} takes no tangent, got one; expected None")
         require(primal is not None, f"{op}: {name} is absent, so its tangent must be None")
         require(primal.ndim > 1, f"{op}: {name} per channel takes no tangent; expand it to [B, C]")
+        rows = reference.tangent_rows(tangents)
         _shape(op, f"{name}'s tangent", tangent, rows, *primal.shape[1:])
-        require(
-            rows <= primal.shape[0],
-            f"{op}: {name}'s tangent must have at most {primal.shape[0]} samples, got {rows}",
-        )
+        require(rows <= len(primal), f"{op}: {name}'s tangent must have at most {len(primal)} samples, got {rows}")
 
 
 def _modulation(op: str, x: Tensor, **parameters: Tensor | None) -> None:
@@ -193,12 +193,12 @@ def norm_modulate_dual(primals, tangents, *, kind="rms", eps=1e-6, impl=None):
     n_dot = (c_dot - n mean(n c_dot)) / sqrt(...), c_dot = x_dot - mean(x_dot) or x_dot.
     """
     op = "norm_modulate"
-    _tangents(op, "x* weight scale* shift*", primals, tangents)
+    _check(op, "x* weight? scale*? shift*?", primals, tangents)
     x, weight, scale, shift = primals
     _shape(op, "x", x, None, None, None)
     _modulation(op, x, weight=weight, scale=scale, shift=shift)
     require(kind in ("rms", "layer"), f'{op}: kind must be "rms" or "layer", got {kind!r}')
-    run = _choose("norm_modulate_dual", impl, primals, _width_limit(x))
+    run = _choose("norm_modulate_dual", impl, primals + tangents, _width_limit(x))
     return run(primals, tangents, kind=kind, eps=eps, out_dtype=_activation_dtype(x))
 
 
@@ -221,13 +221,13 @@ def residual_norm_modulate_dual(primals, tangents, *, kind="rms", eps=1e-6, impl
     x_new_dot = x_dot + gate branch_dot + gate_dot branch. Returns ((x_new, y), (x_new_dot, y_dot)).
     """
     op = "residual_norm_modulate"
-    _tangents(op, "x* branch* gate* weight scale* shift*", primals, tangents)
+    _check(op, "x* branch* gate* weight? scale*? shift*?", primals, tangents)
     x, branch, gate, weight, scale, shift = primals
     _shape(op, "x", x, None, None, None)
     _shape(op, "branch", branch, *x.shape)
     _modulation(op, x, gate=gate, weight=weight, scale=scale, shift=shift)
     require(kind in ("rms", "layer"), f'{op}: kind must be "rms" or "layer", got {kind!r}')
-    run = _choose("residual_norm_modulate_dual", impl, primals, _width_limit(x))
+    run = _choose("residual_norm_modulate_dual", impl, primals + tangents, _width_limit(x))
     return run(primals, tangents, kind=kind, eps=eps, out_dtype=_activation_dtype(x))
 
 
@@ -250,7 +250,7 @@ def qk_norm_rope_dual(primals, tangents, *, prefix_length=0, eps=1e-6, impl=None
     Returns ((q, k, v), (q_dot, k_dot, v_dot)).
     """
     op = "qk_norm_rope"
-    _tangents(op, "qkv* q_weight k_weight cos sin", primals, tangents)
+    _check(op, "qkv* q_weight k_weight cos sin", primals, tangents)
     qkv, q_weight, k_weight, cos, sin = primals
     _shape(op, "qkv", qkv, None, None, 3, None, None)
     length, head_dim = qkv.shape[1], qkv.shape[4]
@@ -268,7 +268,7 @@ def qk_norm_rope_dual(primals, tangents, *, prefix_length=0, eps=1e-6, impl=None
         limit = f"head_dim must be a multiple of 8 up to {KERNEL_MAX_HEAD_DIM}, got {head_dim}"
     elif cos.requires_grad or sin.requires_grad:
         limit = 'cos and sin take no gradient with impl="triton", got tables that require one'
-    run = _choose("qk_norm_rope_dual", impl, primals, limit)
+    run = _choose("qk_norm_rope_dual", impl, primals + tangents, limit)
     return run(primals, tangents, prefix_length=prefix_length, eps=eps)
 
 
@@ -288,12 +288,14 @@ def attention_dual(primals, tangents, *, scale=None, impl=None):
     o_dot = P v_dot + H v - rowsum(H) o.
     """
     op = "attention"
-    _tangents(op, "q* k* v*", primals, tangents)
+    _check(op, "q* k* v*", primals, tangents)
     q, k, v = primals
     _shape(op, "q", q, None, None, None, None)
     _shape(op, "k", k, q.shape[0], None, *q.shape[2:])
     _shape(op, "v", v, *k.shape)
-    run = _choose("attention_dual", impl, primals)
+    dtypes = [t.dtype for t in (*primals, *tangents) if t is not None]
+    require(len(set(dtypes)) == 1, f"{op}: q, k, v and their tangents must have one dtype, got {dtypes}")
+    run = _choose("attention_dual", impl, primals + tangents)
     return run(primals, tangents, scale=scale)
 
 
@@ -308,11 +310,11 @@ def swiglu(x, *, impl=None) -> Tensor:
 def swiglu_dual(primals, tangents, *, impl=None):
     """`swiglu` of (x,), and its tangent silu'(a) a_dot b + silu(a) b_dot."""
     op = "swiglu"
-    _tangents(op, "x*", primals, tangents)
+    _check(op, "x*", primals, tangents)
     (x,) = primals
     _shape(op, "x", x, None, None, None)
     require(x.shape[-1] % 2 == 0, f"{op}: x must have an even last dimension, got {x.shape[-1]}")
-    return _choose("swiglu_dual", impl, primals)(primals, tangents)
+    return _choose("swiglu_dual", impl, primals + tangents)(primals, tangents)
 
 
 def patch_embed(images, weight1, bias1, weight2, bias2, positions, prefix=None, *, impl=None) -> Tensor:
@@ -330,7 +332,7 @@ def patch_embed(images, weight1, bias1, weight2, bias2, positions, prefix=None, 
 def patch_embed_dual(primals, tangents, *, impl=None):
     """`patch_embed` of (images, weight1, bias1, weight2, bias2, positions, prefix), and its tangent."""
     op = "patch_embed"
-    _tangents(op, "images* weight1 bias1 weight2 bias2 positions prefix*", primals, tangents)
+    _check(op, "images* weight1 bias1 weight2 bias2 positions prefix*?", primals, tangents)
     images, weight1, bias1, weight2, bias2, positions, prefix = primals
     _shape(op, "images", images, None, None, None, None)
     batch, channels, height, width = images.shape
@@ -349,7 +351,7 @@ def patch_embed_dual(primals, tangents, *, impl=None):
         _shape(op, "prefix", prefix, batch, None, outer)
         prefix_length = prefix.shape[1]
     _shape(op, "positions", positions, prefix_length + (height // patch) * (width // patch), outer)
-    return _choose("patch_embed_dual", impl, primals)(primals, tangents)
+    return _choose("patch_embed_dual", impl, primals + tangents)(primals, tangents)
 
 
 def pmf_objective(
