@@ -30,25 +30,14 @@ the partial sums (2% at pMF's shapes) and vectors per channel or sample, read on
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from pmf.kernels import registration
-from pmf.kernels.registration import Chip, absent, present
+from pmf.kernels.registration import Chip, Tile, absent, present
 from pmf.kernels.tiles import load_vector, normalise, normalise_dot
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Rows and (padded) columns of the tile a program works on at a time."""
-
-    rows: int
-    block: int
-    warps: int
 
 
 def forward_tile(width: int, chip: Chip) -> Tile:
@@ -217,11 +206,6 @@ def _strides(*modulations: Tensor | None) -> tuple[int, ...]:
     return tuple(m.stride(0) if m is not None and m.ndim == 2 else 0 for m in modulations)
 
 
-def _unit(modulation: Tensor | None) -> Tensor | None:
-    """A modulation whose channels lie side by side; samples may be any step apart."""
-    return modulation if modulation is None or modulation.stride(-1) == 1 else modulation.contiguous()
-
-
 def _allocate_forward(
     x, branch, gate, weight, scale, shift,
     x_dot, branch_dot, gate_dot, scale_dot, shift_dot, layer, eps, out_dtype,
@@ -250,7 +234,7 @@ def _run_forward(
 ):  # fmt: skip
     streams = (x, branch, x_dot, branch_dot)
     x, branch, x_dot, branch_dot = (None if s is None else s.contiguous() for s in streams)
-    modulations = [_unit(m) for m in (gate, scale, shift, gate_dot, scale_dot, shift_dot)]
+    modulations = [registration.unit_step(m) for m in (gate, scale, shift, gate_dot, scale_dot, shift_dot)]
     gate, scale, shift, gate_dot, scale_dot, shift_dot = modulations
     dots = (x_dot, branch_dot, gate_dot, scale_dot, shift_dot)
     outputs = _allocate_forward(x, branch, gate, weight, scale, shift, *dots, layer, eps, out_dtype)
@@ -283,7 +267,7 @@ def _run_backward(dy, dx_new, x_new, branch, gate, weight, scale, shift, stats, 
     need_gate, need_weight, need_scale, need_shift = needs
     dy, x_new = dy.contiguous(), x_new.contiguous()
     dx_new, branch = (None if t is None else t.contiguous() for t in (dx_new, branch))
-    gate, scale = _unit(gate), _unit(scale)
+    gate, scale = registration.unit_step(gate), registration.unit_step(scale)
     samples, length, width = x_new.shape
     dx = torch.empty_like(x_new)
     dbranch = x_new.new_empty(x_new.shape if gate is not None else 0, dtype=branch_dtype)
@@ -364,25 +348,13 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dx_new, dy, *_):
-        x_new, branch, gate, weight, scale, shift, stats = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        x_new, _, gate, *_ = saved
         if gate is None:
             dx_new = None  # compilers hand in an empty tensor for the absent x_new
         if dy is None:
             dy = torch.zeros_like(x_new, dtype=ctx.out_dtype)
-        dx, dbranch, *parameters = _norm_backward(
-            dy,
-            dx_new,
-            x_new,
-            branch,
-            gate,
-            weight,
-            scale,
-            shift,
-            stats,
-            ctx.branch_dtype,
-            ctx.layer,
-            ctx.needs,
-        )
+        dx, dbranch, *parameters = _norm_backward(dy, dx_new, *saved, ctx.branch_dtype, ctx.layer, ctx.needs)
         dparameters = (present(d, need) for d, need in zip(parameters, ctx.needs, strict=True))
         return dx, present(dbranch, gate is not None), *dparameters, *(None,) * 8
 
@@ -392,21 +364,23 @@ def _per_sample(dot: Tensor | None, samples: int) -> Tensor | None:
     return dot.expand(samples, -1) if dot is not None and dot.ndim == 1 else dot
 
 
+def _norm_dual(primals, tangents, kind, eps, out_dtype):
+    """((x_new, y), (x_new_dot, y_dot)); without a branch x_new and its tangent are empty."""
+    x_dot, branch_dot, gate_dot, _, scale_dot, shift_dot = tangents
+    per_sample = (_per_sample(dot, primals[0].shape[0]) for dot in (gate_dot, scale_dot, shift_dot))
+    gate_dot, scale_dot, shift_dot = per_sample
+    dots = (x_dot, branch_dot, gate_dot, scale_dot, shift_dot)
+    x_new, y, x_new_dot, y_dot, _ = _Norm.apply(*primals, *dots, kind == "layer", eps, out_dtype)
+    x_new_moves = any(dot is not None for dot in dots[:3])
+    y_moves = any(dot is not None for dot in dots)
+    return (x_new, y), (present(x_new_dot, x_new_moves), present(y_dot, y_moves))
+
+
 def residual_norm_modulate_dual(primals, tangents, *, kind, eps, out_dtype):
     """Triton's `pmf.ops.residual_norm_modulate_dual`: ((x_new, y), (x_new_dot, y_dot))."""
 
     def compute(primals, tangents):
-        x_dot, branch_dot, gate_dot, _, scale_dot, shift_dot = tangents
-        gate_dot, scale_dot, shift_dot = (
-            _per_sample(dot, primals[0].shape[0]) for dot in (gate_dot, scale_dot, shift_dot)
-        )
-        dots = (x_dot, branch_dot, gate_dot, scale_dot, shift_dot)
-        x_new, y, x_new_dot, y_dot, _ = _Norm.apply(*primals, *dots, kind == "layer", eps, out_dtype)
-        moves = any(dot is not None for dot in dots[:3])
-        return (x_new, y), (
-            present(x_new_dot, moves),
-            present(y_dot, moves or scale_dot is not None or shift_dot is not None),
-        )
+        return _norm_dual(primals, tangents, kind, eps, out_dtype)
 
     names = "x* branch* gate* weight scale* shift*"
     return registration.run_dual("residual_norm_modulate", names, compute, primals, tangents)
@@ -416,12 +390,10 @@ def norm_modulate_dual(primals, tangents, *, kind, eps, out_dtype):
     """Triton's `pmf.ops.norm_modulate_dual`: (y, y_dot)."""
 
     def compute(primals, tangents):
-        x, *parameters = primals
-        x_dot, _, scale_dot, shift_dot = tangents
-        scale_dot, shift_dot = (_per_sample(dot, x.shape[0]) for dot in (scale_dot, shift_dot))
-        dots = (x_dot, None, None, scale_dot, shift_dot)
-        _, y, _, y_dot, _ = _Norm.apply(x, None, None, *parameters, *dots, kind == "layer", eps, out_dtype)
-        return (y,), (present(y_dot, any(dot is not None for dot in dots)),)
+        (x, *parameters), (x_dot, *dots) = primals, tangents
+        primals, tangents = (x, None, None, *parameters), (x_dot, None, None, *dots)
+        (_, y), (_, y_dot) = _norm_dual(primals, tangents, kind, eps, out_dtype)
+        return (y,), (y_dot,)
 
     (y,), (y_dot,) = registration.run_dual("norm_modulate", "x* weight scale* shift*", compute, primals, tangents)
     return y, y_dot

@@ -36,6 +36,16 @@ class Chip:
         return self.capability == 0
 
 
+@dataclass(frozen=True)
+class Tile:
+    """The tile that a program works on at a time."""
+
+    rows: int
+    block: int
+    """Columns, padded to a power of two."""
+    warps: int
+
+
 @functools.cache
 def _cuda_chip(index: int) -> Chip:
     properties = torch.cuda.get_device_properties(index)
@@ -126,7 +136,12 @@ def present(output: Tensor, asked: bool) -> Tensor | None:
 def as_rows(x: Tensor) -> Tensor:
     """x [..., C] as [rows, C] with unit stride along C; a copy only where no view can say it."""
     rows = x.flatten(0, -2)
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
+    return unit_step(rows)
+
+
+def unit_step(x: Tensor | None) -> Tensor | None:
+    """x with its last dimension side by side; the steps of the others stay as they are where they can."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
 def first_dot(samples: int, *tangents: Tensor | None) -> int:

@@ -81,11 +81,13 @@ def _place(
 
 @triton.jit
 def _angles(p_cos, p_sin, i_position, D: tl.constexpr, BLOCK: tl.constexpr):
-    """cos and sin [ROWS, BLOCK / 2] at each row's position behind the prefix; 1 and 0 on the prefix."""
+    """cos and sin [ROWS, BLOCK / 2] at each row's position behind the prefix, in float32; 1 and 0 on the prefix."""
     i_pair = tl.arange(0, BLOCK // 2)
     mask = (i_position >= 0)[:, None] & (i_pair < D // 2)[None, :]
     i_angle = i_position[:, None] * (D // 2) + i_pair[None, :]
-    return tl.load(p_cos + i_angle, mask=mask, other=1.0), tl.load(p_sin + i_angle, mask=mask, other=0.0)
+    b_cos = tl.load(p_cos + i_angle, mask=mask, other=1.0).to(tl.float32)
+    b_sin = tl.load(p_sin + i_angle, mask=mask, other=0.0).to(tl.float32)
+    return b_cos, b_sin
 
 
 @triton.jit
@@ -253,7 +255,7 @@ def _run_backward(qkv, q_weight, k_weight, cos, sin, dq, dk, dv, prefix, eps, ne
     samples, length, _, heads, head_dim = qkv.shape
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     rows = _token_rows(qkv)
-    dq, dk, dv = (d if d.stride(-1) == 1 else d.contiguous() for d in (dq, dk, dv))
+    dq, dk, dv = (registration.unit_step(d) for d in (dq, dk, dv))
     chip = registration.chip(qkv.device)
     tile = tile_of(heads, head_dim, chip)
     tiles = triton.cdiv(samples * length, tile.tokens) * triton.cdiv(heads, tile.heads)

@@ -12,24 +12,13 @@ tangent, backward 5 F e. Rows of x may be any step apart. Where F is no multiple
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
 from pmf.kernels import registration
-from pmf.kernels.registration import Chip, absent, present
+from pmf.kernels.registration import Chip, Tile, absent, present
 from pmf.kernels.tiles import silu
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Tokens and columns of the tile of a program."""
-
-    rows: int
-    block: int
-    warps: int
 
 
 def tile_of(width: int, chip: Chip) -> Tile:

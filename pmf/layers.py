@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pmf import ops
+from pmf import dispatch, ops
 from pmf.config import ModelConfig
 from pmf.dual import ABSENT, Dual
 
@@ -204,7 +204,7 @@ def held_weights(model: nn.Module, device_type: str) -> Iterator[None]:
     The parameters must not change inside.
     """
     modules = [m for m in model.modules() if isinstance(m, PackedModule)]
-    dtype = ops.autocast_dtype(device_type)
+    dtype = dispatch.autocast_dtype(device_type)
     try:
         for module in modules:
             module._held = tuple(w if dtype is None else w.to(dtype) for w in module.pack())

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pmf import ops
+from pmf import dispatch, ops
 from pmf.checkpointing import checkpoint_values
 from pmf.config import ModelConfig, model_config
 from pmf.dual import ABSENT, Dual
@@ -255,7 +255,7 @@ def create_model(
     blocks' inputs for backward and recomputes the rest. Errors: an unknown preset, impl or checkpointing.
     """
     config = model_config(name_or_config)
-    ops.checked_impl(impl)
+    dispatch.checked_impl(impl)
     require(checkpointing in CHECKPOINTING, f"checkpointing: expected one of {CHECKPOINTING}, got {checkpointing!r}")
     with torch.device(device or torch.get_default_device()):
         model = PMFDiT(config, impl=impl, aux_head=aux_head, checkpointing=checkpointing)

@@ -8,145 +8,16 @@ is None the result's tangent is None and costs nothing. Sums and statistics are 
 
 `impl` is "auto", "triton" or "reference"; None reads the environment variable PMF_IMPL, default
 "auto": Triton kernels for CUDA tensors that they can take, the reference otherwise. "triton" raises
-where a kernel cannot run; it never falls back. Ops that have no kernel yet use the reference under
-every impl. The choice and its reason are logged once, at INFO.
+where a kernel cannot run; it never falls back. The choice and its reason are logged once, at INFO.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
-import logging
-import os
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from pmf import reference
+from pmf import dispatch, reference
 from pmf.errors import require
-
-log = logging.getLogger("pmf")
-
-IMPLEMENTATIONS = ("auto", "triton", "reference")
-KERNEL_MODULES = {
-    "norm_modulate_dual": "norm",
-    "residual_norm_modulate_dual": "norm",
-    "qk_norm_rope_dual": "rotary",
-    "swiglu_dual": "swiglu",
-    "attention_dual": "attention",
-    "patch_embed_dual": "patch",
-    "pmf_objective": "objective",
-}
-"""Ops that have a Triton kernel, and the module of `pmf.kernels` that holds it."""
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-KERNEL_MAX_WIDTH = 8192
-"""Widest row a norm kernel keeps in registers."""
-KERNEL_MAX_HEAD_DIM = 128
-"""Widest head the attention tangent keeps in registers."""
-KERNEL_PATCHES = (2, 4, 8, 16, 32)
-KERNEL_MAX_BOTTLENECK = 256
-"""Widest bottleneck the patch embedding keeps in registers between its two products."""
-
-KERNEL_MAX_HEAD_DIM = 128
-
-_kernels: dict[str, Callable] = {}
-
-
-def checked_impl(impl: str | None) -> str:
-    """`impl`, or PMF_IMPL where it is None. Errors: not one of `IMPLEMENTATIONS`."""
-    source = "impl" if impl is not None else "PMF_IMPL"
-    impl = impl if impl is not None else os.environ.get("PMF_IMPL", "auto")
-    require(impl in IMPLEMENTATIONS, f"{source}: expected one of {IMPLEMENTATIONS}, got {impl!r}")
-    return impl
-
-
-@functools.cache
-def _report(op: str, choice: str, reason: str) -> None:
-    log.info("%s runs on %s: %s", op, choice, reason)
-
-
-def _unsupported(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
-    """What about these tensors a Triton kernel cannot take; None when it can."""
-    floats = [t for t in tensors if t is not None and t.is_floating_point()]
-    dtypes = {t.dtype for t in floats}
-    device = floats[0].device
-    for tensor in floats:
-        if tensor.dtype not in KERNEL_DTYPES:
-            return f'dtype must be float32, bfloat16 or float16 with impl="triton", got {tensor.dtype}'
-        if tensor.device != device:
-            return f"tensors must be on one device, got {device} and {tensor.device}"
-    if {torch.bfloat16, torch.float16} <= dtypes:
-        return "dtypes must not mix bfloat16 and float16, got both"
-    return None
-
-
-@torch.compiler.assume_constant_result
-def _use_triton(op: str, impl: str | None, device: str, unsupported: str | None) -> bool:
-    """Whether the Triton kernel runs; compilers call this once, while they trace.
-
-    An op without a kernel runs on the reference under every impl.
-    """
-    impl, name = checked_impl(impl), op.removesuffix("_dual")
-    reason = None
-    if op not in KERNEL_MODULES:
-        reason = "this op has no Triton kernel yet"
-    elif impl == "reference":
-        reason = "requested"
-    elif device != "cuda" and impl == "auto":
-        reason = "no cuda"
-    else:
-        if importlib.util.find_spec("triton") is None:
-            reason = 'impl="triton" needs the triton package, which is not installed'
-        elif device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            reason = f'impl="triton" needs cuda tensors, got {device} (TRITON_INTERPRET=1 runs the interpreter)'
-        else:
-            reason = unsupported
-        require(impl != "triton" or reason is None, f"{name}: {reason}")
-    if reason is None:
-        _report(name, "triton", "requested" if impl == "triton" else "tensors are on cuda")
-        if op not in _kernels:
-            _kernels[op] = getattr(importlib.import_module(f"pmf.kernels.{KERNEL_MODULES[op]}"), op)
-        return True
-    _report(name, "reference", reason)
-    return False
-
-
-def _choose(op: str, impl: str | None, tensors: tuple[Tensor | None, ...], limit: str | None = None) -> Callable:
-    """The function that computes `op` on these tensors.
-
-    `limit` says what else about them the kernel cannot take.
-    """
-    device = next(t.device.type for t in tensors if t is not None)
-    unsupported = limit or (_unsupported(op, tensors) if op in KERNEL_MODULES else None)
-    return _kernels[op] if _use_triton(op, impl, device, unsupported) else getattr(reference, op)
-
-
-def _width_limit(x: Tensor) -> str | None:
-    width = x.shape[-1]
-    if width <= KERNEL_MAX_WIDTH:
-        return None
-    return f'width must be at most {KERNEL_MAX_WIDTH} with impl="triton", got {width}'
-
-
-def _attention_limit(primals: tuple, tangents: tuple) -> str | None:
-    head_dim = primals[0].shape[-1]
-    if head_dim % 8 or not 0 < head_dim <= KERNEL_MAX_HEAD_DIM:
-        wanted = f"a multiple of 8 up to {KERNEL_MAX_HEAD_DIM}"
-        return f'head_dim must be {wanted} with impl="triton", got {head_dim}'
-    dtypes = sorted({str(x.dtype) for x in (*primals, *tangents) if x is not None})
-    if len(dtypes) > 1:
-        return f'q, k, v and their tangents must have one dtype with impl="triton", got {" and ".join(dtypes)}'
-    return None
-
-
-def _patch_limit(patch: int, bottleneck: int) -> str | None:
-    if patch not in KERNEL_PATCHES:
-        return f'patch size must be one of {KERNEL_PATCHES} with impl="triton", got {patch}'
-    if bottleneck > KERNEL_MAX_BOTTLENECK:
-        return f'bottleneck must be at most {KERNEL_MAX_BOTTLENECK} with impl="triton", got {bottleneck}'
-    return None
 
 
 def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -162,27 +33,34 @@ def _shape(op: str, name: str, tensor: Tensor, *expected: int | None) -> None:
     require(matches, f"{op}: {name} must have shape [{wanted}], got {list(tensor.shape)}")
 
 
-def _tangents(op: str, names: str, primals: tuple, tangents: tuple) -> None:
-    """As many tangents as primals, each shaped like the last rows of its primal, all of one B_dot.
+def _floating(op: str, name: str, tensor: Tensor, device: torch.device) -> None:
+    """`tensor` is a floating tensor, and on that device."""
+    is_floating = isinstance(tensor, Tensor) and tensor.is_floating_point()
+    require(is_floating, f"{op}: {name} must be a floating tensor, got {getattr(tensor, 'dtype', tensor)}")
+    require(tensor.device == device, f"{op}: {name} must be on {device}, got {tensor.device}")
 
-    `names` lists the primals; those with a * take a tangent.
+
+def _check(op: str, names: str, primals: tuple, tangents: tuple) -> None:
+    """Floating primals on one device; as many tangents, each like the last rows of its primal, of one B_dot.
+
+    `names` lists the primals; those with a * take a tangent, those with a ? may be None.
     """
     entries = names.split()
     require(len(primals) == len(entries), f"{op}: expected {len(entries)} primals, got {len(primals)}")
     require(len(tangents) == len(entries), f"{op}: expected {len(entries)} tangents, got {len(tangents)}")
-    rows = reference.tangent_rows(tangents)
     for entry, primal, tangent in zip(entries, primals, tangents, strict=True):
+        name = entry.rstrip("*?")
+        if primal is not None or "?" not in entry:
+            _floating(op, name, primal, getattr(primals[0], "device", None))
         if tangent is None:
             continue
-        name = entry.rstrip("*")
-        require(entry.endswith("*"), f"{op}: {name} takes no tangent, got one; expected None")
+        _floating(op, f"{name}'s tangent", tangent, primals[0].device)
+        require("*" in entry, f"{op}: {name} takes no tangent, got one; expected None")
         require(primal is not None, f"{op}: {name} is absent, so its tangent must be None")
         require(primal.ndim > 1, f"{op}: {name} per channel takes no tangent; expand it to [B, C]")
+        rows = reference.tangent_rows(tangents)
         _shape(op, f"{name}'s tangent", tangent, rows, *primal.shape[1:])
-        require(
-            rows <= primal.shape[0],
-            f"{op}: {name}'s tangent must have at most {primal.shape[0]} samples, got {rows}",
-        )
+        require(rows <= len(primal), f"{op}: {name}'s tangent must have at most {len(primal)} samples, got {rows}")
 
 
 def _modulation(op: str, x: Tensor, **parameters: Tensor | None) -> None:
@@ -193,17 +71,6 @@ def _modulation(op: str, x: Tensor, **parameters: Tensor | None) -> None:
             continue
         per_sample = name != "weight" and parameter.ndim == 2
         _shape(op, name, parameter, *((batch, width) if per_sample else (width,)))
-
-
-def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """Autocast's dtype where it is on, else None."""
-    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    return torch.get_autocast_dtype(device_type) if on else None
-
-
-def _activation_dtype(x: Tensor) -> torch.dtype:
-    """The dtype a product reads next: autocast's where it is on, else that of `x`."""
-    return autocast_dtype(x.device.type) or x.dtype
 
 
 def norm_modulate(x, weight=None, scale=None, shift=None, *, kind="rms", eps=1e-6, impl=None) -> Tensor:
@@ -224,13 +91,13 @@ def norm_modulate_dual(primals, tangents, *, kind="rms", eps=1e-6, impl=None):
     n_dot = (c_dot - n mean(n c_dot)) / sqrt(...), c_dot = x_dot - mean(x_dot) or x_dot.
     """
     op = "norm_modulate"
-    _tangents(op, "x* weight scale* shift*", primals, tangents)
+    _check(op, "x* weight? scale*? shift*?", primals, tangents)
     x, weight, scale, shift = primals
     _shape(op, "x", x, None, None, None)
     _modulation(op, x, weight=weight, scale=scale, shift=shift)
     require(kind in ("rms", "layer"), f'{op}: kind must be "rms" or "layer", got {kind!r}')
-    run = _choose("norm_modulate_dual", impl, primals, _width_limit(x))
-    return run(primals, tangents, kind=kind, eps=eps, out_dtype=_activation_dtype(x))
+    run = dispatch.choose("norm_modulate_dual", impl, primals + tangents, dispatch.width_limit(x))
+    return run(primals, tangents, kind=kind, eps=eps, out_dtype=dispatch.activation_dtype(x))
 
 
 def residual_norm_modulate(
@@ -252,14 +119,14 @@ def residual_norm_modulate_dual(primals, tangents, *, kind="rms", eps=1e-6, impl
     x_new_dot = x_dot + gate branch_dot + gate_dot branch. Returns ((x_new, y), (x_new_dot, y_dot)).
     """
     op = "residual_norm_modulate"
-    _tangents(op, "x* branch* gate* weight scale* shift*", primals, tangents)
+    _check(op, "x* branch* gate* weight? scale*? shift*?", primals, tangents)
     x, branch, gate, weight, scale, shift = primals
     _shape(op, "x", x, None, None, None)
     _shape(op, "branch", branch, *x.shape)
     _modulation(op, x, gate=gate, weight=weight, scale=scale, shift=shift)
     require(kind in ("rms", "layer"), f'{op}: kind must be "rms" or "layer", got {kind!r}')
-    run = _choose("residual_norm_modulate_dual", impl, primals, _width_limit(x))
-    return run(primals, tangents, kind=kind, eps=eps, out_dtype=_activation_dtype(x))
+    run = dispatch.choose("residual_norm_modulate_dual", impl, primals + tangents, dispatch.width_limit(x))
+    return run(primals, tangents, kind=kind, eps=eps, out_dtype=dispatch.activation_dtype(x))
 
 
 def qk_norm_rope(qkv, q_weight, k_weight, cos, sin, *, prefix_length=0, eps=1e-6, impl=None):
@@ -281,7 +148,7 @@ def qk_norm_rope_dual(primals, tangents, *, prefix_length=0, eps=1e-6, impl=None
     Returns ((q, k, v), (q_dot, k_dot, v_dot)).
     """
     op = "qk_norm_rope"
-    _tangents(op, "qkv* q_weight k_weight cos sin", primals, tangents)
+    _check(op, "qkv* q_weight k_weight cos sin", primals, tangents)
     qkv, q_weight, k_weight, cos, sin = primals
     _shape(op, "qkv", qkv, None, None, 3, None, None)
     length, head_dim = qkv.shape[1], qkv.shape[4]
@@ -295,11 +162,11 @@ def qk_norm_rope_dual(primals, tangents, *, prefix_length=0, eps=1e-6, impl=None
     _shape(op, "cos", cos, length - prefix_length, head_dim // 2)
     _shape(op, "sin", sin, length - prefix_length, head_dim // 2)
     limit = None
-    if head_dim % 8 != 0 or head_dim > KERNEL_MAX_HEAD_DIM:
-        limit = f"head_dim must be a multiple of 8 up to {KERNEL_MAX_HEAD_DIM}, got {head_dim}"
+    if head_dim % 8 != 0 or head_dim > dispatch.KERNEL_MAX_HEAD_DIM:
+        limit = f"head_dim must be a multiple of 8 up to {dispatch.KERNEL_MAX_HEAD_DIM}, got {head_dim}"
     elif cos.requires_grad or sin.requires_grad:
         limit = 'cos and sin take no gradient with impl="triton", got tables that require one'
-    run = _choose("qk_norm_rope_dual", impl, primals, limit)
+    run = dispatch.choose("qk_norm_rope_dual", impl, primals + tangents, limit)
     return run(primals, tangents, prefix_length=prefix_length, eps=eps)
 
 
@@ -319,15 +186,18 @@ def attention_dual(primals, tangents, *, scale=None, impl=None):
     o_dot = P v_dot + H v - rowsum(H) o.
     """
     op = "attention"
-    _tangents(op, "q* k* v*", primals, tangents)
+    _check(op, "q* k* v*", primals, tangents)
     q, k, v = primals
     _shape(op, "q", q, None, None, None, None)
     _shape(op, "k", k, q.shape[0], None, *q.shape[2:])
     _shape(op, "v", v, *k.shape)
     require(k.shape[1] > 0, f"{op}: k must have at least one token, got 0")
-    if q.dtype != torch.float64 and _activation_dtype(q) != q.dtype:
-        primals, tangents = (tuple(_cast(x, _activation_dtype(q)) for x in pair) for pair in (primals, tangents))
-    run = _choose("attention_dual", impl, primals, _attention_limit(primals, tangents))
+    wanted = dispatch.autocast_dtype(q.device.type)
+    if wanted is not None and q.dtype != torch.float64:
+        primals, tangents = (tuple(_cast(x, wanted) for x in pair) for pair in (primals, tangents))
+    dtypes = [t.dtype for t in (*primals, *tangents) if t is not None]
+    require(len(set(dtypes)) == 1, f"{op}: q, k, v and their tangents must have one dtype, got {dtypes}")
+    run = dispatch.choose("attention_dual", impl, primals + tangents, dispatch.attention_limit(q))
     return run(primals, tangents, scale=scale)
 
 
@@ -342,11 +212,11 @@ def swiglu(x, *, impl=None) -> Tensor:
 def swiglu_dual(primals, tangents, *, impl=None):
     """`swiglu` of (x,), and its tangent silu'(a) a_dot b + silu(a) b_dot."""
     op = "swiglu"
-    _tangents(op, "x*", primals, tangents)
+    _check(op, "x*", primals, tangents)
     (x,) = primals
     _shape(op, "x", x, None, None, None)
     require(x.shape[-1] % 2 == 0, f"{op}: x must have an even last dimension, got {x.shape[-1]}")
-    return _choose("swiglu_dual", impl, primals)(primals, tangents)
+    return dispatch.choose("swiglu_dual", impl, primals + tangents)(primals, tangents)
 
 
 def patch_embed(images, weight1, bias1, weight2, bias2, positions, prefix=None, *, impl=None) -> Tensor:
@@ -364,7 +234,7 @@ def patch_embed(images, weight1, bias1, weight2, bias2, positions, prefix=None, 
 def patch_embed_dual(primals, tangents, *, impl=None):
     """`patch_embed` of (images, weight1, bias1, weight2, bias2, positions, prefix), and its tangent."""
     op = "patch_embed"
-    _tangents(op, "images* weight1 bias1 weight2 bias2 positions prefix*", primals, tangents)
+    _check(op, "images* weight1 bias1 weight2 bias2 positions prefix*?", primals, tangents)
     images, weight1, bias1, weight2, bias2, positions, prefix = primals
     _shape(op, "images", images, None, None, None, None)
     batch, channels, height, width = images.shape
@@ -383,7 +253,7 @@ def patch_embed_dual(primals, tangents, *, impl=None):
         _shape(op, "prefix", prefix, batch, None, outer)
         prefix_length = prefix.shape[1]
     _shape(op, "positions", positions, prefix_length + (height // patch) * (width // patch), outer)
-    run = _choose("patch_embed_dual", impl, primals, _patch_limit(patch, inner))
+    run = dispatch.choose("patch_embed_dual", impl, primals + tangents, dispatch.patch_limit(patch, inner))
     return run(primals, tangents)
 
 
@@ -432,7 +302,7 @@ def pmf_objective(
     )
     for name, value in (("t", t), ("h", h), ("guidance", guidance), ("null_index", null_index)):
         _shape(op, name, value, batch)
-    run = _choose("pmf_objective", impl, (z, net_u, net_v))
+    run = dispatch.choose("pmf_objective", impl, (z, net_u, net_v))
     return run(
         net_u,
         net_v,

@@ -1,17 +1,17 @@
 """Without a GPU the kernels run in Triton's interpreter; allocations hold NaN until they are written."""
 
-import os
-
 import pytest
 import torch
 
+from tests.interpreter import interpret
+
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+    interpret()
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def poisoned_allocations():
-    """torch.empty and its kin return NaN: a value that a kernel forgets to write shows."""
+    """torch.empty and its kin return NaN, in fixtures too: a value that a kernel forgets to write shows."""
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),

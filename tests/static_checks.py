@@ -18,8 +18,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-SIZES = {"B": (768, 12, 2048), "L": (1024, 16, 2736), "H": (1280, 16, 3416)}
-"""Width, heads, (padded) MLP width of the published networks."""
+SIZES = {"digits": (64, 4, 176), "B": (768, 12, 2048), "L": (1024, 16, 2736), "H": (1280, 16, 3416)}
+"""Width, heads, (padded) MLP width of pMF-digits and the published networks."""
+DTYPES = {"digits": ["float16"], "B": ["bfloat16"], "L": ["bfloat16"], "H": ["bfloat16", "float32"]}
+"""What products are in; the stream is float32. float32 for the widest, which needs most registers."""
 BATCH, LENGTH, PREFIX = 64, 276, 20
 CHIPS = {80: 108, 90: 132, 100: 148}
 """Capability, and the number of multiprocessors of A100, H100 and B200."""
@@ -181,9 +183,8 @@ def recorded_launches(families):
         registration.chip = lambda device, _chip=chip: _chip
         for family in families:
             for size in SIZES:
-                for stream, low in ((torch.float32, torch.bfloat16), (torch.float32, torch.float32)):
-                    if low == torch.float32 and size != "H":
-                        continue  # the widest needs most registers
+                for low in (getattr(torch, dtype) for dtype in DTYPES[size]):
+                    stream = torch.float32
                     for case, run in FAMILIES[family](size, stream, low):
                         label = f"{family} {case} {size} {str(low).removeprefix('torch.')}"
                         calls = []

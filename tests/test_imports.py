@@ -14,9 +14,10 @@ ROOT = Path(__file__).parent.parent
 RULES = {
     "kernels": r"pmf\.kernels.*|pmf\.errors",
     "pmf/reference": r"pmf\.reference.*",
-    "pmf/ops.py": r"pmf\.reference.*|pmf\.errors|pmf\.kernels.*",
-    "pmf/layers.py": r"pmf\.(ops|config|dual|errors)",
-    "pmf/model.py": r"pmf\.(ops|config|dual|errors|layers|checkpoint|checkpointing)",
+    "pmf/dispatch.py": r"pmf\.reference.*|pmf\.errors|pmf\.kernels.*",
+    "pmf/ops.py": r"pmf\.reference.*|pmf\.(dispatch|errors)",
+    "pmf/layers.py": r"pmf\.(ops|config|dispatch|dual|errors)",
+    "pmf/model.py": r"pmf\.(ops|dispatch|config|dual|errors|layers|checkpoint|checkpointing)",
     "pmf/loss.py": r"pmf\.(ops|config|dual|errors|layers)",
     "pmf/sampling.py": r"pmf\.(config|dual|errors)",
     "pmf": r"pmf(?!\.(train|benchmarks|kernels)).*",

@@ -277,7 +277,7 @@ q = torch.randn(2, 5, 2, 16)
     [
         ((q[..., :12], q[..., :12], q[..., :12]), "head_dim must be a multiple of 8 up to 128 .* got 12"),
         ((torch.randn(1, 2, 1, 136),) * 3, "head_dim must be a multiple of 8 up to 128 .* got 136"),
-        ((q, q, q.bfloat16()), "must have one dtype .* got torch.bfloat16 and torch.float32"),
+        ((q, q, q.bfloat16()), "must have one dtype, got .*float32.*bfloat16"),
         ((q, q[:, :0], q[:, :0]), "k must have at least one token, got 0"),
         ((q, q[:, :, :1], q), r"k must have shape \[2, any, 2, 16\], got \[2, 5, 1, 16\]"),
         ((q.double(),) * 3, "dtype must be float32, bfloat16 or float16"),

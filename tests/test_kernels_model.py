@@ -1,53 +1,100 @@
 """The whole network and its loss on the kernels, against the reference and the authors' numbers."""
 
+import dataclasses
+
 import pytest
 import torch
 
 import pmf
-from pmf import ops
+from pmf.benchmarks.counting import saved_bytes
 from tests.kernel_checks import DEVICE, within_budget
 from tests.networks import golden, model_inputs, random_model, relative_error
 
 DIGITS = pmf.MODELS["pMF-digits"]
 
 
+ADALN = dataclasses.replace(DIGITS, conditioning="adaln")
+CONDITIONINGS = pytest.mark.parametrize("config", (DIGITS, ADALN), ids=("in_context", "adaln"))
+F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
+
+
 def on_device(values: dict) -> dict:
     return {name: value.to(DEVICE) for name, value in values.items()}
 
 
-def digits(impl: str, dtype=torch.float32):
-    """pMF-digits with random gates and heads; few blocks keep the interpreter quick."""
-    return random_model(DIGITS, dtype=dtype, impl=impl).to(DEVICE)
+def network(impl: str, config=DIGITS, rounded=F32, dtype=None):
+    """Every parameter is random, gates and heads too; drawn in `rounded`, then cast: the same values in `dtype`."""
+    return random_model(config, dtype=rounded, impl=impl).to(DEVICE, dtype)
 
 
-def dual_inputs(dtype=torch.float32, batch=3, rows=2) -> dict:
-    """Inputs of `forward_dual` with a tangent for the last rows; the same values in every dtype."""
-    inputs = model_inputs(DIGITS, batch, dtype=torch.float32)
+def cast(values: dict, rounded, dtype) -> dict:
+    """Floating values rounded to one dtype and kept in another."""
+    return {k: v.to(rounded).to(dtype or rounded) if v.is_floating_point() else v for k, v in values.items()}
+
+
+def dual_inputs(config=DIGITS, rounded=F32, dtype=None, batch=3, rows=2) -> dict:
+    """Inputs of `forward_dual` with a tangent for the last rows; the same values in every `dtype`."""
+    inputs = model_inputs(config, batch, dtype=F32)
     torch.manual_seed(2)
-    inputs["z_dot"] = torch.randn(rows, *DIGITS.image_shape)
+    inputs["z_dot"] = torch.randn(rows, *config.image_shape)
     inputs["t_dot"], inputs["h_dot"] = torch.ones(rows), torch.ones(rows)
-    return on_device({k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()})
+    return on_device(cast(inputs, rounded, dtype))
 
 
-def outcome(impl: str, dtype, autocast=None):
+def gradients(model) -> dict:
+    """Every parameter's gradient; all must have one."""
+    assert all(p.grad is not None for p in model.parameters())
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def outcome(impl: str, config=DIGITS, rounded=F32, dtype=None, autocast=None) -> dict:
     """u, v, u_dot and the gradient of every parameter."""
-    model = digits(impl, dtype)
-    with torch.autocast(DEVICE, autocast or torch.bfloat16, enabled=autocast is not None):
-        u, v, u_dot = model.forward_dual(**dual_inputs(dtype))
+    model = network(impl, config, rounded, dtype)
+    with torch.autocast(DEVICE, autocast or BF16, enabled=autocast is not None):
+        u, v, u_dot = model.forward_dual(**dual_inputs(config, rounded, dtype))
     assert not u_dot.requires_grad
     (u.square().mean() + v.square().mean()).backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {"u": u.detach(), "v": v.detach(), "u_dot": u_dot, **gradients}
+    return {"u": u.detach(), "v": v.detach(), "u_dot": u_dot, **gradients(model)}
 
 
-@pytest.mark.parametrize("autocast", (None, torch.bfloat16), ids=("float32", "bfloat16"))
-def test_digits(autocast):
-    """Values, the tangent and every parameter's gradient within the budget of a single op."""
-    kernel, reference = outcome("triton", torch.float32, autocast), outcome("reference", torch.float32, autocast)
-    truth = outcome("reference", torch.float64)
+def compare(kernel: dict, reference: dict, truth: dict) -> None:
+    """Every value within the budget of a single op."""
     assert kernel.keys() == reference.keys() == truth.keys()
     for name in kernel:
+        # A truth of other parameters or inputs would allow any error.
+        assert relative_error(reference[name].double(), truth[name]) < 0.1, name
         within_budget(name, kernel[name], reference[name], truth[name])
+
+
+@CONDITIONINGS
+@pytest.mark.parametrize(
+    ("rounded", "autocast"), ((F32, None), (F32, BF16), (BF16, None)), ids=("float32", "autocast", "bfloat16")
+)
+def test_network(config, rounded, autocast):
+    """Values, the tangent and every parameter's gradient: in float32, under autocast, and cast as a whole."""
+    kernel, reference = (outcome(impl, config, rounded, None, autocast) for impl in ("triton", "reference"))
+    compare(kernel, reference, outcome("reference", config, rounded, F64))
+
+
+def loss_gradients(impl: str, config, dtype, autocast: bool) -> dict:
+    """The loss of one step on the same images and draws, and the gradient of every parameter."""
+    model = network(impl, config, F32, dtype)
+    torch.manual_seed(3)
+    draws = pmf.sample_draws(4, config.image_shape, pmf.LossConfig())
+    draws = pmf.Draws(**cast(vars(draws), F32, dtype))
+    x = (torch.rand(4, *config.image_shape) * 2 - 1).to(DEVICE, dtype)
+    y = torch.randint(config.num_classes, (4,), device=DEVICE)
+    with torch.autocast(DEVICE, BF16, enabled=autocast):
+        loss = pmf.pmf_loss(model, x, y, draws, pmf.LossConfig()).loss
+    loss.backward()
+    return {"loss": loss.detach(), **gradients(model)}
+
+
+@CONDITIONINGS
+def test_loss_under_autocast(config):
+    """The whole loss under bfloat16 autocast: its value and every parameter's gradient."""
+    kernel, reference = (loss_gradients(impl, config, F32, True) for impl in ("triton", "reference"))
+    compare(kernel, reference, loss_gradients("reference", config, F64, False))
 
 
 @pytest.fixture(scope="module")
@@ -76,52 +123,36 @@ def test_golden_gradients(golden_step):
         assert relative_error(gradients[name], gradient) < 1e-4, name
 
 
-def saved_bytes(impl: str, dual: bool) -> int:
-    """Bytes kept for backward, parameters aside; a storage counts once."""
-    model, inputs = digits(impl), dual_inputs()
+def kept(impl: str, dual: bool) -> int:
+    """Bytes that a pass under bfloat16 autocast keeps for backward, parameters aside."""
+    model, inputs = network(impl), dual_inputs()
     if not dual:
         inputs = {k: v for k, v in inputs.items() if not k.endswith("_dot")}
-    ours = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
-    # The tensors are held, so that no address is used twice.
-    storages, held = {}, []
-
-    def pack(tensor):
-        held.append(tensor)
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in ours:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with (
-        torch.autocast(DEVICE, torch.bfloat16),
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-    ):
-        results = model.forward_dual(**inputs)
-    del results
-    return sum(storages.values())
+    with torch.autocast(DEVICE, BF16):
+        return saved_bytes(lambda: model.forward_dual(**inputs), (*model.parameters(), *model.buffers()))
 
 
 def test_saved_bytes():
     """A tangent saves nothing, and the kernels save less than the reference."""
-    kernel, kernel_dual = saved_bytes("triton", False), saved_bytes("triton", True)
+    kernel, kernel_dual = kept("triton", False), kept("triton", True)
     assert kernel_dual <= kernel
-    assert kernel < saved_bytes("reference", False)
-    assert kernel_dual < saved_bytes("reference", True)
+    assert kernel < kept("reference", False)
+    assert kernel_dual < kept("reference", True)
 
 
 def test_ops_without_a_kernel_say_so(caplog):
     """impl="triton" runs ops that have no kernel on the reference, and says so once."""
-    ops._report.cache_clear()
+    dispatch.report.cache_clear()
     with caplog.at_level("INFO", logger="pmf"):
         for _ in range(2):
-            digits("triton")(**on_device(model_inputs(DIGITS, 1, dtype=torch.float32)))
+            network("triton")(**on_device(model_inputs(DIGITS, 1, dtype=torch.float32)))
     lines = caplog.messages
     assert "norm_modulate runs on triton: requested" in lines
     for op in ("patch_embed", "attention"):
-        if f"{op}_dual" not in ops.KERNEL_MODULES:
+        if f"{op}_dual" not in dispatch.KERNEL_MODULES:
             assert lines.count(f"{op} runs on reference: this op has no Triton kernel yet") == 1
 
 
 def test_double_precision_is_refused():
     with pytest.raises(pmf.errors.InputError, match="dtype must be float32, bfloat16 or float16"):
-        digits("triton", torch.float64)(**on_device(model_inputs(DIGITS, 1)))
+        network("triton", dtype=F64)(**on_device(model_inputs(DIGITS, 1)))

@@ -16,25 +16,33 @@ TABLES = (3, 4)
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
-def inputs(batch, length, heads, head_dim, rows, dtypes, prefix):
-    """Primals with random angles (the kernel takes any), and the tangent of qkv."""
+def inputs(batch, length, heads, head_dim, rows, dtypes, prefix, table=F32):
+    """Primals with random angles (the kernel takes any), and the tangent of qkv; `table`: dtype of cos and sin."""
     gen = generator(batch, length, heads, head_dim, rows)
     low, param = dtypes
     qkv = randn(batch, length, 3, heads, head_dim, gen=gen, dtype=low)
     weights = (randn(head_dim, gen=gen, dtype=param, mean=1.0) for _ in range(2))
     angles = randn(length - prefix, head_dim // 2, gen=gen)
     dot = randn(rows, length, 3, heads, head_dim, gen=gen, dtype=low) if rows else None
-    return (qkv, *weights, angles.cos(), angles.sin()), (dot, None, None, None, None)
+    return (qkv, *weights, angles.cos().to(table), angles.sin().to(table)), (dot, None, None, None, None)
 
 
+@pytest.mark.parametrize("share", ("partial", "full"))
 @pytest.mark.parametrize("dtypes", ((F32, F32), (BF16, F32)), ids=("float32", "bfloat16"))
 @pytest.mark.parametrize(("length", "head_dim"), list(itertools.product((1, 17, 276), (16, 48, 64, 80, 128))))
-def test_shapes(length, head_dim, dtypes):
-    """Every length and head dimension, with and without a prefix; tangents vary along."""
+def test_shapes(length, head_dim, dtypes, share):
+    """Every length and head dimension in both dtypes, with a tangent of some samples and of all; prefixes vary."""
     heads = 3 if length < 276 else 2
     prefix = 20 if length == 276 else length * (head_dim % 3) // 2
-    primals, tangents = inputs(2, length, heads, head_dim, (head_dim // 16 + length) % 3, dtypes, prefix)
+    primals, tangents = inputs(2, length, heads, head_dim, 1 if share == "partial" else 2, dtypes, prefix)
     check("qk_norm_rope", primals, tangents, prefix_length=prefix, fixed=TABLES)
+
+
+@pytest.mark.parametrize(("table", "low"), ((BF16, BF16), (BF16, F32), (F16, F16), (F16, F32)))
+def test_tables_of_low_precision(table, low):
+    """A network cast as a whole has tables in its own dtype."""
+    primals, tangents = inputs(2, 17, 3, 48, 1, (low, low), 3, table)
+    check("qk_norm_rope", primals, tangents, prefix_length=3, fixed=TABLES)
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)

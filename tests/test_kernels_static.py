@@ -36,8 +36,10 @@ def test_machine_code(family):
         assert fits(entry), entry
         assert entry["registers"] * 32 * 16 <= 65536, entry
         assert entry["LDG.128"] and entry["STG.128"], entry
-        # Statistics are single floats: one access for each a tile.
-        assert entry.get("LDG.32", 0) <= 2 and entry.get("STG.32", 0) <= 2, entry
+        # Statistics are single floats: one access for each a tile. So are sums over tokens, three a
+        # program, where a row has fewer values than the program has threads.
+        sums = 3 if "digits" in entry["label"] and entry["kernel"] == "_backward" else 0
+        assert entry.get("LDG.32", 0) <= 2 and entry.get("STG.32", 0) <= 2 + sums, entry
         narrow = {f"{access}.{width}" for access in ("LDG", "STG") for width in ("64", "U16", "S16", "U8")}
         assert not narrow & entry.keys(), entry
 

@@ -3,7 +3,7 @@ import logging
 import pytest
 import torch
 
-from pmf import InputError, ops
+from pmf import InputError, dispatch, ops
 
 x = torch.randn(2, 5, 8)
 qkv = torch.randn(2, 5, 3, 2, 8)
@@ -54,6 +54,14 @@ angles = torch.randn(5, 4)
             r"attention: k must have shape \[2, any, 2, 8\], got \[2, 5, 1, 8\]",
         ),
         (
+            lambda: ops.attention(qkv[:, :, 0], qkv[:, :, 1].half(), qkv[:, :, 2]),
+            r"attention: q, k, v and their tangents must have one dtype, got .*float32, .*float16, .*float32",
+        ),
+        (
+            lambda: ops.attention_dual(qkv.unbind(2), (None, qkv[:, :, 1].double(), None)),
+            r"attention: q, k, v and their tangents must have one dtype, got .*float64",
+        ),
+        (
             lambda: ops.patch_embed(
                 torch.randn(2, 3, 9, 8),
                 torch.randn(4, 3, 4, 4),
@@ -72,6 +80,55 @@ def test_bad_input_is_one_line_that_names_the_argument(call, message):
     assert "\n" not in str(error.value)
 
 
+norm, residual = ops.norm_modulate_dual, ops.residual_norm_modulate_dual
+one, meta = torch.ones(8), torch.empty(2, 5, 8, device="meta")
+
+
+@pytest.mark.parametrize("impl", dispatch.IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda **o: ops.swiglu(x.long(), **o), "swiglu: x must be a floating tensor, got torch.int64"),
+        (lambda **o: ops.swiglu(None, **o), "swiglu: x must be a floating tensor, got None"),
+        (
+            lambda **o: ops.norm_modulate(x, one.int(), **o),
+            "norm_modulate: weight must be a floating tensor, got torch.int32",
+        ),
+        (
+            lambda **o: ops.norm_modulate(x, one.to("meta"), **o),
+            "norm_modulate: weight must be on cpu, got meta",
+        ),
+        (
+            lambda **o: ops.residual_norm_modulate(x, None, one, **o),
+            "residual_norm_modulate: branch must be a floating tensor, got None",
+        ),
+        (
+            lambda **o: ops.residual_norm_modulate(x, x, None, **o),
+            "residual_norm_modulate: gate must be a floating tensor, got None",
+        ),
+        (
+            lambda **o: norm((x, one, None, None), (x.int(), None, None, None), **o),
+            "norm_modulate: x's tangent must be a floating tensor, got torch.int32",
+        ),
+        (
+            lambda **o: residual((x, x, one, None, None, None), (x, meta, *[None] * 4), **o),
+            "residual_norm_modulate: branch's tangent must be on cpu, got meta",
+        ),
+    ],
+)
+def test_tensors_are_floating_and_on_one_device(call, message, impl):
+    with pytest.raises(InputError, match=f"^{message}$"):
+        call(impl=impl)
+
+
+def test_tangents_count_among_the_dtypes_of_a_kernel():
+    pytest.importorskip("triton")
+    with pytest.raises(InputError, match=r"^swiglu: dtypes must not mix bfloat16 and float16, got both$"):
+        ops.swiglu_dual((x.half(),), (x.bfloat16(),), impl="triton")
+    with pytest.raises(InputError, match=r"^swiglu: dtype must be float32, .* got torch.float64$"):
+        ops.swiglu_dual((x,), (x.double(),), impl="triton")
+
+
 def test_impl_is_checked_by_name_and_source(monkeypatch):
     with pytest.raises(InputError, match=r"impl: expected one of .*, got 'cuda'"):
         ops.swiglu(x, impl="cuda")
@@ -81,7 +138,7 @@ def test_impl_is_checked_by_name_and_source(monkeypatch):
 
 
 def test_the_choice_is_reported_once(caplog):
-    ops._report.cache_clear()
+    dispatch.report.cache_clear()
     with caplog.at_level(logging.INFO, logger="pmf"):
         ops.swiglu(x, impl="reference")
         ops.swiglu(x, impl="reference")

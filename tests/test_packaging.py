@@ -6,6 +6,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
+ROOMS = ("pmf", "kernels", "train", "benchmarks")
+
+
 def test_the_wheel_holds_every_module_under_pmf_and_nothing_else(tmp_path):
     command = [
         sys.executable,
@@ -24,6 +27,6 @@ def test_the_wheel_holds_every_module_under_pmf_and_nothing_else(tmp_path):
     (wheel,) = tmp_path.glob("pixel_meanflow-*.whl")
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = {str(file.relative_to(ROOT)) for file in (ROOT / "pmf").rglob("*.py")}
-    for room in ("kernels", "train", "benchmarks"):
+    for room in ROOMS[1:]:
         expected |= {f"pmf/{file.relative_to(ROOT)}" for file in (ROOT / room).rglob("*.py")}
     assert held == expected
