@@ -96,7 +96,7 @@ def _use_triton(op: str, impl: str | None, device: str, unsupported: str | None)
 
 
 # What torch.compiler.assume_constant_result sets, without the second that importing the compiler takes.
-_use_triton._dynamo_marked_constant = True
+setattr(_use_triton, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def choose(op: str, impl: str | None, tensors: tuple[Tensor | None, ...], limit: str | None = None) -> Callable:
