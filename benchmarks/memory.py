@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -93,11 +94,23 @@ def measured_largest_batch(size: str, checkpointing: str, budget_gb: float, join
 
 
 def table(sizes: tuple[str, ...]) -> list[dict[str, object]]:
-    """One row per size and mode: bytes per image, and the computed largest batch per budget."""
+    """One row per size and mode: bytes per image, and the computed largest batch per budget.
+
+    Counted on the Triton kernels where they can run (a GPU, or TRITON_INTERPRET=1), else on the reference.
+    """
+    impl = "triton" if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1" else "reference"
     rows = []
     for size in sizes:
         for mode in ("none", "block"):
-            memory = row_memory(size, mode)
+            memory = row_memory(size, mode, impl)
             batches = {f"{gb} GB": memory.largest_batch(gb) for gb in BUDGETS_GB}
-            rows.append({"size": size, "checkpointing": mode, "MB per image": round(memory.per_row / 1e6), **batches})
+            rows.append(
+                {
+                    "size": size,
+                    "impl": impl,
+                    "checkpointing": mode,
+                    "MB per image": round(memory.per_row / 1e6),
+                    **batches,
+                }
+            )
     return rows
