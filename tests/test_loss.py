@@ -101,6 +101,25 @@ def test_lean_is_naive(batch, change):
         assert (grad - expected[name]).norm() <= 1e-9 * expected[name].norm(), name
 
 
+def test_lean_is_naive_outside_every_interval_and_in_float32():
+    x, y, draws = step_inputs(6, seed=4)
+    outside = dataclasses.replace(draws, t_min=torch.full_like(draws.t, 1.0), t_max=torch.full_like(draws.t, 1.0))
+    assert StepPlan.of(outside, "lean").null_rows.numel() == 0
+    for dtype, bound in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
+        model = random_model().to(dtype)
+        for given in (draws, outside):
+            floats = {n: v.to(dtype) if v.is_floating_point() else v for n, v in vars(given).items()}
+            arguments = (x.to(dtype), y, pmf.Draws(**floats), LOSS)
+            naive, expected = gradients(model, *arguments, plan="naive", return_fields=True)
+            lean, grads = gradients(model, *arguments, plan="lean", return_fields=True)
+            for name, grad in grads.items():
+                assert relative_error(grad, expected[name]) < bound, name
+            for name in ("z_t", "v_g", "u", "v"):
+                assert relative_error(lean.fields[name], naive.fields[name]) < bound, name
+            read = ~given.fm_mask
+            assert relative_error(lean.fields["du_dt"][read], naive.fields["du_dt"][read]) < bound
+
+
 def test_rows_may_come_in_any_order():
     x, y, draws = step_inputs(6)
     order = torch.tensor([5, 0, 3, 1, 4, 2])
