@@ -17,9 +17,9 @@ def flow_matching_loss(model, x: Tensor, y: Tensor, draws: Draws, config: LossCo
 
     The floor of time and memory.
     """
-    every = replace(
-        draws, r=draws.t, fm_mask=torch.ones_like(draws.fm_mask), drop_mask=torch.ones_like(draws.drop_mask)
-    )
+    yes = torch.ones_like(draws.fm_mask)
+    whole = dict(t_min=torch.zeros_like(draws.t), t_max=torch.ones_like(draws.t))
+    every = replace(draws, r=draws.t, fm_mask=yes, drop_mask=yes, **whole)
     return pmf_loss(model, x, y, every, config).loss
 
 

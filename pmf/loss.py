@@ -318,6 +318,8 @@ def check_step(model, x: Tensor, y: Tensor, draws: Draws, plan: str) -> None:
     require(bool((draws.r <= draws.t).all()), "draws: expected r <= t in every row (h = t - r >= 0)")
     require(bool((draws.r >= 0).all() and (draws.t <= 1).all()), "draws: expected t and r in [0, 1]")
     require(bool((draws.t == draws.r)[draws.fm_mask].all()), "draws: expected r = t where fm_mask is set")
+    whole = (draws.t_min == 0) & (draws.t_max == 1)
+    require(bool(whole[draws.fm_mask].all()), "draws: expected the interval [0, 1] where fm_mask is set")
     if readable(x, y):
         classes = model.config.num_classes
         require(bool(torch.isfinite(x).all()), "x: expected finite images, got NaN or infinity")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pmf import dispatch, reference
-from pmf.errors import require
+from pmf.errors import readable, require
 
 
 def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -290,6 +290,10 @@ def pmf_objective(
     _shape(op, "z", z, None, None, None, None)
     _shape(op, "x", x, *z.shape)
     batch, channels, height, width = z.shape
+    require(
+        height % patch_size == 0 and width % patch_size == 0,
+        f"{op}: z must have sides that are multiples of the patch size {patch_size}, got {height} x {width}",
+    )
     tokens = (height // patch_size * (width // patch_size), patch_size**2 * channels)
     for name, value in (("net_u", net_u), ("net_v", net_v)):
         _shape(op, name, value, batch, *tokens)
@@ -300,9 +304,19 @@ def pmf_objective(
         (net_u_dot is None) == (net_c is None) and (net_c is None or net_c.shape == net_u_dot.shape),
         f"{op}: net_c must cover the same rows as net_u_dot",
     )
+    require(net_c is None or len(net_c) <= batch, f"{op}: net_c must have at most {batch} rows")
     for name, value in (("t", t), ("h", h), ("guidance", guidance), ("null_index", null_index)):
         _shape(op, name, value, batch)
-    run = dispatch.choose("pmf_objective", impl, (z, net_u, net_v))
+    floats = dict(net_u=net_u, net_v=net_v, net_u_dot=net_u_dot, net_c=net_c, net_n=net_n, z=z, x=x)
+    floats |= dict(t=t, h=h, guidance=guidance)
+    for name, value in floats.items():
+        if value is not None:
+            _floating(op, name, value, z.device)
+    require(null_index.dtype == torch.int64, f"{op}: null_index must be int64, got {null_index.dtype}")
+    if readable(null_index):
+        rows = 0 if net_n is None else len(net_n)
+        require(bool((null_index < max(rows, 1)).all()), f"{op}: null_index must be below net_n's {rows} rows")
+    run = dispatch.choose("pmf_objective", impl, tuple(floats.values()))
     return run(
         net_u,
         net_v,

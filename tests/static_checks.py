@@ -93,7 +93,8 @@ def attention_cases(size: str, stream, low):
 
     from pmf.kernels import attention
 
-    head_dims = {"B": (40, 64, 128), "L": (), "H": (80,) if low == torch.bfloat16 else (80, 128)}[size]
+    wide = (80,) if low == torch.bfloat16 else (80, 128)
+    head_dims = {"digits": (), "B": (40, 48, 64, 96, 128), "L": (), "H": wide}[size]
     for head_dim in head_dims:
         heads = 16
         q, k, v = _meta(BATCH, LENGTH, 3, heads, head_dim, dtype=low).unbind(2)
@@ -129,7 +130,7 @@ def objective_cases(size: str, stream, low):
 
     from pmf.kernels import objective
 
-    if size == "L":
+    if size in ("digits", "L"):
         return
     side, patch = {"B": (256, 16), "H": (512, 32)}[size]
     net, image = _meta(BATCH, 256, 3 * patch**2, dtype=low), _meta(BATCH, 3, side, side, dtype=torch.float32)
@@ -146,8 +147,8 @@ def patch_cases(size: str, stream, low):
 
     from pmf.kernels import patch
 
-    width, bottleneck = SIZES[size][0], {"B": 128, "L": 128, "H": 256}[size]
-    for side, p in {"B": ((256, 16),), "L": (), "H": ((512, 32),)}[size]:
+    width, bottleneck = SIZES[size][0], {"digits": 32, "B": 128, "L": 128, "H": 256}[size]
+    for side, p in {"digits": (), "B": ((256, 16),), "L": (), "H": ((512, 32),)}[size]:
         images = _meta(BATCH, 3, side, side, dtype=torch.float32)
         weight1, bias1 = _meta(bottleneck, 3, p, p, dtype=low), _meta(bottleneck, dtype=low)
         weight2, bias2 = _meta(width, bottleneck, 1, 1, dtype=low), _meta(width, dtype=low)

@@ -247,10 +247,12 @@ def test_every_primal_gives_what_the_tangent_needs(monkeypatch, backend):
         return o.transpose(1, 2).contiguous(), lse, None
 
     def cudnn(q, k, v, bias, with_lse, scale):
+        assert bias is None and with_lse is True
         o, lse, _ = heads_first(q, k, v, scale=scale)
         return o, lse[..., None]
 
     def efficient(q, k, v, bias, with_lse, scale):
+        assert bias is None and with_lse is True
         o, lse, _ = heads_first(q, k, v, scale=scale)
         return o, torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.nan)
 

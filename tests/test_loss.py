@@ -103,7 +103,8 @@ def test_lean_is_naive(batch, change):
 
 def test_lean_is_naive_outside_every_interval_and_in_float32():
     x, y, draws = step_inputs(6, seed=4)
-    outside = dataclasses.replace(draws, t_min=torch.full_like(draws.t, 1.0), t_max=torch.full_like(draws.t, 1.0))
+    outside = step_inputs(6, dataclasses.replace(LOSS, data_proportion=0.0), seed=4)[2]
+    outside = dataclasses.replace(outside, t_min=torch.ones_like(draws.t), t_max=torch.ones_like(draws.t))
     assert StepPlan.of(outside, "lean").null_rows.numel() == 0
     for dtype, bound in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
         model = random_model().to(dtype)
@@ -154,7 +155,8 @@ def test_main_pass_saves_what_forward_saves():
     """One training step keeps, beside its squared errors, what a plain forward of the same rows keeps."""
     x, y, draws = step_inputs(6)
     model = random_model()
-    none = dataclasses.replace(draws, r=draws.t, fm_mask=torch.ones(6, dtype=torch.bool))
+    whole = dict(t_min=torch.zeros_like(draws.t), t_max=torch.ones_like(draws.t))
+    none = dataclasses.replace(draws, r=draws.t, fm_mask=torch.ones(6, dtype=torch.bool), **whole)
     with_tangent = saved_bytes(lambda: pmf.pmf_loss(model, x, y, draws, LOSS), model.parameters())
     without = saved_bytes(lambda: pmf.pmf_loss(model, x, y, none, LOSS), model.parameters())
     assert with_tangent == without
@@ -229,6 +231,7 @@ def test_draws_repeat_with_their_generator():
         (dict(y=torch.tensor([0, 1, 2, 5])), r"y: expected labels in \[0, 4\], got 0 to 5"),
         (dict(y=torch.zeros(3, dtype=torch.long)), r"y: expected shape \[4\], got \[3\]"),
         (dict(y=torch.zeros(4)), "y: expected int64 class labels, got torch.float32"),
+        (dict(draw=dict(t_min=torch.full((4,), 0.2))), r"draws: expected the interval \[0, 1\] where fm_mask is set"),
         (dict(draw=dict(omega=torch.zeros(4))), "draws: expected omega >= 1 in every row"),
         (dict(draw=dict(omega=torch.full((4,), torch.nan))), "draws: expected omega >= 1 in every row"),
         (dict(draw=dict(noise=torch.full((4, 2, 8, 8), torch.nan))), "draws.noise: expected finite values"),

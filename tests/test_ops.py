@@ -129,6 +129,25 @@ def test_tangents_count_among_the_dtypes_of_a_kernel():
         ops.swiglu_dual((x,), (x.double(),), impl="triton")
 
 
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(z=torch.ones(2, 3, 10, 10), x=torch.ones(2, 3, 10, 10)), "multiples of the patch size 4, got 10 x 10"),
+        (dict(null_index=torch.tensor([0, 9])), "null_index must be below net_n's 2 rows"),
+        (dict(null_index=torch.zeros(2)), "null_index must be int64, got torch.float32"),
+        (dict(net_c=torch.ones(3, 4, 48), net_u_dot=torch.ones(3, 4, 48)), "net_c must have at most 2 rows"),
+        (dict(net_n=torch.ones(2, 4, 48, dtype=torch.int32)), "net_n must be a floating tensor, got torch.int32"),
+    ],
+)
+def test_the_objective_refuses_what_it_cannot_read(impl, change, message):
+    net, image, scalar = torch.ones(2, 4, 48), torch.ones(2, 3, 8, 8), torch.ones(2)
+    good = dict(net_u=net, net_v=net, net_u_dot=net, net_c=net, net_n=net, z=image, x=image)
+    good |= dict(t=scalar, h=scalar, guidance=scalar, null_index=torch.tensor([0, 1]))
+    with pytest.raises(InputError, match=message):
+        ops.pmf_objective(**(good | change), patch_size=4, impl=impl)
+
+
 def test_impl_is_checked_by_name_and_source(monkeypatch):
     with pytest.raises(InputError, match=r"impl: expected one of .*, got 'cuda'"):
         ops.swiglu(x, impl="cuda")
