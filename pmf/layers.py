@@ -192,6 +192,11 @@ class PackedModule(DualModule):
         """The joined weights, recorded by autograd back to the parameters."""
         raise NotImplementedError
 
+    @property
+    def sharded(self) -> bool:
+        """Whether another process holds a part of the weights."""
+        return hasattr(next(self.parameters()), "to_local")
+
     def packed(self) -> tuple[Tensor, ...]:
         """The weights that `held_weights` holds, else freshly joined ones."""
         return self.pack() if self._held is None else self._held
@@ -201,9 +206,10 @@ class PackedModule(DualModule):
 def held_weights(model: nn.Module, device_type: str) -> Iterator[None]:
     """Join the weights of every `PackedModule` once, cast where autocast is on, for all passes inside.
 
-    The parameters must not change inside.
+    The parameters must not change inside. Sharded ones (FSDP) are there only while their block runs, and are joined
+    then.
     """
-    modules = [m for m in model.modules() if isinstance(m, PackedModule)]
+    modules = [m for m in model.modules() if isinstance(m, PackedModule) and not m.sharded]
     dtype = dispatch.autocast_dtype(device_type)
     try:
         for module in modules:

@@ -23,6 +23,14 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def image_shape(self):
+        return tuple(self.images.shape[1:])
+
+    @property
+    def num_classes(self):
+        return int(self.labels.max()) + 1
+
     def batch(self, step: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
         """The batch of that step: epochs are permutations of their own, run through without a gap.
 
@@ -58,3 +66,15 @@ def digits() -> tuple[ImageSet, ImageSet]:
     )
     train, held_out = (ImageSet(images[index], labels[index]) for index in map(torch.from_numpy, split))
     return train, held_out
+
+
+class Loader:
+    def __init__(self, data, batch_size, *, seed, rank=0, world=1, workers=0, first_step=0):
+        self.__dict__.update(locals())
+
+    def __iter__(self):
+        step, n = self.first_step, self.batch_size // self.world
+        while True:
+            x, y = self.data.batch(step, self.batch_size, self.seed)
+            yield x[self.rank * n : (self.rank + 1) * n], y[self.rank * n : (self.rank + 1) * n]
+            step += 1

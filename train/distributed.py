@@ -1,4 +1,4 @@
-"""Several processes: who they are, and how the step is wrapped. PyTorch's engine does the work (torchrun, DDP, FSDP2)."""
+"""Several processes: who they are, and how the step is wrapped, on PyTorch's own engine (torchrun, DDP, FSDP2)."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import pmf
 from pmf.config import LossConfig
 from pmf.errors import InputError, require
+from pmf.layers import Block
 
 SHARDINGS = ("ddp", "fsdp", "hybrid")
 
@@ -152,7 +153,7 @@ def wrap(loss: LossModule, world: World) -> nn.Module:
         return loss
     if world.sharding == "ddp":
         return DistributedDataParallel(loss, broadcast_buffers=False, gradient_as_bucket_view=True)
-    for block in loss.model.blocks():
+    for block in [m for m in loss.model.modules() if isinstance(m, Block)]:
         fully_shard(block, mesh=world.mesh)
         register_fsdp_forward_method(block, "forward_residual")
     return fully_shard(loss, mesh=world.mesh)
@@ -171,7 +172,11 @@ def gradient_synchronisation(wrapped: nn.Module, wanted: bool) -> Iterator[None]
         yield
 
 
-def whole(state: dict[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
-    """Sharded tensors put together, on the CPU; every process must call, those without `keep` get nothing."""
-    full = ((name, value.full_tensor() if isinstance(value, DTensor) else value) for name, value in state.items())
-    return {name: value.detach().cpu() for name, value in full if keep}
+def full(tensor: Tensor) -> Tensor:
+    """A sharded tensor put together, on every process; any other tensor itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(state: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """A state dict put together on the CPU. Every process must call; those without `keep` get nothing."""
+    return {name: value.detach().cpu() for name, value in ((n, full(v)) for n, v in state.items()) if keep}
