@@ -300,7 +300,8 @@ class Block(DualModule):
     def _modulations(self, condition: Dual) -> tuple[Dual, ...]:
         """(shift, scale, gate) of attention and of the MLP."""
         if condition.value is None:
-            return ABSENT, ABSENT, Dual(self.attn_scale), ABSENT, ABSENT, Dual(self.mlp_scale)
+            # A copy: the pending branch leaves the block with its gate, and FSDP frees the parameter behind it.
+            return ABSENT, ABSENT, Dual(self.attn_scale), ABSENT, ABSENT, Dual(self.mlp_scale.clone())
         return _chunk(self.modulation.forward_dual(condition), 6)
 
     def forward_residual(self, residual: Residual, rope: Rope, condition: Dual = ABSENT) -> Residual:
