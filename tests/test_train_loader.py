@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pmf.errors import InputError
-from pmf.train.data import CorruptImage, ImageSet, Loader, digits, order, to_float
+from pmf.train.data import CorruptImageError, ImageSet, Loader, digits, order, to_float
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Numbered:
 
     def read(self, index):
         if index in self.corrupt:
-            raise CorruptImage(f"shard-{index}", "torn")
+            raise CorruptImageError(f"shard-{index}", "torn")
         return torch.tensor([index], dtype=torch.int32).view(torch.uint8).view(1, 1, 4), index % 7
 
 

@@ -1,12 +1,12 @@
 """The data room: one interface for training data, the loader, embedded sets, and prepared shards."""
 
 from pmf.train.data.embedded import ImageSet, digits
-from pmf.train.data.interface import CorruptImage, TrainingData, to_float
+from pmf.train.data.interface import CorruptImageError, TrainingData, to_float
 from pmf.train.data.loader import Loader, Throughput
 from pmf.train.data.order import order, step_seed
 
 __all__ = [
-    "CorruptImage",
+    "CorruptImageError",
     "ImageSet",
     "Loader",
     "Throughput",

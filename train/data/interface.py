@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class CorruptImage(Exception):
+class CorruptImageError(Exception):
     """An image that cannot be read: `key` says which, `reason` why."""
 
     def __init__(self, key: str, reason: str) -> None:
@@ -35,7 +35,7 @@ class TrainingData(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> tuple[Tensor, int]:
-        """(image, label): uint8 [c, H, W], or float32 in [-1, 1]. Errors: `CorruptImage`."""
+        """(image, label): uint8 [c, H, W], or float32 in [-1, 1]. Errors: `CorruptImageError`."""
         ...
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from pmf.errors import require
-from pmf.train.data.interface import CorruptImage, TrainingData, to_float
+from pmf.train.data.interface import CorruptImageError, TrainingData, to_float
 from pmf.train.data.order import indices_at
 
 MAX_CORRUPT = 100
@@ -127,7 +127,7 @@ class Loader:
         self.step += 1
         return to_float(images.to(self.device, non_blocking=True)), labels.to(self.device, non_blocking=True)
 
-    def _count(self, failure: CorruptImage) -> None:
+    def _count(self, failure: CorruptImageError) -> None:
         if failure.key in self._corrupt:
             return
         self._corrupt.add(failure.key)
@@ -171,17 +171,17 @@ class _Reader(Dataset):
     data: TrainingData
     max_corrupt: int
 
-    def __getitem__(self, index: int) -> tuple[Tensor | None, int, list[CorruptImage]]:
-        failures: list[CorruptImage] = []
+    def __getitem__(self, index: int) -> tuple[Tensor | None, int, list[CorruptImageError]]:
+        failures: list[CorruptImageError] = []
         while len(failures) < min(len(self.data), self.max_corrupt + 1):
             try:
                 return *self.data.read((index + len(failures)) % len(self.data)), failures
-            except CorruptImage as error:
+            except CorruptImageError as error:
                 failures.append(error)
         return None, 0, failures
 
 
-def _collate(samples: list[tuple]) -> tuple[Tensor | None, Tensor, list[CorruptImage]]:
+def _collate(samples: list[tuple]) -> tuple[Tensor | None, Tensor, list[CorruptImageError]]:
     images, labels, failures = zip(*samples, strict=True)
     whole = all(image is not None for image in images)
     batch = default_collate(list(images)) if whole else None
