@@ -37,7 +37,7 @@ def evaluate_photographs(
 
     The accuracy is that of `photograph_judge` in naming the samples' photographs (it names 100 % of the held-out
     real crops). The distance is to those 1,350 held-out crops, in the 192 features of `features`. For scale: real
-    training crops are at 0.12, the ten class means at 14, noise at 83.
+    training crops are at 0.03 (500 of them at 0.3), the ten class means at 9.7, noise at 50.
     """
     size, classes = model.config.image_size, model.config.num_classes
     fits = model.config.in_channels == 3 and classes == 10
