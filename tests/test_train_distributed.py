@@ -45,7 +45,7 @@ def first_steps(out: Path, sharding: str, impl: str) -> dict[str, torch.Tensor]:
         for p in trainer.model.parameters():
             spread = 1.0 if p.ndim == 1 else p.shape[-1] ** -0.5
             p.copy_(placed_like(p, torch.randn(p.shape) * spread))
-    batches = iter(trainer._loader())
+    batches = trainer._loader()
     x, y = next(batches)
     trainer._gradients(x, y)
     result = {f"gradient {name}": full(p.grad).clone() for name, p in trainer.model.named_parameters()}

@@ -246,7 +246,7 @@ main(["digits", "--resume", {str(out)!r}, "--steps", "6"])
 def test_device_batches_add_up_to_the_step(tmp_path):
     """Two device batches of 4 are the step on 8 rows whose draws are theirs."""
     trainer = Trainer(config(tmp_path / "run", device_batch=4), digits()[0])
-    x, y = next(iter(trainer._loader()))
+    x, y = next(trainer._loader())
     trainer._gradients(x, y)
     summed = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
     trainer.model.zero_grad()

@@ -60,6 +60,8 @@ class RunConfig:
     """What to train on: digits, photographs, or a directory made by `pmf data prepare`."""
     workers: int = 0
     """Processes that read images ahead, per training process (0: the training process itself)."""
+    max_corrupt: int = 100
+    """Unreadable images that each process may replace, named in warnings; one more is an error."""
     init: str | None = None
     """Start from the weights of this run, checkpoint file or hub id: fine-tuning."""
     steps: int = 1600
@@ -108,7 +110,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "save_every", "sample_every", "keep_checkpoints"):
             require(getattr(self, name) > 0, f"{name}: expected a positive number, got {getattr(self, name)}")
-        for name in ("workers", "max_skipped"):
+        for name in ("workers", "max_corrupt", "max_skipped"):
             require(getattr(self, name) >= 0, f"{name}: expected a number >= 0, got {getattr(self, name)}")
         whole = self.device_batch is None or (self.device_batch > 0 and self.batch_size % self.device_batch == 0)
         require(whole, f"device_batch: expected a divisor of batch_size {self.batch_size}, got {self.device_batch}")

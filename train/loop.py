@@ -18,7 +18,7 @@ from pmf.errors import InputError, require
 from pmf.train import directory as folder
 from pmf.train.checkpoints import Checkpoints
 from pmf.train.config import RunConfig
-from pmf.train.data import Loader, step_seed
+from pmf.train.data import Loader, TrainingData, step_seed
 from pmf.train.distributed import LossModule, World, full, gradient_synchronisation, join, whole, wrap
 from pmf.train.images import save_grid, save_loss_curve
 from pmf.train.initial import start_from
@@ -36,7 +36,7 @@ class Trainer:
     optimizers and step count. Every process of a run holds one; the main one writes.
     """
 
-    def __init__(self, config: RunConfig, data, world: World | None = None) -> None:
+    def __init__(self, config: RunConfig, data: TrainingData, world: World | None = None) -> None:
         self.config, self.data = config, data
         self.world = world or join(config.device, config.sharding)
         self.device_batch = _device_batch(config, self.world)
@@ -125,15 +125,12 @@ class Trainer:
 
     def _gradients(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Gradients of the mean loss over this process's images, a device batch at a time; the mean terms."""
-        device, size = self.world.device, self.device_batch
-        batches = list(zip(x.split(size), y.split(size), strict=True))
+        batches = list(zip(x.split(self.device_batch), y.split(self.device_batch), strict=True))
         totals: dict[str, Tensor] = {}
         for i, (images, labels) in enumerate(batches):
             number = self.world.rank * len(batches) + i
             with gradient_synchronisation(self.wrapped, i == len(batches) - 1):
-                loss, terms = self._loss(
-                    images.to(device, non_blocking=True), labels.to(device, non_blocking=True), number
-                )
+                loss, terms = self._loss(images, labels, number)
                 (loss / len(batches)).backward()
             for name, value in ({"loss": loss.detach()} | terms).items():
                 totals[name] = totals.get(name, 0) + value / len(batches)
@@ -146,7 +143,7 @@ class Trainer:
         draws = pmf.sample_draws(len(x), config.model.image_shape, config.loss, generator, device)
         half = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
-            return self.wrapped(_to_unit(x), y, draws, None)
+            return self.wrapped(x, y, draws, None)
 
     def _update(self, record: dict[str, float]) -> None:
         config = self.config
@@ -175,7 +172,7 @@ class Trainer:
         """Train to the last step. Ctrl-C, SIGTERM and SIGUSR1 save and stop; so does a full disk, without saving."""
         if self.step == self.config.steps:  # stopped while it exported the last step
             self._export()
-        batches = iter(self._loader())
+        batches = self._loader()
         stopped = False
         with StopRequest() as stop, self._reporter() as reporter:
             while self.step < self.config.steps and not stopped:
@@ -203,6 +200,8 @@ class Trainer:
             world=self.world.size,
             workers=self.config.workers,
             first_step=self.step,
+            device=self.world.device,
+            max_corrupt=self.config.max_corrupt,
         )
 
     def _save_when_due(self, stopped: bool) -> None:
@@ -251,16 +250,11 @@ def _device_batch(config: RunConfig, world: World) -> int:
     return size
 
 
-def _to_unit(images: Tensor) -> Tensor:
-    """Bytes as floats in [-1, 1]; floats as they are."""
-    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
-
-
 def _perceptual(config: RunConfig, world: World):
     return None
 
 
-def _check_data(data, config: RunConfig) -> None:
+def _check_data(data: TrainingData, config: RunConfig) -> None:
     """The network fits the images and their classes."""
     shape, wanted = tuple(data.image_shape), config.model.image_shape
     require(shape == wanted, f"model: expected a network for images of shape {list(shape)}, got {list(wanted)}")

@@ -1,0 +1,276 @@
+import io
+import os
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pmf.errors import InputError
+from pmf.train.data import CorruptImageError, Loader, PreparedShards, open_data, open_source
+from pmf.train.data.crop import centre_crop
+from pmf.train.data.prepare import PrepareConfig, command, prepare, verify
+
+CLASSES = ("ant", "bee", "cat")
+
+
+def picture(number, side=20):
+    noise = np.random.default_rng(number).integers(0, 256, (side, side + 4, 3), np.uint8)
+    return Image.fromarray(noise)
+
+
+def encoded(number, kind="PNG", **size):
+    buffer = io.BytesIO()
+    picture(number, **size).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three classes of seven pictures, one of each deeper down; sorted by class and path they are 0, 1, ... 20."""
+    root = tmp_path_factory.mktemp("folder")
+    for label, name in enumerate(CLASSES):
+        (root / name / "more").mkdir(parents=True)
+        for i in range(7):
+            place = root / name / ("more/z.png" if i == 6 else f"{i}.png")
+            place.write_bytes(encoded(7 * label + i))
+    (root / "ant" / "notes.txt").write_text("no picture")
+    return root
+
+
+def expected(number, size=8):
+    return torch.from_numpy(np.array(centre_crop(picture(number), size))).permute(2, 0, 1)
+
+
+def holds_all(data, skipped=()):
+    numbers = [n for n in range(21) if n not in skipped]
+    assert len(data) == len(numbers) and data.image_shape == (3, 8, 8) and data.num_classes == 3
+    for index, number in enumerate(numbers):
+        image, label = data.read(index)
+        assert torch.equal(image, expected(number)) and label == number // 7
+        assert image.dtype == torch.uint8
+
+
+def config(folder, out, **changes):
+    return PrepareConfig(**(dict(source=f"folder:{folder}", out=out, size=8, shard_images=5, workers=0) | changes))
+
+
+def contents(directory):
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def prepared(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("prepared") / "shards"
+    prepare(config(folder, out))
+    return out
+
+
+def test_cropping_halves_then_resizes_then_cuts_the_middle():
+    ramp = np.repeat(np.arange(80, dtype=np.uint8)[None, :, None], 40, 0).repeat(3, 2)
+    image = np.asarray(centre_crop(Image.fromarray(ramp), 10))
+    halved = np.asarray(Image.fromarray(ramp).resize((40, 20), Image.Resampling.BOX).resize((20, 10), 4))
+    assert image.shape == (10, 10, 3) and np.array_equal(image, halved[:, 5:15])
+    small = Image.fromarray(ramp).convert("L").resize((6, 5))
+    assert np.asarray(centre_crop(small, 10)).shape == (10, 10, 3)
+    bicubic = small.convert("RGB").resize((12, 10), Image.Resampling.BICUBIC).crop((1, 0, 11, 10))
+    assert np.array_equal(np.asarray(centre_crop(small, 10)), np.asarray(bicubic))
+
+
+def test_a_folder_becomes_shards_that_read_back(prepared, folder):
+    data = PreparedShards(prepared)
+    holds_all(data)
+    assert data.classes == CLASSES
+    assert sorted(contents(prepared)) == sorted(
+        ["dataset.json"] + [f"shard-{i:06d}.{kind}" for i in range(5) for kind in ("npz", "tar")]
+    )
+    assert verify(prepared) == (21, [])
+
+
+@pytest.mark.parametrize(("encoding", "lossless"), [("png", True), ("jpg", False)])
+def test_other_encodings(folder, tmp_path, encoding, lossless):
+    data = prepare(config(folder, tmp_path / "out", encoding=encoding))
+    if lossless:
+        holds_all(data)
+    assert verify(tmp_path / "out") == (21, [])
+    error = (data.read(3)[0].float() - expected(3).float()).abs().mean()
+    assert error == 0 if lossless else 0 < error < 8
+
+
+def test_the_result_depends_neither_on_workers_nor_on_interruptions(folder, prepared, tmp_path, monkeypatch):
+    prepare(config(folder, tmp_path / "workers", workers=2))
+    assert contents(tmp_path / "workers") == contents(prepared)
+
+    out, replace, calls = tmp_path / "stopped", os.replace, []
+
+    def stopping(source, target):
+        calls.append(target)
+        if len(calls) in (4, 7):  # between a tar file and its index, and before a tar file
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", stopping)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config(folder, out))
+        with pytest.raises(InputError, match="is not complete"):
+            PreparedShards(out)
+    holds_all(prepare(config(folder, out)))
+    assert contents(out) == contents(prepared)
+    # Manifests of three runs and the last one, ten files, two stops, one tar file that had lost its index.
+    assert len(calls) == 4 + 10 + 2 + 1
+
+
+def test_a_complete_directory_is_left_as_it_is(folder, prepared):
+    before = {file: file.stat().st_mtime_ns for file in prepared.glob("shard-*")}
+    prepare(config(folder, prepared))
+    assert {file: file.stat().st_mtime_ns for file in prepared.glob("shard-*")} == before
+
+
+def test_torn_shards_are_named_and_made_again(folder, prepared, tmp_path):
+    prepare(config(folder, tmp_path))
+    short, flipped = tmp_path / "shard-000003.tar", tmp_path / "shard-000001.tar"
+    short.write_bytes(short.read_bytes()[:700])
+    data = bytearray(flipped.read_bytes())
+    data[512 + 200] ^= 1
+    flipped.write_bytes(data)
+    images, wrong = verify(tmp_path)
+    assert images == 21 and len(wrong) == 2
+    assert "shard-000001.tar is torn at 000000005.npy (ant/5.png)" in wrong[0] and "shard-000003.tar" in wrong[1]
+    with pytest.raises(InputError, match=r"shard-000003.tar is missing or torn: 700 bytes, expected"):
+        PreparedShards(tmp_path)
+    with pytest.raises(InputError, match=r"shard-000001.tar is torn .*remove the shard's .npz and run"):
+        command(["verify", str(tmp_path)])
+    flipped.with_suffix(".npz").unlink()
+    prepare(config(folder, tmp_path))
+    assert contents(tmp_path) == contents(prepared)
+
+
+def test_a_flipped_bit_is_a_corrupt_image_that_the_loader_replaces(folder, tmp_path):
+    prepare(config(folder, tmp_path))
+    file = tmp_path / "shard-000001.tar"
+    data = bytearray(file.read_bytes())
+    data[512 + 200] ^= 1
+    file.write_bytes(data)
+    shards = PreparedShards(tmp_path)
+    with pytest.raises(CorruptImageError, match=r"shard-000001.tar: ant/5.png: its checksum"):
+        shards.read(5)
+    x, _ = next(Loader(shards, 21, seed=0, workers=1))
+    assert sum(torch.equal(image, expected(6).float() / 127.5 - 1) for image in x) == 2
+
+
+def test_unusable_pictures_are_named_up_to_the_budget(folder, tmp_path, capsys):
+    broken = tmp_path / "in"
+    for label, name in enumerate(CLASSES):
+        (broken / name).mkdir(parents=True)
+        for i in range(7):
+            data = encoded(7 * label + i)
+            cut = {3: data[:200], 12: b""}.get(7 * label + i, data)
+            (broken / name / f"{i}.png").write_bytes(cut)
+    with pytest.raises(InputError, match=r"at most 1 unusable pictures, the last is bee/5.png: it has no bytes"):
+        prepare(config(broken, tmp_path / "out", max_corrupt=1))
+    flags = ["--size", "8", "--shard-images", "5", "--workers", "2", "--max-corrupt", "2", "--verify"]
+    command(["prepare", f"folder:{broken}", "--out", str(tmp_path / "out"), *flags])
+    said = capsys.readouterr()
+    assert "left out ant/3.png: " in said.err and "left out bee/5.png: it has no bytes" in said.err
+    assert "19 images of 3 classes at 8 px; 2 left out" in said.out and "19 images verified" in said.out
+    holds_all(PreparedShards(tmp_path / "out"), skipped=(3, 12))
+
+
+def test_another_run_in_the_same_directory_is_refused(folder, prepared, tmp_path):
+    with pytest.raises(InputError, match=r"size: .* was begun with 8, got 16; expected another --out"):
+        prepare(config(folder, prepared, size=16))
+    (tmp_path / "theirs").write_text("")
+    with pytest.raises(InputError, match=r"is not empty and holds no prepared shards"):
+        prepare(config(folder, tmp_path))
+    for name in CLASSES:
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "in" / name / "a.png").write_bytes(encoded(0))
+    prepare(config(tmp_path / "in", tmp_path / "out"))
+    (tmp_path / "in/ant/b.png").write_bytes(encoded(1))
+    with pytest.raises(InputError, match=r"source: .* has changed since .* was begun"):
+        prepare(config(tmp_path / "in", tmp_path / "out"))
+
+
+def test_the_shards_are_webdataset_shards(prepared, tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    rows = list(webdataset.WebDataset([str(f) for f in sorted(prepared.glob("*.tar"))], shardshuffle=False).decode())
+    assert [row["cls"] for row in rows] == [n // 7 for n in range(21)]
+    assert all(np.array_equal(row["npy"], expected(n)) for n, row in enumerate(rows))
+
+
+def test_webdataset_shards_are_a_source(folder, tmp_path):
+    pytest.importorskip("webdataset")
+    prepare(config(folder, tmp_path / "png", encoding="png", size=20))
+    pattern = f"wds:{tmp_path}/png/shard-{{000000..000004}}.tar"
+    names = tmp_path / "classes.txt"
+    names.write_text("\n".join(CLASSES))
+    data = prepare(config(None, tmp_path / "out", source=pattern, shard_images=8, classes=names))
+    assert data.classes == CLASSES and len(data) == 21
+    wanted = torch.from_numpy(np.array(centre_crop(centre_crop(picture(20), 20), 8))).permute(2, 0, 1)
+    assert torch.equal(data.read(20)[0], wanted)
+    assert [s.key for s in open_source(pattern).samples(19)] == ["000000019", "000000020"]
+    torn = tmp_path / "png/shard-000004.tar"
+    torn.write_bytes(torn.read_bytes()[:900])
+    with pytest.raises(InputError, match="source: cannot read the shards"):
+        list(open_source(pattern).samples())
+    unlabelled = tmp_path / "bare.tar"
+    with tarfile.open(unlabelled, "w") as tar:
+        entry = tarfile.TarInfo("a.png")
+        entry.size = len(encoded(0))
+        tar.addfile(entry, io.BytesIO(encoded(0)))
+    with pytest.raises(InputError, match="the last is a: it has no label"):
+        prepare(config(None, tmp_path / "bare", source=f"wds:{unlabelled}", max_corrupt=0))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "disk", "arrow"])
+def test_hugging_face_data_sets_are_a_source(folder, tmp_path, kind):
+    datasets = pytest.importorskip("datasets")
+    columns = {"picture": datasets.Image(), "kind": datasets.ClassLabel(names=list(CLASSES))}
+    rows = {"picture": [{"bytes": encoded(n), "path": None} for n in range(21)], "kind": [n // 7 for n in range(21)]}
+    data = datasets.Dataset.from_dict(rows, features=datasets.Features(columns))
+    place = tmp_path / "data"
+    if kind == "parquet":
+        place.mkdir()
+        data.to_parquet(place / "train.parquet")
+    else:
+        data.save_to_disk(place)
+        if kind == "arrow":
+            (place / "state.json").unlink()
+    spec = f"hf:{place}?image=picture&label=kind"
+    out = tmp_path / "out"
+    holds_all(prepare(config(None, out, source=spec)))
+    assert PreparedShards(out).classes == CLASSES
+    (last,) = open_source(spec).samples(20)
+    assert (last.key, last.data, last.label) == ("row 20", encoded(20), 2)
+    with pytest.raises(InputError, match=r"has no column 'image', its columns are \['kind', 'picture'\]"):
+        open_source(f"hf:{place}")
+    with pytest.raises(InputError, match="hf options are config, image, label, split, streaming; got 'x=1'"):
+        open_source(f"hf:{place}?x=1")
+
+
+def test_wrong_sources_are_refused(tmp_path):
+    for spec, message in (
+        ("zip:a", "source: expected folder:PATH, hf:NAME"),
+        (f"folder:{tmp_path}/none", "is no directory"),
+        (f"folder:{tmp_path}", "holds no class directories"),
+        (f"wds:{tmp_path}/{{0..1}}.tar", "there is no shard"),
+    ):
+        with pytest.raises(InputError, match=message):
+            open_source(spec)
+
+
+def test_data_opens_by_name(prepared, folder):
+    assert open_data("digits", 8).image_shape == (1, 8, 8)
+    assert len(open_data(str(prepared), 8)) == 21
+    for spec, size, message in (
+        ("digits", 16, "data: digits have 8 pixels a side"),
+        (str(prepared), 16, "was prepared at 8 pixels, the network has 16"),
+        (f"folder:{folder}", 8, f"run `pmf data prepare 'folder:{folder}' --out DIRECTORY --size 8`"),
+        (str(folder), 8, f"run `pmf data prepare 'folder:{folder}'"),
+        ("hf:owner/name", 8, "run `pmf data prepare 'hf:owner/name'"),
+        ("nothing", 8, "data: expected digits, photographs or a prepared directory, got nothing"),
+    ):
+        with pytest.raises(InputError, match=message):
+            open_data(spec, size)

@@ -1,0 +1,44 @@
+"""What training data is: image shape, classes, length, and a read by index."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class CorruptImageError(Exception):
+    """An image that cannot be read: `key` says which, `reason` why."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(key, reason)
+        self.key, self.reason = key, reason
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.reason}"
+
+
+class TrainingData(Protocol):
+    """Labelled images of one shape, read by index in any order and from any process."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        ...
+
+    @property
+    def num_classes(self) -> int:
+        """Labels lie in [0, num_classes)."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> tuple[Tensor, int]:
+        """(image, label): uint8 [c, H, W], or float32 in [-1, 1]. Errors: `CorruptImageError`."""
+        ...
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Images as float32 in [-1, 1]: uint8 is scaled, float32 is returned as it is."""
+    return images.float().div_(127.5).sub_(1) if images.dtype == torch.uint8 else images
