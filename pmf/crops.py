@@ -11,6 +11,7 @@ antialias=True)` of every crop, with no loop over rows and nothing read back fro
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -69,11 +70,18 @@ def resize_crops(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     require(list(boxes.shape) == [rows, 4], f"boxes: expected shape [{rows}, 4], got {list(boxes.shape)}")
     dtype = torch.promote_types(images.dtype, torch.float32)
     top, left, tall, wide = boxes.to(images.device, dtype, non_blocking=True).unbind(1)
-    with torch.autocast(images.device.type, enabled=False):
+    with no_autocast(images.device):
         vertical, horizontal = _weights(top, tall, height, size), _weights(left, wide, width, size)
         crops = torch.einsum("bih,bchw->bciw", vertical, images.to(dtype))
         crops = torch.einsum("bjw,bciw->bcij", horizontal, crops)
     return crops.contiguous(memory_format=torch.channels_last)
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager:
+    """What runs inside keeps its own dtypes."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def _weights(start: Tensor, length: Tensor, pixels: int, size: int) -> Tensor:

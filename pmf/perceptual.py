@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pmf.crops import draw_crops, resize_crops
+from pmf.crops import draw_crops, no_autocast, resize_crops
 from pmf.errors import InputError, require
 
 CROP_SIZE = 224
@@ -36,8 +36,8 @@ VECTOR_EPS = 1e-10
 class LPIPSDistance(nn.Module):
     """LPIPS per row, of images in [-1, 1], from a `lpips.LPIPS` network (version 0.1, VGG trunk).
 
-    The trunk runs in `dtype`; scaling the input and comparing features are in float32 at least. The value
-    is that of the package. A feature vector of zeros gets a zero gradient, where the package gives NaN.
+    The network is taken over. Its trunk runs in `dtype`; scaling the input and comparing features are in float32
+    at least. The value is the package's; a feature vector of zeros gets a zero gradient, where the package gives NaN.
     """
 
     def __init__(self, network: Any, dtype: torch.dtype) -> None:
@@ -69,7 +69,8 @@ def _unit(features: Tensor) -> Tensor:
 class ConvNextDistance(nn.Module):
     """Squared distance per row of the pooled, normalised features of a `transformers.ConvNextV2Model`.
 
-    The network runs in `dtype`; pooling, the final LayerNorm (eps 1e-6) and the distance are in float32 at least.
+    The network is taken over and runs in `dtype`; pooling, the final LayerNorm (eps 1e-6) and the distance are in
+    float32 at least.
     """
 
     def __init__(self, network: Any, dtype: torch.dtype) -> None:
@@ -123,28 +124,16 @@ class PerceptualLoss(nn.Module):
     Frozen and always in evaluation mode; gradients reach x_hat only. `PerceptualLoss.load` finds the weights.
     """
 
-    def __init__(
-        self,
-        lpips: Any,
-        convnext: Any,
-        *,
-        dtype: torch.dtype = torch.bfloat16,
-        rows_at_once: int = 32,
-    ) -> None:
-        """Args: a `lpips.LPIPS` with VGG trunk and a `transformers.ConvNextV2Model`, which are taken over and cast
-        (None leaves the term out); `dtype` of the networks; `rows_at_once`, the rows whose activations are
-        kept at one time.
+    def __init__(self, terms: Mapping[str, nn.Module], *, rows_at_once: int = 32) -> None:
+        """Args: `terms`, by name a module that gives distances [B] of images a and b [B, 3, 224, 224], rows apart
+        (`LPIPSDistance` as "lpips", `ConvNextDistance` as "convnext"); `rows_at_once`, the rows whose activations
+        are kept at one time.
         """
         super().__init__()
         require(rows_at_once >= 1, f"rows_at_once: expected at least 1, got {rows_at_once}")
-        require(dtype.is_floating_point, f"dtype: expected a floating dtype, got {dtype}")
-        require(lpips is not None or convnext is not None, "lpips, convnext: expected at least one network, got none")
+        require(len(terms) > 0, "terms: expected at least one, got none")
         self.rows_at_once = rows_at_once
-        self.terms = nn.ModuleDict()
-        if lpips is not None:
-            self.terms["lpips"] = LPIPSDistance(lpips, dtype)
-        if convnext is not None:
-            self.terms["convnext"] = ConvNextDistance(convnext, dtype)
+        self.terms = nn.ModuleDict(terms)
         self.requires_grad_(False).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @classmethod
@@ -166,13 +155,15 @@ class PerceptualLoss(nn.Module):
         "random" (ConvNeXt-V2 Base), or None. "random" weights are a function of `seed`.
         Errors: `InputError` names what is not installed, not found, or does not fit.
         """
+        require(dtype.is_floating_point, f"dtype: expected a floating dtype, got {dtype}")
+        terms: dict[str, nn.Module] = {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            networks = (
-                None if lpips is None else _load_lpips(str(lpips)),
-                None if convnext is None else _load_convnext(str(convnext)),
-            )
-        return cls(*networks, dtype=dtype, rows_at_once=rows_at_once).to(device)
+            if lpips is not None:
+                terms["lpips"] = LPIPSDistance(_load_lpips(str(lpips)), dtype)
+            if convnext is not None:
+                terms["convnext"] = ConvNextDistance(_load_convnext(str(convnext)), dtype)
+        return cls(terms, rows_at_once=rows_at_once).to(device)
 
     def train(self, mode: bool = True) -> PerceptualLoss:
         """Stays in evaluation mode, whatever a parent module is set to."""
@@ -200,7 +191,7 @@ class PerceptualLoss(nn.Module):
         if len(x) == 0:
             return {name: x_hat.sum((1, 2, 3)) for name in self.terms}
         a, b = (resize_crops(images, boxes, CROP_SIZE) for images in (x_hat, x.detach()))
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x.device):
             return {name: _RowDistance.apply(a, b, term, self.rows_at_once) for name, term in self.terms.items()}
 
 
