@@ -76,10 +76,10 @@ class ConvNextDistance(nn.Module):
     def __init__(self, network: Any, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
-        self.network = network.to(dtype)
-        self.norm = nn.LayerNorm(network.layernorm.normalized_shape, eps=NORM_EPS)
+        wide = torch.promote_types(dtype, torch.float32)
+        self.norm = nn.LayerNorm(network.layernorm.normalized_shape, eps=NORM_EPS, dtype=wide)
         self.norm.load_state_dict(network.layernorm.state_dict())
-        self.norm.to(torch.promote_types(dtype, torch.float32))
+        self.network = network.to(dtype)
 
     def features(self, images: Tensor) -> Tensor:
         """Pooled and normalised features [B, C] of images [B, 3, H, W] in [-1, 1]."""
