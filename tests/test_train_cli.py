@@ -108,5 +108,5 @@ def test_module_and_help_work_and_explain_every_value():
 
 
 def test_unknown_commands_name_the_known_ones():
-    with pytest.raises(SystemExit, match="unknown command 'paint', expected one of digits, sample, eval"):
+    with pytest.raises(SystemExit, match="unknown command 'paint', expected one of train, digits, data, sample, eval"):
         main(["paint"])

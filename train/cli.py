@@ -12,9 +12,12 @@ import tyro
 
 from pmf.errors import InputError, require
 from pmf.train.config import RunConfig, load_run_config
+from pmf.train.presets import PRESETS, run_preset
 
 COMMANDS = {
-    "digits": "train pMF on scikit-learn's handwritten digits",
+    "train": "train a preset, or continue a run; under torchrun on several GPUs",
+    "digits": "train on scikit-learn's handwritten digits: short for train digits",
+    "data": "prepare ImageNet or pictures of your own for training",
     "sample": "draw a PNG grid of images from a checkpoint",
     "eval": "measure a digits checkpoint: Fréchet distance and accuracy",
 }
@@ -88,23 +91,48 @@ def _load(config: SampleConfig | EvalConfig):
     )
 
 
-def digits(arguments: list[str]) -> None:
-    """Train on digits; with --resume, the stored configuration supplies the defaults."""
+def train(arguments: list[str]) -> None:
+    """Train a preset, `pmf train PRESET [options]`, or continue a run, `pmf train --resume DIRECTORY [options]`.
+
+    The preset, or the stored configuration, supplies the defaults of all options.
+    """
+    named = bool(arguments) and not arguments[0].startswith("-")
+    preset, options = (arguments[0], arguments[1:]) if named else (None, arguments)
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--resume", type=Path)
-    resumed = finder.parse_known_args(arguments)[0].resume
-    stored = RunConfig() if resumed is None else load_run_config(resumed)
-    config = tyro.cli(RunConfig, prog="pmf digits", args=arguments, default=stored)
+    resumed = finder.parse_known_args(options)[0].resume
+    require(
+        preset is not None or resumed is not None or "--help" in options or "-h" in options,
+        f"preset: expected one of {', '.join(PRESETS)}, or --resume DIRECTORY",
+    )
+    stored = run_preset(preset or "digits") if resumed is None else load_run_config(resumed)
+    config = tyro.cli(RunConfig, prog=f"pmf train {preset or 'PRESET'}", args=options, default=stored)
     require(
         resumed is None or config.out == stored.out,
         f"out: expected none beside --resume, which continues in {resumed}, got {config.out}",
     )
-    from pmf.train import data
+    from pmf.train.data import open_data
+    from pmf.train.distributed import join, leave
     from pmf.train.loop import Trainer
 
-    trainer = Trainer(config, data.digits()[0])
+    world = join(config.device, config.sharding)
+    trainer = Trainer(config, open_data(config.data, config.model.image_size), world)
     trainer.run()
-    print(f"run: {trainer.directory} (samples.png, loss.png, metrics.jsonl)")
+    if world.main:
+        print(f"run: {trainer.directory} (samples.png, loss.png, metrics.jsonl)")
+    leave(world)
+
+
+def digits(arguments: list[str]) -> None:
+    """`pmf train digits`."""
+    train(arguments if any(a.startswith("--resume") for a in arguments) else ["digits", *arguments])
+
+
+def data(arguments: list[str]) -> None:
+    """`pmf data prepare` and `pmf data verify`."""
+    from pmf.train.data.prepare import command
+
+    command(arguments)
 
 
 def sample(arguments: list[str]) -> None:
@@ -143,7 +171,7 @@ def evaluate(arguments: list[str]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run one command. Bad input ends with one line on standard error and exit status 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"digits": digits, "sample": sample, "eval": evaluate}
+    commands = {"train": train, "digits": digits, "data": data, "sample": sample, "eval": evaluate}
     usage = "\n".join(f"  {name:8}{text}" for name, text in COMMANDS.items())
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"usage: pmf COMMAND [options]\n\n{usage}\n\n`pmf COMMAND --help` explains every option.")

@@ -40,10 +40,10 @@ class PerceptualConfig:
 
     enabled: bool = False
     """Add LPIPS and ConvNeXt distances to the loss (needs the perceptual extra)."""
-    vgg: str | None = None
-    """State dict of LPIPS's VGG-16 trunk (default: torchvision downloads it)."""
-    convnext: str = "facebook/convnextv2-base-22k-224"
-    """ConvNeXt-V2: a hub id or a local directory."""
+    lpips: str = "hub"
+    """LPIPS's VGG-16 trunk: hub (torchvision downloads it), a state dict, or random (for trying things out)."""
+    convnext: str = "hub"
+    """ConvNeXt-V2: hub (its base size), a hub id, a local directory, or random (for trying things out)."""
 
 
 @dataclass(frozen=True)
