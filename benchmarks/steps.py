@@ -79,12 +79,17 @@ def _jax_provider(size: str, batch: int, device: torch.device) -> Run:
     return jax_step(lambda: pmf.create_model(size, device="cpu"), x, y, draws, LOSSES[size], device)
 
 
+def step_name(size: str, batch: int) -> str:
+    """The name of a step's case."""
+    return f"step {size.removeprefix('pMF-')} batch {batch}"
+
+
 def step_case(size: str, batch: int) -> Case:
     """The pMF step of one preset. Operations are those of the lean plan, whatever a provider spends."""
     draws = pmf.sample_draws(batch, (1, 1, 1), LOSSES[size], torch.Generator().manual_seed(0))
     operations = row_operations(MODELS[size]).lean(draws)
     providers = functools.partial(step_providers, size, batch)
-    return Case(f"step {size.removeprefix('pMF-')} batch {batch}", 0, operations, providers, STEP_TEST)
+    return Case(step_name(size, batch), 0, operations, providers, STEP_TEST)
 
 
 def sampling_case(size: str, batch: int) -> Case:
