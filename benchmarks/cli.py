@@ -37,10 +37,12 @@ class Options:
     """Images in a batch (default: 64 for ops, 128 for steps and sampling)."""
     only: str = ""
     """Measure only cases whose name contains this."""
+    providers: tuple[str, ...] = ()
+    """Measure only these of what is compared (default: all)."""
     repeats: int = 30
     """Runs of each provider, fewer where time is short; the median is reported."""
-    minutes: float = 20.0
-    """The whole measurement ends within this; what no longer fits is named."""
+    minutes: float = 19.0
+    """The whole measurement ends within this, start-up aside; what no longer fits is named."""
     profile: str = "lean"
     """Steps and samplers whose name starts with this also record their largest kernels; "" for none."""
     record: Path | None = None
@@ -65,7 +67,7 @@ def measure(options: Options) -> None:
     budget = Budget(options.minutes)
     on_gpu = torch.device(options.device).type == "cuda"
     directory = options.record or (RESULTS if on_gpu else None)
-    settings = Settings(options.device, options.repeats, options.profile)
+    settings = Settings(options.device, options.repeats, options.profile, options.providers)
     Measurement(plan_of(options), settings, budget, directory).run()
     if directory is None:
         print("no GPU: nothing was recorded")

@@ -43,6 +43,8 @@ class Settings:
     repeats: int
     profile: str
     """Whole steps and samplers whose name starts with this also tell their largest kernels."""
+    providers: tuple[str, ...] = ()
+    """Only these; none: all."""
 
 
 @dataclass(frozen=True)
@@ -136,9 +138,8 @@ def _records(job: Job, settings: Settings, device: torch.device, seconds: float)
         timing = TIMING_SHARE * seconds / len(job.cases)
         for case in suite_cases(job.suite, job.size, job.batch):
             if case.name in job.cases:
-                providers = case.providers(device)
-                if job.provider is not None:
-                    providers = {job.provider: providers[job.provider]}
+                wanted = settings.providers if job.provider is None else (job.provider,)
+                providers = {n: prepare for n, prepare in case.providers(device).items() if not wanted or n in wanted}
                 yield from case_records(case.name, providers, device, settings, timing, job.suite != "ops")
 
 

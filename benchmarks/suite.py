@@ -125,7 +125,10 @@ class Measurement:
         require(self.origin.get("status") != "failed", f"device: {self.origin.get('error')}")
         print(f"{self.origin['gpu']}: copy {self.origin['copy_bytes_per_s'] / 1e9:.0f} GB/s, ", end="")
         print(f"bf16 product {self.origin['product_operations_per_s'] / 1e12:.1f} TFLOP/s", flush=True)
+        wanted = self.settings.providers
         for job in self.plan.jobs:
+            if wanted and job.provider is not None and job.provider not in wanted:
+                continue
             broken = {self.plan.cases[name].test for name in job.cases} & failing.keys()
             if broken:
                 self._add(job, failed(failing[min(broken)], provider=job.provider))

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from pmf.benchmarks import cli, jobs, ledger, plots, report, suite
+from pmf.benchmarks import cli, jobs, ledger, report, suite
 from pmf.benchmarks.jobs import Job, Settings, case_records, run_job
 from pmf.errors import InputError
 
