@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import pmf
 from pmf.benchmarks import cases, memory, steps
 from pmf.benchmarks.baselines import joint_jvp_loss, two_pass_loss
-from pmf.benchmarks.counting import saved_bytes
+from pmf.benchmarks.counting import meta_step, operations, saved_bytes
 from pmf.benchmarks.memory import row_memory
 from pmf.benchmarks.timing import ceilings, largest_kernels, measure, warm_up
 from pmf.dual import Dual
@@ -68,13 +68,13 @@ def test_every_published_shape_has_a_case():
     assert "attention dual S 4096 D 128" in [case.name for case in cases.long_attention_cases()]
 
 
-@pytest.mark.parametrize("size", [size for size in pmf.MODELS if size != "pMF-digits"])
+@pytest.mark.parametrize("size", ["pMF-B/32", "pMF-L/32", "pMF-H/32"])  # test_counting.py counts the others
 def test_every_preset_has_a_step(size):
-    """Its providers are named and counted, and the lean step runs through on fake tensors."""
+    """Its providers are named, its operations counted, and forward and backward run through on meta tensors."""
     case = steps.step_case(size, 4)
-    assert case.operations > 0 and {"lean", "flow matching", "joint jvp, compiled"} <= case.providers(CPU).keys()
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        steps.training_step(steps.lean_loss, size, 4, CPU, impl="reference")()
+    assert {"lean", "flow matching", "joint jvp, compiled"} <= case.providers(CPU).keys()
+    draws = pmf.sample_draws(4, (1, 1, 1), pmf.LOSSES[size], torch.Generator().manual_seed(0))
+    assert operations(meta_step(pmf.MODELS[size], draws, "lean")) == case.operations
 
 
 def test_measure_takes_turns_and_gives_quartiles():
@@ -111,7 +111,7 @@ def test_step_and_sampling_cases_run(case, monkeypatch):
     small = case("small", 2)
     assert small.operations > 0
     for name, prepare in small.providers(CPU).items():
-        if "compiled" not in name:
+        if "compiled" not in name and name != "JAX":
             prepare()()
 
 
