@@ -48,9 +48,9 @@ def checkpoint(path: Path) -> Path:
     return path
 
 
-def evaluate(config: EvalConfig, extractor: torch.nn.Module | None = None, ranks: Ranks = Ranks()) -> list[dict]:  # noqa: B008
+def evaluate(config: EvalConfig, extractor: torch.nn.Module | None = None, ranks: Ranks | None = None) -> list[dict]:
     """The lines of an evaluation on the CPU."""
-    return Evaluation(config, extractor or Toy(), ranks, torch.device("cpu")).run()
+    return Evaluation(config, extractor or Toy(), ranks or Ranks(), torch.device("cpu")).run()
 
 
 if __name__ == "__main__":

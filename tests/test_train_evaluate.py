@@ -253,6 +253,7 @@ def test_what_changes_a_result_is_measured_anew_and_a_torn_line_is_passed_over(c
         (dict(interval=("0.1",)), "interval: expected t_min,t_max such as 0.1,0.7, got '0.1'"),
         (dict(interval=("0.7,0.1",)), "sampling.t_min: expected 0 <= t_min <= t_max <= 1, got 0.7 and 0.1"),
         (dict(omega=(0.5,)), "sampling.omega: expected a guidance scale >= 1, got 0.5"),
+        (dict(per_class=1), "per_class: expected at least 10 images in all, got 5"),
         (dict(omega=()), "omega: this network is no preset, so omega must be given"),
         (dict(reference=Path("/nowhere")), "reference: /nowhere is not a readable npz archive"),
     ],
@@ -271,3 +272,23 @@ def test_statistics_of_another_extractor_are_refused(config, tmp_path):
 def test_only_digits_do_without_a_reference(source):
     with pytest.raises(InputError, match="reference: expected a folder of images or an npz of statistics, got none"):
         command([str(source), "--omega", "2", "--interval", "0,1", "--device", "cpu"])
+
+
+@pytest.mark.extras
+def test_the_commands_measure_with_inception(source, reference, inception_weights, tmp_path, capsys):
+    inception = ["--inception", str(inception_weights), "--device", "cpu"]
+    folder = reference / "0"
+    command(["statistics", str(folder), "--out", str(tmp_path / "ref.npz"), *inception])
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'ref.npz'}: statistics of 10 images\n"
+    arguments = [str(source), "--reference", str(tmp_path / "ref.npz"), "--out", str(tmp_path), *inception]
+    grid = ["--per-class", "2", "--omega", "1.5", "--interval", "0,1", "--steps", "1", "2"]
+    command([*arguments, *grid])
+    *lines, best = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["steps"] for line in lines] == [1, 2] and all(line["precision"] is None for line in lines)
+    assert best == {"best": min(lines, key=lambda line: line["fid"])}
+
+
+def test_the_command_names_the_extra_it_lacks(source, reference, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(InputError, match=r"expected pip install 'pixel-meanflow\[eval\]'"):
+        command([str(source), "--reference", str(reference), "--device", "cpu"])

@@ -36,9 +36,9 @@ def test_pictures_come_as_rgb_bytes_at_their_own_size(tmp_path):
 
 
 def test_what_is_no_folder_and_no_picture_is_named(tmp_path):
-    with pytest.raises(InputError, match="reference: .*nothing does not exist"):
+    with pytest.raises(InputError, match=r"reference: .*nothing does not exist"):
         pictures(tmp_path / "nothing")
-    with pytest.raises(InputError, match="holds no .png"):
+    with pytest.raises(InputError, match=r"holds no \.png"):
         pictures(tmp_path)
     (tmp_path / "torn.png").write_bytes(b"\x89PNG")
     with pytest.raises(InputError, match=r"reference: .*torn.png is not a readable picture"):

@@ -33,7 +33,6 @@ from pmf.train.features import (
     file_digest,
     folder_identity,
     folder_statistics,
-    picture_source,
     pictures,
     weights_digest,
 )
@@ -41,6 +40,7 @@ from pmf.train.images import to_bytes
 
 PER_CLASS = 50
 DIGITS_SHAPE = (1, 8, 8)
+SPLITS = 10  # of the Inception score
 RESULTS_FILE = "results.jsonl"
 
 
@@ -193,7 +193,7 @@ def grid(config: EvalConfig, weights: str | None, model: ModelConfig, steps: tup
     intervals = [_interval(text) for text in config.interval] or [(default.t_min, default.t_max)]
     weights = weights or (stored.sampling_weights if stored else run.stem)
     points = product(intervals, omegas, config.steps or steps)
-    return [Point(weights, SamplingConfig(w, *interval), n) for interval, w, n in points]
+    return [Point(weights, SamplingConfig(*map(float, (w, *interval))), n) for interval, w, n in points]
 
 
 def _interval(text: str) -> tuple[float, float]:
@@ -251,6 +251,7 @@ class Evaluation:
 
     def _measure(self, model: pmf.PMFDiT, network: str, point: Point) -> dict:
         config, count = self.config, self.config.per_class * model.config.num_classes
+        require(count >= SPLITS, f"per_class: expected at least {SPLITS} images in all, got {count}")
         numbers = (point.settings, config.per_class, config.seed, config.dtype)
         key = digest(network, *numbers, self.extractor_digest, self.reference_digest)
         folder = config.images / f"{point.name}-{key[:8]}" if config.images else None
@@ -292,7 +293,7 @@ class Evaluation:
     def _metrics(self, chunks: Chunks) -> dict[str, float | None]:
         """All four; precision and recall are None where the reference has no features."""
         generated = chunks.statistics(keep=True)
-        score, deviation = inception_score(torch.cat(list(chunks.read("logits"))))
+        score, deviation = inception_score(torch.cat(list(chunks.read("logits"))), splits=SPLITS)
         precision = recall = None
         if self.reference.features is not None:
             both = (torch.from_numpy(x.features).to(self.device) for x in (generated, self.reference))
