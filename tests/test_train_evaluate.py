@@ -263,6 +263,25 @@ def test_bad_settings_are_named(config, tmp_path, change, message):
         evaluate(dataclasses.replace(config, out=tmp_path, **change))
 
 
+def test_grey_pictures_are_measured_in_three_equal_channels(config, tmp_path):
+    model = random_model(pmf.MODELS["pMF-digits"], dtype=torch.float32)
+    pmf.save_model(tmp_path / "grey.safetensors", model.config, model.state_dict())
+    grey = dict(source=str(tmp_path / "grey.safetensors"), out=tmp_path, images=tmp_path / "images", per_class=1)
+    (line,) = evaluate(dataclasses.replace(config, **grey, omega=(1.5,), interval=("0,1",)))
+    files = sorted((tmp_path / "images").rglob("*.png"))
+    kept = torch.stack([torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) for file in files])
+    expected = pmf.generate(model, range(10), omega=1.5, t_min=0.0, t_max=1.0, batch_size=10)
+    assert kept.shape == (10, 3, 8, 8) and line["images"] == 10
+    assert (kept.int() - to_bytes(expected).int()).abs().max() <= 1  # batches of three round otherwise
+
+
+def test_pictures_have_one_or_three_channels(config, tmp_path):
+    model = random_model(dtype=torch.float32)
+    pmf.save_model(tmp_path / "two.safetensors", model.config, model.state_dict())
+    with pytest.raises(InputError, match="source: expected images of 1 or 3 channels, got 2"):
+        evaluate(dataclasses.replace(config, source=str(tmp_path / "two.safetensors"), out=tmp_path))
+
+
 def test_statistics_of_another_extractor_are_refused(config, tmp_path):
     Statistics.of(torch.randn(9, 7)).save(tmp_path / "ref.npz")
     with pytest.raises(InputError, match="reference: expected statistics of 6 features, got 7"):
