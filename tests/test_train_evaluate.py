@@ -16,8 +16,9 @@ from PIL import Image
 import pmf
 from pmf.errors import InputError
 from pmf.metrics import Statistics, frechet_distance, inception_score, precision_recall
+from pmf.train.config import RunConfig, SamplingConfig, to_json
 from pmf.train.data import digits
-from pmf.train.evaluate import EvalConfig, command, evaluate_digits
+from pmf.train.evaluate import EvalConfig, Point, command, evaluate_digits, grid
 from pmf.train.images import to_bytes
 from tests.evaluation import COLOUR, SETTINGS, Toy, checkpoint, evaluate
 from tests.networks import random_model
@@ -76,6 +77,17 @@ def test_a_digits_network_is_measured_over_the_grid(tmp_path, capsys):
     expected = evaluate_digits(pmf.load_model(file), omega=2.0, t_min=0.1, t_max=0.7, steps=2)
     for name, value in expected.items():
         assert lines[-1][name] == round(value, 4)
+
+
+def test_guidance_is_that_of_the_flags_else_of_the_run_else_of_the_preset(tmp_path):
+    (preset,) = grid(EvalConfig("checkpoint.pt"), None, pmf.MODELS["pMF-B/16"])
+    assert preset == Point("checkpoint", SamplingConfig(8.5, 0.1, 0.7), 1)
+    run = RunConfig(sampling=SamplingConfig(2.0, 0.2, 0.6), sampling_weights="ema_2000")
+    (tmp_path / "config.json").write_text(to_json(run))
+    assert grid(EvalConfig(str(tmp_path)), None, run.model) == [Point("ema_2000", run.sampling, 1)]
+    flags = EvalConfig(str(tmp_path), omega=(3.0,), steps=(2, 4))
+    expected = [Point("ema_500", SamplingConfig(3.0, 0.2, 0.6), steps) for steps in (2, 4)]
+    assert grid(flags, "ema_500", run.model) == expected
 
 
 @pytest.fixture(scope="module")
