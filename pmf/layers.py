@@ -192,6 +192,11 @@ class PackedModule(DualModule):
         """The joined weights, recorded by autograd back to the parameters."""
         raise NotImplementedError
 
+    @property
+    def sharded(self) -> bool:
+        """Whether another process holds a part of the weights."""
+        return hasattr(next(self.parameters()), "to_local")
+
     def packed(self) -> tuple[Tensor, ...]:
         """The weights that `held_weights` holds, else freshly joined ones."""
         return self.pack() if self._held is None else self._held
@@ -201,9 +206,10 @@ class PackedModule(DualModule):
 def held_weights(model: nn.Module, device_type: str) -> Iterator[None]:
     """Join the weights of every `PackedModule` once, cast where autocast is on, for all passes inside.
 
-    The parameters must not change inside.
+    The parameters must not change inside. Sharded ones (FSDP) are there only while their block runs, and are joined
+    then.
     """
-    modules = [m for m in model.modules() if isinstance(m, PackedModule)]
+    modules = [m for m in model.modules() if isinstance(m, PackedModule) and not m.sharded]
     dtype = dispatch.autocast_dtype(device_type)
     try:
         for module in modules:
@@ -294,7 +300,8 @@ class Block(DualModule):
     def _modulations(self, condition: Dual) -> tuple[Dual, ...]:
         """(shift, scale, gate) of attention and of the MLP."""
         if condition.value is None:
-            return ABSENT, ABSENT, Dual(self.attn_scale), ABSENT, ABSENT, Dual(self.mlp_scale)
+            # A copy: the pending branch leaves the block with its gate, and FSDP frees the parameter behind it.
+            return ABSENT, ABSENT, Dual(self.attn_scale), ABSENT, ABSENT, Dual(self.mlp_scale.clone())
         return _chunk(self.modulation.forward_dual(condition), 6)
 
     def forward_residual(self, residual: Residual, rope: Rope, condition: Dual = ABSENT) -> Residual:

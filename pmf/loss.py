@@ -244,9 +244,13 @@ def _perceptual_terms(perceptual: Callable, model, step: _Step, net_u: Tensor, c
     z, x = _select(step.z, rows), _select(step.x, rows)
     net = model.to_images(_select(net_u, rows))
     x_hat = z - t / t.clamp(model.config.t_clip, 1) * (z - net)
-    full = torch.zeros(len(step.x), device=z.device)
     where = rows.to(z.device, non_blocking=True)
-    return {name: full.index_put((where,), value.float()) for name, value in perceptual(x_hat, x).items()}
+
+    def on_every_row(distance: Tensor) -> Tensor:
+        dtype = torch.promote_types(distance.dtype, torch.float32)
+        return torch.zeros(len(step.x), device=z.device, dtype=dtype).index_put((where,), distance.to(dtype))
+
+    return {name: on_every_row(distance) for name, distance in perceptual(x_hat, x).items()}
 
 
 def pmf_loss(

@@ -7,8 +7,8 @@ import torch
 import pmf
 from pmf.benchmarks.counting import saved_bytes
 from pmf.loss import StepPlan
-from pmf.reference.jvp import model_jvp
 from tests.networks import TINY, golden, random_model, relative_error
+from tests.transcription import adaptive, squared_errors
 
 LOSS = pmf.LossConfig()
 
@@ -55,22 +55,8 @@ def test_loss_is_the_one_written_down():
     x, y, d = step_inputs(8, config, seed=3)
     assert d.drop_mask.any() and (~d.fm_mask).any()
     model = random_model(dataclasses.replace(TINY, noise_scale=2.0))
-    image = lambda s: s[:, None, None, None]  # noqa: E731
-    zero, one = torch.zeros_like(d.t), torch.ones_like(d.t)
-    c = image(d.t.clamp(0.05, 1))
-
-    z = image(1 - d.t) * x + image(d.t) * 2.0 * d.noise
-    w = torch.where((d.t_min <= d.t) & (d.t <= d.t_max), d.omega, 1.0)
-    v_c = model(z, d.t, zero, w, zero, one, y)[1].detach()
-    v_u = model(z, d.t, zero, one, zero, one, torch.full_like(y, 5))[1].detach()
-    v_t = (z - x) / c
-    v_g = torch.where(image(d.drop_mask), v_t, v_t + image(1 - 1 / w) * (v_c - v_u))
-    y_main = torch.where(d.drop_mask, 5, y)
-    u, v, du_dt = model_jvp(model, z, d.t, d.t - d.r, d.omega, d.t_min, d.t_max, y_main, v_c, one, one)
-    per_row = lambda e: e.square().sum((1, 2, 3))  # noqa: E731
-    loss_u = per_row(u + image(d.t - d.r) * du_dt.detach() - v_g)
-    loss_v = per_row(v - v_g)
-    loss = sum(e / (e.detach() + 0.01) ** 0.7 for e in (loss_u, loss_v)).mean()
+    loss_u, loss_v, _ = squared_errors(model, x, y, d)
+    loss = (adaptive(loss_u, config) + adaptive(loss_v, config)).mean()
     model.zero_grad()
     loss.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}

@@ -1,7 +1,10 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,8 +13,9 @@ from PIL import Image
 
 import pmf
 from pmf.train.config import RunConfig, load_run_config
-from pmf.train.data import digits
-from pmf.train.loop import Trainer, pick_device
+from pmf.train.data import digits, step_seed
+from pmf.train.distributed import pick_device
+from pmf.train.loop import Trainer
 from pmf.train.optim import OptimizerConfig
 
 SMALL = dataclasses.replace(pmf.MODELS["pMF-digits"], depth=2, aux_head_depth=1, hidden_size=16, num_heads=2)
@@ -44,7 +48,7 @@ def test_a_run_directory_holds_everything(finished):
     assert names - {"tensorboard"} == weights | {
         "config.json",
         "metrics.jsonl",
-        "state.pt",
+        "checkpoints",
         "samples.png",
         "loss.png",
     }
@@ -74,20 +78,20 @@ def test_metrics_of_steps_that_were_not_saved_are_dropped(finished, tmp_path):
     assert losses(out) == losses(finished)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_an_interrupted_run_saves_and_continues_exactly(tmp_path, number):
     """Under the default optimizer, whose learning rate depends on the step."""
     decaying = dict(optimizer=RunConfig().optimizer, save_every=100)
     whole = train(config(tmp_path / "whole", **decaying))
     trainer = Trainer(config(tmp_path / "run", **decaying), digits()[0])
-    step = trainer.train_step
+    gradients = trainer._gradients
 
-    def interrupted():
-        if trainer.step == 2:
+    def interrupted(*batch):
+        if trainer.step == 1:
             os.kill(os.getpid(), number)
-        return step()
+        return gradients(*batch)
 
-    trainer.train_step = interrupted
+    trainer._gradients = interrupted
     trainer.run()
     assert trainer.step == 3 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     train(dataclasses.replace(load_run_config(tmp_path / "run"), resume=tmp_path / "run"))
@@ -104,9 +108,9 @@ def test_a_run_killed_while_it_saved_the_last_step_is_completed(tmp_path):
 
 def test_a_run_killed_before_its_first_checkpoint_can_start_again(tmp_path):
     out = train(config(tmp_path / "run", steps=3))
-    (out / "state.pt").rename(out / ".state.pt.torn.pt")
-    train(config(out, steps=3))
-    assert (out / "state.pt").exists() and not (out / ".state.pt.torn.pt").exists()
+    (out / "checkpoints" / "step-00000003").rename(out / "checkpoints" / ".step-00000003")
+    train(config(out, steps=2))
+    assert os.listdir(out / "checkpoints") == ["step-00000002"]
 
 
 def test_flags_beside_resume_override_and_are_kept(tmp_path):
@@ -167,10 +171,12 @@ def test_wrong_places_are_refused(finished, tmp_path):
     (tmp_path / "config.json").write_text("{ torn")
     with pytest.raises(pmf.InputError, match="is not a readable run configuration"):
         load_run_config(tmp_path)
-    with pytest.raises(pmf.InputError, match=r"has no state.pt, nothing was saved there yet"):
+    with pytest.raises(pmf.InputError, match="has no complete checkpoint, nothing was saved there yet"):
         Trainer(config(tmp_path, resume=tmp_path), digits()[0])
-    (tmp_path / "state.pt").write_bytes((finished / "state.pt").read_bytes()[:1000])
-    with pytest.raises(pmf.InputError, match=r"resume: cannot continue from .*state.pt: ") as error:
+    shutil.copytree(finished / "checkpoints", tmp_path / "checkpoints")
+    for file in tmp_path.glob("checkpoints/*/*.distcp"):
+        os.truncate(file, 1000)
+    with pytest.raises(pmf.InputError, match=r"resume: cannot continue from .*step-00000006: ") as error:
         Trainer(config(tmp_path, resume=tmp_path), digits()[0])
     assert "\n" not in str(error.value)
     with pytest.raises(pmf.InputError, match="path: cannot write"):
@@ -183,21 +189,85 @@ def test_a_resumed_network_must_be_the_same(finished):
         Trainer(config(finished, resume=finished, model=other), digits()[0])
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
+def break_steps(trainer, steps):
+    """Let the images of these steps overflow the loss, whose value is then infinite or NaN."""
+    gradients = trainer._gradients
+
+    def broken(x, y):
+        return gradients(x * 1e30 if trainer.step in steps else x, y)
+
+    trainer._gradients = broken
+
+
+def test_steps_that_are_not_finite_change_nothing_and_are_counted(tmp_path):
+    trainer = Trainer(config(tmp_path / "run"), digits()[0])
+    break_steps(trainer, (2, 3))
+    before = {}
+    step = trainer.train_step
+
+    def watched(*inputs):
+        if trainer.step in (2, 4):
+            before[trainer.step] = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+        return step(*inputs)
+
+    trainer.train_step = watched
+    trainer.run()
+    assert torch.equal(before[2], before[4]) and trainer.step == 6 and trainer.skipped == 0
+    assert [loss is None for loss in losses(tmp_path / "run")] == [False, False, True, True, False, False]
+
+
+def test_too_many_steps_that_are_not_finite_stop_the_run_and_keep_the_checkpoint(tmp_path):
     out = train(config(tmp_path / "run", steps=3))
-    kept = (out / "state.pt").read_bytes()
-    trainer = Trainer(dataclasses.replace(load_run_config(out), resume=out, steps=6), digits()[0])
-    with torch.no_grad():
-        trainer.model.final_layers["u"].linear.bias.fill_(torch.nan)
-    with pytest.raises(pmf.InputError, match="loss: not finite at step 4"):
+    trainer = Trainer(dataclasses.replace(load_run_config(out), resume=out, steps=6, max_skipped=1), digits()[0])
+    break_steps(trainer, (3, 4))
+    message = r"loss: not finite at step 5 and 1 before it \(loss, loss_u, .*\), expected a lower learning rate"
+    with pytest.raises(pmf.InputError, match=message):
         trainer.run()
-    assert (out / "state.pt").read_bytes() == kept
+    assert os.listdir(out / "checkpoints") == ["step-00000003"]
+    train(dataclasses.replace(load_run_config(out), resume=out, steps=6))
+
+
+def test_a_full_disk_is_an_error_that_keeps_the_checkpoint(tmp_path):
+    out = train(config(tmp_path / "run", steps=3))
+    script = f"""
+import resource
+from pathlib import Path
+from pmf.train.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+main(["digits", "--resume", {str(out)!r}, "--steps", "6"])
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 2 and "path: cannot write" in result.stderr, result.stderr
+    assert "the last complete checkpoint is that of step 3" in result.stderr
+    assert os.listdir(out / "checkpoints") == ["step-00000003"]
+    train(dataclasses.replace(load_run_config(out), resume=out, steps=6))
+
+
+def test_device_batches_add_up_to_the_step(tmp_path):
+    """Two device batches of 4 are the step on 8 rows whose draws are theirs."""
+    trainer = Trainer(config(tmp_path / "run", device_batch=4), digits()[0])
+    x, y = next(trainer._loader())
+    trainer._gradients(x, y)
+    summed = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
+    trainer.model.zero_grad()
+    shape, loss = trainer.config.model.image_shape, trainer.config.loss
+    halves = [
+        pmf.sample_draws(4, shape, loss, torch.Generator().manual_seed(step_seed(0, 0, f"draws {i}"))) for i in (0, 1)
+    ]
+    fields = [f.name for f in dataclasses.fields(pmf.Draws)]
+    draws = pmf.Draws(**{name: torch.cat([getattr(half, name) for half in halves]) for name in fields})
+    pmf.pmf_loss(trainer.model, x, y, draws, loss).loss.backward()
+    for name, p in trainer.model.named_parameters():
+        assert torch.allclose(summed[name], p.grad, rtol=1e-4, atol=1e-7), name
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (dict(steps=0), "steps: expected a positive number, got 0"),
+        (dict(device_batch=3), "device_batch: expected a divisor of batch_size 8, got 3"),
+        (dict(sharding="zero"), "sharding: expected one of ddp, fsdp, hybrid, got 'zero'"),
+        (dict(keep_checkpoints=0), "keep_checkpoints: expected a positive number, got 0"),
         (dict(seed=-1), "seed: expected a number >= 0, got -1"),
         (dict(sampling_weights="ema_3"), "sampling_weights: expected one of model, ema_500"),
     ],

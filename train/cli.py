@@ -81,7 +81,7 @@ def _sampling(config: SampleConfig | EvalConfig) -> dict[str, float]:
 
 def _load(config: SampleConfig | EvalConfig):
     from pmf import PMFDiT
-    from pmf.train.loop import pick_device
+    from pmf.train.distributed import pick_device
 
     return PMFDiT.from_pretrained(
         config.source, weights=config.weights, aux_head=False, device=pick_device(config.device)

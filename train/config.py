@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import get_type_hints
+from typing import Literal, get_type_hints
 
 from pmf.config import LOSSES, MODELS, LossConfig, ModelConfig
 from pmf.errors import InputError, require
+from pmf.model import CHECKPOINTING
+from pmf.train.distributed import SHARDINGS
 from pmf.train.optim import OptimizerConfig
 
 CONFIG_FILE = "config.json"
+PRECISIONS = ("auto", "bfloat16", "float32")
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,18 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
+class PerceptualConfig:
+    """The perceptual losses; their weights in the loss are loss.lpips_weight and loss.convnext_weight."""
+
+    enabled: bool = False
+    """Add LPIPS and ConvNeXt distances to the loss (needs the perceptual extra)."""
+    vgg: str | None = None
+    """State dict of LPIPS's VGG-16 trunk (default: torchvision downloads it)."""
+    convnext: str = "facebook/convnextv2-base-22k-224"
+    """ConvNeXt-V2: a hub id or a local directory."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A training run."""
 
@@ -41,24 +56,48 @@ class RunConfig:
     """Continue the run in this directory exactly where it was saved; flags beside it override its configuration."""
     overwrite: bool = False
     """Replace the run that is in `out`; nothing else in there is touched."""
+    data: str = "digits"
+    """What to train on: digits, photographs, or a directory made by `pmf data prepare`."""
+    workers: int = 0
+    """Processes that read images ahead, per training process (0: the training process itself)."""
+    max_corrupt: int = 100
+    """Unreadable images that each process may replace, named in warnings; one more is an error."""
+    init: str | None = None
+    """Start from the weights of this run, checkpoint file or hub id: fine-tuning."""
     steps: int = 1600
     """Training steps."""
     batch_size: int = 64
-    """Images per step."""
+    """Images per step, over all processes."""
+    device_batch: int | None = None
+    """Images at a time on a device, each such batch with draws and a flow-matching half of its own; a step adds
+    their gradients (default: batch_size / processes, all at once)."""
     seed: int = 0
-    """Seed of initialisation, data order and draws."""
+    """Seed of initialisation, data order and draws; the number of processes changes none of them."""
     device: str = "auto"
     """Device to train on: auto (cuda where there is one, else cpu), cpu, cuda, cuda:1, ..."""
+    sharding: Literal["ddp", "fsdp", "hybrid"] = "ddp"
+    """Under torchrun: ddp copies the network to every process, fsdp shards it over all of them, hybrid shards it
+    within a machine and copies it to every machine."""
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    """bfloat16: products and activations under autocast, weights in float32. auto: bfloat16 on CUDA."""
+    checkpointing: Literal["none", "block"] = "none"
+    """block: keep the blocks' inputs alone for backward and recompute the rest."""
     impl: str | None = None
     """Implementation of the ops: auto, triton or reference (default: PMF_IMPL, else auto)."""
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    """The perceptual losses."""
     ema_half_lives: tuple[float, ...] = (500.0, 1000.0, 2000.0)
     """Half-lives of the EMA copies, in thousands of images."""
     sampling_weights: str = "ema_500"
     """Weights that sampling and evaluation use: model, or ema_ and a half-life."""
     save_every: int = 500
     """Steps between checkpoints (the last step always saves)."""
+    keep_checkpoints: int = 2
+    """Checkpoints to keep, the latest ones."""
+    max_skipped: int = 10
+    """Steps in a row whose loss or gradient may be not finite; they change nothing, and one more stops the run."""
     sample_every: int = 500
-    """Steps between sample grids and loss curves (the last step always draws them)."""
+    """Steps between exports: weights for sampling, sample grid, loss curve (the last step always exports)."""
     model: ModelConfig = field(default_factory=lambda: MODELS["pMF-digits"])
     """The network."""
     loss: LossConfig = field(default_factory=lambda: LOSSES["pMF-digits"])
@@ -69,8 +108,15 @@ class RunConfig:
     """The sampler."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "save_every", "sample_every"):
+        for name in ("steps", "batch_size", "save_every", "sample_every", "keep_checkpoints"):
             require(getattr(self, name) > 0, f"{name}: expected a positive number, got {getattr(self, name)}")
+        for name in ("workers", "max_corrupt", "max_skipped"):
+            require(getattr(self, name) >= 0, f"{name}: expected a number >= 0, got {getattr(self, name)}")
+        whole = self.device_batch is None or (self.device_batch > 0 and self.batch_size % self.device_batch == 0)
+        require(whole, f"device_batch: expected a divisor of batch_size {self.batch_size}, got {self.device_batch}")
+        for name, choices in (("sharding", SHARDINGS), ("precision", PRECISIONS), ("checkpointing", CHECKPOINTING)):
+            got = getattr(self, name)
+            require(got in choices, f"{name}: expected one of {', '.join(choices)}, got {got!r}")
         require(self.seed >= 0, f"seed: expected a number >= 0, got {self.seed}")
         require(all(k > 0 for k in self.ema_half_lives), f"ema_half_lives: expected > 0, got {self.ema_half_lives}")
         known = ("model", *(f"ema_{k:g}" for k in self.ema_half_lives))

@@ -2,276 +2,268 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import json
-import signal
+import math
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 import pmf
-from pmf.checkpoint import save_model, write_atomically
+from pmf.checkpoint import save_model
 from pmf.errors import InputError, require
-from pmf.train.config import CONFIG_FILE, RunConfig, load_run_config, to_json
-from pmf.train.data import ImageSet, step_seed
+from pmf.train import directory as folder
+from pmf.train.checkpoints import Checkpoints
+from pmf.train.config import RunConfig
+from pmf.train.data import Loader, TrainingData, step_seed
+from pmf.train.distributed import LossModule, World, full, gradient_synchronisation, join, whole, wrap
 from pmf.train.images import save_grid, save_loss_curve
+from pmf.train.initial import start_from
 from pmf.train.optim import EMA, build_optimizers, learning_rate
+from pmf.train.report import Reporter
+from pmf.train.signals import StopRequest
 
-STATE_FILE = "state.pt"
-METRICS_FILE = "metrics.jsonl"
 PICTURE_ROWS = 8
-
-
-def pick_device(name: str) -> torch.device:
-    """ "auto" is cuda where there is one, else cpu. Errors: a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    require(name.split(":")[0] != "meta", f"device: cannot use {name!r}: it computes nothing")
-    try:
-        torch.empty(0, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device: cannot use {name!r}: {str(error).splitlines()[0]}") from None
-
-
-def _is_run(directory: Path) -> bool:
-    try:
-        load_run_config(directory)
-        return True
-    except InputError:
-        return False
-
-
-def _run_files(directory: Path) -> list[Path]:
-    """What a run writes: nothing else in its directory is ever removed."""
-    names = (CONFIG_FILE, STATE_FILE, METRICS_FILE, "samples.png", "loss.png", "model.safetensors")
-    patterns = (*names, "ema_*.safetensors", "tensorboard/events.*", *(f".{name}.*" for name in names), ".ema_*")
-    return [file for pattern in patterns for file in directory.glob(pattern)]
 
 
 class Trainer:
     """One run: what changes from step to step, and its directory.
 
     Data order and draws are functions of (seed, step), so the state of a run is its weights, averages,
-    optimizers and step count.
+    optimizers and step count. Every process of a run holds one; the main one writes.
     """
 
-    def __init__(self, config: RunConfig, data: ImageSet) -> None:
+    def __init__(self, config: RunConfig, data: TrainingData, world: World | None = None) -> None:
         self.config, self.data = config, data
-        self.device = pick_device(config.device)
+        self.world = world or join(config.device, config.sharding)
+        self.device_batch = _device_batch(config, self.world)
         _check_data(data, config)
         torch.manual_seed(config.seed)
-        self.model = pmf.create_model(config.model, impl=config.impl, device=self.device)
-        self.optimizers = build_optimizers(self.model, config.optimizer)
+        self.model = pmf.create_model(
+            config.model, impl=config.impl, checkpointing=config.checkpointing, device=self.world.device
+        )
+        self._sample(self.model, [0])  # what cannot sample is refused before it leaves anything behind
+        if config.init is not None and config.resume is None:
+            for note in start_from(self.model, config.init):
+                self._say(note)
+        self.wrapped = wrap(LossModule(self.model, config.loss), self.world)
+        self.optimizers = build_optimizers(self.model, config.optimizer, self.world.mesh)
         self.emas = {f"ema_{k:g}": EMA(self.model, k) for k in config.ema_half_lives}
-        self.step = 0
+        self.step = self.skipped = 0
         self.directory = config.resume or config.out
-        self._sample([0])  # what cannot sample is refused before it leaves anything behind
+        self.checkpoints = Checkpoints(self.directory, self.world, config.keep_checkpoints)
         if config.resume is not None:
             self._load_state()
-        else:
-            self._clear_directory()
-        text = to_json(replace(config, out=self.directory, resume=None, overwrite=False))
-        write_atomically(self.directory / CONFIG_FILE, lambda temporary: temporary.write_text(text))
-        self.metrics = self._metrics_so_far()
-        self.writer = _tensorboard(self.directory)
+        stored = replace(config, out=self.directory, resume=None, overwrite=False)
+        self.metrics = self.world.main_first(lambda: self._open_directory(stored))
+        self.perceptual = _perceptual(config, self.world)
 
-    def _clear_directory(self) -> None:
-        """An empty or new directory; or one whose run may go: with --overwrite, or with nothing saved yet."""
-        directory = self.directory
-        if not directory.is_dir() or not any(directory.iterdir()):
-            return
-        require(_is_run(directory), f"out: {directory} is not empty and holds no run, expected another --out")
-        require(
-            self.config.overwrite or not (directory / STATE_FILE).exists(),
-            f"out: {directory} already holds a run, expected --resume {directory}, --overwrite or another --out",
-        )
-        for file in _run_files(directory):
-            file.unlink()
+    def _open_directory(self, stored: RunConfig) -> list[dict]:
+        if self.config.resume is None:
+            folder.clear(self.directory, self.config.overwrite)
+        folder.write_config(self.directory, stored)
+        return folder.metrics_until(self.directory, self.step)
+
+    def _say(self, text: str) -> None:
+        if self.world.main:
+            print(text)
+
+    # What a run resumes from.
+
+    def state(self) -> dict[str, object]:
+        """Everything that the next steps depend on; its tensors are those of the run."""
+        return {
+            "step": self.step,
+            "skipped": self.skipped,
+            "model": self.model.state_dict(),
+            "emas": {name: ema.state_dict() for name, ema in self.emas.items()},
+            "optimizers": {name: get_optimizer_state_dict(self.model, part) for name, part in self.optimizers.items()},
+        }
 
     def _load_state(self) -> None:
-        file = self.directory / STATE_FILE
-        require(file.is_file(), f"resume: {self.directory} has no {STATE_FILE}, nothing was saved there yet")
-        settings = {name: [dict(g) for g in part.param_groups] for name, part in self.optimizers.items()}
-        try:
-            state = torch.load(file, map_location=self.device, weights_only=True)
-            self.model.load_state_dict(state["model"])
-            for group in ("optimizers", "emas"):
-                for name, part in getattr(self, group).items():
-                    part.load_state_dict(state[group][name])
-            self.step = state["step"]
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(f"resume: cannot continue from {file}: {reason}") from error
-        for name, part in self.optimizers.items():  # the configuration's settings, not the checkpoint's
-            for group, chosen in zip(part.param_groups, settings[name], strict=True):
-                group.update({key: value for key, value in chosen.items() if key != "params"})
+        steps = self.world.broadcast(self.checkpoints.steps())
+        require(bool(steps), f"resume: {self.directory} has no complete checkpoint, nothing was saved there yet")
         require(
-            self.step <= self.config.steps,
-            f"steps: {self.directory} is already at step {self.step}, expected at least that, got {self.config.steps}",
+            steps[-1] <= self.config.steps,
+            f"steps: {self.directory} is already at step {steps[-1]}, expected at least that, got {self.config.steps}",
         )
+        state = self.state()
+        settings = {name: [dict(group) for group in part.param_groups] for name, part in self.optimizers.items()}
+        self.checkpoints.load(steps[-1], state)
+        self.step, self.skipped = state["step"], state["skipped"]
+        for name, part in self.optimizers.items():
+            set_optimizer_state_dict(self.model, part, state["optimizers"][name])
+            for group, chosen in zip(part.param_groups, settings[name], strict=True):  # the configuration's settings
+                group.update({key: value for key, value in chosen.items() if key != "params"})
 
-    def _metrics_so_far(self) -> list[dict]:
-        """The metrics up to this step; those of steps that were not saved are dropped from the file."""
-        file = self.directory / METRICS_FILE
-        lines = file.read_text().splitlines() if file.exists() else []
-        kept = list(itertools.takewhile(lambda r: r.get("step", self.step + 1) <= self.step, map(_record, lines)))
-        text = "".join(json.dumps(record) + "\n" for record in kept)
-        write_atomically(file, lambda temporary: temporary.write_text(text))
-        return kept
+    # A step.
 
-    def _sample(self, labels: list[int]) -> Tensor:
-        """One-step images of these classes from the sampling weights."""
-        sampling = self.config.sampling
-        return pmf.generate(
-            self.sampling_model(), labels, omega=sampling.omega, t_min=sampling.t_min, t_max=sampling.t_max
-        )
+    def train_step(self, x: Tensor, y: Tensor, stop: bool = False) -> dict[str, float]:
+        """One step on this process's images: draws, loss, gradients, Muon and Adam, averages.
 
-    def save(self) -> None:
-        """Write everything that resuming needs, then the weights for sampling; each file whole or not."""
-        state = {
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "optimizers": {name: part.state_dict() for name, part in self.optimizers.items()},
-            "emas": {name: part.state_dict() for name, part in self.emas.items()},
-        }
-        write_atomically(self.directory / STATE_FILE, lambda temporary: torch.save(state, temporary))
-        weights = {"model": state["model"], **state["emas"]}
-        for name, tensors in weights.items():
-            path = self.directory / f"{name}.safetensors"
-            save_model(path, self.config.model, tensors, step=self.step)
-
-    def train_step(self) -> dict[str, Tensor]:
-        """One step: draws, loss, gradients, Muon and Adam, averages. Returns what to report."""
-        config, optimizer = self.config, self.config.optimizer
-        x, y = self.data.batch(self.step, config.batch_size, config.seed)
-        generator = torch.Generator().manual_seed(step_seed(config.seed, self.step, "draws"))
-        draws = pmf.sample_draws(config.batch_size, config.model.image_shape, config.loss, generator, self.device)
-        out = pmf.pmf_loss(self.model, x.to(self.device), y.to(self.device), draws, config.loss)
-        out.loss.backward()
-        limit = optimizer.clip_norm or torch.inf
+        Returns what to report, the same on every process. The loss and the gradient's norm are read once, between
+        backward and update: where they are not finite, the step changes nothing but the count of such steps.
+        """
+        terms = self._gradients(x, y)
+        limit = self.config.optimizer.clip_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        rate = learning_rate(optimizer, self.step, config.steps)
+        terms["gradient_norm"] = full(norm)
+        terms["stop"] = torch.tensor(float(stop), device=self.world.device)
+        record = dict(zip(terms, self.world.mean(torch.stack([*terms.values()]).float()).tolist(), strict=True))
+        if all(map(math.isfinite, record.values())):
+            self._update(record)
+            self.skipped = 0
+        else:
+            self._skip(record)
+        for part in self.optimizers.values():
+            part.zero_grad()
+        self.step += 1
+        return record
+
+    def _gradients(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Gradients of the mean loss over this process's images, a device batch at a time; the mean terms."""
+        batches = list(zip(x.split(self.device_batch), y.split(self.device_batch), strict=True))
+        totals: dict[str, Tensor] = {}
+        for i, (images, labels) in enumerate(batches):
+            number = self.world.rank * len(batches) + i
+            with gradient_synchronisation(self.wrapped, i == len(batches) - 1):
+                loss, terms = self._loss(images, labels, number)
+                (loss / len(batches)).backward()
+            for name, value in ({"loss": loss.detach()} | terms).items():
+                totals[name] = totals.get(name, 0) + value / len(batches)
+        return totals
+
+    def _loss(self, x: Tensor, y: Tensor, number: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and terms of the step's device batch of that number, counted over all processes."""
+        config, device = self.config, self.world.device
+        generator = torch.Generator().manual_seed(step_seed(config.seed, self.step, f"draws {number}"))
+        draws = pmf.sample_draws(len(x), config.model.image_shape, config.loss, generator, device)
+        half = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
+            return self.wrapped(x, y, draws, None)
+
+    def _update(self, record: dict[str, float]) -> None:
+        config = self.config
+        record["learning_rate"] = learning_rate(config.optimizer, self.step, config.steps)
         for part in self.optimizers.values():
             for group in part.param_groups:
-                group["lr"] = rate
+                group["lr"] = record["learning_rate"]
             part.step()
-            part.zero_grad()
         for ema in self.emas.values():
             ema.update(self.model, config.batch_size, self.step * config.batch_size)
-        self.step += 1
-        return {"loss": out.loss.detach(), **out.terms, "gradient_norm": norm, "learning_rate": rate}
+
+    def _skip(self, record: dict[str, float]) -> None:
+        """Count a step that is not finite; past the limit, stop with what is known of it."""
+        self.skipped += 1
+        bad = [name for name, value in record.items() if not math.isfinite(value)]
+        if self.skipped > self.config.max_skipped:
+            raise InputError(
+                f"loss: not finite at step {self.step + 1} and {self.skipped - 1} before it ({', '.join(bad)}"
+                f"{_first_bad_gradient(self.model)}), expected a lower learning rate or clip_norm; the last checkpoint "
+                f"in {self.directory} is untouched"
+            )
+
+    # The run.
 
     def run(self) -> None:
-        """Train to the last step. Ctrl-C (or SIGTERM) saves and stops; a non-finite loss is an error."""
-        if self.step == self.config.steps:  # stopped while it saved the last step
-            self._save_when_due(stopping=True)
-        stop = _StopRequest()
-        images = self.config.batch_size
-        bar = tqdm(total=self.config.steps, initial=self.step, desc="training", unit="step")
-        with stop, bar, open(self.directory / METRICS_FILE, "a") as log:
-            while self.step < self.config.steps and not stop.requested:
+        """Train to the last step. Ctrl-C, SIGTERM and SIGUSR1 save and stop; so does a full disk, without saving."""
+        if self.step == self.config.steps:  # stopped while it exported the last step
+            self._export()
+        batches = self._loader()
+        stopped = False
+        with StopRequest() as stop, self._reporter() as reporter:
+            while self.step < self.config.steps and not stopped:
                 began = time.perf_counter()
-                record = {name: float(value) for name, value in self.train_step().items()}
-                record = {
-                    "step": self.step,
-                    **record,
-                    "images_per_second": images / (time.perf_counter() - began),
-                }
-                require(
-                    all(map(_finite, record.values())),
-                    f"loss: not finite at step {self.step}, expected a lower learning rate or clip_norm; the "
-                    f"last checkpoint in {self.directory} is untouched",
-                )
-                self._report(record, log)
-                bar.set_postfix(
-                    loss_u=f"{record['loss_u']:.3f}",
-                    images_per_s=f"{record['images_per_second']:.0f}",
-                    refresh=False,
-                )
-                bar.update()
-                self._save_when_due(stop.requested)
-        if stop.requested:
-            print(f"stopped at step {self.step}; continue with --resume {self.directory}")
+                record = self.train_step(*next(batches), stop.requested)
+                stopped = record.pop("stop") > 0
+                if reporter is not None:
+                    speed = self.config.batch_size / (time.perf_counter() - began)
+                    reporter.add({"step": self.step, **record, "images_per_second": speed})
+                self._save_when_due(stopped)
+        if stopped:
+            self._say(f"stopped at step {self.step}; continue with --resume {self.directory}")
 
-    def _report(self, record: dict, log) -> None:
-        self.metrics.append(record)
-        log.write(json.dumps(record) + "\n")
-        log.flush()
-        if self.writer is not None:
-            for name, value in record.items():
-                self.writer.add_scalar(name, value, self.step)
+    def _reporter(self) -> contextlib.AbstractContextManager[Reporter | None]:
+        if not self.world.main:
+            return contextlib.nullcontext()
+        return Reporter(self.directory, self.metrics, self.config.steps)
 
-    def _save_when_due(self, stopping: bool) -> None:
-        last = stopping or self.step == self.config.steps
+    def _loader(self) -> Loader:
+        return Loader(
+            self.data,
+            self.config.batch_size,
+            seed=self.config.seed,
+            rank=self.world.rank,
+            world=self.world.size,
+            workers=self.config.workers,
+            first_step=self.step,
+            device=self.world.device,
+            max_corrupt=self.config.max_corrupt,
+        )
+
+    def _save_when_due(self, stopped: bool) -> None:
+        last = stopped or self.step == self.config.steps
         if last or self.step % self.config.save_every == 0:
-            self.save()
+            self.checkpoints.save(self.step, self.state())
+        self.checkpoints.publish(wait=last)
         if last or self.step % self.config.sample_every == 0:
-            self.draw_pictures()
+            self._export()
 
-    def draw_pictures(self) -> None:
-        """samples.png, one column per class (at most ten), from the sampling weights; loss.png."""
-        columns = min(10, self.config.model.num_classes)
-        labels = list(range(columns)) * PICTURE_ROWS
-        save_grid(self.directory / "samples.png", self._sample(labels), columns=columns)
-        steps = [record["step"] for record in self.metrics]
-        terms = {name: [record[name] for record in self.metrics] for name in ("loss_u", "loss_v")}
-        save_loss_curve(self.directory / "loss.png", steps, terms)
+    def _export(self) -> None:
+        """What people look at: the weights for sampling, one-step samples of at most ten classes, the loss curve."""
+        weights = {"model": self.model.state_dict(), **{name: ema.state_dict() for name, ema in self.emas.items()}}
+        for name, tensors in weights.items():
+            gathered = whole(tensors, keep=self.world.main)
+            self.world.main_first(lambda name=name, gathered=gathered: self._export_weights(name, gathered))
+        self.world.main_first(self._draw_curve)
 
-    def sampling_model(self) -> pmf.PMFDiT:
-        """A network with the weights that the configuration names for sampling."""
-        if self.config.sampling_weights == "model":
-            return self.model
-        model = pmf.create_model(self.config.model, impl=self.config.impl, device=self.device)
-        model.load_state_dict(self.emas[self.config.sampling_weights].state_dict())
-        return model
+    def _export_weights(self, name: str, tensors: dict[str, Tensor]) -> None:
+        save_model(self.directory / f"{name}.safetensors", self.config.model, tensors, step=self.step)
+        if name == self.config.sampling_weights:
+            model = pmf.create_model(self.config.model, impl=self.config.impl, aux_head=False, device=self.world.device)
+            model.load_state_dict(tensors, strict=False)  # the v head stays behind
+            columns = min(10, self.config.model.num_classes)
+            images = self._sample(model, list(range(columns)) * PICTURE_ROWS)
+            save_grid(self.directory / folder.SAMPLES_FILE, images, columns=columns)
+
+    def _draw_curve(self) -> None:
+        kept = [record for record in self.metrics if record["loss"] is not None]
+        terms = {name: [record[name] for record in kept] for name in ("loss_u", "loss_v")}
+        save_loss_curve(self.directory / folder.CURVE_FILE, [record["step"] for record in kept], terms)
+
+    def _sample(self, model: pmf.PMFDiT, labels: list[int]) -> Tensor:
+        """One-step images of these classes."""
+        sampling = self.config.sampling
+        return pmf.generate(model, labels, omega=sampling.omega, t_min=sampling.t_min, t_max=sampling.t_max)
 
 
-def _check_data(data: ImageSet, config: RunConfig) -> None:
+def _device_batch(config: RunConfig, world: World) -> int:
+    """Images at a time on a device. Errors: `InputError` when the processes cannot share a step evenly."""
+    size = config.device_batch or config.batch_size // world.size
+    require(
+        size > 0 and config.batch_size % (size * world.size) == 0,
+        f"batch_size: expected a multiple of {world.size} processes x {size} images at a time, got {config.batch_size}",
+    )
+    return size
+
+
+def _perceptual(config: RunConfig, world: World):
+    return None
+
+
+def _check_data(data: TrainingData, config: RunConfig) -> None:
     """The network fits the images and their classes."""
-    shape, wanted = tuple(data.images.shape[1:]), config.model.image_shape
+    shape, wanted = tuple(data.image_shape), config.model.image_shape
     require(shape == wanted, f"model: expected a network for images of shape {list(shape)}, got {list(wanted)}")
-    classes = int(data.labels.max()) + 1
-    got = config.model.num_classes
+    got, classes = config.model.num_classes, data.num_classes
     require(got >= classes, f"model.num_classes: expected at least {classes} for these images, got {got}")
 
 
-def _record(line: str) -> dict:
-    """A line of the metrics; {} where it is torn."""
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return {}
-
-
-def _finite(value: float) -> bool:
-    return value == value and abs(value) != float("inf")
-
-
-def _tensorboard(directory: Path):
-    """A TensorBoard writer where the package is installed, else None."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(directory / "tensorboard")
-
-
-class _StopRequest:
-    """Turns Ctrl-C and SIGTERM into a request that the loop honours after the step; a second one kills."""
-
-    def __enter__(self) -> None:
-        self.requested = False
-        self._before = {s: signal.signal(s, self._request) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def _request(self, number: int, frame) -> None:
-        self.requested = True
-        signal.signal(number, self._before[number])
-
-    def __exit__(self, *exception) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+def _first_bad_gradient(model: pmf.PMFDiT) -> str:
+    """The first parameter whose gradient is not finite, as a part of a message."""
+    gradients = ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
+    bad = itertools.islice((name for name, g in gradients if not bool(torch.isfinite(g).all())), 1)
+    return "".join(f"; the gradient of {name}" for name in bad)

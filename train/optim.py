@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from pmf.errors import require
+from pmf.train.muon import Muon, local
 
 
 @dataclass(frozen=True)
@@ -53,21 +55,21 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     return muon, [p for p in model.parameters() if id(p) not in chosen]
 
 
-def build_optimizers(model: nn.Module, config: OptimizerConfig) -> dict[str, torch.optim.Optimizer]:
-    """torch.optim.Muon and AdamW (weight decay 0) over the model's parameters, by name.
+def build_optimizers(
+    model: nn.Module, config: OptimizerConfig, mesh: DeviceMesh | None = None
+) -> dict[str, torch.optim.Optimizer]:
+    """Muon and torch.optim.AdamW (weight decay 0) over the model's parameters, by name.
 
-    Muon scales each update by sqrt(max(1, fan_out / fan_in)), its "original" adjustment.
+    `mesh` holds the processes that share the work of Muon; see `pmf.train.muon`.
     """
     muon, adam = split_parameters(model)
     return {
-        "muon": torch.optim.Muon(
+        "muon": Muon(
             muon,
             lr=config.learning_rate,
-            weight_decay=0.0,
             momentum=config.momentum,
-            nesterov=True,
-            ns_steps=config.newton_schulz_steps,
-            adjust_lr_fn="original",
+            steps=config.newton_schulz_steps,
+            mesh=mesh,
         ),
         "adam": torch.optim.AdamW(
             adam,
@@ -75,6 +77,7 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> dict[str, tor
             betas=config.adam_betas,
             eps=config.adam_eps,
             weight_decay=0.0,
+            fused=True,
         ),
     }
 
@@ -101,14 +104,9 @@ class EMA:
         """Move towards the model after a step of `batch` images; images_seen counts those before it."""
         half_life = min(self.half_life_kimg * 1000, 0.05 * images_seen)
         beta = 0.5 ** (batch / max(half_life, 1e-8))
-        current = [p.detach() for p in model.parameters()]
-        torch._foreach_lerp_(list(self.average.values()), current, 1 - beta)
+        averages = [local(value) for value in self.average.values()]
+        torch._foreach_lerp_(averages, [local(p.detach()) for p in model.parameters()], 1 - beta)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averaged parameters by name."""
         return self.average
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over averaged parameters."""
-        for name, value in self.average.items():
-            value.copy_(state[name])

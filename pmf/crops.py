@@ -1,0 +1,103 @@
+"""Random resized crops: boxes drawn on the host, images cut and resized in batch on the device.
+
+A crop of h x w pixels is resized to size x size with the antialiased bicubic filter (a = -1/2). The filter is
+separable, so that resizing is two products per image, y = W_y x W_x^T, whose weights hold the box as well:
+
+W[i, j] = k(((j - start + 1/2) - s (i + 1/2)) / max(s, 1)) for start <= j < start + length, rows summing to 1,
+s = length / size, k the cubic kernel. It equals `torch.nn.functional.interpolate(crop, mode="bicubic",
+antialias=True)` of every crop, with no loop over rows and nothing read back from the device.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from pmf.errors import require
+
+AREA = (0.08, 1.0)
+RATIO = (3 / 4, 4 / 3)
+TRIES = 10
+
+
+def draw_crops(rows: int, height: int, width: int, generator: torch.Generator | None = None) -> Tensor:
+    """Boxes (top, left, height, width) in whole pixels, float32 [rows, 4] on the CPU.
+
+    The law of torchvision's RandomResizedCrop: the area is uniform on 0.08 to 1 of the image, the ratio
+    width / height log-uniform on 3/4 to 4/3; the first of ten draws that fits is placed uniformly; where
+    none fits, the largest centred box of a permitted ratio. `generator` is a CPU generator (None: the
+    default one); a row's box is a function of its state, of `rows` and of the image's size.
+    Errors: `InputError` on a generator of another device or an empty image.
+    """
+    require(min(height, width) >= 1, f"image: expected at least one pixel, got {height} x {width}")
+    require(
+        generator is None or generator.device.type == "cpu",
+        f"generator: expected one on the CPU, got {generator and generator.device}",
+    )
+    area, ratio, place = torch.rand(rows, 2 * TRIES + 2, dtype=torch.float64, generator=generator).split(
+        [TRIES, TRIES, 2], dim=1
+    )
+    area = height * width * (AREA[0] + (AREA[1] - AREA[0]) * area)
+    ratio = torch.exp(math.log(RATIO[0]) + math.log(RATIO[1] / RATIO[0]) * ratio)
+    sides = torch.stack([(area / ratio).sqrt().round(), (area * ratio).sqrt().round()], dim=-1)
+    image = torch.tensor([height, width], dtype=torch.float64)
+    fits = ((sides >= 1) & (sides <= image)).all(-1)
+    first = fits.int().argmax(1)
+    found = fits.any(1)[:, None]
+    sides = torch.where(found, sides[torch.arange(rows), first], _centred(height, width))
+    room = image - sides
+    corner = torch.where(found, (place * (room + 1)).floor().minimum(room), (room / 2).floor())
+    return torch.cat([corner, sides], dim=1).float()
+
+
+def _centred(height: int, width: int) -> Tensor:
+    """Height and width of the largest box whose ratio is permitted."""
+    tallest, widest = round(width / RATIO[0]), round(height * RATIO[1])
+    return torch.tensor([min(height, tallest), min(width, widest)], dtype=torch.float64)
+
+
+def resize_crops(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """Every image's own crop, resized: [B, C, H, W] and boxes [B, 4] -> [B, C, size, size], channels last.
+
+    Antialiased bicubic as in the equation above. Weights and products are in float32 (float64 for float64
+    images), outside autocast; the result has that dtype. Differentiable in `images`; `boxes` may be on the CPU.
+    Errors: `InputError` on shapes that do not belong together.
+    """
+    rows, _, height, width = images.shape
+    require(list(boxes.shape) == [rows, 4], f"boxes: expected shape [{rows}, 4], got {list(boxes.shape)}")
+    dtype = torch.promote_types(images.dtype, torch.float32)
+    top, left, tall, wide = boxes.to(images.device, dtype, non_blocking=True).unbind(1)
+    with no_autocast(images.device):
+        vertical, horizontal = _weights(top, tall, height, size), _weights(left, wide, width, size)
+        crops = torch.einsum("bih,bchw->bciw", vertical, images.to(dtype))
+        crops = torch.einsum("bjw,bciw->bcij", horizontal, crops)
+    return crops.contiguous(memory_format=torch.channels_last)
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager:
+    """What runs inside keeps its own dtypes."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def _weights(start: Tensor, length: Tensor, pixels: int, size: int) -> Tensor:
+    """W [B, size, pixels] of boxes that cover `length` pixels from `start` on."""
+    start, length = start[:, None, None], length[:, None, None]
+    scale = length / size
+    column = torch.arange(pixels, device=start.device, dtype=start.dtype) - start
+    row = torch.arange(size, device=start.device, dtype=start.dtype)[:, None]
+    weight = _cubic((column + 0.5 - scale * (row + 0.5)) / scale.clamp(min=1))
+    weight = weight * ((column >= 0) & (column < length))
+    return weight / weight.sum(-1, keepdim=True)
+
+
+def _cubic(x: Tensor) -> Tensor:
+    """The cubic convolution kernel with a = -1/2."""
+    x = x.abs()
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))

@@ -1,0 +1,264 @@
+"""Perceptual distances of the pMF loss: LPIPS and ConvNeXt-V2 between paired random crops.
+
+Both images are cut and resized to 224 x 224 by the same box, a box of its own for every row (pmf/crops.py).
+LPIPS    = sum over five VGG-16 layers of mean over pixels of sum_c w_c (f_c / |f| - g_c / |g|)^2
+ConvNeXt = |n(f) - n(g)|^2, f and g pooled features of ConvNeXt-V2, n its final LayerNorm (eps 1e-6);
+images go in as they are, in [-1, 1].
+
+The networks are frozen, and a row's distance depends on that row alone. Hence the gradient is taken while
+the distance is computed, a few rows at a time: what a network records lives for those rows only, and
+nothing but an image per row and term waits for the backward pass.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pmf.crops import draw_crops, no_autocast, resize_crops
+from pmf.errors import InputError, require
+
+CROP_SIZE = 224
+CONVNEXT = "facebook/convnextv2-base-22k-224"
+CONVNEXT_BASE = dict(depths=[3, 3, 27, 3], hidden_sizes=[128, 256, 512, 1024])
+NORM_EPS = 1e-6
+VECTOR_EPS = 1e-10
+
+
+class LPIPSDistance(nn.Module):
+    """LPIPS per row, of images in [-1, 1], from a `lpips.LPIPS` network (version 0.1, VGG trunk).
+
+    The network is taken over. Its trunk runs in `dtype`; scaling the input and comparing features are in float32
+    at least. The value is the package's; a feature vector of zeros gets a zero gradient, where the package gives NaN.
+    """
+
+    def __init__(self, network: Any, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        self.scaling = network.scaling_layer.to(wide)
+        self.trunk = network.net.to(dtype)
+        self.weights = nn.ParameterList(lin.model[-1].weight.detach().flatten().to(wide) for lin in network.lins)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Distances [B] of the images a and b [B, 3, H, W]; only a's features are recorded."""
+        with torch.no_grad():
+            targets = self.trunk(self.scaling(b).to(self.dtype))
+        layers = zip(self.trunk(self.scaling(a).to(self.dtype)), targets, self.weights, strict=True)
+        return torch.stack([self._layer(f, g, weight) for f, g, weight in layers]).sum(0)
+
+    @staticmethod
+    def _layer(f: Tensor, g: Tensor, weight: Tensor) -> Tensor:
+        difference = _unit(f.to(weight.dtype)) - _unit(g.to(weight.dtype))
+        return difference.square().mean((2, 3)) @ weight
+
+
+def _unit(features: Tensor) -> Tensor:
+    """Features divided by their length over channels."""
+    return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + VECTOR_EPS)
+
+
+class ConvNextDistance(nn.Module):
+    """Squared distance per row of the pooled, normalised features of a `transformers.ConvNextV2Model`.
+
+    The network is taken over and runs in `dtype`; pooling, the final LayerNorm (eps 1e-6) and the distance are in
+    float32 at least.
+    """
+
+    def __init__(self, network: Any, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        self.norm = nn.LayerNorm(network.layernorm.normalized_shape, eps=NORM_EPS, dtype=wide)
+        self.norm.load_state_dict(network.layernorm.state_dict())
+        self.network = network.to(dtype)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Pooled and normalised features [B, C] of images [B, 3, H, W] in [-1, 1]."""
+        last = self.network(images.to(self.dtype)).last_hidden_state
+        return self.norm(last.to(self.norm.weight.dtype).mean((2, 3)))
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Distances [B] of the images a and b [B, 3, H, W]; only a's features are recorded."""
+        with torch.no_grad():
+            targets = self.features(b)
+        return (self.features(a) - targets).square().sum(1)
+
+
+class _RowDistance(torch.autograd.Function):
+    """distance(a, b) [B] of rows that do not mix, with its gradient in a taken on the way."""
+
+    @staticmethod
+    def forward(ctx, a: Tensor, b: Tensor, distance: Callable[[Tensor, Tensor], Tensor], rows_at_once: int) -> Tensor:
+        values, gradients = [], []
+        record = ctx.needs_input_grad[0]
+        for rows, targets in zip(a.split(rows_at_once), b.split(rows_at_once), strict=True):
+            with torch.set_grad_enabled(record):
+                rows = rows.detach().requires_grad_(record)
+                value = distance(rows, targets)
+                if record:
+                    gradients += torch.autograd.grad(value.sum(), rows)
+            values.append(value.detach())
+        if gradients:
+            ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(values)
+
+    @staticmethod
+    def backward(ctx, d_distance: Tensor):
+        (gradient,) = ctx.saved_tensors
+        return d_distance[:, None, None, None] * gradient, None, None, None
+
+
+class PerceptualLoss(nn.Module):
+    """The perceptual function of `pmf_loss`: {"lpips": [B], "convnext": [B]} of x_hat and x.
+
+    `pmf_loss(..., perceptual=loss.for_step(seed))` makes a step's crops a function of that seed alone.
+    Frozen and always in evaluation mode; gradients reach x_hat only. `PerceptualLoss.load` finds the weights.
+    """
+
+    def __init__(self, terms: Mapping[str, nn.Module], *, rows_at_once: int = 32) -> None:
+        """Args: `terms`, by name a module that gives distances [B] of images a and b [B, 3, 224, 224], rows apart
+        (`LPIPSDistance` as "lpips", `ConvNextDistance` as "convnext"); `rows_at_once`, the rows whose activations
+        are kept at one time.
+        """
+        super().__init__()
+        require(rows_at_once >= 1, f"rows_at_once: expected at least 1, got {rows_at_once}")
+        require(len(terms) > 0, "terms: expected at least one, got none")
+        self.rows_at_once = rows_at_once
+        self.terms = nn.ModuleDict(terms)
+        self.requires_grad_(False).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @classmethod
+    def load(
+        cls,
+        lpips: str | Path | None = "hub",
+        convnext: str | Path | None = "hub",
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        rows_at_once: int = 32,
+        seed: int = 0,
+    ) -> PerceptualLoss:
+        """The published networks, or others from disk; needs the extra `perceptual`.
+
+        lpips: "hub" (torchvision's VGG-16 weights, downloaded once), the path of torchvision's vgg16 state dict
+        (.pth or .safetensors), "random", or None for no such term; the layer weights w are the package's own.
+        convnext: "hub" (facebook/convnextv2-base-22k-224), another hub id, a directory that holds such a network,
+        "random" (ConvNeXt-V2 Base), or None. "random" weights are a function of `seed`.
+        Errors: `InputError` names what is not installed, not found, or does not fit.
+        """
+        require(dtype.is_floating_point, f"dtype: expected a floating dtype, got {dtype}")
+        terms: dict[str, nn.Module] = {}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if lpips is not None:
+                terms["lpips"] = LPIPSDistance(_load_lpips(str(lpips)), dtype)
+            if convnext is not None:
+                terms["convnext"] = ConvNextDistance(_load_convnext(str(convnext)), dtype)
+        return cls(terms, rows_at_once=rows_at_once).to(device)
+
+    def train(self, mode: bool = True) -> PerceptualLoss:
+        """Stays in evaluation mode, whatever a parent module is set to."""
+        return super().train(False)
+
+    def for_step(self, seed: int) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
+        """The function of (x_hat, x) whose crops are drawn from `seed` (32 bits are read), at every call anew."""
+        return lambda x_hat, x: self(x_hat, x, torch.Generator().manual_seed(seed))
+
+    def forward(self, x_hat: Tensor, x: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Distances per row, float32 [B] (float64 where the networks are), of images [B, 3, H, W] in [-1, 1].
+
+        Crops are drawn on the CPU from `generator` (None: the default one). Waits for no device. Under autocast,
+        too, crops are made in float32 and networks run in their own dtype. Errors: `InputError` on bad shapes.
+        """
+        require(
+            x.ndim == 4 and x.shape[1] == 3,
+            f"x: expected shape [B, 3, H, W] (perceptual networks read 3 channels), got {list(x.shape)}",
+        )
+        require(x_hat.shape == x.shape, f"x_hat: expected the shape of x, {list(x.shape)}, got {list(x_hat.shape)}")
+        return self.distances(x_hat, x, draw_crops(len(x), x.shape[2], x.shape[3], generator))
+
+    def distances(self, x_hat: Tensor, x: Tensor, boxes: Tensor) -> dict[str, Tensor]:
+        """As `forward`, at given boxes (top, left, height, width) [B, 4]."""
+        if len(x) == 0:
+            return {name: x_hat.sum((1, 2, 3)) for name in self.terms}
+        a, b = (resize_crops(images, boxes, CROP_SIZE) for images in (x_hat, x.detach()))
+        with no_autocast(x.device):
+            return {name: _RowDistance.apply(a, b, term, self.rows_at_once) for name, term in self.terms.items()}
+
+
+@contextmanager
+def _loading(argument: str, source: str) -> Iterator[None]:
+    """What goes wrong while `argument` is loaded, as one line."""
+    try:
+        yield
+    except ImportError as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{argument}: needs pip install 'pixel-meanflow[perceptual]': {reason}") from error
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(f"{argument}: cannot load {source!r}: {reason}") from error
+
+
+@contextmanager
+def _own_kernels_hidden() -> Iterator[None]:
+    """Keeps transformers, which looks for Hugging Face's package `kernels`, from finding the folder of a clone."""
+    found, own = importlib.util.find_spec("kernels"), importlib.util.find_spec("pmf.kernels")
+    shadowed = found is not None and found.origin == own.origin
+    if shadowed:
+        sys.modules["kernels"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if shadowed:
+            del sys.modules["kernels"]
+
+
+def _load_lpips(source: str) -> Any:
+    """LPIPS with the package's layer weights and the trunk that `source` names."""
+    with _loading("lpips", source):
+        from lpips import LPIPS
+
+        network = LPIPS(net="vgg", pnet_rand=source != "hub", verbose=False)
+        state = {} if source in ("hub", "random") else _read_state_dict(Path(source))
+    if state:
+        _load_trunk(network.net, state, source)
+    return network
+
+
+def _load_trunk(trunk: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Fill the trunk from torchvision's names: its slice1.0.weight is their features.0.weight."""
+    for name, weight in trunk.state_dict().items():
+        published = "features." + name.split(".", 1)[1]
+        got = list(state[published].shape) if published in state else "no such weight"
+        wanted = list(weight.shape)
+        require(got == wanted, f"lpips: expected {published} of shape {wanted} in {source}, got {got}")
+        weight.copy_(state[published])
+
+
+def _read_state_dict(file: Path) -> dict[str, Tensor]:
+    if file.suffix == ".safetensors":
+        return load_file(file)
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _load_convnext(source: str) -> Any:
+    """ConvNeXt-V2 without its classifier."""
+    name = CONVNEXT if source == "hub" else source
+    with _loading("convnext", name), _own_kernels_hidden():
+        from transformers import ConvNextV2Config, ConvNextV2Model
+
+        if source == "random":
+            return ConvNextV2Model(ConvNextV2Config(**CONVNEXT_BASE))
+        network, info = ConvNextV2Model.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    missing = sorted(info["missing_keys"])
+    require(not missing, f"convnext: {name} lacks the weight {missing[0] if missing else None!r}")
+    return network

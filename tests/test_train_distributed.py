@@ -1,0 +1,132 @@
+"""Several gloo processes against one: gradients, updates, averages, draws and runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+import pmf
+from pmf.train.config import RunConfig
+from pmf.train.data import ImageSet
+from pmf.train.distributed import full
+from pmf.train.loop import Trainer
+from pmf.train.optim import OptimizerConfig, split_parameters
+from tests.networks import TINY
+
+ROWS = 8
+
+
+def data():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(24, *TINY.image_shape, generator=generator) * 2 - 1
+    return ImageSet(images, torch.arange(24) % TINY.num_classes)
+
+
+def config(out: Path, **changes) -> RunConfig:
+    loss = dataclasses.replace(pmf.LossConfig(), class_dropout=0.3)
+    base = dict(model=TINY, loss=loss, steps=2, batch_size=ROWS, device_batch=2, device="cpu", ema_half_lives=(500.0,))
+    return RunConfig(out=out, optimizer=OptimizerConfig(learning_rate=1e-2), **(base | changes))
+
+
+def first_steps(out: Path, sharding: str, impl: str) -> dict[str, torch.Tensor]:
+    """Gradients of the first step, and what one step (on the reference, in float64, two) makes of everything."""
+    reference = impl == "reference"
+    torch.set_default_dtype(torch.float64 if reference else torch.float32)
+    trainer = Trainer(config(out, sharding=sharding, impl=impl), data())
+    torch.manual_seed(1)
+    with torch.no_grad():  # at the start most gradients are zero
+        for p in trainer.model.parameters():
+            spread = 1.0 if p.ndim == 1 else p.shape[-1] ** -0.5
+            p.copy_(placed_like(p, torch.randn(p.shape) * spread))
+    batches = trainer._loader()
+    x, y = next(batches)
+    trainer._gradients(x, y)
+    result = {f"gradient {name}": full(p.grad).clone() for name, p in trainer.model.named_parameters()}
+    trainer.model.zero_grad()
+    trainer.train_step(x, y)
+    if reference:
+        trainer.train_step(*next(batches))
+    result |= {f"weight {name}": full(p).detach().clone() for name, p in trainer.model.named_parameters()}
+    result |= {f"average {name}": full(v).clone() for name, v in trainer.emas["ema_500"].state_dict().items()}
+    return result
+
+
+def placed_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """The value, sharded as the parameter is."""
+    if not isinstance(parameter, DTensor):
+        return value
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+
+
+def worker(rank: int, size: int, port: int, out: str, cases: list[tuple[str, str]]) -> None:
+    local = 2 if size == 4 else size
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank % local), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(local))
+    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)
+    for sharding, impl in cases:
+        result = first_steps(Path(out) / f"{sharding}-{impl}", sharding, impl)
+        if rank == 0:
+            torch.save(result, Path(out) / f"{sharding}-{impl}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+CASES = {
+    2: [("ddp", "reference"), ("fsdp", "reference"), ("ddp", "triton"), ("fsdp", "triton")],
+    4: [("ddp", "reference"), ("fsdp", "reference"), ("hybrid", "reference"), ("fsdp", "triton")],
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def several(request, tmp_path_factory):
+    """Results by (sharding, impl) of two or four processes."""
+    out, cases = tmp_path_factory.mktemp("several"), CASES[request.param]
+    mp.spawn(worker, (request.param, free_port(), str(out), cases), nprocs=request.param)
+    return {case: torch.load(out / f"{case[0]}-{case[1]}.pt") for case in cases}
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """Results of one process, by impl."""
+    out = tmp_path_factory.mktemp("one")
+    results = {impl: first_steps(out / impl, "ddp", impl) for impl in ("reference", "triton")}
+    torch.set_default_dtype(torch.float32)
+    return results
+
+
+def test_several_processes_are_one(several, one):
+    """Gradients relative to their norm; weights and averages, which are of the order of 1, as they are.
+
+    The reference in float64. The kernels in float32, to 1e-6; there Adam's weights are left out, since Adam divides
+    gradients that are nothing but rounding by their own size.
+    """
+    muon = {name for name, _ in named_matrices()}
+    for (sharding, impl), result in several.items():
+        expected = one[impl]
+        assert result.keys() == expected.keys()
+        for key in expected:
+            kind, name = key.split()
+            if impl == "triton" and kind != "gradient" and name not in muon:
+                continue
+            scale = expected[key].norm() if kind == "gradient" else 1.0
+            difference = (result[key] - expected[key]).abs().max() / scale
+            assert difference <= (1e-12 if impl == "reference" else 1e-6), (sharding, impl, key, difference)
+
+
+def named_matrices():
+    """Muon's parameters by name."""
+    model = pmf.create_model(TINY)
+    chosen = {id(p) for p in split_parameters(model)[0]}
+    return [(name, p) for name, p in model.named_parameters() if id(p) in chosen]

@@ -1,0 +1,51 @@
+"""What a run says while it trains: metrics.jsonl, a progress bar, TensorBoard where it is installed."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from tqdm import tqdm
+
+from pmf.train.directory import METRICS_FILE
+
+
+class Reporter:
+    """The main process's voice. `metrics` are the records so far; new ones are added to them."""
+
+    def __init__(self, directory: Path, metrics: list[dict], steps: int) -> None:
+        self.metrics = metrics
+        self.log = open(directory / METRICS_FILE, "a")  # noqa: SIM115 (closed on exit)
+        self.bar = tqdm(total=steps, initial=len(metrics), desc="training", unit="step")
+        self.writer = _tensorboard(directory)
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.log.close()
+        self.bar.close()
+        if self.writer is not None:
+            self.writer.close()
+
+    def add(self, record: dict[str, float]) -> None:
+        """Record a step; what is not finite is null in the file."""
+        finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
+        self.metrics.append(finite)
+        self.log.write(json.dumps(finite) + "\n")
+        self.log.flush()
+        if self.writer is not None:
+            for name, value in record.items():
+                self.writer.add_scalar(name, value, record["step"])
+        shown = dict(loss_u=f"{record['loss_u']:.3f}", images_per_s=f"{record['images_per_second']:.0f}")
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+
+
+def _tensorboard(directory: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(directory / "tensorboard")
