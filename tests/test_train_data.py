@@ -1,6 +1,6 @@
 import torch
 
-from pmf.train.data import digits, step_seed
+from pmf.train.data import ImageSet, Loader, digits, step_seed
 
 
 def test_digits_are_split_by_class_and_scaled():
@@ -14,13 +14,13 @@ def test_digits_are_split_by_class_and_scaled():
 
 
 def test_an_epoch_shows_every_image_once_across_batch_borders():
-    train, _ = digits()
-    train = type(train)(torch.arange(10.0)[:, None, None, None], torch.arange(10))
-    seen = torch.cat([train.batch(step, 4, seed=1)[1] for step in range(5)])
+    data = ImageSet(torch.arange(10.0)[:, None, None, None], torch.arange(10))
+    loader = Loader(data, 4, seed=1)
+    seen = torch.cat([next(loader)[1] for _ in range(5)])
     for epoch in (seen[:10], seen[10:]):
         assert sorted(epoch.tolist()) == list(range(10))
     assert not torch.equal(seen[:10], seen[10:])
-    assert not torch.equal(train.batch(0, 10, seed=1)[1], train.batch(0, 10, seed=2)[1])
+    assert not torch.equal(next(Loader(data, 10, seed=1))[1], next(Loader(data, 10, seed=2))[1])
 
 
 def test_seeds_differ_by_run_step_and_purpose():

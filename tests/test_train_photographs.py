@@ -6,7 +6,8 @@ from PIL import Image
 from pmf.errors import InputError
 from pmf.train.data import open_data, photographs, to_float
 from pmf.train.data.photographs import PHOTOGRAPHS, _file, _photographs
-from pmf.train.judge import evaluate_photographs, features, photograph_judge
+from pmf.train.evaluate import frechet_distance
+from pmf.train.judge import areas, evaluate_photographs, photograph_judge, structure
 from tests.networks import random_model
 
 pytest.importorskip("skimage")
@@ -26,10 +27,12 @@ def test_photographs_are_ten_classes_split_without_a_shared_crop():
 
 @pytest.mark.parametrize(
     ("part", "place", "window"),
-    [(1, 0, (0, 0, 210, 210)), (0, -1, (451 - 270, 300 - 270, 451, 300))],
+    [(1, 0, (45, 0, 45 + 225, 225)), (0, -1, (45 + 15, 15, 345, 300))],
 )
 def test_a_crop_is_a_window_of_its_photograph(part, place, window):
-    """The first crop is 0.7 of the short side in one corner, held out; the last 0.9 in the other, for training."""
+    """Of 451 x 300 pixels, the square begins at 45; the first crop is 0.75 of it in one corner, held out; the last is
+    0.95 of it in the other, for training.
+    """
     with Image.open(_file("cat")) as file:
         pixels = np.array(file.convert("RGB").resize((64, 64), Image.Resampling.BICUBIC, box=window))
     parts = photographs(64)
@@ -48,17 +51,33 @@ def test_photographs_open_by_name():
 
 
 def test_missing_files_are_named(monkeypatch):
-    monkeypatch.setitem(PHOTOGRAPHS, "cat", ("skimage", "data/dog.png"))
+    monkeypatch.setitem(PHOTOGRAPHS, "cat", ("skimage", "data/dog.png", 0.5))
     with pytest.raises(InputError, match=r"the installed skimage lacks data/dog.png"):
         _file("cat")
-    monkeypatch.setitem(PHOTOGRAPHS, "cat", ("no_such_package", "a.png"))
+    monkeypatch.setitem(PHOTOGRAPHS, "cat", ("no_such_package", "a.png", 0.5))
     with pytest.raises(InputError, match=r"need scikit-image, pip install 'pixel-meanflow\[data\]'"):
         _file("cat")
 
 
-def test_the_judge_names_held_out_crops():
+def test_the_judge_names_held_out_crops_whatever_their_colour():
     _, held_out = photographs(32)
-    assert photograph_judge(32).score(features(held_out.images).numpy(), held_out.labels.numpy()) > 0.97
+    judge = photograph_judge(32)
+    assert judge.score(structure(held_out.images).numpy(), held_out.labels.numpy()) > 0.97
+    grey = to_float(held_out.images).mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    assert judge.score(structure(0.3 * grey + 0.5).numpy(), held_out.labels.numpy()) > 0.97
+    patches = areas(held_out.images).view(-1, 3, 64)[
+        :, :, torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    ]
+    assert judge.score(structure(patches.view(-1, 3, 8, 8)).numpy(), held_out.labels.numpy()) < 0.5
+
+
+def test_the_scale_of_the_distances():
+    train, held_out = (areas(part.images) for part in photographs(32))
+    means = train.view(10, 540, 192).mean(1).repeat_interleave(50, 0)
+    noise = areas(torch.randn(500, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    assert frechet_distance(train.view(10, 540, 192)[:, ::11].flatten(0, 1), held_out) == pytest.approx(0.27, abs=0.03)
+    assert frechet_distance(means, held_out) == pytest.approx(5.2, abs=0.1)
+    assert frechet_distance(noise, held_out) == pytest.approx(51, abs=1)
 
 
 class Copier(torch.nn.Module):

@@ -1,5 +1,7 @@
 import io
 import os
+import pickle
+import sys
 import tarfile
 
 import numpy as np
@@ -11,6 +13,7 @@ from pmf.errors import InputError
 from pmf.train.data import CorruptImageError, Loader, PreparedShards, open_data, open_source
 from pmf.train.data.crop import centre_crop
 from pmf.train.data.prepare import PrepareConfig, command, prepare, verify
+from pmf.train.data.sources import HuggingFace
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -81,6 +84,7 @@ def test_cropping_halves_then_resizes_then_cuts_the_middle():
 def test_a_folder_becomes_shards_that_read_back(prepared, folder):
     data = PreparedShards(prepared)
     holds_all(data)
+    holds_all(pickle.loads(pickle.dumps(data)))
     assert data.classes == CLASSES
     assert sorted(contents(prepared)) == sorted(
         ["dataset.json"] + [f"shard-{i:06d}.{kind}" for i in range(5) for kind in ("npz", "tar")]
@@ -248,6 +252,21 @@ def test_hugging_face_data_sets_are_a_source(folder, tmp_path, kind):
         open_source(f"hf:{place}")
     with pytest.raises(InputError, match="hf options are config, image, label, split, streaming; got 'x=1'"):
         open_source(f"hf:{place}?x=1")
+
+
+def test_rows_that_only_name_their_files_are_read_too(folder):
+    datasets = pytest.importorskip("datasets")
+    rows = {"image": [str(folder / "bee/2.png"), str(folder / "bee/none.png"), None], "label": [1, 1, 1]}
+    columns = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Value("int64")})
+    source = HuggingFace(datasets.Dataset.from_dict(rows, features=columns), "image", "label", None, "")
+    assert [sample.data for sample in source.samples()] == [encoded(9), None, None]
+
+
+@pytest.mark.parametrize(("package", "spec"), [("webdataset", "wds:a.tar"), ("datasets", "hf:owner/name")])
+def test_a_missing_package_is_named_by_its_extra(monkeypatch, package, spec):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(InputError, match=r"pip install 'pixel-meanflow\[data\]'"):
+        open_source(spec)
 
 
 def test_wrong_sources_are_refused(tmp_path):

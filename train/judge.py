@@ -15,19 +15,28 @@ from pmf.train.data import photographs, to_float
 from pmf.train.evaluate import frechet_distance
 
 PER_CLASS = 50
-SIDE = 8
 
 
-def features(images: Tensor) -> Tensor:
-    """Images uint8, or float32 in [-1, 1], [n, 3, H, W] -> float32 [n, 192]: means over an 8 x 8 grid of areas."""
-    return adaptive_avg_pool2d(to_float(images), SIDE).flatten(1).cpu()
+def areas(images: Tensor) -> Tensor:
+    """Images uint8, or float32 in [-1, 1], [n, 3, H, W] -> float32 [n, 192]: the colours of 8 x 8 areas."""
+    return adaptive_avg_pool2d(to_float(images), 8).flatten(1).cpu()
+
+
+def structure(images: Tensor) -> Tensor:
+    """Images as above -> float32 [n, 256]: the greys of 16 x 16 areas, at mean 0 and variance 1 in every image."""
+    grey = adaptive_avg_pool2d(to_float(images).mean(1), 16).flatten(1).cpu()
+    centred = grey - grey.mean(1, keepdim=True)
+    return centred / centred.std(1, keepdim=True).clamp(min=1e-3)
 
 
 @lru_cache(maxsize=2)
 def photograph_judge(size: int) -> LogisticRegression:
-    """A logistic regression on the features of real training crops that names their photographs."""
+    """A logistic regression on the `structure` of real training crops that names their photographs.
+
+    Colour, brightness and contrast are kept from it, or patches of the right colour would do.
+    """
     train, _ = photographs(size)
-    return LogisticRegression(max_iter=500).fit(features(train.images).numpy(), train.labels.numpy())
+    return LogisticRegression(C=0.01, max_iter=500).fit(structure(train.images).numpy(), train.labels.numpy())
 
 
 def evaluate_photographs(
@@ -35,9 +44,9 @@ def evaluate_photographs(
 ) -> dict[str, float]:
     """Accuracy and Fréchet distance of 500 samples, 50 per photograph.
 
-    The accuracy is that of `photograph_judge` in naming the samples' photographs (it names 100 % of the held-out
-    real crops). The distance is to those 1,350 held-out crops, in the 192 features of `features`. For scale: real
-    training crops are at 0.03 (500 of them at 0.3), the ten class means at 9.7, noise at 50.
+    The accuracy is that of `photograph_judge` in naming the samples' photographs (it names 99.9 % of the held-out
+    real crops). The distance is to those 1,350 held-out crops, in the 192 colours of `areas`. For scale at 32 px:
+    500 real training crops are at 0.27, the ten class means at 5.2, noise at 51.
     """
     size, classes = model.config.image_size, model.config.num_classes
     fits = model.config.in_channels == 3 and classes == 10
@@ -47,9 +56,8 @@ def evaluate_photographs(
     samples = pmf.generate(
         model, labels, seeds=seeds, steps=steps, omega=omega, t_min=t_min, t_max=t_max, batch_size=100
     )
-    found = features(samples)
-    named = photograph_judge(size).predict(found.numpy())
+    named = photograph_judge(size).predict(structure(samples).numpy())
     return {
         "accuracy": float((named == labels.numpy()).mean()),
-        "frechet_distance": frechet_distance(found, features(photographs(size)[1].images)),
+        "frechet_distance": frechet_distance(areas(samples), areas(photographs(size)[1].images)),
     }

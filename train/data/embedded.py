@@ -7,9 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pmf.train.data.interface import to_float
-from pmf.train.data.order import indices_at
-
 HELD_OUT = 297
 
 
@@ -38,11 +35,6 @@ class ImageSet:
     def read(self, index: int) -> tuple[Tensor, int]:
         """(image, label)."""
         return self.images[index], int(self.labels[index])
-
-    def batch(self, step: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
-        """The batch that `Loader` serves at that step to a single rank."""
-        index = indices_at(len(self), seed, step * size, size)
-        return to_float(self.images[index]), self.labels[index]
 
 
 def digits() -> tuple[ImageSet, ImageSet]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from importlib.util import find_spec
 from itertools import product
@@ -10,24 +11,25 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from pmf.errors import InputError, require
 from pmf.train.data.embedded import ImageSet
 
-# Class name -> (package, file in it).
+# Class name -> (package, file in it, where the square with the subject lies: from 0, left or top, to 1).
 PHOTOGRAPHS = {
-    "astronaut": ("skimage", "data/astronaut.png"),
-    "cat": ("skimage", "data/chelsea.png"),
-    "coffee": ("skimage", "data/coffee.png"),
-    "flower": ("sklearn", "datasets/images/flower.jpg"),
-    "galaxies": ("skimage", "data/hubble_deep_field.jpg"),
-    "motorcycle": ("skimage", "data/motorcycle_left.png"),
-    "pagoda": ("sklearn", "datasets/images/china.jpg"),
-    "retina": ("skimage", "data/retina.jpg"),
-    "rocket": ("skimage", "data/rocket.jpg"),
-    "tissue": ("skimage", "data/ihc.png"),
+    "astronaut": ("skimage", "data/astronaut.png", 0.5),
+    "cat": ("skimage", "data/chelsea.png", 0.3),
+    "coffee": ("skimage", "data/coffee.png", 0.5),
+    "flower": ("sklearn", "datasets/images/flower.jpg", 0.45),
+    "galaxies": ("skimage", "data/hubble_deep_field.jpg", 0.5),
+    "motorcycle": ("skimage", "data/motorcycle_left.png", 0.6),
+    "pagoda": ("sklearn", "datasets/images/china.jpg", 0.1),
+    "retina": ("skimage", "data/retina.jpg", 0.5),
+    "rocket": ("skimage", "data/rocket.jpg", 0.5),
+    "tissue": ("skimage", "data/ihc.png", 0.5),
 }
-SHARES = (0.7, 0.8, 0.9)
+SHARES = (0.75, 0.85, 0.95)
 PLACES = 15
 HELD_OUT_EVERY = 5
 
@@ -35,9 +37,10 @@ HELD_OUT_EVERY = 5
 def photographs(size: int = 32) -> tuple[ImageSet, ImageSet]:
     """(5,400 training, 1,350 held-out) square crops uint8 [n, 3, size, size]; the class is the photograph.
 
-    A crop's side is 0.7, 0.8 or 0.9 of the photograph's short side, and it lies at one of 15 x 15 even places
-    in it. Every fifth place along each diagonal is held out, another one for each side. Crops overlap: the
-    held-out ones are other views of the same ten photographs. Nothing is random and nothing is downloaded.
+    Crops lie in the square of a photograph that shows its subject: their side is 0.75, 0.85 or 0.95 of the
+    square's, their place one of 15 x 15 even ones. Every fifth place along a row or column is held out, another
+    fifth for each side. Crops overlap: held-out ones are other views of the same photographs. Nothing is random and
+    nothing is downloaded.
     Errors: `InputError` where scikit-image is missing, or a photograph in its files.
     """
     require(8 <= size <= 64, f"size: expected 8 to 64 pixels, got {size}")
@@ -46,7 +49,7 @@ def photographs(size: int = 32) -> tuple[ImageSet, ImageSet]:
 
 @lru_cache(maxsize=2)
 def _photographs(size: int) -> tuple[ImageSet, ImageSet]:
-    crops = [crop for label, file in enumerate(map(_file, PHOTOGRAPHS)) for crop in _crops(file, label, size)]
+    crops = [crop for label, name in enumerate(PHOTOGRAPHS) for crop in _crops(name, label, size)]
     parts = ([c for c in crops if c[2] == held_out] for held_out in (False, True))
     train, held_out = (
         ImageSet(torch.stack([c[0] for c in part]), torch.tensor([c[1] for c in part]), tuple(PHOTOGRAPHS))
@@ -56,7 +59,7 @@ def _photographs(size: int) -> tuple[ImageSet, ImageSet]:
 
 
 def _file(name: str) -> Path:
-    package, inside = PHOTOGRAPHS[name]
+    package, inside, _ = PHOTOGRAPHS[name]
     spec = find_spec(package)  # the files are read as they lie: scikit-image's own functions may download
     if spec is None:
         raise InputError("data: photographs need scikit-image, pip install 'pixel-meanflow[data]'")
@@ -65,18 +68,24 @@ def _file(name: str) -> Path:
     return file
 
 
-def _crops(file: Path, label: int, size: int):
-    """(crop, label, whether held out) of one photograph, in a fixed order."""
-    with Image.open(file) as opened:
+def _square(name: str) -> Image.Image:
+    """The square that shows the subject, as large as the photograph allows."""
+    with Image.open(_file(name)) as opened:
         photograph = opened.convert("RGB")
+    side = min(photograph.size)
+    left, top = (round((length - side) * PHOTOGRAPHS[name][2]) for length in photograph.size)
+    return photograph.crop((left, top, left + side, top + side))
+
+
+def _crops(name: str, label: int, size: int) -> Iterator[tuple[Tensor, int, bool]]:
+    """(crop, label, whether held out) of one photograph, in a fixed order."""
+    square = _square(name)
     # No crop needs more than twice its pixels, and shrinking once is cheaper than from every crop.
-    scale = 2 * size / (min(SHARES) * min(photograph.size))
-    if scale < 1:
-        width, height = (round(scale * side) for side in photograph.size)
-        photograph = photograph.resize((width, height), Image.Resampling.LANCZOS)
+    whole = min(square.width, round(2 * size / min(SHARES)))
+    square = square.resize((whole, whole), Image.Resampling.LANCZOS)
     for (kind, share), row, column in product(enumerate(SHARES), range(PLACES), range(PLACES)):
-        side = share * min(photograph.size)
-        left, top = ((n - side) * place / (PLACES - 1) for n, place in zip(photograph.size, (column, row), strict=True))
-        crop = photograph.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+        side = share * whole
+        left, top = ((whole - side) * place / (PLACES - 1) for place in (column, row))
+        crop = square.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
         held_out = (row + column + 2 * kind) % HELD_OUT_EVERY == 0
         yield torch.from_numpy(np.array(crop)).permute(2, 0, 1).contiguous(), label, held_out

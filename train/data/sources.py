@@ -117,12 +117,23 @@ class HuggingFace:
         """The rows in order."""
         rows = self.data.skip(start) if start else self.data
         for position, row in enumerate(rows, start):
-            image, label = row[self.image] or {}, row[self.label]
-            data = image.get("bytes")
-            if data is None and image.get("path"):
-                data = Path(image["path"]).read_bytes()
+            image = row[self.image] or {}
             named = image.get("path")
-            yield Sample(f"row {position}" + (f" ({named})" if named else ""), data, label)
+            key = f"row {position}" + (f" ({named})" if named else "")
+            data = image.get("bytes")
+            yield Sample(key, _fetch(named) if data is None and named else data, row[self.label])
+
+
+def _fetch(path: str) -> bytes | None:
+    """The bytes of a local or remote file that a row only names; None where it cannot be read."""
+    import fsspec  # comes with datasets
+
+    try:
+        with fsspec.open(path) as file:
+            return file.read()
+    except OSError as error:
+        log.warning("%s: %s", path, error)
+        return None
 
 
 def _hugging_face(spec: str) -> HuggingFace:
