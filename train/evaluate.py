@@ -168,7 +168,7 @@ def _statistics_command(arguments: list[str]) -> None:
 
 def _device(name: str, ranks: Ranks) -> torch.device:
     """The device by name; of several GPUs, the process's own. Triton launches on the current one."""
-    from pmf.train.loop import pick_device
+    from pmf.train.distributed import pick_device
 
     own = name in ("auto", "cuda") and torch.cuda.is_available()
     device = pick_device(f"cuda:{ranks.local}" if own else name)
