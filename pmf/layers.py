@@ -205,9 +205,7 @@ def joined_weights(model: nn.Module, device_type: str) -> list[tuple[Tensor, ...
 
 
 @contextlib.contextmanager
-def held_weights(
-    model: nn.Module, device_type: str, weights: list[tuple[Tensor, ...]] | None = None
-) -> Iterator[None]:
+def held_weights(model: nn.Module, device_type: str, weights: list[tuple[Tensor, ...]] | None = None) -> Iterator[None]:
     """Join the weights of every `PackedModule` once for all passes inside, or hold those given.
 
     The parameters must not change inside.

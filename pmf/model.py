@@ -233,9 +233,7 @@ class PMFDiT(nn.Module):
         v = self.velocity_dual(Dual(z), Dual(t), images["v"], None).value if "v" in images else None
         return u.value, v, u.dot
 
-    def held_weights(
-        self, weights: list[tuple[Tensor, ...]] | None = None
-    ) -> contextlib.AbstractContextManager[None]:
+    def held_weights(self, weights: list[tuple[Tensor, ...]] | None = None) -> contextlib.AbstractContextManager[None]:
         """Joins the blocks' weights once for all passes inside, or holds those of `joined_weights`."""
         return held_weights(self, self.rope_cos.device.type, weights)
 
