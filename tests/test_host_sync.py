@@ -40,9 +40,9 @@ def perceptual(x_hat, x):
     return {"lpips": (x_hat - x).square().mean((1, 2, 3))}
 
 
-def step_copies(order=slice(None), plan="lean", law={}, **options):
+def step_copies(order=slice(None), plan="lean", law=None, **options):
     """Two whole training steps on the stand-in; the copies of the second."""
-    config = pmf.LossConfig(**law)
+    config = pmf.LossConfig(**(law or {}))
     x = torch.empty(BATCH, *TINY.image_shape, device="meta")
     y = torch.zeros(BATCH, dtype=torch.int64, device="meta")
     draws = pmf.sample_draws(BATCH, TINY.image_shape, config, torch.Generator().manual_seed(0))
@@ -118,5 +118,5 @@ def test_draws_on_a_gpu_are_refused():
     draws = pmf.sample_draws(2, TINY.image_shape, pmf.LossConfig())
     draws = pmf.Draws(**vars(draws) | {"fm_mask": torch.empty(2, dtype=torch.bool, device="meta")})
     x, y = torch.zeros(2, *TINY.image_shape), torch.zeros(2, dtype=torch.int64)
-    with pytest.raises(pmf.InputError, match="draws.fm_mask: expected on the CPU, .* got meta"):
+    with pytest.raises(pmf.InputError, match=r"draws.fm_mask: expected on the CPU, .* got meta"):
         pmf.pmf_loss(pmf.create_model(TINY), x, y, draws, pmf.LossConfig())
