@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import itertools
 import math
 import types
@@ -179,6 +180,8 @@ class PMFDiT(nn.Module):
         from the start. A graph serves every block; a lean step takes five, whatever its draws: with and without
         pending branch, with and without tangents. Sizes of 1 are compiled apart. Call it again to change options.
         """
+        if "recompile_limit" in inspect.signature(torch.compile).parameters:  # else the global limit, 8, holds
+            options = {"recompile_limit": 32, **options}
         options = {"fullgraph": True, **options}
         self._compiled = {
             recorded: torch.compile(_copy_of(_block_pass, f"{name}_{next(_compilations)}"), **options)
