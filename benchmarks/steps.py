@@ -93,19 +93,25 @@ def step_case(size: str, batch: int) -> Case:
 
 
 def sampling_case(size: str, batch: int) -> Case:
-    """One-step sampling of one preset: the u head alone, bfloat16."""
+    """One-step sampling of one preset: the u head alone, bfloat16.
 
-    def sampler(device: torch.device, compiled: bool) -> Run:
+    Eager is `pmf.generate`; the others are `pmf.Sampler`, a CUDA graph on CUDA, as it is and on compiled blocks.
+    """
+
+    def sampler(device: torch.device, graph: bool, compiled: bool) -> Run:
         model = pmf.create_model(size, aux_head=False, device=device, dtype=torch.bfloat16)
         noise = torch.randn(batch, *model.config.image_shape, device=device)
         labels = torch.zeros(batch, dtype=torch.int64)
         if compiled:
-            model.predict_dual = torch.compile(model.predict_dual)
+            model.compile_blocks()
+        if graph:
+            sample = pmf.Sampler(model, batch)
+            return lambda: sample(labels, noise=noise)
         return lambda: pmf.generate(model, labels, noise=noise, batch_size=batch)
 
     def providers(device: torch.device) -> dict[str, Callable[[], Run]]:
-        names = {"eager": False, "compiled": True}
-        return {name: functools.partial(sampler, device, compiled) for name, compiled in names.items()}
+        ways = {"eager": (False, False), "sampler": (True, False), "sampler, compiled": (True, True)}
+        return {name: functools.partial(sampler, device, *way) for name, way in ways.items()}
 
     # The guidance pass runs as many blocks as sampling does: the shared ones and one head.
     operations = batch * row_operations(MODELS[size]).guidance
