@@ -39,7 +39,9 @@ def training_step(
     """Forward and backward of one batch, under bfloat16 autocast on CUDA; gradients are dropped after."""
     model = pmf.create_model(size, device=device, **options)
     x, y, draws = _inputs(size, batch, device)
-    if compiled:
+    if compiled and loss is lean_loss:
+        model.compile_blocks()
+    elif compiled:
         model.predict_dual = torch.compile(model.predict_dual)
 
     def run() -> None:

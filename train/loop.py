@@ -51,6 +51,8 @@ class Trainer:
         if config.init is not None and config.resume is None:
             for note in start_from(self.model, config.init):
                 self._say(note)
+        if config.compiled:
+            self.model.compile_blocks()
         self.wrapped = wrap(LossModule(self.model, config.loss), self.world)
         self.optimizers = build_optimizers(self.model, config.optimizer, self.world.mesh)
         self.emas = {f"ema_{k:g}": EMA(self.model, k) for k in config.ema_half_lives}
