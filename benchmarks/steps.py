@@ -11,9 +11,9 @@ from torch import Tensor
 import pmf
 from pmf.benchmarks.baselines import flow_matching_loss, joint_jvp_loss, two_pass_loss
 from pmf.benchmarks.cases import Case, Run
-from pmf.benchmarks.counting import row_operations
 from pmf.benchmarks.jax_step import available, jax_step
 from pmf.config import LOSSES, MODELS
+from pmf.counting import row_operations
 
 STEP_TEST = "test_loss.py"
 SAMPLING_TEST = "test_sampling.py"

@@ -1,6 +1,6 @@
 """The primal of attention: a FlashAttention that also gives the log-sum-exp of every row.
 
-Which library computes it is decided by `choose`; its autograd is used as it is. All of them take and
+Which library computes it is said by `decide`; its autograd is used as it is. All of them take and
 give heads as [B, S, H, D] here, and the log-sum-exp as float32 [B, H, S_q], natural logarithm.
 
 | backend      | where it is taken                                                            |
@@ -42,20 +42,24 @@ def _report(backend: str, dtype: str, reason: str) -> None:
     log.info("attention of %s runs its primal on %s: %s", dtype, backend, reason)
 
 
-@torch.compiler.assume_constant_result
-def choose(device: str, dtype: str) -> str:
-    """The backend of the table above for a device type and a dtype's name; reports each choice once."""
+def decide(device: str, dtype: str) -> tuple[str, str]:
+    """The backend of the table above for a device type and a dtype's name, and why."""
     cuda = torch.backends.cuda
     if device != "cuda":
-        backend, reason = "cpu", "tensors are on the CPU"
-    elif dtype == "torch.float32":
-        backend, reason = "efficient", "FlashAttention takes no float32"
-    elif cuda.flash_sdp_enabled() and _package() is not None:
-        backend, reason = "flash_attn", "the flash-attn package is installed"
-    elif cuda.flash_sdp_enabled() and cuda.is_flash_attention_available():
-        backend, reason = "flash", "the flash-attn package is not installed"
-    else:
-        backend, reason = "cudnn", "PyTorch's FlashAttention is turned off or not built in"
+        return "cpu", "tensors are on the CPU"
+    if dtype == "torch.float32":
+        return "efficient", "FlashAttention takes no float32"
+    if cuda.flash_sdp_enabled() and _package() is not None:
+        return "flash_attn", "the flash-attn package is installed"
+    if cuda.flash_sdp_enabled() and cuda.is_flash_attention_available():
+        return "flash", "the flash-attn package is not installed"
+    return "cudnn", "PyTorch's FlashAttention is turned off or not built in"
+
+
+@torch.compiler.assume_constant_result
+def choose(device: str, dtype: str) -> str:
+    """The backend that `decide` names; reports each choice once."""
+    backend, reason = decide(device, dtype)
     _report(backend, dtype, reason)
     return backend
 

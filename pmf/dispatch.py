@@ -65,35 +65,44 @@ def _unsupported(tensors: tuple[Tensor | None, ...]) -> str | None:
     return None
 
 
-def _use_triton(op: str, impl: str | None, device: str, unsupported: str | None) -> bool:
-    """Whether the Triton kernel runs; compilers call this once, while they trace.
+def decide(op: str, impl: str | None, device: str, unsupported: str | None = None) -> tuple[str, str]:
+    """("triton" or "reference", why) for an op on a type of device; `unsupported`: what its kernel cannot take.
 
-    An op without a kernel runs on the reference under every impl.
+    An op without a kernel runs on the reference under every impl. Errors: `InputError` where impl is "triton" and
+    its kernel cannot run.
     """
     impl, name = checked_impl(impl), op.removesuffix("_dual")
-    reason = None
     if op not in KERNEL_MODULES:
-        reason = "this op has no Triton kernel yet"
-    elif impl == "reference":
-        reason = "requested"
-    elif device != "cuda" and impl == "auto":
-        reason = "no cuda"
+        return "reference", "this op has no Triton kernel yet"
+    if impl == "reference":
+        return "reference", "requested"
+    if device != "cuda" and impl == "auto":
+        return "reference", "no cuda"
+    if importlib.util.find_spec("triton") is None:
+        reason = 'impl="triton" needs the triton package, which is not installed'
+    elif device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        reason = f'impl="triton" needs cuda tensors, got {device} (TRITON_INTERPRET=1 runs the interpreter)'
     else:
-        if importlib.util.find_spec("triton") is None:
-            reason = 'impl="triton" needs the triton package, which is not installed'
-        elif device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            reason = f'impl="triton" needs cuda tensors, got {device} (TRITON_INTERPRET=1 runs the interpreter)'
-        else:
-            reason = unsupported
-        require(impl != "triton" or reason is None, f"{name}: {reason}")
-    if reason is None:
-        report(name, "triton", "requested" if impl == "triton" else "tensors are on cuda")
-        if not _kernels:  # all at once: a compiler that traces this sees the table as it first found it
-            for each, module in KERNEL_MODULES.items():
-                _kernels[each] = getattr(importlib.import_module(f"pmf.kernels.{module}"), each)
-        return True
-    report(name, "reference", reason)
-    return False
+        reason = unsupported
+    require(impl != "triton" or reason is None, f"{name}: {reason}")
+    if reason is not None:
+        return "reference", reason
+    return "triton", "requested" if impl == "triton" else "tensors are on cuda"
+
+
+def attention_backend(device: str, dtype: torch.dtype) -> tuple[str, str]:
+    """What computes the value of the Triton attention on a type of device, and why; see `pmf.kernels.flash`."""
+    return importlib.import_module("pmf.kernels.flash").decide(device, str(dtype))
+
+
+def _use_triton(op: str, impl: str | None, device: str, unsupported: str | None) -> bool:
+    """Whether the Triton kernel runs, said once; compilers call this once, while they trace."""
+    choice, reason = decide(op, impl, device, unsupported)
+    report(op, choice, reason)
+    if choice == "triton" and not _kernels:  # all at once: a compiler that traces this sees the table as first found
+        for each, module in KERNEL_MODULES.items():
+            _kernels[each] = getattr(importlib.import_module(f"pmf.kernels.{module}"), each)
+    return choice == "triton"
 
 
 # What torch.compiler.assume_constant_result sets, without the second that importing the compiler takes.

@@ -4,15 +4,13 @@ import dataclasses
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pmf
 from pmf.benchmarks import cases, memory, steps
 from pmf.benchmarks.baselines import joint_jvp_loss, two_pass_loss
-from pmf.benchmarks.counting import meta_step, operations, saved_bytes
-from pmf.benchmarks.memory import row_memory
 from pmf.benchmarks.timing import ceilings, largest_kernels, measure, warm_up
-from pmf.dual import Dual
+from pmf.counting import meta_step, operations
+from pmf.memory import saved_per_row, training_memory
 from tests.networks import TINY, random_model, relative_error
 from tests.test_loss import LOSS, gradients, step_inputs
 
@@ -129,38 +127,15 @@ def test_baselines_are_the_same_loss(baseline):
             assert relative_error(grads[name], p.grad) < 1e-9
 
 
-def test_memory_per_row_is_what_a_row_saves():
-    """Counted on fake tensors: what a real forward pass of one more row keeps."""
-    counted = row_memory("small", impl="reference")
-    model = pmf.create_model(SMALL, impl="reference")
-
-    def kept(batch):
-        one, z = torch.ones(batch), Dual(torch.randn(batch, *SMALL.image_shape))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            run = lambda: model.predict_dual(z, Dual(one), one, one, one, torch.zeros(batch).long())  # noqa: E731
-            return saved_bytes(run, model.parameters())
-
-    assert counted.per_row == kept(3) - kept(2)
-    assert row_memory("small", "block").per_row < row_memory("small").per_row
-    assert counted.largest_batch(1.0) == (10**9 - counted.fixed) // counted.per_row
-
-
-@pytest.mark.parametrize("way", [{}, dict(checkpointing="block"), dict(joint=True)])
-def test_memory_of_a_deep_network_is_counted_on_shallow_ones(way, monkeypatch):
-    """Every further block saves the same: as counted on the deep network itself."""
-    deep = dataclasses.replace(SMALL, depth=6, aux_head_depth=2)
-    monkeypatch.setitem(pmf.MODELS, "small", deep)
-    options = {"checkpointing": "none", "joint": False, **way}
-    with FakeTensorMode():
-        whole = memory._saved_per_row(deep, "reference", **options)
-        plain = memory._saved_per_row(deep, "reference", "none", False)
-    recomputed = plain // 8 if options["checkpointing"] == "block" else 0
-    assert row_memory("small", impl="reference", **options).per_row == whole + recomputed
-
-
 def test_the_joint_step_needs_more_memory():
-    lean, joint = (row_memory("small", impl="reference", joint=joint).per_row for joint in (False, True))
-    assert joint > 2 * lean
+    joint = training_memory("small", impl="reference", forward=memory.joint_pass)
+    assert joint.per_row > 2 * training_memory("small", impl="reference").per_row
+
+
+def test_the_joint_step_of_a_deep_network_is_counted_on_shallow_ones():
+    deep = dataclasses.replace(SMALL, depth=6, aux_head_depth=2)
+    whole = saved_per_row(deep, "reference", forward=memory.joint_pass)
+    assert training_memory(deep, impl="reference", forward=memory.joint_pass).per_row == whole
 
 
 def test_a_lean_step_is_much_faster_than_a_joint_jvp_step():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import pmf
-from pmf.benchmarks.counting import operations, saved_bytes
+from pmf.counting import operations, saved_bytes
 from tests.networks import TINY, random_model, relative_error
 from tests.test_loss import LOSS, gradients, step_inputs
 

@@ -7,7 +7,7 @@ import torch
 
 import pmf
 from pmf.benchmarks.baselines import flow_matching_loss, joint_jvp_loss
-from pmf.benchmarks.counting import meta_step, operations, row_operations, saved_bytes
+from pmf.counting import meta_step, operations, row_operations, saved_bytes
 from tests.networks import TINY, random_model
 from tests.test_loss import LOSS, step_inputs
 

@@ -8,7 +8,7 @@ import torch
 
 import pmf
 from pmf import dispatch
-from pmf.benchmarks.counting import saved_bytes
+from pmf.counting import saved_bytes
 from tests.kernel_checks import DEVICE, within_budget
 from tests.networks import golden, model_inputs, random_model, relative_error
 

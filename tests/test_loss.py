@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import pmf
-from pmf.benchmarks.counting import saved_bytes
+from pmf.counting import saved_bytes
 from pmf.loss import StepPlan
 from tests.networks import TINY, golden, random_model, relative_error
 from tests.transcription import adaptive, squared_errors

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import pmf
-from pmf.benchmarks.counting import saved_bytes
+from pmf.counting import saved_bytes
 from pmf.dual import Dual
 from pmf.reference.jvp import model_jvp
 from tests.networks import TINY, model_inputs, random_model, relative_error

@@ -1,0 +1,118 @@
+"""The memory that training takes: expected, counted on fake tensors without computing anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from pmf.config import ModelConfig, model_config
+from pmf.counting import per_block, saved_bytes
+from pmf.dual import Dual
+from pmf.model import PMFDiT, create_model
+
+EMA_COPIES = 3
+Pass = Callable[[PMFDiT, int], object]
+"""A forward pass of a network on so many rows, which records what backward needs."""
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """What training keeps in the memory of one process, in bytes."""
+
+    state: int
+    """float32 parameters, gradients, optimizer moments and averages: what sharding divides."""
+    copies: int
+    """Low-precision copies of the weights, which autocast makes: whole in every process."""
+    per_row: int
+    """Activations that one more row of the device batch saves for backward."""
+
+    @property
+    def fixed(self) -> int:
+        """What does not depend on the batch."""
+        return self.state + self.copies
+
+    def sharded(self, processes: int) -> TrainingMemory:
+        """The memory of each of so many processes that share the state between them."""
+        return replace(self, state=-(-self.state // processes))
+
+    def expected(self, rows: int) -> int:
+        """Bytes at a device batch of so many rows: a lower bound, since buffers that come and go are not counted."""
+        return self.fixed + rows * self.per_row
+
+    def largest_batch(self, budget: float) -> int:
+        """Rows that fit into so many bytes beside what is fixed: an upper bound, as `expected` is a lower one."""
+        return max(0, int((budget - self.fixed) // self.per_row))
+
+
+def optimizer_bytes(model: nn.Module, ema_copies: int = EMA_COPIES) -> int:
+    """One float32 moment (Muon, on Linear weights) or two (Adam, on the rest), and the averages."""
+    muon = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    total = sum(p.numel() for p in model.parameters())
+    return 4 * (ema_copies * total + muon + 2 * (total - muon))
+
+
+def main_pass(model: PMFDiT, rows: int) -> object:
+    """The recorded pass of a lean step: both heads, without tangents, which record nothing."""
+    device = next(model.parameters()).device
+    one, y = torch.ones(rows, device=device), torch.zeros(rows, dtype=torch.int64, device=device)
+    z = torch.empty(rows, *model.config.image_shape, device=device)
+    return model.predict_dual(Dual(z), Dual(one), one, one, one, y)
+
+
+def saved_per_row(
+    config: ModelConfig,
+    impl: str = "triton",
+    checkpointing: str = "none",
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    forward: Pass = main_pass,
+) -> int:
+    """Bytes that one more row saves for backward, under autocast to `dtype` (float32: none)."""
+    # The kernels agree to be traced on the device that they run on.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with FakeTensorMode():
+        model = create_model(config, impl=impl, checkpointing=checkpointing, device=device)
+
+        def kept(rows: int) -> int:
+            with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype != torch.float32):
+                return saved_bytes(lambda: forward(model, rows), model.parameters())
+
+        return kept(3) - kept(2)
+
+
+def training_memory(
+    name_or_config: str | ModelConfig,
+    checkpointing: str = "none",
+    impl: str = "triton",
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    ema_copies: int = EMA_COPIES,
+    forward: Pass = main_pass,
+) -> TrainingMemory:
+    """The memory of training a network with Muon and Adam, by the recorded pass `forward`.
+
+    Counted on two shallow networks, as blocks are alike. Under "block" checkpointing the one block that backward
+    recomputes counts too. `dtype`: bfloat16 (products and activations, under autocast) or float32. Perceptual
+    networks are not counted. impl "triton" needs a GPU or TRITON_INTERPRET=1. Errors: `InputError` where it cannot
+    run.
+    """
+    config = model_config(name_or_config)
+    blocks = config.depth + config.aux_head_depth
+
+    def counted(checkpointing: str) -> int:
+        first, added = per_block(
+            config, lambda shallow: [saved_per_row(shallow, impl, checkpointing, dtype=dtype, forward=forward)]
+        )
+        return first[0] + (blocks - 3) * added[0]
+
+    saved = counted(checkpointing)
+    if checkpointing == "block":
+        saved += counted("none") // blocks
+    model = create_model(config, impl=impl, device="meta")
+    values = sum(p.numel() for p in model.parameters())
+    copies = 0 if dtype == torch.float32 else dtype.itemsize * values
+    return TrainingMemory(2 * 4 * values + optimizer_bytes(model, ema_copies), copies, saved)
