@@ -68,12 +68,15 @@ def saved_per_row(
     impl: str = "triton",
     checkpointing: str = "none",
     *,
+    device: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
     forward: Pass = main_pass,
 ) -> int:
-    """Bytes that one more row saves for backward, under autocast to `dtype` (float32: none)."""
-    # The kernels agree to be traced on the device that they run on.
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    """Bytes that one more row saves for backward on a type of device, under autocast to `dtype` (float32: none).
+
+    `device`: cuda or cpu (default: cuda where there is one). Fake tensors on it choose the ops that real ones would.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with FakeTensorMode():
         model = create_model(config, impl=impl, checkpointing=checkpointing, device=device)
 
@@ -89,6 +92,7 @@ def training_memory(
     checkpointing: str = "none",
     impl: str = "triton",
     *,
+    device: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
     ema_copies: int = EMA_COPIES,
     forward: Pass = main_pass,
@@ -96,17 +100,18 @@ def training_memory(
     """The memory of training a network with Muon and Adam, by the recorded pass `forward`.
 
     Counted on two shallow networks, as blocks are alike. Under "block" checkpointing the one block that backward
-    recomputes counts too. `dtype`: bfloat16 (products and activations, under autocast) or float32. Perceptual
-    networks are not counted. impl "triton" needs a GPU or TRITON_INTERPRET=1. Errors: `InputError` where it cannot
-    run.
+    recomputes counts too. `device`: as for `saved_per_row`. `dtype`: bfloat16 (products and activations, under
+    autocast) or float32. Perceptual networks are not counted. impl "triton" needs a GPU or TRITON_INTERPRET=1.
+    Errors: `InputError` where it cannot run.
     """
     config = model_config(name_or_config)
     blocks = config.depth + config.aux_head_depth
 
     def counted(checkpointing: str) -> int:
-        first, added = per_block(
-            config, lambda shallow: [saved_per_row(shallow, impl, checkpointing, dtype=dtype, forward=forward)]
-        )
+        def count(shallow: ModelConfig) -> list[int]:
+            return [saved_per_row(shallow, impl, checkpointing, device=device, dtype=dtype, forward=forward)]
+
+        first, added = per_block(config, count)
         return first[0] + (blocks - 3) * added[0]
 
     saved = counted(checkpointing)

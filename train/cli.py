@@ -13,6 +13,7 @@ COMMANDS = {
     "data": ("pmf.train.data.prepare", "prepare ImageNet, or pictures of your own, for training"),
     "sample": ("pmf.train.sample", "draw a PNG grid of images from a checkpoint"),
     "eval": ("pmf.train.evaluate", "measure a checkpoint: FID, Inception score, precision and recall"),
+    "doctor": ("pmf.train.doctor", "what runs here, what fits, whether the data keep up, and what to change"),
 }
 """Name -> where its `command(arguments)` lives, and what it does."""
 
