@@ -106,7 +106,8 @@ def _part_operations(config: ModelConfig) -> list[int]:
         return [net.value for net in nets.values()]
 
     def train() -> None:
-        sum(net.sum() for net in forward(("u", "v"))).backward()
+        u, v = forward(("u", "v"))
+        (u.sum() + v.sum()).backward()
 
     plain = operations(lambda: forward(("u",)))
     tangent = operations(lambda: forward(("u",), z)) - plain

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import nn
@@ -66,7 +67,7 @@ def main_pass(model: PMFDiT, rows: int) -> object:
 def saved_per_row(
     config: ModelConfig,
     impl: str = "triton",
-    checkpointing: str = "none",
+    checkpointing: Literal["none", "block"] = "none",
     *,
     device: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
@@ -89,7 +90,7 @@ def saved_per_row(
 
 def training_memory(
     name_or_config: str | ModelConfig,
-    checkpointing: str = "none",
+    checkpointing: Literal["none", "block"] = "none",
     impl: str = "triton",
     *,
     device: str | None = None,
@@ -107,7 +108,7 @@ def training_memory(
     config = model_config(name_or_config)
     blocks = config.depth + config.aux_head_depth
 
-    def counted(checkpointing: str) -> int:
+    def counted(checkpointing: Literal["none", "block"]) -> int:
         def count(shallow: ModelConfig) -> list[int]:
             return [saved_per_row(shallow, impl, checkpointing, device=device, dtype=dtype, forward=forward)]
 

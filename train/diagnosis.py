@@ -25,25 +25,37 @@ def memory_advice(
     memory = count(config.checkpointing)
     if memory.expected(rows) <= budget:
         return None
-    ways = []
-    if config.checkpointing == "none" and count("block").expected(rows) <= budget:
-        ways.append("--checkpointing block")
-    fitting = largest_device_batch(config.batch_size, processes, min(rows, memory.largest_batch(budget)))
-    if fitting:
-        ways.append(f"--device-batch {fitting}")
-    if not ways and config.sharding == "ddp" and processes > 1:
-        whole = count("block").sharded(processes)
-        fitting = largest_device_batch(config.batch_size, processes, min(rows, whole.largest_batch(budget)))
-        if fitting:
-            ways.append(f"--sharding fsdp --checkpointing block --device-batch {fitting}")
+    ways = _memory_ways(config, processes, rows, budget, count)
     change = f"set {' or '.join(ways)}" if ways else "more GPUs with --sharding fsdp, larger ones, or a smaller network"
     return f"memory: {gigabytes(memory.expected(rows))} expected, {gigabytes(free)} free: {change}"
 
 
+def _memory_ways(
+    config: RunConfig, processes: int, rows: int, budget: float, count: Callable[[str], TrainingMemory]
+) -> list[str]:
+    """The flags that make it fit, the least change first: one or the other, else both, else sharding with them."""
+
+    def smaller(memory: TrainingMemory) -> list[str]:
+        size = largest_device_batch(config.batch_size, processes, min(rows, memory.largest_batch(budget)))
+        return [f"--device-batch {size}"] if size else []
+
+    blocks = count("block")
+    ways = ["--checkpointing block"] if blocks.expected(rows) <= budget else []
+    ways += smaller(count(config.checkpointing))
+    if not ways:
+        ways = [f"--checkpointing block {way}" for way in smaller(blocks)]
+    if not ways and config.sharding == "ddp" and processes > 1:
+        ways = [f"--sharding fsdp --checkpointing block {way}" for way in smaller(blocks.sharded(processes))]
+    return ways
+
+
 def largest_device_batch(batch_size: int, processes: int, rows: int) -> int:
-    """The largest power of two up to `rows` into which every process's share of a batch divides; 0: none."""
-    sizes = (2**power for power in reversed(range(max(rows, 0).bit_length())))
-    return next((size for size in sizes if size <= rows and batch_size % (size * processes) == 0), 0)
+    """The largest power of two up to `rows` into which every process's share of a batch divides; 0: none.
+
+    At least 2, since half of the rows of a device batch are flow-matching ones.
+    """
+    sizes = (2**power for power in range(rows.bit_length() - 1, 0, -1))
+    return next((size for size in sizes if batch_size % (size * processes) == 0), 0)
 
 
 def data_advice(served: float, needed: float, workers: int, cores: int) -> str | None:
@@ -58,7 +70,7 @@ def data_advice(served: float, needed: float, workers: int, cores: int) -> str |
     if wanted <= cores:
         return f"{found}: set --workers {wanted}"
     if workers < cores:
-        return f"{found}: set --workers {cores}, all cores of this process, which may not do: a faster disk, more cores"
+        return f"{found}: set --workers {cores}, all cores of this process, and read faster"
     return f"{found}: a faster disk, more cores, or `pmf data prepare --encoding npy`, which needs no decoding"
 
 
@@ -70,6 +82,21 @@ def worker_advice(workers: int, local: int, cores: int) -> str | None:
     return f"workers: {total} on {cores} cores: set --workers {max(1, cores // local)}"
 
 
+def precision_advice(half: bool, able: bool, device: str) -> str | None:
+    """What to change about bfloat16 products (`half`) on a device that is able to do them or not; None: nothing."""
+    if half and not able:
+        return "products: this GPU has no bfloat16: set --precision float32, or take a newer GPU"
+    if not half and able and device == "cuda":
+        return "products: float32 is several times slower than bfloat16: set --precision bfloat16"
+    return None
+
+
+def duration(seconds: float) -> str:
+    """Seconds in minutes, hours or days."""
+    size, unit = next((pair for pair in ((86400, "days"), (3600, "hours")) if seconds >= 2 * pair[0]), (60, "minutes"))
+    return f"{seconds / size:,.1f} {unit}"
+
+
 def gigabytes(size: float) -> str:
     """Bytes in units of 10^9 or 10^6."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"

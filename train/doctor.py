@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
@@ -26,7 +27,15 @@ from pmf.errors import InputError, require
 from pmf.memory import TrainingMemory, training_memory
 from pmf.train.config import RunConfig
 from pmf.train.data import ImageSet, Loader, TrainingData, open_data
-from pmf.train.diagnosis import HEADROOM, data_advice, gigabytes, memory_advice, worker_advice
+from pmf.train.diagnosis import (
+    HEADROOM,
+    data_advice,
+    duration,
+    gigabytes,
+    memory_advice,
+    precision_advice,
+    worker_advice,
+)
 from pmf.train.distributed import World, pick_device
 from pmf.train.loop import Trainer, _check_data, _device_batch, _half
 from pmf.train.run import configured
@@ -62,14 +71,11 @@ class Report:
         """A part of the report begins."""
         print(f"\n{text}", flush=True)
 
-    def line(self, name: str, text: str) -> None:
-        """A finding."""
-        print(f"  {name:13}{text}", flush=True)
-
-    def change(self, text: str | None) -> None:
-        """Something to change, unless it is None."""
-        if text is not None:
-            self.changes.append(text)
+    def line(self, name: str, text: str, change: str | None = None) -> None:
+        """A finding, and what to change about it; None: nothing."""
+        print(f"{' ' if change is None else '!'} {name:13}{text}", flush=True)
+        if change is not None:
+            self.changes.append(change)
 
     @contextlib.contextmanager
     def examining(self, name: str) -> Iterator[None]:
@@ -77,10 +83,10 @@ class Report:
         try:
             yield
         except Exception as error:
-            text = (str(error).strip() or type(error).__name__).splitlines()[0]
-            known = isinstance(error, (InputError, OSError))
-            self.line(name, text if known else f"{type(error).__name__}: {text}")
-            self.change(text if isinstance(error, InputError) else f"{name}: {text}")
+            text = (str(error).strip() or type(error).__name__).splitlines()[0].removeprefix(f"{name}: ")
+            if not isinstance(error, (InputError, OSError)):
+                text = f"{type(error).__name__}: {text}"
+            self.line(name, text, f"{name}: {text}")
 
 
 def command(arguments: list[str]) -> None:
@@ -109,10 +115,11 @@ def _machine(report: Report, config: DoctorConfig) -> torch.device:
         f"pixel-meanflow {pmf.__version__}: " + ", ".join(f"{name} {version or 'none'}" for name, version in versions)
     )
     report.title("machine")
-    report.line("GPU", "; ".join(f"{n} x {gpu}" for gpu, n in Counter(map(_gpu, _gpus())).items()) or "none")
+    gpus = "; ".join(f"{n} x {gpu}" for gpu, n in Counter(map(_gpu, _gpus())).items())
+    unseen = not gpus and torch.version.cuda is None and torch.version.hip is None and shutil.which("nvidia-smi")
+    blind = f"torch: {torch.__version__} is built without CUDA, which this machine seems to have: install another build"
+    report.line("GPU", gpus or "none", blind if unseen else None)
     report.line("CPU", f"{_cores()} cores, {gigabytes(_free(torch.device('cpu')))} of memory free")
-    if torch.version.cuda is None and torch.version.hip is None and shutil.which("nvidia-smi"):
-        report.change(f"torch: {torch.__version__} is built without CUDA, but this machine has a GPU: install another")
     device = torch.device("cpu")
     with report.examining("device"):
         device = pick_device(config.device)
@@ -129,61 +136,59 @@ def _run(report: Report, config: DoctorConfig, device: torch.device) -> None:
         rows = _device_batch(config, World(device, size=processes))
         times = config.batch_size // (rows * processes)
         each = f"{processes} process{'es' * (processes > 1)} x {rows} images" + f" x {times} times" * (times > 1)
-        report.line("batch", f"{each} = {config.batch_size} a step")
-    _implementations(report, config, device)
-    fits = False
+        report.line("batch", f"{each} = {config.batch_size:,} a step" + f", {config.sharding}" * (processes > 1))
+    _ops(report, config, device)
+    _perceptual(report, config)
+    fits, needed = False, None
     with report.examining("memory"):
         fits = _memory(report, config, device, processes, local, rows)
-    served = None
-    with report.examining("data"):
-        served = _data(report, config, device, rows)
     with report.examining("step"):
         needed = _step(report, config, device, processes, rows, fits)
-        if needed is not None and served is not None:
-            report.change(data_advice(served, needed, config.workers, max(1, _cores() // local)))
-    report.change(worker_advice(config.workers, local, _cores()))
+    with report.examining("data"):
+        _data(report, config, device, rows, needed, local)
 
 
-def _implementations(report: Report, config: DoctorConfig, device: torch.device) -> None:
-    """Which kernels and which attention run; in which precision."""
-    model = config.model
+def _ops(report: Report, config: RunConfig, device: torch.device) -> None:
+    """Which kernels and which attention run, and in which precision."""
+    model, half = config.model, _half(config, device)
     limits = {
         "norm_modulate_dual": dispatch.width_limit(torch.empty(0, model.hidden_size)),
         "residual_norm_modulate_dual": dispatch.width_limit(torch.empty(0, model.hidden_size)),
         "attention_dual": dispatch.attention_limit(torch.empty(0, model.head_dim)),
         "patch_embed_dual": dispatch.patch_limit(model.patch_size, model.bottleneck),
     }
-    half = _half(config, device)
-    with report.examining("ops"):
-        chosen: dict[tuple[str, str], list[str]] = {}
+    chosen: dict[tuple[str, str], list[str]] = {}
+    with report.examining("kernels"):
         for op in dispatch.KERNEL_MODULES:
             choice = dispatch.decide(op, config.impl, device.type, limits.get(op))
             chosen.setdefault(choice, []).append(op.removesuffix("_dual"))
-        for (choice, reason), ops in chosen.items():
-            which = "" if len(chosen) == 1 else f" ({', '.join(ops)})"
-            report.line("ops", f"{'Triton' if choice == 'triton' else choice}{which}: {reason}")
-            if device.type == "cuda" and choice == "reference":
-                report.change(f"ops: {', '.join(ops)} run on the reference, which is slower: {_remedy(reason)}")
-    with report.examining("attention"):
-        if dispatch.decide("attention_dual", config.impl, device.type, limits["attention_dual"])[0] == "triton":
-            dtype = torch.bfloat16 if half else torch.float32
-            backend, reason = dispatch.attention_backend(device.type, dtype)
-            report.line("attention", f"{backend}: {reason}; its tangent: Triton")
-        else:
-            report.line("attention", "reference: softmax over all scores, kept for backward")
-    report.line("products", "bfloat16" if half else "float32")
-    if device.type == "cuda":
-        able = torch.cuda.is_bf16_supported(including_emulation=False)
-        if half and not able:
-            report.change("precision: this GPU has no bfloat16: set --precision float32, or use a newer GPU")
-        if not half and able:
-            report.change("precision: products in float32 are several times slower: set --precision bfloat16")
+    for (choice, reason), ops in chosen.items():
+        which = "" if len(chosen) == 1 else f" for {', '.join(ops)}"
+        slow = device.type == "cuda" and choice == "reference"
+        change = f"kernels: {', '.join(ops)}: the reference is slower: {_remedy(reason)}" if slow else None
+        report.line("kernels", f"{choice}{which}: {reason}", change)
+    if any(choice == "triton" and "attention" in ops for (choice, _), ops in chosen.items()):
+        backend, reason = dispatch.attention_backend(device.type, torch.bfloat16 if half else torch.float32)
+        report.line("attention", f"{backend}: {reason}; the tangent's: triton")
+    elif chosen:
+        report.line("attention", "reference: softmax over all scores, kept for backward")
+    with report.examining("products"):
+        able = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+        report.line("products", "bfloat16" if half else "float32", precision_advice(half, able, device.type))
 
 
 def _remedy(reason: str) -> str:
     if "not installed" in reason:
         return "triton is absent: pip install triton"
     return "set --impl auto" if reason == "requested" else reason
+
+
+def _perceptual(report: Report, config: RunConfig) -> None:
+    """The perceptual networks, and whether their packages are there."""
+    if config.perceptual.enabled:
+        absent = [name for name in ("lpips", "torchvision", "transformers") if importlib.util.find_spec(name) is None]
+        change = f"perceptual: {', '.join(absent)} absent: pip install 'pixel-meanflow[perceptual]'" if absent else None
+        report.line("perceptual", f"LPIPS {config.perceptual.lpips}, ConvNeXt {config.perceptual.convnext}", change)
 
 
 def _memory(report: Report, config: DoctorConfig, device: torch.device, processes: int, local: int, rows: int) -> bool:
@@ -201,33 +206,9 @@ def _memory(report: Report, config: DoctorConfig, device: torch.device, processe
     parts = f"{gigabytes(memory.fixed)} + {rows} x {gigabytes(memory.per_row)}"
     beside = ", without the perceptual networks" if config.perceptual.enabled else ""
     total, there = gigabytes(memory.expected(rows)), gigabytes(free)
-    report.line("memory", f"{total} expected ({parts}{beside}), {there} free")
-    report.change(memory_advice(config, processes, rows, free, lambda way: whole(way).sharded(shards)))
+    advice = memory_advice(config, processes, rows, free, lambda way: whole(way).sharded(shards))
+    report.line("memory", f"{total} expected ({parts}{beside}), {there} free", advice)
     return whole(config.checkpointing).expected(rows) <= HEADROOM * free
-
-
-def _data(report: Report, config: DoctorConfig, device: torch.device, rows: int) -> float:
-    """Images per second that the data can deliver to one process."""
-    data = open_data(config.data, config.model.image_size)
-    _check_data(data, config)
-    served = _served(data, config, device, rows)
-    count = f"{len(data):,} images of {data.num_classes} classes"
-    report.line("data", f"{config.data}: {count}; {served:,.0f} images/s with {config.workers} workers")
-    return served
-
-
-def _served(data: TrainingData, config: DoctorConfig, device: torch.device, rows: int) -> float:
-    options = dict(seed=config.seed, workers=config.workers, device=device, max_corrupt=config.max_corrupt)
-    loader = Loader(data, rows, **options)
-    try:
-        for _ in range(max(1, config.workers)):  # workers start, and answer together at first
-            next(loader)
-        images, began = 0, time.perf_counter()
-        while time.perf_counter() - began < config.seconds:
-            images += len(next(loader)[1])
-        return images / (time.perf_counter() - began)
-    finally:
-        loader.close()
 
 
 def _step(
@@ -238,20 +219,26 @@ def _step(
     work = row_operations(config.model).lean(draws)
     cost = f"{work / 1e12:,.3g} TFLOP for {rows} images"
     if device.type != "cuda" and work > CPU_OPERATIONS:
-        rate = rows / work * ASSUMED_OPERATIONS
-        assumed = f"a GPU at {ASSUMED_OPERATIONS / 1e12:.0f} TFLOP/s would take {rate:,.0f} images/s"
-        report.line("step", f"not measured on a CPU: {cost}; {assumed}")
-        report.change(f"device: a step takes {cost}: train on a GPU")
+        assumed = (
+            f"a GPU at {ASSUMED_OPERATIONS / 1e12:.0f} TFLOP/s takes {rows / work * ASSUMED_OPERATIONS:,.0f} images/s"
+        )
+        advice = f"device: a step takes {cost}: train on a GPU"
+        report.line("step", f"{cost}, not measured on a CPU; {assumed}", advice)
         return None
     if not fits:
-        report.line("step", f"not measured, it does not fit here: {cost}")
+        report.line("step", f"{cost}, not measured: a single process has no room for it here")
         return None
-    seconds, peak = _timed(config, device, rows)
+    try:
+        seconds, peak = _timed(config, device, rows)
+    except torch.OutOfMemoryError:
+        smaller = "--checkpointing block" if config.checkpointing == "none" else f"--device-batch {rows // 2}"
+        report.line("step", f"{cost}, out of memory", f"memory: a step of {rows} images ran out of it: set {smaller}")
+        return None
     rate = rows / seconds
-    hours = config.steps * config.batch_size / (rate * processes) / 3600
     kept = f", {gigabytes(peak)} at its peak" if peak else ""
-    report.line("step", f"{seconds:.3g} s for {rows} images{kept}; the process takes {rate:,.0f} images/s")
-    report.line("whole run", f"{config.steps:,} steps: about {hours:,.1f} hours")
+    whole = duration(config.steps * config.batch_size / (rate * processes))
+    report.line("step", f"{seconds:.3g} s for {rows} images{kept}: takes {rate:,.0f} images/s a process")
+    report.line("whole run", f"{config.steps:,} steps, about {whole}")
     return rate
 
 
@@ -272,6 +259,39 @@ def _timed(config: DoctorConfig, device: torch.device, rows: int) -> tuple[float
                 torch.cuda.synchronize(device)
             taken.append(time.perf_counter() - began)
         return sum(taken[2:]) / len(taken[2:]), torch.cuda.max_memory_allocated(device) if on_gpu else 0
+
+
+def _data(
+    report: Report, config: DoctorConfig, device: torch.device, rows: int, needed: float | None, local: int
+) -> None:
+    """Images per second that the data deliver to one process, against what its steps take."""
+    size = config.model.image_size
+    if config.data not in ("digits", "photographs") and not Path(config.data).exists():
+        advice = f"`pmf data prepare folder:PICTURES --out {config.data} --size {size}`, or set --data"
+        report.line("data", f"{config.data} is not there", f"data: {config.data} is not there: {advice}")
+        return
+    data = open_data(config.data, size)
+    _check_data(data, config)
+    served = _served(data, config, device, rows)
+    advice = worker_advice(config.workers, local, _cores())
+    if needed is not None:
+        advice = data_advice(served, needed, config.workers, max(1, _cores() // local)) or advice
+    what = f"{config.data}: {len(data):,} images of {data.num_classes} classes"
+    report.line("data", f"{what}; {served:,.0f} images/s with {config.workers} workers", advice)
+
+
+def _served(data: TrainingData, config: DoctorConfig, device: torch.device, rows: int) -> float:
+    options = dict(seed=config.seed, workers=config.workers, device=device, max_corrupt=config.max_corrupt)
+    loader = Loader(data, rows, **options)
+    try:
+        for _ in range(max(1, config.workers)):  # workers start, and answer together at first
+            next(loader)
+        images, began = 0, time.perf_counter()
+        while time.perf_counter() - began < config.seconds:
+            images += len(next(loader)[1])
+        return images / (time.perf_counter() - began)
+    finally:
+        loader.close()
 
 
 def _version(package: str) -> str | None:
