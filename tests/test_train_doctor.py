@@ -87,6 +87,13 @@ def test_processes_share_the_batch_the_state_and_the_cores(capsys):
     assert "batch: batch_size: expected a multiple of 3 processes x 5 images" in changes
 
 
+def test_kernels_that_cannot_run_here_are_a_finding(capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    found, changes = report(capsys, *QUICK, "--impl", "triton", status=1)
+    assert changes.startswith('  kernels: norm_modulate: impl="triton" needs cuda tensors, got cpu')
+    assert changes.count("\n") == 1 and "memory  " not in found and "step  " not in found
+
+
 def test_a_device_that_is_not_there_is_a_finding(capsys):
     found, changes = report(capsys, *QUICK, "--device", "cuda:99", status=1)
     assert "device: cannot use 'cuda:99'" in changes and "on cpu" in found

@@ -137,19 +137,20 @@ def _run(report: Report, config: DoctorConfig, device: torch.device) -> None:
         times = config.batch_size // (rows * processes)
         each = f"{processes} process{'es' * (processes > 1)} x {rows} images" + f" x {times} times" * (times > 1)
         report.line("batch", f"{each} = {config.batch_size:,} a step" + f", {config.sharding}" * (processes > 1))
-    _ops(report, config, device)
+    runs, fits, needed = _ops(report, config, device), None, None
     _perceptual(report, config)
-    fits, needed = False, None
-    with report.examining("memory"):
-        fits = _memory(report, config, device, processes, local, rows)
-    with report.examining("step"):
-        needed = _step(report, config, device, processes, rows, fits)
+    if runs:
+        with report.examining("memory"):
+            fits = _memory(report, config, device, processes, local, rows)
+    if fits is not None:
+        with report.examining("step"):
+            needed = _step(report, config, device, processes, rows, fits)
     with report.examining("data"):
         _data(report, config, device, rows, needed, local)
 
 
-def _ops(report: Report, config: RunConfig, device: torch.device) -> None:
-    """Which kernels and which attention run, and in which precision."""
+def _ops(report: Report, config: RunConfig, device: torch.device) -> bool:
+    """Which kernels and which attention run, and in which precision; whether they can run."""
     model, half = config.model, _half(config, device)
     limits = {
         "norm_modulate_dual": dispatch.width_limit(torch.empty(0, model.hidden_size)),
@@ -175,6 +176,7 @@ def _ops(report: Report, config: RunConfig, device: torch.device) -> None:
     with report.examining("products"):
         able = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
         report.line("products", "bfloat16" if half else "float32", precision_advice(half, able, device.type))
+    return bool(chosen)
 
 
 def _remedy(reason: str) -> str:
