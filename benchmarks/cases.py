@@ -309,7 +309,7 @@ LONG = ((1024, 64), (4096, 64), (1024, 128), (4096, 128))
 
 
 def op_cases(sizes: tuple[str, ...] = ("pMF-B/16", "pMF-L/16", "pMF-H/16"), batch: int = 64) -> list[Case]:
-    """Every op at the shapes of these presets, and attention at longer ones."""
+    """Every op at the shapes of these presets."""
     cases = []
     for size in sizes:
         for op in block_ops(MODELS[size], batch):
@@ -319,7 +319,14 @@ def op_cases(sizes: tuple[str, ...] = ("pMF-B/16", "pMF-L/16", "pMF-H/16"), batc
         cases += patch_op(config, batch).cases(name)
         own = attention_op(batch, config.sequence_length, config.num_heads, config.head_dim)
         cases += [*own.cases(name), objective_case(size, batch)]
-    for length, head_dim in LONG:
-        batch_tokens = max(1, 16384 // length)
-        cases += attention_op(batch_tokens, length, 16, head_dim).cases(f"S {length} D {head_dim}")
     return cases
+
+
+def long_attention_cases() -> list[Case]:
+    """Attention beyond pMF's own lengths and head widths."""
+    shapes = ((max(1, 16384 // length), length, head_dim) for length, head_dim in LONG)
+    return [
+        case
+        for batch, length, head_dim in shapes
+        for case in attention_op(batch, length, 16, head_dim).cases(f"S {length} D {head_dim}")
+    ]

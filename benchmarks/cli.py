@@ -1,127 +1,86 @@
-"""`python -m pmf.benchmarks SUITE`: measure ops, steps or sampling; on a GPU, record the figures."""
+"""`python -m pmf.benchmarks SUITE`: measure; `plot` and `report` show what a ledger holds."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 import tyro
 
-from pmf.benchmarks.cases import Case, op_cases
-from pmf.benchmarks.ledger import ROOT, append, provenance
-from pmf.benchmarks.memory import BUDGETS_GB, measured_largest_batch, table
-from pmf.benchmarks.steps import sampling_case, step_case
-from pmf.benchmarks.timing import ceilings, measure
-from pmf.config import MODELS
-from pmf.errors import InputError, require
+from pmf.benchmarks import plots, report
+from pmf.benchmarks.jobs import LONG_ATTENTION, Settings
+from pmf.benchmarks.ledger import RESULTS
+from pmf.benchmarks.suite import SUITES, Budget, Measurement, Plan
+from pmf.errors import InputError
+
+COARSE = ("pMF-B/16", "pMF-L/16", "pMF-H/16")
+FINE = ("pMF-B/32", "pMF-L/32", "pMF-H/32")
+READERS = {"plot": plots.command, "report": report.command}
 
 
 @dataclass(frozen=True)
 class Options:
-    """Measure pMF against its rivals. Without a GPU, what runs is shown and nothing is recorded."""
+    """Measure pMF against its rivals; figures of a GPU enter benchmarks/results behind a green test.
+
+    `plot` and `report` in place of the suite draw and print what a ledger holds; each has its own --help.
+    """
 
     suite: tyro.conf.Positional[Literal["ops", "steps", "sampling", "memory", "gpu"]]
     """ops: each op at the shapes of a block. steps: whole training steps. sampling: one-step sampling.
-    memory: the largest batch. gpu: all of them, one after the other."""
-    sizes: tuple[str, ...] = ("pMF-B/16", "pMF-L/16", "pMF-H/16")
-    """Presets whose shapes are measured."""
+    memory: the largest batch. gpu: all of them, the most important first."""
+    sizes: tuple[str, ...] = ()
+    """Presets whose shapes are measured (default: all published; for ops those of 16 pixels a patch)."""
     batch: int | None = None
     """Images in a batch (default: 64 for ops, 128 for steps and sampling)."""
     only: str = ""
     """Measure only cases whose name contains this."""
+    providers: tuple[str, ...] = ()
+    """Measure only these of what is compared (default: all)."""
     repeats: int = 30
-    """Runs of each provider; the median is reported."""
+    """Runs of each provider, fewer where time is short; the median is reported."""
+    minutes: float = 19.0
+    """The whole measurement ends within this, start-up aside; what no longer fits is named."""
+    profile: str = "lean"
+    """Steps and samplers whose name starts with this also record their largest kernels; "" for none."""
+    record: Path | None = None
+    """Folder of the ledger (default: benchmarks/results on a GPU; without one, nothing is recorded)."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Device to measure on."""
 
 
-@functools.cache
-def _test_passes(test: str) -> bool:
-    """Whether the test file of a case is green on this machine."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", str(ROOT / "tests" / test)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    print(f"{test}: {'passes' if result.returncode == 0 else 'FAILS'}", file=sys.stderr)
-    return result.returncode == 0
+def plan_of(options: Options) -> Plan:
+    """What the options ask for, most important first."""
+    suites = SUITES if options.suite == "gpu" else (options.suite,)
+    parts = [(suite, size) for size in options.sizes or COARSE for suite in suites]
+    if not options.sizes:
+        # An op has the same shapes at 32 pixels a patch, but for the two that touch images.
+        parts += [("ops", LONG_ATTENTION)] * ("ops" in suites)
+        parts += [(suite, size) for size in FINE for suite in suites if suite != "ops"]
+    return Plan.of(parts, options.batch, options.only)
 
 
-def run_case(case: Case, device: torch.device, repeats: int, limits: dict[str, float]) -> list[dict[str, object]]:
-    """One record per provider: time, traffic and operations as fractions of the machine's ceilings."""
-    records = []
-    providers = {name: prepare() for name, prepare in case.providers(device).items()}
-    for name, m in measure(providers, device, repeats).items():
-        seconds = m.median_us / 1e6
-        records.append(
-            {
-                "case": case.name,
-                "provider": name,
-                **dataclasses.asdict(m),
-                "bytes": case.bytes,
-                "operations": case.operations,
-                "of_copy_bandwidth": case.bytes / seconds / limits["copy_bytes_per_s"],
-                "of_product_rate": case.operations / seconds / limits["product_operations_per_s"],
-            }
-        )
-    return records
+def measure(options: Options) -> None:
+    """Run the plan within its time, and say what became of it."""
+    budget = Budget(options.minutes)
+    on_gpu = torch.device(options.device).type == "cuda"
+    directory = options.record or (RESULTS if on_gpu else None)
+    settings = Settings(options.device, options.repeats, options.profile, options.providers)
+    Measurement(plan_of(options), settings, budget, directory).run()
+    if directory is None:
+        print("no GPU: nothing was recorded")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure every chosen case; a figure enters the ledger only on a GPU and behind a green test."""
-    options = tyro.cli(Options, prog="python -m pmf.benchmarks", args=arguments)
+    """Measure, plot or report. Bad input is one line on stderr and exit status 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        measure_all(options)
+        if arguments and arguments[0] in READERS:
+            READERS[arguments[0]](arguments[1:])
+        else:
+            measure(tyro.cli(Options, prog="python -m pmf.benchmarks", args=arguments))
     except InputError as error:
         print(f"pmf.benchmarks: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-def chosen_cases(options: Options) -> list[Case]:
-    """The cases of the suite. Errors: `InputError` on an unknown preset or a pattern that fits no case."""
-    for size in options.sizes:
-        require(size in MODELS, f"sizes: unknown preset {size!r}, expected one of {', '.join(MODELS)}")
-    suites = {
-        "ops": lambda: op_cases(options.sizes, options.batch or 64),
-        "steps": lambda: [step_case(size, options.batch or 128) for size in options.sizes],
-        "sampling": lambda: [sampling_case(size, options.batch or 128) for size in options.sizes],
-    }
-    names = suites if options.suite == "gpu" else {options.suite} & set(suites)
-    cases = [case for name in names for case in suites[name]() if options.only in case.name]
-    require(bool(cases) or options.suite == "memory", f"only: {options.only!r} fits no case")
-    return cases
-
-
-def measure_memory(options: Options, origin: dict[str, object]) -> None:
-    """The largest batch per size and checkpointing mode: computed, and on a GPU measured too."""
-    for row in table(options.sizes):
-        print("  ".join(f"{name}: {value}" for name, value in row.items()))
-        if options.device != "cpu":
-            for budget in BUDGETS_GB:
-                batch = measured_largest_batch(str(row["size"]), str(row["checkpointing"]), budget)
-                print(f"  measured at {budget} GB: {batch}")
-                append({**origin, **row, "case": "largest batch", "budget_gb": budget, "largest_batch": batch})
-
-
-def measure_all(options: Options) -> None:
-    """Measure the suite; each figure enters the ledger at once, so that an interrupted run keeps it."""
-    cases = chosen_cases(options)
-    device = torch.device(options.device)
-    recorded = device.type == "cuda"
-    limits, origin = ceilings(device), provenance(device)
-    print(f"{origin['gpu']}: copy {limits['copy_bytes_per_s'] / 1e9:.0f} GB/s, ", end="")
-    print(f"bf16 product {limits['product_operations_per_s'] / 1e12:.1f} TFLOP/s")
-    for case in cases:
-        if recorded and not _test_passes(case.test):
-            continue
-        for record in run_case(case, device, options.repeats, limits):
-            share = max(record["of_copy_bandwidth"], record["of_product_rate"])
-            print(f"{case.name:44}{record['provider']:20}{record['median_us']:12.1f} us{share:8.1%}")
-            if recorded:
-                append({**origin, **limits, **record})
-    if options.suite in ("memory", "gpu"):
-        measure_memory(options, origin)
-    if not recorded:
-        print("no GPU: nothing was recorded")

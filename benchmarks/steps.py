@@ -12,6 +12,7 @@ import pmf
 from pmf.benchmarks.baselines import flow_matching_loss, joint_jvp_loss, two_pass_loss
 from pmf.benchmarks.cases import Case, Run
 from pmf.benchmarks.counting import row_operations
+from pmf.benchmarks.jax_step import available, jax_step
 from pmf.config import LOSSES, MODELS
 
 STEP_TEST = "test_loss.py"
@@ -38,7 +39,9 @@ def training_step(
     """Forward and backward of one batch, under bfloat16 autocast on CUDA; gradients are dropped after."""
     model = pmf.create_model(size, device=device, **options)
     x, y, draws = _inputs(size, batch, device)
-    if compiled:
+    if compiled and loss is lean_loss:
+        model.compile_blocks()
+    elif compiled:
         model.predict_dual = torch.compile(model.predict_dual)
 
     def run() -> None:
@@ -50,43 +53,67 @@ def training_step(
     return run
 
 
-def step_case(size: str, batch: int) -> Case:
-    """The pMF step of one preset. Operations are those of the lean plan, whatever a provider spends."""
+def step_providers(size: str, batch: int, device: torch.device) -> dict[str, Callable[[], Run]]:
+    """The steps that are compared; flow matching first, the measure of memory; compilers last."""
+    reference = dict(impl="reference")
     ways = {
-        "joint jvp": (joint_jvp_loss, False, dict(impl="reference")),
-        "joint jvp, compiled": (joint_jvp_loss, True, dict(impl="reference")),
-        "jvp without gradient, second forward": (two_pass_loss, False, dict(impl="reference")),
         "flow matching": (flow_matching_loss, False, {}),
         "lean": (lean_loss, False, {}),
-        "lean, compiled": (lean_loss, True, {}),
+        "joint jvp": (joint_jvp_loss, False, reference),
+        "jvp without gradient, second forward": (two_pass_loss, False, reference),
         "lean, checkpointed": (lean_loss, False, dict(checkpointing="block")),
+        "lean, compiled": (lean_loss, True, {}),
+        "joint jvp, compiled": (joint_jvp_loss, True, reference),
+        "jvp without gradient, second forward, compiled": (two_pass_loss, True, reference),
     }
+    providers: dict[str, Callable[[], Run]] = {
+        name: functools.partial(training_step, loss, size, batch, device, compiled, **options)
+        for name, (loss, compiled, options) in ways.items()
+    }
+    if available():
+        providers["JAX"] = functools.partial(_jax_provider, size, batch, device)
+    return providers
+
+
+def _jax_provider(size: str, batch: int, device: torch.device) -> Run:
+    """The JAX step on the same parameters and draws, handed over through the CPU."""
+    x, y, draws = _inputs(size, batch, torch.device("cpu"))
+    return jax_step(lambda: pmf.create_model(size, device="cpu"), x, y, draws, LOSSES[size], device)
+
+
+def step_name(size: str, batch: int) -> str:
+    """The name of a step's case."""
+    return f"step {size.removeprefix('pMF-')} batch {batch}"
+
+
+def step_case(size: str, batch: int) -> Case:
+    """The pMF step of one preset. Operations are those of the lean plan, whatever a provider spends."""
     draws = pmf.sample_draws(batch, (1, 1, 1), LOSSES[size], torch.Generator().manual_seed(0))
-
-    def providers(device: torch.device) -> dict[str, Callable[[], Run]]:
-        return {
-            name: functools.partial(training_step, loss, size, batch, device, compiled, **options)
-            for name, (loss, compiled, options) in ways.items()
-        }
-
     operations = row_operations(MODELS[size]).lean(draws)
-    return Case(f"step {size.removeprefix('pMF-')} batch {batch}", 0, operations, providers, STEP_TEST)
+    providers = functools.partial(step_providers, size, batch)
+    return Case(step_name(size, batch), 0, operations, providers, STEP_TEST)
 
 
 def sampling_case(size: str, batch: int) -> Case:
-    """One-step sampling of one preset: the u head alone, bfloat16."""
+    """One-step sampling of one preset: the u head alone, bfloat16.
 
-    def sampler(device: torch.device, compiled: bool) -> Run:
+    Eager is `pmf.generate`; the others are `pmf.Sampler`, a CUDA graph on CUDA, as it is and on compiled blocks.
+    """
+
+    def sampler(device: torch.device, graph: bool, compiled: bool) -> Run:
         model = pmf.create_model(size, aux_head=False, device=device, dtype=torch.bfloat16)
         noise = torch.randn(batch, *model.config.image_shape, device=device)
         labels = torch.zeros(batch, dtype=torch.int64)
         if compiled:
-            model.predict_dual = torch.compile(model.predict_dual)
+            model.compile_blocks()
+        if graph:
+            sample = pmf.Sampler(model, batch)
+            return lambda: sample(labels, noise=noise)
         return lambda: pmf.generate(model, labels, noise=noise, batch_size=batch)
 
     def providers(device: torch.device) -> dict[str, Callable[[], Run]]:
-        names = {"eager": False, "compiled": True}
-        return {name: functools.partial(sampler, device, compiled) for name, compiled in names.items()}
+        ways = {"eager": (False, False), "sampler": (True, False), "sampler, compiled": (True, True)}
+        return {name: functools.partial(sampler, device, *way) for name, way in ways.items()}
 
     # The guidance pass runs as many blocks as sampling does: the shared ones and one head.
     operations = batch * row_operations(MODELS[size]).guidance

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 Run = Callable[[], object]
+FEWEST = 3
+"""Repeats that a median and its quartiles need at the least."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A provider after its warm-up: compilers and kernels are ready."""
+
+    run: Run
+    seconds: float
+    """What its last warm-up run took."""
+    peak_bytes: int | None
+    """Peak of the allocator above what was there before; None without a GPU."""
 
 
 @dataclass(frozen=True)
@@ -20,28 +35,64 @@ class Measurement:
     """Median time, in microseconds."""
     quartiles_us: tuple[float, float]
     """First and third quartile."""
+    repeats: int
+    """Timed runs."""
+    captured: bool
+    """Replayed as a CUDA graph."""
     peak_bytes: int | None
-    """Peak of the allocator above what was there before; None without a GPU."""
+    """As in `Ready`."""
 
 
-def measure(providers: dict[str, Run], device: torch.device, repeats: int = 30) -> dict[str, Measurement]:
-    """Time every provider `repeats` times, in turns, after a warm-up of two.
+def warm_up(run: Run, device: torch.device) -> Ready:
+    """Run three times; the last tells time and peak memory. A run with `peak_bytes()` counts its own."""
+    on_gpu = device.type == "cuda"
+    for _ in range(2):
+        run()
+    if on_gpu:
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    began = time.perf_counter()
+    run()
+    peak = None
+    if on_gpu:
+        torch.cuda.synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device) - before
+    seconds = time.perf_counter() - began
+    own = getattr(run, "peak_bytes", None)
+    return Ready(run, seconds, peak if own is None else own())
 
-    On CUDA each is captured as a graph where it can be, so that Python's launch cost does not count, and L2
-    is overwritten before each run.
+
+def measure(
+    providers: dict[str, Ready],
+    device: torch.device,
+    repeats: int = 30,
+    seconds: float = math.inf,
+    capture: bool = True,
+) -> dict[str, Measurement]:
+    """Time every provider `repeats` times, in turns; fewer times where all would not fit into `seconds`.
+
+    On CUDA, L2 is overwritten before each run; with `capture` each is a CUDA graph where it can be, so
+    that Python's launch cost does not count.
     """
+    once = sum(ready.seconds for ready in providers.values())
+    repeats = max(FEWEST, min(repeats, int(min(seconds / once, repeats)))) if once > 0 else repeats
     if device.type != "cuda":
-        samples = {name: [] for name in providers}
-        for i in range(2 + repeats):
-            for name, run in providers.items():
-                began = time.perf_counter()
-                run()
-                if i >= 2:
-                    samples[name].append(1e6 * (time.perf_counter() - began))
-        return {name: _summary(values, None) for name, values in samples.items()}
-    peaks = {name: _peak_bytes(run) for name, run in providers.items()}
-    samples = _cuda_samples({name: _captured(run) for name, run in providers.items()}, device, repeats)
-    return {name: _summary(values, peaks[name]) for name, values in samples.items()}
+        samples = _cpu_samples({name: ready.run for name, ready in providers.items()}, repeats)
+        return {name: _summary(samples[name], False, None) for name in providers}
+    runs = {name: _captured(ready.run) if capture else (ready.run, False) for name, ready in providers.items()}
+    samples = _cuda_samples({name: run for name, (run, _) in runs.items()}, device, repeats)
+    return {name: _summary(samples[name], runs[name][1], ready.peak_bytes) for name, ready in providers.items()}
+
+
+def _cpu_samples(providers: dict[str, Run], repeats: int) -> dict[str, list[float]]:
+    samples: dict[str, list[float]] = {name: [] for name in providers}
+    for _ in range(repeats):
+        for name, run in providers.items():
+            began = time.perf_counter()
+            run()
+            samples[name].append(1e6 * (time.perf_counter() - began))
+    return samples
 
 
 def _cuda_samples(providers: dict[str, Run], device: torch.device, repeats: int) -> dict[str, list[float]]:
@@ -60,33 +111,21 @@ def _cuda_samples(providers: dict[str, Run], device: torch.device, repeats: int)
     return {name: [1e3 * start.elapsed_time(end) for start, end in pairs] for name, pairs in events.items()}
 
 
-def _peak_bytes(run: Run) -> int:
-    """Warm up on the way: compilers and kernels are ready after two runs."""
-    for _ in range(2):
-        run()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def _captured(run: Run) -> Run:
-    """The run as a CUDA graph; itself where it cannot be captured."""
+def _captured(run: Run) -> tuple[Run, bool]:
+    """The run as a CUDA graph, and True; itself, and False, where it cannot be captured."""
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
             run()
     except RuntimeError:
         torch.cuda.synchronize()
-        return run
-    return graph.replay
+        return run, False
+    return graph.replay, True
 
 
-def _summary(samples: list[float], peak_bytes: int | None) -> Measurement:
+def _summary(samples: list[float], captured: bool, peak_bytes: int | None) -> Measurement:
     first, median, third = statistics.quantiles(samples, n=4)
-    return Measurement(median, (first, third), peak_bytes)
+    return Measurement(median, (first, third), len(samples), captured, peak_bytes)
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
@@ -96,8 +135,28 @@ def ceilings(device: torch.device) -> dict[str, float]:
     source = torch.empty(size, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
-    times = measure({"copy": lambda: target.copy_(source), "product": lambda: a @ a}, device)
+    runs = {"copy": lambda: target.copy_(source), "product": lambda: a @ a}
+    times = measure({name: warm_up(run, device) for name, run in runs.items()}, device)
     return {
         "copy_bytes_per_s": 2 * size / times["copy"].median_us * 1e6,
         "product_operations_per_s": 2 * n**3 / times["product"].median_us * 1e6,
     }
+
+
+def largest_kernels(run: Run, device: torch.device, top: int = 25) -> list[tuple[str, float, int]]:
+    """(name, share of the time, calls) of what one run spends its time in: CUDA kernels, or CPU operators."""
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities) as profiler:
+        run()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+    spent = []
+    for event in profiler.key_averages():
+        kernel = event.device_type == torch.autograd.DeviceType.CUDA
+        if kernel or not on_gpu:
+            took = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            spent.append((event.key, float(took), event.count))
+    total = sum(took for _, took, _ in spent)
+    spent.sort(key=lambda entry: -entry[1])
+    return [(name[:120], took / total, calls) for name, took, calls in spent[:top] if took > 0]

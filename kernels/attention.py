@@ -286,8 +286,8 @@ class _Tangent(torch.autograd.Function):
     """Arguments of the operator -> o_dot; saves nothing, has no gradient, refuses forward mode."""
 
     @staticmethod
-    def forward(*inputs):
-        return _attention_tangent(*inputs)
+    def forward(q, k, v, q_dot, k_dot, v_dot, o, lse, scale):
+        return _attention_tangent(q, k, v, q_dot, k_dot, v_dot, o, lse, scale)
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):

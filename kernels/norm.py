@@ -329,8 +329,12 @@ class _Norm(torch.autograd.Function):
     """(x, branch, gate, weight, scale, shift, tangents of all but weight, options) -> `_allocate_forward`."""
 
     @staticmethod
-    def forward(*inputs):
-        return _norm_forward(*inputs)
+    def forward(
+        x, branch, gate, weight, scale, shift, x_dot, branch_dot, gate_dot, scale_dot, shift_dot,
+        layer, eps, out_dtype,
+    ):  # fmt: skip
+        dots = (x_dot, branch_dot, gate_dot, scale_dot, shift_dot)
+        return _norm_forward(x, branch, gate, weight, scale, shift, *dots, layer, eps, out_dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):

@@ -8,7 +8,8 @@ With c = clip(t, t_clip, 1), c' = 1 above t_clip and 0 below, on rows that carry
     L_u   = sum of e_u^2                        L_v = sum of e_v^2
 
 z cancels out of du/dt above t_clip, and is read only below. Rows before carry no tangent: du/dt = 0 and
-net_c = net_v, cut off from gradients. Rows without a null-class prediction have x_g = x.
+net_c = net_v, cut off from gradients. Rows without a null-class prediction have x_g = x; a null_index beyond
+net_n makes its row NaN (on a GPU nobody reads the indices to check them).
 
 Backward, with du/dt, net_c and net_n constant:  dnet_u = -2 dL_u e_u / c,  dnet_v = -2 dL_v e_v / c.
 
@@ -64,7 +65,7 @@ def _image_offset(i_value, H: tl.constexpr, W: tl.constexpr, P: tl.constexpr, CH
 def _errors(
     p_net_u, p_net_v, p_net_u_dot, p_net_c, p_net_n, p_z, p_x, p_t, p_h, p_guidance, p_null_index,
     p_sums, p_scales, p_dnet_u, p_dnet_v,
-    first_dot, t_clip,
+    first_dot, null_rows, t_clip,
     SHAPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK values of one row. SHAPE: height, width, patch size and channels of the images.
@@ -101,7 +102,9 @@ def _errors(
     if p_net_n is not None:
         i_null = tl.load(p_null_index + i_b).to(tl.int64)
         if i_null >= 0:
-            b_n = tl.load(p_net_n + i_null * VALUES + i_v, mask=mask, other=0.0).to(tl.float32)
+            inside = i_null < null_rows  # what lies beyond is not read, and the row's errors become NaN
+            b_n = tl.load(p_net_n + i_null * VALUES + i_v, mask=mask & inside, other=0.0).to(tl.float32)
+            b_n = tl.where(mask & (i_null >= null_rows), float("nan"), b_n)
             b_x += tl.load(p_guidance + i_b).to(tl.float32) * (b_c - b_n)
     b_error_u = (b_x - b_u) * inverse_c + b_turn
     b_error_v = (b_x - b_v) * inverse_c
@@ -127,7 +130,7 @@ def _launch(nets, z, x, scalars, t_clip, patch_size, *outputs):
     registration.launch(
         _errors, batch * triton.cdiv(z[0].numel(), tile.block) if z.numel() else 0,
         *nets, z.contiguous(), x.contiguous(), t, h, guidance, null_index, *outputs,
-        first_dot, t_clip,
+        first_dot, 0 if nets[4] is None else len(nets[4]), t_clip,
         SHAPE=(height, width, patch_size, channels), BLOCK=tile.block, num_warps=tile.warps,
     )  # fmt: skip
 
@@ -179,8 +182,11 @@ class _Objective(torch.autograd.Function):
     """The operator's inputs -> L_u and L_v [2, B]."""
 
     @staticmethod
-    def forward(*inputs):
-        return _objective_forward(*inputs)
+    def forward(
+        net_u, net_v, net_u_dot, net_c, net_n, z, x, t, h, guidance, null_index, t_clip, patch_size
+    ):  # fmt: skip
+        nets = (net_u, net_v, net_u_dot, net_c, net_n)
+        return _objective_forward(*nets, z, x, t, h, guidance, null_index, t_clip, patch_size)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

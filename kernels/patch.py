@@ -371,8 +371,11 @@ class _PatchEmbed(torch.autograd.Function):
     """The operator's inputs -> tokens, tokens_dot, hidden."""
 
     @staticmethod
-    def forward(*inputs):
-        return _patch_forward(*inputs)
+    def forward(
+        images, images_dot, weight1, bias1, weight2, bias2, positions, prefix, prefix_dot, dtype, keep
+    ):  # fmt: skip
+        weights = (weight1, bias1, weight2, bias2)
+        return _patch_forward(images, images_dot, *weights, positions, prefix, prefix_dot, dtype, keep)
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
@@ -406,7 +409,7 @@ def patch_embed_dual(primals, tangents):
         images, weight1, bias1, weight2, bias2, positions, prefix = primals
         images_dot, prefix_dot = tangents[0], tangents[6]
         device = images.device.type
-        autocast = torch.is_autocast_enabled(device)
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else weight1.dtype
         keep = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in primals)
         tokens, tokens_dot, _ = _PatchEmbed.apply(

@@ -3,7 +3,8 @@
 An op family is a `torch.autograd.Function` over raw operators `pmf::<name>`: one for value and
 tangent, one for the gradients. Compilers see the raw operators as opaque calls with a fake
 (shape-only) version. The Function has no forward-mode rule on purpose: Dynamo drops such rules, so
-`run_dual` takes dual tensors apart itself, in eager mode only, and puts them together again.
+`run_dual` takes dual tensors apart itself, in eager mode only, and puts them together again. The
+Function's `forward` names every argument: where nothing is recorded, Dynamo goes by their number.
 """
 
 from __future__ import annotations

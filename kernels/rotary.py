@@ -294,8 +294,8 @@ class _QKNormRope(torch.autograd.Function):
     """(qkv, qkv_dot, q_weight, k_weight, cos, sin, prefix, eps) -> (q, k, v, q_dot, k_dot)."""
 
     @staticmethod
-    def forward(qkv, *inputs):
-        q, k, q_dot, k_dot = _qk_norm_rope_forward(qkv, *inputs)
+    def forward(qkv, qkv_dot, q_weight, k_weight, cos, sin, prefix, eps):
+        q, k, q_dot, k_dot = _qk_norm_rope_forward(qkv, qkv_dot, q_weight, k_weight, cos, sin, prefix, eps)
         return q, k, qkv[:, :, 2], q_dot, k_dot
 
     @staticmethod

@@ -19,7 +19,7 @@ _HOMES = {
     "pmf.errors": ("InputError",),
     "pmf.loss": ("Draws", "LossOutput", "pmf_loss", "sample_draws"),
     "pmf.model": ("PMFDiT", "create_model"),
-    "pmf.sampling": ("generate",),
+    "pmf.sampling": ("Sampler", "generate"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 _SUBMODULES = ("layers", "ops")

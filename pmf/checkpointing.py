@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
@@ -30,11 +31,14 @@ def _join(values: list, dots: list, structure: Any) -> Any:
     return tree_unflatten(leaves, spec)
 
 
-def checkpoint_values(layer: Callable, *inputs: Any) -> Any:
+def checkpoint_values(layer: Callable, *inputs: Any, compiled: bool = False) -> Any:
     """`layer(*inputs)`, keeping only the values of `inputs` for backward.
 
     The first run computes values and tangents, and gives the tangents away; the run that backward asks for
     computes the values alone. Tangents record nothing, so both runs record the same.
+
+    `compiled`: two graphs of one layer, with and without tangents, may record different tensors. So the first
+    run records nothing, and backward goes through the second: `torch.autograd.grad` refuses, `backward` works.
     """
     values, dots, structure = _split(inputs)
     tangents_in: list = [dots]
@@ -48,7 +52,8 @@ def checkpoint_values(layer: Callable, *inputs: Any) -> Any:
         if first:
             tangents_out.extend(out_dots)
             outline.append(out_structure)
-        return tuple(out_values)
+        # What the first run returns becomes an output of one autograd node: a parameter may not.
+        return tuple(v.clone() if compiled and isinstance(v, nn.Parameter) else v for v in out_values)
 
-    out_values = checkpoint(run, *values, use_reentrant=False, preserve_rng_state=False)
+    out_values = checkpoint(run, *values, use_reentrant=compiled, preserve_rng_state=False)
     return _join(list(out_values), tangents_out, outline[0])

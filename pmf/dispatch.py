@@ -88,8 +88,9 @@ def _use_triton(op: str, impl: str | None, device: str, unsupported: str | None)
         require(impl != "triton" or reason is None, f"{name}: {reason}")
     if reason is None:
         report(name, "triton", "requested" if impl == "triton" else "tensors are on cuda")
-        if op not in _kernels:
-            _kernels[op] = getattr(importlib.import_module(f"pmf.kernels.{KERNEL_MODULES[op]}"), op)
+        if not _kernels:  # all at once: a compiler that traces this sees the table as it first found it
+            for each, module in KERNEL_MODULES.items():
+                _kernels[each] = getattr(importlib.import_module(f"pmf.kernels.{module}"), each)
         return True
     report(name, "reference", reason)
     return False

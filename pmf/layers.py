@@ -202,18 +202,29 @@ class PackedModule(DualModule):
         return self.pack() if self._held is None else self._held
 
 
-@contextlib.contextmanager
-def held_weights(model: nn.Module, device_type: str) -> Iterator[None]:
-    """Join the weights of every `PackedModule` once, cast where autocast is on, for all passes inside.
+def _packed_modules(model: nn.Module) -> list[PackedModule]:
+    """Those whose weights are whole; sharded ones (FSDP) are there only while their block runs, and are joined then."""
+    return [m for m in model.modules() if isinstance(m, PackedModule) and not m.sharded]
 
-    The parameters must not change inside. Sharded ones (FSDP) are there only while their block runs, and are joined
-    then.
-    """
-    modules = [m for m in model.modules() if isinstance(m, PackedModule) and not m.sharded]
+
+def joined_weights(model: nn.Module, device_type: str) -> list[tuple[Tensor, ...]]:
+    """The joined weights of every `PackedModule`, cast where autocast is on."""
     dtype = dispatch.autocast_dtype(device_type)
+    packed = (m.pack() for m in _packed_modules(model))
+    return [tuple(w if dtype is None else w.to(dtype) for w in weights) for weights in packed]
+
+
+@contextlib.contextmanager
+def held_weights(model: nn.Module, device_type: str, weights: list[tuple[Tensor, ...]] | None = None) -> Iterator[None]:
+    """Join the weights of every `PackedModule` once for all passes inside, or hold those given.
+
+    The parameters must not change inside.
+    """
+    modules = _packed_modules(model)
     try:
-        for module in modules:
-            module._held = tuple(w if dtype is None else w.to(dtype) for w in module.pack())
+        held = joined_weights(model, device_type) if weights is None else weights
+        for module, joined in zip(modules, held, strict=True):
+            module._held = joined
         yield
     finally:
         for module in modules:

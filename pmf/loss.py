@@ -21,7 +21,6 @@ from pmf import ops
 from pmf.config import LossConfig
 from pmf.dual import Dual
 from pmf.errors import readable, require
-from pmf.layers import held_weights
 
 PLANS = ("lean", "naive")
 
@@ -115,9 +114,21 @@ def _omega(uniform: Tensor, cfg_max: float, beta: float) -> Tensor:
     return torch.exp(torch.log1p(uniform * math.expm1((1 - beta) * span)) / (1 - beta))
 
 
+def _staged(host: Tensor, device: torch.device) -> Tensor:
+    """A host tensor where copies to `device` start that nobody waits for: to CUDA, in pinned memory."""
+    return host.pin_memory() if device.type == "cuda" else host
+
+
+def _on_device(device: torch.device, *vectors: Tensor) -> tuple[Tensor, ...]:
+    """Host vectors on `device`, by one copy that the host does not wait for."""
+    host = _staged(torch.cat(vectors), device)
+    return host.to(device, non_blocking=True).split([len(vector) for vector in vectors])
+
+
 def _select(value: Tensor, index: Tensor) -> Tensor:
     """Rows `index` (on the CPU) of `value`, wherever it lives."""
-    return value[index.to(value.device, non_blocking=True)]
+    (index,) = _on_device(value.device, index)
+    return value[index]
 
 
 @dataclass(frozen=True)
@@ -170,14 +181,71 @@ class _Step:
     x: Tensor
     y: Tensor
     z: Tensor
-    draws: Draws
-    plan: StepPlan
-
-    def on_device(self, value: Tensor) -> Tensor:
-        return value.to(self.z.device, non_blocking=True)
+    t: Tensor
+    h: Tensor
+    omega: Tensor
+    t_min: Tensor
+    t_max: Tensor
+    inside_omega: Tensor
+    """w' per row: omega where t lies in [t_min, t_max], else 1."""
+    guidance: Tensor
+    null_index: Tensor
+    null_rows: Tensor
+    """Padded; see `StepPlan.padded_null_rows`."""
+    early_rows: Tensor
+    """Rows that the perceptual terms see."""
+    dropped: Tensor
+    fm: Tensor
+    order: Tensor | None
+    """Where each row came from; None where the rows came in this order."""
+    tangent_rows: int
 
     def last(self, value: Tensor) -> Tensor:
-        return ops.tail(value, self.plan.tangent_rows)
+        return ops.tail(value, self.tangent_rows)
+
+
+_SCALARS = tuple(f.name for f in fields(Draws) if f.name != "noise")
+
+
+def _step(model, x: Tensor, y: Tensor, draws: Draws, config: LossConfig, plan_name: str) -> _Step:
+    """Plan the step on the host, and carry what it needs to the device in three copies."""
+    order = torch.argsort(draws.fm_mask.int(), descending=True, stable=True)
+    in_order = torch.equal(order, torch.arange(len(order)))
+    d = replace(draws, **{name: getattr(draws, name)[order] for name in _SCALARS})
+    plan = StepPlan.of(d, plan_name)
+    inside_omega = torch.where((d.t_min <= d.t) & (d.t <= d.t_max), d.omega, 1.0)
+    early = (d.t < config.perceptual_max_t).nonzero()[:, 0]
+
+    device = x.device
+    floats = (d.t, d.t - d.r, d.omega, d.t_min, d.t_max, inside_omega, plan.guidance)
+    t, h, omega, t_min, t_max, inside_omega, guidance = _on_device(device, *floats)
+    integers = (order, plan.null_index(), d.drop_mask.long(), d.fm_mask.long())
+    order, null_index, dropped, fm = _on_device(device, *integers)
+    null_rows, early_rows = _on_device(device, plan.padded_null_rows(), early)
+
+    noise = draws.noise.to(device)
+    if not in_order:
+        x, y, noise = x[order], y[order], noise[order]
+    t_image = t[:, None, None, None]
+    return _Step(
+        x=x,
+        y=y,
+        z=(1 - t_image) * x + t_image * (model.config.noise_scale * noise),
+        t=t,
+        h=h,
+        omega=omega,
+        t_min=t_min,
+        t_max=t_max,
+        inside_omega=inside_omega,
+        guidance=guidance,
+        null_index=null_index,
+        null_rows=null_rows,
+        early_rows=early_rows,
+        dropped=dropped.bool(),
+        fm=fm.bool(),
+        order=None if in_order else order,
+        tangent_rows=plan.tangent_rows,
+    )
 
 
 @torch.no_grad()
@@ -187,49 +255,40 @@ def _v_tokens(model, z: Tensor, omega: Tensor, y: Tensor) -> Tensor:
     return model.predict_dual(Dual(z), Dual(zero), omega, zero, one, y, heads=("v",))["v"].value
 
 
-def _inside_omega(draws: Draws) -> Tensor:
-    """w' = w where t lies in [t_min, t_max], else 1."""
-    return torch.where((draws.t_min <= draws.t) & (draws.t <= draws.t_max), draws.omega, 1.0)
-
-
 def _lean_guidance(model, step: _Step) -> tuple[Tensor | None, Tensor | None]:
     """(net_c, net_n) in one pass: the class as drawn at w' on the last B_dot rows, and the null class at
     w = 1 on `null_rows`, padded so that few batch sizes occur.
     """
-    rows, null_rows = step.plan.tangent_rows, step.plan.padded_null_rows()
+    rows, null_rows = step.tangent_rows, step.null_rows
     if rows + len(null_rows) == 0:
         return None, None
-    omega = step.last(step.on_device(_inside_omega(step.draws)))
+    omega = step.last(step.inside_omega)
     one = omega.new_ones(len(null_rows))
     null = torch.full_like(one, model.config.num_classes, dtype=torch.int64)
-    z = torch.cat([step.last(step.z), _select(step.z, null_rows)])
+    z = torch.cat([step.last(step.z), step.z[null_rows]])
     net = _v_tokens(model, z, torch.cat([omega, one]), torch.cat([step.last(step.y), null]))
     return (net[:rows] if rows else None), (net[rows:] if len(null_rows) else None)
 
 
 def _naive_guidance(model, step: _Step) -> tuple[Tensor, Tensor]:
     """(net_c, net_n) as the authors compute them: three passes over every row, at w, at w' and at 1."""
-    omega, inside = (step.on_device(w) for w in (step.draws.omega, _inside_omega(step.draws)))
     null = torch.full_like(step.y, model.config.num_classes)
-    net_fm = _v_tokens(model, step.z, omega, step.y)
-    net_c = _v_tokens(model, step.z, inside, step.y)
-    net_n = _v_tokens(model, step.z, torch.ones_like(omega), null)
-    return torch.where(step.on_device(step.draws.fm_mask)[:, None, None], net_fm, net_c), net_n
+    net_fm = _v_tokens(model, step.z, step.omega, step.y)
+    net_c = _v_tokens(model, step.z, step.inside_omega, step.y)
+    net_n = _v_tokens(model, step.z, torch.ones_like(step.omega), null)
+    return torch.where(step.fm[:, None, None], net_fm, net_c), net_n
 
 
 def _main_pass(model, step: _Step, net_c: Tensor | None) -> dict[str, Dual]:
     """Both heads on every row, with u's tangent along (v_c, 1, 0) on the last rows."""
-    d = step.draws
-    dropped = step.on_device(d.drop_mask)
-    y = torch.where(dropped, model.config.num_classes, step.y)
-    h, z_dot, h_dot = step.on_device(d.t - d.r), None, None
+    y = torch.where(step.dropped, model.config.num_classes, step.y)
+    z_dot, h_dot = None, None
     if net_c is not None:
         with torch.no_grad():
-            c = step.last(step.on_device(d.t)).clamp(model.config.t_clip, 1)[:, None, None, None]
+            c = step.last(step.t).clamp(model.config.t_clip, 1)[:, None, None, None]
             z_dot = (step.last(step.z) - model.to_images(net_c)) / c
-            h_dot = torch.ones_like(step.last(h))
-    omega, t_min, t_max = (step.on_device(value) for value in (d.omega, d.t_min, d.t_max))
-    return model.predict_dual(Dual(step.z, z_dot), Dual(h, h_dot), omega, t_min, t_max, y)
+            h_dot = torch.ones_like(step.last(step.h))
+    return model.predict_dual(Dual(step.z, z_dot), Dual(step.h, h_dot), step.omega, step.t_min, step.t_max, y)
 
 
 def _adaptive(loss: Tensor, config: LossConfig) -> Tensor:
@@ -237,18 +296,16 @@ def _adaptive(loss: Tensor, config: LossConfig) -> Tensor:
     return loss / (loss.detach() + config.norm_eps) ** config.norm_p
 
 
-def _perceptual_terms(perceptual: Callable, model, step: _Step, net_u: Tensor, config: LossConfig) -> dict[str, Tensor]:
+def _perceptual_terms(perceptual: Callable, model, step: _Step, net_u: Tensor) -> dict[str, Tensor]:
     """Distances per row between x_hat = z_t - t u and x, zero where t >= perceptual_max_t."""
-    rows = (step.draws.t < config.perceptual_max_t).nonzero()[:, 0]
-    t = _select(step.on_device(step.draws.t), rows)[:, None, None, None]
-    z, x = _select(step.z, rows), _select(step.x, rows)
-    net = model.to_images(_select(net_u, rows))
+    rows = step.early_rows
+    t, z, x = step.t[rows][:, None, None, None], step.z[rows], step.x[rows]
+    net = model.to_images(net_u[rows])
     x_hat = z - t / t.clamp(model.config.t_clip, 1) * (z - net)
-    where = rows.to(z.device, non_blocking=True)
 
     def on_every_row(distance: Tensor) -> Tensor:
         dtype = torch.promote_types(distance.dtype, torch.float32)
-        return torch.zeros(len(step.x), device=z.device, dtype=dtype).index_put((where,), distance.to(dtype))
+        return torch.zeros(len(step.x), device=z.device, dtype=dtype).index_put((rows,), distance.to(dtype))
 
     return {name: on_every_row(distance) for name, distance in perceptual(x_hat, x).items()}
 
@@ -271,36 +328,30 @@ def pmf_loss(
     every row as the authors' step does. Errors: `InputError` on bad shapes, labels, draws or NaN images.
     """
     check_step(model, x, y, draws, plan)
-    order = torch.argsort(draws.fm_mask.int(), descending=True, stable=True)
-    draws = draws.rows(order)
-    x, y = _select(x, order), _select(y, order)
-    t = draws.t.to(x.device, non_blocking=True)
-    t_image = t[:, None, None, None]
-    z = (1 - t_image) * x + t_image * (model.config.noise_scale * draws.noise.to(x.device))
-    step = _Step(x, y, z, draws, StepPlan.of(draws, plan))
-
-    with held_weights(model, x.device.type):
+    step = _step(model, x, y, draws, loss_config, plan)
+    with model.held_weights():
         net_c, net_n = (_lean_guidance if plan == "lean" else _naive_guidance)(model, step)
         nets = _main_pass(model, step, net_c)
     heads = (nets["u"].value, nets["v"].value, nets["u"].dot, net_c, net_n)
-    guidance = (step.on_device(step.plan.guidance), step.on_device(step.plan.null_index()))
+    images, guidance = (step.z, step.x), (step.guidance, step.null_index)
     options = dict(t_clip=model.config.t_clip, patch_size=model.config.patch_size)
-    h = step.on_device(draws.t - draws.r)
-    loss_u, loss_v = ops.pmf_objective(*heads, z, x, t, h, *guidance, **options, impl=model.impl)
+    loss_u, loss_v = ops.pmf_objective(*heads, *images, step.t, step.h, *guidance, **options, impl=model.impl)
 
     rows = _adaptive(loss_u, loss_config) + _adaptive(loss_v, loss_config)
     terms = {"loss_u": loss_u.detach().mean() / x[0].numel(), "loss_v": loss_v.detach().mean() / x[0].numel()}
     if perceptual is not None:
         weights = {"lpips": loss_config.lpips_weight, "convnext": loss_config.convnext_weight}
-        for name, distance in _perceptual_terms(perceptual, model, step, nets["u"].value, loss_config).items():
+        for name, distance in _perceptual_terms(perceptual, model, step, nets["u"].value).items():
             require(name in weights, f"perceptual: expected terms {sorted(weights)}, got {name!r}")
             rows = rows + weights[name] * _adaptive(distance, loss_config)
             terms[name] = distance.detach().mean()
     output = LossOutput(rows.mean(), terms)
     if not return_fields:
         return output
-    images = {"z_t": z} | ops.pmf_objective_fields(*heads, z, x, t, *guidance, **options)
-    return replace(output, fields={n: _select(v, torch.argsort(order)) for n, v in images.items()})
+    values = {"z_t": step.z} | ops.pmf_objective_fields(*heads, *images, step.t, *guidance, **options)
+    if step.order is not None:
+        values = {name: value[torch.argsort(step.order)] for name, value in values.items()}
+    return replace(output, fields=values)
 
 
 def check_step(model, x: Tensor, y: Tensor, draws: Draws, plan: str) -> None:
@@ -317,6 +368,8 @@ def check_step(model, x: Tensor, y: Tensor, draws: Draws, plan: str) -> None:
         wanted = list(x.shape) if name == "noise" else [batch]
         where = name if name == "y" else f"draws.{name}"
         require(list(value.shape) == wanted, f"{where}: expected shape {wanted}, got {list(value.shape)}")
+        host = name in ("y", "noise") or value.device.type == "cpu"
+        require(host, f"{where}: expected on the CPU, where rows are counted without waiting, got {value.device}")
     require(y.dtype == torch.int64, f"y: expected int64 class labels, got {y.dtype}")
     require(bool((draws.omega >= 1).all()), "draws: expected omega >= 1 in every row")
     require(bool((draws.r <= draws.t).all()), "draws: expected r <= t in every row (h = t - r >= 0)")

@@ -2,25 +2,53 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import inspect
+import itertools
 import math
+import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from pmf import dispatch, ops
 from pmf.checkpointing import checkpoint_values
 from pmf.config import ModelConfig, model_config
 from pmf.dual import ABSENT, Dual
 from pmf.errors import readable, require
-from pmf.layers import Block, FinalLayer, PatchEmbed, Residual, ScalarEmbedder
+from pmf.layers import Block, FinalLayer, PatchEmbed, Residual, ScalarEmbedder, held_weights, joined_weights
 
 HEADS = ("u", "v")
 CHECKPOINTING = ("none", "block")
 SCALARS = ("h", "omega", "t_min", "t_max")
 PREFIX = {"y": "class", "omega": "omega", "t_min": "t_min", "t_max": "t_max", "h": "time"}
 """Order of the prefix tokens, and the name of each group in `ModelConfig` and the published files."""
+
+
+_compilations = itertools.count()
+
+
+def _block_pass(block: Block, stream: Residual, rope: tuple[Tensor, Tensor], vector: Dual) -> Residual:
+    """What `compile_blocks` compiles; the block is an argument, so that one graph serves all of them."""
+    return block.forward_residual(stream, rope, vector)
+
+
+def _copy_of(function: Callable, name: str) -> Callable:
+    """The same function with a code object of its own: compilers keep graphs, and bound their number, by that."""
+    return types.FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
+
+
+def _of_any_batch(x: Tensor) -> Tensor:
+    """x without gradient, its batch size left open to compilers."""
+    x = x.detach()
+    if x.ndim > 1:
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+    return x
 
 
 class Conditioning(nn.Module):
@@ -95,6 +123,7 @@ class PMFDiT(nn.Module):
             self.head_blocks[head] = nn.ModuleList(Block(config, impl) for _ in range(config.aux_head_depth))
             self.final_layers[head] = FinalLayer(config, impl)
         cos, sin = ops.rope_tables(config.grid_size, config.head_dim)
+        self._compiled: dict[bool, Callable] = {}
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
 
@@ -130,9 +159,34 @@ class PMFDiT(nn.Module):
 
     def _block(self, block: Block, stream: Residual, vector: Dual) -> Residual:
         """One block; under "block" checkpointing backward recomputes its values, never its tangents."""
+        compiled = bool(self._compiled) and not torch.compiler.is_compiling()
+        run = functools.partial(self._run_compiled, block) if compiled else block.forward_residual
         if self.checkpointing == "none" or not torch.is_grad_enabled():
-            return block.forward_residual(stream, self._rope, vector)
-        return checkpoint_values(block.forward_residual, stream, self._rope, vector)
+            return run(stream, self._rope, vector)
+        return checkpoint_values(run, stream, self._rope, vector, compiled=compiled)
+
+    def _run_compiled(self, block: Block, stream: Residual, rope: tuple[Tensor, Tensor], vector: Dual) -> Residual:
+        """One block on the compiled pass that records for backward, or on the one that does not."""
+        recorded = torch.is_grad_enabled()
+        if not recorded:
+            stream, vector = tree_map_only(Tensor, _of_any_batch, (stream, vector))
+        return self._compiled[recorded](block, stream, rope, vector)
+
+    def compile_blocks(self, **options) -> None:
+        """Compile the blocks, all of them by the same few graphs: `options` go to `torch.compile`.
+
+        Passes that record for backward, and passes that do not (guidance, sampling), are compiled apart. The
+        first take the batch size that comes, and any size once a second one has come; the others take any size
+        from the start. A graph serves every block; a lean step takes five, whatever its draws: with and without
+        pending branch, with and without tangents. Sizes of 1 are compiled apart. Call it again to change options.
+        """
+        if "recompile_limit" in inspect.signature(torch.compile).parameters:  # else the global limit, 8, holds
+            options = {"recompile_limit": 32, **options}
+        options = {"fullgraph": True, **options}
+        self._compiled = {
+            recorded: torch.compile(_copy_of(_block_pass, f"{name}_{next(_compilations)}"), **options)
+            for recorded, name in ((True, "recorded"), (False, "unrecorded"))
+        }
 
     def _head(self, head: str, stream: Residual, vector: Dual) -> Dual:
         if head == "v":
@@ -181,6 +235,14 @@ class PMFDiT(nn.Module):
         u = self.velocity_dual(Dual(z, z_dot), Dual(t, t_dot), images["u"], rows)
         v = self.velocity_dual(Dual(z), Dual(t), images["v"], None).value if "v" in images else None
         return u.value, v, u.dot
+
+    def held_weights(self, weights: list[tuple[Tensor, ...]] | None = None) -> contextlib.AbstractContextManager[None]:
+        """Joins the blocks' weights once for all passes inside, or holds those of `joined_weights`."""
+        return held_weights(self, self.rope_cos.device.type, weights)
+
+    def joined_weights(self) -> list[tuple[Tensor, ...]]:
+        """The blocks' weights, joined for fewer, larger products."""
+        return joined_weights(self, self.rope_cos.device.type)
 
     def to_images(self, tokens: Tensor) -> Tensor:
         """Tokens [B, N, p * p * c] as images [B, c, H, W]."""

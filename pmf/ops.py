@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pmf import dispatch, reference
-from pmf.errors import readable, require
+from pmf.errors import InputError, readable, require
 
 
 def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -29,8 +29,9 @@ def _shape(op: str, name: str, tensor: Tensor, *expected: int | None) -> None:
     matches = tensor.ndim == len(expected) and all(
         want is None or want == size for want, size in zip(expected, tensor.shape, strict=True)
     )
-    wanted = ", ".join("any" if size is None else str(size) for size in expected)
-    require(matches, f"{op}: {name} must have shape [{wanted}], got {list(tensor.shape)}")
+    if not matches:  # the text is written here alone: compilers cannot write a size that they keep open
+        wanted = ", ".join("any" if size is None else str(size) for size in expected)
+        raise InputError(f"{op}: {name} must have shape [{wanted}], got {list(tensor.shape)}")
 
 
 def _floating(op: str, name: str, tensor: Tensor, device: torch.device) -> None:
@@ -60,7 +61,8 @@ def _check(op: str, names: str, primals: tuple, tangents: tuple) -> None:
         require(primal.ndim > 1, f"{op}: {name} per channel takes no tangent; expand it to [B, C]")
         rows = reference.tangent_rows(tangents)
         _shape(op, f"{name}'s tangent", tangent, rows, *primal.shape[1:])
-        require(rows <= len(primal), f"{op}: {name}'s tangent must have at most {len(primal)} samples, got {rows}")
+        if rows > len(primal):
+            raise InputError(f"{op}: {name}'s tangent must have at most {len(primal)} samples, got {rows}")
 
 
 def _modulation(op: str, x: Tensor, **parameters: Tensor | None) -> None:

@@ -19,3 +19,30 @@ def poisoned_allocations():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(scope="session")
+def fidelity():
+    """torch-fidelity, where it imports."""
+    try:
+        import torch_fidelity
+    except Exception as error:
+        pytest.skip(f"torch-fidelity does not import here: {str(error).splitlines()[0]}")
+    return torch_fidelity
+
+
+@pytest.fixture(scope="session")
+def inception_weights(fidelity, tmp_path_factory):
+    """A random state dict of torch-fidelity's network: pictures still differ behind its last layer."""
+    with pytest.MonkeyPatch.context() as patch:  # its constructor loads a file, and there is none yet
+        patch.setattr(fidelity.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        patch.setattr(torch, "load", lambda *args, **kwargs: {})
+        network = fidelity.FeatureExtractorInceptionV3("random", ["2048"], feature_extractor_weights_path="none")
+    torch.manual_seed(0)
+    for parameter in network.parameters():
+        if parameter.ndim == 4:
+            torch.nn.init.kaiming_normal_(parameter, nonlinearity="relu")
+    torch.nn.init.normal_(network.fc.weight)
+    file = tmp_path_factory.mktemp("inception") / "inception.pth"
+    torch.save(network.state_dict(), file)
+    return file

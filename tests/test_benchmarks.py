@@ -1,17 +1,17 @@
 """The benchmark's cases run in small on the CPU, with the kernels in the interpreter."""
 
 import dataclasses
-import json
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pmf
-from pmf.benchmarks import cases, cli, ledger, steps
+from pmf.benchmarks import cases, memory, steps
 from pmf.benchmarks.baselines import joint_jvp_loss, two_pass_loss
-from pmf.benchmarks.counting import saved_bytes
+from pmf.benchmarks.counting import meta_step, operations, saved_bytes
 from pmf.benchmarks.memory import row_memory
-from pmf.benchmarks.timing import ceilings, measure
+from pmf.benchmarks.timing import ceilings, largest_kernels, measure, warm_up
 from pmf.dual import Dual
 from tests.networks import TINY, random_model, relative_error
 from tests.test_loss import LOSS, gradients, step_inputs
@@ -65,49 +65,54 @@ def test_every_published_shape_has_a_case():
     assert len(names) == len(set(names))
     for size in ("B/16", "L/16", "H/16"):
         assert f"attention dual {size}" in names and f"patch_embed backward {size}" in names
-    assert "attention dual S 4096 D 128" in names
+    assert "attention dual S 4096 D 128" in [case.name for case in cases.long_attention_cases()]
+
+
+@pytest.mark.parametrize("size", ["pMF-B/32", "pMF-L/32", "pMF-H/32"])  # test_counting.py counts the others
+def test_every_preset_has_a_step(size):
+    """Its providers are named, its operations counted, and forward and backward run through on meta tensors."""
+    case = steps.step_case(size, 4)
+    assert {"lean", "flow matching", "joint jvp, compiled"} <= case.providers(CPU).keys()
+    draws = pmf.sample_draws(4, (1, 1, 1), pmf.LOSSES[size], torch.Generator().manual_seed(0))
+    assert operations(meta_step(pmf.MODELS[size], draws, "lean")) == case.operations
 
 
 def test_measure_takes_turns_and_gives_quartiles():
     order = []
-    result = measure({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, CPU, repeats=4)
-    assert order == ["a", "b"] * 6
+    ready = {name: warm_up(lambda name=name: order.append(name), CPU) for name in "ab"}
+    result = measure(ready, CPU, repeats=4)
+    assert "".join(order) == "aaabbb" + "ab" * 4
     assert result["a"].quartiles_us[0] <= result["a"].median_us <= result["a"].quartiles_us[1]
+    assert result["a"].repeats == 4
+
+
+def test_repeats_shrink_to_the_time_there_is():
+    runs = []
+    slow = dataclasses.replace(warm_up(lambda: runs.append(0), CPU), seconds=1.0)
+    assert measure({"slow": slow}, CPU, repeats=30, seconds=10.0)["slow"].repeats == 10
+    assert measure({"slow": slow}, CPU, repeats=30, seconds=0.5)["slow"].repeats == 3
+
+
+def test_largest_kernels_are_those_that_take_the_time():
+    a, b = torch.randn(400, 400), torch.randn(4)
+    found = largest_kernels(lambda: (a @ a, b + b), CPU)
+    assert found[0][0] == "aten::mm" and found[0][2] == 1
+    assert sum(share for _, share, _ in found) == pytest.approx(1.0)
+    assert [share for _, share, _ in found] == sorted((share for _, share, _ in found), reverse=True)
 
 
 def test_ceilings_are_positive():
     assert all(value > 0 for value in ceilings(CPU).values())
 
 
-def test_ledger_appends_a_line_with_its_origin(tmp_path):
-    record = {**ledger.provenance(CPU), "case": "x", "median_us": 1.0}
-    for _ in range(2):
-        file = ledger.append(record, tmp_path)
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert file.name == "cpu.jsonl" and len(lines) == 2
-    assert {"commit", "dirty", "torch", "triton", "gpu"} <= lines[0].keys()
-
-
-def test_command_measures_and_records_nothing_without_a_gpu(capsys, monkeypatch):
-    monkeypatch.setattr(cli, "append", lambda record: pytest.fail("recorded without a GPU"))
-    cli.main(
-        ["ops", "--sizes", "small", "--batch", "2", "--repeats", "2", "--only", "swiglu forward", "--device", "cpu"]
-    )
-    out = capsys.readouterr().out
-    assert "triton" in out and "compiled reference" in out and "no GPU: nothing was recorded" in out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["gpu", "--sizes", "pMF-Q"], "sizes: unknown preset 'pMF-Q'"),
-        (["ops", "--only", "nothing"], "only: 'nothing' fits no case"),
-    ],
-)
-def test_bad_options_are_one_line(arguments, message, capsys):
-    with pytest.raises(SystemExit):
-        cli.main(arguments)
-    assert capsys.readouterr().err.startswith(f"pmf.benchmarks: {message}")
+@pytest.mark.parametrize("case", [steps.step_case, steps.sampling_case])
+def test_step_and_sampling_cases_run(case, monkeypatch):
+    monkeypatch.setitem(pmf.SAMPLING, "small", dict(omega=2.0, t_min=0.1, t_max=0.9))
+    small = case("small", 2)
+    assert small.operations > 0
+    for name, prepare in small.providers(CPU).items():
+        if "compiled" not in name and name != "JAX":
+            prepare()()
 
 
 @pytest.mark.parametrize("baseline", [joint_jvp_loss, two_pass_loss])
@@ -124,19 +129,9 @@ def test_baselines_are_the_same_loss(baseline):
             assert relative_error(grads[name], p.grad) < 1e-9
 
 
-@pytest.mark.parametrize("case", [steps.step_case, steps.sampling_case])
-def test_step_and_sampling_cases_run(case, monkeypatch):
-    monkeypatch.setitem(pmf.SAMPLING, "small", dict(omega=2.0, t_min=0.1, t_max=0.9))
-    small = case("small", 2)
-    assert small.operations > 0
-    for name, prepare in small.providers(CPU).items():
-        if "compiled" not in name:
-            prepare()()
-
-
 def test_memory_per_row_is_what_a_row_saves():
     """Counted on fake tensors: what a real forward pass of one more row keeps."""
-    memory = row_memory("small", impl="reference")
+    counted = row_memory("small", impl="reference")
     model = pmf.create_model(SMALL, impl="reference")
 
     def kept(batch):
@@ -145,15 +140,27 @@ def test_memory_per_row_is_what_a_row_saves():
             run = lambda: model.predict_dual(z, Dual(one), one, one, one, torch.zeros(batch).long())  # noqa: E731
             return saved_bytes(run, model.parameters())
 
-    assert memory.per_row == kept(3) - kept(2)
+    assert counted.per_row == kept(3) - kept(2)
     assert row_memory("small", "block").per_row < row_memory("small").per_row
-    assert memory.largest_batch(1.0) == (10**9 - memory.fixed) // memory.per_row
+    assert counted.largest_batch(1.0) == (10**9 - counted.fixed) // counted.per_row
 
 
-def test_the_memory_table_has_every_size_and_mode(capsys):
-    cli.main(["memory", "--sizes", "small", "--device", "cpu"])
-    out = capsys.readouterr().out
-    assert "checkpointing: none" in out and "checkpointing: block" in out and "141 GB" in out
+@pytest.mark.parametrize("way", [{}, dict(checkpointing="block"), dict(joint=True)])
+def test_memory_of_a_deep_network_is_counted_on_shallow_ones(way, monkeypatch):
+    """Every further block saves the same: as counted on the deep network itself."""
+    deep = dataclasses.replace(SMALL, depth=6, aux_head_depth=2)
+    monkeypatch.setitem(pmf.MODELS, "small", deep)
+    options = {"checkpointing": "none", "joint": False, **way}
+    with FakeTensorMode():
+        whole = memory._saved_per_row(deep, "reference", **options)
+        plain = memory._saved_per_row(deep, "reference", "none", False)
+    recomputed = plain // 8 if options["checkpointing"] == "block" else 0
+    assert row_memory("small", impl="reference", **options).per_row == whole + recomputed
+
+
+def test_the_joint_step_needs_more_memory():
+    lean, joint = (row_memory("small", impl="reference", joint=joint).per_row for joint in (False, True))
+    assert joint > 2 * lean
 
 
 def test_a_lean_step_is_much_faster_than_a_joint_jvp_step():
@@ -161,7 +168,7 @@ def test_a_lean_step_is_much_faster_than_a_joint_jvp_step():
     case = steps.step_case("pMF-digits", 64)
     providers = case.providers(CPU)
     chosen = {name: providers[name]() for name in ("joint jvp", "lean")}
-    times = measure(chosen, CPU, repeats=12)
+    times = measure({name: warm_up(run, CPU) for name, run in chosen.items()}, CPU, repeats=12)
     ratio = times["joint jvp"].quartiles_us[0] / times["lean"].quartiles_us[0]
     print(f"joint jvp / lean: {ratio:.2f}")
     assert ratio >= 1.8

@@ -6,6 +6,7 @@ import torch
 import pmf
 from pmf import ops
 from pmf.errors import InputError
+from pmf.kernels.objective import pmf_objective
 from tests.kernel_checks import DEVICE, close, generator, randn, within_budget
 from tests.networks import golden, relative_error
 
@@ -89,6 +90,17 @@ def test_values_do_not_depend_on_what_is_not_read():
     values["z"] = torch.full_like(values["z"], torch.nan)
     values["h"] = torch.cat([torch.full_like(values["h"][:2], torch.nan), values["h"][2:]])
     close(outcome(values, 4, "triton"), expected)
+
+
+def test_an_index_out_of_range_reads_nothing_and_shows():
+    values = inputs(4, 2, 2, 4)
+    good = pmf_objective(*values.values(), t_clip=0.05, patch_size=4)
+    values["null_index"] = values["null_index"].clone()
+    values["null_index"][1] = 2**40
+    bad = pmf_objective(*values.values(), t_clip=0.05, patch_size=4)
+    for loss, expected in zip(bad, good, strict=True):
+        assert torch.isnan(loss[1])
+        assert torch.equal(loss[[0, 2, 3]], expected[[0, 2, 3]])
 
 
 def test_no_temporaries_of_an_image_s_size(monkeypatch):

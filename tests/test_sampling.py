@@ -3,6 +3,7 @@ import pytest
 import torch
 
 import pmf
+from pmf import layers
 from pmf.sampling import seeded_noise
 from tests.networks import TINY, golden, random_model, relative_error
 
@@ -70,6 +71,8 @@ def test_presets_sample_with_their_published_setting():
         (dict(labels=["a", "b"]), "labels: expected a list of integers, got"),
         (dict(seeds=[1.5, 2.0]), "seeds: expected a list of integers, got"),
         (dict(steps=0), "steps: expected at least 1, got 0"),
+        (dict(steps=1.5), "steps: expected an integer, got 1.5"),
+        (dict(batch_size="8"), "batch_size: expected an integer, got '8'"),
         (dict(omega=0.0), "omega: expected a guidance scale >= 1, got 0.0"),
         (dict(t_min=0.9, t_max=0.1), "t_min: expected 0 <= t_min <= t_max <= 1, got 0.9 and 0.1"),
         (dict(seeds=[1]), "seeds: expected 2 of them, got 1"),
@@ -84,3 +87,61 @@ def test_presets_sample_with_their_published_setting():
 def test_bad_input_is_one_line_that_names_the_argument(change, message):
     with pytest.raises(pmf.InputError, match=message):
         pmf.generate(random_model(dtype=torch.float32), **(dict(labels=[0, 1]) | SETTING | change))
+
+
+def test_weights_are_joined_once_for_all_batches_and_steps(monkeypatch):
+    model, packed = random_model(dtype=torch.float32), []
+    for module in (layers.Attention, layers.SwiGLU):
+        pack = module.pack
+        monkeypatch.setattr(module, "pack", lambda self, pack=pack: packed.append(self) or pack(self))
+    pmf.generate(model, [0, 1, 2], steps=2, batch_size=1, **SETTING)
+    assert len(packed) == len(set(packed)) > 0
+    sampler = pmf.Sampler(model, 1, steps=2, **SETTING)
+    packed.clear()
+    sampler([0, 1, 2])
+    assert not packed
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sampler_draws_the_images_of_generate(steps, dtype):
+    model, labels = random_model(dtype=dtype), [3, 1, 4, 1, 5, 0]
+    sampler = pmf.Sampler(model, 3, steps=steps, **SETTING)
+    expected = pmf.generate(model, labels, steps=steps, batch_size=3, **SETTING)
+    for _ in range(2):
+        assert torch.equal(sampler(labels), expected)
+    noise = torch.randn(3, *TINY.image_shape)
+    assert torch.equal(
+        sampler(labels[:3], noise=noise), pmf.generate(model, labels[:3], noise=noise, steps=steps, **SETTING)
+    )
+
+
+def test_a_sampler_pads_a_last_batch_that_is_not_full():
+    model = random_model(dtype=torch.float32)
+    sampler = pmf.Sampler(model, 4, **SETTING)
+    images = sampler([0, 1, 2, 3, 4], seeds=[9, 8, 7, 6, 5])
+    assert images.shape == (5, *TINY.image_shape)
+    # The batch that was padded held the rows of the one before.
+    padded = pmf.generate(model, [4, 1, 2, 3], seeds=[5, 8, 7, 6], **SETTING)
+    assert torch.equal(images[4], padded[0])
+    assert torch.allclose(images, pmf.generate(model, [0, 1, 2, 3, 4], seeds=[9, 8, 7, 6, 5], **SETTING), atol=1e-5)
+
+
+def test_a_sampler_follows_weights_changed_in_place():
+    model, other = random_model(dtype=torch.float32), random_model(dtype=torch.float32, seed=5)
+    sampler = pmf.Sampler(model, 2, **SETTING)
+    before = sampler([0, 1])
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(sampler([0, 1]), pmf.generate(other, [0, 1], **SETTING))
+    assert not torch.equal(sampler([0, 1]), before)
+    model.double()
+    with pytest.raises(pmf.InputError, match="model: its parameters were replaced"):
+        sampler([0, 1])
+
+
+def test_a_sampler_refuses_what_generate_refuses():
+    model = random_model(dtype=torch.float32)
+    with pytest.raises(pmf.InputError, match="batch_size: expected at least 1, got 0"):
+        pmf.Sampler(model, 0, **SETTING)
+    with pytest.raises(pmf.InputError, match=r"labels: expected classes in \[0, 5\], got 6 to 6"):
+        pmf.Sampler(model, 1, **SETTING)([6])

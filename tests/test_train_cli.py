@@ -94,7 +94,7 @@ def test_labels_out_of_range_are_refused(run, capsys):
 
 def test_module_and_help_work_and_explain_every_value():
     out = subprocess.run([sys.executable, "-m", "pmf.train", "--help"], capture_output=True, text=True, check=True)
-    assert all(command in out.stdout for command in ("digits", "sample", "eval"))
+    assert all(command in out.stdout for command in ("train", "digits", "data", "sample", "eval"))
     text = subprocess.run(
         [sys.executable, "-m", "pmf.train", "digits", "--help"],
         capture_output=True,
@@ -108,5 +108,5 @@ def test_module_and_help_work_and_explain_every_value():
 
 
 def test_unknown_commands_name_the_known_ones():
-    with pytest.raises(SystemExit, match="unknown command 'paint', expected one of digits, sample, eval"):
+    with pytest.raises(SystemExit, match="unknown command 'paint', expected one of train, data, sample, eval"):
         main(["paint"])

@@ -40,10 +40,10 @@ class PerceptualConfig:
 
     enabled: bool = False
     """Add LPIPS and ConvNeXt distances to the loss (needs the perceptual extra)."""
-    vgg: str | None = None
-    """State dict of LPIPS's VGG-16 trunk (default: torchvision downloads it)."""
-    convnext: str = "facebook/convnextv2-base-22k-224"
-    """ConvNeXt-V2: a hub id or a local directory."""
+    lpips: str = "hub"
+    """LPIPS's VGG-16 trunk: hub (torchvision downloads it), a state dict, or random (for trying things out)."""
+    convnext: str = "hub"
+    """ConvNeXt-V2: hub (its base size), a hub id, a local directory, or random (for trying things out)."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,8 @@ class RunConfig:
     """bfloat16: products and activations under autocast, weights in float32. auto: bfloat16 on CUDA."""
     checkpointing: Literal["none", "block"] = "none"
     """block: keep the blocks' inputs alone for backward and recompute the rest."""
+    compiled: bool = False
+    """Compile the blocks with torch.compile (the network must not be sharded)."""
     impl: str | None = None
     """Implementation of the ops: auto, triton or reference (default: PMF_IMPL, else auto)."""
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
@@ -117,6 +119,7 @@ class RunConfig:
         for name, choices in (("sharding", SHARDINGS), ("precision", PRECISIONS), ("checkpointing", CHECKPOINTING)):
             got = getattr(self, name)
             require(got in choices, f"{name}: expected one of {', '.join(choices)}, got {got!r}")
+        require(not self.compiled or self.sharding == "ddp", f"compiled: expected sharding ddp, got {self.sharding}")
         require(self.seed >= 0, f"seed: expected a number >= 0, got {self.seed}")
         require(all(k > 0 for k in self.ema_half_lives), f"ema_half_lives: expected > 0, got {self.ema_half_lives}")
         known = ("model", *(f"ema_{k:g}" for k in self.ema_half_lives))

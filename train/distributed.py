@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from pmf.errors import InputError, require
 from pmf.layers import Block
 
 SHARDINGS = ("ddp", "fsdp", "hybrid")
+# The buffers are rotary tables, the same everywhere. PyTorch 2.13 renamed the flag.
+_RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+_SYNC_BUFFERS = "forward_sync_buffers" if _RENAMED else "broadcast_buffers"
 
 
 def pick_device(name: str) -> torch.device:
@@ -152,7 +156,7 @@ def wrap(loss: LossModule, world: World) -> nn.Module:
     if world.mesh is None:
         return loss
     if world.sharding == "ddp":
-        return DistributedDataParallel(loss, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(loss, gradient_as_bucket_view=True, **{_SYNC_BUFFERS: False})
     for block in [m for m in loss.model.modules() if isinstance(m, Block)]:
         fully_shard(block, mesh=world.mesh)
         register_fsdp_forward_method(block, "forward_residual")

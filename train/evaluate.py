@@ -1,32 +1,353 @@
-"""A number for quality: the Fréchet distance in pixel space, and whether samples show their digit."""
+"""`pmf eval`: FID, Inception score, precision and recall over a grid of settings; digits have numbers of their own."""
 
 from __future__ import annotations
 
-import numpy as np
+import json
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Literal
+
 import torch
+import tyro
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 import pmf
-from pmf.errors import require
+from pmf.checkpoint import write_atomically
+from pmf.config import MODELS, SAMPLING, ModelConfig
+from pmf.errors import InputError, require
+from pmf.metrics import Statistics, frechet_distance, inception, inception_score, precision_recall
+from pmf.train.config import CONFIG_FILE, SamplingConfig, load_run_config
 from pmf.train.data import digits
+from pmf.train.features import (
+    Chunks,
+    Ranks,
+    Source,
+    all_ranks,
+    digest,
+    file_digest,
+    folder_identity,
+    folder_statistics,
+    pictures,
+    weights_digest,
+)
+from pmf.train.images import to_bytes
 
 PER_CLASS = 50
+DIGITS_SHAPE = (1, 8, 8)
+SPLITS = 10  # of the Inception score
+RESULTS_FILE = "results.jsonl"
 
 
-def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """|mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)) of two sets of images, flattened; float64.
+@dataclass(frozen=True)
+class EvalConfig:
+    """Measure a checkpoint: FID, Inception score, precision and recall against a reference, over a grid of settings.
 
-    mu and A, B are means and (unbiased) covariances over the images: FID in pixel space.
+    Images, features and metrics do not depend on how many processes torchrun starts. Every finished grid
+    point is a line of results.jsonl in `out`; an interrupted evaluation continues when it is called again.
+    `pmf eval statistics FOLDER` computes reference statistics. A digits network without a reference is
+    measured in pixel space, by 500 samples.
     """
-    a, b = (x.flatten(1).double().cpu().numpy() for x in (a, b))
-    difference = a.mean(0) - b.mean(0)
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    values, vectors = np.linalg.eigh(cov_a)
-    root_a = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    # A B has the eigenvalues of the symmetric A^(1/2) B A^(1/2), which stays exact when A is singular.
-    root_trace = np.sqrt(np.linalg.eigvalsh(root_a @ cov_b @ root_a).clip(0)).sum()
-    return float(difference @ difference + np.trace(cov_a + cov_b) - 2 * root_trace)
+
+    source: tyro.conf.Positional[str]
+    """Run directory, checkpoint file or Hugging Face hub id."""
+    reference: Path | None = None
+    """Folder of real images, or npz of statistics (mu and sigma, or ref_mu and ref_sigma). Precision and recall
+    need a folder, or an npz that holds features too."""
+    weights: tuple[str, ...] = ()
+    """Which weights of a run to measure: model, ema_500, ... (default: the run's choice)."""
+    omega: tuple[float, ...] = ()
+    """Guidance scales to measure (default: the setting of the run or of the published preset)."""
+    interval: tuple[str, ...] = ()
+    """Guidance intervals to measure, each as t_min,t_max: 0.1,0.7 (default as for omega)."""
+    steps: tuple[int, ...] = ()
+    """Numbers of network evaluations per image to measure (default: 1; for digits 1 and 2)."""
+    per_class: int = PER_CLASS
+    """Images per class (digits without a reference: always 50)."""
+    seed: int = 0
+    """Seed of the first image; image i has seed + i (digits without a reference: sample i has 500 seed + i)."""
+    out: Path | None = None
+    """Directory of the results and of what is unfinished (default: `eval` in the run directory, else eval/NAME)."""
+    images: Path | None = None
+    """Directory in which to keep the generated images, a folder of PNGs per grid point."""
+    inception: Path | None = None
+    """State dict of torch-fidelity's Inception-v3 (default: torch-fidelity downloads it)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the network's matrix products."""
+    batch_size: int = 64
+    """Images at a time, on each device."""
+    chunk: int = 1000
+    """Images between saves: what an interruption can cost."""
+    device: str = "auto"
+    """Device: auto (each process its own GPU), cpu, cuda, ..."""
+
+    def __post_init__(self) -> None:
+        for name in ("per_class", "batch_size", "chunk"):
+            require(getattr(self, name) > 0, f"{name}: expected a positive number, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class StatisticsConfig:
+    """Compute the reference statistics of a folder of images, searched through to the bottom.
+
+    Images are decoded to RGB bytes and enter the extractor at their own size: crop and scale them first to
+    the size of the samples that they will be compared with. An interrupted call continues when repeated.
+    """
+
+    folder: tyro.conf.Positional[Path]
+    """The folder."""
+    out: Path
+    """The npz to write: mu, sigma, count."""
+    features: bool = False
+    """Keep the features too (8 KB per image): precision and recall need them."""
+    inception: Path | None = None
+    """State dict of torch-fidelity's Inception-v3 (default: torch-fidelity downloads it)."""
+    batch_size: int = 64
+    """Images at a time, on each device."""
+    chunk: int = 1000
+    """Images between saves."""
+    device: str = "auto"
+    """Device: auto (each process its own GPU), cpu, cuda, ..."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "chunk"):
+            require(getattr(self, name) > 0, f"{name}: expected a positive number, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of the grid."""
+
+    weights: str
+    sampling: SamplingConfig
+    steps: int
+
+    @property
+    def settings(self) -> dict:
+        """What `pmf.generate` takes."""
+        return {"steps": self.steps, **asdict(self.sampling)}
+
+    @property
+    def name(self) -> str:
+        """The point as part of a path."""
+        s = self.sampling
+        return f"{self.weights}-omega{s.omega:g}-{s.t_min:g}-{s.t_max:g}-steps{self.steps}"
+
+
+def command(arguments: list[str]) -> None:
+    """Print one JSON line per grid point and, of several points with an FID, the best."""
+    if arguments[:1] == ["statistics"]:
+        _statistics_command(arguments[1:])
+        return
+    config = tyro.cli(EvalConfig, prog="pmf eval", args=arguments)
+    if config.reference is None:
+        measure_digits(config)
+        return
+    with all_ranks() as ranks:
+        device = _device(config.device, ranks)
+        lines = Evaluation(config, inception(config.inception, device=device), ranks, device).run()
+        if ranks.rank == 0 and len(lines) > 1:
+            print(json.dumps({"best": min(lines, key=lambda line: line["fid"])}))
+
+
+def _statistics_command(arguments: list[str]) -> None:
+    config = tyro.cli(StatisticsConfig, prog="pmf eval statistics", args=arguments)
+    files = pictures(config.folder)
+    with all_ranks() as ranks:
+        extractor = inception(config.inception, device=_device(config.device, ranks))
+        options = dict(batch_size=config.batch_size, chunk=config.chunk, keep=config.features)
+        folder_statistics(files, config.out, extractor, ranks, **options)
+        if ranks.rank == 0:
+            print(f"wrote {config.out}: statistics of {len(files)} images")
+
+
+def _device(name: str, ranks: Ranks) -> torch.device:
+    """The device by name; of several GPUs, the process's own. Triton launches on the current one."""
+    from pmf.train.distributed import pick_device
+
+    own = name in ("auto", "cuda") and torch.cuda.is_available()
+    device = pick_device(f"cuda:{ranks.local}" if own else name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def grid(config: EvalConfig, weights: str | None, model: ModelConfig, steps: tuple[int, ...] = (1,)) -> list[Point]:
+    """Every point that the flags span for one choice of weights; `steps` is the default of that flag.
+
+    Guidance that no flag names is the run's, else that of the published preset. Errors: there is neither.
+    """
+    run = Path(config.source)
+    stored = load_run_config(run) if (run / CONFIG_FILE).is_file() else None
+    preset = next((SamplingConfig(**SAMPLING[name]) for name, c in MODELS.items() if c == model), None)
+    default = stored.sampling if stored else preset
+    for flag in ("omega", "interval"):
+        known = getattr(config, flag) or default
+        require(bool(known), f"{flag}: this network is no preset, so {flag} must be given")
+    omegas = config.omega or (default.omega,)
+    intervals = [_interval(text) for text in config.interval] or [(default.t_min, default.t_max)]
+    weights = weights or (stored.sampling_weights if stored else run.stem)
+    points = product(intervals, omegas, config.steps or steps)
+    return [Point(weights, SamplingConfig(*map(float, (w, *interval))), n) for interval, w, n in points]
+
+
+def _interval(text: str) -> tuple[float, float]:
+    try:
+        t_min, t_max = map(float, text.split(","))
+    except ValueError:
+        raise InputError(f"interval: expected t_min,t_max such as 0.1,0.7, got {text!r}") from None
+    return t_min, t_max
+
+
+class Evaluation:
+    """FID and its kin over a grid: `run` measures every point that is not in the results file yet.
+
+    `extractor` is any module that maps uint8 images [n, 3, H, W] to features [n, d] and logits [n, classes].
+    """
+
+    def __init__(self, config: EvalConfig, extractor: torch.nn.Module, ranks: Ranks, device: torch.device) -> None:
+        self.config, self.extractor, self.ranks, self.device = config, extractor, ranks, device
+        run = Path(config.source)
+        self.out = config.out or (run / "eval" if run.is_dir() else Path("eval") / run.stem)
+        self.extractor_digest = weights_digest(extractor)
+        self.reference, self.reference_digest = self._read_reference()
+
+    def _read_reference(self) -> tuple[Statistics, str]:
+        """The reference and a name for its content; a folder's statistics are kept in `out`."""
+        file = self.config.reference
+        if file.is_dir():
+            files = pictures(file)
+            file = self.out / f"reference-{folder_identity(files, self.extractor)}.npz"
+            if not self.ranks.agree(file.is_file()):
+                options = dict(batch_size=self.config.batch_size, chunk=self.config.chunk, keep=True)
+                folder_statistics(files, file, self.extractor, self.ranks, **options)
+        reference = Statistics.load(file)
+        blank = torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=self.device)
+        width = self.extractor(blank)[0].shape[1]
+        got = len(reference.mu)
+        require(got == width, f"reference: expected statistics of {width} features, got {got}")
+        return reference, file_digest(file)
+
+    def run(self) -> list[dict]:
+        """The result of every grid point, in order; each is printed and written as soon as it is known."""
+        lines = []
+        for weights in self.config.weights or (None,):
+            model = pmf.PMFDiT.from_pretrained(
+                self.config.source, weights=weights, aux_head=False, device=self.device
+            ).eval()
+            channels = model.config.in_channels
+            require(channels in (1, 3), f"source: expected images of 1 or 3 channels, got {channels}")
+            network = digest(asdict(model.config), weights_digest(model))
+            for point in grid(self.config, weights, model.config):
+                lines.append(self._measure(model, network, point))
+                if self.ranks.rank == 0:
+                    print(json.dumps(lines[-1]), flush=True)
+        return lines
+
+    def _measure(self, model: pmf.PMFDiT, network: str, point: Point) -> dict:
+        config, count = self.config, self.config.per_class * model.config.num_classes
+        require(count >= SPLITS, f"per_class: expected at least {SPLITS} images in all, got {count}")
+        numbers = (point.settings, config.per_class, config.seed, config.dtype)
+        key = digest(network, *numbers, self.extractor_digest, self.reference_digest)
+        folder = config.images / f"{point.name}-{key[:8]}" if config.images else None
+        line = self.ranks.agree(self._results().get(key))
+        chunks = Chunks(self.out / f".{key}-{config.chunk}", count, config.chunk)
+
+        def kept(span: range) -> bool:
+            return folder is None or all(_png(folder, i).is_file() for i in span)
+
+        if line is None or not self.ranks.agree(kept(range(count))):
+            source = self._generated(model, point, folder)
+            chunks.compute(source, self.extractor, self.ranks, batch_size=config.batch_size, finished=kept)
+        if line is None and self.ranks.rank == 0:
+            settings = {"source": config.source, "weights": point.weights, **point.settings, "images": count}
+            line = {**settings, "seed": config.seed, "dtype": config.dtype, "reference": str(config.reference)}
+            line |= {**self._metrics(chunks), "key": key}
+            self._append(line)
+        if self.ranks.rank == 0:
+            chunks.remove()
+        return self.ranks.agree(line)
+
+    def _generated(self, model: pmf.PMFDiT, point: Point, folder: Path | None) -> Source:
+        """Image i shows class i // per_class and has seed `seed` + i."""
+        lowered = torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16")
+
+        def generate(batch: range) -> Iterator[Tensor]:
+            labels = [i // self.config.per_class for i in batch]
+            seeds = [self.config.seed + i for i in batch]
+            with lowered:
+                images = pmf.generate(model, labels, seeds=seeds, batch_size=len(batch), **point.settings)
+            pixels = to_bytes(images.float()).expand(-1, 3, -1, -1)
+            if folder is not None:
+                for i, image in zip(batch, pixels.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
+                    _save_png(_png(folder, i), Image.fromarray(image))
+            yield pixels
+
+        return generate
+
+    def _metrics(self, chunks: Chunks) -> dict[str, float | None]:
+        """All four; precision and recall are None where the reference has no features."""
+        generated = chunks.statistics(keep=True)
+        score, deviation = inception_score(torch.cat(list(chunks.read("logits"))), splits=SPLITS)
+        precision = recall = None
+        if self.reference.features is not None:
+            both = (torch.from_numpy(x.features).to(self.device) for x in (generated, self.reference))
+            precision, recall = precision_recall(*both)
+        return {
+            "fid": frechet_distance(generated, self.reference),
+            "inception_score": score,
+            "inception_score_std": deviation,
+            "precision": precision,
+            "recall": recall,
+        }
+
+    def _results(self) -> dict[str, dict]:
+        """The finished points by their keys. A line that a crash tore is passed over."""
+        file = self.out / RESULTS_FILE
+        lines = {}
+        for text in file.read_text().splitlines() if file.is_file() else ():
+            with suppress(ValueError, KeyError, TypeError):
+                line = json.loads(text)
+                lines[line["key"]] = line
+        return lines
+
+    def _append(self, line: dict) -> None:
+        """One write behind what other evaluations may be writing, on a line of its own, down to the disk."""
+        try:
+            with open(self.out / RESULTS_FILE, "ab+") as file:
+                file.seek(max(0, file.tell() - 1))
+                torn = file.read() not in (b"", b"\n")
+                file.write(b"\n" * torn + json.dumps(line).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise InputError(f"out: cannot write {self.out / RESULTS_FILE}: {error.strerror}") from error
+
+
+def _png(folder: Path, index: int) -> Path:
+    return folder / f"{index:06d}.png"
+
+
+def _save_png(file: Path, picture: Image.Image) -> None:
+    write_atomically(file, lambda temporary: picture.save(temporary, format="PNG"))
+
+
+def measure_digits(config: EvalConfig) -> None:
+    """Print one JSON line per grid point of a digits network. Errors: another network, which needs a reference."""
+    device = _device(config.device, Ranks())
+    for weights in config.weights or (None,):
+        model = pmf.PMFDiT.from_pretrained(config.source, weights=weights, aux_head=False, device=device)
+        is_digits = model.config.image_shape == DIGITS_SHAPE and model.config.num_classes == 10
+        require(is_digits, "reference: expected a folder of images or an npz of statistics, got none")
+        for point in grid(config, weights, model.config, steps=(1, 2)):
+            result = evaluate_digits(model, seed=config.seed, **point.settings)
+            numbers = {name: round(value, 4) for name, value in result.items()}
+            print(json.dumps({"weights": point.weights, **point.settings, **numbers}), flush=True)
 
 
 def evaluate_digits(
@@ -49,7 +370,5 @@ def evaluate_digits(
     ).cpu()
     judge = LogisticRegression(max_iter=2000).fit(train.images.flatten(1).numpy(), train.labels.numpy())
     named = judge.predict(samples.flatten(1).numpy())
-    return {
-        "frechet_distance": frechet_distance(samples, held_out.images),
-        "accuracy": float((named == labels.numpy()).mean()),
-    }
+    both = (Statistics.of(images.flatten(1)) for images in (samples, held_out.images))
+    return {"frechet_distance": frechet_distance(*both), "accuracy": float((named == labels.numpy()).mean())}

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 import pmf
 from pmf.checkpoint import save_model
 from pmf.errors import InputError, require
+from pmf.perceptual import PerceptualLoss
 from pmf.train import directory as folder
 from pmf.train.checkpoints import Checkpoints
 from pmf.train.config import RunConfig
@@ -46,9 +47,12 @@ class Trainer:
             config.model, impl=config.impl, checkpointing=config.checkpointing, device=self.world.device
         )
         self._sample(self.model, [0])  # what cannot sample is refused before it leaves anything behind
+        self.perceptual = _perceptual(config, self.world.device)
         if config.init is not None and config.resume is None:
             for note in start_from(self.model, config.init):
                 self._say(note)
+        if config.compiled:
+            self.model.compile_blocks()
         self.wrapped = wrap(LossModule(self.model, config.loss), self.world)
         self.optimizers = build_optimizers(self.model, config.optimizer, self.world.mesh)
         self.emas = {f"ema_{k:g}": EMA(self.model, k) for k in config.ema_half_lives}
@@ -59,7 +63,16 @@ class Trainer:
             self._load_state()
         stored = replace(config, out=self.directory, resume=None, overwrite=False)
         self.metrics = self.world.main_first(lambda: self._open_directory(stored))
-        self.perceptual = _perceptual(config, self.world)
+        self._settle()
+
+    def _settle(self) -> None:
+        """DDP orders its buckets after the first backward pass it sees. Let that be none of a step's, so that a
+        resumed run adds gradients in the order of an uninterrupted one.
+        """
+        if self.world.sharding == "ddp":
+            x = torch.zeros(1, *self.config.model.image_shape, device=self.world.device)
+            self._loss(x, torch.zeros(1, dtype=torch.int64, device=self.world.device), 0)[0].backward()
+            self.model.zero_grad()
 
     def _open_directory(self, stored: RunConfig) -> list[dict]:
         if self.config.resume is None:
@@ -139,11 +152,15 @@ class Trainer:
     def _loss(self, x: Tensor, y: Tensor, number: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and terms of the step's device batch of that number, counted over all processes."""
         config, device = self.config, self.world.device
-        generator = torch.Generator().manual_seed(step_seed(config.seed, self.step, f"draws {number}"))
+
+        def seed(purpose: str) -> int:
+            return step_seed(config.seed, self.step, f"{purpose} {number}")
+
+        generator = torch.Generator().manual_seed(seed("draws"))
         draws = pmf.sample_draws(len(x), config.model.image_shape, config.loss, generator, device)
-        half = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
-            return self.wrapped(x, y, draws, None)
+        perceptual = None if self.perceptual is None else self.perceptual.for_step(seed("crops"))
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=_half(config, device)):
+            return self.wrapped(x, y, draws, perceptual)
 
     def _update(self, record: dict[str, float]) -> None:
         config = self.config
@@ -250,8 +267,21 @@ def _device_batch(config: RunConfig, world: World) -> int:
     return size
 
 
-def _perceptual(config: RunConfig, world: World):
-    return None
+def _perceptual(config: RunConfig, device: torch.device) -> PerceptualLoss | None:
+    """The perceptual networks of the configuration; terms of no weight are left out."""
+    if not config.perceptual.enabled:
+        return None
+    return PerceptualLoss.load(
+        lpips=config.perceptual.lpips if config.loss.lpips_weight else None,
+        convnext=config.perceptual.convnext if config.loss.convnext_weight else None,
+        device=device,
+        dtype=torch.bfloat16 if _half(config, device) else torch.float32,
+    )
+
+
+def _half(config: RunConfig, device: torch.device) -> bool:
+    """Whether products run in bfloat16."""
+    return config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
 
 
 def _check_data(data: TrainingData, config: RunConfig) -> None:

@@ -1,0 +1,199 @@
+"""Numbers for samples: Fréchet distance, Inception score, precision and recall.
+
+The metrics take features and logits, whatever computed them; `inception` is the usual extractor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pmf.checkpoint import write_atomically
+from pmf.errors import InputError, require
+
+NAMINGS = (("mu", "sigma"), ("ref_mu", "ref_sigma"))
+SCORE_SEED = 2020
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Mean and covariance of features: all that a Fréchet distance reads.
+
+    mu float64 [d]; sigma float64 [d, d], unbiased (zero for one image); count, the number of images,
+    where it is known; features float32 [count, d], where they were kept: precision and recall need them.
+    """
+
+    mu: np.ndarray
+    sigma: np.ndarray
+    count: int | None = None
+    features: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, features: Tensor) -> Statistics:
+        """Statistics of features [n, d], accumulated in float64. The features are not kept."""
+        shape = list(features.shape)
+        require(len(shape) == 2 and shape[0] > 0, f"features: expected shape [n, d] with n > 0, got {shape}")
+        x = features.detach().double().cpu()
+        mu = x.mean(0)
+        x = x - mu
+        return cls(mu.numpy(), (x.T @ x / max(len(x) - 1, 1)).numpy(), len(x))
+
+    def merge(self, other: Statistics) -> Statistics:
+        """Statistics of both sets of images together, equal to those of one pass over all of them.
+
+        With n = n_a + n_b and d = mu_b - mu_a: mu = mu_a + d n_b / n, and the sums of squares add up
+        with d d^T n_a n_b / n. Neither set's features are kept. Errors: a set whose count is unknown.
+        """
+        require(None not in (self.count, other.count), "count: expected statistics that know it, got None")
+        count, difference = self.count + other.count, other.mu - self.mu
+        squares = self.sigma * (self.count - 1) + other.sigma * (other.count - 1)
+        squares += np.outer(difference, difference) * (self.count * other.count / count)
+        return Statistics(self.mu + difference * (other.count / count), squares / (count - 1), count)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Statistics:
+        """Read an npz archive: `mu` and `sigma`, or `ref_mu` and `ref_sigma`; `count` and `features` if there.
+
+        Errors: `InputError` when the file cannot be read, holds neither pair, or holds misshapen arrays.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files}
+        except Exception as error:  # what is no archive can fail in any way
+            raise InputError(f"reference: {path} is not a readable npz archive: {error}") from error
+        pair = next((names for names in NAMINGS if set(names) <= set(arrays)), None)
+        require(pair is not None, f"reference: expected mu and sigma, or ref_mu and ref_sigma, got {sorted(arrays)}")
+        mu, sigma = (np.asarray(arrays[name], np.float64) for name in pair)
+        fits = mu.ndim == 1 and sigma.shape == (len(mu), len(mu))
+        require(fits, f"reference: expected mu [d] and sigma [d, d], got {list(mu.shape)} and {list(sigma.shape)}")
+        require(bool(np.isfinite(mu).all() and np.isfinite(sigma).all()), f"reference: {path} holds NaN or infinity")
+        features = arrays.get("features")
+        fits = features is None or (features.ndim == 2 and features.shape[1] == len(mu))
+        require(fits, f"reference: expected features [n, {len(mu)}], got {features is not None and features.shape}")
+        count = int(arrays["count"]) if "count" in arrays else None
+        return cls(mu, sigma, count, features)
+
+    def save(self, path: str | Path) -> None:
+        """Write an npz archive that `load` reads, atomically."""
+        values = {"mu": self.mu, "sigma": self.sigma, "count": self.count, "features": self.features}
+        arrays = {name: value for name, value in values.items() if value is not None}
+
+        def write(temporary: Path) -> None:
+            with open(temporary, "wb") as file:
+                np.savez(file, **arrays)  # type: ignore[arg-type]
+
+        write_atomically(path, write)
+
+
+def frechet_distance(a: Statistics, b: Statistics) -> float:
+    """|mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)) in float64, A and B being the covariances.
+
+    On Inception features this is FID; on flattened images, FID in pixel space.
+    Errors: `InputError` on different numbers of features.
+    """
+    widths = len(a.mu), len(b.mu)
+    require(widths[0] == widths[1], f"statistics: expected as many features in both, got {widths[0]} and {widths[1]}")
+    difference = a.mu - b.mu
+    values, vectors = np.linalg.eigh(a.sigma)
+    root_a = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    # A B has the eigenvalues of the symmetric A^(1/2) B A^(1/2), which stays exact when A is singular.
+    root_trace = np.sqrt(np.linalg.eigvalsh(root_a @ b.sigma @ root_a).clip(0)).sum()
+    return float(difference @ difference + np.trace(a.sigma) + np.trace(b.sigma) - 2 * root_trace)
+
+
+def inception_score(logits: Tensor, *, splits: int = 10) -> tuple[float, float]:
+    """exp of the mean KL(p(y|x) || p(y)) of each split, as (mean, standard deviation) over the splits; float64.
+
+    logits [n, classes], without the bias of the last layer. Images are shuffled into the splits in
+    torch-fidelity's default order, so that both give the same score, and images sorted by class do not
+    fall into splits of few classes. Errors: `InputError` on fewer images than splits.
+    """
+    require(1 <= splits <= len(logits), f"splits: expected 1 to {len(logits)}, one image each, got {splits}")
+    order = torch.from_numpy(np.random.RandomState(SCORE_SEED).permutation(len(logits)))
+    scores = []
+    for i in range(splits):
+        part = logits[order[i * len(logits) // splits : (i + 1) * len(logits) // splits].to(logits.device)]
+        log_p = part.double().log_softmax(1)
+        log_marginal = log_p.logsumexp(0) - np.log(len(part))
+        scores.append((log_p.exp() * (log_p - log_marginal)).sum(1).mean().exp().item())
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def precision_recall(generated: Tensor, real: Tensor, *, neighbours: int = 3, block: int = 1024) -> tuple[float, float]:
+    """Improved precision and recall (arXiv 1904.06991): how much of each set lies in the other's support.
+
+    The support of a set is the union of balls around its features, each as wide as the distance to the
+    `neighbours`-th nearest other feature. Precision is the share of generated features in the support of
+    the real ones, recall the share of real ones in that of the generated. Both [n, d], on one device;
+    distances are in float64, and `block` rows of them are held at a time. Errors: `InputError` on
+    features of different widths, or no more of them than neighbours.
+    """
+    shapes = list(generated.shape), list(real.shape)
+    fits = generated.ndim == real.ndim == 2 and shapes[0][1] == shapes[1][1]
+    require(fits, f"features: expected [n, d] and [m, d], got {shapes[0]} and {shapes[1]}")
+    few = min(len(generated), len(real))
+    require(1 <= neighbours < few, f"neighbours: expected at least 1 and fewer than {few} images, got {neighbours}")
+    generated, real = generated.double(), real.double()
+    radii_generated, radii_real = (_radii(x, neighbours, block) for x in (generated, real))
+    precise, recalled = 0, torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    for rows, radii in zip(generated.split(block), radii_generated.split(block), strict=True):
+        distances = torch.cdist(rows, real)
+        precise += int((distances <= radii_real).any(1).sum())
+        recalled |= (distances <= radii[:, None]).any(0)
+    return precise / len(generated), recalled.double().mean().item()
+
+
+def _radii(features: Tensor, neighbours: int, block: int) -> Tensor:
+    """Distance of each feature to its `neighbours`-th nearest other one (the nearest of all is itself)."""
+    rows = features.split(block)
+    return torch.cat([torch.cdist(r, features).topk(neighbours + 1, largest=False).values[:, -1] for r in rows])
+
+
+class Inception(torch.nn.Module):
+    """Images uint8 [n, 3, H, W] -> features float32 [n, 2048] and logits float32 [n, 1008], without the last bias."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Both outputs, on the network's device; a repetition gives the same bits."""
+        # Neither TF32 nor an algorithm picked by timing.
+        exact = dict(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+        with torch.backends.cudnn.flags(**exact):  # type: ignore[arg-type]
+            return self.network(images.to(next(self.network.parameters()).device))
+
+
+def inception(weights: str | Path | None = None, *, device: torch.device | str | None = None) -> Inception:
+    """torch-fidelity's port of the Inception-v3 of 2015-12-05, which published FIDs are measured with.
+
+    It resizes images of any size to 299 px as the original did. `weights` is the file of its state dict;
+    by default torch-fidelity downloads it. Features and logits are those that torch-fidelity takes from
+    this extractor: "2048" for FID, precision and recall, "logits_unbiased" for the Inception score.
+    (Without a choice of extractor, torch-fidelity measures precision and recall on VGG-16 instead.)
+    Errors: `InputError` where torch-fidelity does not import, or the weights are missing or do not fit.
+    """
+    try:
+        from torch_fidelity import FeatureExtractorInceptionV3
+    except Exception as error:  # beside a torchvision made for another PyTorch it fails in any way
+        message = "inception: torch-fidelity does not import, expected pip install 'pixel-meanflow[eval]'"
+        raise InputError(f"{message}: {_first_line(error)}") from error
+    try:
+        if weights is not None:
+            torch.load(weights, map_location="cpu", weights_only=True)  # torch-fidelity would unpickle anything
+        network = FeatureExtractorInceptionV3(
+            "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights, verbose=False
+        )
+    except Exception as error:  # a torn file can make its reader fail in any way, and so can a download
+        source = "the download" if weights is None else weights
+        raise InputError(f"inception: cannot take the weights from {source}: {_first_line(error)}") from error
+    return Inception(network).to(device)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,60 @@
+"""An evaluation with a small extractor, as tests call it: in this process, killed, or under torchrun."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import pmf
+from pmf.train.evaluate import EvalConfig, Evaluation
+from pmf.train.features import Ranks, all_ranks
+from tests.networks import random_model
+
+COLOUR = pmf.ModelConfig(
+    image_size=8, patch_size=4, hidden_size=32, depth=2, num_heads=2, aux_head_depth=1, num_classes=5, bottleneck=12
+)
+SETTINGS = dict(omega=(1.5, 3.0), interval=("0,1", "0.1,0.7"), per_class=6, chunk=8, batch_size=3, device="cpu")
+
+
+class Toy(torch.nn.Module):
+    """Uint8 images of any size -> 6 features, 4 logits; `calls` counts the batches, each `delay` seconds long."""
+
+    def __init__(self, delay: float = 0.0) -> None:
+        super().__init__()
+        self.delay = delay
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("first", torch.randn(48, 6, generator=generator) / 30)
+        self.register_buffer("second", torch.randn(6, 4, generator=generator))
+        self.calls = 0
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and logits."""
+        assert images.dtype == torch.uint8 and images.shape[1] == 3
+        self.calls += 1
+        time.sleep(self.delay)
+        pooled = torch.nn.functional.adaptive_avg_pool2d(images.float(), 4).flatten(1)
+        features = torch.tanh((pooled - 128) @ self.first)
+        return features, features @ self.second
+
+
+def checkpoint(path: Path) -> Path:
+    """A random network for small pictures in colour."""
+    model = random_model(COLOUR, dtype=torch.float32)
+    pmf.save_model(path, COLOUR, model.state_dict())
+    return path
+
+
+def evaluate(config: EvalConfig, extractor: torch.nn.Module | None = None, ranks: Ranks | None = None) -> list[dict]:
+    """The lines of an evaluation on the CPU."""
+    return Evaluation(config, extractor or Toy(), ranks or Ranks(), torch.device("cpu")).run()
+
+
+if __name__ == "__main__":
+    source, reference, out, delay = sys.argv[1:]
+    with all_ranks() as ranks:
+        config = EvalConfig(source, reference=Path(reference), out=Path(out), **SETTINGS)
+        evaluate(config, Toy(float(delay)), ranks)

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Train on several machines under Slurm, a process per GPU; near the end of its time the job saves and queues again.
+#   sbatch --nodes 2 train/launch/slurm.sh pMF-H/16 runs/h16 --data data/imagenet256 --sharding hybrid
+#SBATCH --job-name=pmf
+#SBATCH --gpus-per-node=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --signal=USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -euo pipefail
+preset=$1 out=$2
+shift 2
+if compgen -G "$out/checkpoints/step-*" > /dev/null; then
+    run=(--resume "$out")
+else
+    run=("$preset" --out "$out")
+fi
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_ADDR MASTER_PORT=29500 WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
+trap 'again=yes' USR1  # the shell waits on: srun hands the signal to the processes, which save and exit
+again=no
+# shellcheck disable=SC2016 # every process reads its own numbers
+srun bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python -m pmf.train train "$@"' train "${run[@]}" "$@" &
+wait $! || wait $!
+[ "$again" = no ] || scontrol requeue "$SLURM_JOB_ID"

@@ -1,0 +1,54 @@
+"""Runs by name: the embedded data sets, and the six published models (arXiv 2601.22158, their published settings)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pmf.config import LOSSES, MODELS, SAMPLING
+from pmf.errors import require
+from pmf.train.config import PerceptualConfig, RunConfig, SamplingConfig
+from pmf.train.optim import OptimizerConfig
+
+IMAGENET_IMAGES = 1_281_167
+EPOCHS = 320
+BATCH = 1024
+EMA_KIMG = {"B/16": 2000, "B/32": 2000, "L/16": 1000, "L/32": 2000, "H/16": 1000, "H/32": 500}
+"""Half-life of the average that samples are drawn from."""
+
+
+def _published(size: str) -> RunConfig:
+    """ImageNet, batch 1024, 320 epochs, learning rate 1e-3 throughout, perceptual losses on.
+
+    The draws belong to device batches of 128 images (L and H: 64, which fit beside the larger network in 80 GB), so
+    that any number of GPUs computes the same run. H is sharded.
+    """
+    name = f"pMF-{size}"
+    return RunConfig(
+        out=Path("runs") / name.replace("/", "-"),
+        data=f"data/imagenet{MODELS[name].image_size}",
+        workers=8,
+        steps=EPOCHS * IMAGENET_IMAGES // BATCH,
+        batch_size=BATCH,
+        device_batch=128 if size.startswith("B") else 64,
+        sharding="fsdp" if size.startswith("H") else "ddp",
+        perceptual=PerceptualConfig(enabled=True),
+        sampling_weights=f"ema_{EMA_KIMG[size]}",
+        save_every=2500,
+        sample_every=10_000,
+        model=MODELS[name],
+        loss=LOSSES[name],
+        optimizer=OptimizerConfig(),
+        sampling=SamplingConfig(**SAMPLING[name]),
+    )
+
+
+PRESETS: dict[str, RunConfig] = {
+    "digits": RunConfig(),
+    **{f"pMF-{size}": _published(size) for size in EMA_KIMG},
+}
+
+
+def run_preset(name: str) -> RunConfig:
+    """The preset of that name. Errors: `InputError` on an unknown one."""
+    require(name in PRESETS, f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
+    return PRESETS[name]

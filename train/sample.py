@@ -1,0 +1,71 @@
+"""`pmf sample`: a PNG grid of images from a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+import pmf
+from pmf.errors import require
+from pmf.train.config import CONFIG_FILE, load_run_config
+from pmf.train.distributed import pick_device
+from pmf.train.images import save_grid
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Draw images from a checkpoint into one PNG grid."""
+
+    source: tyro.conf.Positional[str]
+    """Run directory, checkpoint file or Hugging Face hub id."""
+    out: Path = Path("samples.png")
+    """The PNG to write."""
+    labels: tuple[int, ...] = ()
+    """Class of each column (default: the first ten)."""
+    rows: int = 8
+    """Rows of the grid, each from noise of its own."""
+    steps: int = 1
+    """Network evaluations per image."""
+    omega: float | None = None
+    """Guidance scale (default: the setting of the run or of the published preset)."""
+    t_min: float | None = None
+    """Start of the guidance interval (default as for omega)."""
+    t_max: float | None = None
+    """End of the guidance interval (default as for omega)."""
+    seed: int = 0
+    """Seed of the first image; image i has seed + i."""
+    weights: str | None = None
+    """Which weights of a run: model, ema_500, ... (default: the run's choice)."""
+    batch_size: int = 64
+    """Images at a time."""
+    device: str = "auto"
+    """Device: auto, cpu, cuda, ..."""
+
+
+def _sampling(config: SampleConfig) -> dict[str, float]:
+    """omega, t_min and t_max: from the flags, else from the run's configuration where `source` is a run."""
+    run = load_run_config(Path(config.source)).sampling if (Path(config.source) / CONFIG_FILE).is_file() else None
+    given = {name: getattr(config, name) for name in ("omega", "t_min", "t_max")}
+    return {name: getattr(run, name, None) if value is None else value for name, value in given.items()}
+
+
+def command(arguments: list[str]) -> None:
+    """Write a grid: one column per label, `rows` images each."""
+    config = tyro.cli(SampleConfig, prog="pmf sample", args=arguments)
+    require(config.rows > 0, f"rows: expected a positive number, got {config.rows}")
+    device = pick_device(config.device)
+    model = pmf.PMFDiT.from_pretrained(config.source, weights=config.weights, aux_head=False, device=device)
+    labels = config.labels or tuple(range(min(10, model.config.num_classes)))
+    images = pmf.generate(
+        model,
+        list(labels) * config.rows,
+        seeds=range(config.seed, config.seed + len(labels) * config.rows),
+        steps=config.steps,
+        batch_size=config.batch_size,
+        progress=True,
+        **_sampling(config),
+    )
+    save_grid(config.out, images, columns=len(labels))
+    print(f"wrote {config.out}: columns {' '.join(map(str, labels))}")
