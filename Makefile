@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test clean
+.PHONY: demo test test-extras clean
 
 # Train on handwritten digits, draw samples, measure them: runs/digits.
 demo: .venv/core
@@ -15,8 +15,12 @@ test: .venv/dev
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
+# The tests of the optional packages (perceptual networks, FID, JAX), beside a newer PyTorch: several GB.
+test-extras: .venv-extras/ready
+	.venv-extras/bin/python -m pytest -m extras
+
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-extras
 
 .venv/core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -25,4 +29,10 @@ clean:
 
 .venv/dev: .venv/core
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+.venv-extras/ready: pyproject.toml constraints-extras.txt
+	$(PYTHON) -m venv .venv-extras
+	.venv-extras/bin/python -m pip install --quiet --constraint constraints-extras.txt \
+		--editable '.[perceptual,eval,jax]' pytest pytest-benchmark hypothesis
 	touch $@
