@@ -1,5 +1,5 @@
-import dataclasses
 import contextlib
+import dataclasses
 import json
 import os
 import signal
