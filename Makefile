@@ -8,12 +8,12 @@ demo: .venv/core
 	$(BIN)/pmf digits --out runs/digits --overwrite
 	$(BIN)/pmf eval runs/digits
 
-# Lint, formatting, types and every test.
+# Lint, formatting, types and every test, a file at a time on each core.
 test: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 # The tests of the optional packages (perceptual networks, FID, JAX), beside a newer PyTorch: several GB.
 test-extras: .venv-extras/ready
