@@ -37,7 +37,7 @@ from pmf.train.diagnosis import (
     worker_advice,
 )
 from pmf.train.distributed import World, pick_device
-from pmf.train.loop import Trainer, _check_data, _device_batch, _half
+from pmf.train.loop import Trainer, check_data, device_batch_of, in_bfloat16
 from pmf.train.run import configured
 
 CPU_OPERATIONS = 1e11
@@ -133,7 +133,7 @@ def _run(report: Report, config: DoctorConfig, device: torch.device) -> None:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or min(processes, len(_gpus(device)) or processes)
     rows = config.device_batch or config.batch_size
     with report.examining("batch"):
-        rows = _device_batch(config, World(device, size=processes))
+        rows = device_batch_of(config, World(device, size=processes))
         times = config.batch_size // (rows * processes)
         each = f"{processes} process{'es' * (processes > 1)} x {rows} images" + f" x {times} times" * (times > 1)
         report.line("batch", f"{each} = {config.batch_size:,} a step" + f", {config.sharding}" * (processes > 1))
@@ -151,7 +151,7 @@ def _run(report: Report, config: DoctorConfig, device: torch.device) -> None:
 
 def _ops(report: Report, config: RunConfig, device: torch.device) -> bool:
     """Which kernels and which attention run, and in which precision; whether they can run."""
-    model, half = config.model, _half(config, device)
+    model, half = config.model, in_bfloat16(config, device)
     limits = {
         "norm_modulate_dual": dispatch.width_limit(torch.empty(0, model.hidden_size)),
         "residual_norm_modulate_dual": dispatch.width_limit(torch.empty(0, model.hidden_size)),
@@ -200,7 +200,7 @@ def _memory(report: Report, config: DoctorConfig, device: torch.device, processe
 
     @functools.cache
     def whole(checkpointing: str) -> TrainingMemory:
-        dtype = torch.bfloat16 if _half(config, device) else torch.float32
+        dtype = torch.bfloat16 if in_bfloat16(config, device) else torch.float32
         options = dict(device=device.type, dtype=dtype, ema_copies=len(config.ema_half_lives))
         return training_memory(config.model, checkpointing, dispatch.checked_impl(config.impl), **options)
 
@@ -273,7 +273,7 @@ def _data(
         report.line("data", f"{config.data} is not there", f"data: {config.data} is not there: {advice}")
         return
     data = open_data(config.data, size)
-    _check_data(data, config)
+    check_data(data, config)
     served = _served(data, config, device, rows)
     advice = worker_advice(config.workers, local, _cores())
     if needed is not None:

@@ -40,8 +40,8 @@ class Trainer:
     def __init__(self, config: RunConfig, data: TrainingData, world: World | None = None) -> None:
         self.config, self.data = config, data
         self.world = world or join(config.device, config.sharding)
-        self.device_batch = _device_batch(config, self.world)
-        _check_data(data, config)
+        self.device_batch = device_batch_of(config, self.world)
+        check_data(data, config)
         torch.manual_seed(config.seed)
         self.model = pmf.create_model(
             config.model, impl=config.impl, checkpointing=config.checkpointing, device=self.world.device
@@ -159,7 +159,7 @@ class Trainer:
         generator = torch.Generator().manual_seed(seed("draws"))
         draws = pmf.sample_draws(len(x), config.model.image_shape, config.loss, generator, device)
         perceptual = None if self.perceptual is None else self.perceptual.for_step(seed("crops"))
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=_half(config, device)):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=in_bfloat16(config, device)):
             return self.wrapped(x, y, draws, perceptual)
 
     def _update(self, record: dict[str, float]) -> None:
@@ -257,7 +257,7 @@ class Trainer:
         return pmf.generate(model, labels, omega=sampling.omega, t_min=sampling.t_min, t_max=sampling.t_max)
 
 
-def _device_batch(config: RunConfig, world: World) -> int:
+def device_batch_of(config: RunConfig, world: World) -> int:
     """Images at a time on a device. Errors: `InputError` when the processes cannot share a step evenly."""
     size = config.device_batch or config.batch_size // world.size
     require(
@@ -275,16 +275,16 @@ def _perceptual(config: RunConfig, device: torch.device) -> PerceptualLoss | Non
         lpips=config.perceptual.lpips if config.loss.lpips_weight else None,
         convnext=config.perceptual.convnext if config.loss.convnext_weight else None,
         device=device,
-        dtype=torch.bfloat16 if _half(config, device) else torch.float32,
+        dtype=torch.bfloat16 if in_bfloat16(config, device) else torch.float32,
     )
 
 
-def _half(config: RunConfig, device: torch.device) -> bool:
+def in_bfloat16(config: RunConfig, device: torch.device) -> bool:
     """Whether products run in bfloat16."""
     return config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
 
 
-def _check_data(data: TrainingData, config: RunConfig) -> None:
+def check_data(data: TrainingData, config: RunConfig) -> None:
     """The network fits the images and their classes."""
     shape, wanted = tuple(data.image_shape), config.model.image_shape
     require(shape == wanted, f"model: expected a network for images of shape {list(shape)}, got {list(wanted)}")
