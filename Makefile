@@ -1,22 +1,26 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test clean
+.PHONY: demo test test-extras clean
 
 # Train on handwritten digits, draw samples, measure them: runs/digits.
 demo: .venv/core
 	$(BIN)/pmf digits --out runs/digits --overwrite
 	$(BIN)/pmf eval runs/digits
 
-# Lint, formatting, types and every test.
+# Lint, formatting, types and every test, a file at a time on each core.
 test: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+# The tests of the optional packages (perceptual networks, FID, JAX), beside a newer PyTorch: several GB.
+test-extras: .venv-extras/ready
+	.venv-extras/bin/python -m pytest -m extras
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-extras
 
 .venv/core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -25,4 +29,10 @@ clean:
 
 .venv/dev: .venv/core
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+.venv-extras/ready: pyproject.toml constraints-extras.txt
+	$(PYTHON) -m venv .venv-extras
+	.venv-extras/bin/python -m pip install --quiet --constraint constraints-extras.txt \
+		--editable '.[perceptual,eval,jax]' pytest pytest-benchmark hypothesis
 	touch $@

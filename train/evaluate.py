@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -50,8 +50,8 @@ class EvalConfig:
 
     Images, features and metrics do not depend on how many processes torchrun starts. Every finished grid
     point is a line of results.jsonl in `out`; an interrupted evaluation continues when it is called again.
-    `pmf eval statistics FOLDER` computes reference statistics. A digits network without a reference is
-    measured in pixel space, by 500 samples.
+    `pmf eval statistics FOLDER` computes reference statistics. A network of digits or photographs without
+    a reference is measured by 500 samples, its own way.
     """
 
     source: tyro.conf.Positional[str]
@@ -66,11 +66,11 @@ class EvalConfig:
     interval: tuple[str, ...] = ()
     """Guidance intervals to measure, each as t_min,t_max: 0.1,0.7 (default as for omega)."""
     steps: tuple[int, ...] = ()
-    """Numbers of network evaluations per image to measure (default: 1; for digits 1 and 2)."""
+    """Numbers of network evaluations per image to measure (default: 1; for digits and photographs 1 and 2)."""
     per_class: int = PER_CLASS
-    """Images per class (digits without a reference: always 50)."""
+    """Images per class (without a reference: always 50)."""
     seed: int = 0
-    """Seed of the first image; image i has seed + i (digits without a reference: sample i has 500 seed + i)."""
+    """Seed of the first image; image i has seed + i (without a reference: sample i has 500 seed + i)."""
     out: Path | None = None
     """Directory of the results and of what is unfinished (default: `eval` in the run directory, else eval/NAME)."""
     images: Path | None = None
@@ -146,7 +146,7 @@ def command(arguments: list[str]) -> None:
         return
     config = tyro.cli(EvalConfig, prog="pmf eval", args=arguments)
     if config.reference is None:
-        measure_digits(config)
+        measure_embedded(config)
         return
     with all_ranks() as ranks:
         device = _device(config.device, ranks)
@@ -337,17 +337,30 @@ def _save_png(file: Path, picture: Image.Image) -> None:
     write_atomically(file, lambda temporary: picture.save(temporary, format="PNG"))
 
 
-def measure_digits(config: EvalConfig) -> None:
-    """Print one JSON line per grid point of a digits network. Errors: another network, which needs a reference."""
+def measure_embedded(config: EvalConfig) -> None:
+    """Print one JSON line per grid point of a network of digits or photographs, measured by numbers of their own.
+
+    Errors: another network, which needs a reference.
+    """
     device = _device(config.device, Ranks())
     for weights in config.weights or (None,):
         model = pmf.PMFDiT.from_pretrained(config.source, weights=weights, aux_head=False, device=device)
-        is_digits = model.config.image_shape == DIGITS_SHAPE and model.config.num_classes == 10
-        require(is_digits, "reference: expected a folder of images or an npz of statistics, got none")
+        measure = _own_measure(model.config)
         for point in grid(config, weights, model.config, steps=(1, 2)):
-            result = evaluate_digits(model, seed=config.seed, **point.settings)
+            result = measure(model, seed=config.seed, **point.settings)
             numbers = {name: round(value, 4) for name, value in result.items()}
             print(json.dumps({"weights": point.weights, **point.settings, **numbers}), flush=True)
+
+
+def _own_measure(model: ModelConfig) -> Callable[..., dict[str, float]]:
+    """How an embedded data set is measured, by the shape of its images and its ten classes."""
+    if model.num_classes == 10 and model.image_shape == DIGITS_SHAPE:
+        return evaluate_digits
+    colour = model.num_classes == 10 and model.in_channels == 3 and model.image_size <= 64
+    require(colour, "reference: expected a folder of images or an npz of statistics, got none")
+    from pmf.train.judge import evaluate_photographs  # scikit-image is an extra
+
+    return evaluate_photographs
 
 
 def evaluate_digits(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 import pmf
 from pmf.errors import require
@@ -17,25 +16,21 @@ def start_from(model: pmf.PMFDiT, source: str) -> list[str]:
 
     A checkpoint without v head, as the published ones are, starts the v head as a copy of the u head: at h = 0
     both fields are the instantaneous velocity. A class table of another size stays freshly drawn. Errors:
-    `InputError` on any other weight that is missing or of another shape.
+    `InputError` on any other weight that is missing or of another shape; the network is then as it was.
     """
     state = pmf.PMFDiT.from_pretrained(source).state_dict()
     notes = []
     if not any(".v." in name for name in state):
         state |= {name.replace(".u.", ".v."): value for name, value in state.items() if ".u." in name}
         notes.append("the v head starts as a copy of the u head")
-    for name, parameter in model.named_parameters():
+    wanted = dict(model.named_parameters())
+    if CLASSES in state and len(state[CLASSES]) != len(wanted[CLASSES]):
+        got, fresh = len(state.pop(CLASSES)) - 1, len(wanted.pop(CLASSES)) - 1
+        notes.append(f"the table of {fresh} classes starts afresh: {source} has {got}")
+    for name, parameter in wanted.items():
         require(name in state, f"init: {source} lacks the weight {name!r}")
-        if name == CLASSES and state[name].shape != parameter.shape:
-            notes.append(
-                f"the table of {len(parameter) - 1} classes starts afresh, {source} has {len(state[name]) - 1}"
-            )
-            continue
-        _copy(parameter, state[name], name)
+        shapes = list(parameter.shape), list(state[name].shape)
+        require(shapes[0] == shapes[1], f"init: expected {name!r} of shape {shapes[0]}, got {shapes[1]}")
+    for name, parameter in wanted.items():
+        parameter.copy_(state[name])
     return notes
-
-
-def _copy(parameter: Tensor, value: Tensor, name: str) -> None:
-    got, wanted = list(value.shape), list(parameter.shape)
-    require(got == wanted, f"init: expected {name!r} of shape {wanted}, got {got}")
-    parameter.copy_(value)

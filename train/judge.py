@@ -11,8 +11,8 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 import pmf
 from pmf.errors import require
+from pmf.metrics import Statistics, frechet_distance
 from pmf.train.data import photographs, to_float
-from pmf.train.evaluate import frechet_distance
 
 PER_CLASS = 50
 
@@ -57,7 +57,5 @@ def evaluate_photographs(
         model, labels, seeds=seeds, steps=steps, omega=omega, t_min=t_min, t_max=t_max, batch_size=100
     )
     named = photograph_judge(size).predict(structure(samples).numpy())
-    return {
-        "accuracy": float((named == labels.numpy()).mean()),
-        "frechet_distance": frechet_distance(areas(samples), areas(photographs(size)[1].images)),
-    }
+    both = (Statistics.of(areas(images)) for images in (samples, photographs(size)[1].images))
+    return {"frechet_distance": frechet_distance(*both), "accuracy": float((named == labels.numpy()).mean())}

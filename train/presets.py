@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pmf.config import LOSSES, MODELS, SAMPLING
+from pmf.config import LOSSES, MODELS, SAMPLING, ModelConfig
 from pmf.errors import require
 from pmf.train.config import PerceptualConfig, RunConfig, SamplingConfig
 from pmf.train.optim import OptimizerConfig
@@ -42,8 +42,33 @@ def _published(size: str) -> RunConfig:
     )
 
 
+# Loss and optimizer are those of the digits, which are for runs of minutes.
+PHOTOGRAPHS = RunConfig(
+    out=Path("runs/photographs"),
+    data="photographs",
+    steps=1400,
+    batch_size=32,
+    model=ModelConfig(
+        image_size=32,
+        patch_size=8,
+        hidden_size=128,
+        depth=6,
+        num_heads=4,
+        aux_head_depth=2,
+        num_classes=10,
+        bottleneck=96,
+        class_tokens=2,
+        omega_tokens=1,
+        t_min_tokens=1,
+        t_max_tokens=1,
+        time_tokens=1,
+    ),
+    sampling=SamplingConfig(omega=1.0),
+)
+
 PRESETS: dict[str, RunConfig] = {
     "digits": RunConfig(),
+    "photographs": PHOTOGRAPHS,
     **{f"pMF-{size}": _published(size) for size in EMA_KIMG},
 }
 

@@ -20,6 +20,7 @@ from pmf.train.data.order import indices_at
 
 MAX_CORRUPT = 100
 PREFETCH = 4
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 log = logging.getLogger(__name__)
 
@@ -88,20 +89,22 @@ class Loader:
         self.device, self.max_corrupt = torch.device(device), max_corrupt
         self._corrupt: set[str] = set()
         self._images, self._began, self._ended, self._waited = 0, 0.0, 0.0, 0.0
-        self._batches = [
-            iter(
-                DataLoader(
-                    _Reader(data, max_corrupt),
-                    batch_sampler=_Places(len(data), batch_size, seed, rank, world, first_step),
-                    num_workers=workers,
-                    collate_fn=_collate,
-                    pin_memory=self.device.type == "cuda",
-                    prefetch_factor=PREFETCH if workers else None,
-                    worker_init_fn=_survive_signals,
-                    generator=torch.Generator(),  # else it would draw from, and move, the global one
-                )
-            )
-        ]
+        loader = DataLoader(
+            _Reader(data, max_corrupt),
+            batch_sampler=_Places(len(data), batch_size, seed, rank, world, first_step),
+            num_workers=workers,
+            collate_fn=_collate,
+            pin_memory=self.device.type == "cuda",
+            prefetch_factor=PREFETCH if workers else None,
+            worker_init_fn=_survive_signals,
+            generator=torch.Generator(),  # else it would draw from, and move, the global one
+        )
+        # Workers start with these signals held back, until they ignore them.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            self._batches = [iter(loader)]
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         # Workers do not heed SIGTERM, by which multiprocessing would end them at exit: they must be gone by then.
         Finalize(self, self._batches.clear, exitpriority=100)
 
@@ -190,5 +193,5 @@ def _collate(samples: list[tuple]) -> tuple[Tensor | None, Tensor, list[CorruptI
 
 def _survive_signals(worker: int) -> None:
     """Signals that ask a run to save and stop reach its whole process group; the last batches must still come."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
