@@ -77,7 +77,11 @@ def draw(file: Path, out: Path) -> list[Path]:
     steps, ops, memory = (measured(records, suite) for suite in ("steps", "ops", "memory"))
     copying = [r for r in ops if r["operations"] == 0]
     kinds = {
-        "step-time": (_grouped(steps, lambda r: r["median_us"] / 1e3 / r["batch"]), "ms per image", "Training step"),
+        "step-time": (
+            _grouped(steps, lambda r: r["median_us"] / 1e3 / r["batch"]),
+            "ms per image",
+            "Forward and backward of a step",
+        ),
         "step-memory": (_grouped(steps, _peak), "GB above what rests", "Peak memory of a training step"),
         "ops": (_grouped(copying, lambda r: r["of_copy_bandwidth"]), "of the copy bandwidth", "Memory-bound ops"),
         "largest-batch": (_grouped(_largest(memory), lambda r: r["batch"]), "images", "Largest batch"),
