@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 
 from pmf import ops
@@ -38,6 +39,8 @@ class Case:
     """Name -> what prepares the function to time: its inputs are then on the device."""
     test: str
     """The test file that must pass before a figure is recorded."""
+    other_operations: dict[str, int] = field(default_factory=dict)
+    """Operations of providers that compute something else, for scale."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ class Op:
             return lambda: way(primals, tangents)
         trained = [p for i, p in enumerate(primals) if p is not None and i not in self.constant]
         leaves = [p.requires_grad_() for p in trained]
+        torch._functorch.config.donated_buffer = False  # backward runs more than once
         outputs = [o for o in _flat(way(primals, nothing)[0]) if o.requires_grad]
         gradients = [torch.randn_like(o) for o in outputs]
         return lambda: torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)

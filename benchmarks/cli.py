@@ -29,8 +29,8 @@ class Options:
     """
 
     suite: tyro.conf.Positional[Literal["ops", "steps", "sampling", "memory", "gpu"]]
-    """ops: each op at the shapes of a block. steps: whole training steps. sampling: one-step sampling.
-    memory: the largest batch. gpu: all of them, the most important first."""
+    """ops: each op at the shapes of a block. steps: forward and backward of training steps, no optimizer.
+    sampling: one-step sampling. memory: the largest batch. gpu: all of them, the most important first."""
     sizes: tuple[str, ...] = ()
     """Presets whose shapes are measured (default: all published; for ops those of 16 pixels a patch)."""
     batch: int | None = None

@@ -120,6 +120,8 @@ def _work(job: Job, settings: Settings, seconds: float, sender: Connection) -> N
     os.setpgrp()
     device = torch.device(settings.device)
     try:
+        if device.type == "cuda":
+            torch.cuda.set_stream(torch.cuda.Stream(device))  # CUDA graphs cannot be captured on the default one
         for record in _records(job, settings, device, seconds):
             sender.send(record)
     except Exception as error:
@@ -138,6 +140,7 @@ def _records(job: Job, settings: Settings, device: torch.device, seconds: float)
         timing = TIMING_SHARE * seconds / len(job.cases)
         for case in suite_cases(job.suite, job.size, job.batch):
             if case.name in job.cases:
+                torch.compiler.reset()  # else what earlier cases compiled counts against the compiler's limit
                 wanted = settings.providers if job.provider is None else (job.provider,)
                 providers = {n: prepare for n, prepare in case.providers(device).items() if not wanted or n in wanted}
                 yield from case_records(case.name, providers, device, settings, timing, job.suite != "ops")

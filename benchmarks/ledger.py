@@ -32,7 +32,7 @@ def provenance(device: torch.device) -> dict[str, object]:
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "gpu": gpu,
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": _git("status", "--porcelain") != "",
+        "dirty": _git("status", "--porcelain", "--", ".", ":!benchmarks/results") != "",
         "torch": torch.__version__,
         "triton": triton_version,
         "cuda": torch.version.cuda,

@@ -60,9 +60,14 @@ def _peak(record: Record) -> float | None:
     return None if record["peak_bytes"] is None else record["peak_bytes"] / 1e9
 
 
-def _largest(record: Record) -> float | None:
-    """Measured where it was, else computed."""
-    return record["computed_batch"] if record["measured_batch"] is None else record["measured_batch"]
+def _largest(records: list[Record]) -> list[Record]:
+    """Measured where it was, else computed; the provider says which."""
+    bars = []
+    for r in records:
+        kind = "computed" if r["measured_batch"] is None else "measured"
+        series = {"provider": f"{r['provider']}, {kind}", "batch": r[f"{kind}_batch"]}
+        bars.append({"case": f"{r['size']}, {r['budget_gb']} GB", **series})
+    return bars
 
 
 def draw(file: Path, out: Path) -> list[Path]:
@@ -70,13 +75,16 @@ def draw(file: Path, out: Path) -> list[Path]:
     records = read_ledger(file)
     gpu = records[-1]["gpu"]
     steps, ops, memory = (measured(records, suite) for suite in ("steps", "ops", "memory"))
-    memory = [{**r, "case": f"{r['size']}, {r['budget_gb']} GB"} for r in memory]
     copying = [r for r in ops if r["operations"] == 0]
     kinds = {
-        "step-time": (_grouped(steps, lambda r: r["median_us"] / 1e3 / r["batch"]), "ms per image", "Training step"),
+        "step-time": (
+            _grouped(steps, lambda r: r["median_us"] / 1e3 / r["batch"]),
+            "ms per image",
+            "Forward and backward of a step",
+        ),
         "step-memory": (_grouped(steps, _peak), "GB above what rests", "Peak memory of a training step"),
         "ops": (_grouped(copying, lambda r: r["of_copy_bandwidth"]), "of the copy bandwidth", "Memory-bound ops"),
-        "largest-batch": (_grouped(memory, _largest), "images", "Largest batch"),
+        "largest-batch": (_grouped(_largest(memory), lambda r: r["batch"]), "images", "Largest batch"),
     }
     written = []
     for name, (groups, unit, title) in kinds.items():

@@ -35,6 +35,7 @@ def find_ledger(given: Path | None) -> Path:
 def read_ledger(file: Path) -> list[Record]:
     """The latest record of each (case, provider, memory budget), in the order of their first.
 
+    What a later run had no time for keeps its figure.
     Errors: `InputError` on a file that is no ledger, or holds no figures.
     """
     latest: dict[tuple, Record] = {}
@@ -42,7 +43,8 @@ def read_ledger(file: Path) -> list[Record]:
         try:
             record = json.loads(line)
             key = (record["case"], record["provider"], record.get("budget_gb"))
-            latest[key] = {**record, "status": record["status"]}
+            if record["status"] != "skipped" or key not in latest:
+                latest[key] = record
         except (ValueError, KeyError, TypeError):
             require(False, f"ledger: line {number} of {file} is no record")
     records = list(latest.values())
@@ -106,9 +108,9 @@ def _origin(file: Path, records: list[Record]) -> str:
     last = records[-1]
     commits = dict.fromkeys(f"{r['commit'][:10]}{' (changed)' if r['dirty'] else ''}" for r in records)
     name = file.resolve().relative_to(ROOT) if file.resolve().is_relative_to(ROOT) else file
-    ceilings = f"copy {last['copy_bytes_per_s'] / 1e9:.0f} GB/s, "
+    ceilings = f"in the latest run copy {last['copy_bytes_per_s'] / 1e9:.0f} GB/s, "
     ceilings += f"bf16 product {last['product_operations_per_s'] / 1e12:.4g} TFLOP/s"
-    versions = f"PyTorch {last['torch']}, Triton {last['triton']}"
+    versions = "; ".join(dict.fromkeys(f"PyTorch {r['torch']}, Triton {r['triton']}" for r in records))
     return f"From `{name}`: {last['gpu']}, {ceilings}; {versions}; commit {', '.join(commits)}.\n"
 
 

@@ -159,11 +159,12 @@ class Measurement:
     def _shares(self, record: Record) -> Record:
         """Fractions of the ceilings, images per second, and peak memory beside flow matching's."""
         case, seconds = self._case(record), float(record["median_us"]) / 1e6
+        operations = case.other_operations.get(record["provider"], case.operations)
         shares = {
             "bytes": case.bytes,
-            "operations": case.operations,
+            "operations": operations,
             "of_copy_bandwidth": case.bytes / seconds / self.origin["copy_bytes_per_s"],
-            "of_product_rate": case.operations / seconds / self.origin["product_operations_per_s"],
+            "of_product_rate": operations / seconds / self.origin["product_operations_per_s"],
         }
         if record["suite"] == "ops":
             return shares
@@ -187,7 +188,8 @@ def _line(record: Record) -> str:
     if record["status"] != "measured":
         return f"{start}{record['status']}: {record['error']}"
     if record["suite"] == "memory":
-        return f"{start}{record['budget_gb']} GB: {record['computed_batch']}"
+        found = "" if record["measured_batch"] is None else f" [{record['measured_batch']}]"
+        return f"{start}{record['budget_gb']} GB: {record['computed_batch']}{found}"
     share = max(record["of_copy_bandwidth"], record["of_product_rate"])
     peak = "" if record["peak_bytes"] is None else f"{record['peak_bytes'] / 1e9:8.2f} GB"
     return f"{start}{record['median_us']:12.1f} us{share:8.1%}{peak}"

@@ -112,10 +112,14 @@ def _cuda_samples(providers: dict[str, Run], device: torch.device, repeats: int)
 
 
 def _captured(run: Run) -> tuple[Run, bool]:
-    """The run as a CUDA graph, and True; itself, and False, where it cannot be captured."""
-    graph = torch.cuda.CUDAGraph()
+    """The run as a CUDA graph, and True; itself, and False, where it cannot be captured.
+
+    Captured on the current stream, no default one: backward runs where forward was recorded, and a capture that
+    fails leaves its stream as the current one.
+    """
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             run()
     except RuntimeError:
         torch.cuda.synchronize()

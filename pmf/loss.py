@@ -67,7 +67,7 @@ def sample_draws(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> Draws:
-    """The random draws of one step for a device batch of `batch` rows .
+    """The random draws of one step for a device batch of `batch` rows.
 
     t and r are logit-normal (tr_uniform: sometimes uniform), r = t on the first flow-matching rows, sorted
     so that t >= r; omega has density proportional to omega^-beta; t_min and t_max are uniform on the lower

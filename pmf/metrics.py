@@ -37,6 +37,7 @@ class Statistics:
         """Statistics of features [n, d], accumulated in float64. The features are not kept."""
         shape = list(features.shape)
         require(len(shape) == 2 and shape[0] > 0, f"features: expected shape [n, d] with n > 0, got {shape}")
+        require(bool(torch.isfinite(features).all()), "features: expected finite values, got NaN or infinity")
         x = features.detach().double().cpu()
         mu = x.mean(0)
         x = x - mu

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from pmf.crops import draw_crops, no_autocast, resize_crops
 from pmf.errors import InputError, require
@@ -112,6 +113,7 @@ class _RowDistance(torch.autograd.Function):
         return torch.cat(values)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_distance: Tensor):
         (gradient,) = ctx.saved_tensors
         return d_distance[:, None, None, None] * gradient, None, None, None

@@ -7,6 +7,7 @@ import numbers
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from tqdm import tqdm
 from pmf.config import MODELS, SAMPLING
 from pmf.dual import Dual
 from pmf.errors import readable, require
+
+Result = TypeVar("Result")
 
 
 def seeded_noise(seeds: Sequence[int], image_shape: tuple[int, int, int]) -> Tensor:
@@ -68,14 +71,14 @@ def generate(
 
 
 class Sampler:
-    """`generate` at speed: batches of one size, in buffers that stay, with the blocks' weights joined once.
+    """`generate` at speed: batches of one size, in buffers that stay, with the blocks' weights joined once a call.
 
     On CUDA a batch is one CUDA graph, captured here, so that neither Python nor launches cost time; elsewhere
     it runs as it is. Blocks compiled by `model.compile_blocks()` serve both. Everything runs in the model's
     dtype (autocast is off): take a network of `dtype=torch.bfloat16`, built with `aux_head=False`, on a GPU.
 
     Args: as in `generate`. Errors: `InputError` on the same, and on a model whose parameters have been
-    replaced since (changed in place, by an optimizer or `load_state_dict`, they are followed).
+    replaced since (changed in place, in whatever way, they are followed).
     """
 
     def __init__(
@@ -93,12 +96,13 @@ class Sampler:
         self.model, self.batch_size, self.steps = model, batch_size, steps
         self._conditions = _conditions(model.config, omega, t_min, t_max)
         self.device = next(model.parameters()).device
-        self._noise = torch.zeros(batch_size, *model.config.image_shape, device=self.device)
-        self._labels = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
-        self._places, self._versions = self._state()
+        self._places = self._parameter_places()
         with self._inference():
-            self._weights = model.joined_weights()
-            self._run = self._captured() if self.device.type == "cuda" else self._batch
+            self._noise = torch.zeros(batch_size, *model.config.image_shape, device=self.device)
+            self._labels = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
+            self._join = self._prepared(model.joined_weights)
+            self._weights = self._join()
+            self._run = self._prepared(self._batch)
 
     def __call__(
         self,
@@ -110,9 +114,11 @@ class Sampler:
     ) -> Tensor:
         """Images [n, c, H, W], float32, as `generate` draws them; a last batch that is not full is padded."""
         request = _Request.of(self.model.config, labels, noise, seeds)
-        images = self._noise.new_empty(len(request.labels), *self._noise.shape[1:])
+        message = "model: its parameters were replaced, expected those the Sampler was built on"
+        require(self._parameter_places() == self._places, message)
         with self._inference():
-            self._follow_weights()
+            images = self._noise.new_empty(len(request.labels), *self._noise.shape[1:])
+            self._weights = self._join()
             for part in request.parts(self.batch_size, progress):
                 rows = len(request.labels[part])
                 self._noise[:rows].copy_(request.noise_of(part))
@@ -122,24 +128,12 @@ class Sampler:
 
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        """What is made inside can be written to in any mode later: no inference tensors."""
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             yield
 
-    def _state(self) -> tuple[list[int], list[int]]:
-        """Where every parameter lies, and how often it was changed in place."""
-        parameters = list(self.model.parameters())
-        return [p.data_ptr() for p in parameters], [p._version for p in parameters]
-
-    def _follow_weights(self) -> None:
-        """Join again the weights that changed, where the graph reads them."""
-        places, versions = self._state()
-        require(places == self._places, "model: its parameters were replaced, expected those the Sampler was built on")
-        if versions == self._versions:
-            return
-        for held, joined in zip(self._weights, self.model.joined_weights(), strict=True):
-            for old, new in zip(held, joined, strict=True):
-                old.copy_(new)
-        self._versions = versions
+    def _parameter_places(self) -> list[int]:
+        return [p.data_ptr() for p in self.model.parameters()]
 
     def _batch(self) -> Tensor:
         """The images of what lies in the buffers."""
@@ -147,22 +141,25 @@ class Sampler:
         with self.model.held_weights(self._weights):
             return _integrate(self.model, z, self._labels, self.steps, self._conditions)
 
-    def _captured(self) -> Callable[[], Tensor]:
-        """`_batch` as a CUDA graph; the runs before it let compilers and kernels get ready."""
+    def _prepared(self, work: Callable[[], Result]) -> Callable[[], Result]:
+        """`work` as a CUDA graph, whose results stay where they are; the runs before let compilers get ready."""
+        if self.device.type != "cuda":
+            return work
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(2):
-                    self._batch()
+                    work()
             torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(graph):
-                images = self._batch()
+            # Other threads, which pin a loader's batches, may go on meanwhile.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                results = work()
 
-        def replay() -> Tensor:
+        def replay() -> Result:
             graph.replay()
-            return images
+            return results
 
         return replay
 

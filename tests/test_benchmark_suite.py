@@ -1,5 +1,6 @@
 """A measurement within its time: what happens to what fails, and what is made of the figures."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -8,7 +9,8 @@ import time
 import pytest
 import torch
 
-from pmf.benchmarks import cli, jobs, ledger, report, suite
+from pmf.benchmarks import cli, jobs, ledger, plots, report, suite
+from pmf.benchmarks.cases import Case
 from pmf.benchmarks.jobs import Job, Settings, case_records, run_job
 from pmf.errors import InputError
 
@@ -107,6 +109,52 @@ def test_a_step_that_does_not_fit_is_measured_at_half_the_batch(monkeypatch):
     records = list(jobs._step_records(job, SETTINGS, CPU, 1.0))
     assert [(r["batch"], r["status"]) for r in records] == [(8, "failed"), (4, "failed"), (2, "measured")]
     assert records[-1]["case"] == "step digits batch 2"
+
+
+def test_every_case_is_compiled_anew(monkeypatch):
+    """A compiler that has met many shapes of one function leaves the next ones uncompiled."""
+    ran = []
+
+    def case(rows):
+        def prepare():
+            work = torch.compile(torch.sin, backend=lambda graph, _: lambda *x: ran.append(rows) or graph(*x))
+            return lambda: work(torch.ones(rows))
+
+        return Case(f"case {rows}", 0, 0, lambda device: {"compiled": prepare}, "")
+
+    cases = [case(rows) for rows in range(2, 14)]
+    monkeypatch.setattr(jobs, "suite_cases", lambda *a: cases)
+    job = Job("ops", "", 1, tuple(case.name for case in cases))
+    assert all(r["status"] == "measured" for r in jobs._records(job, SETTINGS, CPU, 1.0))
+    assert set(ran) == set(range(2, 14))
+
+
+def test_each_provider_is_rated_by_what_it_computes():
+    plan = suite.Plan.of([("steps", "pMF-digits")], 2, "")
+    (name, case) = next(iter(plan.cases.items()))
+    run = suite.Measurement(plan, SETTINGS, suite.Budget(1), None)
+    run.origin = {"copy_bytes_per_s": 1.0, "product_operations_per_s": 1.0}
+    record = {"case": name, "suite": "steps", "size": "pMF-digits", "batch": 2, "median_us": 1e6, "peak_bytes": None}
+    shares = {p: run._shares({**record, "provider": p})["operations"] for p in ("lean", "flow matching")}
+    assert shares == {"lean": case.operations, "flow matching": case.other_operations["flow matching"]}
+    assert shares["flow matching"] < shares["lean"]
+
+
+def test_a_run_without_time_leaves_earlier_figures(tmp_path):
+    file = tmp_path / "gpu.jsonl"
+    key = {"case": "x", "provider": "y"}
+    found = {}
+    for statuses in (("measured", "skipped"), ("measured", "skipped", "failed"), ("skipped", "measured")):
+        file.write_text("".join(json.dumps({**key, "status": status}) + "\n" for status in statuses))
+        with contextlib.suppress(InputError):  # no figures
+            found[statuses] = report.read_ledger(file)[0]["status"]
+    assert list(found.values()) == ["measured", "measured"]
+
+
+def test_pictures_say_which_batches_were_computed():
+    record = {"size": "L", "budget_gb": 40, "computed_batch": 9, "provider": "lean"}
+    bars = plots._largest([{**record, "measured_batch": None}, {**record, "measured_batch": 7}])
+    assert [(bar["provider"], bar["batch"]) for bar in bars] == [("lean, computed", 9), ("lean, measured", 7)]
 
 
 class Action:

@@ -1,6 +1,7 @@
 """The benchmark's cases run in small on the CPU, with the kernels in the interpreter."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import pmf
 from pmf.benchmarks import cases, memory, steps
 from pmf.benchmarks.baselines import joint_jvp_loss, two_pass_loss
 from pmf.benchmarks.timing import ceilings, largest_kernels, measure, warm_up
-from pmf.counting import meta_step, operations
+from pmf.counting import meta_step, operations, row_operations
 from pmf.memory import saved_per_row, training_memory
 from tests.networks import TINY, random_model, relative_error
 from tests.test_loss import LOSS, gradients, step_inputs
@@ -111,6 +112,31 @@ def test_step_and_sampling_cases_run(case, monkeypatch):
     for name, prepare in small.providers(CPU).items():
         if "compiled" not in name and name != "JAX":
             prepare()()
+
+
+def test_what_is_counted_is_what_is_measured():
+    case, counted, (_, _, draws) = steps.step_case("small", 64), row_operations(SMALL), steps._inputs("small", 64, CPU)
+    assert case.operations == counted.lean(draws)
+    assert case.other_operations == {"flow matching": counted.flow_matching(draws)}
+
+
+@pytest.mark.parametrize("name", ["joint jvp, compiled", "jvp without gradient, second forward, compiled"])
+def test_a_compiled_rival_runs_compiled(name, monkeypatch):
+    ran, compiler = [], torch.compile
+
+    def backend(graph, _):
+        return lambda *inputs: ran.append(graph) or graph(*inputs)
+
+    monkeypatch.setattr(torch, "compile", functools.partial(compiler, backend=backend))
+    steps.step_providers("small", 2, CPU)[name]()()
+    assert len(ran) == 1
+
+
+def test_a_compiled_backward_runs_again(monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", dynamic=True))
+    run = OPS["attention 3"].cases("small")[2].providers(CPU)["compiled reference"]()
+    for first, second in zip(run(), run(), strict=True):
+        assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("baseline", [joint_jvp_loss, two_pass_loss])

@@ -47,6 +47,11 @@ def test_statistics_are_mean_and_unbiased_covariance():
     np.testing.assert_allclose(statistics.sigma, np.cov(x.numpy(), rowvar=False), rtol=0, atol=500 * EPS[np.float64])
 
 
+def test_features_that_are_not_finite_are_refused():
+    with pytest.raises(InputError, match="features: expected finite values, got NaN or infinity"):
+        Statistics.of(torch.tensor([[0.0, 1.0], [torch.inf, 0.0]]))
+
+
 @pytest.mark.parametrize("sizes", [(50,), (1, 49), (25, 25), (7, 1, 30, 12), (1,) * 50])
 def test_streaming_equals_whole_whatever_the_chunks(sizes):
     x = 100 + normal(50, 4)  # far from zero, where sums of squares would lose six digits

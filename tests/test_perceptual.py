@@ -253,6 +253,14 @@ def test_gradient_taken_on_the_way_is_autograds_for_any_rows_at_once(rows_at_onc
     assert relative_error(silent, ours[0]) < 1e-14 and not silent.requires_grad
 
 
+def test_the_gradient_is_differentiated_once():
+    a, x = image_pair(rows=2)
+    a.requires_grad_()
+    (gradient,) = torch.autograd.grad(patches()(a, x)["lpips"].square().sum(), a, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def bytes_kept(run):
     """Bytes, each storage once, that autograd still keeps for backward when `run` has returned."""
     alive = weakref.WeakSet()

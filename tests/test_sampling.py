@@ -99,7 +99,7 @@ def test_weights_are_joined_once_for_all_batches_and_steps(monkeypatch):
     sampler = pmf.Sampler(model, 1, steps=2, **SETTING)
     packed.clear()
     sampler([0, 1, 2])
-    assert not packed
+    assert len(packed) == len(set(packed)) > 0
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -134,9 +134,22 @@ def test_a_sampler_follows_weights_changed_in_place():
     model.load_state_dict(other.state_dict())
     assert torch.equal(sampler([0, 1]), pmf.generate(other, [0, 1], **SETTING))
     assert not torch.equal(sampler([0, 1]), before)
+    for parameter in model.parameters():  # leaves no trace in the parameter's version
+        parameter.data.mul_(0.5)
+    assert torch.equal(sampler([0, 1]), pmf.generate(model, [0, 1], **SETTING))
     model.double()
     with pytest.raises(pmf.InputError, match="model: its parameters were replaced"):
         sampler([0, 1])
+
+
+def test_a_sampler_serves_inside_and_outside_inference_mode():
+    expected = pmf.generate(random_model(dtype=torch.float32), [0, 1], **SETTING)
+    with torch.inference_mode():
+        model = random_model(dtype=torch.float32)
+        sampler = pmf.Sampler(model, 2, **SETTING)
+        assert torch.equal(sampler([0, 1]), expected)
+    images = sampler([0, 1])
+    assert torch.equal(images, expected) and not images.is_inference()
 
 
 def test_a_sampler_refuses_what_generate_refuses():
