@@ -24,6 +24,8 @@ def start_from(model: pmf.PMFDiT, source: str) -> list[str]:
     if not any(".v." in name for name in state):
         state |= {name.replace(".u.", ".v."): value for name, value in state.items() if ".u." in name}
         notes.append("the v head starts as a copy of the u head")
+    surplus = sorted(set(state) - set(model.state_dict()))
+    require(not surplus, f"init: {source} holds {next(iter(surplus), '')!r}, which this network has no place for")
     for name, parameter in model.named_parameters():
         require(name in state, f"init: {source} lacks the weight {name!r}")
         if name == CLASSES and state[name].shape != parameter.shape:
