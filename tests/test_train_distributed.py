@@ -113,8 +113,8 @@ def one(tmp_path_factory):
 def test_several_processes_are_one(several, one):
     """Gradients relative to their norm; weights and averages, which are of the order of 1, as they are.
 
-    The reference in float64. The kernels, and bfloat16's products, with weights in float32, to 1e-6; there Adam's weights are left out, since Adam divides
-    gradients that are nothing but rounding by their own size.
+    The reference in float64. The kernels, and products in bfloat16, on float32 weights, to 1e-6; there Adam's weights
+    are left out, since Adam divides gradients that are nothing but rounding by their own size.
     """
     muon = {name for name, _ in named_matrices()}
     for (sharding, impl), result in several.items():
