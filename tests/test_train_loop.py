@@ -230,6 +230,16 @@ def test_steps_that_are_not_finite_change_nothing_and_are_counted(tmp_path):
     assert [loss is None for loss in losses(tmp_path / "run")] == [False, False, True, True, False, False]
 
 
+def test_saving_before_the_first_update_changes_nothing(tmp_path):
+    weights = []
+    for save_every in (1, 6):
+        trainer = Trainer(config(tmp_path / str(save_every), save_every=save_every), digits()[0])
+        break_steps(trainer, (0,))
+        trainer.run()
+        weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    assert torch.equal(*weights)
+
+
 def test_too_many_steps_that_are_not_finite_stop_the_run_and_keep_the_checkpoint(tmp_path):
     out = train(config(tmp_path / "run", steps=3))
     trainer = Trainer(dataclasses.replace(load_run_config(out), resume=out, steps=6, max_skipped=1), digits()[0])

@@ -94,8 +94,17 @@ class Trainer:
             "skipped": self.skipped,
             "model": self.model.state_dict(),
             "emas": {name: ema.state_dict() for name, ema in self.emas.items()},
-            "optimizers": {name: get_optimizer_state_dict(self.model, part) for name, part in self.optimizers.items()},
+            "optimizers": {name: self._optimizer_state(part) for name, part in self.optimizers.items()},
         }
+
+    def _optimizer_state(self, part: torch.optim.Optimizer) -> dict[str, object]:
+        """Before the first update PyTorch makes the state by a step that moves nothing; Adam must not count it."""
+        made = not part.state
+        state = get_optimizer_state_dict(self.model, part)
+        for values in part.state.values() if made else ():
+            if "step" in values:
+                values["step"].zero_()
+        return state
 
     def _load_state(self) -> None:
         steps = self.world.broadcast(self.checkpoints.steps())
