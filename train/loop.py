@@ -97,7 +97,7 @@ class Trainer:
             "optimizers": {name: self._optimizer_state(part) for name, part in self.optimizers.items()},
         }
 
-    def _optimizer_state(self, part: torch.optim.Optimizer) -> dict[str, object]:
+    def _optimizer_state(self, part: torch.optim.Optimizer) -> object:
         """Before the first update PyTorch makes the state by a step that moves nothing; Adam must not count it."""
         made = not part.state
         state = get_optimizer_state_dict(self.model, part)
