@@ -82,8 +82,12 @@ def evaluate(op, primals, tangents, cotangents, *, impl, dtype=None, autocast=No
     return values, dots, list(gradients), cotangents
 
 
-def check(op: str, primals, tangents, *, autocast=None, **options) -> None:
-    """Values, tangents and every gradient of the Triton op within the budget; see `evaluate`."""
+def check(op: str, primals, tangents, *, autocast=None, products=(), **options) -> None:
+    """Values, tangents and every gradient of the Triton op within the budget; see `evaluate`.
+
+    products: gradients that are a matrix product of PyTorch's own and no kernel of ours. How it adds differs from CPU
+    to CPU; they are held to the mean square alone.
+    """
     low = evaluate(op, primals, tangents, None, impl="reference", autocast=autocast, **options)
     true = evaluate(op, primals, tangents, low[3], impl="reference", dtype=torch.float64, **options)
     mine = evaluate(op, primals, tangents, low[3], impl="triton", autocast=autocast, **options)
@@ -92,7 +96,7 @@ def check(op: str, primals, tangents, *, autocast=None, **options) -> None:
             missing = [part is None for part in parts]
             assert all(missing) or not any(missing), f"{what} {i} is None in some"
             if parts[0] is not None:
-                within_budget(f"{op}: {what} {i}", *parts)
+                within_budget(f"{op}: {what} {i}", *parts, peak=(what, i) not in {("gradient", p) for p in products})
 
 
 def close(kernel, expected) -> None:

@@ -9,6 +9,7 @@ from pmf import ops
 from pmf.errors import InputError
 from tests.kernel_checks import check, check_compiles, check_forward_mode, generator, randn
 
+SECOND_WEIGHT = 3
 F32, BF16 = torch.float32, torch.bfloat16
 
 
@@ -42,7 +43,8 @@ def inputs(batch, patch, size, *, channels=3, bottleneck=24, width=40, prefix=5,
 def test_patch_sizes(patch, side, images):
     """Values, tangents and every gradient; weights in float32 and bfloat16."""
     for dtype in (F32, BF16):
-        check("patch_embed", *inputs(3, patch, (side, side), rows=2, images=images, dtype=dtype))
+        case = inputs(3, patch, (side, side), rows=2, images=images, dtype=dtype)
+        check("patch_embed", *case, products=(SECOND_WEIGHT,))
 
 
 @pytest.mark.parametrize("images", (F32, BF16), ids=str)

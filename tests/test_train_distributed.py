@@ -36,10 +36,14 @@ def config(out: Path, **changes) -> RunConfig:
 
 
 def first_steps(out: Path, sharding: str, impl: str) -> dict[str, torch.Tensor]:
-    """Gradients of the first step, and what one step (on the reference, in float64, two) makes of everything."""
+    """Gradients of the first step, and what one step (on the reference, in float64, two) makes of everything.
+
+    `impl` bfloat16 is the reference with its products in bfloat16.
+    """
     reference = impl == "reference"
     torch.set_default_dtype(torch.float64 if reference else torch.float32)
-    trainer = Trainer(config(out, sharding=sharding, impl=impl), data())
+    how = dict(impl="reference", precision="bfloat16") if impl == "bfloat16" else dict(impl=impl)
+    trainer = Trainer(config(out, sharding=sharding, **how), data())
     torch.manual_seed(1)
     with torch.no_grad():  # at the start most gradients are zero
         for p in trainer.model.parameters():
@@ -84,7 +88,7 @@ def free_port() -> int:
 
 
 CASES = {
-    2: [("ddp", "reference"), ("fsdp", "reference"), ("ddp", "triton"), ("fsdp", "triton")],
+    2: [("ddp", "reference"), ("fsdp", "reference"), ("ddp", "triton"), ("fsdp", "triton"), ("fsdp", "bfloat16")],
     4: [("ddp", "reference"), ("fsdp", "reference"), ("hybrid", "reference"), ("fsdp", "triton")],
 }
 
@@ -101,7 +105,7 @@ def several(request, tmp_path_factory):
 def one(tmp_path_factory):
     """Results of one process, by impl."""
     out = tmp_path_factory.mktemp("one")
-    results = {impl: first_steps(out / impl, "ddp", impl) for impl in ("reference", "triton")}
+    results = {impl: first_steps(out / impl, "ddp", impl) for impl in ("reference", "triton", "bfloat16")}
     torch.set_default_dtype(torch.float32)
     return results
 
@@ -109,8 +113,8 @@ def one(tmp_path_factory):
 def test_several_processes_are_one(several, one):
     """Gradients relative to their norm; weights and averages, which are of the order of 1, as they are.
 
-    The reference in float64. The kernels in float32, to 1e-6; there Adam's weights are left out, since Adam divides
-    gradients that are nothing but rounding by their own size.
+    The reference in float64. The kernels, and products in bfloat16, on float32 weights, to 1e-6; there Adam's weights
+    are left out, since Adam divides gradients that are nothing but rounding by their own size.
     """
     muon = {name for name, _ in named_matrices()}
     for (sharding, impl), result in several.items():
@@ -118,7 +122,7 @@ def test_several_processes_are_one(several, one):
         assert result.keys() == expected.keys()
         for key in expected:
             kind, name = key.split()
-            if impl == "triton" and kind != "gradient" and name not in muon:
+            if impl != "reference" and kind != "gradient" and name not in muon:
                 continue
             scale = expected[key].norm() if kind == "gradient" else 1.0
             difference = (result[key] - expected[key]).abs().max() / scale

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import pmf
+from pmf.train import directory as folder
 from pmf.train.config import RunConfig, load_run_config
 from pmf.train.data import digits, step_seed
 from pmf.train.distributed import pick_device
@@ -111,6 +112,19 @@ def test_a_run_killed_before_its_first_checkpoint_can_start_again(tmp_path):
     (out / "checkpoints" / "step-00000003").rename(out / "checkpoints" / ".step-00000003")
     train(config(out, steps=2))
     assert os.listdir(out / "checkpoints") == ["step-00000002"]
+
+
+def test_a_run_killed_while_it_stored_its_configuration_can_start_again(tmp_path):
+    (tmp_path / ".config.json.abc.json").write_text("{ torn")
+    train(config(tmp_path, steps=2))
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_directory_killed_while_it_was_overwritten_is_still_a_runs(tmp_path):
+    out = train(config(tmp_path / "run", steps=2))
+    folder.clear(out, overwrite=True)
+    assert set(os.listdir(out)) - {"tensorboard"} == {"config.json"}
+    train(config(out, steps=2))
 
 
 def test_flags_beside_resume_override_and_are_kept(tmp_path):
@@ -216,6 +230,16 @@ def test_steps_that_are_not_finite_change_nothing_and_are_counted(tmp_path):
     assert [loss is None for loss in losses(tmp_path / "run")] == [False, False, True, True, False, False]
 
 
+def test_saving_before_the_first_update_changes_nothing(tmp_path):
+    weights = []
+    for save_every in (1, 6):
+        trainer = Trainer(config(tmp_path / str(save_every), save_every=save_every), digits()[0])
+        break_steps(trainer, (0,))
+        trainer.run()
+        weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    assert torch.equal(*weights)
+
+
 def test_too_many_steps_that_are_not_finite_stop_the_run_and_keep_the_checkpoint(tmp_path):
     out = train(config(tmp_path / "run", steps=3))
     trainer = Trainer(dataclasses.replace(load_run_config(out), resume=out, steps=6, max_skipped=1), digits()[0])
@@ -225,6 +249,41 @@ def test_too_many_steps_that_are_not_finite_stop_the_run_and_keep_the_checkpoint
         trainer.run()
     assert os.listdir(out / "checkpoints") == ["step-00000003"]
     train(dataclasses.replace(load_run_config(out), resume=out, steps=6))
+
+
+def test_a_gradient_that_is_not_finite_is_named_and_the_checkpoint_underway_completed(tmp_path):
+    trainer = Trainer(config(tmp_path / "run", max_skipped=0), digits()[0])
+    gradients, name = trainer._gradients, "shared_blocks.0.attn.out_proj.weight"
+
+    def broken(*batch):
+        terms = gradients(*batch)
+        if trainer.step == 3:
+            trainer.model.get_parameter(name).grad[0] = float("inf")
+        return terms
+
+    trainer._gradients = broken
+    with pytest.raises(pmf.InputError, match=rf"at step 4 and 0 before it \(gradient_norm; the gradient of {name}\)"):
+        trainer.run()
+    assert os.listdir(tmp_path / "run" / "checkpoints") == ["step-00000003"]
+
+
+def test_gradients_are_clipped_to_the_norm_asked_for(tmp_path):
+    norms = {}
+    for limit in (0.0, 0.01):
+        chosen = dataclasses.replace(CONSTANT, clip_norm=limit)
+        trainer = Trainer(config(tmp_path / str(limit), optimizer=chosen), digits()[0])
+        update = trainer._update
+
+        def watched(record, trainer=trainer, update=update):
+            norms[len(norms)] = torch.cat([p.grad.flatten() for p in trainer.model.parameters()]).norm().item()
+            update(record)
+
+        trainer._update = watched
+        record = trainer.train_step(*next(trainer._loader()))
+        norms[len(norms)] = record["gradient_norm"]
+    whole, reported, clipped, before = norms.values()
+    assert whole == pytest.approx(reported) and before == reported > 0.01
+    assert clipped == pytest.approx(0.01, rel=1e-3)
 
 
 def test_a_full_disk_is_an_error_that_keeps_the_checkpoint(tmp_path):

@@ -67,10 +67,12 @@ class Checkpoints:
         try:
             future.result()
             if self.world.main:
-                os.replace(self.folder / f".step-{step:08d}", self._path(step))
+                partial = self.folder / f".step-{step:08d}"
+                _synchronise(partial)
+                os.replace(partial, self._path(step))
                 _synchronise(self.folder)
-                for old in self.steps()[: -self.keep]:
-                    shutil.rmtree(self._path(old))
+                for old in self.steps()[: -self.keep]:  # out of sight first: no half of one is ever seen
+                    shutil.rmtree(self._path(old).replace(self.folder / f".step-{old:08d}"))
         except FAILURES as error:
             raise self._failure(step, error) from error
 

@@ -23,7 +23,11 @@ def clear(directory: Path, overwrite: bool) -> None:
 
     Errors: `InputError` otherwise; nothing that is no part of a run is ever removed.
     """
-    if not directory.is_dir() or not any(directory.iterdir()):
+    if not directory.is_dir():
+        return
+    for torn in directory.glob(f".{CONFIG_FILE}.*"):  # killed while a run stored its configuration
+        torn.unlink()
+    if not any(directory.iterdir()):
         return
     require(_is_run(directory), f"out: {directory} is not empty and holds no run, expected another --out")
     saved = any((directory / FOLDER).glob("step-*"))
@@ -70,8 +74,8 @@ def _is_run(directory: Path) -> bool:
 
 
 def _run_files(directory: Path) -> list[Path]:
-    """What a run writes."""
-    names = (CONFIG_FILE, METRICS_FILE, SAMPLES_FILE, CURVE_FILE, "model.safetensors")
+    """What a run writes, but for its configuration: by that a directory is known, until the next one replaces it."""
+    names = (METRICS_FILE, SAMPLES_FILE, CURVE_FILE, "model.safetensors")
     patterns = (
         *names,
         FOLDER,

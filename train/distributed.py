@@ -70,14 +70,6 @@ class World:
             dist.all_reduce(values)
         return values / self.size
 
-    def agree(self, flag: bool) -> bool:
-        """Whether any process says yes."""
-        if self.mesh is None:
-            return flag
-        votes = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(votes)
-        return bool(votes > 0)
-
     def broadcast(self, value: object) -> object:
         """The main process's value, on every process."""
         if self.mesh is None:

@@ -16,7 +16,7 @@ def start_from(model: pmf.PMFDiT, source: str) -> list[str]:
 
     A checkpoint without v head, as the published ones are, starts the v head as a copy of the u head: at h = 0
     both fields are the instantaneous velocity. A class table of another size stays freshly drawn. Errors:
-    `InputError` on any other weight that is missing or of another shape; the network is then as it was.
+    `InputError` on any other weight that is missing, left over or of another shape; the network is then as it was.
     """
     state = pmf.PMFDiT.from_pretrained(source).state_dict()
     notes = []
@@ -24,6 +24,8 @@ def start_from(model: pmf.PMFDiT, source: str) -> list[str]:
         state |= {name.replace(".u.", ".v."): value for name, value in state.items() if ".u." in name}
         notes.append("the v head starts as a copy of the u head")
     wanted = dict(model.named_parameters())
+    surplus = sorted(set(state) - set(wanted))
+    require(not surplus, f"init: {source} holds {next(iter(surplus), '')!r}, which this network has no place for")
     if CLASSES in state and len(state[CLASSES]) != len(wanted[CLASSES]):
         got, fresh = len(state.pop(CLASSES)) - 1, len(wanted.pop(CLASSES)) - 1
         notes.append(f"the table of {fresh} classes starts afresh: {source} has {got}")

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -93,8 +94,17 @@ class Trainer:
             "skipped": self.skipped,
             "model": self.model.state_dict(),
             "emas": {name: ema.state_dict() for name, ema in self.emas.items()},
-            "optimizers": {name: get_optimizer_state_dict(self.model, part) for name, part in self.optimizers.items()},
+            "optimizers": {name: self._optimizer_state(part) for name, part in self.optimizers.items()},
         }
+
+    def _optimizer_state(self, part: torch.optim.Optimizer) -> object:
+        """Before the first update PyTorch makes the state by a step that moves nothing; Adam must not count it."""
+        made = not part.state
+        state = get_optimizer_state_dict(self.model, part)
+        for values in part.state.values() if made else ():
+            if "step" in values:
+                values["step"].zero_()
+        return state
 
     def _load_state(self) -> None:
         steps = self.world.broadcast(self.checkpoints.steps())
@@ -121,12 +131,13 @@ class Trainer:
         backward and update: where they are not finite, the step changes nothing but the count of such steps.
         """
         terms = self._gradients(x, y)
-        limit = self.config.optimizer.clip_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         terms["gradient_norm"] = full(norm)
         terms["stop"] = torch.tensor(float(stop), device=self.world.device)
         record = dict(zip(terms, self.world.mean(torch.stack([*terms.values()]).float()).tolist(), strict=True))
         if all(map(math.isfinite, record.values())):
+            if self.config.optimizer.clip_norm:
+                torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.optimizer.clip_norm, norm)
             self._update(record)
             self.skipped = 0
         else:
@@ -159,7 +170,9 @@ class Trainer:
         generator = torch.Generator().manual_seed(seed("draws"))
         draws = pmf.sample_draws(len(x), config.model.image_shape, config.loss, generator, device)
         perceptual = None if self.perceptual is None else self.perceptual.for_step(seed("crops"))
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=in_bfloat16(config, device)):
+        # Autocast would keep the casts of guidance's pass, whose weights FSDP has freed and gathered anew since.
+        kept = self.world.sharding in (None, "ddp")
+        with torch.autocast(device.type, torch.bfloat16, in_bfloat16(config, device), cache_enabled=kept):
             return self.wrapped(x, y, draws, perceptual)
 
     def _update(self, record: dict[str, float]) -> None:
@@ -191,7 +204,7 @@ class Trainer:
             self._export()
         batches = self._loader()
         stopped = False
-        with StopRequest() as stop, self._reporter() as reporter:
+        with StopRequest() as stop, self._published_at_last(), self._reporter() as reporter:
             while self.step < self.config.steps and not stopped:
                 began = time.perf_counter()
                 record = self.train_step(*next(batches), stop.requested)
@@ -203,10 +216,20 @@ class Trainer:
         if stopped:
             self._say(f"stopped at step {self.step}; continue with --resume {self.directory}")
 
+    @contextlib.contextmanager
+    def _published_at_last(self) -> Iterator[None]:
+        """A checkpoint that was being written when a step failed is completed: every process has its copy."""
+        try:
+            yield
+        except Exception:
+            with contextlib.suppress(InputError):  # what failed first is what is told
+                self.checkpoints.publish(wait=True)
+            raise
+
     def _reporter(self) -> contextlib.AbstractContextManager[Reporter | None]:
         if not self.world.main:
             return contextlib.nullcontext()
-        return Reporter(self.directory, self.metrics, self.config.steps)
+        return Reporter(self.directory, self.metrics, self.step, self.config.steps)
 
     def _loader(self) -> Loader:
         return Loader(
@@ -294,6 +317,6 @@ def check_data(data: TrainingData, config: RunConfig) -> None:
 
 def _first_bad_gradient(model: pmf.PMFDiT) -> str:
     """The first parameter whose gradient is not finite, as a part of a message."""
-    gradients = ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
+    gradients = ((name, full(p.grad)) for name, p in model.named_parameters() if p.grad is not None)
     bad = itertools.islice((name for name, g in gradients if not bool(torch.isfinite(g).all())), 1)
     return "".join(f"; the gradient of {name}" for name in bad)

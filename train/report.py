@@ -12,13 +12,13 @@ from pmf.train.directory import METRICS_FILE
 
 
 class Reporter:
-    """The main process's voice. `metrics` are the records so far; new ones are added to them."""
+    """The main process's voice. `metrics` are the records of the `done` first steps; new ones are added to them."""
 
-    def __init__(self, directory: Path, metrics: list[dict], steps: int) -> None:
+    def __init__(self, directory: Path, metrics: list[dict], done: int, steps: int) -> None:
         self.metrics = metrics
         self.log = open(directory / METRICS_FILE, "a")  # noqa: SIM115 (closed on exit)
-        self.bar = tqdm(total=steps, initial=len(metrics), desc="training", unit="step")
-        self.writer = _tensorboard(directory)
+        self.bar = tqdm(total=steps, initial=done, desc="training", unit="step")
+        self.writer = _tensorboard(directory, done)
 
     def __enter__(self) -> Reporter:
         return self
@@ -43,9 +43,10 @@ class Reporter:
         self.bar.update()
 
 
-def _tensorboard(directory: Path):
+def _tensorboard(directory: Path, done: int):
+    """TensorBoard's writer; it hides what was written of later steps, which were not saved."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(directory / "tensorboard")
+    return SummaryWriter(directory / "tensorboard", purge_step=done + 1)

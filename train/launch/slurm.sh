@@ -5,22 +5,25 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --ntasks-per-node=8
 #SBATCH --cpus-per-task=12
-#SBATCH --signal=USR1@300
+#SBATCH --signal=B:USR1@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -euo pipefail
-preset=$1 out=$2
+preset=${1:?expected PRESET OUT [options]} out=${2:?expected PRESET OUT [options]}
 shift 2
 if compgen -G "$out/checkpoints/step-*" > /dev/null; then
     run=(--resume "$out")
 else
     run=("$preset" --out "$out")
 fi
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR MASTER_PORT=29500 WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
-trap 'again=yes' USR1  # the shell waits on: srun hands the signal to the processes, which save and exit
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export MASTER_ADDR=${hosts%%$'\n'*} MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+export WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
 again=no
+# Slurm signals this shell alone; srun hands on what it gets to the processes, which save and exit.
+trap 'again=yes; kill -USR1 "$!"' USR1
+# A step gets the job's cores only when asked for; one process that fails ends the others, which would wait for it.
 # shellcheck disable=SC2016 # every process reads its own numbers
-srun bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python -m pmf.train train "$@"' train "${run[@]}" "$@" &
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python -m pmf.train train "$@"' train "${run[@]}" "$@" &
 wait $! || wait $!
 [ "$again" = no ] || scontrol requeue "$SLURM_JOB_ID"
