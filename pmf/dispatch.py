@@ -98,7 +98,7 @@ def attention_backend(device: str, dtype: torch.dtype) -> tuple[str, str]:
 def _use_triton(op: str, impl: str | None, device: str, unsupported: str | None) -> bool:
     """Whether the Triton kernel runs, said once; compilers call this once, while they trace."""
     choice, reason = decide(op, impl, device, unsupported)
-    report(op, choice, reason)
+    report(op.removesuffix("_dual"), choice, reason)
     if choice == "triton" and not _kernels:  # all at once: a compiler that traces this sees the table as first found
         for each, module in KERNEL_MODULES.items():
             _kernels[each] = getattr(importlib.import_module(f"pmf.kernels.{module}"), each)

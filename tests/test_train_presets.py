@@ -57,7 +57,7 @@ def test_torchrun_script_trains_and_continues(tmp_path):
 def test_slurm_script_hands_every_process_its_numbers(tmp_path):
     """With stand-ins for Slurm's own two commands: one node, two processes, the second shown."""
     (tmp_path / "scontrol").write_text("#!/bin/sh\necho node7\n")
-    (tmp_path / "srun").write_text('#!/bin/sh\nSLURM_PROCID=1 SLURM_LOCALID=1 exec "$@"\n')
+    (tmp_path / "srun").write_text('#!/bin/sh\nshift 2\nSLURM_PROCID=1 SLURM_LOCALID=1 exec "$@"\n')
     (tmp_path / "python").write_text(
         '#!/bin/sh\necho $RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR "$@"\n'
     )
@@ -72,6 +72,7 @@ def test_slurm_script_hands_every_process_its_numbers(tmp_path):
             SLURM_JOB_NODELIST="node[7]",
             SLURM_NTASKS="2",
             SLURM_NTASKS_PER_NODE="2",
+            SLURM_CPUS_PER_TASK="12",
             SLURM_JOB_ID="1",
         ),
     )
