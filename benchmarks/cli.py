@@ -14,7 +14,7 @@ from pmf.benchmarks import plots, report
 from pmf.benchmarks.jobs import LONG_ATTENTION, Settings
 from pmf.benchmarks.ledger import RESULTS
 from pmf.benchmarks.suite import SUITES, Budget, Measurement, Plan
-from pmf.errors import InputError
+from pmf.errors import InputError, require
 
 COARSE = ("pMF-B/16", "pMF-L/16", "pMF-H/16")
 FINE = ("pMF-B/32", "pMF-L/32", "pMF-H/32")
@@ -68,7 +68,11 @@ def measure(options: Options) -> None:
     on_gpu = torch.device(options.device).type == "cuda"
     directory = options.record or (RESULTS if on_gpu else None)
     settings = Settings(options.device, options.repeats, options.profile, options.providers)
-    Measurement(plan_of(options), settings, budget, directory).run()
+    plan = plan_of(options)
+    known = sorted(plan.providers())
+    unknown = sorted(set(options.providers) - set(known))
+    require(not unknown, f"providers: expected some of {known}, got {next(iter(unknown), '')!r}")
+    Measurement(plan, settings, budget, directory).run()
     if directory is None:
         print("no GPU: nothing was recorded")
 

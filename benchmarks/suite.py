@@ -68,6 +68,10 @@ class Plan:
         require(bool(jobs), f"only: {only!r} fits no case")
         return cls(jobs, cases)
 
+    def providers(self) -> set[str]:
+        """The names of everything that the cases compare."""
+        return {name for case in self.cases.values() for name in case.providers(torch.device("meta"))}
+
     def tests(self) -> list[str]:
         """The test files that must pass before a figure is recorded."""
         return sorted({case.test for case in self.cases.values()})
