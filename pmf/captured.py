@@ -59,8 +59,9 @@ class CapturedStep:
     been replaced since.
     """
 
-    def __init__(self, model, loss_config: LossConfig) -> None:
-        self.model, self.config = model, loss_config
+    def __init__(self, model, loss_config: LossConfig, *, scale: float = 1.0) -> None:
+        """`scale` multiplies the gradients (not the loss): one over the number of batches that a step adds up."""
+        self.model, self.config, self.scale = model, loss_config, scale
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         whole = not any(hasattr(p, "to_local") for p in self._parameters)
         require(whole, "model: expected whole parameters, got sharded ones (FSDP); use pmf_loss there")
@@ -101,7 +102,7 @@ class CapturedStep:
         net_u = net_u.detach().requires_grad_()
         rows, terms = perceptual_rows(perceptual, self.model, step, net_u, self.config)
         loss = rows.mean()
-        return loss.detach(), terms, *torch.autograd.grad(loss, net_u)
+        return loss.detach(), terms, *torch.autograd.grad(loss * self.scale, net_u)
 
     def _parameter_places(self) -> list[int]:
         return [p.data_ptr() for p in self._parameters]
@@ -112,7 +113,7 @@ class CapturedStep:
         key = (len(step.x), step.tangent_rows, len(step.null_rows), dtype, perceptual)
         if key not in self._halves:
             static = replace(step, **{name: getattr(step, name).clone() for name in INPUTS})
-            halves = _Halves(static, functools.partial(self._forward, static, dtype), _backward)
+            halves = _Halves(static, functools.partial(self._forward, static, dtype), self._backward)
             if self.device.type == "cuda":
                 with torch.cuda.device(self.device):
                     halves = self._captured(halves, perceptual)
@@ -123,6 +124,12 @@ class CapturedStep:
         with _own_autocast(self.device.type, dtype):
             evaluated = evaluate(self.model, step, self.config)
             return _Outputs(evaluated.rows.mean(), evaluated.terms, evaluated.net_u)
+
+    def _backward(self, outputs: _Outputs, dnet_u: Tensor | None) -> None:
+        ends, gradients = [outputs.loss], [torch.full_like(outputs.loss, self.scale)]
+        if dnet_u is not None:
+            ends, gradients = [*ends, outputs.net_u], [*gradients, dnet_u]
+        torch.autograd.backward(ends, gradients)
 
     def _captured(self, halves: _Halves, perceptual: bool) -> _Halves:
         """The same halves as CUDA graphs."""
@@ -183,13 +190,6 @@ class _Gradients:
             elif p.grad is not None and p.grad is not place:
                 place.copy_(p.grad)
             p.grad = place
-
-
-def _backward(outputs: _Outputs, dnet_u: Tensor | None) -> None:
-    if dnet_u is None:
-        outputs.loss.backward()
-    else:
-        torch.autograd.backward((outputs.loss, outputs.net_u), (None, dnet_u))
 
 
 @contextlib.contextmanager
