@@ -412,8 +412,8 @@ def patch_embed_dual(primals, tangents):
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else weight1.dtype
         keep = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in primals)
-        tokens, tokens_dot, _ = _PatchEmbed.apply(
-            images, images_dot, weight1, bias1, weight2, bias2, positions, prefix, prefix_dot, dtype, keep
+        tokens, tokens_dot, _ = registration.apply(
+            _PatchEmbed, images, images_dot, weight1, bias1, weight2, bias2, positions, prefix, prefix_dot, dtype, keep
         )
         return (tokens,), (present(tokens_dot, images_dot is not None or prefix_dot is not None),)
 
