@@ -7,7 +7,7 @@ tangent, one for the gradients. Compilers see the raw operators as opaque calls 
 Function's `forward` names every argument: where nothing is recorded, Dynamo goes by their number.
 
 Host time. An operator costs 20 us on its way through PyTorch, `Function.apply` 50 us more, most of it to bind
-arguments to names: more than a launch. Where nobody watches operators (`_unwatched`), `define` calls the
+arguments to names: more than a launch. Where nobody watches operators (`pmf.private.watched`), `define` calls the
 function behind the operator and `apply` runs a Function whose `forward` takes the context itself, or none.
 """
 
@@ -19,8 +19,10 @@ from dataclasses import dataclass
 
 import torch
 import triton
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
+
+from pmf.private import ordinary, watched
 
 _LIBRARY = torch.library.Library("pmf", "FRAGMENT")
 
@@ -69,32 +71,6 @@ def launch(kernel, grid: int, *arguments, **options) -> None:
         kernel[(grid,)](*arguments, **options)
 
 
-def _unwatched() -> bool:
-    """Whether an operator called now, outside compilers, would reach its kernel with nothing in between.
-
-    Tracers, modes (fake tensors, operation counters, selective checkpoints) and transforms come in between.
-    """
-    return not (
-        torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or forward_ad._current_level >= 0
-        or torch.jit.is_tracing()
-    )
-
-
-_ORDINARY = (Tensor, nn.Parameter)
-
-
-def _ordinary(argument: object) -> bool:
-    """Whether an argument is no tensor, or one of values that lie in memory as they are: no wrapper, no lazy sign."""
-    if not isinstance(argument, Tensor):
-        return True
-    if type(argument) not in _ORDINARY or argument.is_neg():
-        return False
-    return not torch._C._functorch.is_functorch_wrapped_tensor(argument)
-
-
 def define(schema: str, run: Callable, fake: Callable) -> Callable:
     """Register the operator `pmf::<schema>`, computed by `run`, and return a function that does the same.
 
@@ -125,10 +101,10 @@ def define(schema: str, run: Callable, fake: Callable) -> Callable:
 
     def call(*arguments):
         # Compilers must see the test of `is_compiling` first, and no other. With gradients on, `refuse` has a say.
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _unwatched():
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or watched():
             return operator(*arguments)
         first = next(a for a in arguments if isinstance(a, Tensor))
-        if not (first.is_cuda or first.is_cpu) or not all(map(_ordinary, arguments)):
+        if not (first.is_cuda or first.is_cpu) or not all(map(ordinary, arguments)):
             return operator(*arguments)
         return on_its_device(*arguments)
 
@@ -150,7 +126,7 @@ def _with_context(function: type[torch.autograd.Function]) -> type[torch.autogra
 
 def apply(function: type[torch.autograd.Function], *arguments):
     """`function.apply(*arguments)`, by the shortest way that gives the same."""
-    if torch.compiler.is_compiling() or not _unwatched():
+    if torch.compiler.is_compiling() or watched():
         return function.apply(*arguments)
     if torch.is_grad_enabled():
         return _with_context(function).apply(*arguments)
