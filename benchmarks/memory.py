@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pmf.benchmarks.baselines import joint_jvp_loss
+from pmf.benchmarks.ledger import Key, Record
 from pmf.benchmarks.steps import lean_loss, training_step
 from pmf.memory import main_pass, optimizer_bytes, training_memory
 from pmf.model import PMFDiT, create_model
@@ -62,21 +63,35 @@ def measured_largest_batch(size: str, checkpointing: str, budget_gb: float, join
     return low
 
 
-def memory_rows(size: str, device: torch.device) -> Iterator[dict[str, object]]:
-    """A record per step and budget: the computed largest batch, and on a GPU that has the memory the measured.
+def memory_case(size: str) -> str:
+    """What the largest batches of a preset are filed under."""
+    return f"largest batch {size.removeprefix('pMF-')}"
+
+
+def memory_keys(size: str) -> set[Key]:
+    """What `memory_rows` gives, as the ledger names it."""
+    return {(memory_case(size), way, budget) for way in WAYS for budget in BUDGETS_GB}
+
+
+def memory_rows(size: str, device: torch.device, held: frozenset[Key] = frozenset()) -> Iterator[Record]:
+    """A record per step and budget, but for those `held`: the computed largest batch, and on a GPU that has the
+    memory the measured.
 
     Counted on the Triton kernels where they can run (a GPU, or TRITON_INTERPRET=1), else on the reference.
     """
     on_gpu = device.type == "cuda"
     triton = on_gpu or os.environ.get("TRITON_INTERPRET") == "1"
-    held = torch.cuda.get_device_properties(device).total_memory / 1e9 if on_gpu else 0
+    there = torch.cuda.get_device_properties(device).total_memory / 1e9 if on_gpu else 0
     for way, checkpointing in WAYS.items():
+        budgets = [budget for budget in BUDGETS_GB if (memory_case(size), way, budget) not in held]
+        if not budgets:
+            continue
         joint = way == "joint jvp"
         impl = "triton" if triton and not joint else "reference"
         memory = training_memory(size, checkpointing, impl, forward=joint_pass if joint else main_pass)
-        for budget in BUDGETS_GB:
+        for budget in budgets:
             # A card of 80 GB has a little less, or more, than 80e9 bytes.
-            measured = measured_largest_batch(size, checkpointing, budget, joint) if held > 0.95 * budget else None
+            measured = measured_largest_batch(size, checkpointing, budget, joint) if there > 0.95 * budget else None
             yield {
                 "provider": way,
                 "impl": impl,

@@ -8,11 +8,9 @@ from pathlib import Path
 
 import tyro
 
-from pmf.benchmarks.ledger import RESULTS, ROOT
+from pmf.benchmarks.ledger import RESULTS, ROOT, Record, key
 from pmf.benchmarks.memory import BUDGETS_GB
 from pmf.errors import require
-
-Record = dict
 
 
 @dataclass(frozen=True)
@@ -42,9 +40,10 @@ def read_ledger(file: Path) -> list[Record]:
     for number, line in enumerate(file.read_text().splitlines(), 1):
         try:
             record = json.loads(line)
-            key = (record["case"], record["provider"], record.get("budget_gb"))
-            if record["status"] != "skipped" or key not in latest:
-                latest[key] = record
+            if record.get("suite") == "tests":
+                continue
+            if record["status"] != "skipped" or key(record) not in latest:
+                latest[key(record)] = record
         except (ValueError, KeyError, TypeError):
             require(False, f"ledger: line {number} of {file} is no record")
     records = list(latest.values())

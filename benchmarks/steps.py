@@ -14,6 +14,7 @@ from pmf.benchmarks.cases import Case, Run
 from pmf.benchmarks.jax_step import available, jax_step
 from pmf.config import LOSSES, MODELS
 from pmf.counting import row_operations
+from pmf.memory import training_memory
 
 STEP_TEST = "test_loss.py"
 SAMPLING_TEST = "test_sampling.py"
@@ -84,6 +85,27 @@ def _jax_provider(size: str, batch: int, device: torch.device) -> Run:
     """The JAX step on the same parameters and draws, handed over through the CPU."""
     x, y, draws = _inputs(size, batch, torch.device("cpu"))
     return jax_step(lambda: pmf.create_model(size, device="cpu"), x, y, draws, LOSSES[size], device)
+
+
+COUNTED = {"lean": "none", "lean, checkpointed": "block"}
+"""Steps whose memory is counted, and their checkpointing."""
+
+
+def counted_bytes(size: str, batch: int, provider: str, device: torch.device) -> dict[str, int]:
+    """What a step keeps for backward, low-precision copies of the weights with it: its peak is at least that.
+
+    Nothing for steps that are not counted.
+    """
+    if provider not in COUNTED:
+        return {}
+    impl = "triton" if device.type == "cuda" else "reference"
+    memory = training_memory(size, COUNTED[provider], impl, device=device.type)
+    return {"counted_bytes": memory.copies + batch * memory.per_row}
+
+
+def slow_to_compile(provider: str) -> bool:
+    """Whether a compiler may take minutes for this step or sampler."""
+    return provider.endswith("compiled") or provider == "JAX"
 
 
 def step_name(size: str, batch: int) -> str:

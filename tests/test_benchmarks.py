@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import time
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 import pmf
 from pmf.benchmarks import cases, memory, steps
 from pmf.benchmarks.baselines import joint_jvp_loss, two_pass_loss
-from pmf.benchmarks.timing import ceilings, largest_kernels, measure, warm_up
+from pmf.benchmarks.timing import ceilings, host_us, measure, profiled, warm_up
 from pmf.counting import meta_step, operations, row_operations
 from pmf.memory import saved_per_row, training_memory
 from tests.networks import TINY, random_model, relative_error
@@ -92,12 +93,28 @@ def test_repeats_shrink_to_the_time_there_is():
     assert measure({"slow": slow}, CPU, repeats=30, seconds=0.5)["slow"].repeats == 3
 
 
-def test_largest_kernels_are_those_that_take_the_time():
+def test_a_profile_names_what_takes_the_time():
     a, b = torch.randn(400, 400), torch.randn(4)
-    found = largest_kernels(lambda: (a @ a, b + b), CPU)
-    assert found[0][0] == "aten::mm" and found[0][2] == 1
-    assert sum(share for _, share, _ in found) == pytest.approx(1.0)
-    assert [share for _, share, _ in found] == sorted((share for _, share, _ in found), reverse=True)
+    found = profiled(lambda: (a @ a, a @ a, b + b), CPU)
+    name, took, calls = found.kernels[0]
+    assert name == "aten::mm" and calls == 2 and 0 < took <= found.busy_us <= 1.5 * found.span_us
+    assert [took for _, took, _ in found.kernels] == sorted((took for _, took, _ in found.kernels), reverse=True)
+    lines = found.table(1).splitlines()
+    assert lines[0].startswith(f"{found.launches} launches, busy ") and lines[2].endswith("2  aten::mm")
+    assert len(lines) == 3 < len(found.table().splitlines())
+
+
+def test_host_time_is_that_of_the_call():
+    assert host_us(lambda: time.sleep(0.01), CPU, 3) == pytest.approx(1e4, rel=0.5)
+
+
+def test_a_step_that_is_counted_tells_what_it_must_keep():
+    plain, checkpointed = (
+        steps.counted_bytes("small", 4, name, CPU)["counted_bytes"] for name in ("lean", "lean, checkpointed")
+    )
+    more = steps.counted_bytes("small", 8, "lean", CPU)["counted_bytes"]
+    assert checkpointed < plain < more < 2 * plain  # weights do not grow with the batch
+    assert steps.counted_bytes("small", 4, "joint jvp", CPU) == {}
 
 
 def test_ceilings_are_positive():
