@@ -22,6 +22,10 @@ from pmf.layers import PatchEmbed
 from pmf.loss import StepPlan, sample_draws
 
 MODES = ("forward", "dual", "backward")
+VALUE_ALONE = "value alone"
+"""The provider that computes no tangent, on the same rows: what value and tangent together are measured by."""
+BACKENDS = ("flash", "cudnn", "flash_attn_4", "flash_attn")
+"""What else may compute attention's value and its gradients; see `pmf.kernels.flash`."""
 Run = Callable[[], object]
 
 
@@ -64,6 +68,10 @@ class Op:
     """Tangents on every row, not on the last half alone."""
     rivals: dict[str, Callable] = field(default_factory=dict)
     """Other libraries' ways to compute value and tangent: (primals, tangents) -> anything."""
+    variants: Callable[[str, torch.device], dict[str, Callable]] = lambda mode, device: {}
+    """Of a mode, further choices of ours: name -> the context in which Triton runs."""
+    value_alone: bool = False
+    """Whether the value without tangent is timed beside both, as what they are measured by."""
 
     def cases(self, size: str) -> list[Case]:
         """One case per mode."""
@@ -74,6 +82,7 @@ class Op:
                 self.operations.get(mode, 0),
                 lambda device, mode=mode: self._providers(mode, device),
                 self.test,
+                {VALUE_ALONE: self.operations.get("forward", 0)} if self.value_alone else {},
             )
             for mode in MODES
         ]
@@ -85,12 +94,22 @@ class Op:
             with torch.autocast(device.type, dtype=torch.bfloat16):
                 return run(primals, tangents, impl=impl, **self.options)
 
+        def within(context):
+            def way(primals, tangents):
+                with context():
+                    return dual(primals, tangents, "triton")
+
+            return way
+
         compiled = torch.compile(dual)
         ways = {
             "reference": lambda *a: dual(*a, "reference"),
             "compiled reference": lambda *a: compiled(*a, "reference"),
             "triton": lambda *a: dual(*a, "triton"),
         }
+        if mode == "dual" and self.value_alone:  # first: the others are measured by it
+            ways = {VALUE_ALONE: lambda primals, _: dual(primals, (None,) * len(primals), "triton"), **ways}
+        ways |= {name: within(context) for name, context in self.variants(mode, device).items()}
         if mode == "dual":
             ways |= self.rivals
         return {name: functools.partial(self._run, way, mode, device) for name, way in ways.items()}
@@ -226,6 +245,17 @@ def patch_op(config: ModelConfig, batch: int) -> Op:
     )
 
 
+def attention_variants(mode: str, device: torch.device) -> dict[str, Callable]:
+    """Every backend of the value and of its gradients; other tiles of the tangent, which are meant for Hopper."""
+    if device.type != "cuda":
+        return {}
+    if mode != "dual":
+        return {f"triton, {name}": functools.partial(ops.use_attention_backend, name) for name in BACKENDS}
+    from pmf.kernels.attention import HOPPER_TILES, tangent_with
+
+    return {f"triton {t.queries}x{t.keys}": functools.partial(tangent_with, t) for t in HOPPER_TILES}
+
+
 def attention_op(batch: int, length: int, heads: int, head_dim: int) -> Op:
     """Attention with tangents on every row, against what other scripts use."""
     values = batch * length * heads * head_dim * 2
@@ -250,6 +280,8 @@ def attention_op(batch: int, length: int, heads: int, head_dim: int) -> Op:
         {"forward": 2 * products, "dual": 7 * products, "backward": 5 * products},
         every_row=True,
         rivals=rivals,
+        variants=attention_variants,
+        value_alone=True,
     )
 
 

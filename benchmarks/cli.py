@@ -59,7 +59,8 @@ def measure(options: Options) -> None:
     on_gpu = torch.device(options.device).type == "cuda"
     directory = options.record or (RESULTS if on_gpu else None)
     settings = Settings(options.device, options.repeats, options.profile, options.providers)
-    plan = Plan.of(parts_of(options.suite, options.sizes, options.batch), options.only)
+    parts = parts_of(options.suite, options.sizes, options.batch)
+    plan = Plan.of(parts, torch.device(options.device), options.only)
     known = sorted(plan.providers())
     unknown = sorted(set(options.providers) - set(known))
     require(not unknown, f"providers: expected some of {known}, got {next(iter(unknown), '')!r}")

@@ -143,14 +143,16 @@ def _records(job: Job, settings: Settings, device: torch.device, seconds: float)
                 torch.compiler.reset()  # else what earlier cases compiled counts against the compiler's limit
                 wanted = settings.providers if job.provider is None else (job.provider,)
                 known = {n: prepare for n, prepare in case.providers(device).items() if not wanted or n in wanted}
-                providers = {n: prepare for n, prepare in known.items() if (case.name, n, None) not in job.held}
+                providers = {
+                    n: prepare for n, prepare in known.items() if (case.name, n, job.batch, None) not in job.held
+                }
                 yield from case_records(case.name, providers, device, settings, timing, job.suite != "ops")
 
 
 def _step_records(job: Job, settings: Settings, device: torch.device, seconds: float) -> Iterator[Record]:
     """A step whose batch does not fit into memory is recorded as such and measured at half of it."""
     batch, full = job.batch, True
-    while full and batch > 0 and (step_name(job.size, batch), job.provider, None) not in job.held:
+    while full and batch > 0 and (step_name(job.size, batch), job.provider, batch, None) not in job.held:
         prepare = step_providers(job.size, batch, device)[job.provider]
         name = step_name(job.size, batch)
         (record,) = case_records(name, {job.provider: prepare}, device, settings, seconds, whole=True)

@@ -101,12 +101,12 @@ def records_of(file: Path) -> Iterator[Record]:
             continue
 
 
-Key = tuple[str, str | None, int | None]
+Key = tuple[str, str | None, int | None, int | None]
 
 
 def key(record: Record) -> Key:
-    """What a record is about: case, provider, and the memory budget of a largest batch."""
-    return record["case"], record["provider"], record.get("budget_gb")
+    """What a record is about: case, provider, batch, and the memory budget of a largest batch."""
+    return record["case"], record["provider"], record.get("batch"), record.get("budget_gb")
 
 
 class Earlier:
@@ -116,8 +116,8 @@ class Earlier:
         same = ("gpu", "sources", "torch", "triton")
         every = records_of(file) if file is not None and origin is not None else ()
         self.records = [r for r in every if all(r.get(name) == origin[name] for name in same)]
-        self.tried = {key(r) for r in self.records if r["status"] == "failed"}
         self.held = {key(r) for r in self.records if _settled(r)}
+        self.tried = {key(r) for r in self.records if r["status"] == "failed"} - self.held
 
     def verdicts(self, tests: str) -> dict[str, str | None]:
         """Test file -> why it is not green, or None, as found with these tests (their `digest`)."""

@@ -70,7 +70,7 @@ def memory_case(size: str) -> str:
 
 def memory_keys(size: str) -> set[Key]:
     """What `memory_rows` gives, as the ledger names it."""
-    return {(memory_case(size), way, budget) for way in WAYS for budget in BUDGETS_GB}
+    return {(memory_case(size), way, 0, budget) for way in WAYS for budget in BUDGETS_GB}
 
 
 def memory_rows(size: str, device: torch.device, held: frozenset[Key] = frozenset()) -> Iterator[Record]:
@@ -83,7 +83,7 @@ def memory_rows(size: str, device: torch.device, held: frozenset[Key] = frozense
     triton = on_gpu or os.environ.get("TRITON_INTERPRET") == "1"
     there = torch.cuda.get_device_properties(device).total_memory / 1e9 if on_gpu else 0
     for way, checkpointing in WAYS.items():
-        budgets = [budget for budget in BUDGETS_GB if (memory_case(size), way, budget) not in held]
+        budgets = [budget for budget in BUDGETS_GB if (memory_case(size), way, 0, budget) not in held]
         if not budgets:
             continue
         joint = way == "joint jvp"

@@ -19,31 +19,32 @@ class Part:
     suite: str
     size: str
     batch: int
-    compiled: bool | None = None
-    """Of the providers, those that a compiler takes minutes for (True), the others (False), or both (None)."""
+    group: str = ""
+    """Of a step's providers these alone (`steps.group_of`): eager, compiled or backends; "": all."""
 
 
 EVERYTHING = (
-    Part("steps", "pMF-B/16", 64, compiled=False),
-    Part("steps", "pMF-B/16", 128, compiled=False),
+    Part("steps", "pMF-B/16", 64, "eager"),
+    Part("steps", "pMF-B/16", 128, "eager"),
     Part("ops", "pMF-B/16", 128),
     Part("sampling", "pMF-B/16", 128),
-    Part("steps", "pMF-B/16", 64, compiled=True),
-    Part("steps", "pMF-L/16", 64, compiled=False),
-    Part("steps", "pMF-H/16", 64, compiled=False),
+    Part("steps", "pMF-B/16", 128, "backends"),
+    Part("steps", "pMF-B/16", 64, "compiled"),
+    Part("steps", "pMF-L/16", 64, "eager"),
+    Part("steps", "pMF-H/16", 64, "eager"),
     Part("ops", "pMF-H/16", 128),
     Part("ops", LONG_ATTENTION, 1),
     Part("memory", "pMF-B/16", 0),
-    Part("steps", "pMF-B/16", 128, compiled=True),
+    Part("steps", "pMF-B/16", 128, "compiled"),
     Part("sampling", "pMF-H/16", 128),
     Part("memory", "pMF-H/16", 0),
     Part("ops", "pMF-L/16", 128),
     Part("sampling", "pMF-L/16", 128),
     Part("memory", "pMF-L/16", 0),
-    Part("steps", "pMF-L/16", 64, compiled=True),
-    Part("steps", "pMF-H/16", 64, compiled=True),
+    Part("steps", "pMF-L/16", 64, "compiled"),
+    Part("steps", "pMF-H/16", 64, "compiled"),
     # An op has the same shapes at 32 pixels a patch, but for the two that touch images.
-    *(Part("steps", size, 64, compiled=False) for size in FINE),
+    *(Part("steps", size, 64, "eager") for size in FINE),
     *(Part("sampling", size, 128) for size in FINE),
     *(Part("memory", size, 0) for size in FINE),
 )
@@ -53,7 +54,7 @@ EVERYTHING = (
 def parts_of(suite: str, sizes: tuple[str, ...], batch: int | None) -> list[Part]:
     """What a command asks for: one suite, or all ("gpu"); some presets, or all; a batch of its own, or the usual."""
     if suite == "gpu" and not sizes:
-        return list(dict.fromkeys(Part(p.suite, p.size, batch or p.batch, p.compiled) for p in EVERYTHING))
+        return list(dict.fromkeys(Part(p.suite, p.size, batch or p.batch, p.group) for p in EVERYTHING))
     suites = SUITES if suite == "gpu" else (suite,)
     every = sizes or (*COARSE, *((LONG_ATTENTION,) if suite == "ops" else FINE))
     return [Part(suite, size, batch or BATCHES[suite]) for size in every for suite in suites]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import pmf
 from pmf.benchmarks.baselines import flow_matching_loss, joint_jvp_loss, two_pass_loss
-from pmf.benchmarks.cases import Case, Run
+from pmf.benchmarks.cases import BACKENDS, Case, Run
 from pmf.benchmarks.jax_step import available, jax_step
 from pmf.config import LOSSES, MODELS
 from pmf.counting import row_operations
@@ -76,9 +76,23 @@ def step_providers(size: str, batch: int, device: torch.device) -> dict[str, Cal
         name: functools.partial(training_step, loss, size, batch, device, compiled, **options)
         for name, (loss, compiled, options) in ways.items()
     }
+    if device.type == "cuda":
+        for name in BACKENDS:
+            providers[f"lean, {name}"] = functools.partial(_step_on, name, size, batch, device)
     if available():
         providers["JAX"] = functools.partial(_jax_provider, size, batch, device)
     return providers
+
+
+def _step_on(backend: str, size: str, batch: int, device: torch.device) -> Run:
+    """The lean step with attention's value and gradients by this backend."""
+    step = training_step(lean_loss, size, batch, device)
+
+    def run() -> None:
+        with pmf.ops.use_attention_backend(backend):
+            step()
+
+    return run
 
 
 def _jax_provider(size: str, batch: int, device: torch.device) -> Run:
@@ -103,9 +117,11 @@ def counted_bytes(size: str, batch: int, provider: str, device: torch.device) ->
     return {"counted_bytes": memory.copies + batch * memory.per_row}
 
 
-def slow_to_compile(provider: str) -> bool:
-    """Whether a compiler may take minutes for this step or sampler."""
-    return provider.endswith("compiled") or provider == "JAX"
+def group_of(provider: str) -> str:
+    """backends: ours on one named attention; compiled: what a compiler may take minutes for; else eager."""
+    if provider.removeprefix("lean, ") in BACKENDS:
+        return "backends"
+    return "compiled" if provider.endswith("compiled") or provider == "JAX" else "eager"
 
 
 def step_name(size: str, batch: int) -> str:

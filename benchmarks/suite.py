@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from pmf.benchmarks.cases import Case
+from pmf.benchmarks.cases import VALUE_ALONE, Case
 from pmf.benchmarks.gate import Verdict, run_tests
 from pmf.benchmarks.jobs import Job, Record, Settings, failed, run_job, suite_cases
 from pmf.benchmarks.ledger import Earlier, Key, append, digest, ledger_file
 from pmf.benchmarks.memory import memory_keys, memory_table
 from pmf.benchmarks.order import LONG_ATTENTION, Part
-from pmf.benchmarks.steps import slow_to_compile, step_case
+from pmf.benchmarks.steps import group_of, step_case
 from pmf.config import MODELS
 from pmf.errors import require
 
@@ -54,10 +54,14 @@ class Plan:
 
     jobs: list[Job]
     cases: dict[str, Case]
+    device: torch.device
 
     @classmethod
-    def of(cls, parts: list[Part], only: str = "") -> Plan:
-        """From what is asked for. Errors: `InputError` on an unknown preset or a pattern that fits no case."""
+    def of(cls, parts: list[Part], device: torch.device, only: str = "") -> Plan:
+        """From what is asked for, with what a type of device can run; touches none.
+
+        Errors: `InputError` on an unknown preset or a pattern that fits no case.
+        """
         jobs: list[Job] = []
         cases: dict[str, Case] = {}
         for part in parts:
@@ -66,20 +70,20 @@ class Plan:
             found = [] if part.suite == "memory" else suite_cases(part.suite, part.size, part.batch)
             found = [case for case in found if only in case.name]
             cases |= {case.name: case for case in found}
-            jobs += [job for job in _jobs(part, found) if any(only in name for name in job.names)]
+            jobs += [job for job in _jobs(part, found, device) if any(only in name for name in job.names)]
         require(bool(jobs), f"only: {only!r} fits no case")
-        return cls(jobs, cases)
+        return cls(jobs, cases, device)
 
     def providers(self) -> set[str]:
         """The names of everything that the cases compare."""
-        return {name for case in self.cases.values() for name in case.providers(torch.device("meta"))}
+        return {name for case in self.cases.values() for name in case.providers(self.device)}
 
     def tests(self) -> list[str]:
         """The test files that must pass before a figure is recorded."""
         return sorted({case.test for case in self.cases.values()})
 
 
-def _jobs(part: Part, cases: list[Case]) -> Iterator[Job]:
+def _jobs(part: Part, cases: list[Case], device: torch.device) -> Iterator[Job]:
     """Steps and samplers: a job per provider. Ops: a job per op. Largest batches: one job."""
     if part.suite == "memory":
         yield Job(part.suite, part.size)
@@ -90,8 +94,8 @@ def _jobs(part: Part, cases: list[Case]) -> Iterator[Job]:
         yield from (Job(part.suite, part.size, part.batch, tuple(names)) for names in groups.values())
     else:
         for case in cases:
-            for name in case.providers(torch.device("meta")):
-                if part.compiled in (None, slow_to_compile(name)):
+            for name in case.providers(device):
+                if part.group in ("", group_of(name)):
                     yield Job(part.suite, part.size, part.batch, (case.name,), name)
 
 
@@ -144,9 +148,9 @@ class Measurement:
             return memory_keys(job.size)
         wanted, keys = self.settings.providers, set()
         for case in job.cases:
-            every = self.plan.cases[case].providers(torch.device("meta"))
+            every = self.plan.cases[case].providers(self.plan.device)
             known = every if job.provider is None else (job.provider,)
-            keys |= {(case, name, None) for name in known if not wanted or name in wanted}
+            keys |= {(case, name, job.batch, None) for name in known if not wanted or name in wanted}
         return keys
 
     def _jobs(self) -> list[Job]:
@@ -180,7 +184,7 @@ class Measurement:
     def _add(self, job: Job, record: Record) -> None:
         """Complete a record, show it, append it to the ledger."""
         if "case" not in record:  # the whole job: every case of which nothing is known
-            known = {r["case"] for r in self.records} | {case for case, _, _ in job.held}
+            known = {r["case"] for r in self.records} | {case for case, *_ in job.held}
             for name in [name for name in job.names if name not in known] or job.names[-1:]:
                 self._add(job, {**record, "case": name})
             return
@@ -206,12 +210,22 @@ class Measurement:
             "of_product_rate": operations / seconds / self.origin["product_operations_per_s"],
         }
         if record["suite"] == "ops":
-            return shares
-        same = [r for r in (*self.earlier.records, *self.records, record) if r["case"] == record["case"]]
-        peaks = {r["provider"]: r.get("peak_bytes") for r in same}
+            return {**shares, "of_value_alone": self._of_value_alone(record)}
+        peaks = {r["provider"]: r.get("peak_bytes") for r in self._same_case(record)}
         peak, least = record["peak_bytes"], peaks.get("flow matching")
         relative = peak / least if peak and least else None
-        return {**shares, "images_per_s": record["batch"] / seconds, "peak_of_flow_matching": relative}
+        counted = record.get("counted_bytes")
+        ratio = {"peak_of_counted": peak / counted} if counted else {}
+        return {**shares, **ratio, "images_per_s": record["batch"] / seconds, "peak_of_flow_matching": relative}
+
+    def _same_case(self, record: Record) -> list[Record]:
+        """What is known of the record's case, from earlier parts and from this one; the latest last."""
+        return [r for r in (*self.earlier.records, *self.records, record) if r["case"] == record["case"]]
+
+    def _of_value_alone(self, record: Record) -> float | None:
+        """Time of value and tangent over that of the value, where that is timed beside them."""
+        alone = [r["median_us"] for r in self._same_case(record) if r["provider"] == VALUE_ALONE and "median_us" in r]
+        return record["median_us"] / alone[-1] if alone else None
 
     def _case(self, record: Record) -> Case:
         """The case of a record; a step that had to take a smaller batch has one of its own."""
@@ -239,4 +253,6 @@ def _line(record: Record) -> str:
         return f"{start}{record['budget_gb']} GB: {record['computed_batch']}{found}"
     share = max(record["of_copy_bandwidth"], record["of_product_rate"])
     peak = "" if record["peak_bytes"] is None else f"{record['peak_bytes'] / 1e9:8.2f} GB"
-    return f"{start}{record['median_us']:12.1f} us{share:8.1%}{peak}"
+    host = f"  host {record['host_us'] / 1e3:.1f} ms" if "host_us" in record else ""
+    value = f"{ratio:6.2f} x the value" if (ratio := record.get("of_value_alone")) else ""
+    return f"{start}{record['median_us']:12.1f} us{share:8.1%}{peak}{host}{value}"

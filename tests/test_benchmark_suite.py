@@ -1,6 +1,7 @@
 """A measurement within its time: what happens to what fails, and what is made of the figures."""
 
 import contextlib
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from pmf.benchmarks import cli, gate, jobs, ledger, order, plots, report, suite
-from pmf.benchmarks.cases import Case
+from pmf.benchmarks.cases import VALUE_ALONE, Case
 from pmf.benchmarks.gate import Verdict
 from pmf.benchmarks.jobs import Job, Settings, case_records, run_job
 from pmf.benchmarks.order import Part
@@ -114,6 +115,8 @@ def test_a_step_that_does_not_fit_is_measured_at_half_the_batch(monkeypatch):
     records = list(jobs._step_records(job, SETTINGS, CPU, 1.0))
     assert [(r["batch"], r["status"]) for r in records] == [(8, "failed"), (4, "failed"), (2, "measured")]
     assert records[-1]["case"] == "step digits batch 2"
+    job = dataclasses.replace(job, held=frozenset({("step digits batch 4", "lean", 4, None)}))
+    assert [r["batch"] for r in jobs._step_records(job, SETTINGS, CPU, 1.0)] == [8]
 
 
 def test_every_case_is_compiled_anew(monkeypatch):
@@ -135,7 +138,7 @@ def test_every_case_is_compiled_anew(monkeypatch):
 
 
 def test_each_provider_is_rated_by_what_it_computes():
-    plan = suite.Plan.of([Part("steps", "pMF-digits", 2)])
+    plan = suite.Plan.of([Part("steps", "pMF-digits", 2)], CPU)
     (name, case) = next(iter(plan.cases.items()))
     run = suite.Measurement(plan, SETTINGS, suite.Budget(1), None)
     run.origin = {"copy_bytes_per_s": 1.0, "product_operations_per_s": 1.0}
@@ -143,6 +146,24 @@ def test_each_provider_is_rated_by_what_it_computes():
     shares = {p: run._shares({**record, "provider": p})["operations"] for p in ("lean", "flow matching")}
     assert shares == {"lean": case.operations, "flow matching": case.other_operations["flow matching"]}
     assert shares["flow matching"] < shares["lean"]
+
+
+def test_value_and_tangent_are_measured_by_the_value(tmp_path):
+    plan = suite.Plan.of([Part("ops", "pMF-digits", 2)], CPU, "attention dual")
+    record = {"suite": "ops", "case": "attention dual digits", "median_us": 10.0}
+    run = suite.Measurement(plan, SETTINGS, suite.Budget(1), None)
+    run.origin = {"copy_bytes_per_s": 1.0, "product_operations_per_s": 1.0}
+    assert run._shares({**record, "provider": "triton"})["of_value_alone"] is None
+    run.earlier.records = [{**record, "provider": VALUE_ALONE}]
+    shares = run._shares({**record, "provider": "triton", "median_us": 35.0})
+    assert shares["of_value_alone"] == 3.5
+    assert shares["operations"] == 3.5 * run._shares({**record, "provider": VALUE_ALONE})["operations"]
+
+
+def test_the_report_tells_what_a_step_waits_for():
+    record = {"median_us": 100.0}
+    found = [report._bound({**record, "busy_us": busy}) for busy in (None, 95.0, 120.0, 40.0)]
+    assert found == ["-", "GPU, busy 95%", "GPU, busy 100%", "host, busy 40%"]
 
 
 def test_a_run_without_time_leaves_earlier_figures(tmp_path):
@@ -191,7 +212,7 @@ def test_what_the_jobs_are_forked_from_touches_no_gpu():
 
 
 def test_what_no_longer_fits_is_named(tmp_path, capsys, monkeypatch):
-    plan = suite.Plan.of([Part("steps", "pMF-digits", 2), Part("memory", "pMF-digits", 0)])
+    plan = suite.Plan.of([Part("steps", "pMF-digits", 2), Part("memory", "pMF-digits", 0)], CPU)
     budget = suite.Budget(1.0)
     monkeypatch.setattr(budget, "left", lambda: 3.0)
     monkeypatch.setattr(budget, "largest_job", lambda: 60.0)
@@ -213,19 +234,26 @@ def test_a_job_takes_a_share_of_what_is_left():
 
 def test_the_most_important_comes_first():
     parts = order.parts_of("gpu", (), None)
-    places = {(part.suite, part.size, part.batch, part.compiled): i for i, part in enumerate(parts)}
-    assert list(places)[:2] == [("steps", "pMF-B/16", batch, False) for batch in (64, 128)]
+    places = {(part.suite, part.size, part.batch, part.group): i for i, part in enumerate(parts)}
+    assert list(places)[:2] == [("steps", "pMF-B/16", batch, "eager") for batch in (64, 128)]
     for size in ("pMF-L/16", "pMF-H/16"):
-        assert places["steps", "pMF-B/16", 64, True] < places["steps", size, 64, False]
-        assert places["sampling", "pMF-B/16", 128, None] < places["sampling", size, 128, None]
-    assert ("ops", jobs.LONG_ATTENTION, 1, None) in places and ("ops", "pMF-B/32", 128, None) not in places
-    jobs_of_plan = suite.Plan.of(parts).jobs
-    assert len(set(jobs_of_plan)) == len(jobs_of_plan)
-    both = [job.provider for job in suite.Plan.of([Part("steps", "pMF-B/16", 64)]).jobs]
-    split = [
-        job.provider for slow in (False, True) for job in suite.Plan.of([Part("steps", "pMF-B/16", 64, slow)]).jobs
-    ]
-    assert sorted(split) == sorted(both) and split.index("lean") < split.index("lean, compiled")
+        assert places["steps", "pMF-B/16", 64, "compiled"] < places["steps", size, 64, "eager"]
+        assert places["sampling", "pMF-B/16", 128, ""] < places["sampling", size, 128, ""]
+    assert ("ops", jobs.LONG_ATTENTION, 1, "") in places and ("ops", "pMF-B/32", 128, "") not in places
+    every = suite.Plan.of(parts, torch.device("cuda")).jobs
+    assert len(set(every)) == len(every)
+
+
+def test_the_groups_of_a_step_are_all_of_it():
+    def names(group, device="cuda"):
+        return [
+            job.provider for job in suite.Plan.of([Part("steps", "pMF-B/16", 64, group)], torch.device(device)).jobs
+        ]
+
+    groups = [names(group) for group in ("eager", "compiled", "backends")]
+    assert sorted(name for group in groups for name in group) == sorted(names(""))
+    assert [group[0] for group in groups] == ["flow matching", "lean, compiled", "lean, flash"]
+    assert names("backends", "cpu") == []
 
 
 @pytest.fixture
@@ -272,7 +300,7 @@ def test_a_verdict_is_shared_between_parts(tmp_path, monkeypatch):
         return {test: answers[test] for test in tests}
 
     def part():
-        run = suite.Measurement(suite.Plan([], {}), SETTINGS, suite.Budget(1), tmp_path)
+        run = suite.Measurement(suite.Plan([], {}, CPU), SETTINGS, suite.Budget(1), tmp_path)
         run.origin, run.earlier = origin, ledger.Earlier(tmp_path / "cpu.jsonl", origin)
         return run.gate(["a", "b", "c"], check)
 
@@ -322,16 +350,16 @@ def test_a_ledger_says_what_is_held(tmp_path):
     with open(tmp_path / "card.jsonl", "a") as file:
         file.write('{"case": "cut o')
     found = ledger.Earlier(tmp_path / "card.jsonl", origin)
-    assert {case for case, _, _ in found.held} == {"measured", "full"}
-    assert {case for case, _, _ in found.tried} == {"full", "slow"}
+    assert {case for case, *_ in found.held} == {"measured", "full"}
+    assert {case for case, *_ in found.tried} == {"slow"}
 
 
 def test_what_failed_before_comes_last(tmp_path):
-    plan = suite.Plan.of([Part("steps", "pMF-digits", 2)])
+    plan = suite.Plan.of([Part("steps", "pMF-digits", 2)], CPU)
     run = suite.Measurement(plan, SETTINGS, suite.Budget(1), None)
     names = [job.provider for job in plan.jobs]
-    run.earlier.tried = {("step digits batch 2", names[0], None)}
-    run.earlier.held = {("step digits batch 2", names[2], None)}
+    run.earlier.tried = {("step digits batch 2", names[0], 2, None)}
+    run.earlier.held = {("step digits batch 2", names[2], 2, None)}
     assert [job.provider for job in run._jobs()] == [names[1], *names[3:], names[0]]
 
 
