@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 Run = Callable[[], object]
@@ -182,7 +183,8 @@ class Profile:
 
     def table(self, top: int | None = None) -> str:
         """Aligned columns: microseconds, share, calls, name; the first `top`, or all."""
-        head = f"{self.launches} launches, busy {self.busy_us:.0f} us of {self.span_us:.0f} us"
+        gaps = max(self.span_us - self.busy_us, 0.0)
+        head = f"{self.launches} launches, busy {self.busy_us:.0f} us of {self.span_us:.0f} us, gaps {gaps:.0f} us"
         rows = (f"{took:11.1f} {took / self.busy_us:7.2%} {n:6}  {name}" for name, took, n in self.kernels[:top])
         return "\n".join([head, f"{'us':>11} {'share':>7} {'calls':>6}  name", *rows]) + "\n"
 
@@ -195,15 +197,34 @@ def profiled(run: Run, device: torch.device) -> Profile:
         run()
         if on_gpu:
             torch.cuda.synchronize(device)
+    if on_gpu:
+        return profile_of(profiler.events())
+    events = [event for event in profiler.events() if event.device_type == DeviceType.CPU]
+    return _profile([(event.name, float(event.self_cpu_time_total), event.time_range) for event in events])
+
+
+def profile_of(events) -> Profile:
+    """The kernels among a profiler's events; ours by the operator that launched them, for their names are alike."""
+    ran = [(event.name, event.time_range) for event in events if event.device_type == DeviceType.CUDA]
+    ours: dict[tuple[str, float], list[str]] = {}
+    for event in events:
+        if event.device_type == DeviceType.CPU and event.name.startswith("pmf::"):
+            for kernel in event.kernels:
+                ours.setdefault((kernel.name, float(kernel.duration)), []).append(f"{kernel.name} of {event.name}")
+    named = []
+    for name, times in ran:
+        took = float(times.elapsed_us())
+        operators = ours.get((name, took))
+        named.append((operators.pop() if operators else name, took, times))
+    return _profile(named)
+
+
+def _profile(ran: list) -> Profile:
+    """From names, microseconds and time ranges."""
     spent: dict[str, tuple[float, int]] = {}
-    times = []
-    for event in profiler.events():
-        if on_gpu and event.device_type != torch.autograd.DeviceType.CUDA:
-            continue
-        took = float(event.time_range.elapsed_us() if on_gpu else event.self_cpu_time_total)
-        total, calls = spent.get(event.name, (0.0, 0))
-        spent[event.name] = (total + took, calls + 1)
-        times.append((event.time_range.start, event.time_range.end))
+    for name, took, _ in ran:
+        total, calls = spent.get(name, (0.0, 0))
+        spent[name] = (total + took, calls + 1)
     kernels = sorted(((name, took, calls) for name, (took, calls) in spent.items()), key=lambda entry: -entry[1])
-    span = max(end for _, end in times) - min(start for start, _ in times) if times else 0.0
+    span = max(times.end for *_, times in ran) - min(times.start for *_, times in ran) if ran else 0.0
     return Profile(kernels, float(span))

@@ -3,14 +3,17 @@
 import dataclasses
 import functools
 import time
+import types
 
 import pytest
 import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import Interval, Kernel
 
 import pmf
 from pmf.benchmarks import cases, memory, steps
 from pmf.benchmarks.baselines import joint_jvp_loss, two_pass_loss
-from pmf.benchmarks.timing import ceilings, host_us, measure, profiled, warm_up
+from pmf.benchmarks.timing import ceilings, host_us, measure, profile_of, profiled, warm_up
 from pmf.counting import meta_step, operations, row_operations
 from pmf.memory import saved_per_row, training_memory
 from tests.networks import TINY, random_model, relative_error
@@ -104,6 +107,24 @@ def test_a_profile_names_what_takes_the_time():
     assert len(lines) == 3 < len(found.table().splitlines())
 
 
+def test_a_kernel_is_named_by_the_operator_that_launched_it():
+    def event(name, start, end, device=DeviceType.CUDA, kernels=()):
+        times = Interval(start, end)
+        return types.SimpleNamespace(name=name, time_range=times, device_type=device, kernels=kernels)
+
+    kernels = [event("_forward", 0, 10), event("_forward", 20, 50), event("gemm", 60, 100)]
+    launched = [Kernel("_forward", 0, 10), Kernel("_forward", 0, 30)]
+    operators = [event("pmf::norm", 0, 5, DeviceType.CPU, launched[:1]), event("aten::mm", 0, 5, DeviceType.CPU)]
+    found = profile_of([*operators, event("pmf::swiglu", 5, 9, DeviceType.CPU, launched[1:]), *kernels])
+    assert found.kernels == [
+        ("gemm", 40.0, 1),
+        ("_forward of pmf::swiglu", 30.0, 1),
+        ("_forward of pmf::norm", 10.0, 1),
+    ]
+    assert found.launches == 3 and found.busy_us == 80.0 and found.span_us == 100.0
+    assert found.table().startswith("3 launches, busy 80 us of 100 us, gaps 20 us\n")
+
+
 def test_host_time_is_that_of_the_call():
     assert host_us(lambda: time.sleep(0.01), CPU, 3) == pytest.approx(1e4, rel=0.5)
 
@@ -168,6 +189,15 @@ def test_baselines_are_the_same_loss(baseline):
     for name, p in model.named_parameters():
         if name in grads:
             assert relative_error(grads[name], p.grad) < 1e-9
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 7, 100, 599])
+@pytest.mark.parametrize("guess", [0, 1, 70, 449, 1000])
+def test_the_largest_batch_is_found_from_any_guess(limit, guess):
+    tries = []
+    found = memory.largest(lambda n: tries.append(n) or n <= limit, guess)
+    assert found <= limit <= found + max(1, found // 16) and len(set(tries)) == len(tries) <= 16
+    assert (limit, guess) != (599, 449) or len(tries) <= 7
 
 
 def test_the_joint_step_needs_more_memory():
