@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pmf import dispatch, ops
+from pmf import ops
+from pmf.autocast import autocast_dtype
 from pmf.config import ModelConfig
 from pmf.dual import ABSENT, Dual
 
@@ -209,7 +210,7 @@ def _packed_modules(model: nn.Module) -> list[PackedModule]:
 
 def joined_weights(model: nn.Module, device_type: str) -> list[tuple[Tensor, ...]]:
     """The joined weights of every `PackedModule`, cast where autocast is on."""
-    dtype = dispatch.autocast_dtype(device_type)
+    dtype = autocast_dtype(device_type)
     packed = (m.pack() for m in _packed_modules(model))
     return [tuple(w if dtype is None else w.to(dtype) for w in weights) for weights in packed]
 

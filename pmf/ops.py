@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pmf import dispatch, reference
+from pmf.autocast import autocast_dtype
 from pmf.errors import InputError, readable, require
 
 
@@ -194,7 +195,7 @@ def attention_dual(primals, tangents, *, scale=None, impl=None):
     _shape(op, "k", k, q.shape[0], None, *q.shape[2:])
     _shape(op, "v", v, *k.shape)
     require(k.shape[1] > 0, f"{op}: k must have at least one token, got 0")
-    wanted = dispatch.autocast_dtype(q.device.type)
+    wanted = autocast_dtype(q.device.type)
     if wanted is not None and q.dtype != torch.float64:
         primals, tangents = (tuple(_cast(x, wanted) for x in pair) for pair in (primals, tangents))
     dtypes = [t.dtype for t in (*primals, *tangents) if t is not None]

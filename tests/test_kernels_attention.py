@@ -9,10 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pmf import ops
 from pmf.errors import InputError
 from tests.kernel_checks import (
+    DEVICE,
     check,
     check_compiles,
     check_forward_mode,
@@ -20,8 +22,10 @@ from tests.kernel_checks import (
     generator,
     randn,
     strided,
+    tf32x3_steps,
     within_budget,
 )
+from tests.networks import relative_error
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 LENGTHS = (1, 20, 276, 300)
@@ -54,11 +58,13 @@ def check_within(primals, tangents):
 
 
 def check_tangent(primals, tangents):
-    """Value and tangent within the budget."""
+    """Value and tangent within the budget; in float32 that of a library on matrix units, and the tangent reads o."""
+    q, k = primals[:2]
+    steps = tf32x3_steps(q.shape[-1], k.shape[1]) if q.dtype == F32 else 1
     runs = [evaluate("attention", primals, tangents, None, impl=impl) for impl in ("triton", "reference")]
     runs.append(evaluate("attention", primals, tangents, None, impl="reference", dtype=torch.float64))
     for i in range(2):
-        within_budget(f"attention: {('value', 'tangent')[i]}", *(run[i][0] for run in runs))
+        within_budget(f"attention: {('value', 'tangent')[i]}", *(run[i][0] for run in runs), steps=steps)
 
 
 @pytest.mark.parametrize("dtype", (F32, BF16), ids=str)
@@ -82,14 +88,15 @@ def test_one_key(head_dim, dtype):
     assert o_dot.abs().max() <= 4 * torch.finfo(dtype).eps
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="sums of the backward on GPUs come in any order")
 def test_gradients_are_the_library_s():
+    """Bit for bit; on GPUs to rounding, for there sums of the backward come in any order."""
     primals, tangents = inputs(2, 20, 33, 40, 1, F32)
     _, _, found, (do,) = evaluate("attention", primals, tangents, None, impl="triton")
     leaves = [p.detach().requires_grad_() for p in primals]
-    o = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in leaves))
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION if DEVICE == "cuda" else SDPBackend.FLASH_ATTENTION):
+        o = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in leaves))
     for a, b in zip(found, torch.autograd.grad(o, leaves, do.transpose(1, 2)), strict=True):
-        assert torch.equal(a, b)
+        assert torch.equal(a, b) if DEVICE == "cpu" else relative_error(a, b) < 1e-6
 
 
 @pytest.mark.parametrize("moving", list(itertools.product((True, False), repeat=3))[1:-1], ids=str)
