@@ -45,6 +45,12 @@ class Case:
     """The test file that must pass before a figure is recorded."""
     other_operations: dict[str, int] = field(default_factory=dict)
     """Operations of providers that compute something else, for scale."""
+    other_tests: dict[str, str] = field(default_factory=dict)
+    """Word in a provider's name -> one more test file that must pass before it."""
+
+    def tests(self, provider: str | None) -> set[str]:
+        """The test files that must pass before a figure of a provider is recorded."""
+        return {self.test} | {test for word, test in self.other_tests.items() if word in (provider or "")}
 
 
 @dataclass(frozen=True)

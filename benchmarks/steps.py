@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import pmf
-from pmf.benchmarks.baselines import flow_matching_loss, joint_jvp_loss, two_pass_loss
+from pmf.benchmarks.baselines import flow_matching_draws, flow_matching_loss, joint_jvp_loss, two_pass_loss
 from pmf.benchmarks.cases import BACKENDS, Case, Run
 from pmf.benchmarks.jax_step import available, jax_step
 from pmf.config import LOSSES, MODELS
@@ -17,6 +17,8 @@ from pmf.counting import row_operations
 from pmf.memory import training_memory
 
 STEP_TEST = "test_loss.py"
+CAPTURED_TEST = {"captured": "test_captured.py"}
+"""What more must pass before a provider with that word in its name."""
 SAMPLING_TEST = "test_sampling.py"
 
 
@@ -59,6 +61,38 @@ def training_step(
     return run
 
 
+def _as_drawn(draws: pmf.Draws) -> pmf.Draws:
+    return draws
+
+
+class CapturedRun:
+    """A step by `pmf.CapturedStep`, on CUDA two graphs; its peak is that of the warm-up and the capture."""
+
+    def __init__(self, rows: Callable, size: str, batch: int, device: torch.device, compiled: bool) -> None:
+        self.model = pmf.create_model(size, device=device)
+        x, y, draws = _inputs(size, batch, device)
+        self.inputs, self.device = (x, y, rows(draws)), device
+        if compiled:
+            self.model.compile_blocks()
+        self._peak = self._allocated = None
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self._allocated = torch.cuda.memory_allocated(device)
+        self.step = pmf.CapturedStep(self.model, LOSSES[size])
+
+    def __call__(self) -> None:
+        """One step; gradients are dropped after."""
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
+            self.step(*self.inputs)
+        self.model.zero_grad()
+        if self._peak is None and self._allocated is not None:
+            self._peak = torch.cuda.max_memory_allocated(self.device) - self._allocated
+
+    def peak_bytes(self) -> int | None:
+        """Of the allocator, above the weights and the inputs; None without a GPU."""
+        return self._peak
+
+
 def step_providers(size: str, batch: int, device: torch.device) -> dict[str, Callable[[], Run]]:
     """The steps that are compared; flow matching first, the measure of memory; compilers last."""
     reference = dict(impl="reference")
@@ -72,10 +106,17 @@ def step_providers(size: str, batch: int, device: torch.device) -> dict[str, Cal
         "joint jvp, compiled": (joint_jvp_loss, True, reference),
         "jvp without gradient, second forward, compiled": (two_pass_loss, True, reference),
     }
+    captured = {
+        "lean, captured": (_as_drawn, False),
+        "flow matching, captured": (flow_matching_draws, False),
+        "lean, captured, compiled": (_as_drawn, True),
+    }
     providers: dict[str, Callable[[], Run]] = {
         name: functools.partial(training_step, loss, size, batch, device, compiled, **options)
         for name, (loss, compiled, options) in ways.items()
     }
+    for name, (rows, compiled) in captured.items():
+        providers[name] = functools.partial(CapturedRun, rows, size, batch, device, compiled)
     if device.type == "cuda":
         for name in BACKENDS:
             providers[f"lean, {name}"] = functools.partial(_step_on, name, size, batch, device)
@@ -134,8 +175,9 @@ def step_case(size: str, batch: int) -> Case:
     draws = _draws(size, batch, (1, 1, 1), torch.device("cpu"))
     counted = row_operations(MODELS[size])
     providers = functools.partial(step_providers, size, batch)
-    other = {"flow matching": counted.flow_matching(draws)}
-    return Case(step_name(size, batch), 0, counted.lean(draws), providers, STEP_TEST, other)
+    floor = counted.flow_matching(draws)
+    other = {"flow matching": floor, "flow matching, captured": floor}
+    return Case(step_name(size, batch), 0, counted.lean(draws), providers, STEP_TEST, other, CAPTURED_TEST)
 
 
 def sampling_case(size: str, batch: int) -> Case:

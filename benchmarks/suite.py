@@ -78,10 +78,6 @@ class Plan:
         """The names of everything that the cases compare."""
         return {name for case in self.cases.values() for name in case.providers(self.device)}
 
-    def tests(self) -> list[str]:
-        """The test files that must pass before a figure is recorded."""
-        return sorted({case.test for case in self.cases.values()})
-
 
 def _jobs(part: Part, cases: list[Case], device: torch.device) -> Iterator[Job]:
     """Steps and samplers: a job per provider. Ops: a job per op. Largest batches: one job."""
@@ -140,7 +136,7 @@ class Measurement:
 
     def _tests(self, job: Job) -> set[str]:
         """The test files that stand before a job."""
-        return {self.plan.cases[name].test for name in job.cases}
+        return {test for name in job.cases for test in self.plan.cases[name].tests(job.provider)}
 
     def _keys(self, job: Job) -> set[Key]:
         """What a job is to measure, as the ledger names it; empty where none of its providers is asked for."""
