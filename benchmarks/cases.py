@@ -256,10 +256,11 @@ def attention_variants(mode: str, device: torch.device) -> dict[str, Callable]:
     if device.type != "cuda":
         return {}
     if mode != "dual":
-        return {f"triton, {name}": functools.partial(ops.use_attention_backend, name) for name in BACKENDS}
+        return {f"triton, {name}": lambda name=name: ops.use_attention_backend(name) for name in BACKENDS}
     from pmf.kernels.attention import HOPPER_TILES, tangent_with
 
-    return {f"triton {t.queries}x{t.keys}": functools.partial(tangent_with, t) for t in HOPPER_TILES}
+    tiles = {f"triton {t.queries}x{t.keys} w{t.warps} s{t.stages}": t for t in HOPPER_TILES}
+    return {name: functools.partial(tangent_with, tile) for name, tile in tiles.items()}
 
 
 def attention_op(batch: int, length: int, heads: int, head_dim: int) -> Op:

@@ -15,6 +15,7 @@ from pmf.benchmarks import cases, memory, steps
 from pmf.benchmarks.baselines import joint_jvp_loss, two_pass_loss
 from pmf.benchmarks.timing import ceilings, host_us, measure, profile_of, profiled, warm_up
 from pmf.counting import meta_step, operations, row_operations
+from pmf.kernels.attention import HOPPER_TILES
 from pmf.memory import saved_per_row, training_memory
 from tests.networks import TINY, random_model, relative_error
 from tests.test_loss import LOSS, gradients, step_inputs
@@ -61,6 +62,24 @@ def test_the_objective_case_runs():
     for name, prepare in case.providers(CPU).items():
         if "compiled" not in name:
             assert all(torch.isfinite(gradient).all() for gradient in prepare()())
+
+
+def test_attention_is_measured_on_every_backend_and_tile():
+    """Those meant for a GPU are named for one alone; the tiles compute the same in the interpreter."""
+    op, on_gpu = OPS["attention 3"], torch.device("cuda")
+    for mode in ("forward", "backward"):
+        case = op.cases("small")[cases.MODES.index(mode)]
+        assert {f"triton, {name}" for name in cases.BACKENDS} <= case.providers(on_gpu).keys()
+    dual = op.cases("small")[cases.MODES.index("dual")]
+    assert next(iter(dual.providers(CPU))) == cases.VALUE_ALONE
+    more = dual.providers(on_gpu).keys() - dual.providers(CPU).keys()
+    assert {"triton 128x32 w8 s3", "triton 64x32 w4 s3"} <= more and len(more) == len(HOPPER_TILES)
+    primals, tangents = op.make(CPU), op.make(CPU)
+    _, expected = pmf.ops.attention_dual(primals, tangents, impl="triton")
+    for context in op.variants("dual", on_gpu).values():
+        with context():
+            _, found = pmf.ops.attention_dual(primals, tangents, impl="triton")
+        assert relative_error(expected, found) < 2**-8
 
 
 def test_every_published_shape_has_a_case():
