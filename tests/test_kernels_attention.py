@@ -4,6 +4,7 @@ import itertools
 import logging
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pmf import ops
 from pmf.errors import InputError
+from pmf.kernels import attention, registration
 from tests.kernel_checks import (
     DEVICE,
     check,
@@ -78,6 +80,26 @@ def test_shapes(length, head_dim, dtype):
     others = {1: 20, 20: 70, 276: 276, 300: 33}
     primals, tangents = inputs(2, length, others[length], head_dim, case % 3, dtype)
     check_within(primals, tangents)
+
+
+@pytest.mark.skipif(
+    registration.chip(torch.device(DEVICE)).capability not in (0, 90), reason="other chips need not have room for them"
+)
+@pytest.mark.parametrize("tile", attention.HOPPER_TILES, ids=str)
+def test_other_tiles(tile, monkeypatch):
+    """A tile forced for a benchmark gives the same tangent, and is taken inside the context alone."""
+    taken = []
+    launch = registration.launch
+    monkeypatch.setattr(registration, "launch", lambda *a, **o: taken.append((o["M"], o["N"])) or launch(*a, **o))
+    primals, tangents = inputs(1, 276, 276, 80, 1, BF16)
+    usual = ops.attention_dual(primals, tangents, impl="triton")[1]
+    with pytest.raises(LookupError, match="left early"), attention.tangent_with(tile):
+        check_tangent(primals, tangents)
+        with ThreadPoolExecutor(1) as pool:  # another thread's
+            pool.submit(ops.attention_dual, primals, tangents, impl="triton").result()
+        raise LookupError("left early")
+    assert torch.equal(ops.attention_dual(primals, tangents, impl="triton")[1], usual)
+    assert taken[1] == (tile.queries, tile.keys) and taken[0] == taken[2] == taken[3] != taken[1]
 
 
 @pytest.mark.parametrize("dtype", (F32, BF16), ids=str)
