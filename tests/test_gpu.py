@@ -237,6 +237,36 @@ def test_the_samplers_graph_draws_the_images_of_generate(dtype, bound, steps):
                 parameter.mul_(0.9)
 
 
+def judge(x_hat, x):
+    """A perceptual term: any function of the images."""
+    return {"lpips": (x_hat - x).square().mean((1, 2, 3))}
+
+
+@pytest.mark.parametrize("perceptual", (None, judge), ids=("alone", "perceptual"))
+def test_captured_steps_are_the_plain_ones(perceptual):
+    """Several sizes of step in turn, weights changed between calls: loss and gradients, in float32."""
+    model, config = random_model(SHALLOW, dtype=F32).to(DEVICE), pmf.LOSSES["pMF-digits"]
+    captured = pmf.CapturedStep(model, config)
+    generator = torch.Generator().manual_seed(0)
+    for batch in (24, 24, 16, 24, 24, 16):
+        x = torch.rand(batch, *model.config.image_shape, generator=generator).to(DEVICE)
+        y = torch.randint(10, (batch,), generator=generator).to(DEVICE)
+        draws = pmf.sample_draws(batch, x.shape[1:], config, generator, DEVICE)
+        model.zero_grad()
+        out = captured(x, y, draws, perceptual)
+        found = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        plain = pmf.pmf_loss(model, x, y, draws, config, perceptual)
+        plain.loss.backward()
+        assert relative_error(out.loss, plain.loss.detach()) < 1e-5
+        expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+        assert relative_error(torch.cat([g.flatten() for g in found]), expected) < 1e-4
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(0.95)
+    assert len(captured._halves) > 2
+
+
 # What a step costs, and whether it trains.
 
 
