@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from pmf import reference
+from pmf.autocast import autocast_dtype
 from pmf.errors import require
+from pmf.private import constant
 
 log = logging.getLogger("pmf")
 
@@ -81,7 +83,7 @@ def decide(op: str, impl: str | None, device: str, unsupported: str | None = Non
         return "reference", "no cuda"
     if importlib.util.find_spec("triton") is None:
         reason = 'impl="triton" needs the triton package, which is not installed'
-    elif device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    elif unsupported is None and device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         reason = f'impl="triton" needs cuda tensors, got {device} (TRITON_INTERPRET=1 runs the interpreter)'
     else:
         reason = unsupported
@@ -108,6 +110,7 @@ def use_attention_backend(backend: str | None) -> contextlib.AbstractContextMana
     return importlib.import_module("pmf.kernels.flash").use(backend)
 
 
+@constant
 def _use_triton(op: str, impl: str | None, device: str, unsupported: str | None) -> bool:
     """Whether the Triton kernel runs, said once; compilers call this once, while they trace."""
     choice, reason = decide(op, impl, device, unsupported)
@@ -116,10 +119,6 @@ def _use_triton(op: str, impl: str | None, device: str, unsupported: str | None)
         for each, module in KERNEL_MODULES.items():
             _kernels[each] = getattr(importlib.import_module(f"pmf.kernels.{module}"), each)
     return choice == "triton"
-
-
-# What torch.compiler.assume_constant_result sets, without the second that importing the compiler takes.
-setattr(_use_triton, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def choose(op: str, impl: str | None, tensors: tuple[Tensor | None, ...], limit: str | None = None) -> Callable:
@@ -153,12 +152,6 @@ def patch_limit(patch: int, bottleneck: int) -> str | None:
     if bottleneck > KERNEL_MAX_BOTTLENECK:
         return f'bottleneck must be at most {KERNEL_MAX_BOTTLENECK} with impl="triton", got {bottleneck}'
     return None
-
-
-def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """Autocast's dtype where it is on, else None."""
-    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    return torch.get_autocast_dtype(device_type) if on else None
 
 
 def activation_dtype(x: Tensor) -> torch.dtype:
