@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 import pmf
-from pmf.benchmarks.baselines import flow_matching_loss, joint_jvp_loss, two_pass_loss
-from pmf.benchmarks.cases import Case, Run
+from pmf.benchmarks.baselines import flow_matching_draws, flow_matching_loss, joint_jvp_loss, two_pass_loss
+from pmf.benchmarks.cases import BACKENDS, Case, Run
 from pmf.benchmarks.jax_step import available, jax_step
 from pmf.config import LOSSES, MODELS
 from pmf.counting import row_operations
+from pmf.memory import training_memory
 
 STEP_TEST = "test_loss.py"
+CAPTURED_TEST = {"captured": "test_captured.py"}
+"""What more must pass before a provider with that word in its name."""
 SAMPLING_TEST = "test_sampling.py"
 
 
@@ -58,6 +61,38 @@ def training_step(
     return run
 
 
+def _as_drawn(draws: pmf.Draws) -> pmf.Draws:
+    return draws
+
+
+class CapturedRun:
+    """A step by `pmf.CapturedStep`, on CUDA two graphs; its peak is that of the warm-up and the capture."""
+
+    def __init__(self, rows: Callable, size: str, batch: int, device: torch.device, compiled: bool) -> None:
+        self.model = pmf.create_model(size, device=device)
+        x, y, draws = _inputs(size, batch, device)
+        self.inputs, self.device = (x, y, rows(draws)), device
+        if compiled:
+            self.model.compile_blocks()
+        self._peak = self._allocated = None
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self._allocated = torch.cuda.memory_allocated(device)
+        self.step = pmf.CapturedStep(self.model, LOSSES[size])
+
+    def __call__(self) -> None:
+        """One step; gradients are dropped after."""
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
+            self.step(*self.inputs)
+        self.model.zero_grad()
+        if self._peak is None and self._allocated is not None:
+            self._peak = torch.cuda.max_memory_allocated(self.device) - self._allocated
+
+    def peak_bytes(self) -> int | None:
+        """Of the allocator, above the weights and the inputs; None without a GPU."""
+        return self._peak
+
+
 def step_providers(size: str, batch: int, device: torch.device) -> dict[str, Callable[[], Run]]:
     """The steps that are compared; flow matching first, the measure of memory; compilers last."""
     reference = dict(impl="reference")
@@ -71,19 +106,63 @@ def step_providers(size: str, batch: int, device: torch.device) -> dict[str, Cal
         "joint jvp, compiled": (joint_jvp_loss, True, reference),
         "jvp without gradient, second forward, compiled": (two_pass_loss, True, reference),
     }
+    captured = {
+        "lean, captured": (_as_drawn, False),
+        "flow matching, captured": (flow_matching_draws, False),
+        "lean, captured, compiled": (_as_drawn, True),
+    }
     providers: dict[str, Callable[[], Run]] = {
         name: functools.partial(training_step, loss, size, batch, device, compiled, **options)
         for name, (loss, compiled, options) in ways.items()
     }
+    for name, (rows, compiled) in captured.items():
+        providers[name] = functools.partial(CapturedRun, rows, size, batch, device, compiled)
+    if device.type == "cuda":
+        for name in BACKENDS:
+            providers[f"lean, {name}"] = functools.partial(_step_on, name, size, batch, device)
     if available():
         providers["JAX"] = functools.partial(_jax_provider, size, batch, device)
     return providers
+
+
+def _step_on(backend: str, size: str, batch: int, device: torch.device) -> Run:
+    """The lean step with attention's value and gradients by this backend."""
+    step = training_step(lean_loss, size, batch, device)
+
+    def run() -> None:
+        with pmf.ops.use_attention_backend(backend):
+            step()
+
+    return run
 
 
 def _jax_provider(size: str, batch: int, device: torch.device) -> Run:
     """The JAX step on the same parameters and draws, handed over through the CPU."""
     x, y, draws = _inputs(size, batch, torch.device("cpu"))
     return jax_step(lambda: pmf.create_model(size, device="cpu"), x, y, draws, LOSSES[size], device)
+
+
+COUNTED = {"lean": "none", "lean, checkpointed": "block"}
+"""Steps whose memory is counted, and their checkpointing."""
+
+
+def counted_bytes(size: str, batch: int, provider: str, device: torch.device) -> dict[str, int]:
+    """What a step keeps for backward, low-precision copies of the weights with it: its peak is at least that.
+
+    Nothing for steps that are not counted.
+    """
+    if provider not in COUNTED:
+        return {}
+    impl = "triton" if device.type == "cuda" else "reference"
+    memory = training_memory(size, COUNTED[provider], impl, device=device.type)
+    return {"counted_bytes": memory.copies + batch * memory.per_row}
+
+
+def group_of(provider: str) -> str:
+    """backends: ours on one named attention; compiled: what a compiler may take minutes for; else eager."""
+    if provider.removeprefix("lean, ") in BACKENDS:
+        return "backends"
+    return "compiled" if provider.endswith("compiled") or provider == "JAX" else "eager"
 
 
 def step_name(size: str, batch: int) -> str:
@@ -96,8 +175,9 @@ def step_case(size: str, batch: int) -> Case:
     draws = _draws(size, batch, (1, 1, 1), torch.device("cpu"))
     counted = row_operations(MODELS[size])
     providers = functools.partial(step_providers, size, batch)
-    other = {"flow matching": counted.flow_matching(draws)}
-    return Case(step_name(size, batch), 0, counted.lean(draws), providers, STEP_TEST, other)
+    floor = counted.flow_matching(draws)
+    other = {"flow matching": floor, "flow matching, captured": floor}
+    return Case(step_name(size, batch), 0, counted.lean(draws), providers, STEP_TEST, other, CAPTURED_TEST)
 
 
 def sampling_case(size: str, batch: int) -> Case:

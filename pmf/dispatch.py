@@ -86,7 +86,7 @@ def decide(op: str, impl: str | None, device: str, unsupported: str | None = Non
         return "reference", "no cuda"
     if not _kernels and importlib.util.find_spec("triton") is None:
         reason = 'impl="triton" needs the triton package, which is not installed'
-    elif device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    elif unsupported is None and device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         reason = f'impl="triton" needs cuda tensors, got {device} (TRITON_INTERPRET=1 runs the interpreter)'
     else:
         reason = unsupported
