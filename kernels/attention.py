@@ -330,10 +330,11 @@ def attention_dual(primals, tangents, *, scale=None):
         if not dots:
             return (o,), (None,)
         # Dynamo takes no Function without differentiable outputs, nor would it see what this one refuses.
-        tangent = _attention_tangent if torch.compiler.is_compiling() else _Tangent.apply
+        compiling = torch.compiler.is_compiling()
         with torch.no_grad():
             last = [x.detach()[x.shape[0] - dots[0].shape[0] :] for x in (*primals, o, lse)]
-            return (o,), (tangent(*last[:3], *tangents, *last[3:], scale),)
+            inputs = (*last[:3], *tangents, *last[3:], scale)
+            return (o,), (_attention_tangent(*inputs) if compiling else registration.apply(_Tangent, *inputs),)
 
     (o,), (o_dot,) = registration.run_dual("attention", "q* k* v*", compute, primals, tangents)
     return o, o_dot

@@ -411,8 +411,8 @@ def patch_embed_dual(primals, tangents):
         images_dot, prefix_dot = tangents[0], tangents[6]
         dtype = autocast_dtype(images.device.type) or weight1.dtype
         keep = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in primals)
-        tokens, tokens_dot, _ = _PatchEmbed.apply(
-            images, images_dot, weight1, bias1, weight2, bias2, positions, prefix, prefix_dot, dtype, keep
+        tokens, tokens_dot, _ = registration.apply(
+            _PatchEmbed, images, images_dot, weight1, bias1, weight2, bias2, positions, prefix, prefix_dot, dtype, keep
         )
         return (tokens,), (present(tokens_dot, images_dot is not None or prefix_dot is not None),)
 

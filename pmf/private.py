@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
 
 def constant(function: Callable) -> Callable:
     """Compilers call `function` once, while they trace, and take what it returned for a constant.
@@ -12,3 +16,33 @@ def constant(function: Callable) -> Callable:
     """
     setattr(function, "_dynamo_marked_constant", True)  # noqa: B010
     return function
+
+
+def transforming() -> bool:
+    """Whether torch.func transforms, or forward-mode differentiation, are at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def watched() -> bool:
+    """Whether, outside compilers, something comes between the call of an operator and its kernel.
+
+    Transforms, tracers, and modes: fake tensors, operation counters, selective checkpoints, default devices.
+    """
+    return bool(
+        transforming()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch.jit.is_tracing()
+    )
+
+
+_ORDINARY = (Tensor, nn.Parameter)
+
+
+def ordinary(argument: object) -> bool:
+    """Whether an argument is no tensor, or one of values that lie in memory as they are: no wrapper, no lazy sign."""
+    if not isinstance(argument, Tensor):
+        return True
+    if type(argument) not in _ORDINARY or argument.is_neg():
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(argument)
