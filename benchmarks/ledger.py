@@ -34,14 +34,14 @@ def _git(*arguments: str) -> str | None:
 
 
 def commit() -> tuple[str, bool]:
-    """The commit of this code, and whether files differ from it.
+    """The commit of this code, and whether the files that are measured differ from it.
 
     PMF_COMMIT, the output of `git describe --always --abbrev=40 --dirty`, stands in for a repository: for a machine
     that has only the files. Without either: ("unknown", True).
     """
     if given := os.environ.get("PMF_COMMIT"):
         return given.removesuffix("-dirty"), given.endswith("-dirty")
-    changes = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+    changes = _git("status", "--porcelain", "--", *MEASURED, ":!benchmarks/results")
     return _git("rev-parse", "HEAD") or "unknown", changes != ""
 
 

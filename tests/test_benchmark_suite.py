@@ -365,10 +365,27 @@ def test_what_failed_before_comes_last(tmp_path):
 
 def test_a_commit_can_be_named_where_there_is_no_repository(tmp_path, monkeypatch):
     monkeypatch.setattr(ledger, "ROOT", tmp_path)
+    monkeypatch.delenv("PMF_COMMIT", raising=False)
     assert ledger.commit() == ("unknown", True)
     for given, found in (("abc", ("abc", False)), ("abc-dirty", ("abc", True))):
         monkeypatch.setenv("PMF_COMMIT", given)
         assert ledger.commit() == found
+
+
+def test_what_is_not_measured_makes_no_commit_dirty(tmp_path, monkeypatch):
+    def git(*arguments):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", tmp_path, *arguments], check=True)
+
+    monkeypatch.setattr(ledger, "ROOT", tmp_path)
+    monkeypatch.delenv("PMF_COMMIT", raising=False)
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "nothing")
+    found = []
+    for name in ("wheels/a.whl", "benchmarks/results/card.jsonl", "kernels/norm.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("a")
+        found.append(ledger.commit()[1])
+    assert found == [False, False, True] and len(ledger.commit()[0]) == 40
 
 
 def test_a_digest_tells_sources_apart(tmp_path, monkeypatch):
