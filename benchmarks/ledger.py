@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from pmf.dispatch import attention_backend
+
 Record = dict
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -56,7 +58,9 @@ def digest(*folders: str) -> str:
 
 
 def provenance(device: torch.device) -> Record:
-    """Where and with what a figure was measured: machine, commit, dirty flag, hash of the sources, versions."""
+    """Where and with what a figure was measured: machine, commit, dirty flag, hash of the sources, versions, and the
+    backend of attention's value where none is named.
+    """
     try:
         import triton
 
@@ -75,6 +79,7 @@ def provenance(device: torch.device) -> Record:
         "triton": triton_version,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
+        "attention": attention_backend(device, torch.bfloat16, 64)[0],
     }
 
 

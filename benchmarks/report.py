@@ -128,7 +128,9 @@ def _origin(file: Path, records: list[Record]) -> str:
     ceilings = f"in the latest run copy {last['copy_bytes_per_s'] / 1e9:.0f} GB/s, "
     ceilings += f"bf16 product {last['product_operations_per_s'] / 1e12:.4g} TFLOP/s"
     versions = "; ".join(dict.fromkeys(f"PyTorch {r['torch']}, Triton {r['triton']}" for r in records))
-    return f"From `{name}`: {last['gpu']}, {ceilings}; {versions}; commit {', '.join(commits)}.\n"
+    backends = ", ".join(dict.fromkeys(r["attention"] for r in records if "attention" in r))
+    attention = f"attention's value by {backends}; " if backends else ""
+    return f"From `{name}`: {last['gpu']}, {ceilings}; {attention}{versions}; commit {', '.join(commits)}.\n"
 
 
 def report(file: Path) -> str:

@@ -40,6 +40,7 @@ def test_a_run_records_every_figure_with_its_origin(measured):
     for r in records:
         assert r["status"] == "measured", r
         assert {"commit", "dirty", "torch", "triton", "gpu", "copy_bytes_per_s"} <= r.keys()
+        assert r["attention"] == "cpu"
     lean = next(r for r in records if r["suite"] == "steps" and r["provider"] == "lean")
     assert lean["batch"] == 2 and lean["size"] == "pMF-digits" and lean["operations"] > 0
     assert lean["of_product_rate"] > 0 and lean["peak_of_flow_matching"] is None
