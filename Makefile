@@ -15,7 +15,7 @@ test: .venv/dev
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-# The tests of the optional packages (perceptual networks, FID, JAX), beside a newer PyTorch: several GB.
+# The tests of the optional packages (perceptual networks, FID, JAX, flash-attn-4), beside a newer PyTorch: several GB.
 test-extras: .venv-extras/ready
 	.venv-extras/bin/python -m pytest -m extras
 
@@ -34,5 +34,5 @@ clean:
 .venv-extras/ready: pyproject.toml constraints-extras.txt
 	$(PYTHON) -m venv .venv-extras
 	.venv-extras/bin/python -m pip install --quiet --constraint constraints-extras.txt \
-		--editable '.[perceptual,eval,jax]' pytest pytest-benchmark hypothesis
+		--editable '.[perceptual,eval,jax,flash]' pytest pytest-benchmark hypothesis
 	touch $@
