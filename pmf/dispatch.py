@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -96,9 +97,21 @@ def decide(op: str, impl: str | None, device: str, unsupported: str | None = Non
     return "triton", "requested" if impl == "triton" else "tensors are on cuda"
 
 
-def attention_backend(device: str, dtype: torch.dtype) -> tuple[str, str]:
-    """What computes the value of the Triton attention on a type of device, and why; see `pmf.kernels.flash`."""
-    return importlib.import_module("pmf.kernels.flash").decide(device, str(dtype))
+def attention_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
+    """What computes the value of the Triton attention on a device, and why; see `pmf.kernels.flash`."""
+    flash = importlib.import_module("pmf.kernels.flash")
+    return flash.backend_of(device.type, device.index, str(dtype), head_dim)
+
+
+def use_attention_backend(backend: str | None) -> contextlib.AbstractContextManager[None]:
+    """Compute the value of the Triton attention, and its gradients, by this one backend inside the context.
+
+    Args: backend "flash_attn_4", "flash_attn", "flash", "cudnn" or "efficient" (`pmf.kernels.flash` says what each
+    is and where it runs); None changes nothing. The tangent is Triton's with each. In all threads; compiled
+    functions are compiled anew for each backend.
+    Errors: `InputError` here for another name, and at the call of attention where the backend cannot run.
+    """
+    return importlib.import_module("pmf.kernels.flash").use(backend)
 
 
 @constant

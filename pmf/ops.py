@@ -367,6 +367,8 @@ def pmf_objective(
     )
 
 
+use_attention_backend = dispatch.use_attention_backend
+
 # What has one implementation, in plain PyTorch: small tensors, layouts and helpers of tangents.
 scalar_features_dual = reference.scalar_features_dual
 silu_dual = reference.silu_dual
