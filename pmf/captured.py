@@ -38,8 +38,6 @@ class _Outputs:
 class _Halves:
     """Forward and backward of the steps of one size."""
 
-    step: Step
-    """Where the inputs of a step are put."""
     forward: Callable[..., _Outputs]
     backward: Callable[[_Outputs, Tensor | None], None]
     """From the forward half's outputs and the gradient that reaches net_u from the perceptual terms."""
@@ -72,7 +70,9 @@ class CapturedStep:
         self._places = self._parameter_places()
         self._gradients = _Gradients(self._parameters)
         self._halves: dict[tuple, _Halves] = {}
-        self._pool = torch.cuda.MemPool() if self.device.type == "cuda" else None
+        self._buffers: dict[tuple, Tensor] = {}
+        on_gpu = self.device.type == "cuda"
+        self._pool, self._stream = (torch.cuda.MemPool(), torch.cuda.Stream(self.device)) if on_gpu else (None, None)
 
     def __call__(
         self,
@@ -87,9 +87,10 @@ class CapturedStep:
         require(self._parameter_places() == self._places, message)
         step = _step(self.model, x, y, draws, self.config, "lean")
         self._gradients.adopt()
-        halves = self._halves_of(step, perceptual is not None)
         for name in INPUTS:
-            getattr(halves.step, name).copy_(getattr(step, name))
+            value = getattr(step, name)
+            self._buffer(name, value).copy_(value)
+        halves = self._halves_of(step, perceptual is not None)
         outputs = halves.forward()
         loss = outputs.loss.detach().clone()
         terms = {name: term.clone() for name, term in outputs.terms.items()}
@@ -116,13 +117,17 @@ class CapturedStep:
         dtype = autocast_dtype(self.device.type)
         key = (len(step.x), step.tangent_rows, len(step.null_rows), dtype, perceptual)
         if key not in self._halves:
-            static = replace(step, **{name: getattr(step, name).clone() for name in INPUTS})
-            halves = _Halves(static, functools.partial(self._forward, static, dtype), self._backward)
+            static = replace(step, **{name: self._buffer(name, getattr(step, name)) for name in INPUTS})
+            halves = _Halves(functools.partial(self._forward, static, dtype), self._backward)
             if self.device.type == "cuda":
                 with torch.cuda.device(self.device):
                     halves = self._captured(halves, perceptual)
             self._halves[key] = halves
         return self._halves[key]
+
+    def _buffer(self, name: str, like: Tensor) -> Tensor:
+        """The place of an input of that shape, shared by the steps of all sizes that have it."""
+        return self._buffers.setdefault((name, like.shape), torch.empty_like(like))
 
     def _forward(self, step: Step, dtype: torch.dtype | None, accumulate: bool = True) -> _Outputs:
         with self._gradients.collected(self.model, accumulate), _own_autocast(self.device.type, dtype):
@@ -141,7 +146,7 @@ class CapturedStep:
         first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # Other threads, which pin a loader's batches, may go on meanwhile.
         pool: Any = self._pool.id
-        capture = functools.partial(torch.cuda.graph, pool=pool, capture_error_mode="thread_local")
+        capture = functools.partial(torch.cuda.graph, pool=pool, stream=self._stream, capture_error_mode="thread_local")
         with capture(first):
             outputs = halves.forward()
         place = torch.zeros_like(outputs.net_u) if perceptual else None
@@ -158,16 +163,19 @@ class CapturedStep:
                 place.copy_(dnet_u)
             second.replay()
 
-        return _Halves(halves.step, forward, backward)
+        return _Halves(forward, backward)
 
     def _warm_up(self, halves: _Halves, perceptual: bool) -> None:
-        """Run both halves once, so that compilers and libraries get ready; these gradients are dropped."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), torch.cuda.use_mem_pool(self._pool):
+        """Run both halves once, so that compilers and libraries get ready; these gradients are dropped.
+
+        On the stream and in the pool of the graphs, which find the memory there: PyTorch keeps it apart by both.
+        """
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool):
             outputs = halves.forward(accumulate=False)
             halves.backward(outputs, torch.zeros_like(outputs.net_u) if perceptual else None)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
+        torch.cuda.empty_cache()  # what backward's own thread took lies outside of the pool
 
 
 class _Gradients:
