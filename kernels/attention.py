@@ -278,7 +278,7 @@ def _run_tangent(q, k, v, q_dot, k_dot, v_dot, o, lse, scale):
     tile = _forced.get() or tangent_tile(head_dim, q.dtype, registration.chip(q.device))
     widths = split(head_dim)
     registration.launch(
-        _tangent, samples * heads * triton.cdiv(length_q, tile.queries),
+        _tangent, samples * heads * registration.cdiv(length_q, tile.queries),
         q, k, v, q_dot, k_dot, v_dot, o, lse.contiguous(), o_dot,
         _steps(q, k, v, q_dot, k_dot, v_dot, o, o_dot), heads, length_q, k.shape[1], scale,
         D=head_dim, D0=widths[0], D1=widths[1], M=tile.queries, N=tile.keys,

@@ -92,7 +92,7 @@ def _run_forward(x, x_dot):
     tile = tile_of(width, registration.chip(x.device))
     registration.launch(
         _forward,
-        triton.cdiv(samples * length, tile.rows) * triton.cdiv(width, tile.block),
+        registration.cdiv(samples * length, tile.rows) * registration.cdiv(width, tile.block),
         x_rows,
         x_dot_rows,
         y,
@@ -120,7 +120,7 @@ def _run_backward(dy, x):
     tile = tile_of(width, registration.chip(dy.device))
     registration.launch(
         _backward,
-        triton.cdiv(x.shape[0], tile.rows) * triton.cdiv(width, tile.block),
+        registration.cdiv(x.shape[0], tile.rows) * registration.cdiv(width, tile.block),
         dy,
         x,
         dx,
