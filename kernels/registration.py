@@ -41,6 +41,19 @@ class Chip:
         """Triton's interpreter, where a program costs milliseconds whatever the size of its tile."""
         return self.capability == 0
 
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of shared memory of a multiprocessor that programs can have."""
+        return {80: 163, 87: 163, 90: 227, 100: 227, 103: 227, 110: 227}.get(self.capability, 99) << 10
+
+    def stages(self, programs: int, staged: int, scratch: int) -> int:
+        """Stages of a loop that loads ahead into shared memory: two iterations, or as many as there is room for.
+
+        `programs` reside on a multiprocessor, each with `staged` bytes an iteration, and `scratch` and 1 KB beside.
+        """
+        room = self.shared_memory // programs - scratch - 1024
+        return 1 + min(max(room // staged, 0), 2)
+
 
 @dataclass(frozen=True)
 class Tile:
