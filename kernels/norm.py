@@ -374,7 +374,7 @@ def _norm_dual(primals, tangents, kind, eps, out_dtype):
     per_sample = (_per_sample(dot, primals[0].shape[0]) for dot in (gate_dot, scale_dot, shift_dot))
     gate_dot, scale_dot, shift_dot = per_sample
     dots = (x_dot, branch_dot, gate_dot, scale_dot, shift_dot)
-    x_new, y, x_new_dot, y_dot, _ = _Norm.apply(*primals, *dots, kind == "layer", eps, out_dtype)
+    x_new, y, x_new_dot, y_dot, _ = registration.apply(_Norm, *primals, *dots, kind == "layer", eps, out_dtype)
     x_new_moves = any(dot is not None for dot in dots[:3])
     y_moves = any(dot is not None for dot in dots)
     return (x_new, y), (present(x_new_dot, x_new_moves), present(y_dot, y_moves))

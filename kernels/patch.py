@@ -34,6 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pmf.autocast import autocast_dtype
 from pmf.kernels import registration
 from pmf.kernels.registration import Chip, absent, present
 from pmf.kernels.tiles import product
@@ -408,12 +409,10 @@ def patch_embed_dual(primals, tangents):
     def compute(primals, tangents):
         images, weight1, bias1, weight2, bias2, positions, prefix = primals
         images_dot, prefix_dot = tangents[0], tangents[6]
-        device = images.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else weight1.dtype
+        dtype = autocast_dtype(images.device.type) or weight1.dtype
         keep = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in primals)
-        tokens, tokens_dot, _ = _PatchEmbed.apply(
-            images, images_dot, weight1, bias1, weight2, bias2, positions, prefix, prefix_dot, dtype, keep
+        tokens, tokens_dot, _ = registration.apply(
+            _PatchEmbed, images, images_dot, weight1, bias1, weight2, bias2, positions, prefix, prefix_dot, dtype, keep
         )
         return (tokens,), (present(tokens_dot, images_dot is not None or prefix_dot is not None),)
 

@@ -320,7 +320,7 @@ def qk_norm_rope_dual(primals, tangents, *, prefix_length, eps):
     def compute(primals, tangents):
         qkv, *rest = primals
         qkv_dot = tangents[0]
-        q, k, v, q_dot, k_dot = _QKNormRope.apply(qkv, qkv_dot, *rest, prefix_length, eps)
+        q, k, v, q_dot, k_dot = registration.apply(_QKNormRope, qkv, qkv_dot, *rest, prefix_length, eps)
         if qkv_dot is None:
             return (q, k, v), (None, None, None)
         return (q, k, v), (q_dot, k_dot, qkv_dot.detach()[:, :, 2])

@@ -163,7 +163,7 @@ def swiglu_dual(primals, tangents):
 
     def compute(primals, tangents):
         (x,), (x_dot,) = primals, tangents
-        y, y_dot = _SwiGLU.apply(x, x_dot)
+        y, y_dot = registration.apply(_SwiGLU, x, x_dot)
         return (y,), (present(y_dot, x_dot is not None),)
 
     (y,), (y_dot,) = registration.run_dual("swiglu", "x*", compute, primals, tangents)

@@ -91,7 +91,7 @@ def attention_cases(size: str, stream, low):
     """Heads of 40, 64 and 128 (size B), of 80 (size H); in float32 those of 80 and 128."""
     import torch
 
-    from pmf.kernels import attention
+    from pmf.kernels import attention, registration
 
     wide = (80,) if low == torch.bfloat16 else (80, 128)
     head_dims = {"digits": (), "B": (40, 48, 64, 96, 128), "L": (), "H": wide}[size]
@@ -103,6 +103,14 @@ def attention_cases(size: str, stream, low):
             f"tangent D {head_dim}",
             lambda q=q, k=k, v=v, lse=lse: attention._run_tangent(q, k, v, q, k, v, q, lse, 0.1),
         )
+        if head_dim in (64, 80) and low == torch.bfloat16 and registration.chip(q.device).capability == 90:
+            for tile in attention.HOPPER_TILES:
+
+                def forced(q=q, k=k, v=v, lse=lse, tile=tile):
+                    with attention.tangent_with(tile):
+                        attention._run_tangent(q, k, v, q, k, v, q, lse, 0.1)
+
+                yield f"tangent D {head_dim} {tile}", forced
 
 
 def rotary_cases(size: str, stream, low):
