@@ -130,6 +130,9 @@ def test_tangent_is_never_recorded_and_absent_without_tangents(name):
     for v, d, a, n in zip(flat(value), flat(dot), flat(alone), flat(absent), strict=True):
         assert not d.requires_grad and v.requires_grad and n is None
         assert torch.equal(v, a)
+    leaves = [p for p in primals if p is not None]
+    beside, without = (torch.autograd.grad([v.sin().sum() for v in flat(values)], leaves) for values in (value, alone))
+    assert all(torch.equal(g, w) for g, w in zip(beside, without, strict=True))
 
 
 def test_norms_are_torchs_own():
