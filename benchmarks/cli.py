@@ -45,8 +45,7 @@ class Options:
     """The whole measurement ends within this, start-up aside; what no longer fits is named. Called again, it goes on
     where it ended: what the ledger holds of this very code on this card is not measured twice."""
     profile: str = "lean"
-    """Steps and samplers whose name starts with this also record their kernels, the whole table in a file beside the
-    ledger; "" for none."""
+    """Steps and samplers of this name also record their kernels, the whole table in a file beside the ledger."""
     record: Path | None = None
     """Folder of the ledger (default: benchmarks/results on a GPU; without one, nothing is recorded)."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"

@@ -40,7 +40,7 @@ class Settings:
     device: str
     repeats: int
     profile: str
-    """Whole steps and samplers whose name starts with this also tell their largest kernels."""
+    """Whole steps and samplers of this name also tell their kernels."""
     providers: tuple[str, ...] = ()
     """Only these; none: all."""
 
@@ -185,7 +185,7 @@ def case_records(
     for provider, m in measure(ready, device, settings.repeats, seconds, capture=not whole).items():
         record = {"case": name, "provider": provider, "status": "measured", **asdict(m)}
         if whole:
-            asked = bool(settings.profile) and provider.startswith(settings.profile)
+            asked = provider == settings.profile
             record |= _tried(lambda: _host_and_device(ready[provider].run, device, settings, asked))  # noqa: B023
         yield record
 

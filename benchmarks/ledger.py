@@ -116,6 +116,7 @@ class Earlier:
         same = ("gpu", "sources", "torch", "triton")
         every = records_of(file) if file is not None and origin is not None else ()
         self.records = [r for r in every if all(r.get(name) == origin[name] for name in same)]
+        self.known = {key(r) for r in self.records}
         self.held = {key(r) for r in self.records if _settled(r)}
         self.tried = {key(r) for r in self.records if r["status"] == "failed"} - self.held
 

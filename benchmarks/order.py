@@ -7,7 +7,6 @@ from dataclasses import dataclass
 LONG_ATTENTION = "attention beyond pMF"
 """Stands for a preset in the job of attention at other lengths."""
 BATCHES = {"steps": 128, "sampling": 128, "ops": 128, "memory": 0}
-SUITES = tuple(BATCHES)
 COARSE = ("pMF-B/16", "pMF-L/16", "pMF-H/16")
 FINE = ("pMF-B/32", "pMF-L/32", "pMF-H/32")
 
@@ -51,10 +50,21 @@ EVERYTHING = (
 """What `gpu` measures, most important first."""
 
 
+OF_A_PRESET = (
+    ("steps", "eager"),
+    ("sampling", ""),
+    ("ops", ""),
+    ("memory", ""),
+    ("steps", "backends"),
+    ("steps", "compiled"),
+)
+"""The same of one preset: suite, and group of its providers."""
+
+
 def parts_of(suite: str, sizes: tuple[str, ...], batch: int | None) -> list[Part]:
     """What a command asks for: one suite, or all ("gpu"); some presets, or all; a batch of its own, or the usual."""
     if suite == "gpu" and not sizes:
         return list(dict.fromkeys(Part(p.suite, p.size, batch or p.batch, p.group) for p in EVERYTHING))
-    suites = SUITES if suite == "gpu" else (suite,)
+    wanted = OF_A_PRESET if suite == "gpu" else ((suite, ""),)
     every = sizes or (*COARSE, *((LONG_ATTENTION,) if suite == "ops" else FINE))
-    return [Part(suite, size, batch or BATCHES[suite]) for size in every for suite in suites]
+    return [Part(suite, size, batch or BATCHES[suite], group) for size in every for suite, group in wanted]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 
@@ -36,6 +37,9 @@ def _draws(size: str, batch: int, shape: tuple[int, int, int], device: torch.dev
     return pmf.sample_draws(batch, shape, LOSSES[size], torch.Generator().manual_seed(0), device)
 
 
+_counted = functools.cache(row_operations)
+
+
 def lean_loss(model, x, y, draws, config) -> Tensor:
     """The library's own loss."""
     return pmf.pmf_loss(model, x, y, draws, config).loss
@@ -68,7 +72,11 @@ def _as_drawn(draws: pmf.Draws) -> pmf.Draws:
 class CapturedRun:
     """A step by `pmf.CapturedStep`, on CUDA two graphs; its peak is that of the warm-up and the capture."""
 
-    def __init__(self, rows: Callable, size: str, batch: int, device: torch.device, compiled: bool) -> None:
+    def __init__(
+        self, rows: Callable, size: str, batch: int, device: torch.device, compiled: bool = False, backend: str = ""
+    ) -> None:
+        """`rows`: makes the draws that are computed of those that were drawn. `backend`: attention's value by this."""
+        self.backend = backend
         self.model = pmf.create_model(size, device=device)
         x, y, draws = _inputs(size, batch, device)
         self.inputs, self.device = (x, y, rows(draws)), device
@@ -82,7 +90,8 @@ class CapturedRun:
 
     def __call__(self) -> None:
         """One step; gradients are dropped after."""
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
+        autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda")
+        with autocast, pmf.ops.use_attention_backend(self.backend) if self.backend else contextlib.nullcontext():
             self.step(*self.inputs)
         self.model.zero_grad()
         if self._peak is None and self._allocated is not None:
@@ -95,45 +104,34 @@ class CapturedRun:
 
 def step_providers(size: str, batch: int, device: torch.device) -> dict[str, Callable[[], Run]]:
     """The steps that are compared; flow matching first, the measure of memory; compilers last."""
+
+    def plain(loss: Callable, compiled: bool = False, **options) -> Callable[[], Run]:
+        return functools.partial(training_step, loss, size, batch, device, compiled, **options)
+
+    def captured(rows: Callable = _as_drawn, **options) -> Callable[[], Run]:
+        return functools.partial(CapturedRun, rows, size, batch, device, **options)
+
     reference = dict(impl="reference")
-    ways = {
-        "flow matching": (flow_matching_loss, False, {}),
-        "lean": (lean_loss, False, {}),
-        "joint jvp": (joint_jvp_loss, False, reference),
-        "jvp without gradient, second forward": (two_pass_loss, False, reference),
-        "lean, checkpointed": (lean_loss, False, dict(checkpointing="block")),
-        "lean, compiled": (lean_loss, True, {}),
-        "joint jvp, compiled": (joint_jvp_loss, True, reference),
-        "jvp without gradient, second forward, compiled": (two_pass_loss, True, reference),
+    providers = {
+        "flow matching": plain(flow_matching_loss),
+        "lean": plain(lean_loss),
+        "lean, captured": captured(),
+        "flow matching, captured": captured(flow_matching_draws),
+        "joint jvp": plain(joint_jvp_loss, **reference),
+        "jvp without gradient, second forward": plain(two_pass_loss, **reference),
+        "lean, checkpointed": plain(lean_loss, checkpointing="block"),
     }
-    captured = {
-        "lean, captured": (_as_drawn, False),
-        "flow matching, captured": (flow_matching_draws, False),
-        "lean, captured, compiled": (_as_drawn, True),
-    }
-    providers: dict[str, Callable[[], Run]] = {
-        name: functools.partial(training_step, loss, size, batch, device, compiled, **options)
-        for name, (loss, compiled, options) in ways.items()
-    }
-    for name, (rows, compiled) in captured.items():
-        providers[name] = functools.partial(CapturedRun, rows, size, batch, device, compiled)
     if device.type == "cuda":
-        for name in BACKENDS:
-            providers[f"lean, {name}"] = functools.partial(_step_on, name, size, batch, device)
+        providers |= {f"lean, captured, {name}": captured(backend=name) for name in BACKENDS}
+    providers |= {
+        "lean, compiled": plain(lean_loss, True),
+        "lean, captured, compiled": captured(compiled=True),
+        "joint jvp, compiled": plain(joint_jvp_loss, True, **reference),
+        "jvp without gradient, second forward, compiled": plain(two_pass_loss, True, **reference),
+    }
     if available():
         providers["JAX"] = functools.partial(_jax_provider, size, batch, device)
     return providers
-
-
-def _step_on(backend: str, size: str, batch: int, device: torch.device) -> Run:
-    """The lean step with attention's value and gradients by this backend."""
-    step = training_step(lean_loss, size, batch, device)
-
-    def run() -> None:
-        with pmf.ops.use_attention_backend(backend):
-            step()
-
-    return run
 
 
 def _jax_provider(size: str, batch: int, device: torch.device) -> Run:
@@ -160,7 +158,7 @@ def counted_bytes(size: str, batch: int, provider: str, device: torch.device) ->
 
 def group_of(provider: str) -> str:
     """backends: ours on one named attention; compiled: what a compiler may take minutes for; else eager."""
-    if provider.removeprefix("lean, ") in BACKENDS:
+    if provider.rpartition(", ")[2] in BACKENDS:
         return "backends"
     return "compiled" if provider.endswith("compiled") or provider == "JAX" else "eager"
 
@@ -173,7 +171,7 @@ def step_name(size: str, batch: int) -> str:
 def step_case(size: str, batch: int) -> Case:
     """The pMF step of one preset. Operations are those of the lean plan, whatever a provider of this loss spends."""
     draws = _draws(size, batch, (1, 1, 1), torch.device("cpu"))
-    counted = row_operations(MODELS[size])
+    counted = _counted(MODELS[size])
     providers = functools.partial(step_providers, size, batch)
     floor = counted.flow_matching(draws)
     other = {"flow matching": floor, "flow matching, captured": floor}
@@ -202,5 +200,5 @@ def sampling_case(size: str, batch: int) -> Case:
         return {name: functools.partial(sampler, device, *way) for name, way in ways.items()}
 
     # The guidance pass runs as many blocks as sampling does: the shared ones and one head.
-    operations = batch * row_operations(MODELS[size]).guidance
+    operations = batch * _counted(MODELS[size]).guidance
     return Case(f"sampling {size.removeprefix('pMF-')} batch {batch}", 0, operations, providers, SAMPLING_TEST)

@@ -14,7 +14,7 @@ import torch
 from pmf.benchmarks.cases import VALUE_ALONE, Case
 from pmf.benchmarks.gate import Verdict, run_tests
 from pmf.benchmarks.jobs import Job, Record, Settings, failed, run_job, suite_cases
-from pmf.benchmarks.ledger import Earlier, Key, append, digest, ledger_file
+from pmf.benchmarks.ledger import Earlier, Key, append, digest, key, ledger_file
 from pmf.benchmarks.memory import memory_keys, memory_table
 from pmf.benchmarks.order import LONG_ATTENTION, Part
 from pmf.benchmarks.steps import group_of, step_case
@@ -121,9 +121,19 @@ class Measurement:
                 share = LARGEST_SHARE_AGAIN if again else LARGEST_SHARE
                 for record in run_job(job, self.settings, self.budget.largest_job(share)):
                     self._add(job, record)
+        self._end()
+
+    def _end(self) -> None:
+        """Print the table of largest batches, and what no time was left for."""
         memory = [r for r in self.records if r["suite"] == "memory" and r["status"] == "measured"]
         if memory:
             print(memory_table(memory))
+        late: dict[str, list[str]] = {}
+        for record in self.records:
+            if record["status"] == "skipped":
+                late.setdefault(record["case"], []).append(record["provider"] or "all")
+        if late:
+            print("no time was left for " + "; ".join(f"{case}: {', '.join(names)}" for case, names in late.items()))
 
     def _begin(self) -> None:
         """Measure the ceilings of this part, and read what earlier ones left."""
@@ -189,8 +199,10 @@ class Measurement:
         if record["status"] == "measured" and job.suite != "memory":
             record |= self._shares(record)
         self.records.append(record)
-        print(_line(record), flush=True)
-        if self.directory is not None:
+        skipped = record["status"] == "skipped"
+        if not skipped:
+            print(_line(record), flush=True)
+        if self.directory is not None and not (skipped and key(record) in self.earlier.known):
             file = append({**self.origin, **record}, self.directory)
             if table is not None:
                 write_profile(file, record, table)

@@ -6,6 +6,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,10 @@ from pmf.dispatch import autocast_dtype
 from pmf.errors import require
 from pmf.loss import Draws, LossOutput, Step, _step, check_step, evaluate, perceptual_rows
 
-INPUTS = ("x", "y", "z", "t", "h", "omega", "t_min", "t_max", "inside_omega")
-INPUTS += ("guidance", "null_index", "null_rows", "dropped", "fm")
+INPUTS = (
+    *("x", "y", "z", "t", "h", "omega", "t_min", "t_max", "inside_omega"),
+    *("guidance", "null_index", "null_rows", "dropped", "fm"),
+)
 """What of a `Step` the network and the objective read."""
 
 
@@ -35,9 +38,7 @@ class _Outputs:
 class _Halves:
     """Forward and backward of the steps of one size."""
 
-    step: Step
-    """Where the inputs of a step are put."""
-    forward: Callable[[], _Outputs]
+    forward: Callable[..., _Outputs]
     backward: Callable[[_Outputs, Tensor | None], None]
     """From the forward half's outputs and the gradient that reaches net_u from the perceptual terms."""
 
@@ -69,7 +70,9 @@ class CapturedStep:
         self._places = self._parameter_places()
         self._gradients = _Gradients(self._parameters)
         self._halves: dict[tuple, _Halves] = {}
-        self._pool = torch.cuda.MemPool() if self.device.type == "cuda" else None
+        self._buffers: dict[tuple, Tensor] = {}
+        on_gpu = self.device.type == "cuda"
+        self._pool, self._stream = (torch.cuda.MemPool(), torch.cuda.Stream(self.device)) if on_gpu else (None, None)
 
     def __call__(
         self,
@@ -84,9 +87,10 @@ class CapturedStep:
         require(self._parameter_places() == self._places, message)
         step = _step(self.model, x, y, draws, self.config, "lean")
         self._gradients.adopt()
-        halves = self._halves_of(step, perceptual is not None)
         for name in INPUTS:
-            getattr(halves.step, name).copy_(getattr(step, name))
+            value = getattr(step, name)
+            self._buffer(name, value).copy_(value)
+        halves = self._halves_of(step, perceptual is not None)
         outputs = halves.forward()
         loss = outputs.loss.detach().clone()
         terms = {name: term.clone() for name, term in outputs.terms.items()}
@@ -102,7 +106,8 @@ class CapturedStep:
         net_u = net_u.detach().requires_grad_()
         rows, terms = perceptual_rows(perceptual, self.model, step, net_u, self.config)
         loss = rows.mean()
-        return loss.detach(), terms, *torch.autograd.grad(loss * self.scale, net_u)
+        (gradient,) = torch.autograd.grad(loss * self.scale, net_u)
+        return loss.detach(), terms, gradient
 
     def _parameter_places(self) -> list[int]:
         return [p.data_ptr() for p in self._parameters]
@@ -112,16 +117,20 @@ class CapturedStep:
         dtype = autocast_dtype(self.device.type)
         key = (len(step.x), step.tangent_rows, len(step.null_rows), dtype, perceptual)
         if key not in self._halves:
-            static = replace(step, **{name: getattr(step, name).clone() for name in INPUTS})
-            halves = _Halves(static, functools.partial(self._forward, static, dtype), self._backward)
+            static = replace(step, **{name: self._buffer(name, getattr(step, name)) for name in INPUTS})
+            halves = _Halves(functools.partial(self._forward, static, dtype), self._backward)
             if self.device.type == "cuda":
                 with torch.cuda.device(self.device):
                     halves = self._captured(halves, perceptual)
             self._halves[key] = halves
         return self._halves[key]
 
-    def _forward(self, step: Step, dtype: torch.dtype | None) -> _Outputs:
-        with _own_autocast(self.device.type, dtype):
+    def _buffer(self, name: str, like: Tensor) -> Tensor:
+        """The place of an input of that shape, shared by the steps of all sizes that have it."""
+        return self._buffers.setdefault((name, like.shape), torch.empty_like(like))
+
+    def _forward(self, step: Step, dtype: torch.dtype | None, accumulate: bool = True) -> _Outputs:
+        with self._gradients.collected(self.model, accumulate), _own_autocast(self.device.type, dtype):
             evaluated = evaluate(self.model, step, self.config)
             return _Outputs(evaluated.rows.mean(), evaluated.terms, evaluated.net_u)
 
@@ -136,11 +145,12 @@ class CapturedStep:
         self._warm_up(halves, perceptual)
         first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # Other threads, which pin a loader's batches, may go on meanwhile.
-        options = dict(pool=self._pool.id, capture_error_mode="thread_local")
-        with torch.cuda.graph(first, **options):
+        pool: Any = self._pool.id
+        capture = functools.partial(torch.cuda.graph, pool=pool, stream=self._stream, capture_error_mode="thread_local")
+        with capture(first):
             outputs = halves.forward()
         place = torch.zeros_like(outputs.net_u) if perceptual else None
-        with torch.cuda.graph(second, **options):
+        with capture(second):
             halves.backward(outputs, place)
         left = replace(outputs, loss=outputs.loss.detach(), net_u=outputs.net_u.detach())
 
@@ -153,19 +163,19 @@ class CapturedStep:
                 place.copy_(dnet_u)
             second.replay()
 
-        return _Halves(halves.step, forward, backward)
+        return _Halves(forward, backward)
 
     def _warm_up(self, halves: _Halves, perceptual: bool) -> None:
-        """Run both halves once, so that compilers and libraries get ready; the gradients stay what they were."""
-        kept = self._gradients.buffer.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), torch.cuda.use_mem_pool(self._pool):
-            outputs = halves.forward()
+        """Run both halves once, so that compilers and libraries get ready; these gradients are dropped.
+
+        On the stream and in the pool of the graphs, which find the memory there: PyTorch keeps it apart by both.
+        """
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool):
+            outputs = halves.forward(accumulate=False)
             halves.backward(outputs, torch.zeros_like(outputs.net_u) if perceptual else None)
-            del outputs
-        torch.cuda.current_stream().wait_stream(stream)
-        self._gradients.buffer.copy_(kept)
+        torch.cuda.current_stream().wait_stream(self._stream)
+        torch.cuda.empty_cache()  # what backward's own thread took lies outside of the pool
 
 
 class _Gradients:
@@ -190,6 +200,26 @@ class _Gradients:
             elif p.grad is not None and p.grad is not place:
                 place.copy_(p.grad)
             p.grad = place
+
+    @contextlib.contextmanager
+    def collected(self, model: nn.Module, accumulate: bool) -> Iterator[None]:
+        """Inside, the model computes with stand-ins of its parameters: the same memory, leaves of their own.
+
+        Backward then adds to the places in the buffer (with `accumulate`), on the stream of what runs inside. A
+        parameter itself stays bound to the stream of any step that somebody still holds the loss of, which cannot
+        be captured.
+        """
+        leaves = {p: nn.Parameter(p.detach()) for p in self.parameters}
+        for leaf, place in zip(leaves.values(), self.places, strict=True):
+            leaf.grad = place if accumulate else None
+        homes = [(m, name, p) for m in model.modules() for name, p in m.named_parameters(recurse=False) if p in leaves]
+        try:
+            for module, name, p in homes:
+                setattr(module, name, leaves[p])
+            yield
+        finally:
+            for module, name, p in homes:
+                setattr(module, name, p)
 
 
 @contextlib.contextmanager

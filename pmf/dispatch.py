@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pmf import reference
 from pmf.autocast import autocast_dtype
-from pmf.errors import require
+from pmf.errors import InputError, require
 from pmf.private import constant
 
 log = logging.getLogger("pmf")
@@ -47,7 +47,8 @@ def checked_impl(impl: str | None) -> str:
     """`impl`, or PMF_IMPL where it is None. Errors: not one of `IMPLEMENTATIONS`."""
     source = "impl" if impl is not None else "PMF_IMPL"
     impl = impl if impl is not None else os.environ.get("PMF_IMPL", "auto")
-    require(impl in IMPLEMENTATIONS, f"{source}: expected one of {IMPLEMENTATIONS}, got {impl!r}")
+    if impl not in IMPLEMENTATIONS:
+        raise InputError(f"{source}: expected one of {IMPLEMENTATIONS}, got {impl!r}")
     return impl
 
 
@@ -59,12 +60,15 @@ def report(op: str, choice: str, reason: str) -> None:
 
 def _unsupported(tensors: tuple[Tensor | None, ...]) -> str | None:
     """What about the dtypes of these tensors, tangents too, a Triton kernel cannot take; None when it can."""
-    dtypes = [t.dtype for t in tensors if t is not None]
-    for dtype in dtypes:
-        if dtype not in KERNEL_DTYPES:
-            return f'dtype must be float32, bfloat16 or float16 with impl="triton", got {dtype}'
-    if torch.bfloat16 in dtypes and torch.float16 in dtypes:
-        return "dtypes must not mix bfloat16 and float16, got both"
+    low = None
+    for tensor in tensors:
+        if tensor is None or tensor.dtype == torch.float32:
+            continue
+        if tensor.dtype not in KERNEL_DTYPES:
+            return f'dtype must be float32, bfloat16 or float16 with impl="triton", got {tensor.dtype}'
+        low = tensor.dtype if low is None else low
+        if tensor.dtype != low:
+            return "dtypes must not mix bfloat16 and float16, got both"
     return None
 
 
@@ -81,7 +85,7 @@ def decide(op: str, impl: str | None, device: str, unsupported: str | None = Non
         return "reference", "requested"
     if device != "cuda" and impl == "auto":
         return "reference", "no cuda"
-    if importlib.util.find_spec("triton") is None:
+    if not _kernels and importlib.util.find_spec("triton") is None:
         reason = 'impl="triton" needs the triton package, which is not installed'
     elif unsupported is None and device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         reason = f'impl="triton" needs cuda tensors, got {device} (TRITON_INTERPRET=1 runs the interpreter)'
@@ -121,9 +125,11 @@ def _use_triton(op: str, impl: str | None, device: str, unsupported: str | None)
     return choice == "triton"
 
 
-def choose(op: str, impl: str | None, tensors: tuple[Tensor | None, ...], limit: str | None = None) -> Callable:
-    """The function that computes `op` on these tensors; `limit`: what else about them its kernel cannot take."""
-    device = next(t.device.type for t in tensors if t is not None)
+def choose(op: str, impl: str | None, tensors: tuple, limit: str | None = None) -> Callable:
+    """The function that computes `op` on these tensors, the first of which is there; `limit`: what else about them
+    its kernel cannot take.
+    """
+    device = tensors[0].device.type
     unsupported = limit or (_unsupported(tensors) if op in KERNEL_MODULES else None)
     return _kernels[op] if _use_triton(op, impl, device, unsupported) else getattr(reference, op)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -335,7 +336,7 @@ class Evaluated:
     """The u head's tokens, which the perceptual terms read."""
     fields_of: tuple[Tensor | None, ...]
     """What `ops.pmf_objective_fields` takes."""
-    options: dict[str, object]
+    options: dict[str, Any]
 
 
 def evaluate(model, step: Step, config: LossConfig, plan: str = "lean") -> Evaluated:
@@ -345,7 +346,7 @@ def evaluate(model, step: Step, config: LossConfig, plan: str = "lean") -> Evalu
         nets = _main_pass(model, step, net_c)
     heads = (nets["u"].value, nets["v"].value, nets["u"].dot, net_c, net_n)
     images, guidance = (step.z, step.x), (step.guidance, step.null_index)
-    options = dict(t_clip=model.config.t_clip, patch_size=model.config.patch_size)
+    options: dict[str, Any] = dict(t_clip=model.config.t_clip, patch_size=model.config.patch_size)
     loss_u, loss_v = ops.pmf_objective(*heads, *images, step.t, step.h, *guidance, **options, impl=model.impl)
     pixels = step.x[0].numel()
     terms = {"loss_u": loss_u.detach().mean() / pixels, "loss_v": loss_v.detach().mean() / pixels}

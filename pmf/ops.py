@@ -228,7 +228,8 @@ def attention_dual(primals, tangents, *, scale=None, impl=None):
     if wanted is not None and q.dtype != torch.float64:
         primals, tangents = (tuple(_cast(x, wanted) for x in pair) for pair in (primals, tangents))
     dtypes = [t.dtype for t in (*primals, *tangents) if t is not None]
-    require(len(set(dtypes)) == 1, f"{op}: q, k, v and their tangents must have one dtype, got {dtypes}")
+    if any(dtype != dtypes[0] for dtype in dtypes):
+        raise InputError(f"{op}: q, k, v and their tangents must have one dtype, got {dtypes}")
     run = dispatch.choose("attention_dual", impl, primals + tangents, dispatch.attention_limit(q))
     return run(primals, tangents, scale=scale)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -36,13 +36,10 @@ def watched() -> bool:
     )
 
 
-_ORDINARY = (Tensor, nn.Parameter)
-
-
-def ordinary(argument: object) -> bool:
-    """Whether an argument is no tensor, or one of values that lie in memory as they are: no wrapper, no lazy sign."""
-    if not isinstance(argument, Tensor):
-        return True
-    if type(argument) not in _ORDINARY or argument.is_neg():
-        return False
-    return not torch._C._functorch.is_functorch_wrapped_tensor(argument)
+def ordinary(arguments: Iterable[object]) -> bool:
+    """Whether all tensors among the arguments hold values that lie in memory as they are: no wrapper, no lazy sign."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    for x in arguments:
+        if isinstance(x, Tensor) and (type(x) not in (Tensor, nn.Parameter) or x.is_neg() or wrapped(x)):
+            return False
+    return True

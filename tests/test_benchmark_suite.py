@@ -252,7 +252,7 @@ def test_the_groups_of_a_step_are_all_of_it():
 
     groups = [names(group) for group in ("eager", "compiled", "backends")]
     assert sorted(name for group in groups for name in group) == sorted(names(""))
-    assert [group[0] for group in groups] == ["flow matching", "lean, compiled", "lean, flash"]
+    assert [group[0] for group in groups] == ["flow matching", "lean, compiled", "lean, captured, flash"]
     assert not set(groups[2]) & set(names("", "cpu"))
 
 
