@@ -1,19 +1,24 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-extras clean
+.PHONY: demo test test-gpu test-extras clean
 
 # Train on handwritten digits, draw samples, measure them: runs/digits.
 demo: .venv/core
 	$(BIN)/pmf digits --out runs/digits --overwrite
 	$(BIN)/pmf eval runs/digits
 
-# Lint, formatting, types and every test, a file at a time on each core.
+# Lint, formatting, types and every test, a file at a time on each core; on the CPU, also where there is a GPU.
 test: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+# What only a GPU shows; then every kernel on it, compiled by many processes.
+test-gpu: .venv/dev
+	$(BIN)/python -m pytest -m gpu -rs tests/test_gpu.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 12 --dist worksteal tests/test_kernels_*.py
 
 # The tests of the optional packages (perceptual networks, FID, JAX, flash-attn-4), beside a newer PyTorch: several GB.
 test-extras: .venv-extras/ready
