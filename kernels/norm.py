@@ -162,15 +162,15 @@ def _backward(
 
     for i_b in range(start // length, tl.minimum(stop // length, samples - 1) + 1):
         b_gate = tl.full([1, BLOCK], 1.0, tl.float32)
-        b_weight = tl.full([1, BLOCK], 1.0, tl.float32)
-        b_one_plus = tl.full([1, BLOCK], 1.0, tl.float32)
+        b_factor = tl.full([1, BLOCK], 1.0, tl.float32)
+        p_sample_scale = p_scale
         if p_gate is not None:
             b_gate = load_vector(p_gate + tl.cast(i_b, tl.int64) * STRIDES[0], i_c, C)
         if p_weight is not None:
-            b_weight = load_vector(p_weight, i_c, C)
+            b_factor = load_vector(p_weight, i_c, C)
         if p_scale is not None:
-            b_one_plus += load_vector(p_scale + tl.cast(i_b, tl.int64) * STRIDES[1], i_c, C)
-        b_factor = b_weight * b_one_plus
+            p_sample_scale = p_scale + tl.cast(i_b, tl.int64) * STRIDES[1]
+            b_factor = b_factor * (1.0 + load_vector(p_sample_scale, i_c, C))
         b_sum_ndy = tl.zeros([ROWS, BLOCK], tl.float32)
         b_sum_dy = tl.zeros([ROWS, BLOCK], tl.float32)
         b_sum_dgate = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -207,13 +207,20 @@ def _backward(
             if p_dgate is not None:
                 b_sum_dgate += b_dx * b_branch.to(tl.float32)
 
+        # Weight and scale are read again: through the loop they would cost registers.
         i_sum = tl.cast(i_program + i_b, tl.int64) * C + i_c
         if p_dgate is not None:
             tl.store(p_dgate + i_sum, tl.sum(b_sum_dgate, 0), mask=i_c < C)
         if p_dweight is not None:
-            tl.store(p_dweight + i_sum, tl.sum(b_sum_ndy * b_one_plus, 0), mask=i_c < C)
+            b_dweight = b_sum_ndy
+            if p_scale is not None:
+                b_dweight = b_sum_ndy * (1.0 + load_vector(p_sample_scale, i_c, C))
+            tl.store(p_dweight + i_sum, tl.sum(b_dweight, 0), mask=i_c < C)
         if p_dscale is not None:
-            tl.store(p_dscale + i_sum, tl.sum(b_sum_ndy * b_weight, 0), mask=i_c < C)
+            b_dscale = b_sum_ndy
+            if p_weight is not None:
+                b_dscale = b_sum_ndy * load_vector(p_weight, i_c, C)
+            tl.store(p_dscale + i_sum, tl.sum(b_dscale, 0), mask=i_c < C)
         if p_dshift is not None:
             tl.store(p_dshift + i_sum, tl.sum(b_sum_dy, 0), mask=i_c < C)
 
@@ -259,7 +266,7 @@ def _run_forward(
     samples, length, width = x.shape
     tile = forward_tile(width, registration.chip(x.device))
     registration.launch(
-        _forward, samples * triton.cdiv(length, tile.rows),
+        _forward, samples * registration.cdiv(length, tile.rows),
         x, branch, gate, weight, scale, shift, *dots,
         present(x_new, branch is not None), y,
         present(x_new_dot, x_new_dot.numel() > 0), present(y_dot, y_dot.numel() > 0), stats,

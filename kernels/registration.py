@@ -135,9 +135,11 @@ def apply(function: type[torch.autograd.Function], *arguments):
     """`function.apply(*arguments)`, by the shortest way that gives the same."""
     if torch.compiler.is_compiling() or watched():
         return function.apply(*arguments)
-    if torch.is_grad_enabled():
-        return _with_context(function).apply(*arguments)
-    return function.forward(*arguments)
+    if not torch.is_grad_enabled():
+        return function.forward(*arguments)
+    short = _with_context(function)
+    # Function.apply looks for transforms, and for what finished ones left behind: neither is here.
+    return super(torch.autograd.Function, short).apply(*arguments) if ordinary(arguments) else short.apply(*arguments)
 
 
 def run_dual(op: str, names: str, compute: Callable, primals: tuple, tangents: tuple) -> tuple:

@@ -150,12 +150,13 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, outputs):
         ctx.mark_non_differentiable(outputs[1])
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(inputs[0])
 
     @staticmethod
     def backward(ctx, dy, _):
         (x,) = ctx.saved_tensors
-        return _swiglu_backward(dy, x), None
+        return None if dy is None else _swiglu_backward(dy, x), None
 
 
 def swiglu_dual(primals, tangents):
