@@ -167,6 +167,17 @@ def test_rotation_is_complex_multiplication_by_the_angle():
     assert torch.equal(v, qkv[:, :, 2])
 
 
+def test_rotation_takes_heads_of_any_layout():
+    qkv, *rest = CASES["rope"][1]()
+    options = CASES["rope"][3]
+    expected, expected_dot = reference.qk_norm_rope_dual((qkv, *rest), (qkv, *[None] * 4), **options)
+    turned = qkv.permute(4, 2, 3, 1, 0).contiguous().permute(4, 3, 1, 2, 0)  # the same values, samples innermost
+    actual, actual_dot = reference.qk_norm_rope_dual((turned, *rest), (turned, *[None] * 4), **options)
+    assert turned.stride() != qkv.stride() and torch.equal(turned, qkv)
+    for x, y in zip((*actual, *actual_dot), (*expected, *expected_dot), strict=True):
+        assert torch.allclose(x, y, rtol=1e-14, atol=1e-14)
+
+
 def test_rope_tables_turn_rows_first_then_columns():
     cos, sin = reference.rope_tables(4, 16)
     frequency = 10000.0 ** (-torch.arange(4, dtype=torch.float64) / 4)

@@ -27,7 +27,7 @@ def rope_tables(grid_size: int, head_dim: int, *, theta: float = 10000.0, device
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn adjacent pairs (a, b), (a + ib) (cos + i sin): x [B, S, 2, H, D]; cos, sin [S, 1, 1, D / 2]."""
-    pairs = x.unflatten(-1, (-1, 2))
+    pairs = x.contiguous().unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():  # compilers fuse real products alone; eager, a complex one is one pass
         a, b = pairs.unbind(-1)
         return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
