@@ -12,15 +12,16 @@ from pmf.config import LossConfig
 from pmf.loss import Draws, pmf_loss
 
 
-def flow_matching_loss(model, x: Tensor, y: Tensor, draws: Draws, config: LossConfig) -> Tensor:
-    """Plain flow matching of the same network: every row has r = t; no tangent, no guidance.
-
-    The floor of time and memory.
-    """
+def flow_matching_draws(draws: Draws) -> Draws:
+    """Every row has r = t; no tangent, no guidance."""
     yes = torch.ones_like(draws.fm_mask)
     whole = dict(t_min=torch.zeros_like(draws.t), t_max=torch.ones_like(draws.t))
-    every = replace(draws, r=draws.t, fm_mask=yes, drop_mask=yes, **whole)
-    return pmf_loss(model, x, y, every, config).loss
+    return replace(draws, r=draws.t, fm_mask=yes, drop_mask=yes, **whole)
+
+
+def flow_matching_loss(model, x: Tensor, y: Tensor, draws: Draws, config: LossConfig) -> Tensor:
+    """Plain flow matching of the same network: the floor of time and memory."""
+    return pmf_loss(model, x, y, flow_matching_draws(draws), config).loss
 
 
 def joint_jvp_loss(model, x: Tensor, y: Tensor, draws: Draws, config: LossConfig) -> Tensor:

@@ -22,6 +22,10 @@ from pmf.layers import PatchEmbed
 from pmf.loss import StepPlan, sample_draws
 
 MODES = ("forward", "dual", "backward")
+VALUE_ALONE = "value alone"
+"""The provider that computes no tangent, on the same rows: what value and tangent together are measured by."""
+BACKENDS = ("flash", "cudnn", "flash_attn_4", "flash_attn")
+"""What else may compute attention's value and its gradients; see `pmf.kernels.flash`."""
 Run = Callable[[], object]
 
 
@@ -41,6 +45,12 @@ class Case:
     """The test file that must pass before a figure is recorded."""
     other_operations: dict[str, int] = field(default_factory=dict)
     """Operations of providers that compute something else, for scale."""
+    other_tests: dict[str, str] = field(default_factory=dict)
+    """Word in a provider's name -> one more test file that must pass before it."""
+
+    def tests(self, provider: str | None) -> set[str]:
+        """The test files that must pass before a figure of a provider is recorded."""
+        return {self.test} | {test for word, test in self.other_tests.items() if word in (provider or "")}
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,10 @@ class Op:
     """Tangents on every row, not on the last half alone."""
     rivals: dict[str, Callable] = field(default_factory=dict)
     """Other libraries' ways to compute value and tangent: (primals, tangents) -> anything."""
+    variants: Callable[[str, torch.device], dict[str, Callable]] = lambda mode, device: {}
+    """Of a mode, further choices of ours: name -> the context in which Triton runs."""
+    value_alone: bool = False
+    """Whether the value without tangent is timed beside both, as what they are measured by."""
 
     def cases(self, size: str) -> list[Case]:
         """One case per mode."""
@@ -74,6 +88,7 @@ class Op:
                 self.operations.get(mode, 0),
                 lambda device, mode=mode: self._providers(mode, device),
                 self.test,
+                {VALUE_ALONE: self.operations.get("forward", 0)} if self.value_alone else {},
             )
             for mode in MODES
         ]
@@ -85,12 +100,22 @@ class Op:
             with torch.autocast(device.type, dtype=torch.bfloat16):
                 return run(primals, tangents, impl=impl, **self.options)
 
+        def within(context):
+            def way(primals, tangents):
+                with context():
+                    return dual(primals, tangents, "triton")
+
+            return way
+
         compiled = torch.compile(dual)
         ways = {
             "reference": lambda *a: dual(*a, "reference"),
             "compiled reference": lambda *a: compiled(*a, "reference"),
             "triton": lambda *a: dual(*a, "triton"),
         }
+        if mode == "dual" and self.value_alone:  # first: the others are measured by it
+            ways = {VALUE_ALONE: lambda primals, _: dual(primals, (None,) * len(primals), "triton"), **ways}
+        ways |= {name: within(context) for name, context in self.variants(mode, device).items()}
         if mode == "dual":
             ways |= self.rivals
         return {name: functools.partial(self._run, way, mode, device) for name, way in ways.items()}
@@ -226,6 +251,18 @@ def patch_op(config: ModelConfig, batch: int) -> Op:
     )
 
 
+def attention_variants(mode: str, device: torch.device) -> dict[str, Callable]:
+    """Every backend of the value and of its gradients; other tiles of the tangent, which are meant for Hopper."""
+    if device.type != "cuda":
+        return {}
+    if mode != "dual":
+        return {f"triton, {name}": lambda name=name: ops.use_attention_backend(name) for name in BACKENDS}
+    from pmf.kernels.attention import HOPPER_TILES, tangent_with
+
+    tiles = {f"triton {t.queries}x{t.keys} w{t.warps} s{t.stages}": t for t in HOPPER_TILES}
+    return {name: functools.partial(tangent_with, tile) for name, tile in tiles.items()}
+
+
 def attention_op(batch: int, length: int, heads: int, head_dim: int) -> Op:
     """Attention with tangents on every row, against what other scripts use."""
     values = batch * length * heads * head_dim * 2
@@ -239,7 +276,7 @@ def attention_op(batch: int, length: int, heads: int, head_dim: int) -> Op:
 
     rivals = {"plain attention, torch.func.jvp": plain_jvp}
     if importlib.util.find_spec("jvp_flash_attention") and length % 32 == 0 and head_dim in (16, 32, 64, 128):
-        rivals["jvp_flash_attention"] = _jvp_flash_attention
+        rivals["jvp_flash_attention"] = _jvp_flash_attention()
     return Op(
         "attention",
         make,
@@ -250,18 +287,27 @@ def attention_op(batch: int, length: int, heads: int, head_dim: int) -> Op:
         {"forward": 2 * products, "dual": 7 * products, "backward": 5 * products},
         every_row=True,
         rivals=rivals,
+        variants=attention_variants,
+        value_alone=True,
     )
 
 
-def _jvp_flash_attention(primals, tangents):
-    """The package's dual forward; it takes heads before tokens."""
-    from jvp_flash_attention.jvp_attention import JVPAttn
-    from torch.autograd import forward_ad
+def _jvp_flash_attention() -> Callable:
+    """The package's dual forward. It takes heads before tokens: laid out so once, outside of what is timed."""
+    laid_out: list[tuple[Tensor, Tensor]] = []
 
-    with forward_ad.dual_level():
-        pairs = zip(primals, tangents, strict=True)
-        duals = [forward_ad.make_dual(*(x.transpose(1, 2).contiguous() for x in pair)) for pair in pairs]
-        return forward_ad.unpack_dual(JVPAttn.fwd_dual(*duals))
+    def way(primals, tangents):
+        from jvp_flash_attention.jvp_attention import JVPAttn
+        from torch.autograd import forward_ad
+
+        if not laid_out:
+            pairs = zip(primals, tangents, strict=True)
+            laid_out.extend(tuple(x.transpose(1, 2).contiguous() for x in pair) for pair in pairs)
+        with forward_ad.dual_level():
+            duals = [forward_ad.make_dual(*pair) for pair in laid_out]
+            return forward_ad.unpack_dual(JVPAttn.fwd_dual(*duals))
+
+    return way
 
 
 def objective_case(size: str, batch: int) -> Case:

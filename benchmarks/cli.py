@@ -11,13 +11,12 @@ import torch
 import tyro
 
 from pmf.benchmarks import plots, report
-from pmf.benchmarks.jobs import LONG_ATTENTION, Settings
+from pmf.benchmarks.jobs import Settings
 from pmf.benchmarks.ledger import RESULTS
-from pmf.benchmarks.suite import SUITES, Budget, Measurement, Plan
+from pmf.benchmarks.order import parts_of
+from pmf.benchmarks.suite import Budget, Measurement, Plan
 from pmf.errors import InputError, require
 
-COARSE = ("pMF-B/16", "pMF-L/16", "pMF-H/16")
-FINE = ("pMF-B/32", "pMF-L/32", "pMF-H/32")
 READERS = {"plot": plots.command, "report": report.command}
 
 
@@ -30,11 +29,12 @@ class Options:
 
     suite: tyro.conf.Positional[Literal["ops", "steps", "sampling", "memory", "gpu"]]
     """ops: each op at the shapes of a block. steps: forward and backward of training steps, no optimizer.
-    sampling: one-step sampling. memory: the largest batch. gpu: all of them, the most important first."""
+    sampling: one-step sampling. memory: the largest batch. gpu: all of them, the most important first, as
+    benchmarks/order.py lists them."""
     sizes: tuple[str, ...] = ()
     """Presets whose shapes are measured (default: all published; for ops those of 16 pixels a patch)."""
     batch: int | None = None
-    """Images in a batch (default: 64 for ops, 128 for steps and sampling)."""
+    """Images in a batch (default: 128; in gpu, the steps of the larger networks 64)."""
     only: str = ""
     """Measure only cases whose name contains this."""
     providers: tuple[str, ...] = ()
@@ -42,24 +42,14 @@ class Options:
     repeats: int = 30
     """Runs of each provider, fewer where time is short; the median is reported."""
     minutes: float = 19.0
-    """The whole measurement ends within this, start-up aside; what no longer fits is named."""
+    """The whole measurement ends within this, start-up aside; what no longer fits is named. Called again, it goes on
+    where it ended: what the ledger holds of this very code on this card is not measured twice."""
     profile: str = "lean"
-    """Steps and samplers whose name starts with this also record their largest kernels; "" for none."""
+    """Steps and samplers of this name also record their kernels, the whole table in a file beside the ledger."""
     record: Path | None = None
     """Folder of the ledger (default: benchmarks/results on a GPU; without one, nothing is recorded)."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Device to measure on."""
-
-
-def plan_of(options: Options) -> Plan:
-    """What the options ask for, most important first."""
-    suites = SUITES if options.suite == "gpu" else (options.suite,)
-    parts = [(suite, size) for size in options.sizes or COARSE for suite in suites]
-    if not options.sizes:
-        # An op has the same shapes at 32 pixels a patch, but for the two that touch images.
-        parts += [("ops", LONG_ATTENTION)] * ("ops" in suites)
-        parts += [(suite, size) for size in FINE for suite in suites if suite != "ops"]
-    return Plan.of(parts, options.batch, options.only)
 
 
 def measure(options: Options) -> None:
@@ -68,7 +58,8 @@ def measure(options: Options) -> None:
     on_gpu = torch.device(options.device).type == "cuda"
     directory = options.record or (RESULTS if on_gpu else None)
     settings = Settings(options.device, options.repeats, options.profile, options.providers)
-    plan = plan_of(options)
+    parts = parts_of(options.suite, options.sizes, options.batch)
+    plan = Plan.of(parts, torch.device(options.device), options.only)
     known = sorted(plan.providers())
     unknown = sorted(set(options.providers) - set(known))
     require(not unknown, f"providers: expected some of {known}, got {next(iter(unknown), '')!r}")

@@ -14,25 +14,23 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 
 import torch
 
-from pmf.benchmarks.cases import Case, long_attention_cases, op_cases
-from pmf.benchmarks.ledger import provenance
-from pmf.benchmarks.memory import memory_rows
-from pmf.benchmarks.steps import sampling_case, step_case, step_name, step_providers
-from pmf.benchmarks.timing import Ready, ceilings, largest_kernels, measure, warm_up
+from pmf.benchmarks.cases import Case, Run, long_attention_cases, op_cases
+from pmf.benchmarks.ledger import OUT_OF_MEMORY, Key, Record, provenance
+from pmf.benchmarks.memory import memory_case, memory_rows
+from pmf.benchmarks.order import LONG_ATTENTION
+from pmf.benchmarks.steps import counted_bytes, sampling_case, step_case, step_name, step_providers
+from pmf.benchmarks.timing import Ready, ceilings, host_us, measure, profiled, warm_up
 
 TIMING_SHARE = 0.1
 """Share of a job's time that its timed runs may take; the rest is for building, compiling and warming up."""
-OUT_OF_MEMORY = ("OutOfMemoryError", "XlaRuntimeError: RESOURCE_EXHAUSTED", "JaxRuntimeError: RESOURCE_EXHAUSTED")
-"""How the errors of PyTorch's and JAX's allocators begin."""
-LONG_ATTENTION = "attention beyond pMF"
-"""Stands for a preset in the job of attention at other lengths."""
-Record = dict[str, object]
+PROFILE_ROWS = 25
+"""Kernels that a record names; the whole table stands in a file of its own."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Settings:
     device: str
     repeats: int
     profile: str
-    """Whole steps and samplers whose name starts with this also tell their largest kernels."""
+    """Whole steps and samplers of this name also tell their kernels."""
     providers: tuple[str, ...] = ()
     """Only these; none: all."""
 
@@ -59,11 +57,13 @@ class Job:
     """Their names; none for ceilings and memory."""
     provider: str | None = None
     """This alone; None: all, in turns."""
+    held: frozenset[Key] = frozenset()
+    """What an earlier part measured: left out."""
 
     @property
     def names(self) -> tuple[str, ...]:
         """What its records are filed under."""
-        return self.cases or (f"largest batch {self.size.removeprefix('pMF-')}",)
+        return self.cases or (memory_case(self.size),)
 
 
 def suite_cases(suite: str, size: str, batch: int) -> list[Case]:
@@ -132,7 +132,7 @@ def _records(job: Job, settings: Settings, device: torch.device, seconds: float)
     if job.suite == "ceilings":
         yield {**provenance(device), **ceilings(device)}
     elif job.suite == "memory":
-        for row in memory_rows(job.size, device):
+        for row in memory_rows(job.size, device, job.held):
             yield {"case": job.names[0], "status": "measured", **row}
     elif job.suite == "steps":
         yield from _step_records(job, settings, device, TIMING_SHARE * seconds)
@@ -142,17 +142,22 @@ def _records(job: Job, settings: Settings, device: torch.device, seconds: float)
             if case.name in job.cases:
                 torch.compiler.reset()  # else what earlier cases compiled counts against the compiler's limit
                 wanted = settings.providers if job.provider is None else (job.provider,)
-                providers = {n: prepare for n, prepare in case.providers(device).items() if not wanted or n in wanted}
+                known = {n: prepare for n, prepare in case.providers(device).items() if not wanted or n in wanted}
+                providers = {
+                    n: prepare for n, prepare in known.items() if (case.name, n, job.batch, None) not in job.held
+                }
                 yield from case_records(case.name, providers, device, settings, timing, job.suite != "ops")
 
 
 def _step_records(job: Job, settings: Settings, device: torch.device, seconds: float) -> Iterator[Record]:
     """A step whose batch does not fit into memory is recorded as such and measured at half of it."""
     batch, full = job.batch, True
-    while full and batch > 0:
+    while full and batch > 0 and (step_name(job.size, batch), job.provider, batch, None) not in job.held:
         prepare = step_providers(job.size, batch, device)[job.provider]
         name = step_name(job.size, batch)
         (record,) = case_records(name, {job.provider: prepare}, device, settings, seconds, whole=True)
+        if record.get("peak_bytes") is not None:
+            record |= _tried(lambda: counted_bytes(job.size, batch, job.provider, device))  # noqa: B023
         yield {**record, "batch": batch}
         full = str(record.get("error", "")).startswith(OUT_OF_MEMORY)
         batch //= 2
@@ -166,8 +171,8 @@ def case_records(
 ) -> Iterator[Record]:
     """One record per provider of a case: its measurement, or why there is none. Others go on.
 
-    `whole`: a whole step or sampler, timed as a script runs it, not as a CUDA graph, and profiled where
-    the settings ask for it.
+    `whole`: a whole step or sampler, timed as a script runs it, not as a CUDA graph, with what the host takes,
+    and profiled where the settings ask for it.
     """
     ready: dict[str, Ready] = {}
     for provider, prepare in providers.items():
@@ -179,6 +184,30 @@ def case_records(
         return
     for provider, m in measure(ready, device, settings.repeats, seconds, capture=not whole).items():
         record = {"case": name, "provider": provider, "status": "measured", **asdict(m)}
-        if whole and settings.profile and provider.startswith(settings.profile):
-            record["profile"] = largest_kernels(ready[provider].run, device)
+        if whole:
+            asked = provider == settings.profile
+            record |= _tried(lambda: _host_and_device(ready[provider].run, device, settings, asked))  # noqa: B023
         yield record
+
+
+def _host_and_device(run: Run, device: torch.device, settings: Settings, asked: bool) -> Record:
+    """What the host takes to enqueue a run, what its kernels take, and how many there are; its profile where asked."""
+    found: Record = {"host_us": host_us(run, device, min(settings.repeats, 5)), "busy_us": None, "launches": None}
+    on_gpu = device.type == "cuda"
+    if on_gpu or asked:
+        profile = profiled(run, device)
+        if on_gpu:
+            found |= {"busy_us": profile.busy_us, "launches": profile.launches}
+        if asked:
+            kernels = profile.kernels[:PROFILE_ROWS]
+            found["profile"] = [(name[:120], took / profile.busy_us, calls) for name, took, calls in kernels]
+            found["table"] = profile.table()
+    return found
+
+
+def _tried(measure: Callable[[], Record]) -> Record:
+    """What stands beside a figure; where it fails, why: the figure is kept."""
+    try:
+        return measure()
+    except Exception as error:
+        return {"note": first_line(error)}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from pmf.benchmarks.baselines import joint_jvp_loss
+from pmf.benchmarks.ledger import Key, Record
 from pmf.benchmarks.steps import lean_loss, training_step
 from pmf.memory import main_pass, optimizer_bytes, training_memory
 from pmf.model import PMFDiT, create_model
@@ -30,8 +31,19 @@ def joint_pass(model: PMFDiT, rows: int) -> object:
     return torch.func.jvp(fields, (z, one, one), (z, one, one), has_aux=True)
 
 
-def measured_largest_batch(size: str, checkpointing: str, budget_gb: float, joint: bool = False) -> int:
-    """The largest batch, to a sixteenth, whose step runs on this GPU under the budget.
+def largest(fits: Callable[[int], bool], guess: int) -> int:
+    """The largest number that fits, to a sixteenth; 0 where 1 does not. A good guess saves tries."""
+    low, high = 0, max(1, guess)
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > max(1, low // 16):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def measured_largest_batch(size: str, checkpointing: str, budget_gb: float, guess: int, joint: bool = False) -> int:
+    """The largest batch, to a sixteenth, whose step runs on this GPU under the budget; `guess`: where to begin.
 
     What the optimizer and the averages keep is held beside it, so that it compares with `training_memory`.
     """
@@ -52,37 +64,49 @@ def measured_largest_batch(size: str, checkpointing: str, budget_gb: float, join
         except torch.cuda.OutOfMemoryError:
             return False
 
-    low, high = 0, 1
-    while fits(high):
-        low, high = high, 2 * high
-    while high - low > max(1, low // 16):
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+    found = largest(fits, guess)
     torch.cuda.set_per_process_memory_fraction(1.0)
-    return low
+    return found
 
 
-def memory_rows(size: str, device: torch.device) -> Iterator[dict[str, object]]:
-    """A record per step and budget: the computed largest batch, and on a GPU that has the memory the measured.
+def memory_case(size: str) -> str:
+    """What the largest batches of a preset are filed under."""
+    return f"largest batch {size.removeprefix('pMF-')}"
+
+
+def memory_keys(size: str) -> set[Key]:
+    """What `memory_rows` gives, as the ledger names it."""
+    return {(memory_case(size), way, 0, budget) for way in WAYS for budget in BUDGETS_GB}
+
+
+def memory_rows(size: str, device: torch.device, held: frozenset[Key] = frozenset()) -> Iterator[Record]:
+    """A record per step and budget, but for those `held`: the computed largest batch, and on a GPU that has the
+    memory the measured.
 
     Counted on the Triton kernels where they can run (a GPU, or TRITON_INTERPRET=1), else on the reference.
     """
     on_gpu = device.type == "cuda"
     triton = on_gpu or os.environ.get("TRITON_INTERPRET") == "1"
-    held = torch.cuda.get_device_properties(device).total_memory / 1e9 if on_gpu else 0
+    there = torch.cuda.get_device_properties(device).total_memory / 1e9 if on_gpu else 0
     for way, checkpointing in WAYS.items():
+        budgets = [budget for budget in BUDGETS_GB if (memory_case(size), way, 0, budget) not in held]
+        if not budgets:
+            continue
         joint = way == "joint jvp"
         impl = "triton" if triton and not joint else "reference"
         memory = training_memory(size, checkpointing, impl, forward=joint_pass if joint else main_pass)
-        for budget in BUDGETS_GB:
+        for budget in budgets:
+            computed = memory.largest_batch(budget * 1e9)
+            measured = None
             # A card of 80 GB has a little less, or more, than 80e9 bytes.
-            measured = measured_largest_batch(size, checkpointing, budget, joint) if held > 0.95 * budget else None
+            if there > 0.95 * budget:
+                measured = measured_largest_batch(size, checkpointing, budget, computed * 3 // 4, joint)
             yield {
                 "provider": way,
                 "impl": impl,
                 "budget_gb": budget,
                 "bytes_per_image": memory.per_row,
-                "computed_batch": memory.largest_batch(budget * 1e9),
+                "computed_batch": computed,
                 "measured_batch": measured,
             }
 

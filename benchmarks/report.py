@@ -8,11 +8,12 @@ from pathlib import Path
 
 import tyro
 
-from pmf.benchmarks.ledger import RESULTS, ROOT
+from pmf.benchmarks.ledger import RESULTS, ROOT, Record, key
 from pmf.benchmarks.memory import BUDGETS_GB
 from pmf.errors import require
 
-Record = dict
+BUSY = 0.9
+"""From this share of a step's time on, its kernels are what it waits for."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,10 @@ def read_ledger(file: Path) -> list[Record]:
     for number, line in enumerate(file.read_text().splitlines(), 1):
         try:
             record = json.loads(line)
-            key = (record["case"], record["provider"], record.get("budget_gb"))
-            if record["status"] != "skipped" or key not in latest:
-                latest[key] = record
+            if record.get("suite") == "tests":
+                continue
+            if record["status"] != "skipped" or key(record) not in latest:
+                latest[key(record)] = record
         except (ValueError, KeyError, TypeError):
             require(False, f"ledger: line {number} of {file} is no record")
     records = list(latest.values())
@@ -67,17 +69,32 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
+def _gigabytes(size: int | None) -> str:
+    return _number(None if size is None else size / 1e9, ".2f")
+
+
+def _bound(record: Record) -> str:
+    """What a step waits for: the GPU where its kernels fill most of the time, else the host that launches them."""
+    busy = record.get("busy_us")
+    if not busy:
+        return "-"
+    share = busy / record["median_us"]
+    return f"{'GPU' if share >= BUSY else 'host'}, busy {min(share, 1.0):.0%}"
+
+
 def _whole(records: list[Record]) -> str:
-    """Steps or samplers."""
-    columns = ["", "provider", "ms", "quartiles", "images/s", "of bf16 product", "peak GB", "of flow matching's"]
+    """Steps or samplers. Host: what enqueueing takes; the GPU's share of the time: of kernels, from a profile."""
+    columns = ["", "provider", "ms", "quartiles", "images/s", "of bf16 product", "host ms", "bound by", "launches"]
+    columns += ["peak GB", "of flow matching's", "of counted", "reserved GB"]
     rows = []
     for r in records:
         quartiles = " to ".join(f"{us / 1e3:.4g}" for us in r["quartiles_us"])
-        peak = None if r["peak_bytes"] is None else r["peak_bytes"] / 1e9
         times = [f"{r['median_us'] / 1e3:.4g}", quartiles, f"{r['images_per_s']:.4g}", f"{r['of_product_rate']:.1%}"]
-        rows.append(
-            [r["case"], r["provider"], *times, _number(peak, ".2f"), _number(r["peak_of_flow_matching"], ".2f")]
-        )
+        host = [_number(r["host_us"] / 1e3 if "host_us" in r else None, ".4g"), _bound(r)]
+        host += [_number(r.get("launches"), "d")]
+        shares = [_number(r.get(name), ".2f") for name in ("peak_of_flow_matching", "peak_of_counted")]
+        memory = [_gigabytes(r["peak_bytes"]), *shares, _gigabytes(r.get("reserved_bytes"))]
+        rows.append([r["case"], r["provider"], *times, *host, *memory])
     return markdown(columns, rows)
 
 
@@ -87,7 +104,8 @@ def _ops(records: list[Record]) -> str:
     cells: dict[str, dict[str, str]] = {}
     for r in records:
         share = max(r["of_copy_bandwidth"], r["of_product_rate"])
-        cells.setdefault(r["case"], {})[r["provider"]] = f"{r['median_us']:.4g} µs, {share:.0%}"
+        ratio = f", {r['of_value_alone']:.2f} x the value" if r.get("of_value_alone") else ""
+        cells.setdefault(r["case"], {})[r["provider"]] = f"{r['median_us']:.4g} µs, {share:.0%}{ratio}"
     rows = [[case, *(row.get(provider, "-") for provider in providers)] for case, row in cells.items()]
     return markdown(["op", *providers], rows)
 
@@ -111,7 +129,9 @@ def _origin(file: Path, records: list[Record]) -> str:
     ceilings = f"in the latest run copy {last['copy_bytes_per_s'] / 1e9:.0f} GB/s, "
     ceilings += f"bf16 product {last['product_operations_per_s'] / 1e12:.4g} TFLOP/s"
     versions = "; ".join(dict.fromkeys(f"PyTorch {r['torch']}, Triton {r['triton']}" for r in records))
-    return f"From `{name}`: {last['gpu']}, {ceilings}; {versions}; commit {', '.join(commits)}.\n"
+    backends = ", ".join(dict.fromkeys(r["attention"] for r in records if "attention" in r))
+    attention = f"attention's value by {backends}; " if backends else ""
+    return f"From `{name}`: {last['gpu']}, {ceilings}; {attention}{versions}; commit {', '.join(commits)}.\n"
 
 
 def report(file: Path) -> str:

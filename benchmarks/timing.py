@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 Run = Callable[[], object]
@@ -25,6 +26,10 @@ class Ready:
     """What its last warm-up run took."""
     peak_bytes: int | None
     """Peak of the allocator above what was there before; None without a GPU."""
+    peak_from: str = "a warm run"
+    """What that peak is of, for a run that counts its own."""
+    reserved_bytes: int | None = None
+    """What PyTorch's allocator holds after the run, pools of CUDA graphs with it; None without a GPU."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,9 @@ class Measurement:
     captured: bool
     """Replayed as a CUDA graph."""
     peak_bytes: int | None
-    """As in `Ready`."""
+    """This and the next two as in `Ready`."""
+    peak_from: str
+    reserved_bytes: int | None
 
 
 def warm_up(run: Run, device: torch.device) -> Ready:
@@ -54,13 +61,15 @@ def warm_up(run: Run, device: torch.device) -> Ready:
         torch.cuda.reset_peak_memory_stats(device)
     began = time.perf_counter()
     run()
-    peak = None
+    peak = reserved = None
     if on_gpu:
         torch.cuda.synchronize(device)
-        peak = torch.cuda.max_memory_allocated(device) - before
+        peak, reserved = torch.cuda.max_memory_allocated(device) - before, torch.cuda.memory_reserved(device)
     seconds = time.perf_counter() - began
     own = getattr(run, "peak_bytes", None)
-    return Ready(run, seconds, peak if own is None else own())
+    if own is None:
+        return Ready(run, seconds, peak, reserved_bytes=reserved)
+    return Ready(run, seconds, own(), getattr(run, "peak_from", "its own count"), reserved)
 
 
 def measure(
@@ -79,10 +88,10 @@ def measure(
     repeats = max(FEWEST, min(repeats, int(min(seconds / once, repeats)))) if once > 0 else repeats
     if device.type != "cuda":
         samples = _cpu_samples({name: ready.run for name, ready in providers.items()}, repeats)
-        return {name: _summary(samples[name], False, None) for name in providers}
+        return {name: _summary(samples[name], False, ready) for name, ready in providers.items()}
     runs = {name: _captured(ready.run) if capture else (ready.run, False) for name, ready in providers.items()}
     samples = _cuda_samples({name: run for name, (run, _) in runs.items()}, device, repeats)
-    return {name: _summary(samples[name], runs[name][1], ready.peak_bytes) for name, ready in providers.items()}
+    return {name: _summary(samples[name], runs[name][1], ready) for name, ready in providers.items()}
 
 
 def _cpu_samples(providers: dict[str, Run], repeats: int) -> dict[str, list[float]]:
@@ -127,9 +136,10 @@ def _captured(run: Run) -> tuple[Run, bool]:
     return graph.replay, True
 
 
-def _summary(samples: list[float], captured: bool, peak_bytes: int | None) -> Measurement:
+def _summary(samples: list[float], captured: bool, ready: Ready) -> Measurement:
     first, median, third = statistics.quantiles(samples, n=4)
-    return Measurement(median, (first, third), len(samples), captured, peak_bytes)
+    memory = (ready.peak_bytes, ready.peak_from, ready.reserved_bytes)
+    return Measurement(median, (first, third), len(samples), captured, *memory)
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
@@ -147,20 +157,83 @@ def ceilings(device: torch.device) -> dict[str, float]:
     }
 
 
-def largest_kernels(run: Run, device: torch.device, top: int = 25) -> list[tuple[str, float, int]]:
-    """(name, share of the time, calls) of what one run spends its time in: CUDA kernels, or CPU operators."""
+def host_us(run: Run, device: torch.device, repeats: int = 5) -> float:
+    """What the host takes to enqueue a run, median in microseconds: it starts on an idle device and does not wait."""
+    samples = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        run()
+        samples.append(1e6 * (time.perf_counter() - began))
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return statistics.median(samples)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What one run spends its time in: CUDA kernels and copies, or operators on the CPU."""
+
+    kernels: list[tuple[str, float, int]]
+    """Name, microseconds in all, calls; the largest first."""
+    span_us: float
+    """From the first start to the last end; the profiler itself slows the host."""
+
+    @property
+    def launches(self) -> int:
+        """Kernels and copies that ran."""
+        return sum(calls for _, _, calls in self.kernels)
+
+    @property
+    def busy_us(self) -> float:
+        """Sum of their times."""
+        return sum(took for _, took, _ in self.kernels)
+
+    def table(self, top: int | None = None) -> str:
+        """Aligned columns: microseconds, share, calls, name; the first `top`, or all."""
+        gaps = max(self.span_us - self.busy_us, 0.0)
+        head = f"{self.launches} launches, busy {self.busy_us:.0f} us of {self.span_us:.0f} us, gaps {gaps:.0f} us"
+        rows = (f"{took:11.1f} {took / self.busy_us:7.2%} {n:6}  {name}" for name, took, n in self.kernels[:top])
+        return "\n".join([head, f"{'us':>11} {'share':>7} {'calls':>6}  name", *rows]) + "\n"
+
+
+def profiled(run: Run, device: torch.device) -> Profile:
+    """Profile one run."""
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as profiler:
         run()
         if on_gpu:
             torch.cuda.synchronize(device)
-    spent = []
-    for event in profiler.key_averages():
-        kernel = event.device_type == torch.autograd.DeviceType.CUDA
-        if kernel or not on_gpu:
-            took = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-            spent.append((event.key, float(took), event.count))
-    total = sum(took for _, took, _ in spent)
-    spent.sort(key=lambda entry: -entry[1])
-    return [(name[:120], took / total, calls) for name, took, calls in spent[:top] if took > 0]
+    if on_gpu:
+        return profile_of(profiler.events())
+    events = [event for event in profiler.events() if event.device_type == DeviceType.CPU]
+    return _profile([(event.name, float(event.self_cpu_time_total), event.time_range) for event in events])
+
+
+def profile_of(events) -> Profile:
+    """The kernels among a profiler's events; ours by the operator that launched them, for their names are alike."""
+    ran = [(event.name, event.time_range) for event in events if event.device_type == DeviceType.CUDA]
+    ours: dict[tuple[str, float], list[str]] = {}
+    for event in events:
+        if event.device_type == DeviceType.CPU and event.name.startswith("pmf::"):
+            for kernel in event.kernels:
+                ours.setdefault((kernel.name, float(kernel.duration)), []).append(f"{kernel.name} of {event.name}")
+    named = []
+    for name, times in ran:
+        took = float(times.elapsed_us())
+        operators = ours.get((name, took))
+        named.append((operators.pop() if operators else name, took, times))
+    return _profile(named)
+
+
+def _profile(ran: list) -> Profile:
+    """From names, microseconds and time ranges."""
+    spent: dict[str, tuple[float, int]] = {}
+    for name, took, _ in ran:
+        total, calls = spent.get(name, (0.0, 0))
+        spent[name] = (total + took, calls + 1)
+    kernels = sorted(((name, took, calls) for name, (took, calls) in spent.items()), key=lambda entry: -entry[1])
+    span = max(times.end for *_, times in ran) - min(times.start for *_, times in ran) if ran else 0.0
+    return Profile(kernels, float(span))

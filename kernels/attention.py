@@ -49,8 +49,6 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 FLOAT32_COLUMNS = tl.constexpr(16)
 SHIFT_KEYS = tl.constexpr(16)
 """Keys whose mean is subtracted from S_dot: the least a matrix product takes."""
-ALIGNMENT = 8
-"""Rows start at multiples of 8 values; strides are handed over in this unit, so that compilers know."""
 
 
 @dataclass(frozen=True)
@@ -262,17 +260,10 @@ def _tangent(
         tl.store(p_o_dot + i_d, b_acc1.to(p_o_dot.dtype.element_ty), mask=m_m[:, None] & (i_d < D))
 
 
-def _aligned(x: Tensor | None) -> Tensor | None:
-    """Heads whose channels lie side by side and start at multiples of 8 values; else a copy."""
-    if x is None or (x.stride(-1) == 1 and all(step % ALIGNMENT == 0 for step in x.stride()[:-1])):
-        return x
-    return x.contiguous()
-
-
 def _steps(*tensors: Tensor | None) -> tuple[int, ...]:
-    """Steps from sample to sample, token to token and head to head, in units of 8 values."""
+    """Steps from sample to sample, token to token and head to head, in units of 8 values: compilers then know."""
     steps = (x.stride()[:-1] if x is not None else (0, 0, 0) for x in tensors)
-    return tuple(step // ALIGNMENT for three in steps for step in three)
+    return tuple(step // flash.ALIGNMENT for three in steps for step in three)
 
 
 def _allocate_tangent(q, k, v, q_dot, k_dot, v_dot, o, lse, scale):
@@ -281,13 +272,13 @@ def _allocate_tangent(q, k, v, q_dot, k_dot, v_dot, o, lse, scale):
 
 
 def _run_tangent(q, k, v, q_dot, k_dot, v_dot, o, lse, scale):
-    q, k, v, q_dot, k_dot, v_dot, o = (_aligned(x) for x in (q, k, v, q_dot, k_dot, v_dot, o))
+    q, k, v, q_dot, k_dot, v_dot, o = (flash.aligned(x) for x in (q, k, v, q_dot, k_dot, v_dot, o))
     o_dot = o.new_empty(o.shape)
     samples, length_q, heads, head_dim = q.shape
     tile = _forced.get() or tangent_tile(head_dim, q.dtype, registration.chip(q.device))
     widths = split(head_dim)
     registration.launch(
-        _tangent, samples * heads * triton.cdiv(length_q, tile.queries),
+        _tangent, samples * heads * registration.cdiv(length_q, tile.queries),
         q, k, v, q_dot, k_dot, v_dot, o, lse.contiguous(), o_dot,
         _steps(q, k, v, q_dot, k_dot, v_dot, o, o_dot), heads, length_q, k.shape[1], scale,
         D=head_dim, D0=widths[0], D1=widths[1], M=tile.queries, N=tile.keys,
@@ -325,15 +316,17 @@ def attention_dual(primals, tangents, *, scale=None):
     scale = primals[0].shape[-1] ** -0.5 if scale is None else scale
 
     def compute(primals, tangents):
+        primals = tuple(flash.aligned(x) for x in primals)
         o, lse = flash.attention(*primals, scale)
         dots = [dot for dot in tangents if dot is not None]
         if not dots:
             return (o,), (None,)
         # Dynamo takes no Function without differentiable outputs, nor would it see what this one refuses.
-        tangent = _attention_tangent if torch.compiler.is_compiling() else _Tangent.apply
+        compiling = torch.compiler.is_compiling()
         with torch.no_grad():
             last = [x.detach()[x.shape[0] - dots[0].shape[0] :] for x in (*primals, o, lse)]
-            return (o,), (tangent(*last[:3], *tangents, *last[3:], scale),)
+            inputs = (*last[:3], *tangents, *last[3:], scale)
+            return (o,), (_attention_tangent(*inputs) if compiling else registration.apply(_Tangent, *inputs),)
 
     (o,), (o_dot,) = registration.run_dual("attention", "q* k* v*", compute, primals, tangents)
     return o, o_dot

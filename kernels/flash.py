@@ -1,40 +1,169 @@
 """The primal of attention: a FlashAttention that also gives the log-sum-exp of every row.
 
-Which library computes it is said by `decide`; its autograd is used as it is. All of them take and
-give heads as [B, S, H, D] here, and the log-sum-exp as float32 [B, H, S_q], natural logarithm.
+All backends take and give heads as [B, S, H, D] here, and the log-sum-exp as float32 [B, H, S_q], natural
+logarithm. `decide` takes the first that can run; the order on sm_90 and sm_100 is another than elsewhere:
 
-| backend      | where it is taken                                                            |
-|--------------|------------------------------------------------------------------------------|
-| `flash_attn` | CUDA, bfloat16 and float16, where the flash-attn package imports             |
-| `flash`      | the same where it does not: PyTorch's FlashAttention                         |
-| `cudnn`      | the same where PyTorch was built without FlashAttention, or it is turned off |
-| `efficient`  | CUDA, float32: PyTorch's memory-efficient attention                          |
-| `cpu`        | Triton's interpreter: PyTorch's FlashAttention for CPUs                      |
+| backend        | what it is                  | where it can run                    | there | else |
+|----------------|-----------------------------|-------------------------------------|-------|------|
+| `flash_attn_4` | the package flash-attn-4    | bfloat16, float16; sm_90 and sm_100 | 1st   |      |
+| `cudnn`        | cuDNN's, through PyTorch    | bfloat16, float16; from sm_80 on    | 2nd   | 3rd  |
+| `flash_attn`   | the package flash-attn, 2.x | bfloat16, float16; from sm_80 on    | 3rd   | 1st  |
+| `flash`        | PyTorch's FlashAttention    | bfloat16, float16; from sm_80 on    | 4th   | 2nd  |
+| `efficient`    | PyTorch's memory-efficient  | float32 too; every CUDA device      | last  | last |
 
-PyTorch's own switches count: `torch.nn.attention.sdpa_kernel(SDPBackend.CUDNN_ATTENTION)` turns both
-kinds of FlashAttention off, so that cuDNN is taken.
+On the CPU (Triton's interpreter) it is always `cpu`, PyTorch's FlashAttention for CPUs. A single key needs
+none of them. On an H200 cuDNN took 0.74 of the time of PyTorch's FlashAttention forward and 0.61 backward
+at S 276 and D 64, 0.53 both ways at S 4096 and D 128; flash-attn 2 has the same kernels as the latter.
+
+Three ways to choose, the strongest first:
+
+1. `with pmf.ops.use_attention_backend("cudnn"):`, and
+2. `PMF_ATTENTION=cudnn` in the environment ("auto", the default, is the table): that one backend or an
+   `InputError` with the reason why it cannot run, never another in its place.
+3. PyTorch's own switches: `torch.nn.attention.sdpa_kernel(SDPBackend.CUDNN_ATTENTION)` turns every
+   FlashAttention off, so that cuDNN is taken. They do not touch what 1 or 2 ask for.
+
+A compiled function follows 1: it is compiled anew for each backend. 2 and 3 it reads while it is compiled.
+A captured CUDA graph keeps what it was captured with.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import logging
-from collections.abc import Callable
+import operator
+import os
+import sys
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from pmf.errors import require
+from pmf.kernels import flash_attn_4
+from pmf.private import constant
+
 log = logging.getLogger("pmf")
+
+BACKENDS = ("flash_attn_4", "cudnn", "flash_attn", "flash", "efficient")
+"""In the order in which they are taken on sm_90 and sm_100."""
+ELSEWHERE = ("flash_attn", "flash", "cudnn", "efficient")
+"""The same on other chips."""
+ALIGNMENT = 8
+"""Rows of heads start at multiples of 8 values: 16 bytes in half precision, which all libraries ask for."""
+
+_requested: str | None = None
+"""What `use` asks for. Compilers guard a global of a module, not a ContextVar."""
+
+
+@contextlib.contextmanager
+def use(backend: str | None) -> Iterator[None]:
+    """Attention's value by this one of `BACKENDS` inside the context, in all threads; None: as outside of it.
+
+    Errors: `InputError` for another name here, and where the backend cannot run when attention is called.
+    """
+    global _requested
+    known = backend is None or backend in BACKENDS
+    require(known, f"attention backend: expected one of {BACKENDS}, got {backend!r}")
+    before, _requested = _requested, backend or _requested
+    try:
+        yield
+    finally:
+        _requested = before
+
+
+def _from_environment() -> str | None:
+    name = os.environ.get("PMF_ATTENTION", "auto")
+    known = name == "auto" or name in BACKENDS
+    require(known, f"PMF_ATTENTION: expected one of {('auto', *BACKENDS)}, got {name!r}")
+    return None if name == "auto" else name
 
 
 @functools.cache
-def _package() -> Callable | None:
-    """flash-attn's function, or None where the package does not import."""
+def flash_attn_2() -> Callable:
+    """The function of flash-attn 2. Errors: those of the import; AttributeError where flash-attn-4 alone is there."""
+    return importlib.import_module("flash_attn").flash_attn_func
+
+
+@functools.cache
+def _missing(load: Callable) -> str | None:
+    """Why a package cannot be used, None where it can."""
     try:
-        return importlib.import_module("flash_attn").flash_attn_func
-    except (ImportError, AttributeError):
+        load()
+    except ModuleNotFoundError as error:
+        own = (error.name or "").startswith("flash_attn")
+        return "is not installed" if own else f"lacks the package {error.name}"
+    except AttributeError:  # flash_attn without a file of its own: flash-attn-4 alone
+        alone = getattr(sys.modules.get("flash_attn"), "__file__", None) is None
+        return "is not installed" if load is flash_attn_2 and alone else "has another interface in this release"
+    except Exception as error:  # built for another PyTorch or CUDA: anything from OSError to AssertionError
+        return f"does not import: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return None
+
+
+def obstacle(backend: str, device: str, dtype: str, capability: int, head_dim: int) -> str | None:
+    """Why a backend cannot run, in words that follow its name; None where it can."""
+    if device != "cuda":
+        return f"needs cuda tensors, got {device}"
+    if backend == "efficient":
         return None
+    if dtype not in ("torch.bfloat16", "torch.float16"):
+        return f"takes bfloat16 and float16, got {dtype.removeprefix('torch.')}"
+    if capability < 80:
+        return f"needs sm_80 or later, got sm_{capability}"
+    if backend == "flash_attn_4":
+        return flash_attn_4.limit(capability, head_dim) or _missing(flash_attn_4.library)
+    if backend == "flash_attn":
+        return _missing(flash_attn_2)
+    backends = torch.backends
+    there = backends.cudnn.is_available() if backend == "cudnn" else backends.cuda.is_flash_attention_available()
+    return None if there else "is not built into this PyTorch"
+
+
+def _switched_off(backend: str) -> str | None:
+    cuda = torch.backends.cuda
+    enabled = cuda.cudnn_sdp_enabled() if backend == "cudnn" else cuda.flash_sdp_enabled()
+    return None if enabled else "is turned off"
+
+
+@functools.cache
+def _capability(index: int | None) -> int:
+    """Compute capability times ten. Fake tensors without a GPU count as an A100's, and so do AMD's cards."""
+    if torch.version.hip or not torch.cuda.is_available():
+        return 80
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def decide(device: str, dtype: str, capability: int, head_dim: int, requested: str | None = None) -> tuple[str, str]:
+    """The backend for a type of device, a dtype's name, a compute capability times ten and head_dim, and why.
+
+    requested: one of `BACKENDS`, or None for the first that can run.
+    Errors: `InputError` where the requested one cannot run.
+    """
+    if requested is not None:
+        reason = obstacle(requested, device, dtype, capability, head_dim)
+        require(reason is None, f"attention: backend {requested} was requested, but it {reason}")
+        return requested, "requested"
+    if device != "cuda":
+        return "cpu", "tensors are on the CPU"
+    if dtype == "torch.float32":
+        return "efficient", "FlashAttention takes no float32"
+    passed = []
+    for backend in (BACKENDS if capability // 10 in (9, 10) else ELSEWHERE)[:-1]:
+        reason = _switched_off(backend) or obstacle(backend, device, dtype, capability, head_dim)
+        if reason is None:
+            return backend, "; ".join(passed) or f"the first choice on sm_{capability}"
+        passed.append(f"{backend} {reason}")
+    return "efficient", "; ".join(passed)
+
+
+def backend_of(device: str, index: int | None, dtype: str, head_dim: int) -> tuple[str, str]:
+    """`decide` for a device of this machine and for what is requested now."""
+    capability = _capability(index) if device == "cuda" else 0
+    return decide(device, dtype, capability, head_dim, _requested or _from_environment())
 
 
 @functools.cache
@@ -42,36 +171,55 @@ def _report(backend: str, dtype: str, reason: str) -> None:
     log.info("attention of %s runs its primal on %s: %s", dtype, backend, reason)
 
 
-def decide(device: str, dtype: str) -> tuple[str, str]:
-    """The backend of the table above for a device type and a dtype's name, and why."""
-    cuda = torch.backends.cuda
-    if device != "cuda":
-        return "cpu", "tensors are on the CPU"
-    if dtype == "torch.float32":
-        return "efficient", "FlashAttention takes no float32"
-    if cuda.flash_sdp_enabled() and _package() is not None:
-        return "flash_attn", "the flash-attn package is installed"
-    if cuda.flash_sdp_enabled() and cuda.is_flash_attention_available():
-        return "flash", "the flash-attn package is not installed"
-    return "cudnn", "PyTorch's FlashAttention is turned off or not built in"
+@constant
+def choose(device: str, index: int | None, dtype: str, head_dim: int, requested: str | None) -> str:
+    """The backend that `backend_of` names; reports each choice once.
 
-
-@torch.compiler.assume_constant_result
-def choose(device: str, dtype: str) -> str:
-    """The backend that `decide` names; reports each choice once."""
-    backend, reason = decide(device, dtype)
+    requested: `_requested`, handed over so that compilers see it change.
+    """
+    backend, reason = backend_of(device, index, dtype, head_dim)
     _report(backend, dtype, reason)
     return backend
 
 
+def _starts_aligned(x: Tensor) -> bool:
+    """Whether the data of x start at a multiple of 16 bytes; by their offset where there are no data."""
+    plain = torch.func.debug_unwrap(x)
+    start = plain.data_ptr() if type(plain) is Tensor else x.storage_offset() * x.element_size()
+    return start % 16 == 0
+
+
+def aligned(x: Tensor | None) -> Tensor | None:
+    """Heads as every library takes them, else a copy that is.
+
+    Channels lie side by side; samples, tokens and heads start at multiples of 8 values, the first of all
+    at a multiple of 16 bytes. (Compilers do not know the last: they are trusted with it.)
+    """
+    if x is None:
+        return None
+    fits = x.stride(-1) == 1 and all(step % ALIGNMENT == 0 for step in x.stride()[:-1])
+    if fits and (torch.compiler.is_compiling() or _starts_aligned(x)):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """o [B, S_q, H, D], contiguous, and the log-sum-exp of every row of scores, float32 [B, H, S_q]."""
+    """o [B, S_q, H, D], contiguous, and the log-sum-exp of every row of scores, float32 [B, H, S_q].
+
+    Args: q, k, v `aligned`. The libraries' autograd is used as it is.
+    """
     if q.numel() == 0:  # no library takes it; the formula keeps the graph of gradients whole
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k)
         return torch.einsum("bhqk,bkhd->bqhd", scores, v), scores.detach().sum(-1).float()
-    backend = choose(q.device.type, str(q.dtype))
+    if k.shape[1] == 1:  # cuDNN does not take it; the weights are one
+        scores = scale * (q.float() * k.float()).sum(-1, keepdim=True)
+        return scores.softmax(-1).to(v.dtype) * v, scores.detach()[..., 0].mT.contiguous()
+    head_dim = operator.index(q.shape[-1])  # compilers that keep sizes open fix this one
+    backend = choose(q.device.type, q.device.index, str(q.dtype), head_dim, _requested)
+    if backend == "flash_attn_4":
+        return flash_attn_4.attention(q, k, v, scale)
     if backend == "flash_attn":
-        o, lse, _ = _package()(q, k, v, softmax_scale=scale, return_attn_probs=True)
+        o, lse, _ = flash_attn_2()(q, k, v, softmax_scale=scale, return_attn_probs=True)
         return o, lse
     aten, heads = torch.ops.aten, tuple(x.transpose(1, 2) for x in (q, k, v))
     if backend == "flash":

@@ -14,8 +14,7 @@ Backward, with f = weight (1 + scale) and dx_new the gradient that reaches x_new
     A = sum over tokens of n dy:  dscale = weight A, dweight = sum over samples of (1 + scale) A
     dshift = sum of dy            dgate = sum of dx branch
 
-Sums over tokens: every program adds up its share of one sample in registers and writes it to a row of
-a partial buffer; the rows are summed afterwards, in a fixed order.
+Sums over tokens: see sums.py.
 
 Saved: x_new (x without a branch), branch where gate needs a gradient, the parameters, and rstd (for
 "layer" mu too) as float32: 4 or 8 bytes a row. Nothing is saved for tangents.
@@ -35,7 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pmf.kernels import registration
+from pmf.kernels import registration, sums
 from pmf.kernels.registration import Chip, Tile, absent, present
 from pmf.kernels.tiles import load_vector, normalise, normalise_dot
 
@@ -53,15 +52,20 @@ def forward_tile(width: int, chip: Chip) -> Tile:
     return Tile(max(256 * warps // block, 1), block, warps)
 
 
-def backward_tile(width: int, length: int, samples: int, chip: Chip) -> tuple[Tile, int]:
-    """The forward's tile, and the programs a sample is shared by.
+def backward_tile(width: int, row_bytes: int, chip: Chip) -> tuple[Tile, int, int]:
+    """The forward's tile, the number of programs, and the stages of the loop over a program's tokens.
 
-    Every program writes up to three rows of partial sums, so there should be few: as many as reside at
-    once, in one wave. Registers (about 100 a thread) admit 16 warps a multiprocessor.
+    Every program writes up to four rows of partial sums, so there should be few: as many as reside at
+    once, in one wave. Registers (up to 128 a thread) admit 16 warps a multiprocessor, too few to hide
+    the latency of HBM by themselves: rows of `row_bytes` are loaded ahead. Scratch changes layouts.
     """
     tile = forward_tile(width, chip)
-    wanted = chip.processors * 16 // tile.warps // max(samples, 1)
-    return tile, max(min(wanted, triton.cdiv(length, tile.rows)), 1)
+    if chip.interpreted:
+        # The interpreter adds the rows of a tile one by one; few rows keep rounding errors small.
+        return Tile(4, tile.block, 1), 16, 1
+    resident = 16 // tile.warps
+    values = tile.rows * tile.block
+    return tile, chip.processors * resident, chip.stages(resident, values * row_bytes // width, 4 * values)
 
 
 @triton.jit
@@ -142,63 +146,83 @@ def _forward(
 @triton.jit
 def _backward(
     p_dy, p_dx_new, p_x_new, p_branch, p_gate, p_weight, p_scale, p_stats,
-    p_dx, p_dbranch, p_sum_ndy, p_sum_dy, p_sum_dgate,
-    length, chunk,
+    p_dx, p_dbranch, p_dgate, p_dweight, p_dscale, p_dshift,
+    samples, length, share,
     STRIDES: tl.constexpr, C: tl.constexpr, LAYER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`chunk` tokens of one sample, ROWS at a time; sums over them go to row program_id of the buffers."""
-    chunks = tl.cdiv(length, chunk)
-    i_program = tl.program_id(0).to(tl.int64)
-    i_b = i_program // chunks
-    start = (i_program % chunks).to(tl.int32) * chunk
-    stop = tl.minimum(start + chunk, length)
+    """A share of the tokens, ROWS at a time; the sums of every segment go to its row of the partial buffers."""
+    i_program = tl.program_id(0)
+    start = i_program * share
+    stop = tl.minimum(start + share, samples * length)
     STATISTICS: tl.constexpr = 2 if LAYER else 1
     i_r, i_c = tl.arange(0, ROWS), tl.arange(0, BLOCK)
     m_c = (i_c < C)[None, :]
     i_tile = i_r[:, None] * C + i_c[None, :]
 
-    b_factor = tl.full([1, BLOCK], 1.0, tl.float32)
-    if p_weight is not None:
-        b_factor = load_vector(p_weight, i_c, C)
-    if p_scale is not None:
-        b_factor = b_factor * (1.0 + load_vector(p_scale + i_b * STRIDES[1], i_c, C))
-    b_sum_ndy = tl.zeros([ROWS, BLOCK], tl.float32)
-    b_sum_dy = tl.zeros([ROWS, BLOCK], tl.float32)
-    b_sum_dgate = tl.zeros([ROWS, BLOCK], tl.float32)
+    for i_b in range(start // length, tl.minimum(stop // length, samples - 1) + 1):
+        b_gate = tl.full([1, BLOCK], 1.0, tl.float32)
+        b_factor = tl.full([1, BLOCK], 1.0, tl.float32)
+        p_sample_scale = p_scale
+        if p_gate is not None:
+            b_gate = load_vector(p_gate + tl.cast(i_b, tl.int64) * STRIDES[0], i_c, C)
+        if p_weight is not None:
+            b_factor = load_vector(p_weight, i_c, C)
+        if p_scale is not None:
+            p_sample_scale = p_scale + tl.cast(i_b, tl.int64) * STRIDES[1]
+            b_factor = b_factor * (1.0 + load_vector(p_sample_scale, i_c, C))
+        b_sum_ndy = tl.zeros([ROWS, BLOCK], tl.float32)
+        b_sum_dy = tl.zeros([ROWS, BLOCK], tl.float32)
+        b_sum_dgate = tl.zeros([ROWS, BLOCK], tl.float32)
+        last = tl.minimum(stop, (i_b + 1) * length)
+        for i_s in tl.range(tl.maximum(start, i_b * length), last, ROWS, num_stages=STAGES):
+            i_row = tl.cast(i_s, tl.int64)
+            m_r = (i_s + i_r < last)[:, None]
+            mask = m_r & m_c
+            # Every load comes before the first sum over a row, so that all are under way together.
+            b_dy = tl.load(p_dy + i_row * C + i_tile, mask=mask, other=0.0)
+            b_x = tl.load(p_x_new + i_row * C + i_tile, mask=mask, other=0.0)
+            if p_dx_new is not None:
+                b_dx_new = tl.load(p_dx_new + i_row * C + i_tile, mask=mask, other=0.0)
+            if p_dgate is not None:
+                b_branch = tl.load(p_branch + i_row * C + i_tile, mask=mask, other=0.0)
+            p_row = p_stats + (i_row + i_r[:, None]) * STATISTICS
+            b_rstd = tl.load(p_row, mask=m_r, other=0.0)
+            b_n, b_dy = b_x.to(tl.float32), b_dy.to(tl.float32)
+            if LAYER:
+                b_mean = tl.load(p_row + 1, mask=m_r, other=0.0)
+                b_n = tl.where(mask, b_n - b_mean, 0.0)
+            b_n = b_n * b_rstd
+            b_dx = normalise_dot(b_n, b_rstd, b_dy * b_factor, m_c, C, LAYER)
+            if p_dx_new is not None:
+                b_dx += b_dx_new.to(tl.float32)
+            tl.store(p_dx + i_row * C + i_tile, b_dx.to(p_dx.dtype.element_ty), mask=mask)
+            if p_dbranch is not None:
+                b_dbranch = (b_dx * b_gate).to(p_dbranch.dtype.element_ty)
+                tl.store(p_dbranch + i_row * C + i_tile, b_dbranch, mask=mask)
+            if (p_dweight is not None) or (p_dscale is not None):
+                b_sum_ndy += b_n * b_dy
+            if p_dshift is not None:
+                b_sum_dy += b_dy
+            if p_dgate is not None:
+                b_sum_dgate += b_dx * b_branch.to(tl.float32)
 
-    for i_s in range(start, stop, ROWS):
-        i_row = i_b * length + i_s
-        m_r = (i_s + i_r < stop)[:, None]
-        mask = m_r & m_c
-        b_dy = tl.load(p_dy + i_row * C + i_tile, mask=mask, other=0.0).to(tl.float32)
-        b_n = tl.load(p_x_new + i_row * C + i_tile, mask=mask, other=0.0).to(tl.float32)
-        p_row = p_stats + (i_row + i_r[:, None]) * STATISTICS
-        b_rstd = tl.load(p_row, mask=m_r, other=0.0)
-        if LAYER:
-            b_mean = tl.load(p_row + 1, mask=m_r, other=0.0)
-            b_n = tl.where(mask, b_n - b_mean, 0.0)
-        b_n = b_n * b_rstd
-        b_dx = normalise_dot(b_n, b_rstd, b_dy * b_factor, m_c, C, LAYER)
-        if p_dx_new is not None:
-            b_dx += tl.load(p_dx_new + i_row * C + i_tile, mask=mask, other=0.0).to(tl.float32)
-        tl.store(p_dx + i_row * C + i_tile, b_dx.to(p_dx.dtype.element_ty), mask=mask)
-        if p_dbranch is not None:
-            b_dbranch = b_dx * load_vector(p_gate + i_b * STRIDES[0], i_c, C)
-            tl.store(p_dbranch + i_row * C + i_tile, b_dbranch.to(p_dbranch.dtype.element_ty), mask=mask)
-        if p_sum_ndy is not None:
-            b_sum_ndy += b_n * b_dy
-        if p_sum_dy is not None:
-            b_sum_dy += b_dy
-        if p_sum_dgate is not None:
-            p_tile = p_branch + i_row * C + i_tile
-            b_sum_dgate += b_dx * tl.load(p_tile, mask=mask, other=0.0).to(tl.float32)
-
-    if p_sum_ndy is not None:
-        tl.store(p_sum_ndy + i_program * C + i_c, tl.sum(b_sum_ndy, 0), mask=i_c < C)
-    if p_sum_dy is not None:
-        tl.store(p_sum_dy + i_program * C + i_c, tl.sum(b_sum_dy, 0), mask=i_c < C)
-    if p_sum_dgate is not None:
-        tl.store(p_sum_dgate + i_program * C + i_c, tl.sum(b_sum_dgate, 0), mask=i_c < C)
+        # Weight and scale are read again: through the loop they would cost registers.
+        i_sum = tl.cast(i_program + i_b, tl.int64) * C + i_c
+        if p_dgate is not None:
+            tl.store(p_dgate + i_sum, tl.sum(b_sum_dgate, 0), mask=i_c < C)
+        if p_dweight is not None:
+            b_dweight = b_sum_ndy
+            if p_scale is not None:
+                b_dweight = b_sum_ndy * (1.0 + load_vector(p_sample_scale, i_c, C))
+            tl.store(p_dweight + i_sum, tl.sum(b_dweight, 0), mask=i_c < C)
+        if p_dscale is not None:
+            b_dscale = b_sum_ndy
+            if p_weight is not None:
+                b_dscale = b_sum_ndy * load_vector(p_weight, i_c, C)
+            tl.store(p_dscale + i_sum, tl.sum(b_dscale, 0), mask=i_c < C)
+        if p_dshift is not None:
+            tl.store(p_dshift + i_sum, tl.sum(b_sum_dy, 0), mask=i_c < C)
 
 
 def _strides(*modulations: Tensor | None) -> tuple[int, ...]:
@@ -242,7 +266,7 @@ def _run_forward(
     samples, length, width = x.shape
     tile = forward_tile(width, registration.chip(x.device))
     registration.launch(
-        _forward, samples * triton.cdiv(length, tile.rows),
+        _forward, samples * registration.cdiv(length, tile.rows),
         x, branch, gate, weight, scale, shift, *dots,
         present(x_new, branch is not None), y,
         present(x_new_dot, x_new_dot.numel() > 0), present(y_dot, y_dot.numel() > 0), stats,
@@ -264,48 +288,31 @@ def _fake_backward(dy, dx_new, x_new, branch, gate, weight, scale, shift, stats,
 
 
 def _run_backward(dy, dx_new, x_new, branch, gate, weight, scale, shift, stats, branch_dtype, layer, needs):
-    need_gate, need_weight, need_scale, need_shift = needs
     dy, x_new = dy.contiguous(), x_new.contiguous()
     dx_new, branch = (None if t is None else t.contiguous() for t in (dx_new, branch))
     gate, scale = registration.unit_step(gate), registration.unit_step(scale)
     samples, length, width = x_new.shape
     dx = torch.empty_like(x_new)
     dbranch = x_new.new_empty(x_new.shape if gate is not None else 0, dtype=branch_dtype)
-    tile, programs = backward_tile(width, length, samples, registration.chip(dy.device))
-    chunk = triton.cdiv(triton.cdiv(length, programs), tile.rows) * tile.rows if length else 1
-    programs = triton.cdiv(length, chunk)
-    wanted = (need_weight or need_scale, need_shift, need_gate)
-    partial = x_new.new_empty(sum(wanted), samples, programs, width, dtype=torch.float32)
-    buffers = iter(partial)
-    ndy, sum_dy, sum_dgate = (next(buffers) if want else None for want in wanted)
+    streams = [s for s in (dy, x_new, dx_new, branch) if s is not None]
+    row_bytes = width * sum(s.element_size() for s in streams)
+    tile, programs, stages = backward_tile(width, row_bytes, registration.chip(dy.device))
+    per_sample = any(p is not None and p.ndim == 2 for p in (gate, scale, shift))
+    shares = sums.divide(samples, length, per_sample, programs, tile.rows)
+    parameters = (gate, weight, scale, shift)
+    trained = [p for p, need in zip(parameters, needs, strict=True) if need]
+    partials = x_new.new_empty(len(trained), shares.segments, width, dtype=torch.float32).unbind()
+    buffers = iter(partials)
     registration.launch(
-        _backward, samples * programs,
+        _backward, shares.programs,
         dy, dx_new, x_new, branch, gate, weight, scale, stats,
-        dx, present(dbranch, gate is not None), ndy, sum_dy, sum_dgate,
-        length, chunk,
-        STRIDES=_strides(gate, scale), C=width, LAYER=layer, ROWS=tile.rows, BLOCK=tile.block,
+        dx, present(dbranch, gate is not None), *(next(buffers) if need else None for need in needs),
+        shares.samples, shares.length, shares.share,
+        STRIDES=_strides(gate, scale), C=width, LAYER=layer, ROWS=tile.rows, BLOCK=tile.block, STAGES=stages,
         num_warps=tile.warps,
     )  # fmt: skip
-
-    if ndy is not None:
-        # With a scale per sample, the weight's gradient needs the sums of every sample.
-        ndy = ndy.sum(1) if scale is not None and scale.ndim == 2 else ndy.sum((0, 1))
-    dweight = dscale = dgate = dshift = absent(dx)
-    if need_weight:
-        dweight = _like(weight, ndy if scale is None else ndy * (1 + scale.float()))
-    if need_scale:
-        dscale = _like(scale, ndy if weight is None else ndy * weight.float())
-    if need_shift:
-        dshift = _like(shift, sum_dy.sum(1))
-    if need_gate:
-        dgate = _like(gate, sum_dgate.sum(1))
-    return dx, dbranch, dgate, dweight, dscale, dshift
-
-
-def _like(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient in the parameter's dtype, summed over samples where the parameter serves all of them."""
-    gradient = gradient.sum(0) if gradient.ndim > parameter.ndim else gradient
-    return gradient.to(parameter.dtype)
+    totals = iter(sums.add_up(partials, shares, trained))
+    return dx, dbranch, *(next(totals) if need else absent(dx) for need in needs)
 
 
 _PARAMETERS = "Tensor? gate, Tensor? weight, Tensor? scale, Tensor? shift"
@@ -374,7 +381,7 @@ def _norm_dual(primals, tangents, kind, eps, out_dtype):
     per_sample = (_per_sample(dot, primals[0].shape[0]) for dot in (gate_dot, scale_dot, shift_dot))
     gate_dot, scale_dot, shift_dot = per_sample
     dots = (x_dot, branch_dot, gate_dot, scale_dot, shift_dot)
-    x_new, y, x_new_dot, y_dot, _ = _Norm.apply(*primals, *dots, kind == "layer", eps, out_dtype)
+    x_new, y, x_new_dot, y_dot, _ = registration.apply(_Norm, *primals, *dots, kind == "layer", eps, out_dtype)
     x_new_moves = any(dot is not None for dot in dots[:3])
     y_moves = any(dot is not None for dot in dots)
     return (x_new, y), (present(x_new_dot, x_new_moves), present(y_dot, y_moves))

@@ -280,7 +280,7 @@ def pmf_objective(
 
     def compute(primals, tangents):
         constants = (None if value is None else value.detach() for value in primals[2:])
-        losses = _Objective.apply(*primals[:2], *constants, t_clip, patch_size)
+        losses = registration.apply(_Objective, *primals[:2], *constants, t_clip, patch_size)
         return (losses[0], losses[1]), tangents[:2]
 
     names = "net_u net_v net_u_dot net_c net_n z x t h guidance null_index"

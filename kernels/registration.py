@@ -5,19 +5,24 @@ tangent, one for the gradients. Compilers see the raw operators as opaque calls 
 (shape-only) version. The Function has no forward-mode rule on purpose: Dynamo drops such rules, so
 `run_dual` takes dual tensors apart itself, in eager mode only, and puts them together again. The
 Function's `forward` names every argument: where nothing is recorded, Dynamo goes by their number.
+
+Host time. An operator costs 20 us on its way through PyTorch, `Function.apply` 50 us more, most of it to bind
+arguments to names: more than a launch. Where nobody watches operators (`pmf.private.watched`), `define` calls the
+function behind the operator and `apply` runs a Function whose `forward` takes the context itself, or none.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from pmf.kernels.launching import launch as launch
+from pmf.private import ordinary, watched
 
 _LIBRARY = torch.library.Library("pmf", "FRAGMENT")
 
@@ -35,6 +40,19 @@ class Chip:
     def interpreted(self) -> bool:
         """Triton's interpreter, where a program costs milliseconds whatever the size of its tile."""
         return self.capability == 0
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of shared memory of a multiprocessor that programs can have."""
+        return {80: 163, 87: 163, 90: 227, 100: 227, 103: 227, 110: 227}.get(self.capability, 99) << 10
+
+    def stages(self, programs: int, staged: int, scratch: int) -> int:
+        """Stages of a loop that loads ahead into shared memory: two iterations, or as many as there is room for.
+
+        `programs` reside on a multiprocessor, each with `staged` bytes an iteration, and `scratch` and 1 KB beside.
+        """
+        room = self.shared_memory // programs - scratch - 1024
+        return 1 + min(max(room // staged, 0), 2)
 
 
 @dataclass(frozen=True)
@@ -60,25 +78,20 @@ def chip(device: torch.device) -> Chip:
     return _cuda_chip(torch.cuda.current_device() if device.index is None else device.index)
 
 
-def launch(kernel, grid: int, *arguments, **options) -> None:
-    """Run `grid` programs of a kernel; an empty grid is no work."""
-    if grid > 0:
-        kernel[(grid,)](*arguments, **options)
-
-
 def define(schema: str, run: Callable, fake: Callable) -> Callable:
-    """Register the operator `pmf::<schema>`, computed by `run`, and return it.
+    """Register the operator `pmf::<schema>`, computed by `run`, and return a function that does the same.
 
+    Its first argument is a tensor, on whose device it runs.
     `fake` computes the same shapes, dtypes and strides without data. Gradients belong to the
     autograd.Function around the operator: asking the bare operator for them raises.
     """
     name = schema.partition("(")[0]
 
-    def on_its_device(*arguments):
-        device = next(a.device for a in arguments if isinstance(a, Tensor))
-        guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-        with guard:
-            return run(*arguments)
+    def on_its_device(first, *others):
+        if not first.is_cuda or first.get_device() == torch.cuda.current_device():
+            return run(first, *others)
+        with torch.cuda.device(first.device):
+            return run(first, *others)
 
     def refuse(context, *gradients):
         raise RuntimeError(
@@ -91,7 +104,42 @@ def define(schema: str, run: Callable, fake: Callable) -> Callable:
         _LIBRARY.impl(name, on_its_device, key)
     torch.library.register_fake(f"pmf::{name}", fake, lib=_LIBRARY)
     torch.library.register_autograd(f"pmf::{name}", refuse, lib=_LIBRARY)
-    return getattr(torch.ops.pmf, name).default
+    operator = getattr(torch.ops.pmf, name).default
+
+    def call(*arguments):
+        # Compilers must see the test of `is_compiling` first, and no other. With gradients on, `refuse` has a say.
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or watched():
+            return operator(*arguments)
+        first = arguments[0]
+        if not (first.is_cuda or first.is_cpu) or not ordinary(arguments):
+            return operator(*arguments)
+        return on_its_device(*arguments)
+
+    return call
+
+
+@functools.cache
+def _with_context(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """The same Function with its `setup_context` inside `forward`: transforms cannot take it, and it costs less."""
+
+    def forward(ctx, *arguments):
+        outputs = function.forward(*arguments)
+        function.setup_context(ctx, arguments, outputs)
+        return outputs
+
+    body = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
+    return type(function.__name__, (torch.autograd.Function,), body)
+
+
+def apply(function: type[torch.autograd.Function], *arguments):
+    """`function.apply(*arguments)`, by the shortest way that gives the same."""
+    if torch.compiler.is_compiling() or watched():
+        return function.apply(*arguments)
+    if not torch.is_grad_enabled():
+        return function.forward(*arguments)
+    short = _with_context(function)
+    # Function.apply looks for transforms, and for what finished ones left behind: neither is here.
+    return super(torch.autograd.Function, short).apply(*arguments) if ordinary(arguments) else short.apply(*arguments)
 
 
 def run_dual(op: str, names: str, compute: Callable, primals: tuple, tangents: tuple) -> tuple:
@@ -150,6 +198,11 @@ def first_dot(samples: int, *tangents: Tensor | None) -> int:
     return samples - next((tangent.shape[0] for tangent in tangents if tangent is not None), 0)
 
 
+def cdiv(size: int, part: int) -> int:
+    """The parts of that size that cover `size`. Triton's own costs a microsecond outside kernels, as does its power."""
+    return -(-size // part)
+
+
 def power_of_two(size: int) -> int:
     """The smallest power of two that is at least `size`: tiles have such sides."""
-    return triton.next_power_of_2(size)
+    return 1 << max(size - 1, 0).bit_length()

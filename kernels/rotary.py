@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pmf.kernels import registration
+from pmf.kernels import registration, sums
 from pmf.kernels.registration import Chip, absent, present
 from pmf.kernels.tiles import load_vector, normalise, normalise_dot, rotate
 
@@ -60,6 +60,18 @@ def tile_of(heads: int, head_dim: int, chip: Chip) -> Tile:
     return Tile(tokens, together, block, 1 if chip.interpreted else max(tokens * together * block // 256, 1))
 
 
+def backward_grid(tiles: int, tile: Tile, item: int, chip: Chip) -> tuple[int, int]:
+    """Programs, one wave of them, and the stages of the loop over a program's tiles.
+
+    Registers (up to 128 a thread) admit 16 warps a multiprocessor, too few to hide the latency of HBM by
+    themselves: the five operands (of `item` bytes a value) and both tables of a tile are loaded ahead.
+    """
+    if chip.interpreted:
+        return min(tiles, 16), 1
+    resident, values = 16 // tile.warps, tile.rows * tile.block
+    return min(tiles, chip.processors * resident), chip.stages(resident, (5 * item + 4) * values, 4 * values)
+
+
 @triton.jit
 def _place(
     i_tile,
@@ -80,33 +92,21 @@ def _place(
 
 
 @triton.jit
-def _angles(p_cos, p_sin, i_position, D: tl.constexpr, BLOCK: tl.constexpr):
-    """cos and sin [ROWS, BLOCK / 2] at each row's position behind the prefix, in float32; 1 and 0 on the prefix."""
-    i_pair = tl.arange(0, BLOCK // 2)
-    mask = (i_position >= 0)[:, None] & (i_pair < D // 2)[None, :]
-    i_angle = i_position[:, None] * (D // 2) + i_pair[None, :]
-    b_cos = tl.load(p_cos + i_angle, mask=mask, other=1.0).to(tl.float32)
-    b_sin = tl.load(p_sin + i_angle, mask=mask, other=0.0).to(tl.float32)
-    return b_cos, b_sin
+def _positions(i_token, length, prefix, HEADS: tl.constexpr, ROWS: tl.constexpr):
+    """Of every row behind the prefix; only one where all rows are heads of one token."""
+    i_position = i_token % length - prefix
+    if HEADS == ROWS:
+        i_position = tl.max(i_position, 0, keep_dims=True)
+    return i_position
 
 
 @triton.jit
-def _turn(
-    p_x, p_x_dot, p_weight, p_y, p_y_dot, b_cos, b_sin, i_in, i_out, i_in_dot, i_out_dot, mask, m_dot, eps,
-    D: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """R(n(x) weight) of one of q and k, and its tangent where m_dot holds for a row."""
-    i_c = tl.arange(0, BLOCK)
-    b_weight = load_vector(p_weight, i_c, D)
-    b_n, _, b_rstd = normalise(tl.load(p_x + i_in, mask=mask, other=0.0).to(tl.float32), mask, eps, D, False)
-    b_y = rotate(b_n * b_weight, b_cos, b_sin)
-    tl.store(p_y + i_out, b_y.to(p_y.dtype.element_ty), mask=mask)
-    if p_y_dot is not None:
-        if tl.max(m_dot.to(tl.int32)) > 0:
-            mask = mask & m_dot[:, None]
-            b_x_dot = tl.load(p_x_dot + i_in_dot, mask=mask, other=0.0).to(tl.float32)
-            b_y_dot = rotate(normalise_dot(b_n, b_rstd, b_x_dot, mask, D, False) * b_weight, b_cos, b_sin)
-            tl.store(p_y_dot + i_out_dot, b_y_dot.to(p_y_dot.dtype.element_ty), mask=mask)
+def _angles(p_cos, p_sin, i_position, D: tl.constexpr, BLOCK: tl.constexpr):
+    """cos and sin [positions, BLOCK / 2] behind the prefix, in their own dtype; 1 and 0 on the prefix."""
+    i_pair = tl.arange(0, BLOCK // 2)
+    mask = (i_position >= 0)[:, None] & (i_pair < D // 2)[None, :]
+    i_angle = i_position[:, None] * (D // 2) + i_pair[None, :]
+    return tl.load(p_cos + i_angle, mask=mask, other=1.0), tl.load(p_sin + i_angle, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -117,96 +117,87 @@ def _forward(
 ):  # fmt: skip
     """q and k of one tile; `step` values lie between tokens of qkv, `dot_step` between those of qkv_dot."""
     i_token, i_head, mask = _place(tl.program_id(0), tokens, H, D, HEADS, ROWS, BLOCK)
-    i_row = i_head[:, None] * D + tl.arange(0, BLOCK)[None, :]
-    b_cos, b_sin = _angles(p_cos, p_sin, i_token % length - prefix, D, BLOCK)
-    i_token_dot = i_token - first_dot_token
-    m_dot = i_token_dot >= 0
+    i_c = tl.arange(0, BLOCK)
+    i_row = i_head[:, None] * D + i_c[None, :]
     i_in = i_token.to(tl.int64)[:, None] * step + i_row
     i_out = i_token.to(tl.int64)[:, None] * (H * D) + i_row
-    i_in_dot = i_token_dot.to(tl.int64)[:, None] * dot_step + i_row
-    i_out_dot = i_token_dot.to(tl.int64)[:, None] * (H * D) + i_row
-    p_k_in_dot = None
+    # Every load comes before the first sum over a row, so that all are under way together.
+    b_q = tl.load(p_qkv + i_in, mask=mask, other=0.0)
+    b_k = tl.load(p_qkv + H * D + i_in, mask=mask, other=0.0)
     if p_qkv_dot is not None:
-        p_k_in_dot = p_qkv_dot + H * D
-    _turn(
-        p_qkv, p_qkv_dot, p_q_weight, p_q, p_q_dot, b_cos, b_sin,
-        i_in, i_out, i_in_dot, i_out_dot, mask, m_dot, eps, D, BLOCK,
-    )  # fmt: skip
-    _turn(
-        p_qkv + H * D, p_k_in_dot, p_k_weight, p_k, p_k_dot, b_cos, b_sin,
-        i_in, i_out, i_in_dot, i_out_dot, mask, m_dot, eps, D, BLOCK,
-    )  # fmt: skip
+        i_token_dot = i_token - first_dot_token
+        m_dot = mask & (i_token_dot >= 0)[:, None]
+        i_in_dot = i_token_dot.to(tl.int64)[:, None] * dot_step + i_row
+        b_q_in_dot = tl.load(p_qkv_dot + i_in_dot, mask=m_dot, other=0.0)
+        b_k_in_dot = tl.load(p_qkv_dot + H * D + i_in_dot, mask=m_dot, other=0.0)
+    b_cos, b_sin = _angles(p_cos, p_sin, _positions(i_token, length, prefix, HEADS, ROWS), D, BLOCK)
+    b_cos, b_sin = b_cos.to(tl.float32), b_sin.to(tl.float32)
+    b_q_weight, b_k_weight = load_vector(p_q_weight, i_c, D), load_vector(p_k_weight, i_c, D)
+
+    b_q, _, b_q_rstd = normalise(b_q.to(tl.float32), mask, eps, D, False)
+    b_k, _, b_k_rstd = normalise(b_k.to(tl.float32), mask, eps, D, False)
+    tl.store(p_q + i_out, rotate(b_q * b_q_weight, b_cos, b_sin).to(p_q.dtype.element_ty), mask=mask)
+    tl.store(p_k + i_out, rotate(b_k * b_k_weight, b_cos, b_sin).to(p_k.dtype.element_ty), mask=mask)
+    if p_qkv_dot is not None:
+        if tl.max(i_token_dot) >= 0:
+            i_out_dot = i_token_dot.to(tl.int64)[:, None] * (H * D) + i_row
+            b_q_dot = normalise_dot(b_q, b_q_rstd, b_q_in_dot.to(tl.float32), m_dot, D, False) * b_q_weight
+            b_y_dot = rotate(b_q_dot, b_cos, b_sin).to(p_q_dot.dtype.element_ty)
+            tl.store(p_q_dot + i_out_dot, b_y_dot, mask=m_dot)
+            b_k_dot = normalise_dot(b_k, b_k_rstd, b_k_in_dot.to(tl.float32), m_dot, D, False) * b_k_weight
+            b_y_dot = rotate(b_k_dot, b_cos, b_sin).to(p_k_dot.dtype.element_ty)
+            tl.store(p_k_dot + i_out_dot, b_y_dot, mask=m_dot)
 
 
 @triton.jit
-def _turn_back(
-    p_x,
-    p_dy,
-    p_weight,
-    p_dx,
-    b_cos,
-    b_sin,
-    i_in,
-    i_dy,
-    i_out,
-    mask,
-    eps,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Writes dx of one of q and k; returns the tile's terms of the weight's gradient."""
-    b_weight = load_vector(p_weight, tl.arange(0, BLOCK), D)
-    b_n, _, b_rstd = normalise(tl.load(p_x + i_in, mask=mask, other=0.0).to(tl.float32), mask, eps, D, False)
-    b_dy = tl.load(p_dy + i_dy, mask=mask, other=0.0).to(tl.float32)
-    b_g = rotate(b_dy, b_cos, -b_sin)
-    b_dx = normalise_dot(b_n, b_rstd, b_g * b_weight, mask, D, False)
-    tl.store(p_dx + i_out, b_dx.to(p_dx.dtype.element_ty), mask=mask)
-    return b_g * b_n
+def _turn_back(b_x, b_dy, b_weight, b_cos, b_sin, mask, eps, D: tl.constexpr):
+    """dx of one of q and k, and the tile's terms of the weight's gradient."""
+    b_n, _, b_rstd = normalise(b_x.to(tl.float32), mask, eps, D, False)
+    b_g = rotate(b_dy.to(tl.float32), b_cos, -b_sin)
+    return normalise_dot(b_n, b_rstd, b_g * b_weight, mask, D, False), b_g * b_n
 
 
 @triton.jit
 def _backward(
-    p_qkv, p_q_weight, p_k_weight, p_cos, p_sin, p_dq, p_dk, p_dv, p_dqkv, p_sums,
+    p_qkv, p_q_weight, p_k_weight, p_cos, p_sin, p_dq, p_dk, p_dv, p_dqkv, p_dq_weight, p_dk_weight,
     tokens, length, prefix, step, eps, tiles,
     STRIDES: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Every num_programs-th tile; STRIDES: of samples, tokens and heads of dq, dk and dv."""
     i_c = tl.arange(0, BLOCK)
+    b_q_weight, b_k_weight = load_vector(p_q_weight, i_c, D), load_vector(p_k_weight, i_c, D)
     b_sum_q = tl.zeros([ROWS, BLOCK], tl.float32)
     b_sum_k = tl.zeros([ROWS, BLOCK], tl.float32)
-    for i_tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+    for i_tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
         i_token, i_head, mask = _place(i_tile, tokens, H, D, HEADS, ROWS, BLOCK)
         i_b, i_s = (i_token // length).to(tl.int64), (i_token % length).to(tl.int64)
-        b_cos, b_sin = _angles(p_cos, p_sin, i_token % length - prefix, D, BLOCK)
         i_row = i_head[:, None] * D + i_c[None, :]
         i_in = i_token.to(tl.int64)[:, None] * step + i_row
         i_out = i_token.to(tl.int64)[:, None] * (3 * H * D) + i_row
         i_dq = (i_b * STRIDES[0] + i_s * STRIDES[1] + i_head * STRIDES[2])[:, None] + i_c[None, :]
         i_dk = (i_b * STRIDES[3] + i_s * STRIDES[4] + i_head * STRIDES[5])[:, None] + i_c[None, :]
         i_dv = (i_b * STRIDES[6] + i_s * STRIDES[7] + i_head * STRIDES[8])[:, None] + i_c[None, :]
-        b_sum_q += _turn_back(p_qkv, p_dq, p_q_weight, p_dqkv, b_cos, b_sin, i_in, i_dq, i_out, mask, eps, D, BLOCK)
-        b_sum_k += _turn_back(
-            p_qkv + H * D,
-            p_dk,
-            p_k_weight,
-            p_dqkv + H * D,
-            b_cos,
-            b_sin,
-            i_in,
-            i_dk,
-            i_out,
-            mask,
-            eps,
-            D,
-            BLOCK,
-        )
+        # Every load comes before the first sum over a row, so that all are under way together.
+        b_q = tl.load(p_qkv + i_in, mask=mask, other=0.0)
+        b_k = tl.load(p_qkv + H * D + i_in, mask=mask, other=0.0)
+        b_dq = tl.load(p_dq + i_dq, mask=mask, other=0.0)
+        b_dk = tl.load(p_dk + i_dk, mask=mask, other=0.0)
         b_dv = tl.load(p_dv + i_dv, mask=mask, other=0.0)
+        b_cos, b_sin = _angles(p_cos, p_sin, _positions(i_token, length, prefix, HEADS, ROWS), D, BLOCK)
+        b_cos, b_sin = b_cos.to(tl.float32), b_sin.to(tl.float32)
+
+        b_dq, b_terms = _turn_back(b_q, b_dq, b_q_weight, b_cos, b_sin, mask, eps, D)
+        b_sum_q += b_terms
+        tl.store(p_dqkv + i_out, b_dq.to(p_dqkv.dtype.element_ty), mask=mask)
+        b_dk, b_terms = _turn_back(b_k, b_dk, b_k_weight, b_cos, b_sin, mask, eps, D)
+        b_sum_k += b_terms
+        tl.store(p_dqkv + H * D + i_out, b_dk.to(p_dqkv.dtype.element_ty), mask=mask)
         tl.store(p_dqkv + 2 * H * D + i_out, b_dv.to(p_dqkv.dtype.element_ty), mask=mask)
-    if p_sums is not None:
-        p_row = p_sums + tl.program_id(0) * (2 * D) + i_c
-        tl.store(p_row, tl.sum(b_sum_q, 0), mask=i_c < D)
-        tl.store(p_row + D, tl.sum(b_sum_k, 0), mask=i_c < D)
+    i_sum = tl.program_id(0) * D + i_c
+    if p_dq_weight is not None:
+        tl.store(p_dq_weight + i_sum, tl.sum(b_sum_q, 0), mask=i_c < D)
+        tl.store(p_dk_weight + i_sum, tl.sum(b_sum_k, 0), mask=i_c < D)
 
 
 def _token_rows(qkv: Tensor) -> Tensor:
@@ -235,7 +226,7 @@ def _run_forward(qkv, qkv_dot, q_weight, k_weight, cos, sin, prefix, eps):
     tile = tile_of(heads, head_dim, registration.chip(qkv.device))
     tokens, moves = samples * length, qkv_dot is not None
     registration.launch(
-        _forward, triton.cdiv(tokens, tile.tokens) * triton.cdiv(heads, tile.heads),
+        _forward, registration.cdiv(tokens, tile.tokens) * registration.cdiv(heads, tile.heads),
         rows, dot_rows, q_weight.contiguous(), k_weight.contiguous(), cos.contiguous(), sin.contiguous(),
         q, k, present(q_dot, moves), present(k_dot, moves),
         tokens, registration.first_dot(samples, qkv_dot) * length, length, prefix,
@@ -258,21 +249,21 @@ def _run_backward(qkv, q_weight, k_weight, cos, sin, dq, dk, dv, prefix, eps, ne
     dq, dk, dv = (registration.unit_step(d) for d in (dq, dk, dv))
     chip = registration.chip(qkv.device)
     tile = tile_of(heads, head_dim, chip)
-    tiles = triton.cdiv(samples * length, tile.tokens) * triton.cdiv(heads, tile.heads)
-    # One wave of programs: registers admit 16 warps a multiprocessor.
-    programs = min(tiles, 16 * chip.processors // tile.warps)
-    sums = qkv.new_empty(programs, 2, head_dim, dtype=torch.float32) if need_weights else None
+    tiles = registration.cdiv(samples * length, tile.tokens) * registration.cdiv(heads, tile.heads)
+    programs, stages = backward_grid(tiles, tile, dq.element_size(), chip)
+    weights = [q_weight, k_weight] if need_weights else []
+    shares = sums.Shares(1, programs, 1)
+    partials = qkv.new_empty(len(weights), programs, head_dim, dtype=torch.float32).unbind()
     registration.launch(
         _backward, programs,
         rows, q_weight.contiguous(), k_weight.contiguous(), cos.contiguous(), sin.contiguous(),
-        dq, dk, dv, dqkv, sums,
+        dq, dk, dv, dqkv, *(partials or (None, None)),
         samples * length, length, prefix, rows.stride(0), eps, tiles,
         STRIDES=(*dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3]),
-        H=heads, D=head_dim, HEADS=tile.heads, ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps,
+        H=heads, D=head_dim, HEADS=tile.heads, ROWS=tile.rows, BLOCK=tile.block, STAGES=stages,
+        num_warps=tile.warps,
     )  # fmt: skip
-    if not need_weights:
-        return dqkv, absent(q_weight), absent(k_weight)
-    return dqkv, sums[:, 0].sum(0).to(q_weight.dtype), sums[:, 1].sum(0).to(k_weight.dtype)
+    return dqkv, *(sums.add_up(partials, shares, weights) or (absent(dqkv), absent(dqkv)))
 
 
 _INPUTS = "Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin"
@@ -302,13 +293,16 @@ class _QKNormRope(torch.autograd.Function):
     def setup_context(ctx, inputs, outputs):
         qkv, _, q_weight, k_weight, cos, sin, ctx.prefix, ctx.eps = inputs
         ctx.need_weights = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*outputs[3:])
         ctx.save_for_backward(qkv, q_weight, k_weight, cos, sin)
 
     @staticmethod
     def backward(ctx, dq, dk, dv, *_):
+        qkv, *parameters = ctx.saved_tensors
+        gradients = (torch.zeros_like(qkv[:, :, i]) if d is None else d for i, d in enumerate((dq, dk, dv)))
         dqkv, dq_weight, dk_weight = _qk_norm_rope_backward(
-            *ctx.saved_tensors, dq, dk, dv, ctx.prefix, ctx.eps, ctx.need_weights
+            qkv, *parameters, *gradients, ctx.prefix, ctx.eps, ctx.need_weights
         )
         weights = (present(d, ctx.need_weights) for d in (dq_weight, dk_weight))
         return dqkv, None, *weights, None, None, None, None
@@ -320,7 +314,7 @@ def qk_norm_rope_dual(primals, tangents, *, prefix_length, eps):
     def compute(primals, tangents):
         qkv, *rest = primals
         qkv_dot = tangents[0]
-        q, k, v, q_dot, k_dot = _QKNormRope.apply(qkv, qkv_dot, *rest, prefix_length, eps)
+        q, k, v, q_dot, k_dot = registration.apply(_QKNormRope, qkv, qkv_dot, *rest, prefix_length, eps)
         if qkv_dot is None:
             return (q, k, v), (None, None, None)
         return (q, k, v), (q_dot, k_dot, qkv_dot.detach()[:, :, 2])

@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "pmf.config": ("LOSSES", "MODELS", "SAMPLING", "LossConfig", "ModelConfig"),
+    "pmf.captured": ("CapturedStep",),
     "pmf.checkpoint": (
         "convert_official_state_dict",
         "export_official_state_dict",

@@ -11,11 +11,11 @@ antialias=True)` of every crop, with no loop over rows and nothing read back fro
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
+from pmf.autocast import no_autocast
 from pmf.errors import require
 
 AREA = (0.08, 1.0)
@@ -75,13 +75,6 @@ def resize_crops(images: Tensor, boxes: Tensor, size: int) -> Tensor:
         crops = torch.einsum("bih,bchw->bciw", vertical, images.to(dtype))
         crops = torch.einsum("bjw,bciw->bcij", horizontal, crops)
     return crops.contiguous(memory_format=torch.channels_last)
-
-
-def no_autocast(device: torch.device) -> AbstractContextManager:
-    """What runs inside keeps its own dtypes."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
 
 
 def _weights(start: Tensor, length: Tensor, pixels: int, size: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor
 
 from pmf import reference
-from pmf.errors import require
+from pmf.autocast import autocast_dtype
+from pmf.errors import InputError, require
+from pmf.private import constant
 
 log = logging.getLogger("pmf")
 
@@ -44,7 +47,8 @@ def checked_impl(impl: str | None) -> str:
     """`impl`, or PMF_IMPL where it is None. Errors: not one of `IMPLEMENTATIONS`."""
     source = "impl" if impl is not None else "PMF_IMPL"
     impl = impl if impl is not None else os.environ.get("PMF_IMPL", "auto")
-    require(impl in IMPLEMENTATIONS, f"{source}: expected one of {IMPLEMENTATIONS}, got {impl!r}")
+    if impl not in IMPLEMENTATIONS:
+        raise InputError(f"{source}: expected one of {IMPLEMENTATIONS}, got {impl!r}")
     return impl
 
 
@@ -56,12 +60,15 @@ def report(op: str, choice: str, reason: str) -> None:
 
 def _unsupported(tensors: tuple[Tensor | None, ...]) -> str | None:
     """What about the dtypes of these tensors, tangents too, a Triton kernel cannot take; None when it can."""
-    dtypes = [t.dtype for t in tensors if t is not None]
-    for dtype in dtypes:
-        if dtype not in KERNEL_DTYPES:
-            return f'dtype must be float32, bfloat16 or float16 with impl="triton", got {dtype}'
-    if torch.bfloat16 in dtypes and torch.float16 in dtypes:
-        return "dtypes must not mix bfloat16 and float16, got both"
+    low = None
+    for tensor in tensors:
+        if tensor is None or tensor.dtype == torch.float32:
+            continue
+        if tensor.dtype not in KERNEL_DTYPES:
+            return f'dtype must be float32, bfloat16 or float16 with impl="triton", got {tensor.dtype}'
+        low = tensor.dtype if low is None else low
+        if tensor.dtype != low:
+            return "dtypes must not mix bfloat16 and float16, got both"
     return None
 
 
@@ -78,9 +85,9 @@ def decide(op: str, impl: str | None, device: str, unsupported: str | None = Non
         return "reference", "requested"
     if device != "cuda" and impl == "auto":
         return "reference", "no cuda"
-    if importlib.util.find_spec("triton") is None:
+    if not _kernels and importlib.util.find_spec("triton") is None:
         reason = 'impl="triton" needs the triton package, which is not installed'
-    elif device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    elif unsupported is None and device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         reason = f'impl="triton" needs cuda tensors, got {device} (TRITON_INTERPRET=1 runs the interpreter)'
     else:
         reason = unsupported
@@ -90,11 +97,24 @@ def decide(op: str, impl: str | None, device: str, unsupported: str | None = Non
     return "triton", "requested" if impl == "triton" else "tensors are on cuda"
 
 
-def attention_backend(device: str, dtype: torch.dtype) -> tuple[str, str]:
-    """What computes the value of the Triton attention on a type of device, and why; see `pmf.kernels.flash`."""
-    return importlib.import_module("pmf.kernels.flash").decide(device, str(dtype))
+def attention_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
+    """What computes the value of the Triton attention on a device, and why; see `pmf.kernels.flash`."""
+    flash = importlib.import_module("pmf.kernels.flash")
+    return flash.backend_of(device.type, device.index, str(dtype), head_dim)
 
 
+def use_attention_backend(backend: str | None) -> contextlib.AbstractContextManager[None]:
+    """Compute the value of the Triton attention, and its gradients, by this one backend inside the context.
+
+    Args: backend "flash_attn_4", "flash_attn", "flash", "cudnn" or "efficient" (`pmf.kernels.flash` says what each
+    is and where it runs); None changes nothing. The tangent is Triton's with each. In all threads; compiled
+    functions are compiled anew for each backend.
+    Errors: `InputError` here for another name, and at the call of attention where the backend cannot run.
+    """
+    return importlib.import_module("pmf.kernels.flash").use(backend)
+
+
+@constant
 def _use_triton(op: str, impl: str | None, device: str, unsupported: str | None) -> bool:
     """Whether the Triton kernel runs, said once; compilers call this once, while they trace."""
     choice, reason = decide(op, impl, device, unsupported)
@@ -105,13 +125,11 @@ def _use_triton(op: str, impl: str | None, device: str, unsupported: str | None)
     return choice == "triton"
 
 
-# What torch.compiler.assume_constant_result sets, without the second that importing the compiler takes.
-setattr(_use_triton, "_dynamo_marked_constant", True)  # noqa: B010
-
-
-def choose(op: str, impl: str | None, tensors: tuple[Tensor | None, ...], limit: str | None = None) -> Callable:
-    """The function that computes `op` on these tensors; `limit`: what else about them its kernel cannot take."""
-    device = next(t.device.type for t in tensors if t is not None)
+def choose(op: str, impl: str | None, tensors: tuple, limit: str | None = None) -> Callable:
+    """The function that computes `op` on these tensors, the first of which is there; `limit`: what else about them
+    its kernel cannot take.
+    """
+    device = tensors[0].device.type
     unsupported = limit or (_unsupported(tensors) if op in KERNEL_MODULES else None)
     return _kernels[op] if _use_triton(op, impl, device, unsupported) else getattr(reference, op)
 
@@ -140,12 +158,6 @@ def patch_limit(patch: int, bottleneck: int) -> str | None:
     if bottleneck > KERNEL_MAX_BOTTLENECK:
         return f'bottleneck must be at most {KERNEL_MAX_BOTTLENECK} with impl="triton", got {bottleneck}'
     return None
-
-
-def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """Autocast's dtype where it is on, else None."""
-    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    return torch.get_autocast_dtype(device_type) if on else None
 
 
 def activation_dtype(x: Tensor) -> torch.dtype:

@@ -5,18 +5,18 @@ Each layer is written once, as `forward_dual` on `Dual`s; `forward` is the same 
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pmf import dispatch, ops
+from pmf import ops
 from pmf.config import ModelConfig
 from pmf.dual import ABSENT, Dual
+from pmf.packing import Join, PackedModule
 
 BLOCK_GAIN = 0.32
 """Block Linears are drawn from N(0, BLOCK_GAIN^2 / fan_in)."""
@@ -53,7 +53,7 @@ class DualModule(nn.Module):
         return self.forward_dual(*(Dual(i) if i is None or isinstance(i, Tensor) else i for i in inputs)).value
 
 
-class Linear(nn.Linear):
+class Linear(PackedModule, nn.Linear):
     """torch.nn.Linear with a tangent; weights drawn from N(0, gain^2 / fan_in), bias 0."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False, gain: float = 1.0):
@@ -66,9 +66,13 @@ class Linear(nn.Linear):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    def joins(self) -> tuple[Join, ...]:
+        """Weight and bias."""
+        return tuple(Join.of(parameter) for parameter in (self.weight, self.bias) if parameter is not None)
+
     def forward_dual(self, x: Dual) -> Dual:
         """x W^T + b, and its tangent."""
-        return linear_dual(x, self.weight, self.bias)
+        return linear_dual(x, *self.packed())
 
 
 class Residual(NamedTuple):
@@ -150,6 +154,40 @@ class ScalarEmbedder(DualModule):
         return self.fc2.forward_dual(Dual(*ops.silu_dual((hidden.value,), (hidden.dot,))))
 
 
+class ScalarEmbedders(PackedModule, nn.ModuleDict):
+    """Scalars of several kinds, [B] each, by a `ScalarEmbedder` each: all of them by the same few products."""
+
+    def __init__(self, names: Sequence[str], width: int) -> None:
+        super().__init__({name: ScalarEmbedder(width) for name in names})
+
+    def joins(self) -> tuple[Join, ...]:
+        """The first weights of all, from the last scalar to the first; their biases; the same of the second."""
+        embedders = list(self.values())[::-1]
+        layers = [[e.fc1 for e in embedders], [e.fc2 for e in embedders]]
+        return tuple(Join.of(*(getattr(fc, name) for fc in same)) for same in layers for name in ("weight", "bias"))
+
+    def forward_dual(self, *scalars: Dual) -> tuple[Dual, ...]:
+        """The embeddings, in the order of the names. Only the first scalar may have a tangent."""
+        # A tangent covers the last rows: so the first scalar comes last.
+        weight1, bias1, weight2, bias2 = self.packed()
+        values, dot = torch.cat([s.value for s in reversed(scalars)]), scalars[0].dot
+        features = Dual(*ops.scalar_features_dual((values,), (dot,))).map(lambda x: x.to(weight1.dtype))
+        hidden = self._each(features, weight1, bias1)
+        embedded = self._each(Dual(*ops.silu_dual((hidden.value,), (hidden.dot,))), weight2, bias2)
+        first, *others = reversed(embedded.value.chunk(len(scalars)))
+        return Dual(first, embedded.dot), *map(Dual, others)
+
+    def _each(self, x: Dual, weight: Tensor, bias: Tensor) -> Dual:
+        """A Linear for each scalar's part of x [n B, C]; the tangent belongs to the last."""
+        kinds = len(self)
+        weight, bias = weight.unflatten(0, (kinds, -1)), bias.unflatten(0, (kinds, 1, -1))
+        value = torch.baddbmm(bias, x.value.unflatten(0, (kinds, -1)), weight.mT).flatten(0, 1)
+        if x.dot is None:
+            return Dual(value)
+        with torch.no_grad():
+            return Dual(value, F.linear(x.dot, weight[-1]))
+
+
 class PatchEmbed(DualModule):
     """Images to tokens: a p x p convolution to the bottleneck, a 1 x 1 to the width, learned positions."""
 
@@ -183,55 +221,7 @@ class PatchEmbed(DualModule):
         )
 
 
-class PackedModule(DualModule):
-    """A layer whose weights are joined for fewer, larger products: on every call, or once per step."""
-
-    _held: tuple[Tensor, ...] | None = None
-
-    def pack(self) -> tuple[Tensor, ...]:
-        """The joined weights, recorded by autograd back to the parameters."""
-        raise NotImplementedError
-
-    @property
-    def sharded(self) -> bool:
-        """Whether another process holds a part of the weights."""
-        return hasattr(next(self.parameters()), "to_local")
-
-    def packed(self) -> tuple[Tensor, ...]:
-        """The weights that `held_weights` holds, else freshly joined ones."""
-        return self.pack() if self._held is None else self._held
-
-
-def _packed_modules(model: nn.Module) -> list[PackedModule]:
-    """Those whose weights are whole; sharded ones (FSDP) are there only while their block runs, and are joined then."""
-    return [m for m in model.modules() if isinstance(m, PackedModule) and not m.sharded]
-
-
-def joined_weights(model: nn.Module, device_type: str) -> list[tuple[Tensor, ...]]:
-    """The joined weights of every `PackedModule`, cast where autocast is on."""
-    dtype = dispatch.autocast_dtype(device_type)
-    packed = (m.pack() for m in _packed_modules(model))
-    return [tuple(w if dtype is None else w.to(dtype) for w in weights) for weights in packed]
-
-
-@contextlib.contextmanager
-def held_weights(model: nn.Module, device_type: str, weights: list[tuple[Tensor, ...]] | None = None) -> Iterator[None]:
-    """Join the weights of every `PackedModule` once for all passes inside, or hold those given.
-
-    The parameters must not change inside.
-    """
-    modules = _packed_modules(model)
-    try:
-        held = joined_weights(model, device_type) if weights is None else weights
-        for module, joined in zip(modules, held, strict=True):
-            module._held = joined
-        yield
-    finally:
-        for module in modules:
-            module._held = None
-
-
-class Attention(PackedModule):
+class Attention(DualModule, PackedModule):
     """Multi-head self-attention with normalised q and k and 2-D rotary positions; no biases."""
 
     def __init__(self, config: ModelConfig, impl: str | None = None) -> None:
@@ -242,13 +232,13 @@ class Attention(PackedModule):
         self.q_norm = nn.RMSNorm(config.head_dim, eps=1e-6)
         self.k_norm = nn.RMSNorm(config.head_dim, eps=1e-6)
 
-    def pack(self) -> tuple[Tensor, ...]:
-        """One weight for q, k and v."""
-        return (torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight]),)
+    def joins(self) -> tuple[Join, ...]:
+        """One weight for q, k and v, and that of the output."""
+        return Join.of(self.q_proj.weight, self.k_proj.weight, self.v_proj.weight), Join.of(self.out_proj.weight)
 
     def forward_dual(self, x: Dual, rope: Rope) -> Dual:
         """x [B, S, C] -> [B, S, C]."""
-        (weight,) = self.packed()
+        weight, out = self.packed()
         packed = linear_dual(x, weight).map(lambda p: p.unflatten(-1, (3, self.num_heads, -1)))
         qkv, qkv_dot = ops.qk_norm_rope_dual(
             (packed.value, self.q_norm.weight, self.k_norm.weight, *rope),
@@ -258,10 +248,10 @@ class Attention(PackedModule):
             impl=self.impl,
         )
         mixed = Dual(*ops.attention_dual(qkv, qkv_dot, impl=self.impl))
-        return self.out_proj.forward_dual(mixed.map(lambda o: o.flatten(2)))
+        return linear_dual(mixed.map(lambda o: o.flatten(2)), out)
 
 
-class SwiGLU(PackedModule):
+class SwiGLU(DualModule, PackedModule):
     """w2(silu(w1 x) * w3 x), no biases."""
 
     def __init__(self, config: ModelConfig, impl: str | None = None) -> None:
@@ -271,14 +261,14 @@ class SwiGLU(PackedModule):
         self.w3 = Linear(width, hidden, gain=BLOCK_GAIN)
         self.w2 = Linear(hidden, width, gain=BLOCK_GAIN)
 
-    def pack(self) -> tuple[Tensor, ...]:
+    def joins(self) -> tuple[Join, ...]:
         """One weight for w1 and w3, and w2: hidden width padded with zeros to a multiple of 8.
 
         The zeros keep every row 16-byte aligned and change nothing.
         """
-        pad = -self.w1.out_features % 8
-        w1, w3 = (F.pad(linear.weight, (0, 0, 0, pad)) for linear in (self.w1, self.w3))
-        return torch.cat([w1, w3]), F.pad(self.w2.weight, (0, pad))
+        hidden, width = self.w1.weight.shape
+        hidden += -hidden % 8
+        return Join((self.w1.weight, self.w3.weight), (hidden, width)), Join((self.w2.weight,), (width, hidden))
 
     def forward_dual(self, x: Dual) -> Dual:
         """x [B, S, C] -> [B, S, C]."""
@@ -311,8 +301,9 @@ class Block(DualModule):
     def _modulations(self, condition: Dual) -> tuple[Dual, ...]:
         """(shift, scale, gate) of attention and of the MLP."""
         if condition.value is None:
-            # A copy: the pending branch leaves the block with its gate, and FSDP frees the parameter behind it.
-            return ABSENT, ABSENT, Dual(self.attn_scale), ABSENT, ABSENT, Dual(self.mlp_scale.clone())
+            # The pending branch leaves the block with its gate; where FSDP may free it behind the block, with a copy.
+            gate = self.mlp_scale if self.mlp.held else self.mlp_scale.clone()
+            return ABSENT, ABSENT, Dual(self.attn_scale), ABSENT, ABSENT, Dual(gate)
         return _chunk(self.modulation.forward_dual(condition), 6)
 
     def forward_residual(self, residual: Residual, rope: Rope, condition: Dual = ABSENT) -> Residual:

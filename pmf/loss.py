@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -175,7 +176,7 @@ class StepPlan:
 
 
 @dataclass(frozen=True)
-class _Step:
+class Step:
     """One step's tensors on the model's device, flow-matching rows first."""
 
     x: Tensor
@@ -201,13 +202,14 @@ class _Step:
     tangent_rows: int
 
     def last(self, value: Tensor) -> Tensor:
+        """The rows that carry a tangent."""
         return ops.tail(value, self.tangent_rows)
 
 
 _SCALARS = tuple(f.name for f in fields(Draws) if f.name != "noise")
 
 
-def _step(model, x: Tensor, y: Tensor, draws: Draws, config: LossConfig, plan_name: str) -> _Step:
+def _step(model, x: Tensor, y: Tensor, draws: Draws, config: LossConfig, plan_name: str) -> Step:
     """Plan the step on the host, and carry what it needs to the device in three copies."""
     order = torch.argsort(draws.fm_mask.int(), descending=True, stable=True)
     in_order = torch.equal(order, torch.arange(len(order)))
@@ -227,7 +229,7 @@ def _step(model, x: Tensor, y: Tensor, draws: Draws, config: LossConfig, plan_na
     if not in_order:
         x, y, noise = x[order], y[order], noise[order]
     t_image = t[:, None, None, None]
-    return _Step(
+    return Step(
         x=x,
         y=y,
         z=(1 - t_image) * x + t_image * (model.config.noise_scale * noise),
@@ -255,7 +257,7 @@ def _v_tokens(model, z: Tensor, omega: Tensor, y: Tensor) -> Tensor:
     return model.predict_dual(Dual(z), Dual(zero), omega, zero, one, y, heads=("v",))["v"].value
 
 
-def _lean_guidance(model, step: _Step) -> tuple[Tensor | None, Tensor | None]:
+def _lean_guidance(model, step: Step) -> tuple[Tensor | None, Tensor | None]:
     """(net_c, net_n) in one pass: the class as drawn at w' on the last B_dot rows, and the null class at
     w = 1 on `null_rows`, padded so that few batch sizes occur.
     """
@@ -270,7 +272,7 @@ def _lean_guidance(model, step: _Step) -> tuple[Tensor | None, Tensor | None]:
     return (net[:rows] if rows else None), (net[rows:] if len(null_rows) else None)
 
 
-def _naive_guidance(model, step: _Step) -> tuple[Tensor, Tensor]:
+def _naive_guidance(model, step: Step) -> tuple[Tensor, Tensor]:
     """(net_c, net_n) as the authors compute them: three passes over every row, at w, at w' and at 1."""
     null = torch.full_like(step.y, model.config.num_classes)
     net_fm = _v_tokens(model, step.z, step.omega, step.y)
@@ -279,7 +281,7 @@ def _naive_guidance(model, step: _Step) -> tuple[Tensor, Tensor]:
     return torch.where(step.fm[:, None, None], net_fm, net_c), net_n
 
 
-def _main_pass(model, step: _Step, net_c: Tensor | None) -> dict[str, Dual]:
+def _main_pass(model, step: Step, net_c: Tensor | None) -> dict[str, Dual]:
     """Both heads on every row, with u's tangent along (v_c, 1, 0) on the last rows."""
     y = torch.where(step.dropped, model.config.num_classes, step.y)
     z_dot, h_dot = None, None
@@ -296,8 +298,13 @@ def _adaptive(loss: Tensor, config: LossConfig) -> Tensor:
     return loss / (loss.detach() + config.norm_eps) ** config.norm_p
 
 
-def _perceptual_terms(perceptual: Callable, model, step: _Step, net_u: Tensor) -> dict[str, Tensor]:
-    """Distances per row between x_hat = z_t - t u and x, zero where t >= perceptual_max_t."""
+def perceptual_rows(
+    perceptual: Callable, model, step: Step, net_u: Tensor, config: LossConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What the perceptual terms add to the loss of each row, and their mean distances.
+
+    Distances are between x_hat = z_t - t u and x, zero where t >= perceptual_max_t.
+    """
     rows = step.early_rows
     t, z, x = step.t[rows][:, None, None, None], step.z[rows], step.x[rows]
     net = model.to_images(net_u[rows])
@@ -307,7 +314,44 @@ def _perceptual_terms(perceptual: Callable, model, step: _Step, net_u: Tensor) -
         dtype = torch.promote_types(distance.dtype, torch.float32)
         return torch.zeros(len(step.x), device=z.device, dtype=dtype).index_put((rows,), distance.to(dtype))
 
-    return {name: on_every_row(distance) for name, distance in perceptual(x_hat, x).items()}
+    weights = {"lpips": config.lpips_weight, "convnext": config.convnext_weight}
+    total, terms = torch.zeros((), device=z.device), {}
+    for name, distance in perceptual(x_hat, x).items():
+        require(name in weights, f"perceptual: expected terms {sorted(weights)}, got {name!r}")
+        distance = on_every_row(distance)
+        total = total + weights[name] * _adaptive(distance, config)
+        terms[name] = distance.detach().mean()
+    return total, terms
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The network and the objective on one step."""
+
+    rows: Tensor
+    """adp(L_u) + adp(L_v) per row."""
+    terms: dict[str, Tensor]
+    """loss_u and loss_v, mean squared errors over all pixels."""
+    net_u: Tensor
+    """The u head's tokens, which the perceptual terms read."""
+    fields_of: tuple[Tensor | None, ...]
+    """What `ops.pmf_objective_fields` takes."""
+    options: dict[str, Any]
+
+
+def evaluate(model, step: Step, config: LossConfig, plan: str = "lean") -> Evaluated:
+    """Guidance, the main pass with its tangent, and both squared errors of a planned step."""
+    with model.held_weights():
+        net_c, net_n = (_lean_guidance if plan == "lean" else _naive_guidance)(model, step)
+        nets = _main_pass(model, step, net_c)
+    heads = (nets["u"].value, nets["v"].value, nets["u"].dot, net_c, net_n)
+    images, guidance = (step.z, step.x), (step.guidance, step.null_index)
+    options: dict[str, Any] = dict(t_clip=model.config.t_clip, patch_size=model.config.patch_size)
+    loss_u, loss_v = ops.pmf_objective(*heads, *images, step.t, step.h, *guidance, **options, impl=model.impl)
+    pixels = step.x[0].numel()
+    terms = {"loss_u": loss_u.detach().mean() / pixels, "loss_v": loss_v.detach().mean() / pixels}
+    rows = _adaptive(loss_u, config) + _adaptive(loss_v, config)
+    return Evaluated(rows, terms, nets["u"].value, (*heads, *images, step.t, *guidance), options)
 
 
 def pmf_loss(
@@ -329,26 +373,15 @@ def pmf_loss(
     """
     check_step(model, x, y, draws, plan)
     step = _step(model, x, y, draws, loss_config, plan)
-    with model.held_weights():
-        net_c, net_n = (_lean_guidance if plan == "lean" else _naive_guidance)(model, step)
-        nets = _main_pass(model, step, net_c)
-    heads = (nets["u"].value, nets["v"].value, nets["u"].dot, net_c, net_n)
-    images, guidance = (step.z, step.x), (step.guidance, step.null_index)
-    options = dict(t_clip=model.config.t_clip, patch_size=model.config.patch_size)
-    loss_u, loss_v = ops.pmf_objective(*heads, *images, step.t, step.h, *guidance, **options, impl=model.impl)
-
-    rows = _adaptive(loss_u, loss_config) + _adaptive(loss_v, loss_config)
-    terms = {"loss_u": loss_u.detach().mean() / x[0].numel(), "loss_v": loss_v.detach().mean() / x[0].numel()}
+    evaluated = evaluate(model, step, loss_config, plan)
+    rows, terms = evaluated.rows, evaluated.terms
     if perceptual is not None:
-        weights = {"lpips": loss_config.lpips_weight, "convnext": loss_config.convnext_weight}
-        for name, distance in _perceptual_terms(perceptual, model, step, nets["u"].value).items():
-            require(name in weights, f"perceptual: expected terms {sorted(weights)}, got {name!r}")
-            rows = rows + weights[name] * _adaptive(distance, loss_config)
-            terms[name] = distance.detach().mean()
+        more, distances = perceptual_rows(perceptual, model, step, evaluated.net_u, loss_config)
+        rows, terms = rows + more, terms | distances
     output = LossOutput(rows.mean(), terms)
     if not return_fields:
         return output
-    values = {"z_t": step.z} | ops.pmf_objective_fields(*heads, *images, step.t, *guidance, **options)
+    values = {"z_t": step.z} | ops.pmf_objective_fields(*evaluated.fields_of, **evaluated.options)
     if step.order is not None:
         values = {name: value[torch.argsort(step.order)] for name, value in values.items()}
     return replace(output, fields=values)

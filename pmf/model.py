@@ -21,7 +21,8 @@ from pmf.checkpointing import checkpoint_values
 from pmf.config import ModelConfig, model_config
 from pmf.dual import ABSENT, Dual
 from pmf.errors import readable, require
-from pmf.layers import Block, FinalLayer, PatchEmbed, Residual, ScalarEmbedder, held_weights, joined_weights
+from pmf.layers import Block, FinalLayer, PatchEmbed, Residual, ScalarEmbedders
+from pmf.packing import held_weights, joined_weights
 
 HEADS = ("u", "v")
 CHECKPOINTING = ("none", "block")
@@ -64,7 +65,7 @@ class Conditioning(nn.Module):
         self.in_context = config.conditioning == "in_context"
         self.classes = nn.Embedding(config.num_classes + 1, width)
         nn.init.normal_(self.classes.weight, std=1 / math.sqrt(width))
-        self.embedders = nn.ModuleDict({name: ScalarEmbedder(width) for name in SCALARS})
+        self.embedders = ScalarEmbedders(SCALARS, width)
         if self.in_context:
             self.tokens = nn.ParameterDict(
                 {
@@ -75,8 +76,8 @@ class Conditioning(nn.Module):
 
     def forward_dual(self, h: Dual, omega: Tensor, t_min: Tensor, t_max: Tensor, y: Tensor) -> Dual:
         """The prefix [B, P, C] (in_context), or silu of the summed embeddings [B, C] (adaln)."""
-        scalars = dict(h=h, omega=Dual(1 - 1 / omega), t_min=Dual(t_min), t_max=Dual(t_max))
-        embedded = {name: self.embedders[name].forward_dual(scalars[name]) for name in SCALARS}
+        scalars = self.embedders.forward_dual(h, Dual(1 - 1 / omega), Dual(t_min), Dual(t_max))
+        embedded = dict(zip(SCALARS, scalars, strict=True))
         embedded["y"] = Dual(self.classes(y))
         if not self.in_context:
             vector = Dual(sum(e.value for e in embedded.values()), embedded["h"].dot)

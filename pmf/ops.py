@@ -13,10 +13,13 @@ where a kernel cannot run; it never falls back. The choice and its reason are lo
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from pmf import dispatch, reference
+from pmf.autocast import autocast_dtype
 from pmf.errors import InputError, readable, require
 
 
@@ -26,40 +29,62 @@ def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def _shape(op: str, name: str, tensor: Tensor, *expected: int | None) -> None:
     """`tensor` has that shape; None stands for any size."""
-    matches = tensor.ndim == len(expected) and all(
-        want is None or want == size for want, size in zip(expected, tensor.shape, strict=True)
-    )
+    sizes = tensor.shape
+    if sizes == expected:
+        return
+    matches = len(sizes) == len(expected)
+    if matches:
+        for want, size in zip(expected, sizes, strict=True):
+            if want is not None and want != size:
+                matches = False
     if not matches:  # the text is written here alone: compilers cannot write a size that they keep open
         wanted = ", ".join("any" if size is None else str(size) for size in expected)
         raise InputError(f"{op}: {name} must have shape [{wanted}], got {list(tensor.shape)}")
 
 
-def _floating(op: str, name: str, tensor: Tensor, device: torch.device) -> None:
+def _floating(op: str, name: str, tensor: Tensor, device: torch.device | None) -> None:
     """`tensor` is a floating tensor, and on that device."""
-    is_floating = isinstance(tensor, Tensor) and tensor.is_floating_point()
-    require(is_floating, f"{op}: {name} must be a floating tensor, got {getattr(tensor, 'dtype', tensor)}")
-    require(tensor.device == device, f"{op}: {name} must be on {device}, got {tensor.device}")
+    if not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
+        raise InputError(f"{op}: {name} must be a floating tensor, got {getattr(tensor, 'dtype', tensor)}")
+    if tensor.device != device:
+        raise InputError(f"{op}: {name} must be on {device}, got {tensor.device}")
 
 
-def _check(op: str, names: str, primals: tuple, tangents: tuple) -> None:
+class _Input(NamedTuple):
+    """One primal of an op."""
+
+    name: str
+    moves: bool
+    """It takes a tangent."""
+    optional: bool
+    """It may be None."""
+
+
+def _inputs(names: str) -> tuple[_Input, ...]:
+    """The primals by name; those with a * take a tangent, those with a ? may be None."""
+    return tuple(_Input(entry.rstrip("*?"), "*" in entry, "?" in entry) for entry in names.split())
+
+
+def _check(op: str, inputs: tuple[_Input, ...], primals: tuple, tangents: tuple) -> None:
     """Floating primals on one device; as many tangents, each like the last rows of its primal, of one B_dot.
 
-    `names` lists the primals; those with a * take a tangent, those with a ? may be None.
+    Every op of every layer comes through here: no message is written before it is needed.
     """
-    entries = names.split()
-    require(len(primals) == len(entries), f"{op}: expected {len(entries)} primals, got {len(primals)}")
-    require(len(tangents) == len(entries), f"{op}: expected {len(entries)} tangents, got {len(tangents)}")
-    for entry, primal, tangent in zip(entries, primals, tangents, strict=True):
-        name = entry.rstrip("*?")
-        if primal is not None or "?" not in entry:
-            _floating(op, name, primal, getattr(primals[0], "device", None))
+    if len(primals) != len(inputs) or len(tangents) != len(inputs):
+        kind, given = ("primals", primals) if len(primals) != len(inputs) else ("tangents", tangents)
+        raise InputError(f"{op}: expected {len(inputs)} {kind}, got {len(given)}")
+    device = getattr(primals[0], "device", None)
+    rows = None
+    for (name, moves, optional), primal, tangent in zip(inputs, primals, tangents, strict=True):
+        if primal is not None or not optional:
+            _floating(op, name, primal, device)
         if tangent is None:
             continue
-        _floating(op, f"{name}'s tangent", tangent, primals[0].device)
-        require("*" in entry, f"{op}: {name} takes no tangent, got one; expected None")
+        _floating(op, f"{name}'s tangent", tangent, device)
+        require(moves, f"{op}: {name} takes no tangent, got one; expected None")
         require(primal is not None, f"{op}: {name} is absent, so its tangent must be None")
         require(primal.ndim > 1, f"{op}: {name} per channel takes no tangent; expand it to [B, C]")
-        rows = reference.tangent_rows(tangents)
+        rows = tangent.shape[0] if rows is None else rows
         _shape(op, f"{name}'s tangent", tangent, rows, *primal.shape[1:])
         if rows > len(primal):
             raise InputError(f"{op}: {name}'s tangent must have at most {len(primal)} samples, got {rows}")
@@ -73,6 +98,14 @@ def _modulation(op: str, x: Tensor, **parameters: Tensor | None) -> None:
             continue
         per_sample = name != "weight" and parameter.ndim == 2
         _shape(op, name, parameter, *((batch, width) if per_sample else (width,)))
+
+
+_NORM_MODULATE = _inputs("x* weight? scale*? shift*?")
+_RESIDUAL_NORM_MODULATE = _inputs("x* branch* gate* weight? scale*? shift*?")
+_QK_NORM_ROPE = _inputs("qkv* q_weight k_weight cos sin")
+_ATTENTION = _inputs("q* k* v*")
+_SWIGLU = _inputs("x*")
+_PATCH_EMBED = _inputs("images* weight1 bias1 weight2 bias2 positions prefix*?")
 
 
 def norm_modulate(x, weight=None, scale=None, shift=None, *, kind="rms", eps=1e-6, impl=None) -> Tensor:
@@ -93,7 +126,7 @@ def norm_modulate_dual(primals, tangents, *, kind="rms", eps=1e-6, impl=None):
     n_dot = (c_dot - n mean(n c_dot)) / sqrt(...), c_dot = x_dot - mean(x_dot) or x_dot.
     """
     op = "norm_modulate"
-    _check(op, "x* weight? scale*? shift*?", primals, tangents)
+    _check(op, _NORM_MODULATE, primals, tangents)
     x, weight, scale, shift = primals
     _shape(op, "x", x, None, None, None)
     _modulation(op, x, weight=weight, scale=scale, shift=shift)
@@ -121,7 +154,7 @@ def residual_norm_modulate_dual(primals, tangents, *, kind="rms", eps=1e-6, impl
     x_new_dot = x_dot + gate branch_dot + gate_dot branch. Returns ((x_new, y), (x_new_dot, y_dot)).
     """
     op = "residual_norm_modulate"
-    _check(op, "x* branch* gate* weight? scale*? shift*?", primals, tangents)
+    _check(op, _RESIDUAL_NORM_MODULATE, primals, tangents)
     x, branch, gate, weight, scale, shift = primals
     _shape(op, "x", x, None, None, None)
     _shape(op, "branch", branch, *x.shape)
@@ -150,7 +183,7 @@ def qk_norm_rope_dual(primals, tangents, *, prefix_length=0, eps=1e-6, impl=None
     Returns ((q, k, v), (q_dot, k_dot, v_dot)).
     """
     op = "qk_norm_rope"
-    _check(op, "qkv* q_weight k_weight cos sin", primals, tangents)
+    _check(op, _QK_NORM_ROPE, primals, tangents)
     qkv, q_weight, k_weight, cos, sin = primals
     _shape(op, "qkv", qkv, None, None, 3, None, None)
     length, head_dim = qkv.shape[1], qkv.shape[4]
@@ -188,17 +221,18 @@ def attention_dual(primals, tangents, *, scale=None, impl=None):
     o_dot = P v_dot + H v - rowsum(H) o.
     """
     op = "attention"
-    _check(op, "q* k* v*", primals, tangents)
+    _check(op, _ATTENTION, primals, tangents)
     q, k, v = primals
     _shape(op, "q", q, None, None, None, None)
     _shape(op, "k", k, q.shape[0], None, *q.shape[2:])
     _shape(op, "v", v, *k.shape)
     require(k.shape[1] > 0, f"{op}: k must have at least one token, got 0")
-    wanted = dispatch.autocast_dtype(q.device.type)
+    wanted = autocast_dtype(q.device.type)
     if wanted is not None and q.dtype != torch.float64:
         primals, tangents = (tuple(_cast(x, wanted) for x in pair) for pair in (primals, tangents))
     dtypes = [t.dtype for t in (*primals, *tangents) if t is not None]
-    require(len(set(dtypes)) == 1, f"{op}: q, k, v and their tangents must have one dtype, got {dtypes}")
+    if any(dtype != dtypes[0] for dtype in dtypes):
+        raise InputError(f"{op}: q, k, v and their tangents must have one dtype, got {dtypes}")
     run = dispatch.choose("attention_dual", impl, primals + tangents, dispatch.attention_limit(q))
     return run(primals, tangents, scale=scale)
 
@@ -214,7 +248,7 @@ def swiglu(x, *, impl=None) -> Tensor:
 def swiglu_dual(primals, tangents, *, impl=None):
     """`swiglu` of (x,), and its tangent silu'(a) a_dot b + silu(a) b_dot."""
     op = "swiglu"
-    _check(op, "x*", primals, tangents)
+    _check(op, _SWIGLU, primals, tangents)
     (x,) = primals
     _shape(op, "x", x, None, None, None)
     require(x.shape[-1] % 2 == 0, f"{op}: x must have an even last dimension, got {x.shape[-1]}")
@@ -236,7 +270,7 @@ def patch_embed(images, weight1, bias1, weight2, bias2, positions, prefix=None, 
 def patch_embed_dual(primals, tangents, *, impl=None):
     """`patch_embed` of (images, weight1, bias1, weight2, bias2, positions, prefix), and its tangent."""
     op = "patch_embed"
-    _check(op, "images* weight1 bias1 weight2 bias2 positions prefix*?", primals, tangents)
+    _check(op, _PATCH_EMBED, primals, tangents)
     images, weight1, bias1, weight2, bias2, positions, prefix = primals
     _shape(op, "images", images, None, None, None, None)
     batch, channels, height, width = images.shape
@@ -335,6 +369,8 @@ def pmf_objective(
         patch_size=patch_size,
     )
 
+
+use_attention_backend = dispatch.use_attention_backend
 
 # What has one implementation, in plain PyTorch: small tensors, layouts and helpers of tangents.
 scalar_features_dual = reference.scalar_features_dual

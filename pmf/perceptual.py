@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pmf.crops import draw_crops, no_autocast, resize_crops
+from pmf.autocast import no_autocast
+from pmf.crops import draw_crops, resize_crops
 from pmf.errors import InputError, require
 
 CROP_SIZE = 224

@@ -268,7 +268,7 @@ def _read(cubin: bytes) -> dict:
         code = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = {key: int(re.search(rf"{key}:(\d+)", code).group(1)) for key in ("REG", "STACK", "SHARED")}
     accesses = collections.Counter()
-    for instruction, modifiers in re.findall(r"\b(LDG|STG)\.E(\S*)", code):
+    for instruction, modifiers in re.findall(r"\b(LDG|STG|LDGSTS)\.E(\S*)", code):
         width = re.search(r"\.(128|64|U16|S16|U8)\b", modifiers)
         accesses[f"{instruction}.{width.group(1) if width else '32'}"] += 1
     return dict(

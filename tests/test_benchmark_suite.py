@@ -1,6 +1,7 @@
 """A measurement within its time: what happens to what fails, and what is made of the figures."""
 
 import contextlib
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,9 +10,11 @@ import time
 import pytest
 import torch
 
-from pmf.benchmarks import cli, jobs, ledger, plots, report, suite
-from pmf.benchmarks.cases import Case
+from pmf.benchmarks import cli, gate, jobs, ledger, order, plots, report, suite
+from pmf.benchmarks.cases import VALUE_ALONE, Case
+from pmf.benchmarks.gate import Verdict
 from pmf.benchmarks.jobs import Job, Settings, case_records, run_job
+from pmf.benchmarks.order import Part
 from pmf.errors import InputError
 
 CPU = torch.device("cpu")
@@ -37,10 +40,14 @@ def test_a_run_records_every_figure_with_its_origin(measured):
     for r in records:
         assert r["status"] == "measured", r
         assert {"commit", "dirty", "torch", "triton", "gpu", "copy_bytes_per_s"} <= r.keys()
+        assert r["attention"] == "cpu"
     lean = next(r for r in records if r["suite"] == "steps" and r["provider"] == "lean")
     assert lean["batch"] == 2 and lean["size"] == "pMF-digits" and lean["operations"] > 0
     assert lean["of_product_rate"] > 0 and lean["peak_of_flow_matching"] is None
+    assert lean["host_us"] > 0 and lean["busy_us"] is None and lean["launches"] is None
     assert lean["images_per_s"] == pytest.approx(2e6 / lean["median_us"])
+    table = (measured.parent / "cpu-profile-step-digits-batch-2-lean.txt").read_text()
+    assert table.startswith("step digits batch 2, lean: median") and lean["profile"][0][0] in table
     assert 1 <= len(lean["profile"]) <= 25 and 0 < lean["profile"][0][1] <= 1
     assert not any("profile" in r for r in records if r["provider"] != "lean")
     assert {r["provider"] for r in records if r["suite"] == "memory"} == {"lean", "lean, checkpointed", "joint jvp"}
@@ -109,6 +116,8 @@ def test_a_step_that_does_not_fit_is_measured_at_half_the_batch(monkeypatch):
     records = list(jobs._step_records(job, SETTINGS, CPU, 1.0))
     assert [(r["batch"], r["status"]) for r in records] == [(8, "failed"), (4, "failed"), (2, "measured")]
     assert records[-1]["case"] == "step digits batch 2"
+    job = dataclasses.replace(job, held=frozenset({("step digits batch 4", "lean", 4, None)}))
+    assert [r["batch"] for r in jobs._step_records(job, SETTINGS, CPU, 1.0)] == [8]
 
 
 def test_every_case_is_compiled_anew(monkeypatch):
@@ -130,7 +139,7 @@ def test_every_case_is_compiled_anew(monkeypatch):
 
 
 def test_each_provider_is_rated_by_what_it_computes():
-    plan = suite.Plan.of([("steps", "pMF-digits")], 2, "")
+    plan = suite.Plan.of([Part("steps", "pMF-digits", 2)], CPU)
     (name, case) = next(iter(plan.cases.items()))
     run = suite.Measurement(plan, SETTINGS, suite.Budget(1), None)
     run.origin = {"copy_bytes_per_s": 1.0, "product_operations_per_s": 1.0}
@@ -138,6 +147,24 @@ def test_each_provider_is_rated_by_what_it_computes():
     shares = {p: run._shares({**record, "provider": p})["operations"] for p in ("lean", "flow matching")}
     assert shares == {"lean": case.operations, "flow matching": case.other_operations["flow matching"]}
     assert shares["flow matching"] < shares["lean"]
+
+
+def test_value_and_tangent_are_measured_by_the_value(tmp_path):
+    plan = suite.Plan.of([Part("ops", "pMF-digits", 2)], CPU, "attention dual")
+    record = {"suite": "ops", "case": "attention dual digits", "median_us": 10.0}
+    run = suite.Measurement(plan, SETTINGS, suite.Budget(1), None)
+    run.origin = {"copy_bytes_per_s": 1.0, "product_operations_per_s": 1.0}
+    assert run._shares({**record, "provider": "triton"})["of_value_alone"] is None
+    run.earlier.records = [{**record, "provider": VALUE_ALONE}]
+    shares = run._shares({**record, "provider": "triton", "median_us": 35.0})
+    assert shares["of_value_alone"] == 3.5
+    assert shares["operations"] == 3.5 * run._shares({**record, "provider": VALUE_ALONE})["operations"]
+
+
+def test_the_report_tells_what_a_step_waits_for():
+    record = {"median_us": 100.0}
+    found = [report._bound({**record, "busy_us": busy}) for busy in (None, 95.0, 120.0, 40.0)]
+    assert found == ["-", "GPU, busy 95%", "GPU, busy 100%", "host, busy 40%"]
 
 
 def test_a_run_without_time_leaves_earlier_figures(tmp_path):
@@ -186,7 +213,7 @@ def test_what_the_jobs_are_forked_from_touches_no_gpu():
 
 
 def test_what_no_longer_fits_is_named(tmp_path, capsys, monkeypatch):
-    plan = suite.Plan.of([("steps", "pMF-digits"), ("memory", "pMF-digits")], 2, "")
+    plan = suite.Plan.of([Part("steps", "pMF-digits", 2), Part("memory", "pMF-digits", 0)], CPU)
     budget = suite.Budget(1.0)
     monkeypatch.setattr(budget, "left", lambda: 3.0)
     monkeypatch.setattr(budget, "largest_job", lambda: 60.0)
@@ -206,25 +233,170 @@ def test_a_job_takes_a_share_of_what_is_left():
         suite.Budget(0)
 
 
-def test_the_most_important_comes_first(monkeypatch):
-    monkeypatch.setattr(suite, "suite_cases", lambda *a: [])
-    seen = []
-    monkeypatch.setattr(suite, "_jobs", lambda kind, size, *a: seen.append((kind, size)) or [Job(kind, size)])
-    cli.plan_of(cli.Options("gpu"))
-    assert seen[:5] == [*((kind, "pMF-B/16") for kind in suite.SUITES), ("steps", "pMF-L/16")]
-    assert seen[-3:] == [(kind, "pMF-H/32") for kind in ("steps", "sampling", "memory")]
-    assert ("ops", jobs.LONG_ATTENTION) in seen and ("ops", "pMF-B/32") not in seen
+def test_the_most_important_comes_first():
+    parts = order.parts_of("gpu", (), None)
+    places = {(part.suite, part.size, part.batch, part.group): i for i, part in enumerate(parts)}
+    assert list(places)[:2] == [("steps", "pMF-B/16", batch, "eager") for batch in (64, 128)]
+    for size in ("pMF-L/16", "pMF-H/16"):
+        assert places["steps", "pMF-B/16", 64, "compiled"] < places["steps", size, 64, "eager"]
+        assert places["sampling", "pMF-B/16", 128, ""] < places["sampling", size, 128, ""]
+    assert ("ops", jobs.LONG_ATTENTION, 1, "") in places and ("ops", "pMF-B/32", 128, "") not in places
+    every = suite.Plan.of(parts, torch.device("cuda")).jobs
+    assert len(set(every)) == len(every)
 
 
-def test_a_test_that_fails_keeps_figures_out(tmp_path, monkeypatch):
+def test_the_groups_of_a_step_are_all_of_it():
+    def names(group, device="cuda"):
+        return [
+            job.provider for job in suite.Plan.of([Part("steps", "pMF-B/16", 64, group)], torch.device(device)).jobs
+        ]
+
+    groups = [names(group) for group in ("eager", "compiled", "backends")]
+    assert sorted(name for group in groups for name in group) == sorted(names(""))
+    assert [group[0] for group in groups] == ["flow matching", "lean, compiled", "lean, captured, flash"]
+    assert not set(groups[2]) & set(names("", "cpu"))
+
+
+@pytest.fixture
+def few_tests(tmp_path, monkeypatch):
+    """A repository of a few test files."""
     monkeypatch.setattr(ledger, "ROOT", tmp_path)
-    monkeypatch.setattr(suite, "ROOT", tmp_path)
     (tmp_path / "tests").mkdir()
-    (tmp_path / "tests/test_good.py").write_text("def test():\n    pass\n")
-    (tmp_path / "tests/test_bad.py").write_text("def test():\n    assert False\n")
-    (tmp_path / "tests/test_slow.py").write_text("import time\ndef test():\n    time.sleep(60)\n")
-    assert suite.failing_tests(["test_good.py", "test_bad.py"], 60.0) == {"test_bad.py": "test_bad.py fails"}
-    assert suite.failing_tests(["test_slow.py"], 1.0) == {"test_slow.py": "test_slow.py did not finish in 1 s"}
+    texts = {
+        "good": "import pytest\n@pytest.mark.parametrize('n', range(3))\ndef test(n):\n    pass\n",
+        "bad": "def test_a():\n    pass\ndef test_b():\n    assert False\n",
+        "broken": "import nowhere\n",
+        "slow": "import time\ndef test_a():\n    pass\ndef test_b():\n    time.sleep(60)\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / f"tests/test_{name}.py").write_text(text)
+
+
+def test_a_test_that_fails_keeps_figures_out(few_tests):
+    found = gate.run_tests(["test_good.py", "test_bad.py", "test_broken.py"], 120.0)
+    assert found == {
+        "test_good.py": Verdict(None),
+        "test_bad.py": Verdict("test_bad.py fails: test_b"),
+        "test_broken.py": Verdict("test_broken.py fails: collection"),
+    }
+
+
+def test_tests_that_do_not_finish_keep_figures_out(few_tests, monkeypatch):
+    began = time.monotonic()
+    (verdict,) = gate.run_tests(["test_slow.py"], 15.0).values()
+    assert verdict == Verdict("test_slow.py did not finish in 15 s: 1 of 2 tests", finished=False)
+    assert time.monotonic() - began < 40
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    (verdict,) = gate.run_tests(["test_good.py"], 15.0).values()
+    assert verdict.error.startswith("test_good.py did not run to its end") and not verdict.finished
+
+
+def test_a_verdict_is_shared_between_parts(tmp_path, monkeypatch):
+    origin = {**ledger.provenance(CPU), "copy_bytes_per_s": 1.0, "product_operations_per_s": 1.0}
+    asked = []
+
+    def check(tests, seconds):
+        asked.append(tests)
+        answers = {"a": Verdict(None), "b": Verdict("b fails"), "c": Verdict("c did not finish", finished=False)}
+        return {test: answers[test] for test in tests}
+
+    def part():
+        run = suite.Measurement(suite.Plan([], {}, CPU), SETTINGS, suite.Budget(1), tmp_path)
+        run.origin, run.earlier = origin, ledger.Earlier(tmp_path / "cpu.jsonl", origin)
+        return run.gate(["a", "b", "c"], check)
+
+    assert part() == part() == {"b": "b fails", "c": "c did not finish"}
+    assert asked == [["a", "b", "c"], ["c"]]
+    origin = {**origin, "sources": "others"}
+    part()
+    monkeypatch.setattr(suite, "digest", lambda *folders: "other tests")
+    part()
+    assert asked[2:] == [["a", "b", "c"]] * 2
+    with pytest.raises(InputError, match="holds no figures"):  # verdicts are none
+        report.read_ledger(tmp_path / "cpu.jsonl")
+
+
+def test_a_second_part_measures_nothing_twice(tmp_path, capsys, monkeypatch):
+    few = ["--only", "digits", "--repeats", "2", "--batch", "2", "--record", str(tmp_path), "--profile", ""]
+    command = ["gpu", "--sizes", "pMF-digits", "--device", "cpu", *few, "--providers"]
+
+    def lines():
+        return [json.loads(line) for line in (tmp_path / "cpu.jsonl").read_text().splitlines()]
+
+    cli.main([*command, "eager"])
+    first = lines()
+    assert {r["suite"] for r in first} == {"sampling", "memory"}
+    cli.main([*command, "eager"])
+    assert lines() == first and "2 of 2 jobs were measured before" in capsys.readouterr().out
+    cli.main([*command, "eager", "lean"])
+    new = lines()[len(first) :]
+    assert {(r["suite"], r["provider"]) for r in new} == {("steps", "lean")}
+    monkeypatch.setattr(ledger, "MEASURED", ("kernels",))  # as other sources would, changes their hash
+    provenance = {**ledger.provenance(CPU), "copy_bytes_per_s": 1.0, "product_operations_per_s": 1.0}
+    assert not ledger.Earlier(tmp_path / "cpu.jsonl", provenance).records
+
+
+def test_a_ledger_says_what_is_held(tmp_path):
+    origin = {"gpu": "card", "sources": "s", "torch": "t", "triton": "3"}
+    results = {
+        "measured": {"status": "measured"},
+        "full": {"status": "failed", "error": "OutOfMemoryError: CUDA out of memory"},
+        "slow": {"status": "failed", "error": "did not finish in 90 s"},
+        "late": {"status": "skipped", "error": "no time was left"},
+    }
+    for case, result in results.items():
+        ledger.append({**origin, "suite": "steps", "case": case, "provider": "p", **result}, tmp_path)
+    ledger.append({**origin, "gpu": "card", "sources": "", "suite": "steps", "case": "old", "provider": "p",
+                   "status": "measured"}, tmp_path)  # fmt: skip
+    with open(tmp_path / "card.jsonl", "a") as file:
+        file.write('{"case": "cut o')
+    found = ledger.Earlier(tmp_path / "card.jsonl", origin)
+    assert {case for case, *_ in found.held} == {"measured", "full"}
+    assert {case for case, *_ in found.tried} == {"slow"}
+
+
+def test_what_failed_before_comes_last(tmp_path):
+    plan = suite.Plan.of([Part("steps", "pMF-digits", 2)], CPU)
+    run = suite.Measurement(plan, SETTINGS, suite.Budget(1), None)
+    names = [job.provider for job in plan.jobs]
+    run.earlier.tried = {("step digits batch 2", names[0], 2, None)}
+    run.earlier.held = {("step digits batch 2", names[2], 2, None)}
+    assert [job.provider for job in run._jobs()] == [names[1], *names[3:], names[0]]
+
+
+def test_a_commit_can_be_named_where_there_is_no_repository(tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger, "ROOT", tmp_path)
+    monkeypatch.delenv("PMF_COMMIT", raising=False)
+    assert ledger.commit() == ("unknown", True)
+    for given, found in (("abc", ("abc", False)), ("abc-dirty", ("abc", True))):
+        monkeypatch.setenv("PMF_COMMIT", given)
+        assert ledger.commit() == found
+
+
+def test_what_is_not_measured_makes_no_commit_dirty(tmp_path, monkeypatch):
+    def git(*arguments):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", tmp_path, *arguments], check=True)
+
+    monkeypatch.setattr(ledger, "ROOT", tmp_path)
+    monkeypatch.delenv("PMF_COMMIT", raising=False)
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "nothing")
+    found = []
+    for name in ("wheels/a.whl", "benchmarks/results/card.jsonl", "kernels/norm.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("a")
+        found.append(ledger.commit()[1])
+    assert found == [False, False, True] and len(ledger.commit()[0]) == 40
+
+
+def test_a_digest_tells_sources_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger, "ROOT", tmp_path)
+    (tmp_path / "benchmarks").mkdir()
+    found = [ledger.digest("benchmarks")]
+    for name, text in (("cases.py", "a"), ("cases.py", "b"), ("report.py", "c"), ("cases.py", "b")):
+        (tmp_path / "benchmarks" / name).write_text(text)
+        found.append(ledger.digest("benchmarks"))
+    assert len(set(found)) == 3 and found[2] == found[3] == found[4]
 
 
 def test_ledger_appends_a_line_with_its_origin(tmp_path):

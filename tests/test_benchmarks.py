@@ -2,15 +2,20 @@
 
 import dataclasses
 import functools
+import time
+import types
 
 import pytest
 import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import Interval, Kernel
 
 import pmf
 from pmf.benchmarks import cases, memory, steps
 from pmf.benchmarks.baselines import joint_jvp_loss, two_pass_loss
-from pmf.benchmarks.timing import ceilings, largest_kernels, measure, warm_up
+from pmf.benchmarks.timing import ceilings, host_us, measure, profile_of, profiled, warm_up
 from pmf.counting import meta_step, operations, row_operations
+from pmf.kernels.attention import HOPPER_TILES
 from pmf.memory import saved_per_row, training_memory
 from tests.networks import TINY, random_model, relative_error
 from tests.test_loss import LOSS, gradients, step_inputs
@@ -59,6 +64,24 @@ def test_the_objective_case_runs():
             assert all(torch.isfinite(gradient).all() for gradient in prepare()())
 
 
+def test_attention_is_measured_on_every_backend_and_tile():
+    """Those meant for a GPU are named for one alone; the tiles compute the same in the interpreter."""
+    op, on_gpu = OPS["attention 3"], torch.device("cuda")
+    for mode in ("forward", "backward"):
+        case = op.cases("small")[cases.MODES.index(mode)]
+        assert {f"triton, {name}" for name in cases.BACKENDS} <= case.providers(on_gpu).keys()
+    dual = op.cases("small")[cases.MODES.index("dual")]
+    assert next(iter(dual.providers(CPU))) == cases.VALUE_ALONE
+    more = dual.providers(on_gpu).keys() - dual.providers(CPU).keys()
+    assert {"triton 128x32 w8 s3", "triton 64x32 w4 s3"} <= more and len(more) == len(HOPPER_TILES)
+    primals, tangents = op.make(CPU), op.make(CPU)
+    _, expected = pmf.ops.attention_dual(primals, tangents, impl="triton")
+    for context in op.variants("dual", on_gpu).values():
+        with context():
+            _, found = pmf.ops.attention_dual(primals, tangents, impl="triton")
+        assert relative_error(expected, found) < 2**-8
+
+
 def test_every_published_shape_has_a_case():
     names = [case.name for case in cases.op_cases()]
     assert len(names) == len(set(names))
@@ -85,6 +108,27 @@ def test_measure_takes_turns_and_gives_quartiles():
     assert result["a"].repeats == 4
 
 
+def test_a_measurement_says_what_its_peak_is_of():
+    class Counted:
+        peak_from = "warm-up and capture"
+
+        def __call__(self):
+            pass
+
+        def peak_bytes(self):
+            return 7
+
+    ready = {"counted": warm_up(Counted(), CPU), "plain": warm_up(lambda: None, CPU)}
+    assert (ready["counted"].peak_bytes, ready["counted"].peak_from) == (7, "warm-up and capture")
+    found = measure(ready, CPU, repeats=3)
+    assert (found["counted"].peak_bytes, found["counted"].peak_from) == (7, "warm-up and capture")
+    assert (found["plain"].peak_bytes, found["plain"].peak_from, found["plain"].reserved_bytes) == (
+        None,
+        "a warm run",
+        None,
+    )
+
+
 def test_repeats_shrink_to_the_time_there_is():
     runs = []
     slow = dataclasses.replace(warm_up(lambda: runs.append(0), CPU), seconds=1.0)
@@ -92,12 +136,46 @@ def test_repeats_shrink_to_the_time_there_is():
     assert measure({"slow": slow}, CPU, repeats=30, seconds=0.5)["slow"].repeats == 3
 
 
-def test_largest_kernels_are_those_that_take_the_time():
+def test_a_profile_names_what_takes_the_time():
     a, b = torch.randn(400, 400), torch.randn(4)
-    found = largest_kernels(lambda: (a @ a, b + b), CPU)
-    assert found[0][0] == "aten::mm" and found[0][2] == 1
-    assert sum(share for _, share, _ in found) == pytest.approx(1.0)
-    assert [share for _, share, _ in found] == sorted((share for _, share, _ in found), reverse=True)
+    found = profiled(lambda: (a @ a, a @ a, b + b), CPU)
+    name, took, calls = found.kernels[0]
+    assert name == "aten::mm" and calls == 2 and 0 < took <= found.busy_us <= 1.5 * found.span_us
+    assert [took for _, took, _ in found.kernels] == sorted((took for _, took, _ in found.kernels), reverse=True)
+    lines = found.table(1).splitlines()
+    assert lines[0].startswith(f"{found.launches} launches, busy ") and lines[2].endswith("2  aten::mm")
+    assert len(lines) == 3 < len(found.table().splitlines())
+
+
+def test_a_kernel_is_named_by_the_operator_that_launched_it():
+    def event(name, start, end, device=DeviceType.CUDA, kernels=()):
+        times = Interval(start, end)
+        return types.SimpleNamespace(name=name, time_range=times, device_type=device, kernels=kernels)
+
+    kernels = [event("_forward", 0, 10), event("_forward", 20, 50), event("gemm", 60, 100)]
+    launched = [Kernel("_forward", 0, 10), Kernel("_forward", 0, 30)]
+    operators = [event("pmf::norm", 0, 5, DeviceType.CPU, launched[:1]), event("aten::mm", 0, 5, DeviceType.CPU)]
+    found = profile_of([*operators, event("pmf::swiglu", 5, 9, DeviceType.CPU, launched[1:]), *kernels])
+    assert found.kernels == [
+        ("gemm", 40.0, 1),
+        ("_forward of pmf::swiglu", 30.0, 1),
+        ("_forward of pmf::norm", 10.0, 1),
+    ]
+    assert found.launches == 3 and found.busy_us == 80.0 and found.span_us == 100.0
+    assert found.table().startswith("3 launches, busy 80 us of 100 us, gaps 20 us\n")
+
+
+def test_host_time_is_that_of_the_call():
+    assert host_us(lambda: time.sleep(0.01), CPU, 3) == pytest.approx(1e4, rel=0.5)
+
+
+def test_a_step_that_is_counted_tells_what_it_must_keep():
+    plain, checkpointed = (
+        steps.counted_bytes("small", 4, name, CPU)["counted_bytes"] for name in ("lean", "lean, checkpointed")
+    )
+    more = steps.counted_bytes("small", 8, "lean", CPU)["counted_bytes"]
+    assert checkpointed < plain < more < 2 * plain  # weights do not grow with the batch
+    assert steps.counted_bytes("small", 4, "joint jvp", CPU) == {}
 
 
 def test_ceilings_are_positive():
@@ -117,7 +195,8 @@ def test_step_and_sampling_cases_run(case, monkeypatch):
 def test_what_is_counted_is_what_is_measured():
     case, counted, (_, _, draws) = steps.step_case("small", 64), row_operations(SMALL), steps._inputs("small", 64, CPU)
     assert case.operations == counted.lean(draws)
-    assert case.other_operations == {"flow matching": counted.flow_matching(draws)}
+    floor = counted.flow_matching(draws)
+    assert case.other_operations == {"flow matching": floor, "flow matching, captured": floor}
 
 
 @pytest.mark.parametrize("name", ["joint jvp, compiled", "jvp without gradient, second forward, compiled"])
@@ -151,6 +230,15 @@ def test_baselines_are_the_same_loss(baseline):
     for name, p in model.named_parameters():
         if name in grads:
             assert relative_error(grads[name], p.grad) < 1e-9
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 7, 100, 599])
+@pytest.mark.parametrize("guess", [0, 1, 70, 449, 1000])
+def test_the_largest_batch_is_found_from_any_guess(limit, guess):
+    tries = []
+    found = memory.largest(lambda n: tries.append(n) or n <= limit, guess)
+    assert found <= limit <= found + max(1, found // 16) and len(set(tries)) == len(tries) <= 16
+    assert (limit, guess) != (599, 449) or len(tries) <= 7
 
 
 def test_the_joint_step_needs_more_memory():

@@ -8,6 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import pmf
 from pmf.loss import StepPlan
+from tests.kernel_checks import DEVICE
 from tests.networks import TINY, random_model, relative_error
 
 F32 = torch.float32
@@ -18,9 +19,9 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def pair(backend="aot_eager", config=TINY, **options):
+def pair(backend="aot_eager", config=TINY, device="cpu", **options):
     """The same network twice, the second with compiled blocks, and the count of its graphs."""
-    plain, compiled = (random_model(config, dtype=F32, **options) for _ in range(2))
+    plain, compiled = (random_model(config, dtype=F32, **options).to(device) for _ in range(2))
     counter = CompileCounterWithBackend(backend)
     compiled.compile_blocks(backend=counter)
     return plain, compiled, counter
@@ -93,7 +94,7 @@ def test_sampling_compiles_two_graphs_for_every_batch_size():
 
 def test_kernels_compile_where_nothing_is_recorded():
     config = dataclasses.replace(TINY, depth=2, conditioning="adaln")
-    plain, compiled, counter = pair(config=config, impl="triton", aux_head=False)
+    plain, compiled, counter = pair(config=config, device=DEVICE, impl="triton", aux_head=False)
     images, expected = (pmf.generate(m, [1, 2], omega=2.0, t_min=0.1, t_max=0.9) for m in (compiled, plain))
     assert torch.equal(images, expected) and counter.frame_count == 2
 

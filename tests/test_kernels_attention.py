@@ -1,17 +1,15 @@
-"""`attention` in Triton against the float64 reference: the tangent kernel, and the choice of the primal."""
+"""`attention` in Triton against the float64 reference: the tangent kernel."""
 
 import itertools
-import logging
-import sys
-import types
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pmf import ops
+from pmf import dispatch, ops
 from pmf.errors import InputError
 from pmf.kernels import attention, registration
 from tests.kernel_checks import (
@@ -23,8 +21,10 @@ from tests.kernel_checks import (
     generator,
     randn,
     strided,
+    tf32x3,
     within_budget,
 )
+from tests.networks import relative_error
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 LENGTHS = (1, 20, 276, 300)
@@ -57,11 +57,15 @@ def check_within(primals, tangents):
 
 
 def check_tangent(primals, tangents):
-    """Value and tangent within the budget."""
+    """Value and tangent within the budget.
+
+    In float32 the value takes two products of a library; the tangent reads it and the log-sum-exp, a third.
+    """
+    steps = (tf32x3(2), tf32x3(3)) if primals[0].dtype == F32 else (1, 1)
     runs = [evaluate("attention", primals, tangents, None, impl=impl) for impl in ("triton", "reference")]
     runs.append(evaluate("attention", primals, tangents, None, impl="reference", dtype=torch.float64))
     for i in range(2):
-        within_budget(f"attention: {('value', 'tangent')[i]}", *(run[i][0] for run in runs))
+        within_budget(f"attention: {('value', 'tangent')[i]}", *(run[i][0] for run in runs), steps=steps[i])
 
 
 @pytest.mark.parametrize("dtype", (F32, BF16), ids=str)
@@ -105,14 +109,15 @@ def test_one_key(head_dim, dtype):
     assert o_dot.abs().max() <= 4 * torch.finfo(dtype).eps
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="sums of the backward on GPUs come in any order")
 def test_gradients_are_the_library_s():
+    """Bit for bit; on GPUs to rounding, for there sums of the backward come in any order."""
     primals, tangents = inputs(2, 20, 33, 40, 1, F32)
     _, _, found, (do,) = evaluate("attention", primals, tangents, None, impl="triton")
     leaves = [p.detach().requires_grad_() for p in primals]
-    o = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in leaves))
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION if DEVICE == "cuda" else SDPBackend.FLASH_ATTENTION):
+        o = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in leaves))
     for a, b in zip(found, torch.autograd.grad(o, leaves, do.transpose(1, 2)), strict=True):
-        assert torch.equal(a, b)
+        assert torch.equal(a, b) if DEVICE == "cpu" else relative_error(a, b) < 1e-6
 
 
 @pytest.mark.parametrize("moving", list(itertools.product((True, False), repeat=3))[1:-1], ids=str)
@@ -184,8 +189,9 @@ def test_common_mode(head_dim, sharpness):
 def test_compilers_checkpointing_and_forward_mode():
     primals, tangents = inputs(3, 20, 33, 16, 2, BF16)
     check_compiles("attention", primals, tangents)
-    check_forward_mode("attention", primals, (0, 1, 2), own_backward=True)
-    check_forward_mode("attention", primals, (1,), own_backward=True)
+    own = dispatch.attention_backend(torch.device(DEVICE), BF16, 16)[0] != "flash_attn_4"  # that one is behind ours
+    check_forward_mode("attention", primals, (0, 1, 2), own_backward=own)
+    check_forward_mode("attention", primals, (1,), own_backward=own)
 
 
 def test_tangent_of_a_tangent_raises():
@@ -227,71 +233,6 @@ def test_registered_operator():
         arguments = (q, k, v, *dots, o, lse, 0.25)
         utils = ("test_schema", "test_faketensor")
         torch.library.opcheck(torch.ops.pmf.attention_tangent.default, arguments, test_utils=utils)
-
-
-def test_the_choice_of_the_primal(monkeypatch, caplog):
-    """The package, else PyTorch's flash, else cuDNN; float32 on the memory-efficient one; reported once."""
-    from pmf.kernels import flash
-
-    flash._package.cache_clear()
-    flash._report.cache_clear()
-    monkeypatch.setitem(sys.modules, "flash_attn", None)
-    available = [True]
-    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: available[0])
-    with caplog.at_level(logging.INFO, logger="pmf"):
-        assert flash.choose("cuda", "torch.bfloat16") == "flash"
-        assert flash.choose("cuda", "torch.bfloat16") == "flash"
-    assert [r.getMessage() for r in caplog.records] == [
-        "attention of torch.bfloat16 runs its primal on flash: the flash-attn package is not installed"
-    ]
-    assert flash.choose("cuda", "torch.float32") == "efficient"
-    assert flash.choose("cpu", "torch.bfloat16") == "cpu"
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
-        assert flash.choose("cuda", "torch.bfloat16") == "cudnn"
-    available[0] = False
-    assert flash.choose("cuda", "torch.float16") == "cudnn"
-    flash._package.cache_clear()
-    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_func=print))
-    assert flash.choose("cuda", "torch.float16") == "flash_attn"
-    flash._package.cache_clear()
-
-
-@pytest.mark.parametrize("backend", ("flash_attn", "flash", "cudnn", "efficient"))
-def test_every_primal_gives_what_the_tangent_needs(monkeypatch, backend):
-    """The libraries' calls, played by a formula with their signatures: layouts, padding, scale."""
-    from pmf.kernels import flash
-
-    def heads_first(q, k, v, *_, scale, **__):
-        s = scale * q @ k.mT
-        return s.softmax(-1) @ v, s.logsumexp(-1), None
-
-    def package(q, k, v, softmax_scale, return_attn_probs):
-        o, lse, _ = heads_first(*(x.transpose(1, 2) for x in (q, k, v)), scale=softmax_scale)
-        return o.transpose(1, 2).contiguous(), lse, None
-
-    def cudnn(q, k, v, bias, with_lse, scale):
-        assert bias is None and with_lse is True
-        o, lse, _ = heads_first(q, k, v, scale=scale)
-        return o, lse[..., None]
-
-    def efficient(q, k, v, bias, with_lse, scale):
-        assert bias is None and with_lse is True
-        o, lse, _ = heads_first(q, k, v, scale=scale)
-        return o, torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.nan)
-
-    played = types.SimpleNamespace(
-        _scaled_dot_product_flash_attention=heads_first,
-        _scaled_dot_product_cudnn_attention=cudnn,
-        _scaled_dot_product_efficient_attention=efficient,
-    )
-    primals, tangents = inputs(2, 20, 33, 16, 1, F32)
-    expected = ops.attention_dual(primals, tangents, impl="reference", scale=0.3)
-    monkeypatch.setattr(flash, "choose", lambda *_: backend)
-    monkeypatch.setattr(flash, "_package", lambda: package)
-    monkeypatch.setattr(flash.torch, "ops", types.SimpleNamespace(aten=played, pmf=torch.ops.pmf))
-    found = ops.attention_dual(primals, tangents, impl="triton", scale=0.3)
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b)
 
 
 q = torch.randn(2, 5, 2, 16)

@@ -24,9 +24,9 @@ def on_device(values: dict) -> dict:
     return {name: value.to(DEVICE) for name, value in values.items()}
 
 
-def network(impl: str, config=DIGITS, rounded=F32, dtype=None):
+def network(impl: str, config=DIGITS, rounded=F32, dtype=None, **options):
     """Every parameter is random, gates and heads too; drawn in `rounded`, then cast: the same values in `dtype`."""
-    return random_model(config, dtype=rounded, impl=impl).to(DEVICE, dtype)
+    return random_model(config, dtype=rounded, impl=impl, **options).to(DEVICE, dtype)
 
 
 def cast(values: dict, rounded, dtype) -> dict:
@@ -92,9 +92,10 @@ def test_network(config, rounded, autocast):
     compare(kernel, reference, outcome("reference", config, rounded, F64))
 
 
-def loss_gradients(impl: str, config, dtype, autocast: bool) -> dict:
+def loss_gradients(impl: str, config, dtype, autocast: bool, prepare=lambda model: None, **options) -> dict:
     """The loss of one step on the same images and draws, and the gradient of every parameter."""
-    model = network(impl, config, F32, dtype)
+    model = network(impl, config, F32, dtype, **options)
+    prepare(model)
     torch.manual_seed(3)
     draws = pmf.sample_draws(4, config.image_shape, pmf.LossConfig())
     draws = pmf.Draws(**cast(vars(draws), F32, dtype))

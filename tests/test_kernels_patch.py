@@ -144,7 +144,8 @@ def test_registered_operators():
         (dict(patch=4, size=(8, 8), images=torch.float64), "dtype must be float32, bfloat16 or float16"),
     ],
 )
-def test_bad_input(options, message):
+def test_bad_input(monkeypatch, options, message):
+    monkeypatch.setattr("tests.kernel_checks.DEVICE", "cpu")  # refused wherever the tensors are
     primals, _ = inputs(2, **options)
     with pytest.raises(InputError, match=f"^patch_embed: .*{message}") as error:
         ops.patch_embed(*primals, impl="triton")

@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pmf import ops
 from pmf.errors import InputError
-from tests.kernel_checks import check, check_compiles, check_forward_mode, generator, randn
+from tests.kernel_checks import check, check_compiles, check_forward_mode, close, generator, randn
 
 TABLES = (3, 4)
 """cos and sin, which take no gradient."""
@@ -97,6 +98,38 @@ def test_gradients_of_any_layout():
     (expected,) = torch.autograd.grad(outputs, qkv, gradients, retain_graph=True)
     (found,) = torch.autograd.grad(outputs, qkv, turned)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("missing", (0, 1, 2))
+def test_missing_gradients(missing):
+    """A loss that does not read q, k or v: its gradient is zero."""
+    primals, _ = inputs(2, 7, 3, 16, 0, (F32, F32), 2)
+    leaves = [p.detach().requires_grad_() for p in primals[:3]]
+    outputs = ops.qk_norm_rope(*leaves, *primals[3:], prefix_length=2, impl="triton")
+    gradients = [randn(*o.shape, gen=generator(i)) * (i != missing) for i, o in enumerate(outputs)]
+    expected = torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
+    del gradients[missing]
+    read = [o for i, o in enumerate(outputs) if i != missing]
+    close(torch.autograd.grad(read, leaves, gradients), expected)
+
+
+def test_no_zeros_for_tangents():
+    """Backward allocates no zeros in place of gradients of the tangents, which have none."""
+
+    class Zeros(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += "zero" in str(function)
+            return function(*args, **(kwargs or {}))
+
+    primals, tangents = inputs(2, 5, 2, 16, 2, (F32, F32), 0)
+    leaves = [p.detach().requires_grad_() for p in primals[:3]]
+    outputs, _ = ops.qk_norm_rope_dual((*leaves, *primals[3:]), tangents, prefix_length=0, impl="triton")
+    gradients = [torch.ones_like(o) for o in outputs]
+    with Zeros() as zeros:
+        torch.autograd.grad(outputs, leaves, gradients)
+    assert zeros.count == 0
 
 
 def test_compilers_checkpointing_and_forward_mode():

@@ -38,7 +38,7 @@ def losses(impl: str, dtype: torch.dtype) -> torch.Tensor:
     curve = []
     for step in range(STEPS):
         rows = torch.arange(step * BATCH, (step + 1) * BATCH) % len(images)
-        draws = pmf.sample_draws(BATCH, (1, 8, 8), config, torch.Generator().manual_seed(step), DEVICE)
+        draws = pmf.sample_draws(BATCH, (1, 8, 8), config, torch.Generator().manual_seed(step))
         floats = {f.name: getattr(draws, f.name) for f in dataclasses.fields(draws)}
         draws = pmf.Draws(**{n: v.to(dtype) if v.is_floating_point() else v for n, v in floats.items()})
         x, y = images[rows].to(DEVICE, dtype), torch.from_numpy(data.target)[rows].long().to(DEVICE)

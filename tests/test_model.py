@@ -7,6 +7,7 @@ import pmf
 from pmf.counting import saved_bytes
 from pmf.dual import Dual
 from pmf.reference.jvp import model_jvp
+from tests.kernel_checks import DEVICE
 from tests.networks import TINY, model_inputs, random_model, relative_error
 
 CONFIGS = {c: dataclasses.replace(TINY, conditioning=c) for c in ("in_context", "adaln")}
@@ -124,8 +125,9 @@ def test_bfloat16_autocast_runs_and_agrees_roughly_with_float32():
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 def test_the_dual_pass_compiles_as_one_graph(impl):
     config = dataclasses.replace(TINY, depth=2)
-    model, inputs = random_model(config, dtype=torch.float32, impl=impl), model_inputs(config, 3, dtype=torch.float32)
-    h, z = Dual(inputs["h"], torch.ones(2)), Dual(inputs["z"], torch.randn(2, *config.image_shape))
+    model = random_model(config, dtype=torch.float32, impl=impl).to(DEVICE)
+    inputs = {name: value.to(DEVICE) for name, value in model_inputs(config, 3, dtype=torch.float32).items()}
+    h, z = Dual(inputs["h"], torch.ones(2, device=DEVICE)), Dual(inputs["z"], inputs["z"][1:].flip(0))
     arguments = (z, h, *(inputs[name] for name in ("omega", "t_min", "t_max", "y")))
     plain = model.predict_dual(*arguments)
     compiled = torch.compile(model.predict_dual, fullgraph=True, backend="aot_eager")(*arguments)

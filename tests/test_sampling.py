@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pmf
-from pmf import layers
 from pmf.sampling import seeded_noise
 from tests.networks import TINY, golden, random_model, relative_error
 
@@ -89,17 +89,26 @@ def test_bad_input_is_one_line_that_names_the_argument(change, message):
         pmf.generate(random_model(dtype=torch.float32), **(dict(labels=[0, 1]) | SETTING | change))
 
 
-def test_weights_are_joined_once_for_all_batches_and_steps(monkeypatch):
-    model, packed = random_model(dtype=torch.float32), []
-    for module in (layers.Attention, layers.SwiGLU):
-        pack = module.pack
-        monkeypatch.setattr(module, "pack", lambda self, pack=pack: packed.append(self) or pack(self))
-    pmf.generate(model, [0, 1, 2], steps=2, batch_size=1, **SETTING)
-    assert len(packed) == len(set(packed)) > 0
+class Joins(TorchDispatchMode):
+    """How often weights are joined: all in one pass, or some by themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.all, self.alone = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.all += func is torch.ops.aten._foreach_copy_.default
+        self.alone += func is torch.ops.aten.cat.default and isinstance(args[0][0], torch.nn.Parameter)
+        return func(*args, **kwargs or {})
+
+
+def test_weights_are_joined_once_for_all_batches_and_steps():
+    model = random_model(dtype=torch.float32)
     sampler = pmf.Sampler(model, 1, steps=2, **SETTING)
-    packed.clear()
-    sampler([0, 1, 2])
-    assert len(packed) == len(set(packed)) > 0
+    for draw in (sampler, lambda labels: pmf.generate(model, labels, steps=2, batch_size=1, **SETTING)):
+        with Joins() as joins:
+            draw([0, 1, 2])
+        assert (joins.all, joins.alone) == (1, 0)
 
 
 @pytest.mark.parametrize("steps", [1, 3])

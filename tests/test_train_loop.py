@@ -303,6 +303,14 @@ main(["digits", "--resume", {str(out)!r}, "--steps", "6"])
     train(dataclasses.replace(load_run_config(out), resume=out, steps=6))
 
 
+@pytest.mark.parametrize("device_batch", (None, 4))
+def test_captured_steps_are_the_plain_ones(tmp_path, device_batch):
+    plain, captured = (
+        train(config(tmp_path / str(flag), steps=4, device_batch=device_batch, captured=flag)) for flag in (False, True)
+    )
+    assert losses(captured) == pytest.approx(losses(plain), rel=1e-5)
+
+
 def test_device_batches_add_up_to_the_step(tmp_path):
     """Two device batches of 4 are the step on 8 rows whose draws are theirs."""
     trainer = Trainer(config(tmp_path / "run", device_batch=4), digits()[0])

@@ -82,6 +82,8 @@ class RunConfig:
     """bfloat16: products and activations under autocast, weights in float32. auto: bfloat16 on CUDA."""
     checkpointing: Literal["none", "block"] = "none"
     """block: keep the blocks' inputs alone for backward and recompute the rest."""
+    captured: bool = False
+    """Run forward and backward as CUDA graphs, captured once for each size of step (in a single process)."""
     compiled: bool = False
     """Compile the blocks with torch.compile (the network must not be sharded)."""
     impl: str | None = None

@@ -108,7 +108,7 @@ def command(arguments: list[str]) -> None:
 
 def _machine(report: Report, config: DoctorConfig) -> torch.device:
     """Versions, GPUs, cores; the device that the run would use."""
-    names = ("triton", "flash-attn")
+    names = ("triton", "flash-attn", "flash-attn-4")
     versions = [("python", platform.python_version()), ("torch", torch.__version__), ("CUDA", torch.version.cuda)]
     versions += [(name, _version(name)) for name in names]
     print(
@@ -169,7 +169,7 @@ def _ops(report: Report, config: RunConfig, device: torch.device) -> bool:
         change = f"kernels: {', '.join(ops)}: the reference is slower: {_remedy(reason)}" if slow else None
         report.line("kernels", f"{choice}{which}: {reason}", change)
     if any(choice == "triton" and "attention" in ops for (choice, _), ops in chosen.items()):
-        backend, reason = dispatch.attention_backend(device.type, torch.bfloat16 if half else torch.float32)
+        backend, reason = dispatch.attention_backend(device, torch.bfloat16 if half else torch.float32, model.head_dim)
         report.line("attention", f"{backend}: {reason}; the tangent's: triton")
     elif chosen:
         report.line("attention", "reference: softmax over all scores, kept for backward")

@@ -55,6 +55,7 @@ class Trainer:
         if config.compiled:
             self.model.compile_blocks()
         self.wrapped = wrap(LossModule(self.model, config.loss), self.world)
+        self.captured = self._captured_step() if config.captured else None
         self.optimizers = build_optimizers(self.model, config.optimizer, self.world.mesh)
         self.emas = {f"ema_{k:g}": EMA(self.model, k) for k in config.ema_half_lives}
         self.step = self.skipped = 0
@@ -65,6 +66,10 @@ class Trainer:
         stored = replace(config, out=self.directory, resume=None, overwrite=False)
         self.metrics = self.world.main_first(lambda: self._open_directory(stored))
         self._settle()
+
+    def _captured_step(self) -> pmf.CapturedStep:
+        require(self.world.size == 1, f"captured: expected a single process, got {self.world.size}")
+        return pmf.CapturedStep(self.model, self.config.loss, scale=self.device_batch / self.config.batch_size)
 
     def _settle(self) -> None:
         """DDP orders its buckets after the first backward pass it sees. Let that be none of a step's, so that a
@@ -155,7 +160,8 @@ class Trainer:
             number = self.world.rank * len(batches) + i
             with gradient_synchronisation(self.wrapped, i == len(batches) - 1):
                 loss, terms = self._loss(images, labels, number)
-                (loss / len(batches)).backward()
+                if loss.requires_grad:  # else the captured step has been backward already
+                    (loss / len(batches)).backward()
             for name, value in ({"loss": loss.detach()} | terms).items():
                 totals[name] = totals.get(name, 0) + value / len(batches)
         return totals
@@ -173,6 +179,9 @@ class Trainer:
         # Autocast would keep the casts of guidance's pass, whose weights FSDP has freed and gathered anew since.
         kept = self.world.sharding in (None, "ddp")
         with torch.autocast(device.type, torch.bfloat16, in_bfloat16(config, device), cache_enabled=kept):
+            if self.captured is not None:
+                out = self.captured(x, y, draws, perceptual)
+                return out.loss, out.terms
             return self.wrapped(x, y, draws, perceptual)
 
     def _update(self, record: dict[str, float]) -> None:

@@ -1,0 +1,108 @@
+"""flash-attn-4 (FlashAttention on CuTe, for Hopper and Blackwell) as two operators.
+
+    o, lse     = flash_attn_4_forward(q, k, v, scale)                  lse = log sum exp(scale q k^T), natural
+    dq, dk, dv = flash_attn_4_backward(q, k, v, o, lse, do, scale)
+
+Its launcher is Python that no compiler traces: an operator hides it, so that `torch.compile` with
+fullgraph takes it as one opaque call. Saved for backward: q, k, v, o, lse. The log-sum-exp has no
+gradient here. Sums are float32, products bfloat16 or float16.
+
+The library compiles a kernel when it first meets a dtype, head_dim or class of lengths: 3 to 5 seconds
+each, so a CUDA graph is captured after one step outside of it, like every other kernel here. With
+FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1 it keeps what it compiled on disk.
+
+`library` alone knows the package's names; those with an underscore may change between its releases.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+
+import torch
+from torch import Tensor
+
+from pmf.kernels import registration
+
+MODULE = "flash_attn.cute.interface"
+FUNCTIONS = ("_flash_attn_fwd", "_flash_attn_bwd")
+
+
+def limit(capability: int, head_dim: int) -> str | None:
+    """What this release has no kernel for, in words that follow its name; None where it has forward and backward."""
+    if capability // 10 not in (9, 10):
+        return f"is for sm_90 and sm_100, not sm_{capability}"
+    if capability // 10 == 9 and 96 < head_dim <= 112:
+        return f"has no backward for head_dim {head_dim} on sm_{capability}"
+    return None
+
+
+@functools.cache
+def library() -> tuple:
+    """The package's forward and backward. Errors: those of the import, AttributeError for another release."""
+    module = importlib.import_module(MODULE)
+    return tuple(getattr(module, name) for name in FUNCTIONS)
+
+
+def _allocate_forward(q, k, v, scale):
+    """o, contiguous, and the log-sum-exp [B, H, S_q] in float32."""
+    samples, length, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty(samples, heads, length, dtype=torch.float32)
+
+
+def run_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """o and the log-sum-exp, computed by the package."""
+    o, lse = _allocate_forward(q, k, v, scale)
+    library()[0](q, k, v, softmax_scale=scale, return_lse=True, out=o, lse=lse)
+    return o, lse
+
+
+def _allocate_backward(q, k, v, o, lse, do, scale):
+    """dq, dk, dv, contiguous."""
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def run_backward(q, k, v, o, lse, do, scale) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv, computed by the package; sums in a fixed order where PyTorch is asked for determinism."""
+    dq, dk, dv = _allocate_backward(q, k, v, o, lse, do, scale)
+    fixed = torch.are_deterministic_algorithms_enabled()
+    library()[1](q, k, v, o, do, lse, softmax_scale=scale, deterministic=fixed, dq=dq, dk=dk, dv=dv)
+    return dq, dk, dv
+
+
+_forward = registration.define(
+    "flash_attn_4_forward(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
+    run_forward,
+    _allocate_forward,
+)
+_backward = registration.define(
+    "flash_attn_4_backward(Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor do, float scale) "
+    "-> (Tensor, Tensor, Tensor)",
+    run_backward,
+    _allocate_backward,
+)
+
+
+class _FlashAttn4(torch.autograd.Function):
+    """(q, k, v, scale) -> (o, lse)."""
+
+    @staticmethod
+    def forward(q, k, v, scale):
+        return _forward(q, k, v, scale)
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        q, k, v, ctx.scale = inputs
+        o, lse = outputs
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, do, _):
+        return *_backward(*ctx.saved_tensors, do, ctx.scale), None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """o [B, S_q, H, D] in the dtype of q, and the log-sum-exp of every row of scores, float32 [B, H, S_q]."""
+    return registration.apply(_FlashAttn4, q, k, v, scale)

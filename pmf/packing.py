@@ -1,0 +1,191 @@
+"""Weights joined for fewer, larger products, and cast where autocast is on: once a step, all of them in one pass.
+
+Padding, concatenating and casting every weight by itself would take eight launches a block, and as many backward.
+Here the joined weights start as empty tensors; one copy of all parts fills them, and backward returns the gradients
+of a module by one copy, as soon as they are there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pmf.autocast import autocast_dtype
+from pmf.private import transforming
+
+
+class Join(NamedTuple):
+    """Parameters [n, ...] below each other in one weight, each filled up with zeros to `shape`."""
+
+    parts: tuple[Tensor, ...]
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, *parts: Tensor) -> Join:
+        """Parameters of one shape, without zeros."""
+        return cls(parts, tuple(parts[0].shape))
+
+    @property
+    def padded(self) -> bool:
+        """Whether there are zeros."""
+        return self.parts[0].shape != self.shape
+
+    def copied(self, dtype: torch.dtype | None) -> bool:
+        """Whether the joined weight, cast to `dtype`, is more than its one part as it is."""
+        return len(self.parts) > 1 or self.padded or dtype not in (None, self.parts[0].dtype)
+
+    def recorded(self) -> Tensor:
+        """The joined weight, by operations that autograd, compilers and transforms see."""
+        parts = self.parts
+        if self.padded:
+            missing = [wanted - size for wanted, size in zip(self.shape, parts[0].shape, strict=True)]
+            after = [amount for size in reversed(missing) for amount in (0, size)]
+            parts = tuple(F.pad(part, after) for part in parts)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def empty(self, dtype: torch.dtype | None) -> Tensor:
+        """Memory for the joined weight."""
+        rows, *rest = self.shape
+        return self.parts[0].new_empty((rows * len(self.parts), *rest), dtype=dtype)
+
+    def places(self, joined: Tensor) -> list[Tensor]:
+        """Where the parts lie in the joined weight, or their gradients in its gradient."""
+        places = [joined] if len(self.parts) == 1 else list(joined.chunk(len(self.parts)))
+        if not self.padded:
+            return places
+        return [place[tuple(map(slice, part.shape))] for place, part in zip(places, self.parts, strict=True)]
+
+    def gaps(self, joined: Tensor) -> list[Tensor]:
+        """What to fill with zeros, in one piece each: the rows between parts, or everything."""
+        if not self.padded:
+            return []
+        rows = len(self.parts[0])
+        between_rows = self.parts[0].shape[1:] == self.shape[1:]
+        return [place[rows:] for place in joined.chunk(len(self.parts))] if between_rows else [joined]
+
+
+class PackedModule(nn.Module):
+    """A layer whose weights are joined and cast on every call, or once per step."""
+
+    _held: tuple[Tensor, ...] | None = None
+
+    def joins(self) -> tuple[Join, ...]:
+        """The weights that `packed` gives, and the parameters in them."""
+        raise NotImplementedError
+
+    @property
+    def held(self) -> bool:
+        """Whether a `held_weights` around this holds the weights: the parameters are whole and stay."""
+        return self._held is not None
+
+    def packed(self) -> tuple[Tensor, ...]:
+        """The weights that `held_weights` holds, else freshly joined ones."""
+        return tuple(join.recorded() for join in self.joins()) if self._held is None else self._held
+
+
+Joins = list[tuple[PackedModule, tuple[Join, ...]]]
+
+
+def _joins(module: nn.Module) -> Joins:
+    """The layers whose weights lie here as they are, and what they join.
+
+    Weights that are sharded (FSDP) are there only while their block runs, and are joined then, as are those in a
+    format of their own.
+    """
+    if isinstance(module, PackedModule):
+        joins = module.joins()
+        return [] if hasattr(joins[0].parts[0], "__tensor_flatten__") else [(module, joins)]
+    return [found for child in module.children() for found in _joins(child)]
+
+
+@torch.no_grad()
+def _filled(joins: list[Join], dtype: torch.dtype | None) -> list[Tensor]:
+    """The joined weights' values: one pass over all parts, and a copy for each whose rows are padded."""
+    joined = [join.empty(dtype) for join in joins]
+    gaps = [gap for join, weight in zip(joins, joined, strict=True) for gap in join.gaps(weight)]
+    if gaps:
+        torch._foreach_zero_(gaps)
+    together: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for join, weight in zip(joins, joined, strict=True):
+        for place, part in zip(join.places(weight), join.parts, strict=True):
+            if place.stride() == part.stride():
+                together[0].append(place)
+                together[1].append(part)
+            else:  # one such pair would make the pass over all of them a loop
+                place.copy_(part)
+    if together[0]:
+        torch._foreach_copy_(*together)
+    return joined
+
+
+class _Recorded(torch.autograd.Function):
+    """(joins, their joined weights, all of their parts) -> the joined weights, recorded as made of the parts."""
+
+    @staticmethod
+    def forward(ctx, joins, joined, *parts):
+        ctx.joins = joins
+        ctx.set_materialize_grads(False)
+        return joined
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        wanted, results = iter(ctx.needs_input_grad[2:]), []
+        together: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for join, gradient in zip(ctx.joins, gradients, strict=True):
+            places = [None] * len(join.parts) if gradient is None else join.places(gradient)
+            for part, place in zip(join.parts, places, strict=True):
+                if not next(wanted) or place is None:
+                    results.append(None)
+                elif torch.is_grad_enabled() or place.dtype == part.dtype or place.stride() != part.stride():
+                    results.append(place.to(part.dtype))
+                else:
+                    results.append(torch.empty_like(part))
+                    together[0].append(results[-1])
+                    together[1].append(place)
+        if together[0]:
+            torch._foreach_copy_(*together)
+        return None, None, *results
+
+
+def _joined(modules: Joins, dtype: torch.dtype | None) -> list[tuple[Tensor, ...]]:
+    """Every module's weights, joined and cast."""
+    if torch.compiler.is_compiling() or transforming():
+        weights = [[join.recorded() for join in joins] for _, joins in modules]
+        return [tuple(w if dtype is None else w.to(dtype) for w in each) for each in weights]
+    copied = [[join for join in joins if join.copied(dtype)] for _, joins in modules]
+    filled = iter(_filled([join for each in copied for join in each], dtype))
+    result = []
+    for (_, joins), made in zip(modules, copied, strict=True):
+        joined = tuple(next(filled) for _ in made)
+        if made and torch.is_grad_enabled():
+            joined = _Recorded.apply(made, joined, *(part for join in made for part in join.parts))
+        places = iter(joined)
+        result.append(tuple(next(places) if join.copied(dtype) else join.parts[0] for join in joins))
+    return result
+
+
+def joined_weights(model: nn.Module, device_type: str) -> list[tuple[Tensor, ...]]:
+    """The joined weights of every `PackedModule`, cast where autocast is on."""
+    return _joined(_joins(model), autocast_dtype(device_type))
+
+
+@contextlib.contextmanager
+def held_weights(model: nn.Module, device_type: str, weights: list[tuple[Tensor, ...]] | None = None) -> Iterator[None]:
+    """Join the weights of every `PackedModule` once for all passes inside, or hold those given.
+
+    The parameters must not change inside.
+    """
+    modules = _joins(model)
+    try:
+        held = _joined(modules, autocast_dtype(device_type)) if weights is None else weights
+        for (module, _), joined in zip(modules, held, strict=True):
+            module._held = joined
+        yield
+    finally:
+        for module, _ in modules:
+            module._held = None
