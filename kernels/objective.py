@@ -178,7 +178,7 @@ def _errors(
 def _tile(x: Tensor, net: Tensor, patch_size: int) -> tuple[Tile, int]:
     """The tile, and the number of programs a row."""
     tile = tile_of(patch_size, x.shape[1], net.dtype, registration.chip(x.device))
-    return tile, triton.cdiv(x.shape[2] * x.shape[3], tile.groups * tile.pixels)
+    return tile, registration.cdiv(x.shape[2] * x.shape[3], tile.groups * tile.pixels)
 
 
 def _launch(nets, z, x, scalars, t_clip, patch_size, *outputs):
