@@ -78,7 +78,7 @@ def build_optimizers(
             betas=config.adam_betas,
             eps=config.adam_eps,
             weight_decay=0.0,
-            fused=True,
+            fused=not any(p.is_meta for p in adam),  # there are no fused steps without memory
         ),
     }
 
