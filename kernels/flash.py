@@ -48,7 +48,7 @@ from torch import Tensor
 
 from pmf.errors import require
 from pmf.kernels import flash_attn_4
-from pmf.private import constant
+from pmf.private import SCALED_DOT_PRODUCT, constant
 
 log = logging.getLogger("pmf")
 
@@ -226,14 +226,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Te
     if backend == "flash_attn":
         o, lse, _ = flash_attn_2()(q, k, v, softmax_scale=scale, return_attn_probs=True)
         return o, lse
-    aten, heads = torch.ops.aten, tuple(x.transpose(1, 2) for x in (q, k, v))
-    if backend == "flash":
-        outputs = aten._scaled_dot_product_flash_attention(*heads, scale=scale)
-    elif backend == "cudnn":
-        outputs = aten._scaled_dot_product_cudnn_attention(*heads, None, True, scale=scale)
-    elif backend == "efficient":
-        outputs = aten._scaled_dot_product_efficient_attention(*heads, None, True, scale=scale)
-    else:
-        outputs = aten._scaled_dot_product_flash_attention_for_cpu(*heads, scale=scale)
+    heads = tuple(x.transpose(1, 2) for x in (q, k, v))
+    asked = (None, True) if backend in ("cudnn", "efficient") else ()  # no bias; the log-sum-exp
+    outputs = SCALED_DOT_PRODUCT[backend](*heads, *asked, scale=scale)
     # cuDNN's log-sum-exp has a last dimension of one; the memory-efficient one is padded to 32 rows.
     return outputs[0].transpose(1, 2).contiguous(), outputs[1].flatten(2)[:, :, : q.shape[1]]
