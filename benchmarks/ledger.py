@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from pmf.dispatch import attention_backend
+
 Record = dict
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -34,14 +36,14 @@ def _git(*arguments: str) -> str | None:
 
 
 def commit() -> tuple[str, bool]:
-    """The commit of this code, and whether files differ from it.
+    """The commit of this code, and whether the files that are measured differ from it.
 
     PMF_COMMIT, the output of `git describe --always --abbrev=40 --dirty`, stands in for a repository: for a machine
     that has only the files. Without either: ("unknown", True).
     """
     if given := os.environ.get("PMF_COMMIT"):
         return given.removesuffix("-dirty"), given.endswith("-dirty")
-    changes = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+    changes = _git("status", "--porcelain", "--", *MEASURED, ":!benchmarks/results")
     return _git("rev-parse", "HEAD") or "unknown", changes != ""
 
 
@@ -56,7 +58,9 @@ def digest(*folders: str) -> str:
 
 
 def provenance(device: torch.device) -> Record:
-    """Where and with what a figure was measured: machine, commit, dirty flag, hash of the sources, versions."""
+    """Where and with what a figure was measured: machine, commit, dirty flag, hash of the sources, versions, and the
+    backend of attention's value where none is named.
+    """
     try:
         import triton
 
@@ -75,6 +79,7 @@ def provenance(device: torch.device) -> Record:
         "triton": triton_version,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
+        "attention": attention_backend(device, torch.bfloat16, 64)[0],
     }
 
 

@@ -69,8 +69,8 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _gigabytes(record: Record) -> str:
-    return _number(None if record["peak_bytes"] is None else record["peak_bytes"] / 1e9, ".2f")
+def _gigabytes(size: int | None) -> str:
+    return _number(None if size is None else size / 1e9, ".2f")
 
 
 def _bound(record: Record) -> str:
@@ -85,15 +85,16 @@ def _bound(record: Record) -> str:
 def _whole(records: list[Record]) -> str:
     """Steps or samplers. Host: what enqueueing takes; the GPU's share of the time: of kernels, from a profile."""
     columns = ["", "provider", "ms", "quartiles", "images/s", "of bf16 product", "host ms", "bound by", "launches"]
-    columns += ["peak GB", "of flow matching's", "of counted"]
+    columns += ["peak GB", "of flow matching's", "of counted", "reserved GB"]
     rows = []
     for r in records:
         quartiles = " to ".join(f"{us / 1e3:.4g}" for us in r["quartiles_us"])
         times = [f"{r['median_us'] / 1e3:.4g}", quartiles, f"{r['images_per_s']:.4g}", f"{r['of_product_rate']:.1%}"]
         host = [_number(r["host_us"] / 1e3 if "host_us" in r else None, ".4g"), _bound(r)]
         host += [_number(r.get("launches"), "d")]
-        peak = [_gigabytes(r), _number(r["peak_of_flow_matching"], ".2f"), _number(r.get("peak_of_counted"), ".2f")]
-        rows.append([r["case"], r["provider"], *times, *host, *peak])
+        shares = [_number(r.get(name), ".2f") for name in ("peak_of_flow_matching", "peak_of_counted")]
+        memory = [_gigabytes(r["peak_bytes"]), *shares, _gigabytes(r.get("reserved_bytes"))]
+        rows.append([r["case"], r["provider"], *times, *host, *memory])
     return markdown(columns, rows)
 
 
@@ -128,7 +129,9 @@ def _origin(file: Path, records: list[Record]) -> str:
     ceilings = f"in the latest run copy {last['copy_bytes_per_s'] / 1e9:.0f} GB/s, "
     ceilings += f"bf16 product {last['product_operations_per_s'] / 1e12:.4g} TFLOP/s"
     versions = "; ".join(dict.fromkeys(f"PyTorch {r['torch']}, Triton {r['triton']}" for r in records))
-    return f"From `{name}`: {last['gpu']}, {ceilings}; {versions}; commit {', '.join(commits)}.\n"
+    backends = ", ".join(dict.fromkeys(r["attention"] for r in records if "attention" in r))
+    attention = f"attention's value by {backends}; " if backends else ""
+    return f"From `{name}`: {last['gpu']}, {ceilings}; {attention}{versions}; commit {', '.join(commits)}.\n"
 
 
 def report(file: Path) -> str:

@@ -70,7 +70,13 @@ def _as_drawn(draws: pmf.Draws) -> pmf.Draws:
 
 
 class CapturedRun:
-    """A step by `pmf.CapturedStep`, on CUDA two graphs; its peak is that of the warm-up and the capture."""
+    """A step by `pmf.CapturedStep`, on CUDA two graphs.
+
+    A replay allocates nothing: its memory lies in the graphs' pool. So the peak is that of the first call, from
+    before the warm-up to behind the capture.
+    """
+
+    peak_from = "warm-up and capture"
 
     def __init__(
         self, rows: Callable, size: str, batch: int, device: torch.device, compiled: bool = False, backend: str = ""

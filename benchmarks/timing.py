@@ -26,6 +26,10 @@ class Ready:
     """What its last warm-up run took."""
     peak_bytes: int | None
     """Peak of the allocator above what was there before; None without a GPU."""
+    peak_from: str = "a warm run"
+    """What that peak is of, for a run that counts its own."""
+    reserved_bytes: int | None = None
+    """What PyTorch's allocator holds after the run, pools of CUDA graphs with it; None without a GPU."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,9 @@ class Measurement:
     captured: bool
     """Replayed as a CUDA graph."""
     peak_bytes: int | None
-    """As in `Ready`."""
+    """This and the next two as in `Ready`."""
+    peak_from: str
+    reserved_bytes: int | None
 
 
 def warm_up(run: Run, device: torch.device) -> Ready:
@@ -55,13 +61,15 @@ def warm_up(run: Run, device: torch.device) -> Ready:
         torch.cuda.reset_peak_memory_stats(device)
     began = time.perf_counter()
     run()
-    peak = None
+    peak = reserved = None
     if on_gpu:
         torch.cuda.synchronize(device)
-        peak = torch.cuda.max_memory_allocated(device) - before
+        peak, reserved = torch.cuda.max_memory_allocated(device) - before, torch.cuda.memory_reserved(device)
     seconds = time.perf_counter() - began
     own = getattr(run, "peak_bytes", None)
-    return Ready(run, seconds, peak if own is None else own())
+    if own is None:
+        return Ready(run, seconds, peak, reserved_bytes=reserved)
+    return Ready(run, seconds, own(), getattr(run, "peak_from", "its own count"), reserved)
 
 
 def measure(
@@ -80,10 +88,10 @@ def measure(
     repeats = max(FEWEST, min(repeats, int(min(seconds / once, repeats)))) if once > 0 else repeats
     if device.type != "cuda":
         samples = _cpu_samples({name: ready.run for name, ready in providers.items()}, repeats)
-        return {name: _summary(samples[name], False, None) for name in providers}
+        return {name: _summary(samples[name], False, ready) for name, ready in providers.items()}
     runs = {name: _captured(ready.run) if capture else (ready.run, False) for name, ready in providers.items()}
     samples = _cuda_samples({name: run for name, (run, _) in runs.items()}, device, repeats)
-    return {name: _summary(samples[name], runs[name][1], ready.peak_bytes) for name, ready in providers.items()}
+    return {name: _summary(samples[name], runs[name][1], ready) for name, ready in providers.items()}
 
 
 def _cpu_samples(providers: dict[str, Run], repeats: int) -> dict[str, list[float]]:
@@ -128,9 +136,10 @@ def _captured(run: Run) -> tuple[Run, bool]:
     return graph.replay, True
 
 
-def _summary(samples: list[float], captured: bool, peak_bytes: int | None) -> Measurement:
+def _summary(samples: list[float], captured: bool, ready: Ready) -> Measurement:
     first, median, third = statistics.quantiles(samples, n=4)
-    return Measurement(median, (first, third), len(samples), captured, peak_bytes)
+    memory = (ready.peak_bytes, ready.peak_from, ready.reserved_bytes)
+    return Measurement(median, (first, third), len(samples), captured, *memory)
 
 
 def ceilings(device: torch.device) -> dict[str, float]:

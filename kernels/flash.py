@@ -1,17 +1,24 @@
 """The primal of attention: a FlashAttention that also gives the log-sum-exp of every row.
 
-All backends take and give heads as [B, S, H, D] here, any D that the op takes, and the log-sum-exp as
-float32 [B, H, S_q], natural logarithm. `decide` takes the first of this table that can run:
+All backends take and give heads as [B, S, H, D] here, and the log-sum-exp as float32 [B, H, S_q], natural
+logarithm. `decide` takes the first that can run:
 
-| backend        | what it is                             | where it can run                           |
-|----------------|----------------------------------------|--------------------------------------------|
-| `flash_attn_4` | the package flash-attn-4               | bfloat16 and float16 on sm_90 and sm_100   |
-| `flash_attn`   | the package flash-attn, 2.x            | bfloat16 and float16 from sm_80 on         |
-| `flash`        | PyTorch's FlashAttention               | bfloat16 and float16 from sm_80 on         |
-| `cudnn`        | cuDNN's, through PyTorch               | bfloat16 and float16 from sm_80 on         |
-| `efficient`    | PyTorch's memory-efficient attention   | float32 too                                |
+| backend        | what it is                           | where it can run                    | sm_90, sm_100 | else |
+|----------------|--------------------------------------|-------------------------------------|---------------|------|
+| `flash_attn_4` | the package flash-attn-4             | bfloat16, float16; sm_90 and sm_100 | 1st           |      |
+| `cudnn`        | cuDNN's, through PyTorch             | bfloat16, float16; from sm_80 on    | 2nd           | 3rd  |
+| `flash_attn`   | the package flash-attn, 2.x          | bfloat16, float16; from sm_80 on    | 3rd           | 1st  |
+| `flash`        | PyTorch's FlashAttention             | bfloat16, float16; from sm_80 on    | 4th           | 2nd  |
+| `efficient`    | PyTorch's memory-efficient attention | float32 too; every CUDA device      | last          | last |
 
-On the CPU (Triton's interpreter) it is always `cpu`, PyTorch's FlashAttention for CPUs.
+On the CPU (Triton's interpreter) it is always `cpu`, PyTorch's FlashAttention for CPUs. A single key needs
+none of them. The order is as measured on an H200, in parts of the time of PyTorch's FlashAttention, whose
+kernels are those of flash-attn 2 (forward and backward, bfloat16):
+
+|              | S 276, D 64 | S 276, D 80 | S 4096, D 128 |
+|--------------|-------------|-------------|---------------|
+| flash-attn-4 | 0.74, 0.59  | 0.65, 0.55  | 0.50, 0.48    |
+| cuDNN        | 0.74, 0.62  | 0.82, 0.68  | 0.53, 0.53    |
 
 Three ways to choose, the strongest first:
 
@@ -22,6 +29,7 @@ Three ways to choose, the strongest first:
    FlashAttention off, so that cuDNN is taken. They do not touch what 1 or 2 ask for.
 
 A compiled function follows 1: it is compiled anew for each backend. 2 and 3 it reads while it is compiled.
+A captured CUDA graph keeps what it was captured with.
 """
 
 from __future__ import annotations
@@ -32,6 +40,7 @@ import importlib
 import logging
 import operator
 import os
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -39,11 +48,14 @@ from torch import Tensor
 
 from pmf.errors import require
 from pmf.kernels import flash_attn_4
+from pmf.private import constant
 
 log = logging.getLogger("pmf")
 
-BACKENDS = ("flash_attn_4", "flash_attn", "flash", "cudnn", "efficient")
-"""In the order in which they are taken."""
+BACKENDS = ("flash_attn_4", "cudnn", "flash_attn", "flash", "efficient")
+"""In the order in which they are taken on sm_90 and sm_100."""
+ELSEWHERE = ("flash_attn", "flash", "cudnn", "efficient")
+"""The same on other chips."""
 ALIGNMENT = 8
 """Rows of heads start at multiples of 8 values: 16 bytes in half precision, which all libraries ask for."""
 
@@ -85,9 +97,12 @@ def _missing(load: Callable) -> str | None:
     """Why a package cannot be used, None where it can."""
     try:
         load()
-    except (ModuleNotFoundError, AttributeError) as error:
-        own = isinstance(error, AttributeError) or (error.name or "").startswith("flash_attn")
+    except ModuleNotFoundError as error:
+        own = (error.name or "").startswith("flash_attn")
         return "is not installed" if own else f"lacks the package {error.name}"
+    except AttributeError:  # flash_attn without a file of its own: flash-attn-4 alone
+        alone = getattr(sys.modules.get("flash_attn"), "__file__", None) is None
+        return "is not installed" if load is flash_attn_2 and alone else "has another interface in this release"
     except Exception as error:  # built for another PyTorch or CUDA: anything from OSError to AssertionError
         return f"does not import: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
     return None
@@ -107,10 +122,9 @@ def obstacle(backend: str, device: str, dtype: str, capability: int, head_dim: i
         return flash_attn_4.limit(capability, head_dim) or _missing(flash_attn_4.library)
     if backend == "flash_attn":
         return _missing(flash_attn_2)
-    there = (
-        torch.backends.cuda.is_flash_attention_available if backend == "flash" else torch.backends.cudnn.is_available
-    )
-    return None if there() else "is not built into this PyTorch"
+    backends = torch.backends
+    there = backends.cudnn.is_available() if backend == "cudnn" else backends.cuda.is_flash_attention_available()
+    return None if there else "is not built into this PyTorch"
 
 
 def _switched_off(backend: str) -> str | None:
@@ -119,6 +133,7 @@ def _switched_off(backend: str) -> str | None:
     return None if enabled else "is turned off"
 
 
+@functools.cache
 def _capability(index: int | None) -> int:
     """Compute capability times ten. Fake tensors without a GPU count as an A100's, and so do AMD's cards."""
     if torch.version.hip or not torch.cuda.is_available():
@@ -142,7 +157,7 @@ def decide(device: str, dtype: str, capability: int, head_dim: int, requested: s
     if dtype == "torch.float32":
         return "efficient", "FlashAttention takes no float32"
     passed = []
-    for backend in BACKENDS[:-1]:
+    for backend in (BACKENDS if capability // 10 in (9, 10) else ELSEWHERE)[:-1]:
         reason = _switched_off(backend) or obstacle(backend, device, dtype, capability, head_dim)
         if reason is None:
             return backend, "; ".join(passed) or f"the first choice on sm_{capability}"
@@ -161,7 +176,7 @@ def _report(backend: str, dtype: str, reason: str) -> None:
     log.info("attention of %s runs its primal on %s: %s", dtype, backend, reason)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def choose(device: str, index: int | None, dtype: str, head_dim: int, requested: str | None) -> str:
     """The backend that `backend_of` names; reports each choice once.
 
@@ -172,24 +187,23 @@ def choose(device: str, index: int | None, dtype: str, head_dim: int, requested:
     return backend
 
 
-def _start(x: Tensor) -> int:
-    """Where the data of x begin, in bytes: the address, or the offset where there are no data (compilers, fakes)."""
-    if not torch.compiler.is_compiling():
-        plain = torch.func.debug_unwrap(x)
-        if type(plain) is Tensor:
-            return plain.data_ptr()
-    return x.storage_offset() * x.element_size()
+def _starts_aligned(x: Tensor) -> bool:
+    """Whether the data of x start at a multiple of 16 bytes; by their offset where there are no data."""
+    plain = torch.func.debug_unwrap(x)
+    start = plain.data_ptr() if type(plain) is Tensor else x.storage_offset() * x.element_size()
+    return start % 16 == 0
 
 
 def aligned(x: Tensor | None) -> Tensor | None:
     """Heads as every library takes them, else a copy that is.
 
-    Channels lie side by side; samples, tokens and heads start at multiples of 8 values, the first of
-    all at a multiple of 16 bytes.
+    Channels lie side by side; samples, tokens and heads start at multiples of 8 values, the first of all
+    at a multiple of 16 bytes. (Compilers do not know the last: they are trusted with it.)
     """
-    if x is None or (
-        x.stride(-1) == 1 and all(step % ALIGNMENT == 0 for step in x.stride()[:-1]) and _start(x) % 16 == 0
-    ):
+    if x is None:
+        return None
+    fits = x.stride(-1) == 1 and all(step % ALIGNMENT == 0 for step in x.stride()[:-1])
+    if fits and (torch.compiler.is_compiling() or _starts_aligned(x)):
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
@@ -202,6 +216,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Te
     if q.numel() == 0:  # no library takes it; the formula keeps the graph of gradients whole
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k)
         return torch.einsum("bhqk,bkhd->bqhd", scores, v), scores.detach().sum(-1).float()
+    if k.shape[1] == 1:  # cuDNN does not take it; the weights are one
+        scores = scale * (q.float() * k.float()).sum(-1, keepdim=True)
+        return scores.softmax(-1).to(v.dtype) * v, scores.detach()[..., 0].mT.contiguous()
     head_dim = operator.index(q.shape[-1])  # compilers that keep sizes open fix this one
     backend = choose(q.device.type, q.device.index, str(q.dtype), head_dim, _requested)
     if backend == "flash_attn_4":

@@ -105,4 +105,4 @@ class _FlashAttn4(torch.autograd.Function):
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """o [B, S_q, H, D] in the dtype of q, and the log-sum-exp of every row of scores, float32 [B, H, S_q]."""
-    return _FlashAttn4.apply(q, k, v, scale)
+    return registration.apply(_FlashAttn4, q, k, v, scale)

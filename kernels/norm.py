@@ -272,7 +272,7 @@ def _run_forward(
     samples, length, width = x.shape
     tile = forward_tile(width, registration.chip(x.device))
     registration.launch(
-        _forward, samples * triton.cdiv(length, tile.rows),
+        _forward, samples * registration.cdiv(length, tile.rows),
         x, branch, gate, weight, scale, shift, *dots,
         present(x_new, branch is not None), y,
         present(x_new_dot, x_new_dot.numel() > 0), present(y_dot, y_dot.numel() > 0), stats,

@@ -301,7 +301,7 @@ def _run_forward(
     at = hidden if keep or not scratch else tokens.new_empty(samples, patches, bottleneck, dtype=dtype)
     at_dot = tokens.new_empty(samples_dot if scratch else 0, patches, bottleneck, dtype=dtype)
     registration.launch(
-        _forward, sum(triton.cdiv(count, tile.tokens) for count in counts) if samples else 0,
+        _forward, sum(registration.cdiv(count, tile.tokens) for count in counts) if samples else 0,
         images, images_dot, weights, positions, prefix, prefix_dot,
         tokens, present(tokens_dot, tokens_dot.numel() > 0),
         present(at, keep or scratch), present(at_dot, scratch), samples, samples_dot, before,
@@ -334,12 +334,12 @@ def _run_backward(dtokens, images, weight1, weight2, hidden, prefix_length, need
     if needs[4]:
         results[4].copy_(dtokens[:, prefix_length:].sum((0, 1), dtype=torch.float32))
     tile = tile_of(bottleneck, weight1[0].numel(), dtype, registration.chip(images.device))
-    tiles = triton.cdiv(weight1[0].numel(), tile.values)
+    tiles = registration.cdiv(weight1[0].numel(), tile.values)
     block = max(registration.power_of_two(bottleneck), 16)
     options = dict(SHAPE=shape, E=bottleneck, BLOCK_K=tile.values, num_warps=tile.warps, num_stages=2)
     if needs[1]:
-        stretch = max(triton.cdiv(count, SPLITS * 32) * 32, 32)
-        partial = images.new_empty(triton.cdiv(count, stretch), *weight1.shape, dtype=torch.float32)
+        stretch = max(registration.cdiv(count, SPLITS * 32) * 32, 32)
+        partial = images.new_empty(registration.cdiv(count, stretch), *weight1.shape, dtype=torch.float32)
         registration.launch(
             _weight_gradient, len(partial) * tiles, dhidden, images.contiguous(), partial, count, stretch,
             M=32, BLOCK_E=block, **options,
@@ -347,7 +347,7 @@ def _run_backward(dtokens, images, weight1, weight2, hidden, prefix_length, need
         results[1].copy_(partial.sum(0))
     if needs[0]:
         registration.launch(
-            _image_gradient, triton.cdiv(count, tile.tokens) * tiles,
+            _image_gradient, registration.cdiv(count, tile.tokens) * tiles,
             dhidden, weight1.to(dtype).contiguous(), results[0], count,
             M=tile.tokens, BLOCK_E=min(block, 64), **options,
         )  # fmt: skip

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from pmf.kernels.launching import launch as launch
 from pmf.private import ordinary, watched
 
 _LIBRARY = torch.library.Library("pmf", "FRAGMENT")
@@ -77,26 +78,20 @@ def chip(device: torch.device) -> Chip:
     return _cuda_chip(torch.cuda.current_device() if device.index is None else device.index)
 
 
-def launch(kernel, grid: int, *arguments, **options) -> None:
-    """Run `grid` programs of a kernel; an empty grid is no work."""
-    if grid > 0:
-        kernel[(grid,)](*arguments, **options)
-
-
 def define(schema: str, run: Callable, fake: Callable) -> Callable:
     """Register the operator `pmf::<schema>`, computed by `run`, and return a function that does the same.
 
+    Its first argument is a tensor, on whose device it runs.
     `fake` computes the same shapes, dtypes and strides without data. Gradients belong to the
     autograd.Function around the operator: asking the bare operator for them raises.
     """
     name = schema.partition("(")[0]
 
-    def on_its_device(*arguments):
-        device = next(a.device for a in arguments if isinstance(a, Tensor))
-        if device.type != "cuda" or device.index == torch.cuda.current_device():
-            return run(*arguments)
-        with torch.cuda.device(device):
-            return run(*arguments)
+    def on_its_device(first, *others):
+        if not first.is_cuda or first.get_device() == torch.cuda.current_device():
+            return run(first, *others)
+        with torch.cuda.device(first.device):
+            return run(first, *others)
 
     def refuse(context, *gradients):
         raise RuntimeError(
@@ -115,7 +110,7 @@ def define(schema: str, run: Callable, fake: Callable) -> Callable:
         # Compilers must see the test of `is_compiling` first, and no other. With gradients on, `refuse` has a say.
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or watched():
             return operator(*arguments)
-        first = next(a for a in arguments if isinstance(a, Tensor))
+        first = arguments[0]
         if not (first.is_cuda or first.is_cpu) or not ordinary(arguments):
             return operator(*arguments)
         return on_its_device(*arguments)
@@ -140,9 +135,11 @@ def apply(function: type[torch.autograd.Function], *arguments):
     """`function.apply(*arguments)`, by the shortest way that gives the same."""
     if torch.compiler.is_compiling() or watched():
         return function.apply(*arguments)
-    if torch.is_grad_enabled():
-        return _with_context(function).apply(*arguments)
-    return function.forward(*arguments)
+    if not torch.is_grad_enabled():
+        return function.forward(*arguments)
+    short = _with_context(function)
+    # Function.apply looks for transforms, and for what finished ones left behind: neither is here.
+    return super(torch.autograd.Function, short).apply(*arguments) if ordinary(arguments) else short.apply(*arguments)
 
 
 def run_dual(op: str, names: str, compute: Callable, primals: tuple, tangents: tuple) -> tuple:

@@ -226,7 +226,7 @@ def _run_forward(qkv, qkv_dot, q_weight, k_weight, cos, sin, prefix, eps):
     tile = tile_of(heads, head_dim, registration.chip(qkv.device))
     tokens, moves = samples * length, qkv_dot is not None
     registration.launch(
-        _forward, triton.cdiv(tokens, tile.tokens) * triton.cdiv(heads, tile.heads),
+        _forward, registration.cdiv(tokens, tile.tokens) * registration.cdiv(heads, tile.heads),
         rows, dot_rows, q_weight.contiguous(), k_weight.contiguous(), cos.contiguous(), sin.contiguous(),
         q, k, present(q_dot, moves), present(k_dot, moves),
         tokens, registration.first_dot(samples, qkv_dot) * length, length, prefix,
@@ -249,7 +249,7 @@ def _run_backward(qkv, q_weight, k_weight, cos, sin, dq, dk, dv, prefix, eps, ne
     dq, dk, dv = (registration.unit_step(d) for d in (dq, dk, dv))
     chip = registration.chip(qkv.device)
     tile = tile_of(heads, head_dim, chip)
-    tiles = triton.cdiv(samples * length, tile.tokens) * triton.cdiv(heads, tile.heads)
+    tiles = registration.cdiv(samples * length, tile.tokens) * registration.cdiv(heads, tile.heads)
     programs, stages = backward_grid(tiles, tile, dq.element_size(), chip)
     weights = [q_weight, k_weight] if need_weights else []
     shares = sums.Shares(1, programs, 1)

@@ -30,7 +30,7 @@ class Shares:
     @property
     def programs(self) -> int:
         """The backward kernel's."""
-        return triton.cdiv(self.samples * self.length, self.share)
+        return registration.cdiv(self.samples * self.length, self.share)
 
     @property
     def segments(self) -> int:
@@ -40,7 +40,7 @@ class Shares:
 
 def divide(samples: int, length: int, per_sample: bool, programs: int, rows: int) -> Shares:
     """The tokens in `programs` equal shares, fewer where a share would not fill a tile of `rows`."""
-    share = max(triton.cdiv(samples * length, programs), rows)
+    share = max(registration.cdiv(samples * length, programs), rows)
     return Shares(samples, length, share) if per_sample else Shares(1, samples * length, share)
 
 
@@ -88,10 +88,10 @@ def add_up(partials: Sequence[Tensor], shares: Shares, like: Sequence[Tensor]) -
     tile, warps = (1 << 16, 1) if chip.interpreted else (4096, 8)
     width = like[0].shape[-1]
     per_sample = tuple(p.ndim == 2 for p in like)
-    terms = (triton.cdiv(shares.length, shares.share) + 1 if each else shares.segments for each in per_sample)
+    terms = (registration.cdiv(shares.length, shares.share) + 1 if each else shares.segments for each in per_sample)
     rows = tuple(min(max(registration.power_of_two(n), 8), 256) for n in terms)
     groups = (shares.samples if each else 1 for each in per_sample)
-    programs = sum(n * triton.cdiv(width, tile // r) for n, r in zip(groups, rows, strict=True))
+    programs = sum(n * registration.cdiv(width, tile // r) for n, r in zip(groups, rows, strict=True))
     registration.launch(
         _add_up, programs, tuple(partials), tuple(sums), shares.samples, shares.length, shares.share, shares.segments,
         PER_SAMPLE=per_sample, ROWS=rows, C=width, TILE=tile, num_warps=warps,

@@ -92,7 +92,7 @@ def _run_forward(x, x_dot):
     tile = tile_of(width, registration.chip(x.device))
     registration.launch(
         _forward,
-        triton.cdiv(samples * length, tile.rows) * triton.cdiv(width, tile.block),
+        registration.cdiv(samples * length, tile.rows) * registration.cdiv(width, tile.block),
         x_rows,
         x_dot_rows,
         y,
@@ -120,7 +120,7 @@ def _run_backward(dy, x):
     tile = tile_of(width, registration.chip(dy.device))
     registration.launch(
         _backward,
-        triton.cdiv(x.shape[0], tile.rows) * triton.cdiv(width, tile.block),
+        registration.cdiv(x.shape[0], tile.rows) * registration.cdiv(width, tile.block),
         dy,
         x,
         dx,
@@ -150,12 +150,13 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, outputs):
         ctx.mark_non_differentiable(outputs[1])
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(inputs[0])
 
     @staticmethod
     def backward(ctx, dy, _):
         (x,) = ctx.saved_tensors
-        return _swiglu_backward(dy, x), None
+        return None if dy is None else _swiglu_backward(dy, x), None
 
 
 def swiglu_dual(primals, tangents):

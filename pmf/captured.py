@@ -117,7 +117,8 @@ class CapturedStep:
         dtype = autocast_dtype(self.device.type)
         key = (len(step.x), step.tangent_rows, len(step.null_rows), dtype, perceptual)
         if key not in self._halves:
-            static = replace(step, **{name: self._buffer(name, getattr(step, name)) for name in INPUTS})
+            buffers: dict[str, Any] = {name: self._buffer(name, getattr(step, name)) for name in INPUTS}
+            static = replace(step, **buffers)
             halves = _Halves(functools.partial(self._forward, static, dtype), self._backward)
             if self.device.type == "cuda":
                 with torch.cuda.device(self.device):
@@ -127,7 +128,10 @@ class CapturedStep:
 
     def _buffer(self, name: str, like: Tensor) -> Tensor:
         """The place of an input of that shape, shared by the steps of all sizes that have it."""
-        return self._buffers.setdefault((name, like.shape), torch.empty_like(like))
+        key = (name, like.shape)
+        if key not in self._buffers:
+            self._buffers[key] = torch.empty_like(like)
+        return self._buffers[key]
 
     def _forward(self, step: Step, dtype: torch.dtype | None, accumulate: bool = True) -> _Outputs:
         with self._gradients.collected(self.model, accumulate), _own_autocast(self.device.type, dtype):

@@ -29,9 +29,12 @@ def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def _shape(op: str, name: str, tensor: Tensor, *expected: int | None) -> None:
     """`tensor` has that shape; None stands for any size."""
-    matches = tensor.ndim == len(expected)
+    sizes = tensor.shape
+    if sizes == expected:
+        return
+    matches = len(sizes) == len(expected)
     if matches:
-        for want, size in zip(expected, tensor.shape, strict=True):
+        for want, size in zip(expected, sizes, strict=True):
             if want is not None and want != size:
                 matches = False
     if not matches:  # the text is written here alone: compilers cannot write a size that they keep open

@@ -55,7 +55,7 @@ class Join(NamedTuple):
 
     def places(self, joined: Tensor) -> list[Tensor]:
         """Where the parts lie in the joined weight, or their gradients in its gradient."""
-        places = [joined] if len(self.parts) == 1 else list(joined.split(self.shape[0]))
+        places = [joined] if len(self.parts) == 1 else list(joined.chunk(len(self.parts)))
         if not self.padded:
             return places
         return [place[tuple(map(slice, part.shape))] for place, part in zip(places, self.parts, strict=True)]
@@ -66,7 +66,7 @@ class Join(NamedTuple):
             return []
         rows = len(self.parts[0])
         between_rows = self.parts[0].shape[1:] == self.shape[1:]
-        return [place[rows:] for place in joined.split(self.shape[0])] if between_rows else [joined]
+        return [place[rows:] for place in joined.chunk(len(self.parts))] if between_rows else [joined]
 
 
 class PackedModule(nn.Module):
@@ -79,11 +79,6 @@ class PackedModule(nn.Module):
         raise NotImplementedError
 
     @property
-    def whole(self) -> bool:
-        """Whether the parameters lie here as they are: not sharded, nor in a format of their own."""
-        return not hasattr(self.joins()[0].parts[0], "__tensor_flatten__")
-
-    @property
     def held(self) -> bool:
         """Whether a `held_weights` around this holds the weights: the parameters are whole and stay."""
         return self._held is not None
@@ -93,11 +88,19 @@ class PackedModule(nn.Module):
         return tuple(join.recorded() for join in self.joins()) if self._held is None else self._held
 
 
-def _packed_modules(module: nn.Module) -> list[PackedModule]:
-    """Those whose weights are whole; sharded ones (FSDP) are there only while their block runs, and are joined then."""
+Joins = list[tuple[PackedModule, tuple[Join, ...]]]
+
+
+def _joins(module: nn.Module) -> Joins:
+    """The layers whose weights lie here as they are, and what they join.
+
+    Weights that are sharded (FSDP) are there only while their block runs, and are joined then, as are those in a
+    format of their own.
+    """
     if isinstance(module, PackedModule):
-        return [module] if module.whole else []
-    return [found for child in module.children() for found in _packed_modules(child)]
+        joins = module.joins()
+        return [] if hasattr(joins[0].parts[0], "__tensor_flatten__") else [(module, joins)]
+    return [found for child in module.children() for found in _joins(child)]
 
 
 @torch.no_grad()
@@ -149,23 +152,26 @@ class _Recorded(torch.autograd.Function):
         return None, None, *results
 
 
-def joined_weights(model: nn.Module, device_type: str) -> list[tuple[Tensor, ...]]:
-    """The joined weights of every `PackedModule`, cast where autocast is on."""
-    joins = [module.joins() for module in _packed_modules(model)]
-    dtype = autocast_dtype(device_type)
+def _joined(modules: Joins, dtype: torch.dtype | None) -> list[tuple[Tensor, ...]]:
+    """Every module's weights, joined and cast."""
     if torch.compiler.is_compiling() or transforming():
-        weights = [[join.recorded() for join in each] for each in joins]
+        weights = [[join.recorded() for join in joins] for _, joins in modules]
         return [tuple(w if dtype is None else w.to(dtype) for w in each) for each in weights]
-    copied = [[join for join in each if join.copied(dtype)] for each in joins]
+    copied = [[join for join in joins if join.copied(dtype)] for _, joins in modules]
     filled = iter(_filled([join for each in copied for join in each], dtype))
     result = []
-    for each, made in zip(joins, copied, strict=True):
+    for (_, joins), made in zip(modules, copied, strict=True):
         joined = tuple(next(filled) for _ in made)
         if made and torch.is_grad_enabled():
             joined = _Recorded.apply(made, joined, *(part for join in made for part in join.parts))
         places = iter(joined)
-        result.append(tuple(next(places) if join.copied(dtype) else join.parts[0] for join in each))
+        result.append(tuple(next(places) if join.copied(dtype) else join.parts[0] for join in joins))
     return result
+
+
+def joined_weights(model: nn.Module, device_type: str) -> list[tuple[Tensor, ...]]:
+    """The joined weights of every `PackedModule`, cast where autocast is on."""
+    return _joined(_joins(model), autocast_dtype(device_type))
 
 
 @contextlib.contextmanager
@@ -174,12 +180,12 @@ def held_weights(model: nn.Module, device_type: str, weights: list[tuple[Tensor,
 
     The parameters must not change inside.
     """
-    modules = _packed_modules(model)
+    modules = _joins(model)
     try:
-        held = joined_weights(model, device_type) if weights is None else weights
-        for module, joined in zip(modules, held, strict=True):
+        held = _joined(modules, autocast_dtype(device_type)) if weights is None else weights
+        for (module, _), joined in zip(modules, held, strict=True):
             module._held = joined
         yield
     finally:
-        for module in modules:
+        for module, _ in modules:
             module._held = None

@@ -40,6 +40,7 @@ def test_a_run_records_every_figure_with_its_origin(measured):
     for r in records:
         assert r["status"] == "measured", r
         assert {"commit", "dirty", "torch", "triton", "gpu", "copy_bytes_per_s"} <= r.keys()
+        assert r["attention"] == "cpu"
     lean = next(r for r in records if r["suite"] == "steps" and r["provider"] == "lean")
     assert lean["batch"] == 2 and lean["size"] == "pMF-digits" and lean["operations"] > 0
     assert lean["of_product_rate"] > 0 and lean["peak_of_flow_matching"] is None
@@ -365,10 +366,27 @@ def test_what_failed_before_comes_last(tmp_path):
 
 def test_a_commit_can_be_named_where_there_is_no_repository(tmp_path, monkeypatch):
     monkeypatch.setattr(ledger, "ROOT", tmp_path)
+    monkeypatch.delenv("PMF_COMMIT", raising=False)
     assert ledger.commit() == ("unknown", True)
     for given, found in (("abc", ("abc", False)), ("abc-dirty", ("abc", True))):
         monkeypatch.setenv("PMF_COMMIT", given)
         assert ledger.commit() == found
+
+
+def test_what_is_not_measured_makes_no_commit_dirty(tmp_path, monkeypatch):
+    def git(*arguments):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", tmp_path, *arguments], check=True)
+
+    monkeypatch.setattr(ledger, "ROOT", tmp_path)
+    monkeypatch.delenv("PMF_COMMIT", raising=False)
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "nothing")
+    found = []
+    for name in ("wheels/a.whl", "benchmarks/results/card.jsonl", "kernels/norm.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("a")
+        found.append(ledger.commit()[1])
+    assert found == [False, False, True] and len(ledger.commit()[0]) == 40
 
 
 def test_a_digest_tells_sources_apart(tmp_path, monkeypatch):

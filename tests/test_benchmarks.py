@@ -108,6 +108,27 @@ def test_measure_takes_turns_and_gives_quartiles():
     assert result["a"].repeats == 4
 
 
+def test_a_measurement_says_what_its_peak_is_of():
+    class Counted:
+        peak_from = "warm-up and capture"
+
+        def __call__(self):
+            pass
+
+        def peak_bytes(self):
+            return 7
+
+    ready = {"counted": warm_up(Counted(), CPU), "plain": warm_up(lambda: None, CPU)}
+    assert (ready["counted"].peak_bytes, ready["counted"].peak_from) == (7, "warm-up and capture")
+    found = measure(ready, CPU, repeats=3)
+    assert (found["counted"].peak_bytes, found["counted"].peak_from) == (7, "warm-up and capture")
+    assert (found["plain"].peak_bytes, found["plain"].peak_from, found["plain"].reserved_bytes) == (
+        None,
+        "a warm run",
+        None,
+    )
+
+
 def test_repeats_shrink_to_the_time_there_is():
     runs = []
     slow = dataclasses.replace(warm_up(lambda: runs.append(0), CPU), seconds=1.0)

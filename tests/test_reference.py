@@ -130,6 +130,9 @@ def test_tangent_is_never_recorded_and_absent_without_tangents(name):
     for v, d, a, n in zip(flat(value), flat(dot), flat(alone), flat(absent), strict=True):
         assert not d.requires_grad and v.requires_grad and n is None
         assert torch.equal(v, a)
+    leaves = [p for p in primals if p is not None]
+    beside, without = (torch.autograd.grad([v.sin().sum() for v in flat(values)], leaves) for values in (value, alone))
+    assert all(torch.equal(g, w) for g, w in zip(beside, without, strict=True))
 
 
 def test_norms_are_torchs_own():
@@ -162,6 +165,17 @@ def test_rotation_is_complex_multiplication_by_the_angle():
         assert relative_error(actual[:, 2:], torch.view_as_real(pairs * turn).flatten(-2)) < 1e-14
         assert torch.equal(actual[:, :2], plain[:, :2])
     assert torch.equal(v, qkv[:, :, 2])
+
+
+def test_rotation_takes_heads_of_any_layout():
+    qkv, *rest = CASES["rope"][1]()
+    options = CASES["rope"][3]
+    expected, expected_dot = reference.qk_norm_rope_dual((qkv, *rest), (qkv, *[None] * 4), **options)
+    turned = qkv.permute(4, 2, 3, 1, 0).contiguous().permute(4, 3, 1, 2, 0)  # the same values, samples innermost
+    actual, actual_dot = reference.qk_norm_rope_dual((turned, *rest), (turned, *[None] * 4), **options)
+    assert turned.stride() != qkv.stride() and torch.equal(turned, qkv)
+    for x, y in zip((*actual, *actual_dot), (*expected, *expected_dot), strict=True):
+        assert torch.allclose(x, y, rtol=1e-14, atol=1e-14)
 
 
 def test_rope_tables_turn_rows_first_then_columns():

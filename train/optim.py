@@ -77,6 +77,7 @@ def build_optimizers(
             betas=config.adam_betas,
             eps=config.adam_eps,
             weight_decay=0.0,
+            fused=True,
         ),
     }
 

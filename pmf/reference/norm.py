@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pmf.reference.tangent import accumulate, tail, tangent_rows, times, total
+from pmf.reference.tangent import accumulate, plus_product, tail, tangent_rows
 
 Kind = Literal["rms", "layer"]
 
@@ -15,14 +15,16 @@ Kind = Literal["rms", "layer"]
 def _normalise(x: Tensor, kind: Kind, eps: float) -> tuple[Tensor, Tensor]:
     """n = (x - mu) / sqrt(mean((x - mu)^2) + eps) and its 1 / sqrt(...); mu = 0 for "rms"."""
     centred = x - x.mean(-1, keepdim=True) if kind == "layer" else x
-    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    # A sum, then divided: the gradient of mean() divides every element.
+    rstd = torch.rsqrt(centred.square().sum(-1, keepdim=True) / x.shape[-1] + eps)
     return centred * rstd, rstd
 
 
 def _normalise_dot(n: Tensor, rstd: Tensor, x_dot: Tensor, kind: Kind) -> Tensor:
     """n_dot = rstd (c_dot - n mean(n c_dot)), with c_dot = x_dot - mean(x_dot) for "layer"."""
     c_dot = x_dot - x_dot.mean(-1, keepdim=True) if kind == "layer" else x_dot
-    return rstd * (c_dot - n * (n * c_dot).mean(-1, keepdim=True))
+    mean = (n * c_dot).mean(-1, keepdim=True)
+    return torch.addcmul(c_dot, n, mean, value=-1).mul_(rstd)
 
 
 def _per_token(modulation: Tensor | None) -> Tensor | None:
@@ -65,11 +67,15 @@ def norm_modulate_dual(
         return y, None
     with torch.no_grad():
         n, rstd, weight, factor = tail(n, rows), tail(rstd, rows), _rows(weight, rows), _rows(factor, rows)
-        n_dot = None if x_dot is None else _normalise_dot(n, rstd, accumulate(x_dot), kind)
-        scaled = n_dot if factor is None else times(n_dot, factor)
-        weighted = n if weight is None else n * weight
-        y_dot = total(scaled, times(weighted, _per_token(scale_dot)), _per_token(shift_dot))
-        return y, y_dot.expand(n.shape).to(out_dtype).contiguous()
+        y_dot = torch.zeros_like(n) if x_dot is None else _normalise_dot(n, rstd, accumulate(x_dot), kind)
+        if factor is not None:
+            y_dot.mul_(factor)
+        if scale_dot is not None:
+            factor_dot = _per_token(scale_dot)
+            y_dot.addcmul_(n, factor_dot if weight is None else weight * factor_dot)
+        if shift_dot is not None:
+            y_dot.add_(_per_token(shift_dot))
+        return y, y_dot.to(out_dtype)
 
 
 def residual_norm_modulate_dual(
@@ -91,11 +97,8 @@ def residual_norm_modulate_dual(
     x_new_dot = None
     if rows is not None:
         with torch.no_grad():
-            x_new_dot = total(
-                None if x_dot is None else accumulate(x_dot),
-                None if branch_dot is None else _rows(gate, rows) * accumulate(branch_dot),
-                times(accumulate(tail(branch, rows)), _per_token(gate_dot)),
-            ).to(x.dtype)
+            moved = plus_product(x_dot, _rows(gate, rows), branch_dot)
+            x_new_dot = plus_product(moved, tail(branch, rows), _per_token(gate_dot)).to(x.dtype)
     y, y_dot = norm_modulate_dual(
         (x_new, weight, scale, shift),
         (x_new_dot, None, scale_dot, shift_dot),

@@ -26,9 +26,12 @@ def rope_tables(grid_size: int, head_dim: int, *, theta: float = 10000.0, device
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn adjacent pairs: x [B, S, 2, H, D]; cos, sin [S, 1, 1, D / 2]."""
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+    """Turn adjacent pairs (a, b), (a + ib) (cos + i sin): x [B, S, 2, H, D]; cos, sin [S, 1, 1, D / 2]."""
+    pairs = x.contiguous().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # compilers fuse real products alone; eager, a complex one is one pass
+        a, b = pairs.unbind(-1)
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+    return torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin)).flatten(-2)
 
 
 def qk_norm_rope_dual(
@@ -41,8 +44,10 @@ def qk_norm_rope_dual(
     """q, k = R(n(q) q_weight), R(n(k) k_weight), v unchanged; see `pmf.ops.qk_norm_rope`."""
     qkv, q_weight, k_weight, cos, sin = primals
     qkv_dot = tangents[0]
-    qk = accumulate(qkv[:, :, :2])
-    weight = accumulate(torch.stack([q_weight, k_weight]))[:, None]
+    qk, v = qkv.split([2, 1], 2)
+    qk, v = accumulate(qk), v[:, :, 0]
+    # Repeated for every head: rows of H D values vectorise, rows of D do not.
+    weight = accumulate(torch.stack([q_weight, k_weight]))[:, None].repeat(1, qkv.shape[3], 1)
     # Prefix tokens turn by nothing: cos 1, sin 0.
     cos = F.pad(cos, (0, 0, prefix_length, 0), value=1.0)[:, None, None].to(qk.dtype)
     sin = F.pad(sin, (0, 0, prefix_length, 0))[:, None, None].to(qk.dtype)
@@ -50,9 +55,9 @@ def qk_norm_rope_dual(
     n, rstd = _normalise(qk, "rms", eps)
     q, k = _rotate(n * weight, cos, sin).to(qkv.dtype).unbind(2)
     if qkv_dot is None:
-        return (q, k, qkv[:, :, 2]), (None, None, None)
+        return (q, k, v), (None, None, None)
     with torch.no_grad():
         rows = qkv_dot.shape[0]
         n_dot = _normalise_dot(tail(n, rows), tail(rstd, rows), accumulate(qkv_dot[:, :, :2]), "rms")
-        q_dot, k_dot = _rotate(n_dot * weight, cos, sin).to(qkv.dtype).unbind(2)
-    return (q, k, qkv[:, :, 2]), (q_dot, k_dot, qkv_dot[:, :, 2])
+        q_dot, k_dot = _rotate(n_dot.mul_(weight), cos, sin).to(qkv.dtype).unbind(2)
+    return (q, k, v), (q_dot, k_dot, qkv_dot[:, :, 2])

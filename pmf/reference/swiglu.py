@@ -13,13 +13,14 @@ def swiglu_dual(primals: tuple[Tensor], tangents: tuple[Tensor | None]) -> tuple
     """y = silu(a) b for x = [a, b], and y_dot = silu'(a) a_dot b + silu(a) b_dot."""
     (x,), (x_dot,) = primals, tangents
     a, b = accumulate(x).chunk(2, -1)
-    y = (F.silu(a) * b).to(x.dtype)
+    silu = F.silu(a)
+    y = (silu * b).to(x.dtype)
     if x_dot is None:
         return y, None
     with torch.no_grad():
         a_dot, b_dot = accumulate(x_dot).chunk(2, -1)
-        a, b = (tail(v, x_dot.shape[0]) for v in (a, b))
-        sigmoid = torch.sigmoid(a)
-        silu = a * sigmoid
-        y_dot = (sigmoid + silu * (1 - sigmoid)) * a_dot * b + silu * b_dot
+        a, b, silu = (tail(v, x_dot.shape[0]) for v in (a, b, silu))
+        # silu' = sigmoid + silu (1 - sigmoid): from silu towards 1 by the sigmoid.
+        slope = torch.lerp(silu, silu.new_ones(()), torch.sigmoid(a))
+        y_dot = slope.mul_(a_dot).mul_(b).addcmul_(silu, b_dot)
         return y, y_dot.to(x.dtype)

@@ -20,7 +20,7 @@ def tail(value: Tensor, rows: int) -> Tensor:
 
 def accumulate(value: Tensor) -> Tensor:
     """`value` in the dtype that sums are taken in: float32, or float64 for float64."""
-    return value.to(torch.promote_types(value.dtype, torch.float32))
+    return value if value.dtype in (torch.float32, torch.float64) else value.float()
 
 
 def total(*terms: Tensor | None) -> Tensor | None:
@@ -34,6 +34,11 @@ def total(*terms: Tensor | None) -> Tensor | None:
     return result
 
 
-def times(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """a * b, or None (zero) when either is absent."""
-    return None if a is None or b is None else a * b
+def plus_product(sum: Tensor | None, a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """sum + a b in the dtype sums are taken in; what is absent (None) is zero."""
+    if sum is not None:
+        sum = accumulate(sum)
+    if a is None or b is None:
+        return sum
+    a, b = accumulate(a), accumulate(b)
+    return a * b if sum is None else torch.addcmul(sum, a, b)
