@@ -1,7 +1,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-gpu test-extras clean
+# The lowest Python found that we support, pyenv's among them.
+OLDEST_PYTHON ?= $(shell for v in 3.10 3.11 3.12 3.13; do \
+	for p in python$$v $${PYENV_ROOT:-$$HOME/.pyenv}/versions/$$v.*/bin/python; do \
+	$$p -c 'import venv' 2>/dev/null && echo $$p && exit; done; done)
+
+.PHONY: demo test test-gpu test-oldest test-extras clean
 
 # Train on handwritten digits, draw samples, measure them: runs/digits.
 demo: .venv/core
@@ -20,12 +25,16 @@ test-gpu: .venv/dev
 	$(BIN)/python -m pytest -m gpu -rs tests/test_gpu.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 12 --dist worksteal tests/test_kernels_*.py
 
+# Every test on the lowest versions that pyproject.toml declares: several GB.
+test-oldest: .venv-oldest/ready
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest --numprocesses auto --dist loadfile
+
 # The tests of the optional packages (perceptual networks, FID, JAX, flash-attn-4), beside a newer PyTorch: several GB.
 test-extras: .venv-extras/ready
 	.venv-extras/bin/python -m pytest -m extras
 
 clean:
-	rm -rf .venv .venv-extras
+	rm -rf .venv .venv-oldest .venv-extras
 
 .venv/core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -34,6 +43,11 @@ clean:
 
 .venv/dev: .venv/core
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+.venv-oldest/ready: pyproject.toml constraints-oldest.txt
+	$(OLDEST_PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[dev]'
 	touch $@
 
 .venv-extras/ready: pyproject.toml constraints-extras.txt

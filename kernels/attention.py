@@ -61,8 +61,8 @@ class Tile:
     stages: int
 
 
-HOPPER_TILES = (Tile(128, 32, 8, 3), Tile(64, 64, 4, 2), Tile(64, 32, 4, 3))
-"""Worth timing on Hopper beside what `tangent_tile` gives there: all leave room for two programs a processor."""
+HOPPER_TILES = (Tile(128, 32, 8, 3), Tile(64, 32, 4, 3), Tile(64, 64, 4, 3), Tile(128, 64, 8, 2))
+"""Worth timing on Hopper beside each other; `tangent_tile` takes the first, second or last there."""
 
 _forced: ContextVar[Tile | None] = ContextVar("attention tangent's tile", default=None)
 
@@ -89,25 +89,32 @@ def split(head_dim: int) -> tuple[int, int]:
     return (whole, 0) if first < 16 or first + second >= whole else (first, second)
 
 
-def tangent_tile(head_dim: int, dtype: torch.dtype, chip: Chip) -> Tile:
+def tangent_tile(head_dim: int, length: int, dtype: torch.dtype, chip: Chip) -> Tile:
     """128 queries, so that keys and values are read few times, and as many keys as fit beside them.
 
     A program holds S and S_dot (queries x keys) and the accumulator (queries x D) in float32, and q, q_dot
-    and P, H as factors. On Hopper factors lie in shared memory and 64 keys fit; on Ampere they lie in
-    registers, too, 255 a thread with 16 keys at D 128; Blackwell has 512 columns of tensor memory for all,
-    too few for 64 keys beside two accumulators.
+    and P, H as factors. On Hopper factors lie in shared memory; on Ampere they lie in registers, too, 255 a
+    thread with 16 keys at D 128; Blackwell has 512 columns of tensor memory for all, too few for 64 keys
+    beside two accumulators.
     Keys and values take 4 x keys x D values of shared memory a stage: three stages where they fit.
+
+    On Hopper up to D 96, two programs a processor, of 32 keys, beat one of 64; up to D 64, 64 queries do where
+    128 would leave many rows of the last tile empty (measured on an H200 at D 64, 80 and 128, S 276 and 4096).
     """
-    widths = split(head_dim)
-    padded, generation = sum(widths), chip.capability // 10
+    padded, generation = sum(split(head_dim)), chip.capability // 10
     if chip.interpreted:
         return Tile(128, 64, 1, 1)
     if dtype == torch.float32:
         return Tile(32 if padded <= 80 else 16, 16, 8, 1)
-    if (padded <= 64 and not (generation == 10 and widths[1])) or (generation == 9 and padded <= 96):
-        return Tile(128, 64, 8, 3)
     if generation == 9:
-        return Tile(128, 64, 8, 2)
+        if padded > 96:
+            return Tile(128, 64, 8, 2)
+        wasted = -length % 128 - -length % 64
+        if padded <= 64 and 16 * wasted > length:
+            return Tile(64, 32, 4, 3)
+        return Tile(128, 32, 8, 3 if padded <= 80 else 2)
+    if padded <= 64 and not (generation == 10 and split(head_dim)[1]):
+        return Tile(128, 64, 8, 3)
     if padded <= 80:
         return Tile(128, 32, 8, 3)
     return Tile(64, 64, 8, 2) if generation == 10 else Tile(128, 16, 8, 3)
@@ -275,7 +282,7 @@ def _run_tangent(q, k, v, q_dot, k_dot, v_dot, o, lse, scale):
     q, k, v, q_dot, k_dot, v_dot, o = (flash.aligned(x) for x in (q, k, v, q_dot, k_dot, v_dot, o))
     o_dot = o.new_empty(o.shape)
     samples, length_q, heads, head_dim = q.shape
-    tile = _forced.get() or tangent_tile(head_dim, q.dtype, registration.chip(q.device))
+    tile = _forced.get() or tangent_tile(head_dim, length_q, q.dtype, registration.chip(q.device))
     widths = split(head_dim)
     registration.launch(
         _tangent, samples * heads * registration.cdiv(length_q, tile.queries),

@@ -1,19 +1,24 @@
 """The primal of attention: a FlashAttention that also gives the log-sum-exp of every row.
 
 All backends take and give heads as [B, S, H, D] here, and the log-sum-exp as float32 [B, H, S_q], natural
-logarithm. `decide` takes the first that can run; the order on sm_90 and sm_100 is another than elsewhere:
+logarithm. `decide` takes the first that can run:
 
-| backend        | what it is                  | where it can run                    | there | else |
-|----------------|-----------------------------|-------------------------------------|-------|------|
-| `flash_attn_4` | the package flash-attn-4    | bfloat16, float16; sm_90 and sm_100 | 1st   |      |
-| `cudnn`        | cuDNN's, through PyTorch    | bfloat16, float16; from sm_80 on    | 2nd   | 3rd  |
-| `flash_attn`   | the package flash-attn, 2.x | bfloat16, float16; from sm_80 on    | 3rd   | 1st  |
-| `flash`        | PyTorch's FlashAttention    | bfloat16, float16; from sm_80 on    | 4th   | 2nd  |
-| `efficient`    | PyTorch's memory-efficient  | float32 too; every CUDA device      | last  | last |
+| backend        | what it is                           | where it can run                    | sm_90, sm_100 | else |
+|----------------|--------------------------------------|-------------------------------------|---------------|------|
+| `flash_attn_4` | the package flash-attn-4             | bfloat16, float16; sm_90 and sm_100 | 1st           |      |
+| `cudnn`        | cuDNN's, through PyTorch             | bfloat16, float16; from sm_80 on    | 2nd           | 3rd  |
+| `flash_attn`   | the package flash-attn, 2.x          | bfloat16, float16; from sm_80 on    | 3rd           | 1st  |
+| `flash`        | PyTorch's FlashAttention             | bfloat16, float16; from sm_80 on    | 4th           | 2nd  |
+| `efficient`    | PyTorch's memory-efficient attention | float32 too; every CUDA device      | last          | last |
 
 On the CPU (Triton's interpreter) it is always `cpu`, PyTorch's FlashAttention for CPUs. A single key needs
-none of them. On an H200 cuDNN took 0.74 of the time of PyTorch's FlashAttention forward and 0.61 backward
-at S 276 and D 64, 0.53 both ways at S 4096 and D 128; flash-attn 2 has the same kernels as the latter.
+none of them. The order is as measured on an H200, in parts of the time of PyTorch's FlashAttention, whose
+kernels are those of flash-attn 2 (forward and backward, bfloat16):
+
+|              | S 276, D 64 | S 276, D 80 | S 4096, D 128 |
+|--------------|-------------|-------------|---------------|
+| flash-attn-4 | 0.74, 0.59  | 0.65, 0.55  | 0.50, 0.48    |
+| cuDNN        | 0.74, 0.62  | 0.82, 0.68  | 0.53, 0.53    |
 
 Three ways to choose, the strongest first:
 

@@ -20,8 +20,8 @@ program sums a stretch of one row to a pair of floats; those are added in a fixe
 Saved: the inputs, which the step plan and the heads hold anyway.
 
 Bytes moved a value, tokens of e bytes and images of e_x: forward 2 e + e_x, on rows with a tangent 2 e more,
-on guided rows e more; backward the same and 2 e written. Consecutive values of a token lie apart in an image
-(channels are planes there), so images are read one value a thread; a warp's reads share their sectors.
+on guided rows e more; backward the same and 2 e written. Channels lie side by side in tokens and are planes in
+images: a thread takes all channels of a few pixels in a line, 16 bytes at a time from both, and turns what it has.
 """
 
 from __future__ import annotations
@@ -35,30 +35,66 @@ from torch import Tensor
 
 from pmf.kernels import registration
 from pmf.kernels.registration import Chip
+from pmf.kernels.tiles import transposed
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Values of one row of the batch that a program works on."""
+    """Groups of pixels that a program works on, side by side in a line of one patch, and pixels of a group."""
 
-    block: int
+    groups: int
+    pixels: int
     warps: int
 
 
-def tile_of(chip: Chip) -> Tile:
-    """8 values a thread and operand, one 16-byte load of bfloat16: five operands in flight."""
-    return Tile(8192, 1) if chip.interpreted else Tile(2048, 8)
+def tile_of(patch_size: int, channels: int, dtype: torch.dtype, chip: Chip) -> Tile:
+    """A group of pixels a thread: as many as 16 bytes of tokens hold, and as lie side by side.
+
+    8 pixels of 3 channels are three 16-byte loads of an operand, 24 values a thread. More channels take fewer
+    pixels: at most 32 values of an operand wait in registers. A program is one warp, so that none waits for another.
+    """
+    side_by_side = patch_size & -patch_size  # the largest power of two that divides it
+    few = min(side_by_side, 8 if dtype.itemsize == 2 else 4, max(32 // registration.power_of_two(channels), 1))
+    return Tile(1024, few, 1) if chip.interpreted else Tile(32, few, 1)
 
 
 @triton.jit
-def _image_offset(i_value, H: tl.constexpr, W: tl.constexpr, P: tl.constexpr, CHANNELS: tl.constexpr):
-    """Where value i_value of a row's tokens, laid out (patch, row, column, channel), lies in its image."""
-    i_channel = i_value % CHANNELS
-    i_column = i_value // CHANNELS % P
-    i_line = i_value // (CHANNELS * P) % P
-    i_patch = i_value // (CHANNELS * P * P)
-    i_y, i_x = i_patch // (W // P) * P + i_line, i_patch % (W // P) * P + i_column
-    return (i_channel * H + i_y) * W + i_x
+def _image_offset(i_pixel, H: tl.constexpr, W: tl.constexpr, P: tl.constexpr):
+    """Where pixel i_pixel of a row's tokens, laid out (patch, row, column), lies in a channel of its image."""
+    i_patch = i_pixel // (P * P)
+    return (i_patch // (W // P) * P + i_pixel // P % P) * W + i_patch % (W // P) * P + i_pixel % P
+
+
+@triton.jit
+def _load_tokens(p_net, i_first, m_group, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Pixels whose values begin at i_first, as CHANNELS blocks [groups, PIXELS]."""
+    blocks = ()
+    for i in tl.static_range(CHANNELS):
+        i_value = i_first[:, None] + (i * PIXELS + tl.arange(0, PIXELS))[None, :]
+        blocks = blocks + (tl.load(p_net + i_value, mask=m_group[:, None], other=0.0),)
+    return transposed(blocks, PIXELS, CHANNELS)
+
+
+@triton.jit
+def _load_image(p_image, i_first, m_group, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, AREA: tl.constexpr):
+    """The same pixels of an image; i_first is where they begin in its first channel."""
+    blocks = ()
+    for i in tl.static_range(CHANNELS):
+        i_value = (i_first + i * AREA)[:, None] + tl.arange(0, PIXELS)[None, :]
+        blocks = blocks + (tl.load(p_image + i_value, mask=m_group[:, None], other=0.0),)
+    return blocks
+
+
+@triton.jit
+def _store_tokens(p_net, blocks, scale, i_first, m_group, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Undo `_load_tokens`, times `scale`."""
+    scaled = ()
+    for i in tl.static_range(CHANNELS):
+        scaled = scaled + ((blocks[i] * scale).to(p_net.dtype.element_ty),)
+    ordered = transposed(scaled, CHANNELS, PIXELS)
+    for i in tl.static_range(CHANNELS):
+        i_value = i_first[:, None] + (i * PIXELS + tl.arange(0, PIXELS))[None, :]
+        tl.store(p_net + i_value, ordered[i], mask=m_group[:, None])
 
 
 @triton.jit
@@ -66,72 +102,97 @@ def _errors(
     p_net_u, p_net_v, p_net_u_dot, p_net_c, p_net_n, p_z, p_x, p_t, p_h, p_guidance, p_null_index,
     p_sums, p_scales, p_dnet_u, p_dnet_v,
     first_dot, null_rows, t_clip,
-    SHAPE: tl.constexpr, BLOCK: tl.constexpr,
+    SHAPE: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK values of one row. SHAPE: height, width, patch size and channels of the images.
+    """GROUPS groups of pixels of one row. SHAPE: height, width, patch size and channels of the images.
 
-    Forward: sums of squares to p_sums [2, B, chunks]. Backward: gradients, times p_scales [2, B].
+    Forward: sums of squares to p_sums [2, B, chunks]. Backward: gradients, times p_scales [2, B]. All loads are
+    issued before the first result is needed: what a row does not have is masked, not branched around.
     """
-    VALUES: tl.constexpr = SHAPE[0] * SHAPE[1] * SHAPE[3]
-    CHUNKS: tl.constexpr = (VALUES + BLOCK - 1) // BLOCK
+    CHANNELS: tl.constexpr = SHAPE[3]
+    AREA: tl.constexpr = SHAPE[0] * SHAPE[1]
+    VALUES: tl.constexpr = AREA * CHANNELS
+    CHUNKS: tl.constexpr = (AREA + GROUPS * PIXELS - 1) // (GROUPS * PIXELS)
     i_chunk = tl.program_id(0) % CHUNKS
     i_b = (tl.program_id(0) // CHUNKS).to(tl.int64)
     batch = tl.num_programs(0) // CHUNKS
-    i_v = i_chunk * BLOCK + tl.arange(0, BLOCK)
-    mask = i_v < VALUES
-    i_image = i_b * VALUES + _image_offset(i_v, SHAPE[0], SHAPE[1], SHAPE[2], SHAPE[3])
-    i_token = i_b * VALUES + i_v
+    i_group = i_chunk * GROUPS + tl.arange(0, GROUPS)
+    mask = i_group < AREA // PIXELS
+    i_token = i_b * VALUES + i_group * (PIXELS * CHANNELS)
+    i_image = i_b * VALUES + _image_offset(i_group * PIXELS, SHAPE[0], SHAPE[1], SHAPE[2])
 
     t = tl.load(p_t + i_b).to(tl.float32)
-    inverse_c = 1.0 / tl.minimum(tl.maximum(t, t_clip), 1.0)
-    b_u = tl.load(p_net_u + i_token, mask=mask, other=0.0).to(tl.float32)
-    b_v = tl.load(p_net_v + i_token, mask=mask, other=0.0).to(tl.float32)
-    b_x = tl.load(p_x + i_image, mask=mask, other=0.0).to(tl.float32)
-    b_c = b_v
-    b_turn = tl.zeros([BLOCK], tl.float32)  # h du/dt
+    h = tl.load(p_h + i_b).to(tl.float32)
+    guidance = tl.load(p_guidance + i_b).to(tl.float32)
+    i_null = tl.load(p_null_index + i_b).to(tl.int64)
+    moves, guided = i_b >= first_dot, i_null >= 0
+    below = moves & (t <= t_clip)
+
+    u = _load_tokens(p_net_u, i_token, mask, PIXELS, CHANNELS)
+    v = _load_tokens(p_net_v, i_token, mask, PIXELS, CHANNELS)
+    x = _load_image(p_x, i_image, mask, PIXELS, CHANNELS, AREA)
+    u_dot, c, z, n = u, v, x, v  # where there are no others
     if p_net_u_dot is not None:
-        if i_b >= first_dot:
-            i_token_dot = (i_b - first_dot) * VALUES + i_v
-            b_u_dot = tl.load(p_net_u_dot + i_token_dot, mask=mask, other=0.0).to(tl.float32)
-            b_c = tl.load(p_net_c + i_token_dot, mask=mask, other=0.0).to(tl.float32)
-            b_start = b_u
-            if t <= t_clip:
-                b_start = tl.load(p_z + i_image, mask=mask, other=0.0).to(tl.float32)
-            h = tl.load(p_h + i_b).to(tl.float32)
-            b_turn = h * (((b_start - b_c) * inverse_c - b_u_dot) * inverse_c)
+        i_token_dot = i_token - first_dot * VALUES
+        u_dot = _load_tokens(p_net_u_dot, i_token_dot, mask & moves, PIXELS, CHANNELS)
+        c = _load_tokens(p_net_c, i_token_dot, mask & moves, PIXELS, CHANNELS)
+        z = _load_image(p_z, i_image, mask & below, PIXELS, CHANNELS, AREA)
     if p_net_n is not None:
-        i_null = tl.load(p_null_index + i_b).to(tl.int64)
-        if i_null >= 0:
-            inside = i_null < null_rows  # what lies beyond is not read, and the row's errors become NaN
-            b_n = tl.load(p_net_n + i_null * VALUES + i_v, mask=mask & inside, other=0.0).to(tl.float32)
-            b_n = tl.where(mask & (i_null >= null_rows), float("nan"), b_n)
-            b_x += tl.load(p_guidance + i_b).to(tl.float32) * (b_c - b_n)
-    b_error_u = (b_x - b_u) * inverse_c + b_turn
-    b_error_v = (b_x - b_v) * inverse_c
+        inside = guided & (i_null < null_rows)  # what lies beyond is not read
+        n = _load_tokens(p_net_n, i_token + (i_null - i_b) * VALUES, mask & inside, PIXELS, CHANNELS)
+
+    inverse_c = 1.0 / tl.minimum(tl.maximum(t, t_clip), 1.0)
+    b_sum_u = tl.zeros([GROUPS, PIXELS], tl.float32)
+    b_sum_v = tl.zeros([GROUPS, PIXELS], tl.float32)
+    errors_u, errors_v = (), ()
+    for i in tl.static_range(CHANNELS):
+        b_x, b_u, b_v = x[i].to(tl.float32), u[i].to(tl.float32), v[i].to(tl.float32)
+        b_c = b_v
+        b_turn = tl.zeros([GROUPS, PIXELS], tl.float32)  # h du/dt
+        if p_net_u_dot is not None:
+            b_start = tl.where(below, z[i].to(tl.float32), b_u)
+            b_c = tl.where(moves, c[i].to(tl.float32), b_v)
+            b_slope = ((b_start - b_c) * inverse_c - u_dot[i].to(tl.float32)) * inverse_c
+            b_turn = tl.where(moves, h * b_slope, 0.0)
+        if p_net_n is not None:
+            b_n = tl.where(i_null < null_rows, n[i].to(tl.float32), float("nan"))  # the row's errors become NaN
+            b_x += tl.where(guided, guidance * (b_c - b_n), 0.0)
+        b_error_u = (b_x - b_u) * inverse_c + b_turn
+        b_error_v = (b_x - b_v) * inverse_c
+        # Beyond the row every operand is zero, and so is the error.
+        b_sum_u += b_error_u * b_error_u
+        b_sum_v += b_error_v * b_error_v
+        errors_u = errors_u + (b_error_u,)
+        errors_v = errors_v + (b_error_v,)
 
     if p_sums is not None:
-        # Beyond the row every operand is zero, and so is the error.
-        tl.store(p_sums + i_b * CHUNKS + i_chunk, tl.sum(b_error_u * b_error_u))
-        tl.store(p_sums + (batch + i_b) * CHUNKS + i_chunk, tl.sum(b_error_v * b_error_v))
+        tl.store(p_sums + i_b * CHUNKS + i_chunk, tl.sum(b_sum_u))
+        tl.store(p_sums + (batch + i_b) * CHUNKS + i_chunk, tl.sum(b_sum_v))
     if p_scales is not None:
-        b_du = b_error_u * (tl.load(p_scales + i_b) * (-2.0 * inverse_c))
-        b_dv = b_error_v * (tl.load(p_scales + batch + i_b) * (-2.0 * inverse_c))
-        tl.store(p_dnet_u + i_token, b_du.to(p_dnet_u.dtype.element_ty), mask=mask)
-        tl.store(p_dnet_v + i_token, b_dv.to(p_dnet_v.dtype.element_ty), mask=mask)
+        scale_u = tl.load(p_scales + i_b) * (-2.0 * inverse_c)
+        scale_v = tl.load(p_scales + batch + i_b) * (-2.0 * inverse_c)
+        _store_tokens(p_dnet_u, errors_u, scale_u, i_token, mask, PIXELS, CHANNELS)
+        _store_tokens(p_dnet_v, errors_v, scale_v, i_token, mask, PIXELS, CHANNELS)
+
+
+def _tile(x: Tensor, net: Tensor, patch_size: int) -> tuple[Tile, int]:
+    """The tile, and the number of programs a row."""
+    tile = tile_of(patch_size, x.shape[1], net.dtype, registration.chip(x.device))
+    return tile, registration.cdiv(x.shape[2] * x.shape[3], tile.groups * tile.pixels)
 
 
 def _launch(nets, z, x, scalars, t_clip, patch_size, *outputs):
     """Run the kernel on the inputs and (sums, scales, dnet_u, dnet_v)."""
     first_dot = registration.first_dot(len(z), nets[2])
+    tile, chunks = _tile(z, nets[0], patch_size)
     nets = [None if net is None or net.numel() == 0 else net.contiguous() for net in nets]
     t, h, guidance, null_index = (s.contiguous() for s in scalars)
     batch, channels, height, width = z.shape
-    tile = tile_of(registration.chip(z.device))
     registration.launch(
-        _errors, batch * triton.cdiv(z[0].numel(), tile.block) if z.numel() else 0,
+        _errors, batch * chunks,
         *nets, z.contiguous(), x.contiguous(), t, h, guidance, null_index, *outputs,
         first_dot, 0 if nets[4] is None else len(nets[4]), t_clip,
-        SHAPE=(height, width, patch_size, channels), BLOCK=tile.block, num_warps=tile.warps,
+        SHAPE=(height, width, patch_size, channels), GROUPS=tile.groups, PIXELS=tile.pixels, num_warps=tile.warps,
     )  # fmt: skip
 
 
@@ -145,8 +206,7 @@ def _fake_forward(
 def _run_forward(
     net_u, net_v, net_u_dot, net_c, net_n, z, x, t, h, guidance, null_index, t_clip, patch_size
 ):  # fmt: skip
-    chunks = triton.cdiv(z[0].numel(), tile_of(registration.chip(z.device)).block) if len(z) else 1
-    sums = z.new_empty(2, z.shape[0], chunks, dtype=torch.float32)
+    sums = z.new_empty(2, z.shape[0], _tile(z, net_u, patch_size)[1], dtype=torch.float32)
     nets = (net_u, net_v, net_u_dot, net_c, net_n)
     _launch(nets, z, x, (t, h, guidance, null_index), t_clip, patch_size, sums, None, None, None)
     return sums.sum(2)

@@ -78,3 +78,55 @@ def rotate(b_x, b_cos, b_sin):
     b_a, b_b = tl.split(tl.reshape(b_x, [R, D // 2, 2]))
     b_turned = tl.join(b_a * b_cos - b_b * b_sin, b_a * b_sin + b_b * b_cos)
     return tl.reshape(b_turned, [R, D])
+
+
+@triton.jit
+def _columns(b_x):
+    """The columns of [R, 1], [R, 2], [R, 4] or [R, 8] as a tuple."""
+    R: tl.constexpr = b_x.shape[0]
+    W: tl.constexpr = b_x.shape[1]
+    if W == 1:
+        columns = (tl.reshape(b_x, [R]),)
+    else:
+        b_even, b_odd = tl.split(tl.reshape(b_x, [R, W // 2, 2]))
+        even = _columns(b_even)
+        odd = _columns(b_odd)
+        columns = ()
+        for i in tl.static_range(W // 2):
+            columns = columns + (even[i], odd[i])
+    return columns
+
+
+@triton.jit
+def _beside(columns, W: tl.constexpr):
+    """Undo `_columns`; W is their number."""
+    if W == 1:
+        b_x = columns[0][:, None]
+    else:
+        even, odd = (), ()
+        for i in tl.static_range(W // 2):
+            even = even + (columns[2 * i],)
+            odd = odd + (columns[2 * i + 1],)
+        b_both = tl.join(_beside(even, W // 2), _beside(odd, W // 2))
+        b_x = tl.reshape(b_both, [b_both.shape[0], W])
+    return b_x
+
+
+@triton.jit
+def transposed(blocks, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Blocks [R, W], each row of which is, one after the other, a matrix [ROWS, COLUMNS]: that matrix transposed.
+
+    The same number of blocks. No value leaves its thread, so this costs nothing.
+    """
+    W: tl.constexpr = blocks[0].shape[1]
+    COUNT: tl.constexpr = ROWS * COLUMNS // W
+    values = ()
+    for i in tl.static_range(COUNT):
+        values = values + _columns(blocks[i])
+    turned = ()
+    for i in tl.static_range(COUNT):
+        block = ()
+        for j in tl.static_range(W):
+            block = block + (values[(i * W + j) % ROWS * COLUMNS + (i * W + j) // ROWS],)
+        turned = turned + (_beside(block, W),)
+    return turned

@@ -1,5 +1,6 @@
 """`attention` in Triton against the float64 reference: the tangent kernel."""
 
+import dataclasses
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 
@@ -87,7 +88,12 @@ def test_other_tiles(tile, monkeypatch):
     """A tile forced for a benchmark gives the same tangent, and is taken inside the context alone."""
     taken = []
     launch = registration.launch
-    monkeypatch.setattr(registration, "launch", lambda *a, **o: taken.append((o["M"], o["N"])) or launch(*a, **o))
+
+    def recorded(*arguments, **options):
+        taken.append(tuple(options[name] for name in ("M", "N", "num_warps", "num_stages")))
+        launch(*arguments, **options)
+
+    monkeypatch.setattr(registration, "launch", recorded)
     primals, tangents = inputs(1, 276, 276, 80, 1, BF16)
     usual = ops.attention_dual(primals, tangents, impl="triton")[1]
     with pytest.raises(LookupError, match="left early"), attention.tangent_with(tile):
@@ -96,7 +102,16 @@ def test_other_tiles(tile, monkeypatch):
             pool.submit(ops.attention_dual, primals, tangents, impl="triton").result()
         raise LookupError("left early")
     assert torch.equal(ops.attention_dual(primals, tangents, impl="triton")[1], usual)
-    assert taken[1] == (tile.queries, tile.keys) and taken[0] == taken[2] == taken[3] != taken[1]
+    usual_tile = dataclasses.astuple(attention.tangent_tile(80, 276, BF16, registration.chip(torch.device(DEVICE))))
+    assert taken == [usual_tile, dataclasses.astuple(tile), usual_tile, usual_tile]
+
+
+def test_tiles_on_hopper():
+    """At D 64 no tile that a short sequence leaves mostly empty; 32 keys up to D 96."""
+    hopper = registration.Chip(90, 132)
+    queries = [attention.tangent_tile(64, length, BF16, hopper).queries for length in (20, 128, 276, 1044, 4096)]
+    assert queries == [64, 128, 64, 128, 128]
+    assert [attention.tangent_tile(d, 276, BF16, hopper).keys for d in (80, 96, 128)] == [32, 32, 64]
 
 
 @pytest.mark.parametrize("dtype", (F32, BF16), ids=str)

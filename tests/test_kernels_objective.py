@@ -71,6 +71,13 @@ def test_rows(rows, guided):
     check(inputs(5, rows, guided, 4, size=20, channels=2), 4)
 
 
+@pytest.mark.parametrize("channels", (1, 4, 5, 17))
+@pytest.mark.parametrize("patch", (3, 6, 8))
+def test_channels(channels, patch):
+    """Any number of channels, and lines of a patch that no power of two fills."""
+    check(inputs(2, 1, 1, patch, size=24, channels=channels, nets=BF16), patch)
+
+
 def test_published_shape_and_views():
     """256 x 256, patches of 16, several programs a row; inputs that are views."""
     values = inputs(2, 1, 1, 16, size=256, nets=BF16)
