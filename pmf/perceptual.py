@@ -253,6 +253,16 @@ def _read_state_dict(file: Path) -> dict[str, Tensor]:
     return torch.load(file, map_location="cpu", weights_only=True)
 
 
+def _with_biases(network: Any) -> Any:
+    """The same network, its biases drawn too: with none, a black image, which is what a new network draws, meets
+    a norm of zeros in every block, and its gradient overflows.
+    """
+    for name, parameter in network.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.1)
+    return network
+
+
 def _load_convnext(source: str) -> Any:
     """ConvNeXt-V2 without its classifier."""
     name = CONVNEXT if source == "hub" else source
@@ -260,7 +270,7 @@ def _load_convnext(source: str) -> Any:
         from transformers import ConvNextV2Config, ConvNextV2Model
 
         if source == "random":
-            return ConvNextV2Model(ConvNextV2Config(**CONVNEXT_BASE))
+            return _with_biases(ConvNextV2Model(ConvNextV2Config(**CONVNEXT_BASE)))
         network, info = ConvNextV2Model.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     missing = sorted(info["missing_keys"])
     require(not missing, f"convnext: {name} lacks the weight {missing[0] if missing else None!r}")

@@ -392,6 +392,16 @@ def test_convnext_loads_from_a_directory_with_its_classifier(tmp_path):
 
 
 @needs_extras
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_random_weights_train_from_the_black_image_of_a_new_network(dtype):
+    package("transformers")
+    loss = PerceptualLoss.load(None, "random", dtype=dtype)
+    black = torch.zeros(1, 3, 32, 32, requires_grad=True)
+    distance = loss(black, torch.rand(1, 3, 32, 32) * 2 - 1, torch.Generator().manual_seed(0))["convnext"]
+    (gradient,) = torch.autograd.grad(distance.sum(), black)
+    assert bool(gradient.isfinite().all()) and float(gradient.abs().max()) > 0
+
+
 def test_random_weights_are_a_function_of_the_seed():
     package("lpips")
     state = torch.get_rng_state()
