@@ -65,7 +65,9 @@ def backward_tile(width: int, row_bytes: int, chip: Chip) -> tuple[Tile, int, in
         return Tile(4, tile.block, 1), 16, 1
     resident = 16 // tile.warps
     values = tile.rows * tile.block
-    return tile, chip.processors * resident, chip.stages(resident, values * row_bytes // width, 4 * values)
+    stages = chip.stages(resident, values * row_bytes // width, 4 * values)
+    # Where branch and gradients are float32 too, one row is as much as two, and a third stage costs registers.
+    return tile, chip.processors * resident, min(stages, 2) if row_bytes > 12 * width else stages
 
 
 @triton.jit

@@ -46,6 +46,8 @@ def test_machine_code(family):
         sums = 4 if "digits" in entry["label"] and entry["kernel"] == "_backward" else 0
         assert entry.get("LDG.32", 0) <= 2 and entry.get("STG.32", 0) <= 2 + sums, entry
         narrow = {f"{access}.{width}" for access in ("LDG", "STG") for width in ("64", "U16", "S16", "U8")}
+        if family == "rotary" and "float32" in entry["label"]:
+            narrow.remove("LDG.64")  # the tables: a thread's 4 values have 2 angles
         assert not narrow & entry.keys(), entry
         # Loads ahead, in code for three tiles: rows 16 bytes at a time, two statistics or tables narrower.
         assert sum(n for name, n in entry.items() if name.startswith("LDGSTS") and name != "LDGSTS.128") <= 6, entry
