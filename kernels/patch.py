@@ -14,10 +14,7 @@ Backward, with dp the gradient of the patch tokens:
     dweight1 = dhidden^T patches                          dimages = dhidden weight1, each at its patch
     dpositions = sum over samples of dtokens              dprefix = the first rows of dtokens
 
-The products with weight2 are plain matrix products of what is in memory: cuBLAS. Those with patches are
-kernels that read or write images in place. dweight1 is summed over stretches of tokens, each in registers,
-and the stretches in a fixed order. The one temporary of the tokens' size is dp in the products' dtype, made
-where that differs from the gradient's or a prefix lies between the rows.
+They are computed in two passes: `patch_backward.py`.
 
 Saved: images, weights, and hidden where a gradient is wanted: E values a patch. Nothing for tangents.
 
@@ -32,16 +29,16 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from pmf.autocast import autocast_dtype
 from pmf.kernels import registration
+from pmf.kernels.patch_backward import fake_backward
+from pmf.kernels.patch_backward import run_backward as _run_backward
+from pmf.kernels.patches import count_of, patch_offset, shape_of, value_offset
 from pmf.kernels.registration import Chip, absent, present
 from pmf.kernels.tiles import product
 
 FLOAT32_COLUMNS = tl.constexpr(32)
-SPLITS = 16
-"""Stretches of tokens that dweight1 is summed over side by side, times its tiles: more than one a processor."""
 
 
 @dataclass(frozen=True)
@@ -59,30 +56,16 @@ def tile_of(bottleneck: int, values: int, dtype: torch.dtype, chip: Chip) -> Til
     """As many tokens as leave hidden (tokens x bottleneck, float32) 64 registers a thread.
 
     Weights are read once a tile, so tiles should be large; images are read from HBM, so three stages of
-    64 values, 256 bytes of float32, keep enough of them on the way.
+    64 values, 256 bytes of float32, keep enough of them on the way; two where shared memory is small.
     """
     step = min(max(registration.power_of_two(values), 16), 64)
     if chip.interpreted:
         return Tile(128, min(max(registration.power_of_two(values), 16), 256), 128, 1, 1)
     if dtype == torch.float32:
         return Tile(32, min(step, 32), 32, 8, 2)
-    return Tile(128 if bottleneck <= 128 else 64, step, 64, 8, 3)
-
-
-@triton.jit
-def _patch_offset(i_patch, SHAPE: tl.constexpr):
-    """Where patches begin in a batch of images; SHAPE: height, width, patch size, channels."""
-    across = SHAPE[1] // SHAPE[2]
-    patches = across * (SHAPE[0] // SHAPE[2])
-    i_b, i_n = (i_patch // patches).to(tl.int64), i_patch % patches
-    return i_b * (SHAPE[3] * SHAPE[0] * SHAPE[1]) + (i_n // across * SHAPE[1] + i_n % across) * SHAPE[2]
-
-
-@triton.jit
-def _value_offset(i_k, SHAPE: tl.constexpr):
-    """Where value i_k of a patch (channel, row, column) lies, counted from the patch's first."""
-    P: tl.constexpr = SHAPE[2]
-    return i_k // (P * P) * (SHAPE[0] * SHAPE[1]) + i_k // P % P * SHAPE[1] + i_k % P
+    if bottleneck <= 128:
+        return Tile(128, step, 64, 8, 3)
+    return Tile(64, step, 64, 8, 3 if chip.shared_memory > 99 << 10 else 2)
 
 
 @triton.jit
@@ -100,12 +83,12 @@ def _patches(
     i_m, i_e = i_tile * M + tl.arange(0, M), tl.arange(0, BLOCK_E)
     m_m = (i_m < count)[:, None]
     m_e = i_e < E
-    p_patch = p_images + _patch_offset(i_m, SHAPE)[:, None]
+    p_patch = p_images + patch_offset(i_m, SHAPE)[:, None]
     b_hidden = tl.zeros([M, BLOCK_E], tl.float32)
     for i_start in range(0, K, BLOCK_K):
         i_k = i_start + tl.arange(0, BLOCK_K)
         m_k = i_k < K
-        b_x = tl.load(p_patch + _value_offset(i_k, SHAPE)[None, :], mask=m_m & m_k[None, :], other=0.0)
+        b_x = tl.load(p_patch + value_offset(i_k, SHAPE)[None, :], mask=m_m & m_k[None, :], other=0.0)
         p_w = p_weight1 + i_e[None, :] * K + i_k[:, None]
         b_w = tl.load(p_w, mask=m_k[:, None] & m_e[None, :], other=0.0)
         b_hidden = product(b_x.to(b_w.dtype), b_w, b_hidden, "tf32x3")
@@ -171,92 +154,36 @@ def _forward(
     SHAPE: tl.constexpr, E: tl.constexpr, C: tl.constexpr,
     M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One tile of, in this order: patches, their tangents, prefix tokens, their tangents.
+    """One tile of, in this order: prefix tokens, their tangents (which take longest), patches, their tangents.
 
     weights: weight1, bias1, weight2, bias2.
     """
     PATCHES: tl.constexpr = (SHAPE[0] // SHAPE[2]) * (SHAPE[1] // SHAPE[2])
     length = prefix + PATCHES
     i_tile = tl.program_id(0)
+    if p_prefix is not None:
+        tiles = tl.cdiv(samples * prefix, M)
+        if i_tile < tiles:
+            _prefix(p_prefix, p_positions, p_tokens, i_tile, samples * prefix, prefix, length, C, M, BLOCK_C)
+        i_tile -= tiles
+    if p_prefix_dot is not None:
+        tiles = tl.cdiv(samples_dot * prefix, M)
+        if (i_tile >= 0) & (i_tile < tiles):
+            _prefix(p_prefix_dot, None, p_tokens_dot, i_tile, samples_dot * prefix, prefix, length, C, M, BLOCK_C)
+        i_tile -= tiles
     tiles = tl.cdiv(samples * PATCHES, M)
-    if i_tile < tiles:
+    if (i_tile >= 0) & (i_tile < tiles):
         _patches(
             p_images, weights[0], weights[1], weights[2], weights[3], p_positions, p_tokens, p_hidden,
             i_tile, samples * PATCHES, prefix, SHAPE, E, C, M, BLOCK_E, BLOCK_K, BLOCK_C,
         )  # fmt: skip
     i_tile -= tiles
     if p_images_dot is not None:
-        tiles = tl.cdiv(samples_dot * PATCHES, M)
-        if (i_tile >= 0) & (i_tile < tiles):
+        if i_tile >= 0:
             _patches(
                 p_images_dot, weights[0], None, weights[2], None, None, p_tokens_dot, p_hidden_dot,
                 i_tile, samples_dot * PATCHES, prefix, SHAPE, E, C, M, BLOCK_E, BLOCK_K, BLOCK_C,
             )  # fmt: skip
-        i_tile -= tiles
-    if p_prefix is not None:
-        tiles = tl.cdiv(samples * prefix, M)
-        if (i_tile >= 0) & (i_tile < tiles):
-            _prefix(p_prefix, p_positions, p_tokens, i_tile, samples * prefix, prefix, length, C, M, BLOCK_C)
-        i_tile -= tiles
-    if p_prefix_dot is not None:
-        if i_tile >= 0:
-            _prefix(p_prefix_dot, None, p_tokens_dot, i_tile, samples_dot * prefix, prefix, length, C, M, BLOCK_C)
-
-
-@triton.jit
-def _weight_gradient(
-    p_dhidden, p_images, p_partial, count, stretch,
-    SHAPE: tl.constexpr, E: tl.constexpr, M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """dhidden^T patches over one stretch of patches and BLOCK_K values: a part of p_partial [stretches, E, K]."""
-    K: tl.constexpr = SHAPE[3] * SHAPE[2] * SHAPE[2]
-    TILES: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    i_stretch = tl.program_id(0) // TILES
-    i_k, i_e = tl.program_id(0) % TILES * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_E)
-    offset = _value_offset(i_k, SHAPE)[None, :]
-    stop = tl.minimum(i_stretch * stretch + stretch, count)
-    b_dw = tl.zeros([BLOCK_E, BLOCK_K], tl.float32)
-    for i_start in range(i_stretch * stretch, stop, M):
-        i_m = i_start + tl.arange(0, M)
-        m_m = (i_m < stop)[:, None]
-        p_dh = p_dhidden + i_m.to(tl.int64)[:, None] * E + i_e[None, :]
-        b_dh = tl.load(p_dh, mask=m_m & (i_e < E)[None, :], other=0.0)
-        p_x = p_images + _patch_offset(i_m, SHAPE)[:, None] + offset
-        b_x = tl.load(p_x, mask=m_m & (i_k < K)[None, :], other=0.0)
-        b_dw = product(tl.trans(b_dh), b_x.to(b_dh.dtype), b_dw, "tf32x3")
-    p_dw = p_partial + (i_stretch.to(tl.int64) * E + i_e[:, None]) * K + i_k[None, :]
-    tl.store(p_dw, b_dw, mask=(i_e < E)[:, None] & (i_k < K)[None, :])
-
-
-@triton.jit
-def _image_gradient(
-    p_dhidden, p_weight1, p_dimages, count,
-    SHAPE: tl.constexpr, E: tl.constexpr, M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """dhidden weight1 of M patches and BLOCK_K values, written where they lie in the image."""
-    K: tl.constexpr = SHAPE[3] * SHAPE[2] * SHAPE[2]
-    TILES: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    i_m = tl.program_id(0) // TILES * M + tl.arange(0, M)
-    i_k = tl.program_id(0) % TILES * BLOCK_K + tl.arange(0, BLOCK_K)
-    b_dx = tl.zeros([M, BLOCK_K], tl.float32)
-    m_m, m_k = (i_m < count)[:, None], (i_k < K)[None, :]
-    for i_start in range(0, E, BLOCK_E):
-        i_e = i_start + tl.arange(0, BLOCK_E)
-        p_dh = p_dhidden + i_m.to(tl.int64)[:, None] * E + i_e[None, :]
-        b_dh = tl.load(p_dh, mask=m_m & (i_e < E)[None, :], other=0.0)
-        b_w = tl.load(p_weight1 + i_e[:, None] * K + i_k[None, :], mask=(i_e < E)[:, None] & m_k, other=0.0)
-        b_dx = product(b_dh, b_w, b_dx, "tf32x3")
-    p_dx = p_dimages + _patch_offset(i_m, SHAPE)[:, None] + _value_offset(i_k, SHAPE)[None, :]
-    tl.store(p_dx, b_dx.to(p_dimages.dtype.element_ty), mask=m_m & m_k)
-
-
-def _shape(images: Tensor, weight1: Tensor) -> tuple[int, int, int, int]:
-    """Height, width, patch size and channels."""
-    return *images.shape[2:], weight1.shape[-1], images.shape[1]
-
-
-def _patches_of(shape: tuple[int, int, int, int]) -> int:
-    return (shape[0] // shape[2]) * (shape[1] // shape[2])
 
 
 def _allocate_forward(
@@ -267,7 +194,7 @@ def _allocate_forward(
     dots = [dot for dot in (images_dot, prefix_dot) if dot is not None]
     tokens = images.new_empty(len(images), *positions.shape, dtype=out_dtype)
     tokens_dot = images.new_empty(len(dots[0]), *positions.shape, dtype=out_dtype) if dots else absent(tokens)
-    patches = _patches_of(_shape(images, weight1))
+    patches = count_of(shape_of(images, weight1))
     hidden = images.new_empty(len(images), patches, len(weight1), dtype=dtype) if keep else absent(images).to(dtype)
     return tokens, tokens_dot, hidden
 
@@ -281,20 +208,20 @@ def _run_forward(
     tokens, tokens_dot, hidden = outputs
     if images_dot is None or (prefix is not None and prefix_dot is None):
         tokens_dot.zero_()  # what has no tangent of its own is not visited
-    shape, bottleneck, width = _shape(images, weight1), len(weight1), positions.shape[1]
+    shape, bottleneck, width = shape_of(images, weight1), len(weight1), positions.shape[1]
     chip = registration.chip(images.device)
     tile = tile_of(bottleneck, weight1[0].numel(), dtype, chip)
     weights = tuple(w.to(dtype).contiguous() for w in (weight1, bias1, weight2, bias2))
     arguments = (images, images_dot, positions, prefix, prefix_dot)
     arguments = (None if a is None or a.numel() == 0 else a.contiguous() for a in arguments)
     images, images_dot, positions, prefix, prefix_dot = arguments
-    patches, samples, samples_dot = _patches_of(shape), len(tokens), tokens_dot.shape[0]
+    patches, samples, samples_dot = count_of(shape), len(tokens), tokens_dot.shape[0]
     before = tokens.shape[1] - patches
     counts = (
-        samples * patches,
-        samples_dot * patches if images_dot is not None else 0,
         samples * before,
         samples_dot * before if prefix_dot is not None else 0,
+        samples * patches,
+        samples_dot * patches if images_dot is not None else 0,
     )
     # In float32 the kernel needs a place for hidden.
     scratch = dtype == torch.float32
@@ -312,48 +239,6 @@ def _run_forward(
     return outputs
 
 
-def _fake_backward(dtokens, images, weight1, weight2, hidden, prefix_length, needs):
-    """dimages, dweight1, dbias1, dweight2, dbias2; `needs` says which to compute."""
-    bottleneck, width = len(weight1), len(weight2)
-    shapes = (images.shape, weight1.shape, (bottleneck,), weight2.shape, (width,))
-    dtypes = (images.dtype, *(weight1.dtype,) * 2, *(weight2.dtype,) * 2)
-    results = zip(shapes, dtypes, needs, strict=True)
-    return tuple(dtokens.new_empty(shape if need else 0, dtype=dtype) for shape, dtype, need in results)
-
-
-def _run_backward(dtokens, images, weight1, weight2, hidden, prefix_length, needs):
-    results = list(_fake_backward(dtokens, images, weight1, weight2, hidden, prefix_length, needs))
-    shape, bottleneck, dtype = _shape(images, weight1), len(weight1), hidden.dtype
-    count = len(images) * _patches_of(shape)
-    dp = dtokens[:, prefix_length:].to(dtype).reshape(count, len(weight2))
-    dhidden = dp @ weight2.to(dtype).flatten(1)
-    if needs[2]:
-        results[2].copy_(dhidden.sum(0, dtype=torch.float32))
-    if needs[3]:
-        results[3].copy_((dp.mT @ hidden.reshape(count, bottleneck)).reshape(weight2.shape))
-    if needs[4]:
-        results[4].copy_(dtokens[:, prefix_length:].sum((0, 1), dtype=torch.float32))
-    tile = tile_of(bottleneck, weight1[0].numel(), dtype, registration.chip(images.device))
-    tiles = registration.cdiv(weight1[0].numel(), tile.values)
-    block = max(registration.power_of_two(bottleneck), 16)
-    options = dict(SHAPE=shape, E=bottleneck, BLOCK_K=tile.values, num_warps=tile.warps, num_stages=2)
-    if needs[1]:
-        stretch = max(registration.cdiv(count, SPLITS * 32) * 32, 32)
-        partial = images.new_empty(registration.cdiv(count, stretch), *weight1.shape, dtype=torch.float32)
-        registration.launch(
-            _weight_gradient, len(partial) * tiles, dhidden, images.contiguous(), partial, count, stretch,
-            M=32, BLOCK_E=block, **options,
-        )  # fmt: skip
-        results[1].copy_(partial.sum(0))
-    if needs[0]:
-        registration.launch(
-            _image_gradient, registration.cdiv(count, tile.tokens) * tiles,
-            dhidden, weight1.to(dtype).contiguous(), results[0], count,
-            M=tile.tokens, BLOCK_E=min(block, 64), **options,
-        )  # fmt: skip
-    return tuple(results)
-
-
 _patch_forward = registration.define(
     "patch_forward(Tensor images, Tensor? images_dot, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, "
     "Tensor positions, Tensor? prefix, Tensor? prefix_dot, ScalarType dtype, bool keep) -> (Tensor, Tensor, Tensor)",
@@ -362,9 +247,9 @@ _patch_forward = registration.define(
 )
 _patch_backward = registration.define(
     "patch_backward(Tensor dtokens, Tensor images, Tensor weight1, Tensor weight2, Tensor hidden, "
-    "int prefix_length, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "int prefix_length, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run_backward,
-    _fake_backward,
+    fake_backward,
 )
 
 
@@ -396,10 +281,11 @@ class _PatchEmbed(torch.autograd.Function):
             return (None,) * 11
         length, prefix_dtype = ctx.prefix or (0, None)
         needs = ctx.needs_input_grad
-        parts = _patch_backward(dtokens, *ctx.saved_tensors, length, ctx.needs) if any(ctx.needs) else (None,) * 5
+        wanted = any(ctx.needs) or needs[6]
+        *parts, dpositions = _patch_backward(dtokens, *ctx.saved_tensors, length, ctx.needs) if wanted else (None,) * 6
         dimages, *dweights = (present(d, need) for d, need in zip(parts, ctx.needs, strict=True))
-        dpositions = dtokens.sum(0, dtype=torch.float32).to(ctx.positions_dtype) if needs[6] else None
-        dprefix = dtokens[:, :length].to(prefix_dtype).contiguous() if needs[7] else None
+        dpositions = dpositions.to(ctx.positions_dtype) if needs[6] else None
+        dprefix = dtokens[:, :length].to(prefix_dtype) if needs[7] else None
         return dimages, None, *dweights, dpositions, dprefix, *(None,) * 3
 
 

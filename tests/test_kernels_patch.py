@@ -1,12 +1,18 @@
 """`patch_embed` in Triton against convolution, convolution, concatenation and addition in float64."""
 
+import math
+import types
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pmf import ops
 from pmf.errors import InputError
+from pmf.kernels import patch, registration
 from tests import kernel_checks
 from tests.kernel_checks import check_compiles, check_forward_mode, generator, randn, tf32x3
 
@@ -141,6 +147,55 @@ def test_registered_operators():
     for needs in ([True] * 5, [False, True, False, False, True]):
         arguments = (tokens, images, weight1, weight2, hidden, 5, needs)
         torch.library.opcheck(torch.ops.pmf.patch_backward.default, arguments, test_utils=utils)
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes that PyTorch's operators and the kernels' launches read and write: every tensor of one once."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def count(self, *tensors):
+        """Views of a tensor count for what they show, places beside each other (expanded ones) once."""
+        for x in tree_leaves(tensors):
+            if isinstance(x, torch.Tensor):
+                self.bytes += x.itemsize * math.prod(n for n, step in zip(x.shape, x.stride(), strict=True) if step)
+
+    def launch(self, kernel, grid, *arguments, **options):
+        self.count(*arguments)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        allocates = "empty" in function.__name__
+        if not allocates and not any(r.alias_info for r in function._schema.returns):
+            self.count(args, result)
+        return result
+
+
+@pytest.mark.parametrize(("width", "bottleneck"), ((768, 128), (1280, 256)), ids=("B", "H"))
+def test_backward_moves_little_more_than_it_must(width, bottleneck, monkeypatch):
+    """At B/16 and H/16, 128 samples: all inputs read once, all gradients written once, and at most 0.3 of that more."""
+
+    def meta(*shape, dtype=F32):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    traffic = Traffic()
+    monkeypatch.setattr(registration, "chip", lambda device: registration.Chip(90, 132))
+    monkeypatch.setattr(registration, "launch", traffic.launch)
+    monkeypatch.setattr(patch, "_patch_backward", patch._run_backward)
+    saved = (meta(128, 3, 256, 256), meta(bottleneck, 3, 16, 16), meta(width, bottleneck, 1, 1))
+    saved = (*saved, meta(128, 256, bottleneck, dtype=BF16))
+    needs = (False, False, *(True,) * 6, *(False,) * 3)
+    context = types.SimpleNamespace(
+        saved_tensors=saved, prefix=(20, F32), positions_dtype=F32, needs_input_grad=needs, needs=[False, *(True,) * 4]
+    )
+    dtokens = meta(128, 276, width)
+    with traffic:
+        gradients = patch._PatchEmbed.backward(context, dtokens)
+    assert [g is not None for g in gradients] == list(needs)
+    least = sum(x.nbytes for x in (dtokens, *saved, *gradients) if x is not None)
+    assert least < traffic.bytes <= 1.3 * least, f"{traffic.bytes / 1e6:.0f} MB against {least / 1e6:.0f}"
 
 
 @pytest.mark.parametrize(
