@@ -27,7 +27,7 @@ test-gpu: .venv/dev
 
 # Every test on the lowest versions that pyproject.toml declares: several GB.
 test-oldest: .venv-oldest/ready
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest --numprocesses auto --dist loadfile
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest --numprocesses auto --dist loadfile
 
 # The tests of the optional packages (perceptual networks, FID, JAX, flash-attn-4), beside a newer PyTorch: several GB.
 test-extras: .venv-extras/ready

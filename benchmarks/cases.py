@@ -13,13 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-import torch._functorch.config
 from torch import Tensor
 
 from pmf import ops
 from pmf.config import LOSSES, MODELS, ModelConfig
 from pmf.layers import PatchEmbed
 from pmf.loss import StepPlan, sample_draws
+from pmf.private import reread_buffers
 
 MODES = ("forward", "dual", "backward")
 VALUE_ALONE = "value alone"
@@ -132,7 +132,7 @@ class Op:
             return lambda: way(primals, tangents)
         trained = [p for i, p in enumerate(primals) if p is not None and i not in self.constant]
         leaves = [p.requires_grad_() for p in trained]
-        torch._functorch.config.donated_buffer = False  # backward runs more than once
+        reread_buffers()
         outputs = [o for o in _flat(way(primals, nothing)[0]) if o.requires_grad]
         gradients = [torch.randn_like(o) for o in outputs]
         return lambda: torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)

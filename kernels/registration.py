@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pmf.kernels.launching import launch as launch
-from pmf.private import ordinary, watched
+from pmf.private import forward_mode, ordinary, watched
 
 _LIBRARY = torch.library.Library("pmf", "FRAGMENT")
 
@@ -151,7 +151,7 @@ def run_dual(op: str, names: str, compute: Callable, primals: tuple, tangents: t
     apart and the values returned as dual tensors. Errors: inside a compiled function, which would
     drop the tangent (pytorch issue 192985).
     """
-    if forward_ad._current_level < 0:
+    if not forward_mode():
         return compute(primals, tangents)
     if torch.compiler.is_compiling():
         raise RuntimeError(

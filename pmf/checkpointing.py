@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from pmf.dual import Dual
+from pmf.private import tree_flatten, tree_unflatten
 
 
 def _is_dual(node: Any) -> bool:

@@ -13,17 +13,17 @@ from pmf.config import LossConfig, ModelConfig
 from pmf.dual import Dual
 from pmf.loss import Draws, StepPlan, pmf_loss
 from pmf.model import create_model
+from pmf.private import storage_id
 
 
 def saved_bytes(run: Callable[[], object], parameters: Iterable[Tensor] = ()) -> int:
     """Bytes that autograd keeps for backward while `run` records: each storage once, parameters not."""
-    excluded = {p.untyped_storage()._cdata for p in parameters}
+    excluded = {storage_id(p) for p in parameters}
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in excluded:
-            kept[storage._cdata] = tensor
+        if (storage := storage_id(tensor)) not in excluded:
+            kept[storage] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

@@ -8,12 +8,12 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pmf.config import ModelConfig, model_config
 from pmf.counting import per_block, saved_bytes
 from pmf.dual import Dual
 from pmf.model import PMFDiT, create_model
+from pmf.private import FakeTensorMode
 
 EMA_COPIES = 3
 Pass = Callable[[PMFDiT, int], object]

@@ -14,7 +14,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from pmf import dispatch, ops
 from pmf.checkpointing import checkpoint_values
@@ -23,6 +22,7 @@ from pmf.dual import ABSENT, Dual
 from pmf.errors import readable, require
 from pmf.layers import Block, FinalLayer, PatchEmbed, Residual, ScalarEmbedders
 from pmf.packing import held_weights, joined_weights
+from pmf.private import open_batch, tree_map_only
 
 HEADS = ("u", "v")
 CHECKPOINTING = ("none", "block")
@@ -48,7 +48,7 @@ def _of_any_batch(x: Tensor) -> Tensor:
     """x without gradient, its batch size left open to compilers."""
     x = x.detach()
     if x.ndim > 1:
-        torch._dynamo.maybe_mark_dynamic(x, 0)
+        open_batch(x)
     return x
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pmf.autocast import autocast_dtype
-from pmf.private import transforming
+from pmf.private import foreach_copy_, foreach_zero_, transforming
 
 
 class Join(NamedTuple):
@@ -109,7 +109,7 @@ def _filled(joins: list[Join], dtype: torch.dtype | None) -> list[Tensor]:
     joined = [join.empty(dtype) for join in joins]
     gaps = [gap for join, weight in zip(joins, joined, strict=True) for gap in join.gaps(weight)]
     if gaps:
-        torch._foreach_zero_(gaps)
+        foreach_zero_(gaps)
     together: tuple[list[Tensor], list[Tensor]] = ([], [])
     for join, weight in zip(joins, joined, strict=True):
         for place, part in zip(join.places(weight), join.parts, strict=True):
@@ -119,7 +119,7 @@ def _filled(joins: list[Join], dtype: torch.dtype | None) -> list[Tensor]:
             else:  # one such pair would make the pass over all of them a loop
                 place.copy_(part)
     if together[0]:
-        torch._foreach_copy_(*together)
+        foreach_copy_(*together)
     return joined
 
 
@@ -148,7 +148,7 @@ class _Recorded(torch.autograd.Function):
                     together[0].append(results[-1])
                     together[1].append(place)
         if together[0]:
-            torch._foreach_copy_(*together)
+            foreach_copy_(*together)
         return None, None, *results
 
 

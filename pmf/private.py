@@ -1,4 +1,7 @@
-"""What is private in PyTorch, in one place."""
+"""What is private in PyTorch, in one place: each name as it was seen in torch 2.11.0 and 2.13.0.
+
+What is private in Triton stands in `pmf.kernels.launching`. tests/test_private.py finds whatever stands elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,33 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+__all__ = [  # no public name: torch.utils.pytree knows no leaves of our own, fake tensors have no other home
+    "FakeTensor",
+    "FakeTensorMode",
+    "tree_flatten",
+    "tree_map_only",
+    "tree_unflatten",
+]
+
+# One launch for a list of tensors; torch.optim's own steps are made of them.
+foreach_copy_ = torch._foreach_copy_
+foreach_lerp = torch._foreach_lerp
+foreach_lerp_ = torch._foreach_lerp_
+foreach_sub_ = torch._foreach_sub_
+foreach_zero_ = torch._foreach_zero_
+
+_ATEN = torch.ops.aten
+SCALED_DOT_PRODUCT = {
+    "flash": _ATEN._scaled_dot_product_flash_attention,
+    "cudnn": _ATEN._scaled_dot_product_cudnn_attention,
+    "efficient": _ATEN._scaled_dot_product_efficient_attention,
+    "cpu": _ATEN._scaled_dot_product_flash_attention_for_cpu,
+}
+"""Attention that also gives the log-sum-exp: the public function keeps it to itself."""
 
 
 def constant(function: Callable) -> Callable:
@@ -18,9 +47,31 @@ def constant(function: Callable) -> Callable:
     return function
 
 
+def open_batch(x: Tensor) -> None:
+    """Leave the batch size of x open to compilers; `torch.compiler` can only insist on it."""
+    torch._dynamo.maybe_mark_dynamic(x, 0)
+
+
+def reread_buffers() -> None:
+    """Compiled functions keep what backward reads, so that it can run again."""
+    import torch._functorch.config  # takes the second that the compiler takes
+
+    torch._functorch.config.donated_buffer = False
+
+
+def storage_id(x: Tensor) -> int:
+    """What tells storages apart where they have no memory, as those of fake and meta tensors."""
+    return x.untyped_storage()._cdata
+
+
+def forward_mode() -> bool:
+    """Whether forward-mode differentiation is at work. Read, not asked: Dynamo traces no call that tells."""
+    return forward_ad._current_level >= 0
+
+
 def transforming() -> bool:
     """Whether torch.func transforms, or forward-mode differentiation, are at work."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return torch._C._are_functorch_transforms_active() or forward_mode()
 
 
 def watched() -> bool:

@@ -16,20 +16,9 @@ from tqdm import tqdm
 from pmf.config import MODELS, SAMPLING
 from pmf.dual import Dual
 from pmf.errors import readable, require
+from pmf.noise import seeded_noise
 
 Result = TypeVar("Result")
-
-
-def seeded_noise(seeds: Sequence[int], image_shape: tuple[int, int, int]) -> Tensor:
-    """Unit-variance noise [n, c, H, W] on the CPU, each image from its own seed.
-
-    A sample's noise depends on its seed alone: not on the batch it is drawn in, nor on the device.
-    Seeds lie in [0, 2^32), all that PyTorch's CPU generator reads of one.
-    """
-    noise = torch.empty(len(seeds), *image_shape)
-    for row, seed in zip(noise, seeds, strict=True):
-        row.copy_(torch.randn(image_shape, generator=torch.Generator().manual_seed(int(seed))))
-    return noise
 
 
 @torch.no_grad()
@@ -65,8 +54,9 @@ def generate(
     images = []
     with model.held_weights():
         for part in request.parts(batch_size, progress):
-            z = model.config.noise_scale * request.noise_of(part).to(device)
-            images.append(_integrate(model, z, request.labels[part].to(device), steps, conditions))
+            z = model.config.noise_scale * request.noise_of(part, device)
+            labels = request.labels[part].to(device, non_blocking=True)
+            images.append(_integrate(model, z, labels, steps, conditions))
     return torch.cat(images)
 
 
@@ -121,8 +111,8 @@ class Sampler:
             self._weights = self._join()
             for part in request.parts(self.batch_size, progress):
                 rows = len(request.labels[part])
-                self._noise[:rows].copy_(request.noise_of(part))
-                self._labels[:rows].copy_(request.labels[part])
+                self._noise[:rows].copy_(request.noise_of(part, self.device))
+                self._labels[:rows].copy_(request.labels[part], non_blocking=True)
                 images[part] = self._run()[:rows]
         return images
 
@@ -199,9 +189,11 @@ class _Request:
         for start in tqdm(starts, desc="sampling", unit="batch", disable=not progress):
             yield slice(start, start + batch_size)
 
-    def noise_of(self, part: slice) -> Tensor:
+    def noise_of(self, part: slice, device: torch.device) -> Tensor:
         """Unit-variance noise of one batch."""
-        return seeded_noise(self.seeds[part], self.image_shape) if self.noise is None else self.noise[part]
+        if self.noise is None:
+            return seeded_noise(self.seeds[part], self.image_shape, device)
+        return self.noise[part].to(device, non_blocking=True)
 
 
 def _check_count(name: str, value: int) -> None:

@@ -16,6 +16,7 @@ import pmf
 from pmf import ops
 from pmf.kernels import flash
 from pmf.memory import saved_per_row
+from pmf.noise import seeded_noise
 from tests import test_kernels_attention as attention
 from tests import test_kernels_model as networks
 from tests import test_kernels_norm as norm
@@ -39,13 +40,6 @@ NARROW = dataclasses.replace(
 """A network of the published sequence and head width, few and narrow blocks, and an MLP whose width needs padding."""
 SHALLOW = dataclasses.replace(networks.DIGITS, depth=2, aux_head_depth=1)
 SETTING = dict(omega=2.0, t_min=0.1, t_max=0.9)
-
-
-@pytest.fixture(autouse=True)
-def whole_float32():
-    """Convolutions of the reference in float32, where PyTorch would round their factors to TF32."""
-    with torch.backends.cudnn.flags(allow_tf32=False):
-        yield
 
 
 @contextlib.contextmanager
@@ -98,12 +92,10 @@ def test_qk_norm_rope(width, head_dim, dtype):
     ("size", "side", "bottleneck", "width"), ((16, 256, 128, 768), (16, 256, 256, 1280), (32, 512, 256, 1280))
 )
 def test_patch_embed(size, side, bottleneck, width, dtype):
-    """In float32 both products, and each gradient's two, are three TF32 products."""
     options = dict(bottleneck=bottleneck, width=width, prefix=PREFIX)
     primals, tangents = patch.inputs(2, size, (side, side), rows=1, dtype=dtype, **options)
-    steps = tf32x3(2) if dtype == F32 else 1
     for moving in (tangents, (None,) * 7):
-        check("patch_embed", primals, moving, products=(patch.SECOND_WEIGHT,), steps=steps)
+        patch.check("patch_embed", primals, moving, products=(patch.SECOND_WEIGHT,))
 
 
 @DTYPES
@@ -218,6 +210,11 @@ def test_compiled_blocks():
 
 def test_block_checkpointing():
     same_step(lambda model: None, checkpointing="block")
+
+
+def test_seeded_noise_has_the_bits_of_the_cpu():
+    seeds, shape = [0, 7, 2**32 - 1], (3, 256, 256)
+    assert torch.equal(seeded_noise(seeds, shape, DEVICE).cpu(), seeded_noise(seeds, shape))
 
 
 @pytest.mark.parametrize("steps", (1, 2))

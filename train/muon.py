@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from pmf.private import foreach_lerp, foreach_lerp_, foreach_sub_
+
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
 """a, b, c of the quintic a X + (b X X^T + c (X X^T)^2) X, whose iteration drives singular values to about 1."""
 CHUNK_VALUES = 2**27
@@ -69,7 +71,7 @@ class Muon(torch.optim.Optimizer):
                 rows, columns = batch[0].shape
                 orthogonal = self._orthogonalised(batch, torch.stack([updates[i] for i in places]), group["steps"])
                 scale = group["lr"] * math.sqrt(max(1, rows / columns))
-                torch._foreach_sub_([local(p) for p in batch], list(orthogonal.unbind()), alpha=scale)
+                foreach_sub_([local(p) for p in batch], list(orthogonal.unbind()), alpha=scale)
 
     def _momentum(self, matrices: list[nn.Parameter], momentum: float) -> list[Tensor]:
         """The local parts of the Nesterov updates; elementwise, so that shards need each other for nothing."""
@@ -80,8 +82,8 @@ class Muon(torch.optim.Optimizer):
             return []
         averages = [local(self.state[p]["momentum_buffer"]) for p in matrices]
         gradients = [local(p.grad) for p in matrices]
-        torch._foreach_lerp_(averages, gradients, 1 - momentum)
-        return torch._foreach_lerp(gradients, averages, momentum)
+        foreach_lerp_(averages, gradients, 1 - momentum)
+        return foreach_lerp(gradients, averages, momentum)
 
     def _orthogonalised(self, matrices: list[nn.Parameter], update: Tensor, steps: int) -> Tensor:
         """orthogonalise(update) for the local parts [n, r_local, c] of equally placed matrices."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from pmf.errors import require
+from pmf.private import foreach_lerp_
 from pmf.train.muon import Muon, local
 
 
@@ -77,7 +78,7 @@ def build_optimizers(
             betas=config.adam_betas,
             eps=config.adam_eps,
             weight_decay=0.0,
-            fused=True,
+            fused=not any(p.is_meta for p in adam),  # there are no fused steps without memory
         ),
     }
 
@@ -105,7 +106,7 @@ class EMA:
         half_life = min(self.half_life_kimg * 1000, 0.05 * images_seen)
         beta = 0.5 ** (batch / max(half_life, 1e-8))
         averages = [local(value) for value in self.average.values()]
-        torch._foreach_lerp_(averages, [local(p.detach()) for p in model.parameters()], 1 - beta)
+        foreach_lerp_(averages, [local(p.detach()) for p in model.parameters()], 1 - beta)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averaged parameters by name."""
