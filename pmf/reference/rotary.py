@@ -46,8 +46,7 @@ def qk_norm_rope_dual(
     qkv_dot = tangents[0]
     qk, v = qkv.split([2, 1], 2)
     qk, v = accumulate(qk), v[:, :, 0]
-    # Repeated for every head: rows of H D values vectorise, rows of D do not.
-    weight = accumulate(torch.stack([q_weight, k_weight]))[:, None].repeat(1, qkv.shape[3], 1)
+    weight = accumulate(torch.stack([q_weight, k_weight]))[:, None]
     # Prefix tokens turn by nothing: cos 1, sin 0.
     cos = F.pad(cos, (0, 0, prefix_length, 0), value=1.0)[:, None, None].to(qk.dtype)
     sin = F.pad(sin, (0, 0, prefix_length, 0))[:, None, None].to(qk.dtype)
