@@ -207,7 +207,8 @@ def aligned(x: Tensor | None) -> Tensor | None:
     """
     if x is None:
         return None
-    fits = x.stride(-1) == 1 and all(step % ALIGNMENT == 0 for step in x.stride()[:-1])
+    sample, token, head, channel = x.stride()
+    fits = channel == 1 and not (sample % ALIGNMENT or token % ALIGNMENT or head % ALIGNMENT)
     if fits and (torch.compiler.is_compiling() or _starts_aligned(x)):
         return x
     return x.clone(memory_format=torch.contiguous_format)

@@ -386,6 +386,9 @@ def backward(q, k, v, out, dout, lse, softmax_scale, deterministic, dq, dk, dv):
         into.copy_(gradient.transpose(1, 2))
 
 
+NO_GPU = pytest.mark.skipif(DEVICE == "cuda", reason="where there is a GPU, test_gpu.py runs the package")
+
+
 @pytest.fixture
 def on_flash_attn_4(monkeypatch):
     if DEVICE == "cuda":
@@ -421,10 +424,8 @@ def test_flash_attn_4_s_fake_functions(on_flash_attn_4):
     torch.library.opcheck(torch.ops.pmf.flash_attn_4_backward.default, arguments, test_utils=utils)
 
 
-INSTALLED = pytest.mark.extras
-
-
-@INSTALLED
+@pytest.mark.extras
+@NO_GPU
 def test_the_installed_flash_attn_4_takes_our_calls():
     """Its own signatures, and those of the stand-ins above."""
     pytest.importorskip("flash_attn.cute")
@@ -437,7 +438,8 @@ def test_the_installed_flash_attn_4_takes_our_calls():
     assert positional == list(inspect.signature(backward).parameters)[:6]
 
 
-@INSTALLED
+@pytest.mark.extras
+@NO_GPU
 def test_the_installed_flash_attn_4_compiles_for_hopper():
     """Its compiler takes our calls, at pMF's widths and the edges of `limit`; fake tensors, so nothing is launched."""
     pytest.importorskip("flash_attn.cute")
