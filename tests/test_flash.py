@@ -352,16 +352,12 @@ def efficient(q, k, v, bias, with_lse, scale):
 
 @pytest.mark.parametrize("backend", ("flash_attn", "flash", "cudnn", "efficient"))
 def test_every_primal_gives_what_the_tangent_needs(monkeypatch, backend):
-    played = types.SimpleNamespace(
-        _scaled_dot_product_flash_attention=heads_first,
-        _scaled_dot_product_cudnn_attention=cudnn,
-        _scaled_dot_product_efficient_attention=efficient,
-    )
+    played = {"flash": heads_first, "cudnn": cudnn, "efficient": efficient}
     primals, tangents = inputs(2, 20, 33, 16, 1, F32)
     expected = ops.attention_dual(primals, tangents, impl="reference", scale=0.3)
     monkeypatch.setattr(flash, "choose", lambda *_: backend)
     monkeypatch.setattr(flash, "flash_attn_2", lambda: package)
-    monkeypatch.setattr(flash.torch, "ops", types.SimpleNamespace(aten=played, pmf=torch.ops.pmf))
+    monkeypatch.setattr(flash, "SCALED_DOT_PRODUCT", played)
     found = ops.attention_dual(primals, tangents, impl="triton", scale=0.3)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
