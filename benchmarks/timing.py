@@ -150,7 +150,8 @@ def ceilings(device: torch.device) -> dict[str, float]:
     target = torch.empty_like(source)
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
     runs = {"copy": lambda: target.copy_(source), "product": lambda: a @ a}
-    times = measure({name: warm_up(run, device) for name, run in runs.items()}, device)
+    # Not as CUDA graphs: a graph copies by a copy engine, at two thirds of what kernels reach on an H200.
+    times = measure({name: warm_up(run, device) for name, run in runs.items()}, device, capture=False)
     return {
         "copy_bytes_per_s": 2 * size / times["copy"].median_us * 1e6,
         "product_operations_per_s": 2 * n**3 / times["product"].median_us * 1e6,

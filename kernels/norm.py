@@ -88,13 +88,29 @@ def _forward(
     i_tile = i_r[:, None] * C + i_c[None, :]
     i_row = i_b * length + i_s
 
+    # Tangents are read before the first sum over a row, so that all rows are under way together.
+    i_b_dot = i_b - first_dot
+    i_row_dot = i_row - first_dot * length
+    m_dot = mask & (i_b_dot >= 0)
     b_x = tl.load(p_x + i_row * C + i_tile, mask=mask, other=0.0).to(tl.float32)
+    b_x_dot = tl.zeros([ROWS, BLOCK], tl.float32)
     if p_branch is not None:
-        b_branch = tl.load(p_branch + i_row * C + i_tile, mask=mask, other=0.0).to(tl.float32)
+        b_branch = tl.load(p_branch + i_row * C + i_tile, mask=mask, other=0.0)
+    if p_x_dot is not None:
+        b_x_dot = tl.load(p_x_dot + i_row_dot * C + i_tile, mask=m_dot, other=0.0).to(tl.float32)
+    if p_branch_dot is not None:
+        b_branch_dot = tl.load(p_branch_dot + i_row_dot * C + i_tile, mask=m_dot, other=0.0)
+    if p_branch is not None:
         b_gate = load_vector(p_gate + i_b * STRIDES[0], i_c, C)
-        b_x_new = (b_x + b_gate * b_branch).to(p_x_new.dtype.element_ty)
+        b_x_new = (b_x + b_gate * b_branch.to(tl.float32)).to(p_x_new.dtype.element_ty)
         tl.store(p_x_new + i_row * C + i_tile, b_x_new, mask=mask)
         b_x = b_x_new.to(tl.float32)
+        if p_branch_dot is not None:
+            b_x_dot += b_gate * b_branch_dot.to(tl.float32)
+        if p_gate_dot is not None:
+            p_vector = p_gate_dot + i_b_dot * STRIDES[3] + i_c
+            b_gate_dot = tl.load(p_vector, mask=(i_c < C) & (i_b_dot >= 0), other=0.0).to(tl.float32)
+            b_x_dot += b_gate_dot[None, :] * b_branch.to(tl.float32)
 
     b_n, b_mean, b_rstd = normalise(b_x, m_c, eps, C, LAYER)
     p_row = p_stats + (i_row + i_r[:, None]) * STATISTICS
@@ -119,17 +135,7 @@ def _forward(
 
     if p_y_dot is not None:
         if i_b >= first_dot:
-            i_b_dot = i_b - first_dot
-            i_row_dot = i_b_dot * length + i_s
             b_y_dot = tl.zeros([ROWS, BLOCK], tl.float32)
-            b_x_dot = tl.zeros([ROWS, BLOCK], tl.float32)
-            if p_x_dot is not None:
-                b_x_dot = tl.load(p_x_dot + i_row_dot * C + i_tile, mask=mask, other=0.0).to(tl.float32)
-            if p_branch_dot is not None:
-                p_tile = p_branch_dot + i_row_dot * C + i_tile
-                b_x_dot += b_gate * tl.load(p_tile, mask=mask, other=0.0).to(tl.float32)
-            if p_gate_dot is not None:
-                b_x_dot += load_vector(p_gate_dot + i_b_dot * STRIDES[3], i_c, C) * b_branch
             if p_x_new_dot is not None:
                 b_x_new_dot = b_x_dot.to(p_x_new_dot.dtype.element_ty)
                 tl.store(p_x_new_dot + i_row_dot * C + i_tile, b_x_new_dot, mask=mask)

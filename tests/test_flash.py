@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import textwrap
-import types
 
 import pytest
 import torch
@@ -74,19 +73,19 @@ NONE = "is not installed"
     [
         ({}, 80, "flash", f"flash_attn {NONE}"),
         ({}, 89, "flash", f"flash_attn {NONE}"),
-        ({}, 90, "cudnn", f"flash_attn_4 {NONE}"),
-        ({}, 100, "cudnn", f"flash_attn_4 {NONE}"),
+        ({}, 90, "cudnn", "the first choice on sm_90"),
+        ({}, 100, "cudnn", "the first choice on sm_100"),
         ({}, 120, "flash", f"flash_attn {NONE}"),
         ({}, 75, "efficient", "flash_attn needs sm_80 or later, got sm_75; flash needs"),
         (FLASH_ATTN_2, 80, "flash_attn", "the first choice on sm_80"),
         (FLASH_ATTN_2, 89, "flash_attn", "the first choice on sm_89"),
-        (FLASH_ATTN_2, 90, "cudnn", f"flash_attn_4 {NONE}"),
+        (FLASH_ATTN_2, 90, "cudnn", "the first choice on sm_90"),
         (FLASH_ATTN_4, 80, "flash", f"flash_attn {NONE}"),
-        (FLASH_ATTN_4, 90, "flash_attn_4", "the first choice on sm_90"),
-        (FLASH_ATTN_4, 100, "flash_attn_4", "the first choice on sm_100"),
-        (FLASH_ATTN_4, 103, "flash_attn_4", "the first choice on sm_103"),
+        (FLASH_ATTN_4, 90, "cudnn", "the first choice on sm_90"),
+        (FLASH_ATTN_4, 100, "cudnn", "the first choice on sm_100"),
+        (FLASH_ATTN_4, 103, "cudnn", "the first choice on sm_103"),
         (FLASH_ATTN_2 | FLASH_ATTN_4, 80, "flash_attn", "the first choice on sm_80"),
-        (FLASH_ATTN_2 | FLASH_ATTN_4, 90, "flash_attn_4", "the first choice on sm_90"),
+        (FLASH_ATTN_2 | FLASH_ATTN_4, 90, "cudnn", "the first choice on sm_90"),
     ],
 )
 def test_the_first_that_can_run(installed, files, capability, backend, reason):
@@ -98,11 +97,13 @@ def test_the_first_that_can_run(installed, files, capability, backend, reason):
     assert flash.decide("cpu", HALF, 0, 64)[0] == "cpu"
 
 
-def test_a_head_dim_without_backward(installed):
+def test_flash_attn_4_is_taken_by_request_where_it_has_a_backward(installed):
     installed(FLASH_ATTN_4)
-    assert flash.decide("cuda", HALF, 90, 104) == ("cudnn", "flash_attn_4 has no backward for head_dim 104 on sm_90")
-    assert flash.decide("cuda", HALF, 100, 104)[0] == "flash_attn_4"
-    assert {flash.decide("cuda", HALF, 90, d)[0] for d in (8, 64, 80, 96, 120, 128)} == {"flash_attn_4"}
+    for head_dim in (8, 64, 80, 96, 120, 128):
+        assert flash.decide("cuda", HALF, 90, head_dim, "flash_attn_4") == ("flash_attn_4", "requested")
+    assert flash.decide("cuda", HALF, 100, 104, "flash_attn_4")[0] == "flash_attn_4"
+    with pytest.raises(InputError, match="it has no backward for head_dim 104 on sm_90"):
+        flash.decide("cuda", HALF, 90, 104, "flash_attn_4")
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,7 @@ def test_pytorch_s_switches(installed):
             assert flash.decide("cuda", HALF, capability, 64)[0] == "cudnn"
             assert flash.decide("cuda", HALF, capability, 64, "flash")[0] == "flash"
         with torch.nn.attention.sdpa_kernel(backends.FLASH_ATTENTION):
-            assert flash.decide("cuda", HALF, capability, 64)[0] == {80: "flash_attn", 90: "flash_attn_4"}[capability]
+            assert flash.decide("cuda", HALF, capability, 64)[0] == "flash_attn"
         with torch.nn.attention.sdpa_kernel(backends.EFFICIENT_ATTENTION):
             assert flash.decide("cuda", HALF, capability, 64)[0] == "efficient"
 
@@ -155,20 +156,20 @@ def test_requests(installed, monkeypatch):
     def found():
         return dispatch.attention_backend(torch.device("cuda"), BF16, 64)[0]
 
-    assert found() == "flash_attn_4"
+    assert found() == "cudnn"
     monkeypatch.setenv("PMF_ATTENTION", "flash")
     assert found() == "flash"
-    with ops.use_attention_backend("cudnn"):
-        assert found() == "cudnn"
+    with ops.use_attention_backend("flash_attn_4"):
+        assert found() == "flash_attn_4"
         with pytest.raises(LookupError), ops.use_attention_backend("flash_attn"):
             assert found() == "flash_attn"
             with ops.use_attention_backend(None):
                 assert found() == "flash_attn"
             raise LookupError
-        assert found() == "cudnn"
+        assert found() == "flash_attn_4"
     assert found() == "flash"
     monkeypatch.setenv("PMF_ATTENTION", "auto")
-    assert found() == "flash_attn_4"
+    assert found() == "cudnn"
 
 
 @pytest.mark.parametrize(

@@ -42,13 +42,6 @@ SHALLOW = dataclasses.replace(networks.DIGITS, depth=2, aux_head_depth=1)
 SETTING = dict(omega=2.0, t_min=0.1, t_max=0.9)
 
 
-@pytest.fixture(autouse=True)
-def whole_float32():
-    """Convolutions of the reference in float32, where PyTorch would round their factors to TF32."""
-    with torch.backends.cudnn.flags(allow_tf32=False):
-        yield
-
-
 @contextlib.contextmanager
 def as_users_run():
     """Allocations are not filled with NaN, and PyTorch picks the operators that it picks by itself."""
@@ -99,12 +92,10 @@ def test_qk_norm_rope(width, head_dim, dtype):
     ("size", "side", "bottleneck", "width"), ((16, 256, 128, 768), (16, 256, 256, 1280), (32, 512, 256, 1280))
 )
 def test_patch_embed(size, side, bottleneck, width, dtype):
-    """In float32 both products, and each gradient's two, are three TF32 products."""
     options = dict(bottleneck=bottleneck, width=width, prefix=PREFIX)
     primals, tangents = patch.inputs(2, size, (side, side), rows=1, dtype=dtype, **options)
-    steps = tf32x3(2) if dtype == F32 else 1
     for moving in (tangents, (None,) * 7):
-        check("patch_embed", primals, moving, products=(patch.SECOND_WEIGHT,), steps=steps)
+        patch.check("patch_embed", primals, moving, products=(patch.SECOND_WEIGHT,))
 
 
 @DTYPES

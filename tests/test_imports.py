@@ -15,7 +15,7 @@ RULES = {
     "kernels": r"pmf\.kernels.*|pmf\.(autocast|errors|private)",
     "pmf/private.py": r"nothing",
     "pmf/autocast.py": r"pmf\.private",
-    "pmf/reference": r"pmf\.reference.*",
+    "pmf/reference": r"pmf\.(reference.*|private)",
     "pmf/dispatch.py": r"pmf\.reference.*|pmf\.kernels.*|pmf\.(autocast|errors|private)",
     "pmf/errors.py": r"pmf\.private",
     "pmf/ops.py": r"pmf\.reference.*|pmf\.(autocast|dispatch|errors)",

@@ -6,7 +6,7 @@ import torch
 from sklearn.datasets import load_digits
 
 import pmf
-from tests.kernel_checks import DEVICE, within_budget
+from tests.kernel_checks import DEVICE, tf32x3, within_budget
 
 STEPS, BATCH = 24, 4
 TINY_DIGITS = pmf.ModelConfig(
@@ -53,5 +53,6 @@ def losses(impl: str, dtype: torch.dtype) -> torch.Tensor:
 def test_training_follows_the_reference():
     """Both curves drift from float64 by rounding alone, the kernels' by at most twice the reference's."""
     truth = losses("reference", torch.float64)
-    within_budget("losses", losses("triton", torch.float32), losses("reference", torch.float32), truth)
+    kernel, reference = (losses(impl, torch.float32) for impl in ("triton", "reference"))
+    within_budget("losses", kernel, reference, truth, steps=tf32x3(2))
     assert truth[-8:].mean() < 0.9 * truth[:8].mean()

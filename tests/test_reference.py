@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from pmf import ops, reference
+from pmf.reference import norm
 from tests.networks import relative_error
 
 B, S, C, H, D = 3, 7, 12, 2, 8
@@ -141,6 +142,22 @@ def test_norms_are_torchs_own():
     assert relative_error(ops.norm_modulate(x, weight, scale, shift), expected) < 1e-14
     expected = F.layer_norm(x, (C,), weight, eps=1e-6)
     assert relative_error(ops.norm_modulate(x, weight, kind="layer"), expected) < 1e-14
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_the_gradient_of_a_norm_is_that_of_its_operations(kind):
+    torch.manual_seed(0)
+    x = draw(B, S, C).requires_grad_()
+    weights = draw(B, S, C), draw(B, S, 1)
+
+    def of(statistics):
+        """First and second derivatives through both outputs."""
+        objective = sum((y.sin() * w).sum() for y, w in zip(statistics(x, kind, 1e-6), weights, strict=True))
+        (first,) = torch.autograd.grad(objective, x, create_graph=True)
+        return first, *torch.autograd.grad(first.cos().sum(), x)
+
+    for mine, plain in zip(of(norm._normalise), of(norm._statistics), strict=True):
+        assert relative_error(mine, plain) < 1e-13
 
 
 def test_attention_is_torchs_own():

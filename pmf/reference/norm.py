@@ -7,16 +7,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pmf.reference.tangent import accumulate, plus_product, tail, tangent_rows
+from pmf.private import transforming
+from pmf.reference.tangent import accumulate, plus_product, tail, tangent_rows, total
 
 Kind = Literal["rms", "layer"]
 
 
-def _normalise(x: Tensor, kind: Kind, eps: float) -> tuple[Tensor, Tensor]:
-    """n = (x - mu) / sqrt(mean((x - mu)^2) + eps) and its 1 / sqrt(...); mu = 0 for "rms"."""
+def _statistics(x: Tensor, kind: Kind, eps: float) -> tuple[Tensor, Tensor]:
+    """n = (x - mu) / sqrt(mean((x - mu)^2) + eps) and its rstd = 1 / sqrt(...); mu = 0 for "rms"."""
     centred = x - x.mean(-1, keepdim=True) if kind == "layer" else x
-    # A sum, then divided: the gradient of mean() divides every element.
-    rstd = torch.rsqrt(centred.square().sum(-1, keepdim=True) / x.shape[-1] + eps)
+    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
     return centred * rstd, rstd
 
 
@@ -25,6 +25,37 @@ def _normalise_dot(n: Tensor, rstd: Tensor, x_dot: Tensor, kind: Kind) -> Tensor
     c_dot = x_dot - x_dot.mean(-1, keepdim=True) if kind == "layer" else x_dot
     mean = (n * c_dot).mean(-1, keepdim=True)
     return torch.addcmul(c_dot, n, mean, value=-1).mul_(rstd)
+
+
+class _Normalise(torch.autograd.Function):
+    """`_statistics`, recorded as n and rstd alone: n's Jacobian is symmetric, so its gradient is its tangent's formula.
+
+    rstd moves by -rstd^2 mean(n c_dot).
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, kind: Kind, eps: float) -> tuple[Tensor, Tensor]:
+        n, rstd = _statistics(x, kind, eps)
+        ctx.save_for_backward(n, rstd)
+        ctx.set_materialize_grads(False)
+        ctx.kind = kind
+        return n, rstd
+
+    @staticmethod
+    def backward(ctx, dn: Tensor | None, drstd: Tensor | None):
+        n, rstd = ctx.saved_tensors
+        dx = None if dn is None else _normalise_dot(n, rstd, dn, ctx.kind)
+        if drstd is not None:
+            dx = total(dx, n * (drstd * rstd.square() / -n.shape[-1]))
+        return dx, None, None
+
+
+def _normalise(x: Tensor, kind: Kind, eps: float) -> tuple[Tensor, Tensor]:
+    """`_statistics`; compilers and transforms find the gradient of its operations themselves."""
+    recorded = torch.is_grad_enabled() and x.requires_grad
+    if torch.compiler.is_compiling() or not recorded or transforming():
+        return _statistics(x, kind, eps)
+    return _Normalise.apply(x, kind, eps)
 
 
 def _per_token(modulation: Tensor | None) -> Tensor | None:
