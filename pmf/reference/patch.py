@@ -29,9 +29,8 @@ def patch_embed_dual(
     patch_size = weight1.shape[-1]
 
     def project(x: Tensor, bias1: Tensor | None, bias2: Tensor | None) -> Tensor:
-        # On patches laid out as weight1's rows are, both convolutions are plain products.
-        x = rearrange(x.to(weight1.dtype), "b c (h p) (w q) -> b (h w) (c p q)", p=patch_size, q=patch_size)
-        return F.linear(F.linear(x, weight1.flatten(1), bias1), weight2.flatten(1), bias2)
+        x = F.conv2d(x.to(weight1.dtype), weight1, bias1, stride=patch_size)
+        return F.conv2d(x, weight2, bias2).flatten(2).transpose(1, 2)
 
     patches = project(images, bias1, bias2)
     tokens = patches if prefix is None else torch.cat([prefix.to(patches.dtype), patches], 1)
