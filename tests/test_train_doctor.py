@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from pmf import dispatch
 from pmf.train.cli import main
 from pmf.train.doctor import DoctorConfig, Report, _ops
 
@@ -111,6 +112,7 @@ def test_on_a_gpu_the_choices_are_the_dispatchers_own(capsys, monkeypatch):
     assert value(found, "attention") == "efficient: FlashAttention takes no float32; the tangent's: triton"
     found, changes = gpu_lines(capsys, impl="reference")
     assert value(found, "kernels") == "reference: requested" and "set --impl auto" in changes
+    monkeypatch.setattr(dispatch, "_kernels", {})  # as in a process that has loaded none
     monkeypatch.setitem(sys.modules, "triton", None)
     assert "triton is absent: pip install triton" in gpu_lines(capsys)[1]
     assert 'kernels: norm_modulate: impl="triton" needs the triton package' in gpu_lines(capsys, impl="triton")[1]
