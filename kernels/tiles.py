@@ -48,7 +48,8 @@ def centre(b_x, m_c, C: tl.constexpr, LAYER: tl.constexpr):
 def normalise(b_x, m_c, eps, C: tl.constexpr, LAYER: tl.constexpr):
     """n = (x - mu) / sqrt(mean((x - mu)^2) + eps) of every row, mu and 1 / sqrt(...), [R, 1] each."""
     b_x, b_mean = centre(b_x, m_c, C, LAYER)
-    b_rstd = tl.rsqrt(row_mean(b_x * b_x, C) + eps)
+    # Rounded to nearest: rsqrt's own error, the same in all of a row, would add up in gradients of parameters.
+    b_rstd = tl.div_rn(1.0, tl.sqrt_rn(row_mean(b_x * b_x, C) + eps))
     return b_x * b_rstd, b_mean, b_rstd
 
 
