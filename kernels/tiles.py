@@ -17,15 +17,15 @@ def load_vector(p_vector, i_c, C: tl.constexpr):
 
 
 @triton.jit
-def product(b_a, b_b, b_sum, PRECISION: tl.constexpr):
-    """b_sum + a b, accumulated in float32.
+def product(b_a, b_b, b_sum):
+    """b_sum + a b, accumulated in float32; float32 factors are multiplied as they are, off the matrix units.
 
-    PRECISION is that of float32 factors: "ieee", or "tf32x3", three TF32 products (22 of 24 bits).
+    Three TF32 products there would keep 22 of 24 bits, and their sums are cut off, not rounded.
     """
     if INTERPRETED:
         # The interpreter would multiply the bits of bfloat16 values; as float32 the products are exact.
         b_a, b_b = b_a.to(tl.float32), b_b.to(tl.float32)
-    return tl.dot(b_a, b_b, b_sum, input_precision=PRECISION)
+    return tl.dot(b_a, b_b, b_sum, input_precision="ieee")
 
 
 @triton.jit
