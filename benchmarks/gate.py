@@ -31,15 +31,18 @@ class Verdict:
 def verdicts(file: Path, tests: list[str], ending: str) -> dict[str, Verdict]:
     """The verdict of each test file from what the witness wrote; `ending`: why its run ended early, if so."""
     lines = list(ledger.records_of(file))
-    failed = [line["failed"] for line in lines if "failed" in line]
+    failed = {line["failed"]: line["reason"] for line in reversed(lines) if "failed" in line}
     expected = {nodeid for line in lines for nodeid in line.get("collected", ())}
     done = {line["done"] for line in lines if "done" in line}
     every, ended = (Counter(_file_of(nodeid) for nodeid in ids) for ids in (expected, done))
     found = {}
     for test in tests:
-        broken = [nodeid.partition("::")[2] or "collection" for nodeid in failed if _file_of(nodeid) == test]
+        broken = {nodeid: reason for nodeid, reason in failed.items() if _file_of(nodeid) == test}
         if broken:
-            found[test] = Verdict(f"{test} fails: {', '.join(broken[:5])}{', ...' if len(broken) > 5 else ''}"[:300])
+            names = sorted(nodeid.partition("::")[2] or "collection" for nodeid in broken)
+            reason = list(broken.values())[-1]  # the first that came
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            found[test] = Verdict(f"{test} fails: {', '.join(names[:5])}{more}; {reason[:160]}"[:500])
         elif ended[test] < max(every[test], 1):
             found[test] = Verdict(f"{test} {ending}: {ended[test]} of {every[test]} tests", finished=False)
         else:

@@ -16,6 +16,14 @@ import pytest
 MOST_PROCESSES = 16
 
 
+def _reason(report) -> str:
+    """What went wrong, in one line."""
+    crash = getattr(report.longrepr, "reprcrash", None)
+    if crash is not None:
+        return crash.message.partition("\n")[0]
+    return str(report.longrepr).strip().rpartition("\n")[2].removeprefix("E").strip()
+
+
 class Witness:
     """A pytest plugin: what was collected, and what became of it, one JSON line each."""
 
@@ -39,12 +47,12 @@ class Witness:
     def pytest_collectreport(self, report) -> None:
         """A file that cannot be collected."""
         if report.failed:
-            self._write(failed=report.nodeid)
+            self._write(failed=report.nodeid, reason=_reason(report))
 
     def pytest_runtest_logreport(self, report) -> None:
         """A test, when each of its three phases ends."""
         if report.failed:
-            self._write(failed=report.nodeid)
+            self._write(failed=report.nodeid, reason=_reason(report))
         if report.when == "teardown":
             self._write(done=report.nodeid)
 

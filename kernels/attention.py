@@ -153,11 +153,11 @@ def _scores(
         for i_d in range(0, D, FLOAT32_COLUMNS):
             b_a = _load(p_a, i_m, m_m, a_step, i_d, FLOAT32_COLUMNS, D, False)
             b_b = _load(p_b, i_n, m_n, b_step, i_d, FLOAT32_COLUMNS, D, False)
-            b_sum = product(b_a, tl.trans(b_b), b_sum, "ieee")
+            b_sum = product(b_a, tl.trans(b_b), b_sum)
     else:
-        b_sum = product(b_a0, tl.trans(b_b0), b_sum, "ieee")
+        b_sum = product(b_a0, tl.trans(b_b0), b_sum)
         if D1 > 0:
-            b_sum = product(b_a1, tl.trans(b_b1), b_sum, "ieee")
+            b_sum = product(b_a1, tl.trans(b_b1), b_sum)
     return b_sum
 
 
@@ -227,9 +227,9 @@ def _tangent(
         if p_v_dot is not None:
             b_v_dot0, b_v_dot1 = _load_parts(p_v_dot, i_n, m_n, v_dot_step, D, D0, D1)
             b_p_low = b_p.to(b_v_dot0.dtype)
-            b_acc0 = product(b_p_low, b_v_dot0, b_acc0, "ieee")
+            b_acc0 = product(b_p_low, b_v_dot0, b_acc0)
             if D1 > 0:
-                b_acc1 = product(b_p_low, b_v_dot1, b_acc1, "ieee")
+                b_acc1 = product(b_p_low, b_v_dot1, b_acc1)
         if MOVES:
             b_s_dot = tl.zeros([M, N], tl.float32)
             if p_q_dot is not None:
@@ -246,9 +246,9 @@ def _tangent(
             b_v0, b_v1 = _load_parts(p_v, i_n, m_n, v_step, D, D0, D1)
             b_h = (b_p * (b_s_dot * scale - b_shift[:, None])).to(b_v0.dtype)
             b_sum += tl.sum(b_h.to(tl.float32), 1)
-            b_acc0 = product(b_h, b_v0, b_acc0, "ieee")
+            b_acc0 = product(b_h, b_v0, b_acc0)
             if D1 > 0:
-                b_acc1 = product(b_h, b_v1, b_acc1, "ieee")
+                b_acc1 = product(b_h, b_v1, b_acc1)
 
     if MOVES:
         p_o += (i_b * steps[18] + i_h * steps[20]) * 8

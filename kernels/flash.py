@@ -20,9 +20,10 @@ flash-attn 2 (forward and backward, bfloat16):
 | flash-attn-4 | 0.74, 0.59  | 0.65, 0.55  | 0.50, 0.48    |
 | cuDNN        | 0.74, 0.62  | 0.82, 0.68  | 0.53, 0.53    |
 
-flash-attn-4 trained networks there and gave the losses and samples of the others, but bfloat16 cases of our
-tests with more than 128 keys, which ask for a fixed order of sums, missed their budget with 4.0.0b36. Until
-that is understood it is never taken unasked. Its launcher also costs the host a good deal more than cuDNN's.
+flash-attn-4 is never taken unasked. On Hopper its releases up to 4.0.0b36 give a wrong gradient of q at D 80 and
+other head_dims (flash_attn_4.py says which and why): there it is refused. Its figures at D 80 are those of that
+backward. At D 64 it trained networks and gave the losses and samples of the others, but no test of it
+has been seen to pass on a GPU yet, and its launcher costs the host more than cuDNN's.
 
 Three ways to choose, the strongest first:
 

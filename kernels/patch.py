@@ -5,8 +5,8 @@
 
 A patch is p x p x c values of an image, read where it lies: no im2col. hidden (bottleneck E) stays on the
 chip between the products (in float32, in the cache). Products take factors in the weights' dtype (autocast's,
-where it is on), float32 ones as three TF32 products, and are summed in float32; hidden is rounded to that
-dtype, the tokens to the wider of it and the positions'.
+where it is on) and are summed in float32; hidden is rounded to that dtype, the tokens to the wider of it and the
+positions'.
 
 Backward, with dp the gradient of the patch tokens:
 
@@ -91,7 +91,7 @@ def _patches(
         b_x = tl.load(p_patch + value_offset(i_k, SHAPE)[None, :], mask=m_m & m_k[None, :], other=0.0)
         p_w = p_weight1 + i_e[None, :] * K + i_k[:, None]
         b_w = tl.load(p_w, mask=m_k[:, None] & m_e[None, :], other=0.0)
-        b_hidden = product(b_x.to(b_w.dtype), b_w, b_hidden, "tf32x3")
+        b_hidden = product(b_x.to(b_w.dtype), b_w, b_hidden)
     if p_bias1 is not None:
         b_hidden += tl.load(p_bias1 + i_e, mask=m_e, other=0.0).to(tl.float32)[None, :]
     b_low = b_hidden.to(p_weight2.dtype.element_ty)
@@ -116,11 +116,11 @@ def _patches(
                 )
                 p_w = p_weight2 + i_c[None, :] * E + i_h[:, None]
                 b_w = tl.load(p_w, mask=m_h[:, None] & m_c[None, :], other=0.0)
-                b_y = product(b_few, b_w, b_y, "tf32x3")
+                b_y = product(b_few, b_w, b_y)
         else:
             p_w = p_weight2 + i_c[None, :] * E + i_e[:, None]
             b_w = tl.load(p_w, mask=m_e[:, None] & m_c[None, :], other=0.0)
-            b_y = product(b_low, b_w, b_y, "tf32x3")
+            b_y = product(b_low, b_w, b_y)
         mask = m_m & m_c[None, :]
         if p_bias2 is not None:
             b_y += tl.load(p_bias2 + i_c, mask=m_c, other=0.0).to(tl.float32)[None, :]

@@ -88,7 +88,7 @@ def _sum_over_samples(
             p_h = p_hidden + (i_b * PATCHES + i_n[:, None] - prefix).to(tl.int64) * E + i_e[None, :]
             b_h = tl.load(p_h, mask=m_patch[:, None] & (i_e < E)[None, :], other=0.0)
             b_dp = tl.where(m_patch[:, None], b_d, 0.0).to(b_h.dtype)
-            b_dw = product(tl.trans(b_dp), b_h, b_dw, "tf32x3")
+            b_dw = product(tl.trans(b_dp), b_h, b_dw)
     p_sum = p_dpositions + (i_part.to(tl.int64) * length + i_n[:, None]) * C + i_c[None, :]
     tl.store(p_sum, b_sum, mask=mask)
     if p_hidden is not None:
@@ -111,7 +111,7 @@ def _hidden_gradient(
         i_c = i_start + tl.arange(0, BLOCK_C)
         b_d = tl.load(p_dtokens + i_row[:, None] * C + i_c[None, :], mask=m_m & (i_c < C)[None, :], other=0.0)
         b_w = tl.load(p_weight2 + i_c[:, None] * E + i_e[None, :], mask=(i_c < C)[:, None] & m_e[None, :], other=0.0)
-        b_dh = product(b_d.to(b_w.dtype), b_w, b_dh, "tf32x3")
+        b_dh = product(b_d.to(b_w.dtype), b_w, b_dh)
     p_dh = p_dhidden + i_m.to(tl.int64)[:, None] * E + i_e[None, :]
     tl.store(p_dh, b_dh.to(p_dhidden.dtype.element_ty), mask=m_m & m_e[None, :])
 
@@ -163,7 +163,7 @@ def _weight_gradient(
         b_dh = tl.load(p_dh, mask=m_m & (i_e < E)[None, :], other=0.0)
         p_x = p_images + patch_offset(i_m, SHAPE)[:, None] + offset
         b_x = tl.load(p_x, mask=m_m & (i_k < K)[None, :], other=0.0)
-        b_dw = product(tl.trans(b_dh), b_x.to(b_dh.dtype), b_dw, "tf32x3")
+        b_dw = product(tl.trans(b_dh), b_x.to(b_dh.dtype), b_dw)
     p_dw = p_partial + (i_stretch.to(tl.int64) * E + i_e[:, None]) * K + i_k[None, :]
     tl.store(p_dw, b_dw, mask=(i_e < E)[:, None] & (i_k < K)[None, :])
 
@@ -185,7 +185,7 @@ def _image_gradient(
         p_dh = p_dhidden + i_m.to(tl.int64)[:, None] * E + i_e[None, :]
         b_dh = tl.load(p_dh, mask=m_m & (i_e < E)[None, :], other=0.0)
         b_w = tl.load(p_weight1 + i_e[:, None] * K + i_k[None, :], mask=(i_e < E)[:, None] & m_k, other=0.0)
-        b_dx = product(b_dh, b_w, b_dx, "tf32x3")
+        b_dx = product(b_dh, b_w, b_dx)
     p_dx = p_dimages + patch_offset(i_m, SHAPE)[:, None] + value_offset(i_k, SHAPE)[None, :]
     tl.store(p_dx, b_dx.to(p_dimages.dtype.element_ty), mask=m_m & m_k)
 

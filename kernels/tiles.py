@@ -17,15 +17,15 @@ def load_vector(p_vector, i_c, C: tl.constexpr):
 
 
 @triton.jit
-def product(b_a, b_b, b_sum, PRECISION: tl.constexpr):
-    """b_sum + a b, accumulated in float32.
+def product(b_a, b_b, b_sum):
+    """b_sum + a b, accumulated in float32; float32 factors are multiplied as they are, off the matrix units.
 
-    PRECISION is that of float32 factors: "ieee", or "tf32x3", three TF32 products (22 of 24 bits).
+    Three TF32 products there would keep 22 of 24 bits, and their sums are cut off, not rounded.
     """
     if INTERPRETED:
         # The interpreter would multiply the bits of bfloat16 values; as float32 the products are exact.
         b_a, b_b = b_a.to(tl.float32), b_b.to(tl.float32)
-    return tl.dot(b_a, b_b, b_sum, input_precision=PRECISION)
+    return tl.dot(b_a, b_b, b_sum, input_precision="ieee")
 
 
 @triton.jit
@@ -48,7 +48,8 @@ def centre(b_x, m_c, C: tl.constexpr, LAYER: tl.constexpr):
 def normalise(b_x, m_c, eps, C: tl.constexpr, LAYER: tl.constexpr):
     """n = (x - mu) / sqrt(mean((x - mu)^2) + eps) of every row, mu and 1 / sqrt(...), [R, 1] each."""
     b_x, b_mean = centre(b_x, m_c, C, LAYER)
-    b_rstd = tl.rsqrt(row_mean(b_x * b_x, C) + eps)
+    # Rounded to nearest: rsqrt's own error, the same in all of a row, would add up in gradients of parameters.
+    b_rstd = tl.div_rn(1.0, tl.sqrt_rn(row_mean(b_x * b_x, C) + eps))
     return b_x * b_rstd, b_mean, b_rstd
 
 

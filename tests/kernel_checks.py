@@ -36,9 +36,10 @@ def strided(x: Tensor) -> Tensor:
 
 
 def tf32x3(products: int) -> int:
-    """Rounding steps of float32 that so many products after one another may take.
+    """Rounding steps of float32 that so many products after one another may take in PyTorch's attention.
 
-    Matrix units compute a float32 product as three TF32 products, which keep 22 of 24 bits: four steps each.
+    On GPUs its memory-efficient kernels, the only ones for float32, compute a product as three TF32 products, which
+    keep 22 of 24 bits: four steps each. Our kernels multiply float32 exactly.
     """
     return 4 * products if DEVICE == "cuda" else 1
 

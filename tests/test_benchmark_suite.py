@@ -276,8 +276,8 @@ def test_a_test_that_fails_keeps_figures_out(few_tests):
     found = gate.run_tests(["test_good.py", "test_bad.py", "test_broken.py"], 120.0)
     assert found == {
         "test_good.py": Verdict(None),
-        "test_bad.py": Verdict("test_bad.py fails: test_b"),
-        "test_broken.py": Verdict("test_broken.py fails: collection"),
+        "test_bad.py": Verdict("test_bad.py fails: test_b; assert False"),
+        "test_broken.py": Verdict("test_broken.py fails: collection; ModuleNotFoundError: No module named 'nowhere'"),
     }
 
 

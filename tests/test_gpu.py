@@ -94,7 +94,7 @@ def test_patch_embed(size, side, bottleneck, width, dtype):
     options = dict(bottleneck=bottleneck, width=width, prefix=PREFIX)
     primals, tangents = patch.inputs(2, size, (side, side), rows=1, dtype=dtype, **options)
     for moving in (tangents, (None,) * 7):
-        patch.check("patch_embed", primals, moving, products=(patch.SECOND_WEIGHT,))
+        check("patch_embed", primals, moving, products=(patch.SECOND_WEIGHT,))
 
 
 @DTYPES

@@ -89,7 +89,7 @@ def compare(kernel: dict, reference: dict, truth: dict, steps: int = 1) -> None:
 def test_network(config, rounded, autocast):
     """Values, the tangent and every parameter's gradient: in float32, under autocast, and cast as a whole."""
     kernel, reference = (outcome(impl, config, rounded, None, autocast) for impl in ("triton", "reference"))
-    steps = tf32x3(2) if rounded == F32 else 1  # those of attention and of the patches' embedding
+    steps = tf32x3(2) if rounded == F32 else 1  # those of attention
     compare(kernel, reference, outcome("reference", config, rounded, F64), steps)
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pmf import ops
 from pmf.errors import InputError
 from tests.kernel_checks import (
+    DEVICE,
     check,
     check_compiles,
     check_forward_mode,
@@ -152,6 +153,16 @@ def test_forward_mode_per_channel():
     _, dot = torch.func.jvp(lambda s: ops.norm_modulate(x, weight, s, shift, impl="triton"), (scale,), (shift,))
     _, expected = torch.func.jvp(lambda s: ops.norm_modulate(x, weight, s, shift, impl="reference"), (scale,), (shift,))
     torch.testing.assert_close(dot, expected)
+
+
+def test_one_over_the_root_is_rounded_to_nearest():
+    """Bit for bit, on every device: squares of few bits add up exactly, and both operations are IEEE's."""
+    x = (1 + torch.arange(300.0)[None, :, None].expand(1, 300, 64)) / 32
+    x = x.to(DEVICE)
+    ops.norm_modulate(x, impl="triton")  # the operator is there from the first call on
+    stats = torch.ops.pmf.norm_forward(x, *(None,) * 10, False, 1e-6, F32)[4]
+    root = (x.cpu()[0, :, 0].square() + 1e-6).double().sqrt().float()
+    assert torch.equal(stats[0, :, 0].cpu(), (1 / root.double()).float())
 
 
 def test_registered_operators():

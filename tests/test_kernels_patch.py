@@ -13,8 +13,7 @@ from torch.utils._pytree import tree_leaves
 from pmf import ops
 from pmf.errors import InputError
 from pmf.kernels import patch, registration
-from tests import kernel_checks
-from tests.kernel_checks import check_compiles, check_forward_mode, generator, randn, tf32x3
+from tests.kernel_checks import check, check_compiles, check_forward_mode, generator, randn
 
 SECOND_WEIGHT = 3
 F32, BF16 = torch.float32, torch.bfloat16
@@ -43,12 +42,6 @@ def inputs(batch, patch, size, *, channels=3, bottleneck=24, width=40, prefix=5,
     moving = data(rows) if rows is not None else (None, None)
     primals = (pixels, *(w.to(dtype) for w in weights), tokens)
     return primals, (moving[0], None, None, None, None, None, moving[1])
-
-
-def check(op, primals, tangents, **options):
-    """Within the budget. In float32 everything takes up to two products, one after the other."""
-    steps = tf32x3(2) if primals[1].dtype == F32 else 1
-    kernel_checks.check(op, primals, tangents, steps=steps, **options)
 
 
 @pytest.mark.parametrize("images", (F32, BF16), ids=str)
