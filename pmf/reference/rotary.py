@@ -25,19 +25,20 @@ def rope_tables(grid_size: int, head_dim: int, *, theta: float = 10000.0, device
     return angles.cos().float(), angles.sin().float()
 
 
-def _turn(cos: Tensor, sin: Tensor, prefix_length: int, shape: tuple[int, ...]) -> Tensor:
-    """cos + i sin of tables [N, D / 2] as [S, 2, H, D / 2]: prefix tokens turn by nothing, 1."""
-    turn = F.pad(torch.complex(cos, sin), (0, 0, prefix_length, 0), value=1.0)
-    return turn[:, None, None].expand(shape).contiguous()
+def _turn(cos: Tensor, sin: Tensor, prefix_length: int, heads: int) -> Tensor:
+    """Tables [N, D / 2] as (cos, sin) pairs [S, 2, H, D / 2, 2]; prefix tokens turn by nothing: (1, 0)."""
+    before = (0, 0, prefix_length, 0)
+    turn = torch.stack([F.pad(cos, before, value=1.0), F.pad(sin, before)], -1)
+    return turn[:, None, None].expand(-1, 2, heads, -1, -1).contiguous()
 
 
 def _rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """Turn adjacent pairs (a, b), (a + ib) (cos + i sin): x [B, S, 2, H, D]; turn [S, 2, H, D / 2]."""
+    """Turn adjacent pairs (a, b), (a + ib) (cos + i sin): x [B, S, 2, H, D]."""
     pairs = x.contiguous().unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():  # compilers fuse real products alone; eager, a complex one is one pass
-        (a, b), cos, sin = pairs.unbind(-1), turn.real, turn.imag
+        (a, b), (cos, sin) = pairs.unbind(-1), turn.unbind(-1)
         return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
-    return torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2)
+    return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turn)).flatten(-2)
 
 
 def qk_norm_rope_dual(
@@ -55,7 +56,7 @@ def qk_norm_rope_dual(
     # Both factors are as wide as a token: products with them, and the sums behind those, run along whole tokens.
     heads = qk.shape[3]
     weight = accumulate(torch.stack([q_weight, k_weight]))[:, None].expand(-1, heads, -1).contiguous()
-    turn = _turn(cos.to(qk.dtype), sin.to(qk.dtype), prefix_length, (-1, 2, heads, -1))
+    turn = _turn(cos.to(qk.dtype), sin.to(qk.dtype), prefix_length, heads)
 
     n, rstd = _normalise(qk, "rms", eps)
     q, k = _rotate(n * weight, turn).to(qkv.dtype).unbind(2)
