@@ -25,8 +25,10 @@ def key_of(arguments: tuple) -> tuple:
     """What the kernels that Triton compiles from one source, with one set of options, are told apart by."""
     key: list = []
     for argument in arguments:
-        if isinstance(argument, Tensor):
-            key += (argument.dtype, argument.data_ptr() % 16, argument.get_device())
+        if argument is None:
+            key.append(None)
+        elif isinstance(argument, Tensor):
+            key += (argument.dtype, argument.data_ptr() % 16)
         elif type(argument) is tuple:
             key.append(key_of(argument))
         else:
@@ -50,7 +52,9 @@ def launch(kernel, grid: int, *arguments, **options) -> None:
     if not (KNOWN and isinstance(kernel, triton.JITFunction)) or _watched():  # not in Triton's interpreter
         kernel[(grid,)](*arguments, **options)
         return
-    key = (id(kernel), *options.values(), *key_of(arguments))
+    active = driver.active
+    device = active.get_current_device()
+    key = (id(kernel), device, *options.values(), *key_of(arguments))
     found = _compiled.get(key)
     if found is None:
         compiled = kernel[(grid,)](*arguments, **options)
@@ -60,6 +64,4 @@ def launch(kernel, grid: int, *arguments, **options) -> None:
         _compiled[key] = compiled.run, compiled.function, compiled.packed_metadata, constants
         return
     run, function, metadata, constants = found
-    active = driver.active
-    stream = active.get_current_stream(active.get_current_device())
-    run(grid, 1, 1, stream, function, metadata, None, None, None, *arguments, *constants)
+    run(grid, 1, 1, active.get_current_stream(device), function, metadata, None, None, None, *arguments, *constants)

@@ -8,12 +8,14 @@ Function's `forward` names every argument: where nothing is recorded, Dynamo goe
 
 Host time. An operator costs 20 us on its way through PyTorch, `Function.apply` 50 us more, most of it to bind
 arguments to names: more than a launch. Where nobody watches operators (`pmf.private.watched`), `define` calls the
-function behind the operator and `apply` runs a Function whose `forward` takes the context itself, or none.
+function behind the operator and `apply` runs a Function whose `forward` takes the context itself, or none. What
+`apply` has examined is not examined again by the operators inside.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,6 +27,23 @@ from pmf.kernels.launching import launch as launch
 from pmf.private import forward_mode, ordinary, watched
 
 _LIBRARY = torch.library.Library("pmf", "FRAGMENT")
+
+
+class _Direct(threading.local):
+    inside = False
+    """Whether functions behind operators run here as functions: nobody watches, their arguments are ordinary."""
+
+
+_direct = _Direct()
+
+
+def _directly(function: Callable, arguments: tuple):
+    """`function(*arguments)`, whose operators examine nothing."""
+    before, _direct.inside = _direct.inside, True
+    try:
+        return function(*arguments)
+    finally:
+        _direct.inside = before
 
 
 @dataclass(frozen=True)
@@ -108,12 +127,16 @@ def define(schema: str, run: Callable, fake: Callable) -> Callable:
 
     def call(*arguments):
         # Compilers must see the test of `is_compiling` first, and no other. With gradients on, `refuse` has a say.
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or watched():
+        if torch.compiler.is_compiling():
+            return operator(*arguments)
+        if _direct.inside:
+            return on_its_device(*arguments)
+        if torch.is_grad_enabled() or watched():
             return operator(*arguments)
         first = arguments[0]
         if not (first.is_cuda or first.is_cpu) or not ordinary(arguments):
             return operator(*arguments)
-        return on_its_device(*arguments)
+        return _directly(on_its_device, arguments)
 
     return call
 
@@ -123,7 +146,7 @@ def _with_context(function: type[torch.autograd.Function]) -> type[torch.autogra
     """The same Function with its `setup_context` inside `forward`: transforms cannot take it, and it costs less."""
 
     def forward(ctx, *arguments):
-        outputs = function.forward(*arguments)
+        outputs = _directly(function.forward, arguments)
         function.setup_context(ctx, arguments, outputs)
         return outputs
 
@@ -133,13 +156,12 @@ def _with_context(function: type[torch.autograd.Function]) -> type[torch.autogra
 
 def apply(function: type[torch.autograd.Function], *arguments):
     """`function.apply(*arguments)`, by the shortest way that gives the same."""
-    if torch.compiler.is_compiling() or watched():
+    if torch.compiler.is_compiling() or watched() or not ordinary(arguments):
         return function.apply(*arguments)
     if not torch.is_grad_enabled():
-        return function.forward(*arguments)
-    short = _with_context(function)
+        return _directly(function.forward, arguments)
     # Function.apply looks for transforms, and for what finished ones left behind: neither is here.
-    return super(torch.autograd.Function, short).apply(*arguments) if ordinary(arguments) else short.apply(*arguments)
+    return super(torch.autograd.Function, _with_context(function)).apply(*arguments)
 
 
 def run_dual(op: str, names: str, compute: Callable, primals: tuple, tangents: tuple) -> tuple:
@@ -172,9 +194,15 @@ def run_dual(op: str, names: str, compute: Callable, primals: tuple, tangents: t
     return tuple(v if dot is None else forward_ad.make_dual(v, dot) for v, dot in pairs), (None,) * len(dots)
 
 
+@functools.cache
+def _nothing(device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.empty(0, device=device, dtype=dtype)
+
+
 def absent(like: Tensor) -> Tensor:
-    """What an operator returns in place of an output that was not asked for."""
-    return like.new_empty(0)
+    """What an operator returns in place of an output that was not asked for; a function, always the same."""
+    return _nothing(like.device, like.dtype) if _direct.inside else like.new_empty(0)
 
 
 def present(output: Tensor, asked: bool) -> Tensor | None:

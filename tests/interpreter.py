@@ -1,4 +1,4 @@
-"""Triton's interpreter as the tests run it: on machines without a GPU, and rounding as GPUs do."""
+"""Triton's interpreter as the tests run it: on machines without a GPU, rounding and adding as GPUs do."""
 
 from __future__ import annotations
 
@@ -26,8 +26,29 @@ def round_to_nearest() -> None:
     interpreter._convert_float = convert_float
 
 
+def add_in_pairs() -> None:
+    """Make the interpreter add a tile's values in pairs, pairs of pairs and so on, as a GPU's threads do.
+
+    numpy adds rows one after the other, whose error grows with their number.
+    """
+    from triton.runtime import interpreter
+
+    one_by_one = interpreter.ReduceOps.sum
+
+    def add(self, tile):
+        values = tile.handle.data
+        if self.axis is None:
+            return one_by_one(self, tile)
+        while (terms := values.shape[self.axis]) > 1:
+            values = values.take(range(0, terms, 2), self.axis) + values.take(range(1, terms, 2), self.axis)
+        return self.to_tensor(values if self.keep_dims else values.squeeze(self.axis), tile.dtype)
+
+    interpreter.ReduceOps.sum = add
+
+
 def interpret() -> None:
     """Run kernels in the interpreter from here on."""
     os.environ["TRITON_INTERPRET"] = "1"
     if importlib.util.find_spec("triton") is not None:
         round_to_nearest()
+        add_in_pairs()

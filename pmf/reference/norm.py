@@ -7,8 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pmf.private import transforming
-from pmf.reference.tangent import accumulate, plus_product, tail, tangent_rows, total
+from pmf.reference.tangent import accumulate, own_gradient, plus_product, tail, tangent_rows, total
 
 Kind = Literal["rms", "layer"]
 
@@ -23,8 +22,8 @@ def _statistics(x: Tensor, kind: Kind, eps: float) -> tuple[Tensor, Tensor]:
 def _normalise_dot(n: Tensor, rstd: Tensor, x_dot: Tensor, kind: Kind) -> Tensor:
     """n_dot = rstd (c_dot - n mean(n c_dot)), with c_dot = x_dot - mean(x_dot) for "layer"."""
     c_dot = x_dot - x_dot.mean(-1, keepdim=True) if kind == "layer" else x_dot
-    mean = (n * c_dot).mean(-1, keepdim=True)
-    return torch.addcmul(c_dot, n, mean, value=-1).mul_(rstd)
+    dot = (n * c_dot).sum(-1, keepdim=True)
+    return torch.addcmul(c_dot, n, dot, value=-1 / n.shape[-1]).mul_(rstd)
 
 
 class _Normalise(torch.autograd.Function):
@@ -51,11 +50,8 @@ class _Normalise(torch.autograd.Function):
 
 
 def _normalise(x: Tensor, kind: Kind, eps: float) -> tuple[Tensor, Tensor]:
-    """`_statistics`; compilers and transforms find the gradient of its operations themselves."""
-    recorded = torch.is_grad_enabled() and x.requires_grad
-    if torch.compiler.is_compiling() or not recorded or transforming():
-        return _statistics(x, kind, eps)
-    return _Normalise.apply(x, kind, eps)
+    """`_statistics`, with the gradient above."""
+    return _Normalise.apply(x, kind, eps) if own_gradient(x) else _statistics(x, kind, eps)
 
 
 def _per_token(modulation: Tensor | None) -> Tensor | None:

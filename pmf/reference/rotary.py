@@ -25,13 +25,20 @@ def rope_tables(grid_size: int, head_dim: int, *, theta: float = 10000.0, device
     return angles.cos().float(), angles.sin().float()
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn adjacent pairs (a, b), (a + ib) (cos + i sin): x [B, S, 2, H, D]; cos, sin [S, 1, 1, D / 2]."""
+def _turn(cos: Tensor, sin: Tensor, prefix_length: int, heads: int) -> Tensor:
+    """Tables [N, D / 2] as (cos, sin) pairs [S, 2, H, D / 2, 2]; prefix tokens turn by nothing: (1, 0)."""
+    before = (0, 0, prefix_length, 0)
+    turn = torch.stack([F.pad(cos, before, value=1.0), F.pad(sin, before)], -1)
+    return turn[:, None, None].expand(-1, 2, heads, -1, -1).contiguous()
+
+
+def _rotate(x: Tensor, turn: Tensor) -> Tensor:
+    """Turn adjacent pairs (a, b), (a + ib) (cos + i sin): x [B, S, 2, H, D]."""
     pairs = x.contiguous().unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():  # compilers fuse real products alone; eager, a complex one is one pass
-        a, b = pairs.unbind(-1)
+        (a, b), (cos, sin) = pairs.unbind(-1), turn.unbind(-1)
         return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
-    return torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin)).flatten(-2)
+    return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turn)).flatten(-2)
 
 
 def qk_norm_rope_dual(
@@ -46,17 +53,17 @@ def qk_norm_rope_dual(
     qkv_dot = tangents[0]
     qk, v = qkv.split([2, 1], 2)
     qk, v = accumulate(qk), v[:, :, 0]
-    weight = accumulate(torch.stack([q_weight, k_weight]))[:, None]
-    # Prefix tokens turn by nothing: cos 1, sin 0.
-    cos = F.pad(cos, (0, 0, prefix_length, 0), value=1.0)[:, None, None].to(qk.dtype)
-    sin = F.pad(sin, (0, 0, prefix_length, 0))[:, None, None].to(qk.dtype)
+    # Both factors are as wide as a token: products with them, and the sums behind those, run along whole tokens.
+    heads = qk.shape[3]
+    weight = accumulate(torch.stack([q_weight, k_weight]))[:, None].expand(-1, heads, -1).contiguous()
+    turn = _turn(cos.to(qk.dtype), sin.to(qk.dtype), prefix_length, heads)
 
     n, rstd = _normalise(qk, "rms", eps)
-    q, k = _rotate(n * weight, cos, sin).to(qkv.dtype).unbind(2)
+    q, k = _rotate(n * weight, turn).to(qkv.dtype).unbind(2)
     if qkv_dot is None:
         return (q, k, v), (None, None, None)
     with torch.no_grad():
         rows = qkv_dot.shape[0]
         n_dot = _normalise_dot(tail(n, rows), tail(rstd, rows), accumulate(qkv_dot[:, :, :2]), "rms")
-        q_dot, k_dot = _rotate(n_dot.mul_(weight), cos, sin).to(qkv.dtype).unbind(2)
+        q_dot, k_dot = _rotate(n_dot.mul_(weight), turn).to(qkv.dtype).unbind(2)
     return (q, k, v), (q_dot, k_dot, qkv_dot[:, :, 2])

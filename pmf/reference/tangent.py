@@ -7,6 +7,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from pmf.private import transforming
+
+
+def own_gradient(x: Tensor) -> bool:
+    """Whether a formula of our own may be recorded for x's gradient; compilers and transforms derive theirs."""
+    return torch.is_grad_enabled() and x.requires_grad and not (torch.compiler.is_compiling() or transforming())
+
 
 def tangent_rows(tangents: Iterable[Tensor | None]) -> int | None:
     """B_dot, the number of samples that carry a tangent; None when no tangent is given."""
