@@ -11,6 +11,8 @@ from tests.kernel_checks import DEVICE
 
 pytest.importorskip("triton")
 
+from pmf.kernels import norm, registration
+
 
 def rms(x, branch, gate, x_dot=None, branch_dot=None):
     """One op of each kind behind the other: a value, and its tangent."""
@@ -51,6 +53,48 @@ def test_modes_see_every_operator():
     forward = ["pmf::norm_forward", "pmf::swiglu_forward"]
     assert watcher.seen == forward * 2 + ["pmf::swiglu_backward", "pmf::norm_backward"]
     assert torch.equal(plain, watched) and all(map(torch.equal, short, long))
+
+
+def test_arguments_are_examined_once_a_pass(monkeypatch):
+    """Once for each Function of a forward pass, with gradients and without, and for each operator of a backward."""
+    x, branch, gate = inputs(requires_grad=True)
+    examined = []
+    ordinary = registration.ordinary
+    monkeypatch.setattr(registration, "ordinary", lambda arguments: examined.append(arguments) or ordinary(arguments))
+    with torch.no_grad():
+        rms(x, branch, gate)
+    assert len(examined) == 2
+    y, _ = rms(x, branch, gate, x.detach(), None)
+    assert len(examined) == 4
+    y.sum().backward()
+    assert len(examined) == 6
+
+
+def test_an_error_leaves_nobody_unexamined():
+    """After an operator has failed, the next one looks again who watches."""
+    x, branch, gate = inputs()
+
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(x):
+            raise ValueError("as it should")
+
+    with pytest.raises(ValueError, match="as it should"):
+        registration.apply(Fails, x)
+    with torch.no_grad(), Watcher() as watcher:
+        rms(x, branch, gate)
+    assert watcher.seen == ["pmf::norm_forward", "pmf::swiglu_forward"]
+
+
+def test_outputs_not_asked_for_take_no_memory_but_differ_where_pytorch_counts_them():
+    """A function may return one empty tensor twice, an operator must not."""
+    x, branch, gate = inputs()
+    arguments = (x, branch, gate, *(None,) * 8, False, 1e-6, torch.float32)
+    with torch.no_grad():
+        outputs = norm._norm_forward(*arguments)
+    assert outputs[2] is outputs[3] and outputs[2].numel() == 0
+    outputs = torch.ops.pmf.norm_forward(*arguments)
+    assert outputs[2] is not outputs[3] and outputs[2].numel() == outputs[3].numel() == 0
 
 
 def test_values_without_gradients_and_with_are_the_same():
