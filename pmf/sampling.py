@@ -16,22 +16,9 @@ from tqdm import tqdm
 from pmf.config import MODELS, SAMPLING
 from pmf.dual import Dual
 from pmf.errors import readable, require
+from pmf.noise import seeded_noise
 
 Result = TypeVar("Result")
-
-
-def seeded_noise(
-    seeds: Sequence[int], image_shape: tuple[int, int, int], device: torch.device | str | None = None
-) -> Tensor:
-    """Unit-variance noise [n, c, H, W] on `device`, each image from its own seed.
-
-    A sample's noise depends on its seed alone, not on the batch or the device: it is drawn on the CPU. Seeds lie in
-    [0, 2^32), all that PyTorch's CPU generator reads of one.
-    """
-    noise = torch.empty(len(seeds), *image_shape)
-    for row, seed in zip(noise, seeds, strict=True):
-        row.copy_(torch.randn(image_shape, generator=torch.Generator().manual_seed(int(seed))))
-    return noise.to(device or "cpu", non_blocking=True)
 
 
 @torch.no_grad()

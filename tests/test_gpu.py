@@ -16,6 +16,7 @@ import pmf
 from pmf import ops
 from pmf.kernels import flash
 from pmf.memory import saved_per_row
+from pmf.noise import seeded_noise
 from tests import test_kernels_attention as attention
 from tests import test_kernels_model as networks
 from tests import test_kernels_norm as norm
@@ -209,6 +210,19 @@ def test_compiled_blocks():
 
 def test_block_checkpointing():
     same_step(lambda model: None, checkpointing="block")
+
+
+@pytest.mark.parametrize("shape", ((3, 256, 256), (3, 5, 7)))
+def test_seeded_noise_has_the_bits_of_the_cpu(shape):
+    seeds = [0, 7, 2**32 - 1] * 30  # more than are made at once
+    seeded_noise(seeds, shape, DEVICE)
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        made = seeded_noise(seeds, shape, DEVICE)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    assert torch.equal(made.cpu(), seeded_noise(seeds, shape))
 
 
 @pytest.mark.parametrize("steps", (1, 2))
