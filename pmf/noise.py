@@ -27,6 +27,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -109,14 +110,14 @@ def _words(seed: int, length: int) -> np.ndarray:
 
 
 def _on_threads(draw: Callable[[slice], None], rows: int) -> None:
-    """`draw` on shares of all rows: numpy lets go of the interpreter's lock while it computes."""
+    """`draw` on shares of all rows, the first by this thread: numpy lets go of the interpreter's lock meanwhile."""
     threads = max(1, min(torch.get_num_threads(), rows))
     cuts = [rows * i // threads for i in range(threads + 1)]
-    if threads == 1:
-        draw(slice(None))
-        return
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(draw, map(slice, cuts[:-1], cuts[1:])))
+        others = [pool.submit(draw, slice(*ends)) for ends in pairwise(cuts[1:])]
+        draw(slice(cuts[1]))
+    for other in others:
+        other.result()
 
 
 @functools.cache
