@@ -317,7 +317,7 @@ def _run_backward(dy, dx_new, x_new, branch, gate, weight, scale, shift, stats, 
         dx, present(dbranch, gate is not None), *(next(buffers) if need else None for need in needs),
         shares.samples, shares.length, shares.share,
         STRIDES=_strides(gate, scale), C=width, LAYER=layer, ROWS=tile.rows, BLOCK=tile.block, STAGES=stages,
-        num_warps=tile.warps,
+        num_warps=tile.warps, maxnreg=128 if stages == 2 else None,  # sm_86 would take 157, and fewer warps reside
     )  # fmt: skip
     totals = iter(sums.add_up(partials, shares, trained))
     return dx, dbranch, *(next(totals) if need else absent(dx) for need in needs)
