@@ -63,6 +63,7 @@ def norm_cases(size: str, stream, low):
         "dual adaln",
         lambda: norm._run_forward(*adaln, x_dot, y_dot, *(sample_dot,) * 3, True, *options[1:]),
     )
+    yield "forward alone", lambda: norm._run_forward(*first, *none, *options)
     yield "dual alone", lambda: norm._run_forward(*first, x_dot, *none[1:], *options)
     stats = _meta(BATCH, LENGTH, 1, dtype=torch.float32)
     needs = [True, True, False, False]
@@ -70,6 +71,8 @@ def norm_cases(size: str, stream, low):
         "backward",
         lambda: norm._run_backward(y, x, x, y, channel, channel, None, None, stats, low, False, needs),
     )
+    alone = (y, None, x, None, None, channel, None, None, stats, low, False, [False, True, False, False])
+    yield "backward alone", lambda: norm._run_backward(*alone)
     adaln_stats = _meta(BATCH, LENGTH, 2, dtype=torch.float32)
     yield (
         "backward adaln",
