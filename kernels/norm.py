@@ -39,27 +39,28 @@ from pmf.kernels.registration import Chip, Tile, absent, present
 from pmf.kernels.tiles import load_vector, normalise, normalise_dot
 
 
-def forward_tile(width: int, chip: Chip) -> Tile:
+def forward_tile(width: int, alone: bool, chip: Chip) -> Tile:
     """8 values a thread and operand: one 16-byte load of bfloat16, two of float32.
 
     With a tangent and a branch that is four operands in flight, enough to hide the latency of HBM at
-    half occupancy. Rows wider than 4096 take more values a thread instead of more than 16 warps.
+    half occupancy. Where x comes `alone`, twice the rows have as much in flight.
+    Rows wider than 4096 take more values a thread instead of more than 16 warps.
     """
     block = registration.power_of_two(width)
     if chip.interpreted:
         return Tile(32, block, 1)
     warps = min(max(block // 256, 4), 16)
-    return Tile(max(256 * warps // block, 1), block, warps)
+    return Tile(max((512 if alone else 256) * warps // block, 1), block, warps)
 
 
-def backward_tile(width: int, row_bytes: int, chip: Chip) -> tuple[Tile, int, int]:
+def backward_tile(width: int, alone: bool, row_bytes: int, chip: Chip) -> tuple[Tile, int, int]:
     """The forward's tile, the number of programs, and the stages of the loop over a program's tokens.
 
     Every program writes up to four rows of partial sums, so there should be few: as many as reside at
     once, in one wave. Registers (up to 128 a thread) admit 16 warps a multiprocessor, too few to hide
     the latency of HBM by themselves: rows of `row_bytes` are loaded ahead. Scratch changes layouts.
     """
-    tile = forward_tile(width, chip)
+    tile = forward_tile(width, alone, chip)
     if chip.interpreted:
         return tile, 16, 1
     resident = 16 // tile.warps
@@ -271,7 +272,7 @@ def _run_forward(
     outputs = _allocate_forward(x, branch, gate, weight, scale, shift, *dots, layer, eps, out_dtype)
     x_new, y, x_new_dot, y_dot, stats = outputs
     samples, length, width = x.shape
-    tile = forward_tile(width, registration.chip(x.device))
+    tile = forward_tile(width, branch is None and x_dot is None, registration.chip(x.device))
     registration.launch(
         _forward, samples * registration.cdiv(length, tile.rows),
         x, branch, gate, weight, scale, shift, *dots,
@@ -303,7 +304,7 @@ def _run_backward(dy, dx_new, x_new, branch, gate, weight, scale, shift, stats, 
     dbranch = x_new.new_empty(x_new.shape if gate is not None else 0, dtype=branch_dtype)
     streams = [s for s in (dy, x_new, dx_new, branch) if s is not None]
     row_bytes = width * sum(s.element_size() for s in streams)
-    tile, programs, stages = backward_tile(width, row_bytes, registration.chip(dy.device))
+    tile, programs, stages = backward_tile(width, gate is None, row_bytes, registration.chip(dy.device))
     per_sample = any(p is not None and p.ndim == 2 for p in (gate, scale, shift))
     shares = sums.divide(samples, length, per_sample, programs, tile.rows)
     parameters = (gate, weight, scale, shift)
@@ -316,7 +317,7 @@ def _run_backward(dy, dx_new, x_new, branch, gate, weight, scale, shift, stats, 
         dx, present(dbranch, gate is not None), *(next(buffers) if need else None for need in needs),
         shares.samples, shares.length, shares.share,
         STRIDES=_strides(gate, scale), C=width, LAYER=layer, ROWS=tile.rows, BLOCK=tile.block, STAGES=stages,
-        num_warps=tile.warps,
+        num_warps=tile.warps, maxnreg=128,  # else some chips take 157, and fewer programs reside than are launched
     )  # fmt: skip
     totals = iter(sums.add_up(partials, shares, trained))
     return dx, dbranch, *(next(totals) if need else absent(dx) for need in needs)

@@ -51,19 +51,16 @@ class Chip:
     """What launch configurations depend on."""
 
     capability: int
-    """Compute capability times ten: 80, 90, 100; 0 for Triton's interpreter."""
+    """Compute capability times ten: 80, 90, 120; 0 for Triton's interpreter."""
     processors: int
     """Number of streaming multiprocessors."""
+    shared_memory: int = 99 << 10
+    """Bytes of shared memory that a program can have: 227 KB on H100, 163 on A100, 99 on the others since Ampere."""
 
     @property
     def interpreted(self) -> bool:
         """Triton's interpreter, where a program costs milliseconds whatever the size of its tile."""
         return self.capability == 0
-
-    @property
-    def shared_memory(self) -> int:
-        """Bytes of shared memory of a multiprocessor that programs can have."""
-        return {80: 163, 87: 163, 90: 227, 100: 227, 103: 227, 110: 227}.get(self.capability, 99) << 10
 
     def stages(self, programs: int, staged: int, scratch: int) -> int:
         """Stages of a loop that loads ahead into shared memory: two iterations, or as many as there is room for.
@@ -86,8 +83,8 @@ class Tile:
 
 @functools.cache
 def _cuda_chip(index: int) -> Chip:
-    properties = torch.cuda.get_device_properties(index)
-    return Chip(10 * properties.major + properties.minor, properties.multi_processor_count)
+    found = torch.cuda.get_device_properties(index)
+    return Chip(10 * found.major + found.minor, found.multi_processor_count, found.shared_memory_per_block_optin)
 
 
 def chip(device: torch.device) -> Chip:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from pmf.kernels import registration, sums
 from pmf.kernels.registration import Chip, absent, present
-from pmf.kernels.tiles import load_vector, normalise, normalise_dot, rotate
+from pmf.kernels.tiles import load_vector, normalise, normalise_dot, rotate, row_mean
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,19 @@ class Tile:
         return self.tokens * self.heads
 
 
+def forward_tile(head_dim: int, item: int, chip: Chip) -> tuple[int, int, int]:
+    """Heads of q, and as many of k, that a program turns, the columns of a block, and warps.
+
+    A head lies in blocks of 32 columns, one behind the other in the registers of a few threads: 80 columns fill 96,
+    not 128, sums take few shuffles, and heads of `item` bytes a value are still read 64 bytes at a time or more.
+    Heads are numbered through all tokens, so that none of a tile is empty where they are no power of two.
+    """
+    width = min(registration.power_of_two(head_dim), 32)
+    return (1024, width, 1) if chip.interpreted else (2048 // (width * item), width, 4)
+
+
 def tile_of(heads: int, head_dim: int, chip: Chip) -> Tile:
-    """All heads of a token where they fit, several tokens where they are few; 8 values a thread.
+    """The backward's: all heads of a token where they fit, several tokens where they are few; 8 values a thread.
 
     q and k of a program's tokens turn by the same angles, read from cache for every head.
     """
@@ -110,43 +121,102 @@ def _angles(p_cos, p_sin, i_position, D: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _load(p_heads, i_head, m_head, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Heads that begin at i_head, WIDTH columns a block."""
+    blocks = ()
+    for i in tl.static_range(0, D, WIDTH):
+        i_c = i + tl.arange(0, WIDTH)[None, :]
+        blocks = blocks + (tl.load(p_heads + i_head[:, None] + i_c, mask=m_head[:, None] & (i_c < D), other=0.0),)
+    return blocks
+
+
+@triton.jit
+def _load_table(p_table, i_position, other, D: tl.constexpr, WIDTH: tl.constexpr):
+    """The angles' cos or sin at some positions, WIDTH / 2 a block, in float32; `other` before the first."""
+    blocks = ()
+    for i in tl.static_range(0, D // 2, WIDTH // 2):
+        i_pair = i + tl.arange(0, WIDTH // 2)[None, :]
+        mask = (i_position >= 0)[:, None] & (i_pair < D // 2)
+        b_angle = tl.load(p_table + i_position[:, None] * (D // 2) + i_pair, mask=mask, other=other)
+        blocks = blocks + (b_angle.to(tl.float32),)
+    return blocks
+
+
+@triton.jit
+def _mean_product(a, b, D: tl.constexpr):
+    """The mean over a head's columns of the product of two, float32: [R, 1]."""
+    b_sum = a[0].to(tl.float32) * b[0].to(tl.float32)
+    for i in tl.static_range(1, len(a)):
+        b_sum += a[i].to(tl.float32) * b[i].to(tl.float32)
+    return row_mean(b_sum, D)
+
+
+@triton.jit
+def _normalised(x, eps, D: tl.constexpr):
+    """n, and 1 / sqrt(mean(x^2) + eps)."""
+    b_rstd = tl.rsqrt(_mean_product(x, x, D) + eps)
+    n = ()
+    for i in tl.static_range(len(x)):
+        n = n + (x[i].to(tl.float32) * b_rstd,)
+    return n, b_rstd
+
+
+@triton.jit
+def _normalised_dot(n, b_rstd, x_dot, D: tl.constexpr):
+    """n_dot = rstd (x_dot - n mean(n x_dot))."""
+    b_mean = _mean_product(n, x_dot, D)
+    n_dot = ()
+    for i in tl.static_range(len(n)):
+        n_dot = n_dot + (b_rstd * (x_dot[i].to(tl.float32) - n[i] * b_mean),)
+    return n_dot
+
+
+@triton.jit
+def _store_turned(p_heads, i_head, m_head, n, p_weight, cos, sin, D: tl.constexpr):
+    """R(n weight), where `_load` would find it."""
+    WIDTH: tl.constexpr = n[0].shape[1]
+    for i in tl.static_range(len(n)):
+        i_c = i * WIDTH + tl.arange(0, WIDTH)
+        b_y = rotate(n[i] * load_vector(p_weight, i_c, D), cos[i], sin[i]).to(p_heads.dtype.element_ty)
+        tl.store(p_heads + i_head[:, None] + i_c[None, :], b_y, mask=m_head[:, None] & (i_c < D)[None, :])
+
+
+@triton.jit
 def _forward(
     p_qkv, p_qkv_dot, p_q_weight, p_k_weight, p_cos, p_sin, p_q, p_k, p_q_dot, p_k_dot,
     tokens, first_dot_token, length, prefix, step, dot_step, eps,
-    H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """q and k of one tile; `step` values lie between tokens of qkv, `dot_step` between those of qkv_dot."""
-    i_token, i_head, mask = _place(tl.program_id(0), tokens, H, D, HEADS, ROWS, BLOCK)
-    i_c = tl.arange(0, BLOCK)
-    i_row = i_head[:, None] * D + i_c[None, :]
-    i_in = i_token.to(tl.int64)[:, None] * step + i_row
-    i_out = i_token.to(tl.int64)[:, None] * (H * D) + i_row
+    """ROWS heads of q and of k; `step` values lie between tokens of qkv, `dot_step` between those of qkv_dot."""
+    i_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    i_token, i_head = i_row // H, i_row % H * D
+    mask = i_token < tokens
+    i_in = i_token.to(tl.int64) * step + i_head
+    i_out = i_token.to(tl.int64) * (H * D) + i_head
     # Every load comes before the first sum over a row, so that all are under way together.
-    b_q = tl.load(p_qkv + i_in, mask=mask, other=0.0)
-    b_k = tl.load(p_qkv + H * D + i_in, mask=mask, other=0.0)
+    q = _load(p_qkv, i_in, mask, D, WIDTH)
+    k = _load(p_qkv + H * D, i_in, mask, D, WIDTH)
     if p_qkv_dot is not None:
         i_token_dot = i_token - first_dot_token
-        m_dot = mask & (i_token_dot >= 0)[:, None]
-        i_in_dot = i_token_dot.to(tl.int64)[:, None] * dot_step + i_row
-        b_q_in_dot = tl.load(p_qkv_dot + i_in_dot, mask=m_dot, other=0.0)
-        b_k_in_dot = tl.load(p_qkv_dot + H * D + i_in_dot, mask=m_dot, other=0.0)
-    b_cos, b_sin = _angles(p_cos, p_sin, _positions(i_token, length, prefix, HEADS, ROWS), D, BLOCK)
-    b_cos, b_sin = b_cos.to(tl.float32), b_sin.to(tl.float32)
-    b_q_weight, b_k_weight = load_vector(p_q_weight, i_c, D), load_vector(p_k_weight, i_c, D)
+        m_dot = mask & (i_token_dot >= 0)
+        i_in_dot = i_token_dot.to(tl.int64) * dot_step + i_head
+        q_dot = _load(p_qkv_dot, i_in_dot, m_dot, D, WIDTH)
+        k_dot = _load(p_qkv_dot + H * D, i_in_dot, m_dot, D, WIDTH)
+    i_position = i_token % length - prefix
+    cos = _load_table(p_cos, i_position, 1.0, D, WIDTH)
+    sin = _load_table(p_sin, i_position, 0.0, D, WIDTH)
 
-    b_q, _, b_q_rstd = normalise(b_q.to(tl.float32), mask, eps, D, False)
-    b_k, _, b_k_rstd = normalise(b_k.to(tl.float32), mask, eps, D, False)
-    tl.store(p_q + i_out, rotate(b_q * b_q_weight, b_cos, b_sin).to(p_q.dtype.element_ty), mask=mask)
-    tl.store(p_k + i_out, rotate(b_k * b_k_weight, b_cos, b_sin).to(p_k.dtype.element_ty), mask=mask)
+    q, b_q_rstd = _normalised(q, eps, D)
+    _store_turned(p_q, i_out, mask, q, p_q_weight, cos, sin, D)
+    k, b_k_rstd = _normalised(k, eps, D)
+    _store_turned(p_k, i_out, mask, k, p_k_weight, cos, sin, D)
     if p_qkv_dot is not None:
-        if tl.max(i_token_dot) >= 0:
-            i_out_dot = i_token_dot.to(tl.int64)[:, None] * (H * D) + i_row
-            b_q_dot = normalise_dot(b_q, b_q_rstd, b_q_in_dot.to(tl.float32), m_dot, D, False) * b_q_weight
-            b_y_dot = rotate(b_q_dot, b_cos, b_sin).to(p_q_dot.dtype.element_ty)
-            tl.store(p_q_dot + i_out_dot, b_y_dot, mask=m_dot)
-            b_k_dot = normalise_dot(b_k, b_k_rstd, b_k_in_dot.to(tl.float32), m_dot, D, False) * b_k_weight
-            b_y_dot = rotate(b_k_dot, b_cos, b_sin).to(p_k_dot.dtype.element_ty)
-            tl.store(p_k_dot + i_out_dot, b_y_dot, mask=m_dot)
+        if (tl.program_id(0) * ROWS + ROWS - 1) // H >= first_dot_token:
+            i_out_dot = i_token_dot.to(tl.int64) * (H * D) + i_head
+            q_n_dot = _normalised_dot(q, b_q_rstd, q_dot, D)
+            _store_turned(p_q_dot, i_out_dot, m_dot, q_n_dot, p_q_weight, cos, sin, D)
+            k_n_dot = _normalised_dot(k, b_k_rstd, k_dot, D)
+            _store_turned(p_k_dot, i_out_dot, m_dot, k_n_dot, p_k_weight, cos, sin, D)
 
 
 @triton.jit
@@ -223,15 +293,16 @@ def _run_forward(qkv, qkv_dot, q_weight, k_weight, cos, sin, prefix, eps):
     samples, length, heads, head_dim = q.shape
     rows = _token_rows(qkv)
     dot_rows = None if qkv_dot is None else _token_rows(qkv_dot)
-    tile = tile_of(heads, head_dim, registration.chip(qkv.device))
+    turned, width, warps = forward_tile(head_dim, qkv.element_size(), registration.chip(qkv.device))
     tokens, moves = samples * length, qkv_dot is not None
     registration.launch(
-        _forward, registration.cdiv(tokens, tile.tokens) * registration.cdiv(heads, tile.heads),
+        _forward, registration.cdiv(tokens * heads, turned),
         rows, dot_rows, q_weight.contiguous(), k_weight.contiguous(), cos.contiguous(), sin.contiguous(),
         q, k, present(q_dot, moves), present(k_dot, moves),
         tokens, registration.first_dot(samples, qkv_dot) * length, length, prefix,
         rows.stride(0), dot_rows.stride(0) if moves else 0, eps,
-        H=heads, D=head_dim, HEADS=tile.heads, ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps,
+        H=heads, D=head_dim, ROWS=turned, WIDTH=width, num_warps=warps,
+        maxnreg=128 if head_dim <= 96 else None,  # 16 warps reside; wider heads would spill
     )  # fmt: skip
     return q, k, q_dot, k_dot
 

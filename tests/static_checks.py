@@ -23,8 +23,9 @@ SIZES = {"digits": (64, 4, 176), "B": (768, 12, 2048), "L": (1024, 16, 2736), "H
 DTYPES = {"digits": ["float16"], "B": ["bfloat16"], "L": ["bfloat16"], "H": ["bfloat16", "float32"]}
 """What products are in; the stream is float32. float32 for the widest, which needs most registers."""
 BATCH, LENGTH, PREFIX = 64, 276, 20
-CHIPS = {80: 108, 90: 132, 100: 148}
-"""Capability, and the number of multiprocessors of A100, H100 and B200."""
+CHIPS = {80: (108, 163), 86: (108, 99), 89: (108, 99), 90: (132, 227), 100: (148, 227), 120: (170, 99)}
+"""Capability; multiprocessors, and KB of shared memory that a program can have: A100, A10 and RTX 30, L40 and RTX 40,
+H100, B200, RTX 50. sm_86 and sm_89 have A100's number, so that launches are equal where tiles are."""
 TYPES = {
     "torch.float32": "fp32",
     "torch.bfloat16": "bf16",
@@ -62,6 +63,7 @@ def norm_cases(size: str, stream, low):
         "dual adaln",
         lambda: norm._run_forward(*adaln, x_dot, y_dot, *(sample_dot,) * 3, True, *options[1:]),
     )
+    yield "forward alone", lambda: norm._run_forward(*first, *none, *options)
     yield "dual alone", lambda: norm._run_forward(*first, x_dot, *none[1:], *options)
     stats = _meta(BATCH, LENGTH, 1, dtype=torch.float32)
     needs = [True, True, False, False]
@@ -69,6 +71,8 @@ def norm_cases(size: str, stream, low):
         "backward",
         lambda: norm._run_backward(y, x, x, y, channel, channel, None, None, stats, low, False, needs),
     )
+    alone = (y, None, x, None, None, channel, None, None, stats, low, False, [False, True, False, False])
+    yield "backward alone", lambda: norm._run_backward(*alone)
     adaln_stats = _meta(BATCH, LENGTH, 2, dtype=torch.float32)
     yield (
         "backward adaln",
@@ -187,8 +191,8 @@ def recorded_launches(families):
     from pmf.kernels import registration
 
     launches = []
-    for capability, processors in CHIPS.items():
-        chip = registration.Chip(capability, processors)
+    for capability, (processors, kilobytes) in CHIPS.items():
+        chip = registration.Chip(capability, processors, kilobytes << 10)
         registration.chip = lambda device, _chip=chip: _chip
         for family in families:
             for size in SIZES:
@@ -228,7 +232,7 @@ def compile_one(launch) -> dict:
     label, capability, (module, name), arguments, options = launch
     kernel = getattr(importlib.import_module(module), name)
     options = dict(options)
-    compile_options = {k: options.pop(k) for k in ("num_warps", "num_stages") if k in options}
+    compile_options = {k: options.pop(k) for k in ("num_warps", "num_stages", "maxnreg") if k in options}
     signature, constants, attributes = {}, {}, {}
 
     def specialise(value, place: tuple, given=True):
@@ -281,14 +285,32 @@ def _read(cubin: bytes) -> dict:
     )
 
 
+def _as_compiled(launch) -> str:
+    """What tells launches apart, as far as compiling them can.
+
+    Triton allots shared memory by a chip's generation (sm_86 and sm_89 differ from sm_80 in float8 alone), so what
+    sm_80 launches too is not compiled again for them.
+    """
+    _, capability, *rest = launch
+    return repr((capability // 10 if capability < 90 else capability, *rest))
+
+
+def _loads_ahead(launch) -> bool:
+    """Whether a loop keeps several iterations' loads in shared memory; what does not takes 8 KB at the most."""
+    options = launch[4]
+    return max(options.get("num_stages", 1), options.get("STAGES", 1)) > 1
+
+
 def main() -> None:
-    """Compile on all cores, in processes of their own; identical launches once."""
+    """Compile on all cores, in processes of their own; identical launches once, for sm_120 only what loads ahead."""
     families = sys.argv[1:] or list(FAMILIES)
-    launches = {repr(launch[1:]): launch for launch in recorded_launches(families)}
+    launches = [launch for launch in recorded_launches(families) if launch[1] != 120 or _loads_ahead(launch)]
+    distinct = {_as_compiled(launch): launch for launch in reversed(launches)}
     context = multiprocessing.get_context("fork")
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context) as pool:
-        for result in pool.map(compile_one, launches.values()):
-            print(json.dumps(result), flush=True)
+        compiled = dict(zip(distinct, pool.map(compile_one, distinct.values()), strict=True))
+    for launch, capability in dict.fromkeys((_as_compiled(launch), launch[1]) for launch in launches):
+        print(json.dumps(compiled[launch] | dict(capability=capability)))
 
 
 if __name__ == "__main__":
