@@ -3,7 +3,7 @@
 An image of N values takes N / 8 words of 64 bits, from a generator of its own, and the Table-Hadamard method (D. B.
 Thomas, "Parallel Generation of Gaussian Random Numbers Using the Table-Hadamard Transform", FCCM 2013):
 
-    w = SFC64(seed).random_raw(N / 8)        the fastest of numpy's generators; NEP 19 keeps its stream as it is
+    w = SFC64(seed).random_raw(N / 8)        the fastest of numpy's generators, which guarantees its streams
     z = points[each 16 bits of w]            N / 2 points of the plane out of 65,536, two values each
     y = H z                                  z as four rows of N / 4 values; H_ij = +-1, H H' = 4
 
@@ -56,12 +56,13 @@ def seeded_noise(
 
 def _on_cpu(seeds: Sequence[int], length: int) -> Tensor:
     """Values [n, 4, 2 length], an image at a time, which a core's cache holds."""
+    points = _points()
     values = np.empty((len(seeds), 4, 2 * length), np.float32)  # numpy asks for large pages, PyTorch does not
 
     def draw(part: slice) -> None:
         found = np.empty(4 * length, np.complex64)
         for seed, row in zip(seeds[part], values[part], strict=True):
-            np.take(_points(), _words(seed, length).view(np.uint16), out=found, mode="wrap")  # "raise" would copy
+            np.take(points, _words(seed, length).view(np.uint16), out=found, mode="wrap")  # "raise" would copy
             np.matmul(_HADAMARD, found.view(np.float32).reshape(4, -1), out=row)
 
     _on_threads(draw, len(seeds))
