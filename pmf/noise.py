@@ -127,9 +127,8 @@ def _points() -> np.ndarray:
     i = np.arange(_CIRCLES)
     s = -np.log1p(-(i + 0.5) / _CIRCLES)
     s *= 1 + np.polyval(_CORRECTION, s)
-    turns = (i + 0.5) * (math.sqrt(5) - 1) / 2 % 1 + np.arange(_ANGLES // 4)[
-        :, None
-    ]  # golden: neighbours lie far apart
+    golden = (math.sqrt(5) - 1) / 2  # the share of a turn that leaves neighbours far apart
+    turns = (i + 0.5) * golden % 1 + np.arange(_ANGLES // 4)[:, None]
     quarter = np.sqrt(2 * s) / 2 * np.exp(2j * np.pi / _ANGLES * turns)
     quarter = (np.rint(quarter.real * 2**20) + 1j * np.rint(quarter.imag * 2**20)) / 2**20
     return np.stack([quarter, 1j * quarter, -quarter, -1j * quarter]).astype(np.complex64).reshape(-1)
