@@ -96,8 +96,8 @@ def tangent_tile(head_dim: int, length: int, dtype: torch.dtype, chip: Chip) -> 
     and P, H as factors. On Hopper factors lie in shared memory; on Ampere they lie in registers, too, 255 a
     thread with 16 keys at D 128 (sm_120 spills there, and takes fewer queries); Blackwell (sm_100) has 512 columns
     of tensor memory for all, too few for 64 keys beside two accumulators.
-    Keys and values take 4 x keys x D values of shared memory a stage: three stages where they fit, at most 96 KB but
-    on Hopper and sm_100.
+    Keys and values take 4 x keys x D values of shared memory a stage: three stages where they fit, and no more than
+    96 KB, except on Hopper and sm_100.
 
     On Hopper up to D 96, two programs a processor, of 32 keys, beat one of 64; up to D 64, 64 queries do where
     128 would leave many rows of the last tile empty (measured on an H200 at D 64, 80 and 128, S 276 and 4096).

@@ -37,6 +37,12 @@ class _Direct(threading.local):
 _direct = _Direct()
 
 
+def _plain(arguments: tuple) -> bool:
+    """Whether the arguments, a tensor first, are ordinary and on a device that kernels run on."""
+    first = arguments[0]
+    return (first.is_cuda or first.is_cpu) and ordinary(arguments)
+
+
 def _directly(function: Callable, arguments: tuple):
     """`function(*arguments)`, whose operators examine nothing."""
     before, _direct.inside = _direct.inside, True
@@ -55,7 +61,7 @@ class Chip:
     processors: int
     """Number of streaming multiprocessors."""
     shared_memory: int = 99 << 10
-    """Bytes of shared memory that a program can have: 227 KB on H100, 163 on A100, 99 on the others since Ampere."""
+    """Bytes of shared memory that a program can have: 227 KB on H100 and B200, 163 on A100, 99 on RTX 30, 40 and 50."""
 
     @property
     def interpreted(self) -> bool:
@@ -130,8 +136,7 @@ def define(schema: str, run: Callable, fake: Callable) -> Callable:
             return on_its_device(*arguments)
         if torch.is_grad_enabled() or watched():
             return operator(*arguments)
-        first = arguments[0]
-        if not (first.is_cuda or first.is_cpu) or not ordinary(arguments):
+        if not _plain(arguments):
             return operator(*arguments)
         return _directly(on_its_device, arguments)
 
@@ -153,7 +158,7 @@ def _with_context(function: type[torch.autograd.Function]) -> type[torch.autogra
 
 def apply(function: type[torch.autograd.Function], *arguments):
     """`function.apply(*arguments)`, by the shortest way that gives the same."""
-    if torch.compiler.is_compiling() or watched() or not ordinary(arguments):
+    if torch.compiler.is_compiling() or watched() or not _plain(arguments):
         return function.apply(*arguments)
     if not torch.is_grad_enabled():
         return _directly(function.forward, arguments)

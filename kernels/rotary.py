@@ -53,7 +53,7 @@ def forward_tile(head_dim: int, item: int, chip: Chip) -> tuple[int, int, int]:
     """Heads of q, and as many of k, that a program turns, the columns of a block, and warps.
 
     A head lies in blocks of 32 columns, one behind the other in the registers of a few threads: 80 columns fill 96,
-    not 128, sums take few shuffles, and heads of `item` bytes a value are still read 64 bytes at a time or more.
+    not 128, sums take few shuffles, and full blocks of `item` bytes a value are still read 64 bytes at a time or more.
     Heads are numbered through all tokens, so that none of a tile is empty where they are no power of two.
     """
     width = min(registration.power_of_two(head_dim), 32)
@@ -154,7 +154,7 @@ def _mean_product(a, b, D: tl.constexpr):
 @triton.jit
 def _normalised(x, eps, D: tl.constexpr):
     """n, and 1 / sqrt(mean(x^2) + eps)."""
-    b_rstd = tl.rsqrt(_mean_product(x, x, D) + eps)
+    b_rstd = tl.rsqrt(_mean_product(x, x, D) + eps)  # not rounded to nearest: no sum over tokens reads it
     n = ()
     for i in tl.static_range(len(x)):
         n = n + (x[i].to(tl.float32) * b_rstd,)
@@ -302,7 +302,7 @@ def _run_forward(qkv, qkv_dot, q_weight, k_weight, cos, sin, prefix, eps):
         tokens, registration.first_dot(samples, qkv_dot) * length, length, prefix,
         rows.stride(0), dot_rows.stride(0) if moves else 0, eps,
         H=heads, D=head_dim, ROWS=turned, WIDTH=width, num_warps=warps,
-        maxnreg=128 if head_dim <= 96 else None,  # 16 warps reside; wider heads would spill
+        maxnreg=128 if head_dim < 96 else None,  # 16 warps reside; wider heads would spill
     )  # fmt: skip
     return q, k, q_dot, k_dot
 

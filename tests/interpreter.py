@@ -27,9 +27,10 @@ def round_to_nearest() -> None:
 
 
 def add_in_pairs() -> None:
-    """Make the interpreter add a tile's values in pairs, pairs of pairs and so on, as a GPU's threads do.
+    """Make the interpreter add a tile's values in pairs, pairs of pairs and so on, much as a GPU does: of a column's
+    values a thread adds a few one after the other, then threads add in pairs.
 
-    numpy adds rows one after the other, whose error grows with their number.
+    numpy adds all rows one after the other, whose error grows with their number.
     """
     from triton.runtime import interpreter
 

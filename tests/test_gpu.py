@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import pmf
-from pmf import ops
+from pmf import noise, ops
 from pmf.kernels import flash
 from pmf.memory import saved_per_row
 from pmf.noise import seeded_noise
@@ -212,8 +212,9 @@ def test_block_checkpointing():
     same_step(lambda model: None, checkpointing="block")
 
 
-@pytest.mark.parametrize("shape", ((3, 256, 256), (3, 5, 7)))
-def test_seeded_noise_has_the_bits_of_the_cpu(shape):
+@pytest.mark.parametrize(("shape", "at_once"), (((3, 256, 256), 2**24), ((3, 5, 7), 2**10)))
+def test_seeded_noise_has_the_bits_of_the_cpu(shape, at_once, monkeypatch):
+    monkeypatch.setattr(noise, "_AT_ONCE", at_once)
     seeds = [0, 7, 2**32 - 1] * 30  # more than are made at once
     seeded_noise(seeds, shape, DEVICE)
     mode = torch.cuda.get_sync_debug_mode()

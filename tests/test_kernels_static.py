@@ -26,6 +26,7 @@ def compiled(family: str) -> list[dict]:
     entries = [json.loads(line) for line in result.stdout.splitlines()]
     # What does not load ahead takes little shared memory on any chip, and is not compiled for sm_120.
     assert {entry["capability"] for entry in entries} == CHIPS.keys() - ({120} if family in NOT_AHEAD else set())
+    assert family not in NOT_AHEAD or all(entry["shared"] <= 8 << 10 for entry in entries)
     return entries
 
 

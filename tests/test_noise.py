@@ -49,6 +49,7 @@ def test_an_image_is_a_function_of_its_seed(shape):
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_no_images(device):
     assert seeded_noise([], SHAPE, device).shape == (0, *SHAPE)
+    assert seeded_noise([1, 2], (1, 0, 2), device).shape == (2, 1, 0, 2)
 
 
 def test_threads_change_no_bit():
@@ -77,6 +78,19 @@ def test_what_a_gpu_computes_has_the_same_bits(at_once, monkeypatch):
     monkeypatch.setattr(noise, "_AT_ONCE", at_once)
     on_device = noise._on_device(range(5), COUNT // 8, torch.device("cpu"))
     assert torch.equal(on_device.view(5, *SHAPE), seeded_noise(range(5), SHAPE))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_nothing(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        on_device = noise._on_device([3], COUNT // 8, torch.device("cpu"))
+        images = seeded_noise([3], SHAPE)
+    finally:
+        torch.set_default_dtype(before)
+    assert on_device.dtype == torch.float32 and torch.equal(on_device.view_as(images), images)
+    assert torch.equal(images, seeded_noise([3], SHAPE))
 
 
 def test_a_gpu_is_sent_words_and_nobody_waits():

@@ -70,13 +70,21 @@ def test_arguments_are_examined_once_a_pass(monkeypatch):
     assert len(examined) == 6
 
 
+@pytest.mark.parametrize("grad", (True, False))
+def test_tensors_without_values_get_shapes_alone(grad):
+    x, branch, gate = (x.detach().to("meta").requires_grad_(grad) for x in inputs())
+    y, y_dot = rms(x, branch, gate, x.detach()[1:], None)
+    assert y.is_meta and y.shape == (2, 3, 4) and y.requires_grad == grad
+    assert y_dot.is_meta and y_dot.shape == (1, 3, 4)
+
+
 def test_an_error_leaves_nobody_unexamined():
     """After an operator has failed, the next one looks again who watches."""
     x, branch, gate = inputs()
 
     class Fails(torch.autograd.Function):
         @staticmethod
-        def forward(x):
+        def forward(*arguments):
             raise ValueError("as it should")
 
     with pytest.raises(ValueError, match="as it should"):

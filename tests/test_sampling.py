@@ -4,7 +4,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pmf
-from pmf.sampling import seeded_noise
+from pmf.noise import seeded_noise
 from tests.networks import TINY, golden, random_model, relative_error
 
 SETTING = dict(omega=2.0, t_min=0.1, t_max=0.9)
