@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import random
 import socket
 from pathlib import Path
 
@@ -82,9 +84,15 @@ def worker(rank: int, size: int, port: int, out: str, cases: list[tuple[str, str
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port for processes that meet there seconds later.
+
+    It lies below those that systems give away by themselves: connections made meanwhile would take one of these.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10000, 30000)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 CASES = {

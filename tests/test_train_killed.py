@@ -32,10 +32,10 @@ def start(processes: int, arguments: list[str]) -> list[subprocess.Popen]:
     command = [sys.executable, "-m", "pmf.train", "train", *arguments]
     common = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     if processes == 1:
-        return [subprocess.Popen(command, env=common, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)]
+        return [subprocess.Popen(command, env=common, stdout=subprocess.DEVNULL)]
     common |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(processes))
     ranks = [common | dict(RANK=str(i), LOCAL_RANK=str(i)) for i in range(processes)]
-    return [subprocess.Popen(command, env=e, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) for e in ranks]
+    return [subprocess.Popen(command, env=e, stdout=subprocess.DEVNULL) for e in ranks]
 
 
 def complete(run: Path) -> list[int]:
