@@ -156,8 +156,10 @@ def block_ops(config: ModelConfig, batch: int) -> list[Op]:
     length, width, heads = config.sequence_length, config.hidden_size, config.num_heads
     tokens, hidden = batch * length, -(-config.mlp_width // 8) * 8
     wide, slim = torch.float32, torch.bfloat16
-    adaln = lambda d: [_random(d, slim, batch, width) for _ in range(3)]  # noqa: E731
     norm_test = "test_kernels_norm.py"
+
+    def adaln(device: torch.device) -> list[Tensor]:
+        return [_random(device, slim, batch, width) for _ in range(3)]
 
     def stream(device: torch.device) -> Tensor:
         return _random(device, wide, batch, length, width)

@@ -31,7 +31,10 @@ class Verdict:
 def verdicts(file: Path, tests: list[str], ending: str) -> dict[str, Verdict]:
     """The verdict of each test file from what the witness wrote; `ending`: why its run ended early, if so."""
     lines = list(ledger.records_of(file))
-    failed = {line["failed"]: line["reason"] for line in reversed(lines) if "failed" in line}
+    failed: dict[str, str] = {}
+    for line in lines:
+        if "failed" in line:
+            failed.setdefault(line["failed"], line["reason"])  # a test can fail in its call, then in its teardown
     expected = {nodeid for line in lines for nodeid in line.get("collected", ())}
     done = {line["done"] for line in lines if "done" in line}
     every, ended = (Counter(_file_of(nodeid) for nodeid in ids) for ids in (expected, done))
@@ -40,7 +43,7 @@ def verdicts(file: Path, tests: list[str], ending: str) -> dict[str, Verdict]:
         broken = {nodeid: reason for nodeid, reason in failed.items() if _file_of(nodeid) == test}
         if broken:
             names = sorted(nodeid.partition("::")[2] or "collection" for nodeid in broken)
-            reason = list(broken.values())[-1]  # the first that came
+            reason = next(iter(broken.values()))  # of the first that came
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             found[test] = Verdict(f"{test} fails: {', '.join(names[:5])}{more}; {reason[:160]}"[:500])
         elif ended[test] < max(every[test], 1):

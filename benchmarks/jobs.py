@@ -157,7 +157,7 @@ def _step_records(job: Job, settings: Settings, device: torch.device, seconds: f
         name = step_name(job.size, batch)
         (record,) = case_records(name, {job.provider: prepare}, device, settings, seconds, whole=True)
         if record.get("peak_bytes") is not None:
-            record |= _tried(lambda: counted_bytes(job.size, batch, job.provider, device))  # noqa: B023
+            record |= _tried(counted_bytes, job.size, batch, job.provider, device)
         yield {**record, "batch": batch}
         full = str(record.get("error", "")).startswith(OUT_OF_MEMORY)
         batch //= 2
@@ -186,7 +186,7 @@ def case_records(
         record = {"case": name, "provider": provider, "status": "measured", **asdict(m)}
         if whole:
             asked = provider == settings.profile
-            record |= _tried(lambda: _host_and_device(ready[provider].run, device, settings, asked))  # noqa: B023
+            record |= _tried(_host_and_device, ready[provider].run, device, settings, asked)
         yield record
 
 
@@ -205,9 +205,9 @@ def _host_and_device(run: Run, device: torch.device, settings: Settings, asked: 
     return found
 
 
-def _tried(measure: Callable[[], Record]) -> Record:
+def _tried(measure: Callable[..., Record], *arguments) -> Record:
     """What stands beside a figure; where it fails, why: the figure is kept."""
     try:
-        return measure()
+        return measure(*arguments)
     except Exception as error:
         return {"note": first_line(error)}
