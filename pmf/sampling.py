@@ -88,7 +88,8 @@ class Sampler:
         self.device = next(model.parameters()).device
         self._places = self._parameter_places()
         with self._inference():
-            self._noise = torch.zeros(batch_size, *model.config.image_shape, device=self.device)
+            shape = (batch_size, *model.config.image_shape)
+            self._noise = torch.zeros(shape, device=self.device, dtype=torch.float32)
             self._labels = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
             self._join = self._prepared(model.joined_weights)
             self._weights = self._join()
@@ -111,7 +112,7 @@ class Sampler:
             self._weights = self._join()
             for part in request.parts(self.batch_size, progress):
                 rows = len(request.labels[part])
-                self._noise[:rows].copy_(request.noise_of(part, self.device))
+                request.noise_of(part, self.device, out=self._noise[:rows])
                 self._labels[:rows].copy_(request.labels[part], non_blocking=True)
                 images[part] = self._run()[:rows]
         return images
@@ -189,11 +190,12 @@ class _Request:
         for start in tqdm(starts, desc="sampling", unit="batch", disable=not progress):
             yield slice(start, start + batch_size)
 
-    def noise_of(self, part: slice, device: torch.device) -> Tensor:
-        """Unit-variance noise of one batch."""
+    def noise_of(self, part: slice, device: torch.device, out: Tensor | None = None) -> Tensor:
+        """Unit-variance noise of one batch, in `out` where there is one."""
         if self.noise is None:
-            return seeded_noise(self.seeds[part], self.image_shape, device)
-        return self.noise[part].to(device, non_blocking=True)
+            return seeded_noise(self.seeds[part], self.image_shape, device if out is None else None, out=out)
+        noise = self.noise[part].to(device, non_blocking=True)
+        return noise if out is None else out.copy_(noise)
 
 
 def _check_count(name: str, value: int) -> None:

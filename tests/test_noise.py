@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pmf import noise
+from pmf.errors import InputError
 from pmf.noise import seeded_noise
 from tests.test_host_sync import Copies
 
@@ -76,7 +77,8 @@ def test_values_are_those_of_the_equation():
 @pytest.mark.parametrize("at_once", [1, 2**24])
 def test_what_a_gpu_computes_has_the_same_bits(at_once, monkeypatch):
     monkeypatch.setattr(noise, "_AT_ONCE", at_once)
-    on_device = noise._on_device(range(5), COUNT // 8, torch.device("cpu"))
+    on_device = torch.empty(5, 4, COUNT // 4)
+    noise._on_device(range(5), on_device)
     assert torch.equal(on_device.view(5, *SHAPE), seeded_noise(range(5), SHAPE))
 
 
@@ -85,12 +87,50 @@ def test_the_default_dtype_changes_nothing(dtype):
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        on_device = noise._on_device([3], COUNT // 8, torch.device("cpu"))
+        on_device = torch.empty(1, 4, COUNT // 4, dtype=torch.float32)
+        noise._on_device([3], on_device)
         images = seeded_noise([3], SHAPE)
     finally:
         torch.set_default_dtype(before)
-    assert on_device.dtype == torch.float32 and torch.equal(on_device.view_as(images), images)
+    assert images.dtype == torch.float32 and torch.equal(on_device.view_as(images), images)
     assert torch.equal(images, seeded_noise([3], SHAPE))
+
+
+@pytest.mark.parametrize("columns", [2, 14, 768, 2**14, 2**14 + 2, 37632, 2 * 16411])
+def test_no_matrix_product_is_wide(columns):
+    """768 columns are of 32 px, 37,632 of 224; 16,411 is a prime."""
+    pieces = noise._pieces(columns)
+    assert columns % pieces == 0 and columns // pieces <= noise._WIDEST
+    assert all(columns % fewer or columns // fewer > noise._WIDEST for fewer in range(1, pieces))
+
+
+@pytest.mark.parametrize("shape", [SHAPE, (3, 5, 7), (3, 224, 224), (1, 8, 16411)])
+def test_drawn_in_place(shape):
+    """Places beside it stay as they are."""
+    buffer = torch.full((4, *shape), math.nan)
+    images = seeded_noise([4, 9], shape, out=buffer[1:3])
+    assert images.data_ptr() == buffer[1].data_ptr() and torch.equal(images, seeded_noise([4, 9], shape))
+    assert buffer[0].isnan().all() and buffer[3].isnan().all()
+
+
+@pytest.mark.parametrize(
+    "out",
+    [
+        torch.empty(3, *SHAPE),
+        torch.empty(2, *SHAPE, dtype=torch.bfloat16),
+        torch.empty(2, 32, 32, 3).permute(0, 3, 1, 2),
+        torch.empty(2, *SHAPE, requires_grad=True),
+    ],
+    ids=["shape", "dtype", "layout", "gradient"],
+)
+def test_bad_input_out(out):
+    with pytest.raises(InputError, match="out: expected contiguous float32"):
+        seeded_noise([0, 1], SHAPE, out=out)
+
+
+def test_bad_input_device_and_out():
+    with pytest.raises(InputError, match="out: expected either"):
+        seeded_noise([0, 1], SHAPE, "cpu", out=torch.empty(2, *SHAPE))
 
 
 def test_a_gpu_is_sent_words_and_nobody_waits():
