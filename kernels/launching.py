@@ -2,9 +2,10 @@
 
 Triton binds and classifies the arguments of every launch, and looks for the compiled kernel under a text made of
 all that: more than twice the time of the launch itself. Here a compiled kernel is kept under a key that tells apart
-at least what Triton tells apart, and launched as it is. Triton 3.6 and 3.7 go by a pointer's dtype and by whether it
-is a multiple of 16, by integers' values (1, multiples of 16, 32 bits or more) and by the types of everything else.
-Other versions launch as usual, and so does everything while a profiler hangs on Triton's launches.
+at least what Triton tells apart, and launched as it is, with addresses for tensors: of every tensor its launcher asks
+the driver what lies behind it. Triton 3.6 and 3.7 go by a pointer's dtype and by whether it is a multiple of 16, by
+integers' values (1, multiples of 16, 32 bits or more) and by the types of everything else. Other versions launch as
+usual, and so does everything while a profiler hangs on Triton's launches.
 """
 
 from __future__ import annotations
@@ -21,19 +22,28 @@ LIMIT = 4096
 _compiled: dict[tuple, tuple] = {}
 
 
-def key_of(arguments: tuple) -> tuple:
-    """What the kernels that Triton compiles from one source, with one set of options, are told apart by."""
+def taken_apart(arguments: tuple) -> tuple[list, list]:
+    """What the kernels that Triton compiles from one source, with one set of options, are told apart by, and the
+    arguments with addresses for tensors.
+    """
     key: list = []
+    plain: list = []
     for argument in arguments:
         if argument is None:
             key.append(None)
+            plain.append(None)
         elif isinstance(argument, Tensor):
-            key += (argument.dtype, argument.data_ptr() % 16)
+            address = argument.data_ptr()
+            key += (argument.dtype, address % 16)
+            plain.append(address)
         elif type(argument) is tuple:
-            key.append(key_of(argument))
+            inner = taken_apart(argument)
+            key.append(tuple(inner[0]))
+            plain.append(tuple(inner[1]))
         else:
             key += (type(argument), argument)
-    return tuple(key)
+            plain.append(argument)
+    return key, plain
 
 
 def _watched() -> bool:
@@ -54,7 +64,8 @@ def launch(kernel, grid: int, *arguments, **options) -> None:
         return
     active = driver.active
     device = active.get_current_device()
-    key = (id(kernel), device, *options.values(), *key_of(arguments))
+    told_apart, plain = taken_apart(arguments)
+    key = (id(kernel), device, *options.values(), *told_apart)
     found = _compiled.get(key)
     if found is None:
         compiled = kernel[(grid,)](*arguments, **options)
@@ -64,4 +75,4 @@ def launch(kernel, grid: int, *arguments, **options) -> None:
         _compiled[key] = compiled.run, compiled.function, compiled.packed_metadata, constants
         return
     run, function, metadata, constants = found
-    run(grid, 1, 1, active.get_current_stream(device), function, metadata, None, None, None, *arguments, *constants)
+    run(grid, 1, 1, active.get_current_stream(device), function, metadata, None, None, None, *plain, *constants)

@@ -29,6 +29,8 @@ the partial sums (2% at pMF's shapes) and vectors per channel or sample, read on
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -39,6 +41,7 @@ from pmf.kernels.registration import Chip, Tile, absent, present
 from pmf.kernels.tiles import load_vector, normalise, normalise_dot
 
 
+@functools.cache
 def forward_tile(width: int, alone: bool, chip: Chip) -> Tile:
     """8 values a thread and operand: one 16-byte load of bfloat16, two of float32.
 
@@ -53,6 +56,7 @@ def forward_tile(width: int, alone: bool, chip: Chip) -> Tile:
     return Tile(max((512 if alone else 256) * warps // block, 1), block, warps)
 
 
+@functools.cache
 def backward_tile(width: int, alone: bool, row_bytes: int, chip: Chip) -> tuple[Tile, int, int]:
     """The forward's tile, the number of programs, and the stages of the loop over a program's tokens.
 

@@ -22,6 +22,7 @@ forward 4 H D e, twice that with a tangent, backward 8 H D e (q, k, three gradie
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +50,7 @@ class Tile:
         return self.tokens * self.heads
 
 
+@functools.cache
 def forward_tile(head_dim: int, item: int, chip: Chip) -> tuple[int, int, int]:
     """Heads of q, and as many of k, that a program turns, the columns of a block, and warps.
 
@@ -60,6 +62,7 @@ def forward_tile(head_dim: int, item: int, chip: Chip) -> tuple[int, int, int]:
     return (1024, width, 1) if chip.interpreted else (2048 // (width * item), width, 4)
 
 
+@functools.cache
 def tile_of(heads: int, head_dim: int, chip: Chip) -> Tile:
     """The backward's: all heads of a token where they fit, several tokens where they are few; 8 values a thread.
 

@@ -9,6 +9,7 @@ once, and those of a sample lie side by side. Everything is added in a fixed ord
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -84,16 +85,22 @@ def add_up(partials: Sequence[Tensor], shares: Shares, like: Sequence[Tensor]) -
     sums = [p.new_empty(p.shape) for p in like]
     if not sums or not shares.programs:
         return [s.zero_() for s in sums]
-    chip = registration.chip(partials[0].device)
+    chip, width = registration.chip(partials[0].device), like[0].shape[-1]
     tile, warps = (1 << 16, 1) if chip.interpreted else (4096, 8)
-    width = like[0].shape[-1]
     per_sample = tuple(p.ndim == 2 for p in like)
-    terms = (registration.cdiv(shares.length, shares.share) + 1 if each else shares.segments for each in per_sample)
-    rows = tuple(min(max(registration.power_of_two(n), 8), 256) for n in terms)
-    groups = (shares.samples if each else 1 for each in per_sample)
-    programs = sum(n * registration.cdiv(width, tile // r) for n, r in zip(groups, rows, strict=True))
+    programs, rows = _division(shares, width, per_sample, tile)
     registration.launch(
         _add_up, programs, tuple(partials), tuple(sums), shares.samples, shares.length, shares.share, shares.segments,
         PER_SAMPLE=per_sample, ROWS=rows, C=width, TILE=tile, num_warps=warps,
     )  # fmt: skip
     return sums
+
+
+@functools.lru_cache(1024)
+def _division(shares: Shares, width: int, per_sample: tuple[bool, ...], tile: int) -> tuple[int, tuple[int, ...]]:
+    """Programs for all sums together, and how many rows of each its programs add up at a time."""
+    terms = (registration.cdiv(shares.length, shares.share) + 1 if each else shares.segments for each in per_sample)
+    rows = tuple(min(max(registration.power_of_two(n), 8), 256) for n in terms)
+    groups = (shares.samples if each else 1 for each in per_sample)
+    programs = sum(n * registration.cdiv(width, tile // r) for n, r in zip(groups, rows, strict=True))
+    return programs, rows

@@ -12,6 +12,8 @@ tangent, backward 5 F e. Rows of x may be any step apart. Where F is no multiple
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -21,6 +23,7 @@ from pmf.kernels.registration import Chip, Tile, absent, present
 from pmf.kernels.tiles import silu
 
 
+@functools.cache
 def tile_of(width: int, chip: Chip) -> Tile:
     """8 values a thread and operand, 4 warps: one 16-byte load of bfloat16, two of float32.
 

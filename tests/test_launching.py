@@ -10,7 +10,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.nvidia.compiler import CUDABackend  # noqa: E402
 from triton.runtime.jit import native_specialize_impl  # noqa: E402
 
-from pmf.kernels.launching import KNOWN, key_of  # noqa: E402
+from pmf.kernels.launching import KNOWN, taken_apart  # noqa: E402
 
 STORAGE = torch.zeros(64)
 ARGUMENTS = (
@@ -23,6 +23,10 @@ ARGUMENTS = (
 )
 
 
+def key_of(*arguments):
+    return tuple(taken_apart(arguments)[0])
+
+
 def specialised(argument):
     return native_specialize_impl(CUDABackend, argument, False, True, True)
 
@@ -31,13 +35,18 @@ def specialised(argument):
 def test_equal_keys_mean_one_compiled_kernel():
     alike = 0
     for a, b in itertools.combinations(ARGUMENTS, 2):
-        if key_of((a,)) == key_of((b,)):
+        if key_of(a) == key_of(b):
             assert specialised(a) == specialised(b), (a, b)
             alike += 1
     assert alike > 0
 
 
 def test_keys_tell_equal_numbers_of_other_types_apart():
+    assert len({key_of(x) for x in (1, 1.0, True)}) == 3
     assert len({key_of((x,)) for x in (1, 1.0, True)}) == 3
-    assert len({key_of(((x,),)) for x in (1, 1.0, True)}) == 3
-    assert len({key_of(x) for x in ((1, 2), ((1, 2),), ((1,), 2))}) == 3
+    assert len({key_of(*x) for x in ((1, 2), ((1, 2),), ((1,), 2))}) == 3
+
+
+def test_launchers_are_given_addresses():
+    _, plain = taken_apart((STORAGE, None, 3, (STORAGE[1:], 1.5)))
+    assert plain == [STORAGE.data_ptr(), None, 3, (STORAGE.data_ptr() + 4, 1.5)]
