@@ -24,7 +24,7 @@ RULES = {
     "pmf/model.py": r"pmf\.(ops|dispatch|config|dual|errors|layers|packing|private|checkpoint|checkpointing)",
     "pmf/loss.py": r"pmf\.(ops|config|dual|errors|layers)",
     "pmf/sampling.py": r"pmf\.(config|dual|errors|noise)",
-    "pmf/noise.py": r"nothing",
+    "pmf/noise.py": r"pmf\.errors",
     "pmf": r"pmf(?!\.(train|benchmarks|kernels)).*",
     "train": r"pmf(?!\.(benchmarks|kernels)).*",
     "benchmarks": r"pmf(?!\.train).*",
