@@ -55,40 +55,50 @@ def seeded_noise(
     threads as PyTorch uses; a GPU is sent these, a quarter of the bytes, and makes the values. Nobody waits for it: the
     words of the next batch are drawn while it works on this one.
 
-    `out` is where to draw, instead of new memory on `device`: on a CPU that memory takes a quarter of the time.
-    Errors: `InputError` on both, and on an `out` that is no contiguous float32 [n, c, H, W] without gradient.
+    `out` is where to draw, instead of new memory on `device`, which can take a CPU a quarter of the time.
+    Errors: `InputError` on both, and on an `out` that is no contiguous float32 [n, c, H, W] or requires a gradient.
     """
     shape = (len(seeds), *image_shape)
     require(out is None or device is None, "out: expected either out or device, got both")
-    images = _fresh(shape, torch.device(device or "cpu")) if out is None else out
-    fits = images.shape == shape and images.dtype == torch.float32 and images.is_contiguous()
-    kind = f"{list(images.shape)}, {images.dtype}, strides {list(images.stride())}"
-    require(
-        fits and not images.requires_grad,
-        f"out: expected contiguous float32 {list(shape)} without gradient, got {kind}",
-    )
-    if images.numel() > 0:
-        _fill(images.view(len(seeds), -1), seeds)
-    return images
+    if out is not None:
+        _check_out(out, shape)
+    place = torch.device(device or "cpu") if out is None else out.device
+    if place.type != "cpu":
+        images = torch.empty(shape, device=place, dtype=torch.float32) if out is None else out
+        _fill(images, seeds, _on_device, images.new_empty)
+        return images
+    # numpy asks for large pages, PyTorch does not.
+    values = np.empty(shape, np.float32) if out is None else out.numpy()
+    _fill(values, seeds, _on_cpu, functools.partial(np.empty, dtype=np.float32))
+    if out is None:
+        return torch.from_numpy(values)
+    torch.autograd.graph.increment_version(out)  # what autograd saved of it is gone
+    return out
 
 
-def _fill(images: Tensor, seeds: Sequence[int]) -> None:
-    """Images [n, N] of whole words; of a last word that is needed in part, the other values are dropped."""
-    n, count = images.shape
-    whole = images if count % 8 == 0 else _fresh((n, count + -count % 8), images.device)
-    (_on_cpu if images.device.type == "cpu" else _on_device)(seeds, whole.view(n, 4, -1))
-    if whole is not images:
-        images.copy_(whole[:, :count])
+def _check_out(out: Tensor, shape: tuple[int, ...]) -> None:
+    wanted = f"out: expected a contiguous float32 tensor {list(shape)}"
+    require(isinstance(out, Tensor), f"{wanted}, got {type(out).__name__}")
+    fits = out.shape == shape and out.dtype == torch.float32 and out.is_contiguous()
+    require(fits, f"{wanted}, got {out.dtype} {list(out.shape)} with strides {list(out.stride())}")
+    require(not out.requires_grad, f"{wanted}, got one that requires a gradient")
+    writable = not out.is_inference() or torch.is_inference_mode_enabled()
+    require(writable, f"{wanted}, got an inference tensor outside inference mode")
 
 
-def _fresh(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Memory for images; numpy asks the CPU for large pages, PyTorch does not."""
-    if device.type == "cpu":
-        return torch.from_numpy(np.empty(shape, np.float32))
-    return torch.empty(shape, device=device, dtype=torch.float32)
+def _fill(images, seeds: Sequence[int], draw: Callable, empty: Callable) -> None:
+    """Images [n, ...] from whole words; of a last word that is needed in part, the other values are dropped."""
+    n, count = len(seeds), math.prod(images.shape[1:])
+    if n * count == 0:
+        return
+    rows = images.reshape(n, count)
+    whole = rows if count % 8 == 0 else empty((n, count + -count % 8))
+    draw(seeds, whole.reshape(n, 4, -1))
+    if whole is not rows:
+        rows[:] = whole[:, :count]
 
 
-def _on_cpu(seeds: Sequence[int], values: Tensor) -> None:
+def _on_cpu(seeds: Sequence[int], values: np.ndarray) -> None:
     """Values [n, 4, N / 4], an image at a time, which a core's cache holds."""
     points, (_, _, columns) = _points(), values.shape
     pieces = (4, _pieces(columns), -1)
@@ -96,7 +106,7 @@ def _on_cpu(seeds: Sequence[int], values: Tensor) -> None:
     def draw(part: slice) -> None:
         found = np.empty(2 * columns, np.complex64)
         z = found.view(np.float32).reshape(pieces).transpose(1, 0, 2)
-        for seed, row in zip(seeds[part], values[part].numpy(), strict=True):
+        for seed, row in zip(seeds[part], values[part], strict=True):
             np.take(points, _words(seed, columns // 2).view(np.uint16), out=found, mode="wrap")  # "raise" would copy
             np.matmul(_HADAMARD, z, out=row.reshape(pieces).transpose(1, 0, 2))
 

@@ -88,7 +88,8 @@ def _check(op: str, inputs: tuple[_Input, ...], primals: tuple, tangents: tuple)
         sizes = primal.shape
         if len(sizes) < 2:
             raise InputError(f"{op}: {name} per channel takes no tangent; expand it to [B, C]")
-        rows = tangent.shape[0] if rows is None else rows
+        if rows is None and tangent.ndim > 0:
+            rows = tangent.shape[0]
         if tangent.shape != (rows, *sizes[1:]):
             _shape(op, f"{name}'s tangent", tangent, rows, *sizes[1:])
         if rows > sizes[0]:
@@ -354,6 +355,7 @@ def pmf_objective(
         if value is not None:
             _floating(op, name, value, z.device)
     require(null_index.dtype == torch.int64, f"{op}: null_index must be int64, got {null_index.dtype}")
+    require(null_index.device == z.device, f"{op}: null_index must be on {z.device}, got {null_index.device}")
     if readable(null_index):
         rows = 0 if net_n is None else len(net_n)
         require(bool((null_index < max(rows, 1)).all()), f"{op}: null_index must be below net_n's {rows} rows")

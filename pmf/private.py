@@ -91,10 +91,6 @@ def ordinary(arguments: Iterable[object]) -> bool:
     """Whether all tensors among the arguments hold values that lie in memory as they are: no wrapper, no lazy sign."""
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     for x in arguments:
-        kind = type(x)
-        if kind is Tensor or kind is nn.Parameter:
-            if x.is_neg() or wrapped(x):
-                return False
-        elif isinstance(x, Tensor):
+        if isinstance(x, Tensor) and (type(x) not in (Tensor, nn.Parameter) or x.is_neg() or wrapped(x)):
             return False
     return True

@@ -180,6 +180,7 @@ class _Request:
         if noise is not None:
             wanted = [len(labels), *shape]
             require(list(noise.shape) == wanted, f"noise: expected shape {wanted}, got {list(noise.shape)}")
+            require(noise.is_floating_point(), f"noise: expected floating values, got {noise.dtype}")
             finite = not readable(noise) or bool(torch.isfinite(noise).all())
             require(finite, "noise: expected finite values, got NaN or infinity")
         return cls(labels, noise, seeds, shape)

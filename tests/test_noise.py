@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from pmf import noise
 from pmf.errors import InputError
 from pmf.noise import seeded_noise
+from pmf.private import FakeTensorMode
 from tests.test_host_sync import Copies
 
 SHAPE, COUNT = (3, 32, 32), 3072
@@ -113,19 +115,49 @@ def test_drawn_in_place(shape):
     assert buffer[0].isnan().all() and buffer[3].isnan().all()
 
 
+GOOD = torch.empty(2, *SHAPE)
+
+
 @pytest.mark.parametrize(
-    "out",
+    ("out", "got"),
     [
-        torch.empty(3, *SHAPE),
-        torch.empty(2, *SHAPE, dtype=torch.bfloat16),
-        torch.empty(2, 32, 32, 3).permute(0, 3, 1, 2),
-        torch.empty(2, *SHAPE, requires_grad=True),
+        (torch.empty(3, *SHAPE), "torch.float32 [3, 3, 32, 32] with strides [3072, 1024, 32, 1]"),
+        (GOOD.bfloat16(), "torch.bfloat16 [2, 3, 32, 32] with strides [3072, 1024, 32, 1]"),
+        (GOOD.to(memory_format=torch.channels_last), "torch.float32 [2, 3, 32, 32] with strides [3072, 1, 96, 3]"),
+        (GOOD.clone().requires_grad_(), "one that requires a gradient"),
+        (GOOD.numpy(), "ndarray"),
     ],
-    ids=["shape", "dtype", "layout", "gradient"],
+    ids=["shape", "dtype", "layout", "gradient", "array"],
 )
-def test_bad_input_out(out):
-    with pytest.raises(InputError, match="out: expected contiguous float32"):
+def test_bad_input_out(out, got):
+    message = f"out: expected a contiguous float32 tensor [2, 3, 32, 32], got {got}"
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         seeded_noise([0, 1], SHAPE, out=out)
+
+
+@pytest.mark.parametrize("shape", [SHAPE, (3, 5, 7)])
+def test_inference_tensors_are_drawn_into_in_inference_mode(shape):
+    with torch.inference_mode():
+        out = torch.empty(1, *shape)
+        seeded_noise([3], shape, out=out)
+    assert torch.equal(out, seeded_noise([3], shape))
+    with pytest.raises(InputError, match="got an inference tensor outside inference mode"):
+        seeded_noise([3], shape, out=out)
+
+
+@pytest.mark.parametrize("shape", [SHAPE, (3, 5, 7)])
+def test_autograd_knows_that_out_has_changed(shape):
+    out, weight = torch.ones(1, *shape), torch.ones(1, *shape, requires_grad=True)
+    product = (weight * out).sum()
+    seeded_noise([3], shape, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+def test_fake_tensors():
+    """Counting a network's operations draws noise too."""
+    with FakeTensorMode():
+        assert seeded_noise([1, 2], SHAPE).shape == (2, *SHAPE)
 
 
 def test_bad_input_device_and_out():

@@ -111,6 +111,10 @@ one, meta = torch.ones(8), torch.empty(2, 5, 8, device="meta")
             "norm_modulate: x's tangent must be a floating tensor, got torch.int32",
         ),
         (
+            lambda **o: norm((x, one, None, None), (one[0], None, None, None), **o),
+            r"norm_modulate: x's tangent must have shape \[any, 5, 8\], got \[\]",
+        ),
+        (
             lambda **o: residual((x, x, one, None, None, None), (x, meta, *[None] * 4), **o),
             "residual_norm_modulate: branch's tangent must be on cpu, got meta",
         ),
@@ -135,6 +139,7 @@ def test_tangents_count_among_the_dtypes_of_a_kernel():
     [
         (dict(z=torch.ones(2, 3, 10, 10), x=torch.ones(2, 3, 10, 10)), "multiples of the patch size 4, got 10 x 10"),
         (dict(null_index=torch.tensor([0, 9])), "null_index must be below net_n's 2 rows"),
+        (dict(null_index=torch.zeros(2, dtype=torch.int64, device="meta")), "null_index must be on cpu, got meta"),
         (dict(null_index=torch.zeros(2)), "null_index must be int64, got torch.float32"),
         (dict(net_c=torch.ones(3, 4, 48), net_u_dot=torch.ones(3, 4, 48)), "net_c must have at most 2 rows"),
         (dict(net_n=torch.ones(2, 4, 48, dtype=torch.int32)), "net_n must be a floating tensor, got torch.int32"),

@@ -81,6 +81,10 @@ def test_presets_sample_with_their_published_setting():
             "noise: expected either noise or seeds, got both",
         ),
         (dict(noise=torch.zeros(2, 2, 8, 9)), r"noise: expected shape \[2, 2, 8, 8\], got \[2, 2, 8, 9\]"),
+        (
+            dict(noise=torch.zeros(2, 2, 8, 8, dtype=torch.complex64)),
+            "noise: expected floating values, got torch.complex64",
+        ),
         (dict(noise=torch.full((2, 2, 8, 8), torch.nan)), "noise: expected finite values"),
     ],
 )
