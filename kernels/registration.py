@@ -214,7 +214,7 @@ def present(output: Tensor, asked: bool) -> Tensor | None:
 
 def as_rows(x: Tensor) -> Tensor:
     """x [..., C] as [rows, C] with unit stride along C; a copy only where no view can say it."""
-    return unit_step(x if x.ndim == 2 else x.flatten(0, -2))
+    return unit_step(x.flatten(0, -2))
 
 
 def unit_step(x: Tensor | None) -> Tensor | None:

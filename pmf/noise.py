@@ -58,22 +58,26 @@ def seeded_noise(
     `out` is where to draw, instead of new memory on `device`, which can take a CPU a quarter of the time.
     Errors: `InputError` on both, and on an `out` that is no contiguous float32 [n, c, H, W] or requires a gradient.
     """
-    shape = (len(seeds), *image_shape)
+    n, count = len(seeds), math.prod(image_shape)
+    shape = (n, *image_shape)
     require(out is None or device is None, "out: expected either out or device, got both")
     if out is not None:
         _check_out(out, shape)
-    place = torch.device(device or "cpu") if out is None else out.device
-    if place.type != "cpu":
-        images = torch.empty(shape, device=place, dtype=torch.float32) if out is None else out
-        _fill(images, seeds, _on_device, images.new_empty)
-        return images
-    # numpy asks for large pages, PyTorch does not.
-    values = np.empty(shape, np.float32) if out is None else out.numpy()
-    _fill(values, seeds, _on_cpu, functools.partial(np.empty, dtype=np.float32))
-    if out is None:
-        return torch.from_numpy(values)
-    torch.autograd.graph.increment_version(out)  # what autograd saved of it is gone
-    return out
+    device = torch.device(device or "cpu") if out is None else out.device
+    if count % 8 > 0:
+        whole = seeded_noise(seeds, (1, 1, count + -count % 8), device)  # the last word has values too many
+        images = whole.flatten(1)[:, :count].reshape(shape).contiguous()
+        return images if out is None else out.copy_(images)
+    if device.type == "cpu":
+        values = np.empty(shape, np.float32) if out is None else out.numpy()  # numpy asks for large pages
+        _on_cpu(seeds, values.reshape(n, 4, count // 4))
+        images = torch.from_numpy(values) if out is None else out
+    else:
+        images = torch.empty(shape, device=device, dtype=torch.float32) if out is None else out
+        _on_device(seeds, images.view(n, 4, count // 4))
+    if out is not None:
+        torch.autograd.graph.increment_version(out)  # what autograd saved of it is gone
+    return images
 
 
 def _check_out(out: Tensor, shape: tuple[int, ...]) -> None:
@@ -84,18 +88,6 @@ def _check_out(out: Tensor, shape: tuple[int, ...]) -> None:
     require(not out.requires_grad, f"{wanted}, got one that requires a gradient")
     writable = not out.is_inference() or torch.is_inference_mode_enabled()
     require(writable, f"{wanted}, got an inference tensor outside inference mode")
-
-
-def _fill(images, seeds: Sequence[int], draw: Callable, empty: Callable) -> None:
-    """Images [n, ...] from whole words; of a last word that is needed in part, the other values are dropped."""
-    n, count = len(seeds), math.prod(images.shape[1:])
-    if n * count == 0:
-        return
-    rows = images.reshape(n, count)
-    whole = rows if count % 8 == 0 else empty((n, count + -count % 8))
-    draw(seeds, whole.reshape(n, 4, -1))
-    if whole is not rows:
-        rows[:] = whole[:, :count]
 
 
 def _on_cpu(seeds: Sequence[int], values: np.ndarray) -> None:
@@ -116,7 +108,7 @@ def _on_cpu(seeds: Sequence[int], values: np.ndarray) -> None:
 @functools.cache
 def _pieces(columns: int) -> int:
     """How many matrix products of one width an image takes: OpenBLAS puts wider ones on threads of its own."""
-    return next(pieces for pieces in itertools.count(-(-columns // _WIDEST)) if columns % pieces == 0)
+    return next(pieces for pieces in itertools.count(max(-(-columns // _WIDEST), 1)) if columns % pieces == 0)
 
 
 def _on_device(seeds: Sequence[int], values: Tensor) -> None:
@@ -124,7 +116,7 @@ def _on_device(seeds: Sequence[int], values: Tensor) -> None:
     device, columns = values.device, values.shape[2]
     points = torch.from_numpy(_points())
     points = (points.pin_memory() if device.type == "cuda" else points).to(device, non_blocking=True)
-    rows = max(1, _AT_ONCE // (4 * columns))
+    rows = max(1, _AT_ONCE // max(4 * columns, 1))
     for start in range(0, len(seeds), rows):
         part = slice(start, start + rows)
         words = _staged_words(seeds[part], columns // 2, device).to(device, non_blocking=True)

@@ -42,12 +42,12 @@ def _shape(op: str, name: str, tensor: Tensor, *expected: int | None) -> None:
         raise InputError(f"{op}: {name} must have shape [{wanted}], got {list(tensor.shape)}")
 
 
-def _floating(op: str, name: str, tensor: Tensor, device: torch.device | None, role: str = "") -> None:
+def _floating(op: str, name: str, tensor: Tensor, device: torch.device | None) -> None:
     """`tensor` is a floating tensor, and on that device."""
     if not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
-        raise InputError(f"{op}: {name}{role} must be a floating tensor, got {getattr(tensor, 'dtype', tensor)}")
+        raise InputError(f"{op}: {name} must be a floating tensor, got {getattr(tensor, 'dtype', tensor)}")
     if tensor.device != device:
-        raise InputError(f"{op}: {name}{role} must be on {device}, got {tensor.device}")
+        raise InputError(f"{op}: {name} must be on {device}, got {tensor.device}")
 
 
 class _Input(NamedTuple):
@@ -80,7 +80,7 @@ def _check(op: str, inputs: tuple[_Input, ...], primals: tuple, tangents: tuple)
             _floating(op, name, primal, device)
         if tangent is None:
             continue
-        _floating(op, name, tangent, device, "'s tangent")
+        _floating(op, f"{name}'s tangent", tangent, device)
         if not moves:
             raise InputError(f"{op}: {name} takes no tangent, got one; expected None")
         if primal is None:
@@ -90,8 +90,7 @@ def _check(op: str, inputs: tuple[_Input, ...], primals: tuple, tangents: tuple)
             raise InputError(f"{op}: {name} per channel takes no tangent; expand it to [B, C]")
         if rows is None and tangent.ndim > 0:
             rows = tangent.shape[0]
-        if tangent.shape != (rows, *sizes[1:]):
-            _shape(op, f"{name}'s tangent", tangent, rows, *sizes[1:])
+        _shape(op, f"{name}'s tangent", tangent, rows, *sizes[1:])
         if rows > sizes[0]:
             raise InputError(f"{op}: {name}'s tangent must have at most {sizes[0]} samples, got {rows}")
 

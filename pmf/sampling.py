@@ -112,7 +112,7 @@ class Sampler:
             self._weights = self._join()
             for part in request.parts(self.batch_size, progress):
                 rows = len(request.labels[part])
-                request.noise_of(part, self.device, out=self._noise[:rows])
+                request.noise_of(part, out=self._noise[:rows])
                 self._labels[:rows].copy_(request.labels[part], non_blocking=True)
                 images[part] = self._run()[:rows]
         return images
@@ -191,12 +191,12 @@ class _Request:
         for start in tqdm(starts, desc="sampling", unit="batch", disable=not progress):
             yield slice(start, start + batch_size)
 
-    def noise_of(self, part: slice, device: torch.device, out: Tensor | None = None) -> Tensor:
-        """Unit-variance noise of one batch, in `out` where there is one."""
+    def noise_of(self, part: slice, device: torch.device | None = None, out: Tensor | None = None) -> Tensor:
+        """Unit-variance noise of one batch, on `device` or in `out`."""
         if self.noise is None:
-            return seeded_noise(self.seeds[part], self.image_shape, device if out is None else None, out=out)
-        noise = self.noise[part].to(device, non_blocking=True)
-        return noise if out is None else out.copy_(noise)
+            return seeded_noise(self.seeds[part], self.image_shape, device, out=out)
+        noise = self.noise[part]
+        return noise.to(device, non_blocking=True) if out is None else out.copy_(noise, non_blocking=True)
 
 
 def _check_count(name: str, value: int) -> None:

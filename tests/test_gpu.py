@@ -224,6 +224,7 @@ def test_seeded_noise_has_the_bits_of_the_cpu(shape, at_once, monkeypatch):
     finally:
         torch.cuda.set_sync_debug_mode(mode)
     assert torch.equal(made.cpu(), seeded_noise(seeds, shape))
+    assert torch.equal(seeded_noise(seeds, shape, out=torch.empty_like(made)), made)
 
 
 @pytest.mark.parametrize("steps", (1, 2))
