@@ -289,14 +289,14 @@ def measure_embedded(config: EvalConfig) -> None:
     device = _device(config.device, Ranks())
     for weights in config.weights or (None,):
         model = pmf.PMFDiT.from_pretrained(config.source, weights=weights, aux_head=False, device=device)
-        measure = _own_measure(model.config)
+        measure = own_measure(model.config)
         for point in grid(config, weights, model.config, steps=(1, 2)):
             result = measure(model, seed=config.seed, **point.settings)
             numbers = {name: round(value, 4) for name, value in result.items()}
             print(json.dumps({"weights": point.weights, **point.settings, **numbers}), flush=True)
 
 
-def _own_measure(model: ModelConfig) -> Callable[..., dict[str, float]]:
+def own_measure(model: ModelConfig) -> Callable[..., dict[str, float]]:
     """How an embedded data set is measured, by the shape of its images and its ten classes."""
     if model.num_classes == 10 and model.image_shape == DIGITS_SHAPE:
         return evaluate_digits

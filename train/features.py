@@ -72,15 +72,19 @@ def all_ranks() -> Iterator[Ranks]:
     ours = started and not dist.is_initialized()
     if ours:
         dist.init_process_group("gloo")
-    if not (dist.is_available() and dist.is_initialized()):
-        yield Ranks()
-        return
-    group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)), group)
+        yield present_ranks()
     finally:
         if ours:
             dist.destroy_process_group()
+
+
+def present_ranks() -> Ranks:
+    """The processes of torch.distributed where it runs, else this one alone. Every process must call."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return Ranks()
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    return Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)), group)
 
 
 @dataclass(frozen=True)
