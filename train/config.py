@@ -91,6 +91,8 @@ class RunConfig:
     """What to train on: digits, photographs, or a directory made by `pmf data prepare`."""
     workers: int = 0
     """Processes that read images ahead, per training process (0: the training process itself)."""
+    flip: bool = False
+    """Mirror each image, left to right, with probability 1/2 (off, as published)."""
     max_corrupt: int = 100
     """Unreadable images that each process may replace, named in warnings; one more is an error."""
     init: str | None = None

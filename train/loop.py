@@ -271,6 +271,7 @@ class Trainer:
             world=self.world.size,
             workers=self.config.workers,
             first_step=self.step,
+            flip=self.config.flip,
             device=self.world.device,
             max_corrupt=self.config.max_corrupt,
         )
