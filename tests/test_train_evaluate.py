@@ -68,6 +68,16 @@ def test_real_digits_are_close_and_named_rightly():
     assert result["accuracy"] > 0.99
 
 
+def test_published_settings_are_measured_by_name():
+    config, model = EvalConfig("checkpoint.pt", guidance=("pMF-B/16", "pMF-B/16-torch")), pmf.MODELS["pMF-B/16"]
+    settings = [SamplingConfig(8.5, 0.1, 0.7), SamplingConfig(7.5, 0.1, 0.8)]
+    assert [point.sampling for point in grid(config, None, model)] == settings
+    with pytest.raises(pmf.InputError, match="guidance: expected no omega and no interval beside it"):
+        grid(dataclasses.replace(config, omega=(7.0,)), None, model)
+    with pytest.raises(pmf.InputError, match=r"guidance: expected one of pMF-B/16, pMF-B/16-torch, .* got 'B/16'"):
+        grid(dataclasses.replace(config, guidance=("B/16",)), None, model)
+
+
 def test_a_digits_network_is_measured_over_the_grid(tmp_path, capsys):
     model = random_model(pmf.MODELS["pMF-digits"], dtype=torch.float32)
     file = tmp_path / "model.safetensors"

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Literal, get_type_hints
 
-from pmf.config import LOSSES, MODELS, LossConfig, ModelConfig
+from pmf.config import LOSSES, MODELS, SAMPLING, LossConfig, ModelConfig
 from pmf.errors import InputError, require
 from pmf.metrics import NAMES, Resize
 from pmf.model import CHECKPOINTING
@@ -33,6 +33,12 @@ class SamplingConfig:
         require(self.omega >= 1, f"sampling.omega: expected a guidance scale >= 1, got {self.omega}")
         ordered = 0 <= self.t_min <= self.t_max <= 1
         require(ordered, f"sampling.t_min: expected 0 <= t_min <= t_max <= 1, got {self.t_min} and {self.t_max}")
+
+
+def published_guidance(name: str) -> SamplingConfig:
+    """The published setting of that name. Errors: an unknown name."""
+    require(name in SAMPLING, f"guidance: expected one of {', '.join(SAMPLING)}, got {name!r}")
+    return SamplingConfig(**SAMPLING[name])
 
 
 @dataclass(frozen=True)

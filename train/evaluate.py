@@ -18,10 +18,10 @@ from torch import Tensor
 
 import pmf
 from pmf.checkpoint import write_atomically
-from pmf.config import MODELS, SAMPLING, ModelConfig
+from pmf.config import MODELS, ModelConfig
 from pmf.errors import InputError, require
 from pmf.metrics import Resize, Statistics, frechet_distance, inception
-from pmf.train.config import CONFIG_FILE, SamplingConfig, load_run_config
+from pmf.train.config import CONFIG_FILE, SamplingConfig, load_run_config, published_guidance
 from pmf.train.data import digits
 from pmf.train.features import (
     Extractor,
@@ -64,6 +64,8 @@ class EvalConfig:
     """Guidance scales to measure (default: the setting of the run or of the published preset)."""
     interval: tuple[str, ...] = ()
     """Guidance intervals to measure, each as t_min,t_max: 0.1,0.7 (default as for omega)."""
+    guidance: tuple[str, ...] = ()
+    """Published settings to measure by name, in place of omega and interval: pMF-B/16, pMF-B/16-torch, ..."""
     steps: tuple[int, ...] = ()
     """Numbers of network evaluations per image to measure (default: 1; for digits and photographs 1 and 2)."""
     per_class: int = PER_CLASS
@@ -191,16 +193,24 @@ def grid(config: EvalConfig, weights: str | None, model: ModelConfig, steps: tup
     """
     run = Path(config.source)
     stored = load_run_config(run) if (run / CONFIG_FILE).is_file() else None
-    preset = next((SamplingConfig(**SAMPLING[name]) for name, c in MODELS.items() if c == model), None)
-    default = stored.sampling if stored else preset
+    preset = next((published_guidance(name) for name, c in MODELS.items() if c == model), None)
+    settings = _settings(config, stored.sampling if stored else preset)
+    weights = weights or (stored.sampling_weights if stored else run.stem)
+    return [Point(weights, sampling, n) for sampling, n in product(settings, config.steps or steps)]
+
+
+def _settings(config: EvalConfig, default: SamplingConfig | None) -> list[SamplingConfig]:
+    """The settings of guidance: those named, else every omega in every interval."""
+    if config.guidance:
+        both = bool(config.omega or config.interval)
+        require(not both, "guidance: expected no omega and no interval beside it, got both")
+        return [published_guidance(name) for name in config.guidance]
     for flag in ("omega", "interval"):
         known = getattr(config, flag) or default
         require(bool(known), f"{flag}: this network is no preset, so {flag} must be given")
     omegas = config.omega or (default.omega,)
     intervals = [_interval(text) for text in config.interval] or [(default.t_min, default.t_max)]
-    weights = weights or (stored.sampling_weights if stored else run.stem)
-    points = product(intervals, omegas, config.steps or steps)
-    return [Point(weights, SamplingConfig(*map(float, (w, *interval))), n) for interval, w, n in points]
+    return [SamplingConfig(*map(float, (omega, *interval))) for interval, omega in product(intervals, omegas)]
 
 
 def _interval(text: str) -> tuple[float, float]:
