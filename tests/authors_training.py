@@ -94,6 +94,23 @@ def crop(image, box, size: int = CROP_SIZE):
     )
 
 
+def draw_boxes(seed: int, rows: int, height: int, width: int):
+    """Boxes (top, left, height, width) [rows, 4] of the authors' law, each of a key of its own."""
+
+    def box(key):
+        of_area, of_ratio, of_top, of_left = jax.random.split(key, 4)
+        area = height * width * jax.random.uniform(of_area, minval=0.08, maxval=1.0)
+        low, high = jnp.log(jnp.array([3 / 4, 4 / 3]))
+        ratio = jnp.exp(jax.random.uniform(of_ratio, minval=low, maxval=high))
+        w = jnp.clip(jnp.round(jnp.sqrt(area * ratio)).astype(int), 1, width)
+        h = jnp.clip(jnp.round(jnp.sqrt(area / ratio)).astype(int), 1, height)
+        top = jax.random.randint(of_top, (), 0, height - h + 1)
+        left = jax.random.randint(of_left, (), 0, width - w + 1)
+        return jnp.stack([top, left, h, w])
+
+    return jax.jit(jax.vmap(box))(jax.random.split(jax.random.key(seed), rows))
+
+
 def ema_decay(step, half_life_kimg: float, batch: int):
     """The weight of the average after update `step` (from 1), with the authors' ramp."""
     half_life = jnp.minimum(half_life_kimg * 1000, step * batch * 0.05)

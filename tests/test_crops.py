@@ -87,7 +87,7 @@ def test_a_crop_is_a_part_of_the_resized_image(image, length, size):
         assert (crop - expected).abs().max() <= 2 * rounding_bound(images, boxes, size, torch.float64)
 
 
-@pytest.mark.parametrize(("height", "width", "boxes"), [CASES[0], CASES[3]])
+@pytest.mark.parametrize(("height", "width", "boxes"), [CASES[0], CASES[3], (40, 30, [(0, 0, 40, 30), (5, 2, 20, 17)])])
 def test_gradient_is_the_transposed_filter(height, width, boxes):
     torch.manual_seed(0)
     boxes = torch.tensor(boxes, dtype=torch.float32)
