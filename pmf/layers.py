@@ -77,7 +77,7 @@ class Linear(PackedModule, nn.Linear):
 
 
 class WideLinear(Linear):
-    """A Linear that gives float32 under autocast, too: its product is rounded to nothing less, its bias not at all."""
+    """A Linear that gives at least float32: its product is not rounded, and its bias not cast by autocast."""
 
     def joins(self) -> tuple[Join, ...]:
         """The weight; the bias is added as it is."""
@@ -342,7 +342,7 @@ class Block(DualModule):
 
 
 class FinalLayer(DualModule):
-    """Norm and a zero-initialised Linear to the p * p * c values of each patch, in float32 under autocast, too."""
+    """Norm and a zero-initialised Linear to the p * p * c values of each patch, in float32 at least."""
 
     def __init__(self, config: ModelConfig, impl: str | None = None) -> None:
         super().__init__(impl)

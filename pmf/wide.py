@@ -14,17 +14,17 @@ from pmf.private import transforming
 
 
 def wide_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., C] times W^T, W [F, C] -> [..., F]: of both in autocast's dtype, in float32; without it, as they are.
+    """x [..., C] times W^T, W [F, C] -> [..., F] in float32, x and W in autocast's dtype or else in their own.
 
-    Differentiable, also forward and under torch.func; gradients of x and W are of their own dtype, from y's gradient
-    rounded to autocast's.
+    Wider operands, without autocast, give their own dtype. Differentiable, also forward and under torch.func; gradients
+    of x and W are of their dtypes, and come from y's gradient rounded to that of the operands.
     """
     dtype = autocast_dtype(x.device.type)
     if dtype is not None:
         x, weight = x.to(dtype), weight.to(dtype)
     rows = x.flatten(0, -2)
     with no_autocast(x.device):
-        if dtype is None:
+        if x.dtype.itemsize > 2:
             product = rows @ weight.T
         elif transforming():
             product = rows.float() @ weight.T.float()

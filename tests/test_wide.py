@@ -23,6 +23,7 @@ def test_operands_are_rounded_and_the_sum_is_not(rows):
     x, weight = operands(rows)
     with torch.autocast("cpu", BF16):
         y = wide_product(x, weight)
+    assert torch.equal(y, wide_product(x.to(BF16), weight.to(BF16)))  # operands that are low already
     exact = x.to(BF16).double() @ weight.to(BF16).double().T
     assert y.dtype == torch.float32 and y.shape == (*rows, 7)
     assert torch.allclose(y.double(), exact, rtol=0, atol=16 * 2**-24 * 16)  # 16 terms of at most about 16
@@ -35,7 +36,7 @@ def test_operands_are_rounded_and_the_sum_is_not(rows):
         assert ((got - truth).abs() <= 2**-8 * truth.abs() + 1e-5).all()  # a rounding step of autocast's dtype
 
 
-def test_without_autocast_it_is_the_product_and_strides_do_not_matter():
+def test_of_wider_operands_it_is_the_product_and_strides_do_not_matter():
     x, weight = operands((6, 5), dtype=torch.float64)
     assert torch.autograd.gradcheck(wide_product, (x, weight))
     cut, w = x.detach()[:, 2:], weight.detach()
@@ -78,10 +79,11 @@ def test_a_wide_linear_errs_less_than_a_linear_and_its_bias_is_not_rounded():
         assert torch.equal(wide(torch.zeros(1, 64))[0], wide.bias)
 
 
-def test_what_the_network_predicts_is_float32_under_autocast():
-    """Images, fields and samples; their error against float64 shrinks, since nothing is rounded at the end."""
+def test_samples_of_a_low_precision_are_not_rounded_to_it():
     model, labels = random_model(TINY, dtype=torch.float32), [0, 1, 2, 3]
     with torch.autocast("cpu", BF16):
-        images = pmf.generate(model, labels, seeds=labels, omega=2.0, t_min=0.1, t_max=0.9)
-    assert images.dtype == torch.float32
-    assert not torch.equal(images, images.to(BF16).float())
+        autocast = pmf.generate(model, labels, seeds=labels, omega=2.0, t_min=0.1, t_max=0.9)
+    low = pmf.generate(model.to(BF16), labels, seeds=labels, omega=2.0, t_min=0.1, t_max=0.9)
+    for images in (autocast, low):
+        assert images.dtype == torch.float32
+        assert not torch.equal(images, images.to(BF16).float())
