@@ -64,6 +64,18 @@ def test_the_weights_are_measured_every_so_many_steps_and_at_the_last(whole):
     assert all(len(record) == 5 for record in records(whole))
 
 
+def test_weights_that_are_equal_are_measured_once_and_named_twice(tmp_path):
+    """Half-lives of averages are the same while a run is young."""
+    trainer = Trainer(
+        examined(tmp_path / "run", evaluation=EvaluationConfig(weights=("ema_500", "ema_2000"))), digits()[0]
+    )
+    kill_after(trainer, 3)
+    trainer.run()
+    assert where(tmp_path / "run") == [(step, weights) for step in (2, 4, 5) for weights in ("ema_500", "ema_2000")]
+    for record in records(tmp_path / "run"):
+        assert record["frechet_distance/ema_500"] == record["frechet_distance/ema_2000"]
+
+
 def test_one_line_is_printed_for_each(tmp_path, capsys):
     train(examined(tmp_path / "run", steps=2, evaluation=EvaluationConfig()))
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 2: ")]
