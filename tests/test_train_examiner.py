@@ -64,6 +64,18 @@ def test_the_weights_are_measured_every_so_many_steps_and_at_the_last(whole):
     assert all(len(record) == 5 for record in records(whole))
 
 
+def test_weights_that_are_equal_are_measured_once_and_named_twice(tmp_path):
+    """Half-lives of averages are the same while a run is young."""
+    trainer = Trainer(
+        examined(tmp_path / "run", evaluation=EvaluationConfig(weights=("ema_500", "ema_2000"))), digits()[0]
+    )
+    kill_after(trainer, 3)
+    trainer.run()
+    assert where(tmp_path / "run") == [(step, weights) for step in (2, 4, 5) for weights in ("ema_500", "ema_2000")]
+    for record in records(tmp_path / "run"):
+        assert record["frechet_distance/ema_500"] == record["frechet_distance/ema_2000"]
+
+
 def test_one_line_is_printed_for_each(tmp_path, capsys):
     train(examined(tmp_path / "run", steps=2, evaluation=EvaluationConfig()))
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 2: ")]
@@ -169,7 +181,7 @@ def test_overwriting_a_run_takes_its_results(tmp_path):
 
 def test_killed_for_real_nothing_is_lost_or_repeated(tmp_path):
     flags = [*FLAGS, "--eval-every", "12", "--evaluation.weights", "model", "ema_500"]
-    survive(tmp_path, 3, 1, seed=3, flags=flags)
+    survive(tmp_path, 2, 1, seed=3, flags=flags)
     peace, war = tmp_path / "peace", tmp_path / "war"
     assert where(peace) == [(step, weights) for step in range(12, 61, 12) for weights in ("model", "ema_500")]
     assert numbers(war) == numbers(peace) and records(war) == records(peace)
@@ -271,16 +283,17 @@ class Dies(torch.nn.Module):
 
 @pytest.mark.extras
 def test_a_run_is_measured_by_inception_and_goes_on_where_it_was_killed(reference, inception_weights, tmp_path):
-    evaluation = against(reference, inception_weights)
-    whole = train(examined(tmp_path / "whole", steps=2, evaluation=evaluation))
+    # The averages have to lag behind by a grey level.
+    measured = dict(steps=20, eval_every=20, evaluation=against(reference, inception_weights))
+    whole = train(examined(tmp_path / "whole", **measured))
     first, second = lines(whole)
-    assert first["resize"] == "half_pixel" and (first["images"], first["step"], first["dtype"]) == (10, 2, "float32")
+    assert first["resize"] == "half_pixel" and (first["images"], first["step"], first["dtype"]) == (10, 20, "float32")
     assert first["fid"] != second["fid"] and list(records(whole)[0]) == [
         "step",
         *(f"{metric}/{weights}" for weights in BOTH.weights for metric in ("fid", "inception_score")),
     ]
 
-    trainer = Trainer(examined(tmp_path / "run", steps=2, evaluation=evaluation), digits()[0])
+    trainer = Trainer(examined(tmp_path / "run", **measured), digits()[0])
     trainer.examiner.measurement.extractor = Dies(trainer.examiner.measurement.extractor, 8)
     with pytest.raises(Killed):
         trainer.run()

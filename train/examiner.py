@@ -77,6 +77,7 @@ class Examiner:
                 tensors = whole(weights[name], keep=self.world.main or self.measurement is not None)
                 head = {"source": str(self.directory), "weights": name, "step": step, **self.sampling}
                 line = self._measured(head, tensors)
+                self.world.main_first(lambda head=head, line=line: self._named(head, line))
                 found |= {f"{metric}/{name}": line[metric] for metric in REPORTED if line.get(metric) is not None}
         return found
 
@@ -98,6 +99,12 @@ class Examiner:
             line = {**head, **self.own(self.network, seed=SEED, **self.sampling), "key": key}
             results.append(line)
         return line
+
+    def _named(self, head: dict, line: dict) -> None:
+        """Weights that equal others, as averages do at first, have their numbers, and a line of their own."""
+        results = Results(self.directory / FOLDER)
+        if results.find(line["key"], weights=head["weights"], step=head["step"]) is None:
+            results.append({**line, **head})
 
     def _load(self, tensors: dict[str, Tensor]) -> str:
         """Let the network have these weights; a name for it."""

@@ -36,13 +36,14 @@ class Results:
     def __init__(self, directory: Path) -> None:
         self.file = directory / RESULTS_FILE
 
-    def find(self, key: str) -> dict | None:
-        """The line of that key, the last one; None where there is none."""
+    def find(self, key: str, **named: object) -> dict | None:
+        """The line of that key, named so, the last one; None where there is none."""
         found = None
         for text in self.file.read_text().splitlines() if self.file.is_file() else ():
             with suppress(ValueError, KeyError, TypeError):
                 line = json.loads(text)
-                found = line if line["key"] == key else found
+                if line["key"] == key and named.items() <= line.items():
+                    found = line
         return found
 
     def append(self, line: dict) -> None:
