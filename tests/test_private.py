@@ -9,6 +9,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 HOMES = {"torch": {"pmf/private.py"}, "triton": {"kernels/launching.py"}}
 HIDDEN = r"(.+\.)?_(?!_)\w+(\..+)?|triton\.(runtime|backends|compiler|_C)(\..+)?"
+DOCUMENTED = {"os._exit"}
+"""Public, whatever its name looks like."""
 FILES = [
     file.relative_to(ROOT).as_posix()
     for room in ("pmf", "kernels", "train", "benchmarks")
@@ -64,7 +66,7 @@ def private(text):
 
 @pytest.mark.parametrize("file", FILES)
 def test_nothing_private_outside_its_home(file):
-    found = set(private((ROOT / file).read_text()))
+    found = set(private((ROOT / file).read_text())) - DOCUMENTED
     allowed = {name for name in found if file in HOMES["torch"] or (file in HOMES["triton"] and "triton" in name)}
     assert found <= allowed, f"{file} uses {sorted(found - allowed)}"
 
