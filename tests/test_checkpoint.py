@@ -69,7 +69,7 @@ def test_missing_and_torn_files_are_one_line_errors(saved):
     save_file({"w": torch.ones(1)}, file, metadata={"pmf_config": '{"widths": 3}'})
     with pytest.raises(pmf.InputError, match="holds no readable configuration"):
         pmf.PMFDiT.from_pretrained(file)
-    with pytest.raises(pmf.InputError, match=r"has no ema_7.safetensors, expected one of"):
+    with pytest.raises(pmf.InputError, match=r"has no 'ema_7', expected one of model.pt, model.safetensors"):
         pmf.PMFDiT.from_pretrained(directory, weights="ema_7")
     with pytest.raises(pmf.InputError, match=r"does not exist, expected a run directory, a checkpoint file or"):
         pmf.PMFDiT.from_pretrained(directory / "nowhere" / "model.safetensors")
