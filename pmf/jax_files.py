@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import shutil
 import tempfile
@@ -76,6 +77,8 @@ class StateFile:
             metadata = self._orbax.metadata(str(path.absolute()))
             metadata = getattr(metadata, "item_metadata", metadata)  # since orbax 0.10
             self.tree = getattr(metadata, "tree", metadata)
+            if self.tree is None:
+                raise ValueError("orbax finds no names of arrays in it")
         else:
             from flax.serialization import msgpack_restore
 
@@ -109,6 +112,18 @@ def _map(tree: Any, leaf: Any) -> Any:
 
 
 @contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """orbax warns of the way it is called, once for every array."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
 def open_state(source: Path) -> Iterator[StateFile]:
     """The train state in a zip (unpacked to a temporary folder while it is open), a folder or a file.
 
@@ -121,6 +136,7 @@ def open_state(source: Path) -> Iterator[StateFile]:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pmf-")))
             _unpack(source, folder)
         try:
+            stack.enter_context(_quiet())
             yield StateFile(_latest(folder))
         except InputError as error:
             raise InputError(str(error).replace(str(folder), str(source))) from error
