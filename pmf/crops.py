@@ -1,11 +1,11 @@
-"""Random resized crops: boxes drawn on the host, images cut and resized in batch on the device.
+"""Random resized crops, as the authors of pMF take them: boxes drawn on the host, images cut and resized in batch.
 
-A crop of h x w pixels is resized to size x size with the antialiased bicubic filter (a = -1/2). The filter is
+A box of h x w pixels is resized to size x size with the antialiased bicubic filter (a = -1/2). The filter is
 separable, so that resizing is two products per image, y = W_y x W_x^T, whose weights hold the box as well:
 
-W[i, j] = k(((j - start + 1/2) - s (i + 1/2)) / max(s, 1)) for start <= j < start + length, rows summing to 1,
-s = length / size, k the cubic kernel. It equals `torch.nn.functional.interpolate(crop, mode="bicubic",
-antialias=True)` of every crop, with no loop over rows and nothing read back from the device.
+W[i, j] = k((j + 1/2 - start - s (i + 1/2)) / max(s, 1)) over all pixels j of the image, rows summing to 1,
+s = length / size, k the cubic kernel. Near the edge of its box the filter reads what lies beyond; only at the edge of
+the image is it cut and normalised. There is no loop over rows and nothing is read back from the device.
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ from pmf.errors import require
 
 AREA = (0.08, 1.0)
 RATIO = (3 / 4, 4 / 3)
-TRIES = 10
 
 
 def draw_crops(rows: int, height: int, width: int, generator: torch.Generator | None = None) -> Tensor:
     """Boxes (top, left, height, width) in whole pixels, float32 [rows, 4] on the CPU.
 
-    The law of torchvision's RandomResizedCrop: the area is uniform on 0.08 to 1 of the image, the ratio
-    width / height log-uniform on 3/4 to 4/3; the first of ten draws that fits is placed uniformly; where
-    none fits, the largest centred box of a permitted ratio. `generator` is a CPU generator (None: the
-    default one); a row's box is a function of its state, of `rows` and of the image's size.
+    One draw a row: the area is uniform on 0.08 to 1 of the image, the ratio width / height log-uniform on 3/4 to 4/3;
+    each side is rounded and clipped to [1, side of the image], the corner uniform among what fits. (torchvision's
+    RandomResizedCrop draws again where a side does not fit, and so takes fewer full sides.) `generator` is a CPU
+    generator (None: the default one); a row's box is a function of its state, of `rows` and of the image's size.
     Errors: `InputError` on a generator of another device or an empty image.
     """
     require(min(height, width) >= 1, f"image: expected at least one pixel, got {height} x {width}")
@@ -37,34 +36,22 @@ def draw_crops(rows: int, height: int, width: int, generator: torch.Generator | 
         generator is None or generator.device.type == "cpu",
         f"generator: expected one on the CPU, got {generator and generator.device}",
     )
-    area, ratio, place = torch.rand(rows, 2 * TRIES + 2, dtype=torch.float64, generator=generator).split(
-        [TRIES, TRIES, 2], dim=1
-    )
+    area, ratio, *corner = torch.rand(rows, 4, dtype=torch.float64, generator=generator).unbind(1)
     area = height * width * (AREA[0] + (AREA[1] - AREA[0]) * area)
     ratio = torch.exp(math.log(RATIO[0]) + math.log(RATIO[1] / RATIO[0]) * ratio)
-    sides = torch.stack([(area / ratio).sqrt().round(), (area * ratio).sqrt().round()], dim=-1)
     image = torch.tensor([height, width], dtype=torch.float64)
-    fits = ((sides >= 1) & (sides <= image)).all(-1)
-    first = fits.int().argmax(1)
-    found = fits.any(1)[:, None]
-    sides = torch.where(found, sides[torch.arange(rows), first], _centred(height, width))
+    sides = torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()], dim=1).round().clamp(min=1).minimum(image)
     room = image - sides
-    corner = torch.where(found, (place * (room + 1)).floor().minimum(room), (room / 2).floor())
-    return torch.cat([corner, sides], dim=1).float()
-
-
-def _centred(height: int, width: int) -> Tensor:
-    """Height and width of the largest box whose ratio is permitted."""
-    tallest, widest = round(width / RATIO[0]), round(height * RATIO[1])
-    return torch.tensor([min(height, tallest), min(width, widest)], dtype=torch.float64)
+    place = (torch.stack(corner, dim=1) * (room + 1)).floor().minimum(room)
+    return torch.cat([place, sides], dim=1).float()
 
 
 def resize_crops(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     """Every image's own crop, resized: [B, C, H, W] and boxes [B, 4] -> [B, C, size, size], channels last.
 
-    Antialiased bicubic as in the equation above. Weights and products are in float32 (float64 for float64
-    images), outside autocast; the result has that dtype. Differentiable in `images`; `boxes` may be on the CPU.
-    Errors: `InputError` on shapes that do not belong together.
+    Antialiased bicubic as in the equation above (the authors' `jax.image.scale_and_translate`). Weights and products
+    are in float32 (float64 for float64 images), outside autocast; the result has that dtype. Differentiable in
+    `images`; `boxes` may be on the CPU. Errors: `InputError` on shapes that do not belong together.
     """
     rows, _, height, width = images.shape
     require(list(boxes.shape) == [rows, 4], f"boxes: expected shape [{rows}, 4], got {list(boxes.shape)}")
@@ -84,7 +71,6 @@ def _weights(start: Tensor, length: Tensor, pixels: int, size: int) -> Tensor:
     column = torch.arange(pixels, device=start.device, dtype=start.dtype) - start
     row = torch.arange(size, device=start.device, dtype=start.dtype)[:, None]
     weight = _cubic((column + 0.5 - scale * (row + 0.5)) / scale.clamp(min=1))
-    weight = weight * ((column >= 0) & (column < length))
     return weight / weight.sum(-1, keepdim=True)
 
 

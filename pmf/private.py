@@ -22,9 +22,15 @@ __all__ = [  # no public name: torch.utils.pytree knows no leaves of our own, fa
 ]
 
 # One launch for a list of tensors; torch.optim's own steps are made of them.
+foreach_add_ = torch._foreach_add_
+foreach_addcdiv_ = torch._foreach_addcdiv_
+foreach_addcmul_ = torch._foreach_addcmul_
 foreach_copy_ = torch._foreach_copy_
-foreach_lerp = torch._foreach_lerp
+foreach_div_ = torch._foreach_div_
 foreach_lerp_ = torch._foreach_lerp_
+foreach_mul = torch._foreach_mul
+foreach_mul_ = torch._foreach_mul_
+foreach_sqrt = torch._foreach_sqrt
 foreach_sub_ = torch._foreach_sub_
 foreach_zero_ = torch._foreach_zero_
 

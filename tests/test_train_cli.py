@@ -107,6 +107,20 @@ def test_module_and_help_work_and_explain_every_value():
     assert "(default: 1.2)" in re.sub(r"\s+", " ", text)
 
 
+@pytest.mark.parametrize("started_by_torchrun", [False, True])
+@pytest.mark.parametrize(
+    ("arguments", "status", "error"),
+    [(["--help"], 0, ""), (["paint"], 1, "pmf: unknown command 'paint'"), (["sample", "/no"], 2, "pmf: source: /no")],
+)
+def test_a_process_ends_with_its_status_and_all_that_it_printed(started_by_torchrun, arguments, status, error):
+    environment = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}
+    environment |= {"LOCAL_RANK": "0"} if started_by_torchrun else {}
+    command = [sys.executable, "-m", "pmf.train", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == status and ("usage: pmf COMMAND" in result.stdout) == (not error)
+    assert result.stderr.startswith(error) and result.stderr.count("\n") == bool(error)
+
+
 def test_unknown_commands_name_the_known_ones():
     with pytest.raises(SystemExit, match="unknown command 'paint', expected one of train, data, sample, eval"):
         main(["paint"])

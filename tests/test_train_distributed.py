@@ -81,6 +81,7 @@ def worker(rank: int, size: int, port: int, out: str, cases: list[tuple[str, str
         if rank == 0:
             torch.save(result, Path(out) / f"{sharding}-{impl}.pt")
     torch.distributed.destroy_process_group()
+    os._exit(0)  # as train/__main__.py ends a process, and for its reason
 
 
 def free_port() -> int:

@@ -70,6 +70,36 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(finished, tmp_path):
         assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+def test_a_checkpoint_from_before_muon_counted_its_steps_is_continued(tmp_path, capsys):
+    trainer = Trainer(config(tmp_path / "run", steps=3), digits()[0])
+    trainer.run()
+    state = trainer.state()
+    for values in state["optimizers"]["muon"]["state"].values():
+        del values["step"]
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    trainer.checkpoints.save(3, state)
+    trainer.checkpoints.publish(wait=True)
+    capsys.readouterr()
+    resumed = Trainer(dataclasses.replace(config(tmp_path / "run", steps=6), resume=tmp_path / "run"), digits()[0])
+    assert "resume: this checkpoint is of a version in which Muon counted no steps" in capsys.readouterr().out
+    a, b = (t.state()["optimizers"]["muon"]["state"] for t in (trainer, resumed))
+    assert a.keys() == b.keys() and {v["step"].item() for v in b.values()} == {3.0}
+    assert all(torch.equal(a[key]["momentum_buffer"], b[key]["momentum_buffer"]) for key in a)
+    resumed.run()
+
+
+def test_averages_count_the_step_just_taken(tmp_path):
+    """After the second step the half-life is 5 % of two batches: an average keeps 2^-10 of what it was."""
+    trainer = Trainer(config(tmp_path / "run"), digits()[0])
+    batches = trainer._loader()
+    trainer.train_step(*next(batches))
+    before = {name: value.double() for name, value in trainer.emas["ema_500"].average.items()}
+    trainer.train_step(*next(batches))
+    for name, p in trainer.model.named_parameters():
+        moved = (trainer.emas["ema_500"].average[name].double() - p) - 0.5**10 * (before[name] - p)
+        assert moved.abs().max() < 1e-2 * 0.5**10 * (before[name] - p).abs().max() + 1e-7, name
+
+
 def test_metrics_of_steps_that_were_not_saved_are_dropped(finished, tmp_path):
     out = train(config(tmp_path / "run", steps=3))
     with open(out / "metrics.jsonl", "a") as file:

@@ -31,17 +31,57 @@ def newton_schulz(update, steps):
     return wide if x.shape[0] <= x.shape[1] else wide.T
 
 
-@pytest.mark.parametrize("shape", [(24, 8), (8, 24)])
-def test_muons_first_step_is_the_published_one(shape):
+def ahead(mean, gradient, beta, t):
+    """Nesterov's look ahead, each term corrected for the zero that the running mean started at."""
+    return beta * mean / (1 - beta ** (t + 1)) + (1 - beta) * gradient / (1 - beta**t)
+
+
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24), (8, 8)])
+def test_muon_follows_its_definition_from_the_first_step(shape):
     torch.manual_seed(0)
-    linear = torch.nn.Linear(shape[1], shape[0])
-    before, gradient = linear.weight.detach().clone(), torch.randn(shape)
-    linear.weight.grad = gradient.clone()
-    build_optimizers(linear, OptimizerConfig(learning_rate=0.1))["muon"].step()
-    nesterov = (1 + 0.95) * (1 - 0.95) * gradient  # momentum buffer, then the look-ahead
-    expected = -0.1 * math.sqrt(max(1, shape[0] / shape[1])) * newton_schulz(nesterov, 5)
-    # torch.optim.Muon iterates in bfloat16.
-    assert ((linear.weight - before) - expected).norm() < 0.02 * expected.norm()
+    linear = torch.nn.Linear(shape[1], shape[0], dtype=torch.float64)
+    muon = build_optimizers(linear, OptimizerConfig(learning_rate=0.1))["muon"]
+    expected, mean = linear.weight.detach().clone(), torch.zeros(shape, dtype=torch.float64)
+    for t in range(1, 6):
+        gradient = torch.randn(shape, dtype=torch.float64)
+        linear.weight.grad = gradient.clone()
+        muon.step()
+        mean = 0.95 * mean + 0.05 * gradient
+        expected -= 0.1 * math.sqrt(max(1, shape[0] / shape[1])) * newton_schulz(ahead(mean, gradient, 0.95, t), 5)
+    assert (linear.weight - expected).abs().max() < 1e-6  # the 1e-8 that is added to norms moves it by as much
+    assert muon.state[linear.weight]["step"] == 5
+
+
+def test_adam_follows_its_definition_and_counts_each_parameters_steps():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 4, dtype=torch.float64)
+    model.gate = torch.nn.Parameter(torch.randn(5, dtype=torch.float64))
+    adam = build_optimizers(model, OptimizerConfig(learning_rate=0.1, adam_eps=1e-3))["adam"]
+    for p in (model.bias, model.gate):
+        p.expected, p.mean, p.square, p.t = p.detach().clone(), torch.zeros_like(p), torch.zeros_like(p), 0
+    for step in range(6):
+        for p in (model.bias, model.gate):
+            p.grad = None
+            if step % 2 and p is model.gate:  # every other step it has no gradient, and stays as it is
+                continue
+            p.grad, p.t = torch.randn_like(p) * 10.0**-step, p.t + 1
+            p.mean, p.square = 0.9 * p.mean + 0.1 * p.grad, 0.95 * p.square + 0.05 * p.grad**2
+            update = ahead(p.mean, p.grad, 0.9, p.t) / ((p.square / (1 - 0.95**p.t)).sqrt() + 1e-3)
+            p.expected = p.expected - 0.1 * update
+        adam.step()
+    for p in (model.bias, model.gate):
+        assert (p - p.expected).abs().max() < 1e-14
+        assert adam.state[p]["step"] == p.t
+
+
+def test_zero_gradients_move_nothing():
+    linear = torch.nn.Linear(4, 3)
+    before = [p.detach().clone() for p in linear.parameters()]
+    for p in linear.parameters():
+        p.grad = torch.zeros_like(p)
+    for part in build_optimizers(linear, OptimizerConfig()).values():
+        part.step()
+    assert all(torch.equal(p, b) for p, b in zip(linear.parameters(), before, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -63,13 +103,12 @@ def test_ema_follows_the_published_ramp():
     model = torch.nn.Linear(1, 1, bias=False)
     ema = EMA(model, half_life_kimg=1.0)
     value = ema.average["weight"].item()
-    images, batch = 0, 100
+    batch = 100
     for step in range(300):
         with torch.no_grad():
             model.weight.fill_(float(step))
+        images = (step + 1) * batch  # the step just taken counts
         ema.update(model, batch, images)
-        half_life = min(1000.0, 0.05 * images)
-        beta = 0.5 ** (batch / max(half_life, 1e-8))
+        beta = 0.5 ** (batch / min(1000.0, 0.05 * images))
         value = beta * value + (1 - beta) * step
-        images += batch
     assert ema.average["weight"].item() == pytest.approx(value, rel=1e-5)

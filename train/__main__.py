@@ -1,5 +1,28 @@
-"""`python -m pmf.train`."""
+"""`python -m pmf.train`: what torchrun starts, too."""
+
+import os
+import sys
 
 from pmf.train.cli import main
 
-main()
+
+def run() -> int:
+    """The command of the command line; its exit status."""
+    try:
+        main()
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+if __name__ == "__main__":
+    status = run()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "LOCAL_RANK" in os.environ:
+        # PyTorch's caches keep process groups beyond their destruction. Their threads and the end of Python can meet
+        # in an abort, after all work is done.
+        os._exit(status)
+    sys.exit(status)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -81,8 +83,18 @@ class Checkpoints:
 
         Errors: `InputError` when it does not fit the state or cannot be read.
         """
+        with self._reading(step) as path:
+            dcp.load(state, checkpoint_id=path, no_dist=self.group is None, process_group=self.group)
+
+    def names(self, step: int) -> set[str]:
+        """The names of all values in that checkpoint, keys joined by dots. Errors: it cannot be read."""
+        with self._reading(step) as path:
+            return set(dcp.FileSystemReader(path).read_metadata().state_dict_metadata)
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[str]:
         try:
-            dcp.load(state, checkpoint_id=str(self._path(step)), no_dist=self.group is None, process_group=self.group)
+            yield str(self._path(step))
         except FAILURES as error:
             raise InputError(f"resume: cannot continue from {self._path(step)}: {_reason(error)}") from error
 

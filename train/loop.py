@@ -103,7 +103,7 @@ class Trainer:
         }
 
     def _optimizer_state(self, part: torch.optim.Optimizer) -> object:
-        """Before the first update PyTorch makes the state by a step that moves nothing; Adam must not count it."""
+        """Before the first update PyTorch makes the state by a step that moves nothing, and must not be counted."""
         made = not part.state
         state = get_optimizer_state_dict(self.model, part)
         for values in part.state.values() if made else ():
@@ -120,12 +120,25 @@ class Trainer:
         )
         state = self.state()
         settings = {name: [dict(group) for group in part.param_groups] for name, part in self.optimizers.items()}
+        uncounted = self._uncounted(state, steps[-1])
         self.checkpoints.load(steps[-1], state)
         self.step, self.skipped = state["step"], state["skipped"]
+        for values in uncounted:
+            values["step"] = torch.tensor(float(self.step))
         for name, part in self.optimizers.items():
             set_optimizer_state_dict(self.model, part, state["optimizers"][name])
             for group, chosen in zip(part.param_groups, settings[name], strict=True):  # the configuration's settings
                 group.update({key: value for key, value in chosen.items() if key != "params"})
+
+    def _uncounted(self, state: dict, step: int) -> list[dict]:
+        """Take Muon's counts of steps out of `state` where that checkpoint is older than they are; whose they were."""
+        known, muon = self.checkpoints.names(step), state["optimizers"]["muon"]["state"]
+        found = [values for name, values in muon.items() if f"optimizers.muon.state.{name}.step" not in known]
+        for values in found:
+            del values["step"]
+        if found:
+            self._say(f"resume: this checkpoint is of a version in which Muon counted no steps, it goes on from {step}")
+        return found
 
     # A step.
 
@@ -192,7 +205,7 @@ class Trainer:
                 group["lr"] = record["learning_rate"]
             part.step()
         for ema in self.emas.values():
-            ema.update(self.model, config.batch_size, self.step * config.batch_size)
+            ema.update(self.model, config.batch_size, (self.step + 1) * config.batch_size)
 
     def _skip(self, record: dict[str, float]) -> None:
         """Count a step that is not finite; past the limit, stop with what is known of it."""

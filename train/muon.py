@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from pmf.private import foreach_lerp, foreach_lerp_, foreach_sub_
+from pmf.private import foreach_lerp_, foreach_sub_
+from pmf.train.moments import begin, count, local, nesterov
 
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
 """a, b, c of the quintic a X + (b X X^T + c (X X^T)^2) X, whose iteration drives singular values to about 1."""
+EPS = 1e-8
+"""What is added to a matrix's norm before it is divided by it."""
 CHUNK_VALUES = 2**27
 """Values orthogonalised at a time; the iteration needs about four times their memory."""
 
@@ -22,30 +25,27 @@ CHUNK_VALUES = 2**27
 def orthogonalise(x: Tensor, steps: int) -> Tensor:
     """Newton-Schulz: each matrix of x [n, r, c] with its singular values moved to about 1.
 
-    bfloat16 on CUDA, where it is as good and several times faster; else in the precision of x.
+    Products are in bfloat16 on CUDA, where it is as good and several times faster; else in the precision of x.
     """
     a, b, c = COEFFICIENTS
-    y = x.bfloat16() if x.is_cuda else x
-    tall = y.shape[-2] > y.shape[-1]
+    tall = x.shape[-2] > x.shape[-1]
+    y = x / (x.norm(dim=(-2, -1), keepdim=True) + EPS)
+    y = y.bfloat16() if x.is_cuda else y
     y = y.mT if tall else y
-    y = y / y.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         gram = y @ y.mT
         y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
     return (y.mT if tall else y).to(x.dtype)
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor; any other tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 class Muon(torch.optim.Optimizer):
     """Muon with Nesterov momentum over matrices: W -= lr sqrt(max(1, r / c)) orthogonalise(update).
 
-    momentum: m = lerp(m, gradient, 1 - momentum); update = lerp(gradient, m, momentum). Matrices of one
-    shape are orthogonalised in one batch. `mesh`: the device mesh that holds the (replicated or sharded)
-    matrices; each of its ranks then orthogonalises its share of the matrices and passes the result on.
+    m = lerp(m, g, 1 - beta); update = beta m / (1 - beta^(t + 1)) + (1 - beta) g / (1 - beta^t), t counting a matrix's
+    steps from 1: corrected for the zero that m starts at, as in optax. The state of a matrix: momentum_buffer like it,
+    and step, on the CPU. Matrices of one shape are orthogonalised in one batch. `mesh`: the device mesh that holds the
+    (replicated or sharded) matrices; each of its ranks then orthogonalises its share of the matrices and passes the
+    result on.
     """
 
     def __init__(
@@ -73,17 +73,16 @@ class Muon(torch.optim.Optimizer):
                 scale = group["lr"] * math.sqrt(max(1, rows / columns))
                 foreach_sub_([local(p) for p in batch], list(orthogonal.unbind()), alpha=scale)
 
-    def _momentum(self, matrices: list[nn.Parameter], momentum: float) -> list[Tensor]:
+    def _momentum(self, matrices: list[nn.Parameter], beta: float) -> list[Tensor]:
         """The local parts of the Nesterov updates; elementwise, so that shards need each other for nothing."""
-        for p in matrices:
-            if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         if not matrices:
             return []
-        averages = [local(self.state[p]["momentum_buffer"]) for p in matrices]
-        gradients = [local(p.grad) for p in matrices]
-        foreach_lerp_(averages, gradients, 1 - momentum)
-        return foreach_lerp(gradients, averages, momentum)
+        states = [self.state[p] for p in matrices]
+        for state, p in zip(states, matrices, strict=True):
+            begin(state, p, ("momentum_buffer",))
+        means, gradients = [local(state["momentum_buffer"]) for state in states], [local(p.grad) for p in matrices]
+        foreach_lerp_(means, gradients, 1 - beta)
+        return nesterov(means, gradients, beta, count(states))
 
     def _orthogonalised(self, matrices: list[nn.Parameter], update: Tensor, steps: int) -> Tensor:
         """orthogonalise(update) for the local parts [n, r_local, c] of equally placed matrices."""

@@ -1,4 +1,4 @@
-"""The published optimizer: Muon on every Linear weight, Adam on everything else; and the EMA copies."""
+"""The published optimizer: Muon on every Linear weight, Nesterov Adam on everything else; and the EMA copies."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from pmf.errors import require
 from pmf.private import foreach_lerp_
-from pmf.train.muon import Muon, local
+from pmf.train.adam import NesterovAdam
+from pmf.train.moments import local
+from pmf.train.muon import Muon
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Muon and Adam: one learning rate, no weight decay; the defaults are the published values."""
+    """Muon and Adam, both with Nesterov momentum, of one learning rate; the defaults are the published values."""
 
     learning_rate: float = 1e-3
     """Learning rate of both optimizers."""
@@ -59,7 +61,7 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
 def build_optimizers(
     model: nn.Module, config: OptimizerConfig, mesh: DeviceMesh | None = None
 ) -> dict[str, torch.optim.Optimizer]:
-    """Muon and torch.optim.AdamW (weight decay 0) over the model's parameters, by name.
+    """Muon and Adam with Nesterov momentum over the model's parameters, by name.
 
     `mesh` holds the processes that share the work of Muon; see `pmf.train.muon`.
     """
@@ -72,14 +74,7 @@ def build_optimizers(
             steps=config.newton_schulz_steps,
             mesh=mesh,
         ),
-        "adam": torch.optim.AdamW(
-            adam,
-            lr=config.learning_rate,
-            betas=config.adam_betas,
-            eps=config.adam_eps,
-            weight_decay=0.0,
-            fused=not any(p.is_meta for p in adam),  # there are no fused steps without memory
-        ),
+        "adam": NesterovAdam(adam, lr=config.learning_rate, betas=config.adam_betas, eps=config.adam_eps),
     }
 
 
@@ -102,7 +97,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, batch: int, images_seen: int) -> None:
-        """Move towards the model after a step of `batch` images; images_seen counts those before it."""
+        """Move towards the model after a step of `batch` images; images_seen counts them too."""
         half_life = min(self.half_life_kimg * 1000, 0.05 * images_seen)
         beta = 0.5 ** (batch / max(half_life, 1e-8))
         averages = [local(value) for value in self.average.values()]
