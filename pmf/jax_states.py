@@ -19,8 +19,9 @@ from torch import Tensor
 
 from pmf.config import EMA_HALF_LIVES, MODELS, ModelConfig
 from pmf.errors import require
-from pmf.jax_files import StateFile, open_state
+from pmf.jax_files import StateFile, is_state, open_state
 from pmf.official import convert_official_state_dict, infer_config, name_pairs
+from pmf.sources import locate
 
 Leaves = dict[tuple[str, ...], Any]
 STATE_FIELDS = ("step", "params", "ema_params", "opt_state")
@@ -56,27 +57,37 @@ def load_weights(source: Path, name: str | None = None) -> tuple[ModelConfig, di
     """
     with open_state(source) as file:
         held = _held(file)
-        config = infer_config(_named(_leaves(file.tree["params"])))
+        config = infer_config(published_state_dict(file.tree["params"]))
         name = name or _default(config, held)
         listed = ", ".join(held)
         require(name is not None, f"weights: {source} holds several averages, expected one of {listed}")
         require(name in held, f"weights: {source} has no {name!r}, expected one of {listed}")
-        return config, convert_official_state_dict(_named(_leaves(file.read(*held[name]))))
+        return config, convert_official_state_dict(published_state_dict(file.read(*held[name])))
 
 
 def load_train_state(source: Path) -> TrainState:
     """A whole train state. Errors: `InputError` on an unreadable or other state, or one that holds no moments."""
     with open_state(source) as file:
         held = _held(file)
-        weights = {name: convert_official_state_dict(_named(_leaves(file.read(*path)))) for name, path in held.items()}
+        weights = {
+            name: convert_official_state_dict(published_state_dict(file.read(*path))) for name, path in held.items()
+        }
         model = weights.pop("model")
-        config = infer_config(_named(_leaves(file.tree["params"])))
+        config = infer_config(published_state_dict(file.tree["params"]))
         muon, adam, count = _moments(source, file, config)
         first = muon | {name: moments[0] for name, moments in adam.items()}
         for part in (*weights.values(), first):
             same = {name: value.shape for name, value in part.items()} == {n: v.shape for n, v in model.items()}
             require(same, f"source: {source} holds weights, averages and moments of different networks")
         return TrainState(int(file.read("step")), config, model, weights, muon, adam, count)
+
+
+def find_train_state(source: str, weights: str | None = None) -> TrainState:
+    """The whole train state that `source` and `weights` name, as `load_model` takes them; of weights only "model"."""
+    file, name = locate(source, weights)
+    require(is_state(file), f"source: expected a train state of the authors, got {file}")
+    require(name in (None, "model"), f'weights: a run goes on from "model", got {name!r}')
+    return load_train_state(file)
 
 
 def _held(file: StateFile) -> dict[str, tuple[str, ...]]:
@@ -122,6 +133,11 @@ def _moments(
 # Names and values.
 
 
+def published_state_dict(params: Any) -> dict[str, Tensor]:
+    """Parameters of the authors' flax modules under the names, and in the layout, of their PyTorch files."""
+    return _named(_leaves(params))
+
+
 def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Leaves:
     """The values at the ends of nested dicts and lists, by their path; gaps (None, empty dicts) are left out."""
     if tree is None:
@@ -134,7 +150,6 @@ def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Leaves:
 
 
 def _named(leaves: Leaves) -> dict[str, Tensor]:
-    """Parameters of the flax modules under the names, and in the layout, of the published PyTorch files."""
     return {_published_name(path): _published_value(path, leaf) for path, leaf in leaves.items()}
 
 

@@ -1,6 +1,7 @@
 """Train states that flax, optax and orbax write are read under our names, bit for bit."""
 
 import dataclasses
+import json
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,13 @@ import pytest
 import torch
 
 import pmf
-from pmf.jax_states import load_train_state
+from pmf.checkpoint import save_model
+from pmf.jax_states import load_train_state, published_state_dict
+from pmf.train.config import load_run_config
+from pmf.train.initial import start_from
+from pmf.train.loop import Trainer
 from tests.networks import TINY, model_inputs, relative_error
+from tests.test_train_distributed import config, data
 
 pytestmark = pytest.mark.extras
 flax = pytest.importorskip("flax")
@@ -115,6 +121,67 @@ def test_step_averages_and_moments(full, state):
         (read.adam["patch_embed.proj1.weight"][1], flat(adam.nu)["net/x_embedder/proj1/kernel"].transpose(3, 2, 0, 1)),
     ):
         assert np.array_equal(ours.numpy(), theirs)
+
+
+def test_a_run_goes_on_as_flax_and_optax_do(full, state, tmp_path):
+    """Two more steps by the same gradients, ours and theirs; then the run as a user starts it."""
+    changes = dict(steps=8, init=str(full), ema_half_lives=(500.0, 1000.0, 2000.0))
+    trainer = Trainer(config(tmp_path / "run", init_state=True, **changes), data())
+    assert trainer.step == 3
+    for average in trainer.emas.values():
+        kept = state.ema_params[int(average.half_life_kimg)]
+        assert all(map(torch.equal, average.state_dict().values(), named(trainer.model, kept).values()))
+    for number in range(2):
+        grads = flax_network.random_params(TINY, 200 + number)
+        state = flax_network.update(state, grads)
+        for name, grad in named(trainer.model, grads).items():
+            trainer.model.get_parameter(name).grad = grad
+        for part in trainer.optimizers.values():
+            part.param_groups[0]["lr"] = 1e-3
+            part.step()
+    theirs = named(trainer.model, state.params)
+    for name, p in trainer.model.named_parameters():
+        assert relative_error(p.detach(), theirs[name]) < 1e-6, name
+    trainer = Trainer(config(tmp_path / "run", overwrite=True, init_state=True, **changes), data())
+    trainer.run()
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [4, 5, 6, 7, 8]
+    resumed = Trainer(dataclasses.replace(load_run_config(tmp_path / "run"), resume=tmp_path / "run"), data())
+    assert resumed.step == 8
+
+
+def named(model, tree):
+    """A tree of flax parameters by our names, in the order of the model's."""
+    ours = pmf.convert_official_state_dict(published_state_dict(tree))
+    return {name: ours[name] for name, _ in model.named_parameters()}
+
+
+def test_fine_tuning_has_a_real_v_head_and_the_weights_it_asks_for(full, state):
+    model = pmf.create_model(TINY)
+    for weights, params in (("model", state.params), ("ema_500", state.ema_params[500])):
+        assert start_from(model, str(full), weights) == []
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in named(model, params).items())
+
+
+def test_a_run_goes_on_from_full_states_alone(full, tmp_path):
+    changes = dict(init=str(full), init_state=True)
+    for change, message in (
+        (
+            dict(ema_half_lives=(7.0,), sampling_weights="model"),
+            "ema_half_lives: init holds ema_500, ema_1000, ema_2000",
+        ),
+        (dict(steps=2), "steps: init is at step 3, expected at least that, got 2"),
+        (dict(init_weights="ema_500"), "weights: a run goes on from \"model\", got 'ema_500'"),
+        (dict(init_weights="else:model"), "has no 'else:model', expected an average of it"),
+    ):
+        with pytest.raises(pmf.InputError, match=message):
+            Trainer(config(tmp_path / "run", **(dict(steps=8) | changes | change)), data())
+    save_model(tmp_path / "model.safetensors", TINY, pmf.create_model(TINY).state_dict())
+    with pytest.raises(pmf.InputError, match="source: expected a train state of the authors, got"):
+        Trainer(config(tmp_path / "run", init=str(tmp_path), init_state=True), data())
+    with pytest.raises(pmf.InputError, match="init_state: expected a train state in init, got none"):
+        config(tmp_path / "run", init_state=True)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("how", FORMATS)
@@ -240,8 +307,11 @@ def test_parts_of_different_networks_are_refused(state, tmp_path):
             load_train_state(tmp_path / folder)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("how", FORMATS)
 def test_torn_states_are_one_line_errors(state, tmp_path, how):
+    """Where one array cannot be read, orbax leaves the reading of others to report to nobody: hence the mark."""
+
     def refused(source):
         with pytest.raises(pmf.InputError, match="is not a readable JAX train state: ") as error:
             load_train_state(source)
