@@ -10,7 +10,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from pmf.errors import InputError, first_line, require
@@ -166,8 +166,8 @@ def _unpack(source: Path, folder: Path) -> None:
 
 def _check_entries(source: Path, archive: zipfile.ZipFile) -> None:
     """Every path stays inside, and there is something that may be a train state."""
-    paths = [PurePosixPath(name.replace("\\", "/")) for name in archive.namelist()]
-    outside = [str(path) for path in paths if path.is_absolute() or ".." in path.parts]
-    require(not outside, f"source: {source} holds the path {outside[:1]}, which leads out of it")
+    paths = [PureWindowsPath(name) for name in archive.namelist()]  # which know both kinds of slashes, and drives
+    outside = [name for name, path in zip(archive.namelist(), paths, strict=True) if path.anchor or ".." in path.parts]
+    require(not outside, f"source: {source} holds the path {next(iter(outside), '')!r}, which leads out of it")
     states = any(path.name in ORBAX_FILES or _step(Path(path.name)) is not None for path in paths)
     require(states, f"source: {source} holds no JAX train state, expected checkpoint_<step> in it")
