@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import shutil
 import tempfile
@@ -68,6 +69,7 @@ class StateFile:
     """
 
     def __init__(self, path: Path) -> None:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX on a GPU leaves the memory to PyTorch
         if path.is_dir():
             import numpy as np
             import orbax.checkpoint as ocp

@@ -1,6 +1,7 @@
 """Train states that flax, optax and orbax write are read under our names, bit for bit."""
 
 import dataclasses
+import functools
 import json
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ from pmf.jax_states import load_train_state, published_state_dict
 from pmf.train.config import load_run_config
 from pmf.train.initial import start_from
 from pmf.train.loop import Trainer
-from tests.networks import TINY, model_inputs, relative_error
+from tests.networks import DATA, TINY, model_inputs, relative_error
 from tests.test_train_distributed import config, data
 
 pytestmark = pytest.mark.extras
@@ -65,9 +66,9 @@ def full(request, state, tmp_path_factory):
 
 
 def flat(tree):
-    """Arrays by their names, joined by slashes."""
+    """Leaves by their names, joined by slashes."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {"/".join(str(key.key) for key in path): np.asarray(leaf) for path, leaf in leaves}
+    return {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
 
 
 def outputs(params, inputs, eval=False):
@@ -154,6 +155,56 @@ def named(model, tree):
     """A tree of flax parameters by our names, in the order of the model's."""
     ours = pmf.convert_official_state_dict(published_state_dict(tree))
     return {name: ours[name] for name, _ in model.named_parameters()}
+
+
+NANO = pmf.ModelConfig(
+    image_size=4,
+    patch_size=2,
+    hidden_size=8,
+    depth=2,
+    num_heads=1,
+    aux_head_depth=1,
+    num_classes=2,
+    in_channels=1,
+    bottleneck=4,
+    class_tokens=1,
+    omega_tokens=1,
+    t_min_tokens=1,
+    t_max_tokens=1,
+    time_tokens=1,
+)
+
+
+def numbers(seed):
+    """The parameters of NANO in the files below: place by name, plus seed, counted up modulo 7."""
+    names, tree = flat(flax_network.shapes(NANO, False)), {}
+    for place, name in enumerate(sorted(names)):
+        *path, last = name.split("/")
+        node = tree
+        for part in path:
+            node = node.setdefault(part, {})
+        values = (np.arange(names[name].size) + place + seed) % 7 - 3
+        node[last] = values.astype(np.float32).reshape(names[name].shape)
+    return tree
+
+
+@pytest.mark.parametrize("how", ["orbax", "msgpack"])
+def test_states_of_the_versions_that_the_authors_pin(how):
+    """tests/data holds what jax 0.4.34, flax 0.10.4, orbax-checkpoint 0.6.4, tensorstore 0.1.78 and optax 0.2.5 wrote:
+
+    params of numbers(0), averages of numbers(500), numbers(1000) and numbers(2000), and the moments after one
+    update by numbers(1), saved by save_checkpoint_multiprocess in each of its formats.
+    """
+    file, model = DATA / f"train_state_{how}.zip", pmf.create_model(NANO)
+    read, grads = load_train_state(file), named(model, numbers(1))
+    assert (read.step, read.count, read.config) == (1, 1, NANO)
+    for weights, seed in ((read.model, 0), *((read.averages[f"ema_{k}"], k) for k in (500, 1000, 2000))):
+        assert all(torch.equal(weights[name], value) for name, value in named(model, numbers(seed)).items())
+    assert read.muon.keys() == {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    for name, grad in grads.items():
+        expected = [(1 - 0.95) * grad] if name in read.muon else [(1 - 0.9) * grad, (1 - 0.95) * grad**2]
+        got = [read.muon[name]] if name in read.muon else read.adam[name]
+        assert all(map(functools.partial(torch.allclose, rtol=1e-6), got, expected)), name
 
 
 def test_fine_tuning_has_a_real_v_head_and_the_weights_it_asks_for(full, state):
