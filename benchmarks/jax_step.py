@@ -42,7 +42,8 @@ def _jax():
 class JaxNetwork:
     """The in-context network as functions of `params`, a dict of arrays named as in `PMFDiT.state_dict`.
 
-    Matrix products run in `compute`, norms, softmax and the residual stream in float32, as autocast does.
+    Matrix products run in `compute`; norms, softmax and the residual stream in float32, as autocast does, or in
+    float64 where that is computed in.
     """
 
     def __init__(self, config: ModelConfig, compute: str = "float32") -> None:
@@ -50,6 +51,7 @@ class JaxNetwork:
         self.config = config
         self.jax, self.jnp = _jax()
         self.compute = self.jnp.dtype(compute)
+        self.wide = self.jnp.promote_types(self.compute, self.jnp.float32)
         self.rope = [self.jnp.asarray(x.numpy()) for x in ops.rope_tables(config.grid_size, config.head_dim)]
 
     def product(self, equation: str, *operands, out=None):
@@ -64,8 +66,8 @@ class JaxNetwork:
         return y if bias is None else y + bias.astype(y.dtype)
 
     def norm(self, weight, x):
-        """RMSNorm over the last dimension, in float32."""
-        x = x.astype(self.jnp.float32)
+        """RMSNorm over the last dimension."""
+        x = x.astype(self.wide)
         return x * self.jax.lax.rsqrt(self.jnp.square(x).mean(-1, keepdims=True) + NORM_EPS) * weight
 
     def scalar(self, params: dict, name: str, s):
@@ -111,12 +113,12 @@ class JaxNetwork:
         q, k = (
             self.rotate(self.norm(params[f"{name}.{part}_norm.weight"], heads)) for part, heads in (("q", q), ("k", k))
         )
-        scores = self.product("bqhd,bkhd->bhqk", q, k, out=self.jnp.float32) * self.config.head_dim**-0.5
+        scores = self.product("bqhd,bkhd->bhqk", q, k, out=self.wide) * self.config.head_dim**-0.5
         mixed = self.product("bhqk,bkhd->bqhd", self.jax.nn.softmax(scores), v)
         return self.linear(params, f"{name}.out_proj", mixed.reshape(x.shape))
 
     def block(self, params: dict, name: str, x):
-        """One transformer block on the float32 stream."""
+        """One transformer block on the residual stream."""
         y = self.attention(params, f"{name}.attn", self.norm(params[f"{name}.norm1.weight"], x))
         x = x + params[f"{name}.attn_scale"] * y
         y = self.norm(params[f"{name}.norm2.weight"], x)
@@ -133,20 +135,20 @@ class JaxNetwork:
         return [(z - self.head(params, head, x)) / scale for head in heads]
 
     def head(self, params: dict, name: str, x):
-        """One head's clean-image prediction, in float32."""
+        """One head's clean-image prediction."""
         c, p = self.config, self.config.patch_size
         for i in range(c.aux_head_depth):
             x = self.block(params, f"head_blocks.{name}.{i}", x)
         y = self.norm(params[f"final_layers.{name}.norm.weight"], x[:, c.prefix_length :])
-        tokens = self.linear(params, f"final_layers.{name}.linear", y).astype(self.jnp.float32)
+        tokens = self.linear(params, f"final_layers.{name}.linear", y).astype(self.wide)
         images = tokens.reshape(-1, c.grid_size, c.grid_size, p, p, c.in_channels)
         return images.transpose(0, 5, 1, 3, 2, 4).reshape(-1, *c.image_shape)
 
 
-def jax_loss(network: JaxNetwork, config: LossConfig, params: dict, batch: dict):
-    """The pMF loss of one batch, everything on every row.
+def jax_fields(network: JaxNetwork, params: dict, batch: dict) -> dict:
+    """z, u, V as "average", v and v_g of one batch as images, everything on every row.
 
-    `batch` holds x, y and the fields of `Draws` as arrays. The objective is in float32.
+    `batch` holds x, y and the fields of `Draws` as arrays.
     """
     jax, jnp = network.jax, network.jnp
     t, r, omega, t_min, t_max = (batch[name] for name in ("t", "r", "omega", "t_min", "t_max"))
@@ -173,8 +175,19 @@ def jax_loss(network: JaxNetwork, config: LossConfig, params: dict, batch: dict)
 
     u, du_dt, v = jax.jvp(fields, (z, t, r), (v_c, one, zero), has_aux=True)
     average = u + image(t - r) * jax.lax.stop_gradient(du_dt)
-    losses = [jnp.square(field - v_g).sum((1, 2, 3)) for field in (average, v)]
-    return sum(loss / (jax.lax.stop_gradient(loss) + config.norm_eps) ** config.norm_p for loss in losses).mean()
+    return {"z": z, "u": u, "average": average, "v": v, "v_g": v_g}
+
+
+def adaptive(network: JaxNetwork, config: LossConfig, loss):
+    """adp(L) = L / stopgrad(L + norm_eps)^norm_p."""
+    return loss / (network.jax.lax.stop_gradient(loss) + config.norm_eps) ** config.norm_p
+
+
+def jax_loss(network: JaxNetwork, config: LossConfig, params: dict, batch: dict):
+    """The pMF loss of one batch without perceptual terms; the objective is in float32 at least."""
+    fields = jax_fields(network, params, batch)
+    losses = (network.jnp.square(fields[name] - fields["v_g"]).sum((1, 2, 3)) for name in ("average", "v"))
+    return sum(adaptive(network, config, loss) for loss in losses).mean()
 
 
 class JaxStep:

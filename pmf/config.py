@@ -214,6 +214,9 @@ LOSSES: dict[str, LossConfig] = {
 
 SAMPLING: dict[str, dict[str, float]] = {
     "pMF-B/16": dict(omega=8.5, t_min=0.1, t_max=0.7),
+    "pMF-B/16-torch": dict(
+        omega=7.5, t_min=0.1, t_max=0.8
+    ),  # of the authors' PyTorch command, in place of their JAX one
     "pMF-B/32": dict(omega=6.5, t_min=0.1, t_max=0.7),
     "pMF-L/16": dict(omega=7.0, t_min=0.2, t_max=0.7),
     "pMF-L/32": dict(omega=7.5, t_min=0.2, t_max=0.6),

@@ -17,6 +17,7 @@ from pmf import ops
 from pmf.config import ModelConfig
 from pmf.dual import ABSENT, Dual
 from pmf.packing import Join, PackedModule
+from pmf.wide import wide_product
 
 BLOCK_GAIN = 0.32
 """Block Linears are drawn from N(0, BLOCK_GAIN^2 / fan_in)."""
@@ -73,6 +74,27 @@ class Linear(PackedModule, nn.Linear):
     def forward_dual(self, x: Dual) -> Dual:
         """x W^T + b, and its tangent."""
         return linear_dual(x, *self.packed())
+
+
+class WideLinear(Linear):
+    """A Linear that gives at least float32: its product is not rounded, and its bias not cast by autocast."""
+
+    def joins(self) -> tuple[Join, ...]:
+        """The weight; the bias is added as it is."""
+        return (Join.of(self.weight),)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x W^T + b."""
+        return self.forward_dual(Dual(x)).value
+
+    def forward_dual(self, x: Dual) -> Dual:
+        """x W^T + b, and x_dot W^T."""
+        (weight,) = self.packed()
+        value = wide_product(x.value, weight) + self.bias
+        if x.dot is None:
+            return Dual(value)
+        with torch.no_grad():
+            return Dual(value, wide_product(x.dot, weight))
 
 
 class Residual(NamedTuple):
@@ -320,14 +342,14 @@ class Block(DualModule):
 
 
 class FinalLayer(DualModule):
-    """Norm and a zero-initialised Linear to the p * p * c values of each patch."""
+    """Norm and a zero-initialised Linear to the p * p * c values of each patch, in float32 at least."""
 
     def __init__(self, config: ModelConfig, impl: str | None = None) -> None:
         super().__init__(impl)
         width = config.hidden_size
         self.prefix_length = config.prefix_length
         self.norm = NormModulate(width, impl=impl)
-        self.linear = Linear(width, config.patch_values, bias=True, gain=0.0)
+        self.linear = WideLinear(width, config.patch_values, bias=True, gain=0.0)
         if config.conditioning == "adaln":
             self.modulation = Linear(width, 2 * width, bias=True, gain=0.0)
 

@@ -7,15 +7,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from pmf.checkpoint import write_atomically
 from pmf.errors import InputError, require
 
-NAMINGS = (("mu", "sigma"), ("ref_mu", "ref_sigma"))
+Resize = Literal["tf1", "half_pixel"]
+"""How an image comes to Inception's 299 pixels, bilinearly and without antialias: output pixel i reads position i s
+(tf1, the original graph's) or (i + 1/2) s - 1/2 (half_pixel, align_corners=False), with s = size / 299."""
+NAMES: dict[Resize, tuple[str, str]] = {"tf1": ("mu", "sigma"), "half_pixel": ("ref_mu", "ref_sigma")}
+"""Statistics made with each are published under these names: by ADM and JiT, and by pMF's authors."""
+INCEPTION_SIZE = 299
 SCORE_SEED = 2020
 
 
@@ -24,13 +31,15 @@ class Statistics:
     """Mean and covariance of features: all that a Fréchet distance reads.
 
     mu float64 [d]; sigma float64 [d, d], unbiased (zero for one image); count, the number of images,
-    where it is known; features float32 [count, d], where they were kept: precision and recall need them.
+    where it is known; features float32 [count, d], where they were kept: precision and recall need them;
+    resize, the convention that Inception features were made with (None: not known, or of no matter).
     """
 
     mu: np.ndarray
     sigma: np.ndarray
     count: int | None = None
     features: np.ndarray | None = None
+    resize: Resize | None = None
 
     @classmethod
     def of(cls, features: Tensor) -> Statistics:
@@ -47,40 +56,47 @@ class Statistics:
         """Statistics of both sets of images together, equal to those of one pass over all of them.
 
         With n = n_a + n_b and d = mu_b - mu_a: mu = mu_a + d n_b / n, and the sums of squares add up
-        with d d^T n_a n_b / n. Neither set's features are kept. Errors: a set whose count is unknown.
+        with d d^T n_a n_b / n. Neither set's features are kept. Errors: a set whose count is unknown,
+        or sets of different resizes.
         """
+        _check_comparable(self, other)
         require(None not in (self.count, other.count), "count: expected statistics that know it, got None")
         count, difference = self.count + other.count, other.mu - self.mu
         squares = self.sigma * (self.count - 1) + other.sigma * (other.count - 1)
         squares += np.outer(difference, difference) * (self.count * other.count / count)
-        return Statistics(self.mu + difference * (other.count / count), squares / (count - 1), count)
+        mu, sigma = self.mu + difference * (other.count / count), squares / (count - 1)
+        return Statistics(mu, sigma, count, resize=self.resize or other.resize)
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
-        """Read an npz archive: `mu` and `sigma`, or `ref_mu` and `ref_sigma`; `count` and `features` if there.
+        """Read an npz archive: `mu` and `sigma` (made with the tf1 resize), or `ref_mu` and `ref_sigma` (half_pixel);
+        `count` and `features` if there.
 
-        Errors: `InputError` when the file cannot be read, holds neither pair, or holds misshapen arrays.
+        Errors: `InputError` when the file cannot be read, holds not exactly one of the pairs, or misshapen arrays.
         """
         try:
             with np.load(path, allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in archive.files}
         except Exception as error:  # what is no archive can fail in any way
-            raise InputError(f"reference: {path} is not a readable npz archive: {error}") from error
-        pair = next((names for names in NAMINGS if set(names) <= set(arrays)), None)
-        require(pair is not None, f"reference: expected mu and sigma, or ref_mu and ref_sigma, got {sorted(arrays)}")
-        mu, sigma = (np.asarray(arrays[name], np.float64) for name in pair)
+            raise InputError(f"reference: {path} is not a readable npz archive: {_first_line(error)}") from error
+        named = {name for pair in NAMES.values() for name in pair if name in arrays}
+        resize = next((resize for resize, pair in NAMES.items() if named == set(pair)), None)
+        if resize is None:
+            raise InputError(f"reference: expected mu and sigma, or ref_mu and ref_sigma, got {sorted(arrays)}")
+        mu, sigma = (_float64(name, arrays[name]) for name in NAMES[resize])
         fits = mu.ndim == 1 and sigma.shape == (len(mu), len(mu))
         require(fits, f"reference: expected mu [d] and sigma [d, d], got {list(mu.shape)} and {list(sigma.shape)}")
         require(bool(np.isfinite(mu).all() and np.isfinite(sigma).all()), f"reference: {path} holds NaN or infinity")
         features = arrays.get("features")
-        fits = features is None or (features.ndim == 2 and features.shape[1] == len(mu))
+        fits = features is None or (features.ndim == 2 and features.shape[1] == len(mu) and features.dtype.kind == "f")
         require(fits, f"reference: expected features [n, {len(mu)}], got {features is not None and features.shape}")
-        count = int(arrays["count"]) if "count" in arrays else None
-        return cls(mu, sigma, count, features)
+        count = int(_float64("count", arrays["count"]).reshape(-1)[0]) if "count" in arrays else None
+        return cls(mu, sigma, count, features, resize)
 
     def save(self, path: str | Path) -> None:
-        """Write an npz archive that `load` reads, atomically."""
-        values = {"mu": self.mu, "sigma": self.sigma, "count": self.count, "features": self.features}
+        """Write an npz archive that `load` reads, atomically; its names say the resize (tf1 where it is not known)."""
+        mu, sigma = NAMES[self.resize or "tf1"]
+        values = {mu: self.mu, sigma: self.sigma, "count": self.count, "features": self.features}
         arrays = {name: value for name, value in values.items() if value is not None}
 
         def write(temporary: Path) -> None:
@@ -90,20 +106,32 @@ class Statistics:
         write_atomically(path, write)
 
 
+def _float64(name: str, values: np.ndarray) -> np.ndarray:
+    real = values.size > 0 and values.dtype.kind in "fiu"
+    require(real, f"reference: expected real numbers in {name}, got {values.dtype} {list(values.shape)}")
+    return values.astype(np.float64)
+
+
 def frechet_distance(a: Statistics, b: Statistics) -> float:
     """|mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)) in float64, A and B being the covariances.
 
     On Inception features this is FID; on flattened images, FID in pixel space.
-    Errors: `InputError` on different numbers of features.
+    Errors: `InputError` on different numbers of features, or different resizes.
     """
-    widths = len(a.mu), len(b.mu)
-    require(widths[0] == widths[1], f"statistics: expected as many features in both, got {widths[0]} and {widths[1]}")
+    _check_comparable(a, b)
     difference = a.mu - b.mu
     values, vectors = np.linalg.eigh(a.sigma)
     root_a = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     # A B has the eigenvalues of the symmetric A^(1/2) B A^(1/2), which stays exact when A is singular.
     root_trace = np.sqrt(np.linalg.eigvalsh(root_a @ b.sigma @ root_a).clip(0)).sum()
     return float(difference @ difference + np.trace(a.sigma) + np.trace(b.sigma) - 2 * root_trace)
+
+
+def _check_comparable(a: Statistics, b: Statistics) -> None:
+    widths, resizes = (len(a.mu), len(b.mu)), (a.resize, b.resize)
+    require(widths[0] == widths[1], f"statistics: expected as many features in both, got {widths[0]} and {widths[1]}")
+    same = None in resizes or resizes[0] == resizes[1]
+    require(same, f"statistics: expected features made with one resize, got {resizes[0]} and {resizes[1]}")
 
 
 def inception_score(logits: Tensor, *, splits: int = 10) -> tuple[float, float]:
@@ -157,28 +185,52 @@ def _radii(features: Tensor, neighbours: int, block: int) -> Tensor:
 class Inception(torch.nn.Module):
     """Images uint8 [n, 3, H, W] -> features float32 [n, 2048] and logits float32 [n, 1008], without the last bias."""
 
-    def __init__(self, network: torch.nn.Module) -> None:
+    def __init__(self, network: torch.nn.Module, resize: Resize = "tf1") -> None:
         super().__init__()
-        self.network = network
+        self.network, self.resize = network, resize
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Both outputs, on the network's device; a repetition gives the same bits."""
+        images = images.to(next(self.network.parameters()).device)
         # Neither TF32 nor an algorithm picked by timing.
         exact = dict(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
         with torch.backends.cudnn.flags(**exact):  # type: ignore[arg-type]
-            return self.network(images.to(next(self.network.parameters()).device))
+            return self.network(images) if self.resize == "tf1" else self._after(half_pixel(images))
+
+    def _after(self, resized: Tensor) -> tuple[Tensor, Tensor]:
+        """What torch-fidelity's network does behind its own resize: its layers in turn, the last without its bias."""
+        *layers, last = self.network.children()
+        x = (resized - 128) / 128
+        for layer in layers:
+            x = layer(x)
+        features = x.flatten(1)
+        return features, features @ last.get_parameter("weight").T
 
 
-def inception(weights: str | Path | None = None, *, device: torch.device | str | None = None) -> Inception:
+def half_pixel(images: Tensor) -> Tensor:
+    """Images uint8 [n, 3, H, W] -> float32 [n, 3, 299, 299] in [0, 255], bilinear on pixel centres, no antialias.
+
+    In float64: positions rounded to float32 would be off by 1e-5 of a pixel, and edges by as many grey levels.
+    """
+    size = (INCEPTION_SIZE, INCEPTION_SIZE)
+    return interpolate(images.double(), size, mode="bilinear", align_corners=False, antialias=False).float()
+
+
+def inception(
+    weights: str | Path | None = None, *, resize: Resize = "tf1", device: torch.device | str | None = None
+) -> Inception:
     """torch-fidelity's port of the Inception-v3 of 2015-12-05, which published FIDs are measured with.
 
-    It resizes images of any size to 299 px as the original did. `weights` is the file of its state dict;
+    It brings images of any size to 299 px by `resize`: as the original did (tf1), or as the network of pMF's JAX
+    release does (half_pixel); behind that the two networks are one. `weights` is the file of its state dict;
     by default torch-fidelity downloads it. Features and logits are those that torch-fidelity takes from
     this extractor: "2048" for FID, precision and recall, "logits_unbiased" for the Inception score.
     (Without a choice of extractor, torch-fidelity measures precision and recall on VGG-16 instead.)
-    Errors: `InputError` where torch-fidelity does not import, or the weights are missing or do not fit.
+    Errors: `InputError` on another resize, where torch-fidelity does not import, or where the weights are
+    missing or do not fit.
     """
+    require(resize in NAMES, f"resize: expected one of {', '.join(NAMES)}, got {resize!r}")
     try:
         from torch_fidelity import FeatureExtractorInceptionV3
     except Exception as error:  # beside a torchvision made for another PyTorch it fails in any way
@@ -193,7 +245,7 @@ def inception(weights: str | Path | None = None, *, device: torch.device | str |
     except Exception as error:  # a torn file can make its reader fail in any way, and so can a download
         source = "the download" if weights is None else weights
         raise InputError(f"inception: cannot take the weights from {source}: {_first_line(error)}") from error
-    return Inception(network).to(device)
+    return Inception(network, resize).to(device)
 
 
 def _first_line(error: Exception) -> str:

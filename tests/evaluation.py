@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import pmf
+from pmf.metrics import Resize
 from pmf.train.evaluate import EvalConfig, Evaluation
 from pmf.train.features import Ranks, all_ranks
 from tests.networks import random_model
@@ -21,7 +22,12 @@ SETTINGS = dict(omega=(1.5, 3.0), interval=("0,1", "0.1,0.7"), per_class=6, chun
 
 
 class Toy(torch.nn.Module):
-    """Uint8 images of any size -> 6 features, 4 logits; `calls` counts the batches, each `delay` seconds long."""
+    """Uint8 images of any size -> 6 features, 4 logits; `calls` counts the batches, each `delay` seconds long.
+
+    With the half-pixel resize it reads images from the other side.
+    """
+
+    resize: Resize = "tf1"
 
     def __init__(self, delay: float = 0.0) -> None:
         super().__init__()
@@ -37,7 +43,7 @@ class Toy(torch.nn.Module):
         self.calls += 1
         time.sleep(self.delay)
         pooled = torch.nn.functional.adaptive_avg_pool2d(images.float(), 4).flatten(1)
-        features = torch.tanh((pooled - 128) @ self.first)
+        features = torch.tanh((pooled - 128) @ (self.first if self.resize == "tf1" else self.first.flip(0)))
         return features, features @ self.second
 
 
@@ -50,7 +56,13 @@ def checkpoint(path: Path) -> Path:
 
 def evaluate(config: EvalConfig, extractor: torch.nn.Module | None = None, ranks: Ranks | None = None) -> list[dict]:
     """The lines of an evaluation on the CPU."""
-    return Evaluation(config, extractor or Toy(), ranks or Ranks(), torch.device("cpu")).run()
+    made = extractor or Toy()
+
+    def extractor_of(resize: Resize) -> torch.nn.Module:
+        made.resize = resize
+        return made
+
+    return Evaluation(config, extractor_of, ranks or Ranks(), torch.device("cpu")).run()
 
 
 if __name__ == "__main__":

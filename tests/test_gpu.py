@@ -17,6 +17,7 @@ from pmf import noise, ops
 from pmf.kernels import flash
 from pmf.memory import saved_per_row
 from pmf.noise import seeded_noise
+from pmf.wide import wide_product
 from tests import test_kernels_attention as attention
 from tests import test_kernels_model as networks
 from tests import test_kernels_norm as norm
@@ -70,6 +71,22 @@ def test_norms(width, head_dim, layout, dtypes):
         check(norm.op_of(residual), primals, tangents, autocast=autocast)
         if mode == "partial":  # of the branch alone
             check(norm.op_of(True), primals, (None, tangents[1], *[None] * 4), autocast=autocast)
+
+
+@pytest.mark.parametrize(("width", "values"), ((768, 768), (1280, 3072)), ids=("B/16", "H/32"))
+def test_products_that_give_float32(width, values):
+    """The final Linear under autocast: operands in bfloat16, sums as exact as float32's; gradients rounded once."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 256, width, device=DEVICE, dtype=BF16, requires_grad=True)
+    weight = (torch.randn(values, width, device=DEVICE) / width**0.5).requires_grad_()
+    dy = torch.randn(3, 256, values, device=DEVICE)
+    with torch.autocast("cuda", BF16):
+        y = wide_product(x, weight)
+    y.backward(dy)
+    low, w, d = x.detach().double(), weight.detach().to(BF16).double(), dy.to(BF16).double().flatten(0, 1)
+    assert y.dtype == F32 and relative_error(y.double(), low @ w.T) < 1e-6
+    assert relative_error(x.grad.double().flatten(0, 1), d @ w) < 2**-8
+    assert relative_error(weight.grad.double(), d.T @ low.flatten(0, 1)) < 2**-8
 
 
 @DTYPES

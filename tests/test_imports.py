@@ -20,7 +20,7 @@ RULES = {
     "pmf/errors.py": r"pmf\.private",
     "pmf/ops.py": r"pmf\.reference.*|pmf\.(autocast|dispatch|errors)",
     "pmf/packing.py": r"pmf\.(autocast|private)",
-    "pmf/layers.py": r"pmf\.(ops|autocast|config|dual|errors|packing)",
+    "pmf/layers.py": r"pmf\.(ops|autocast|config|dual|errors|packing|wide)",
     "pmf/model.py": r"pmf\.(ops|dispatch|config|dual|errors|layers|packing|private|checkpoint|checkpointing)",
     "pmf/loss.py": r"pmf\.(ops|config|dual|errors|layers)",
     "pmf/sampling.py": r"pmf\.(config|dual|errors|noise)",

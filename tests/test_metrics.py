@@ -66,15 +66,33 @@ def test_streaming_equals_whole_whatever_the_chunks(sizes):
     np.testing.assert_allclose(total.sigma, whole.sigma, rtol=0, atol=10 * bound)
 
 
-@pytest.mark.parametrize("names", [("mu", "sigma"), ("ref_mu", "ref_sigma")])
+@pytest.mark.parametrize(
+    ("names", "resize"), [(("mu", "sigma"), "tf1"), (("ref_mu", "ref_sigma"), "half_pixel")], ids=["mu", "ref_mu"]
+)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_published_statistics_are_read_under_either_naming(tmp_path, names, dtype):
+def test_published_statistics_say_their_resize_by_their_names(tmp_path, names, resize, dtype):
     known = Statistics.of(normal(20, 3))
     arrays = {names[0]: known.mu.astype(dtype), names[1]: known.sigma.astype(dtype)}
     np.savez(tmp_path / "published.npz", **arrays, another=np.zeros(2))
     read = Statistics.load(tmp_path / "published.npz")
     assert np.array_equal(read.mu, arrays[names[0]]) and np.array_equal(read.sigma, arrays[names[1]])
     assert read.mu.dtype == read.sigma.dtype == np.float64 and read.count is None and read.features is None
+    assert read.resize == resize
+    read.save(tmp_path / "ours.npz")
+    assert Statistics.load(tmp_path / "ours.npz").resize == resize
+    with np.load(tmp_path / "ours.npz") as archive:
+        assert set(archive.files) == set(names)
+
+
+def test_statistics_of_different_resizes_are_never_compared_or_merged():
+    known = Statistics.of(normal(9, 3))
+    tf1, half = (dataclasses.replace(known, resize=resize) for resize in ("tf1", "half_pixel"))
+    message = "statistics: expected features made with one resize, got tf1 and half_pixel"
+    for compare in (frechet_distance, Statistics.merge):
+        with pytest.raises(InputError, match=message):
+            compare(tf1, half)
+    assert frechet_distance(known, half) == frechet_distance(tf1, tf1)
+    assert known.merge(half).resize == half.merge(known).resize == "half_pixel"
 
 
 def test_statistics_are_written_whole(tmp_path):
@@ -94,6 +112,14 @@ def test_statistics_are_written_whole(tmp_path):
     ("arrays", "message"),
     [
         (dict(mu=np.zeros(3)), r"expected mu and sigma, or ref_mu and ref_sigma, got \['mu'\]"),
+        (
+            dict(mu=np.zeros(2), sigma=np.eye(2), ref_mu=np.zeros(2), ref_sigma=np.eye(2)),
+            r"expected mu and sigma, or ref_mu and ref_sigma, got \['mu', 'ref_mu', 'ref_sigma', 'sigma'\]",
+        ),
+        (dict(ref_mu=np.zeros(2), sigma=np.eye(2)), r"or ref_mu and ref_sigma, got \['ref_mu', 'sigma'\]"),
+        (dict(mu=np.array(["a", "b"]), sigma=np.eye(2)), r"expected real numbers in mu, got <U1 \[2\]"),
+        (dict(mu=np.zeros(0), sigma=np.eye(2)), r"expected real numbers in mu, got float64 \[0\]"),
+        (dict(mu=np.zeros(2), sigma=np.eye(2), count=np.array("x")), r"expected real numbers in count, got <U1 \[\]"),
         (dict(mu=np.zeros(3), sigma=np.eye(2)), r"expected mu \[d\] and sigma \[d, d\], got \[3\] and \[2, 2\]"),
         (dict(mu=np.full(2, np.nan), sigma=np.eye(2)), "holds NaN or infinity"),
         (dict(mu=np.zeros(2), sigma=np.eye(2), features=np.zeros((5, 3))), r"expected features \[n, 2\], got \(5, 3\)"),

@@ -86,6 +86,17 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
     assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith(f"pmf: {message}")
 
 
+def test_samples_take_a_published_setting_by_name(run, tmp_path, capsys):
+    images = []
+    for flags in (["--guidance", "pMF-B/16-torch"], ["--omega", "7.5", "--t-min", "0.1", "--t-max", "0.8"]):
+        main(["sample", str(run), "--labels", "3", "--rows", "1", "--out", str(tmp_path / "a.png"), *flags])
+        images.append((tmp_path / "a.png").read_bytes())
+    assert images[0] == images[1]
+    with pytest.raises(SystemExit):
+        main(["sample", str(run), "--guidance", "pMF-B/16", "--omega", "2"])
+    assert "guidance: expected no omega, t_min or t_max beside it" in capsys.readouterr().err
+
+
 def test_labels_out_of_range_are_refused(run, capsys):
     with pytest.raises(SystemExit):
         main(["sample", str(run), "--labels", "11"])

@@ -68,6 +68,16 @@ def test_real_digits_are_close_and_named_rightly():
     assert result["accuracy"] > 0.99
 
 
+def test_published_settings_are_measured_by_name():
+    config, model = EvalConfig("checkpoint.pt", guidance=("pMF-B/16", "pMF-B/16-torch")), pmf.MODELS["pMF-B/16"]
+    settings = [SamplingConfig(8.5, 0.1, 0.7), SamplingConfig(7.5, 0.1, 0.8)]
+    assert [point.sampling for point in grid(config, None, model)] == settings
+    with pytest.raises(pmf.InputError, match="guidance: expected no omega and no interval beside it"):
+        grid(dataclasses.replace(config, omega=(7.0,)), None, model)
+    with pytest.raises(pmf.InputError, match=r"guidance: expected one of pMF-B/16, pMF-B/16-torch, .* got 'B/16'"):
+        grid(dataclasses.replace(config, guidance=("B/16",)), None, model)
+
+
 def test_a_digits_network_is_measured_over_the_grid(tmp_path, capsys):
     model = random_model(pmf.MODELS["pMF-digits"], dtype=torch.float32)
     file = tmp_path / "model.safetensors"
@@ -141,7 +151,7 @@ def test_every_grid_point_is_measured_and_written(config, uninterrupted, capsys)
     points = [(line["omega"], line["t_min"], line["t_max"], line["steps"]) for line in lines]
     assert points == [(1.5, 0.0, 1.0, 1), (3.0, 0.0, 1.0, 1), (1.5, 0.1, 0.7, 1), (3.0, 0.1, 0.7, 1)]
     assert [json.loads(text) for text in results(out).splitlines()] == lines
-    assert all(line["images"] == 30 and line["weights"] == "model" for line in lines)
+    assert all(line["images"] == 30 and line["weights"] == "model" and line["resize"] == "tf1" for line in lines)
     assert not list(out.glob(".*"))  # what was unfinished is gone
 
 
@@ -245,6 +255,25 @@ def test_statistics_without_features_leave_precision_and_recall_out(config, unin
     assert line["inception_score"] != uninterrupted[1][0]["inception_score"]  # other seeds, other images
 
 
+def test_the_resize_is_that_of_the_references_names_else_of_the_flag(config, tmp_path):
+    """No result of one resize passes for one of the other, whatever they are named."""
+    config = dataclasses.replace(config, out=tmp_path, omega=(1.5,), interval=("0,1",))
+    images = torch.randint(0, 256, (20, 3, 8, 8), dtype=torch.uint8)
+    extractor = Toy()
+    extractor.resize = "half_pixel"
+    known = dataclasses.replace(Statistics.of(extractor(images)[0]), resize="half_pixel")
+    known.save(tmp_path / "ref.npz")
+    statistics = dataclasses.replace(config, reference=tmp_path / "ref.npz")
+    lines = [evaluate(dataclasses.replace(statistics, resize=resize))[0] for resize in (None, "half_pixel", "tf1")]
+    assert [line["resize"] for line in lines] == ["half_pixel", "half_pixel", "tf1"]
+    assert lines[0] == lines[1] and lines[0]["key"] != lines[2]["key"] and lines[0]["fid"] != lines[2]["fid"]
+    folders = [evaluate(dataclasses.replace(config, resize=resize))[0] for resize in (None, "tf1", "half_pixel")]
+    assert [line["resize"] for line in folders] == ["tf1", "tf1", "half_pixel"]
+    assert folders[0] == folders[1] and folders[0]["fid"] != folders[2]["fid"]
+    kept = sorted(Statistics.load(file).resize for file in tmp_path.glob("reference-*.npz"))
+    assert kept == ["half_pixel", "tf1"] and len(results(tmp_path).splitlines()) == 4
+
+
 def test_what_changes_a_result_is_measured_anew_and_a_torn_line_is_passed_over(config, source, tmp_path):
     config = dataclasses.replace(config, out=tmp_path, omega=(1.5,), interval=("0,1",))
     evaluate(config)
@@ -314,13 +343,23 @@ def test_the_commands_measure_with_inception(source, reference, inception_weight
     inception = ["--inception", str(inception_weights), "--device", "cpu"]
     folder = reference / "0"
     command(["statistics", str(folder), "--out", str(tmp_path / "ref.npz"), *inception])
-    assert capsys.readouterr().out == f"wrote {tmp_path / 'ref.npz'}: statistics of 10 images\n"
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'ref.npz'}: statistics of 10 images, tf1 resize\n"
     arguments = [str(source), "--reference", str(tmp_path / "ref.npz"), "--out", str(tmp_path), *inception]
     grid = ["--per-class", "2", "--omega", "1.5", "--interval", "0,1", "--steps", "1", "2"]
     command([*arguments, *grid])
     *lines, best = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["steps"] for line in lines] == [1, 2] and all(line["precision"] is None for line in lines)
     assert best == {"best": min(lines, key=lambda line: line["fid"])}
+    assert all(line["resize"] == "tf1" for line in lines)
+
+    command(["statistics", str(folder), "--out", str(tmp_path / "half.npz"), "--resize", "half_pixel", *inception])
+    assert "10 images, half_pixel resize" in capsys.readouterr().out
+    arguments[2] = str(tmp_path / "half.npz")
+    command([*arguments, *grid[:-1]])
+    command([*arguments, *grid[:-1], "--resize", "tf1"])
+    half, crossed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert (half["resize"], crossed["resize"]) == ("half_pixel", "tf1")
+    assert len({lines[0]["fid"], half["fid"], crossed["fid"]}) == 3
 
 
 def test_the_command_names_the_extra_it_lacks(source, reference, monkeypatch):

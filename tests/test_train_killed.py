@@ -75,18 +75,18 @@ def flatten(node, name: str = "") -> dict[str, torch.Tensor]:
     return {key: value for k, child in items for key, value in flatten(child, f"{name}.{k}").items()}
 
 
-def survive(folder: Path, kills: int, processes: int, seed: int = 0) -> list[int]:
+def survive(folder: Path, kills: int, processes: int, seed: int = 0, flags: list[str] = FLAGS) -> list[int]:
     """Kill a run so often, resume each time, and compare with the same run left in peace.
 
     Returns the steps it was resumed from.
     """
     peace, war = folder / "peace", folder / "war"
-    assert all(job.wait() == 0 for job in start(processes, ["digits", "--out", str(peace), *FLAGS]))
+    assert all(job.wait() == 0 for job in start(processes, ["digits", "--out", str(peace), *flags]))
     moments = random.Random(seed)
     kept: list[int] = []
     for number in range(kills):
         begun = complete(war)
-        arguments = ["--resume", str(war)] if begun else ["digits", "--out", str(war), *FLAGS]
+        arguments = ["--resume", str(war)] if begun else ["digits", "--out", str(war), *flags]
         # Up to the last steps and beyond: in the export that follows them too.
         line = moments.randint(lines(war), min(STEPS, (number + 1) * STEPS // kills))
         kill_at(start(processes, arguments), war, line, moments.random() * 0.2)

@@ -179,3 +179,25 @@ def test_a_closed_loader_has_ended_its_workers():
     with open(children) as file:
         assert len(set(before) - set(file.read().split())) == 2
     assert list(loader) == []
+
+
+def test_flipped_images_are_half_of_all_whoever_reads_them():
+    """A function of (seed, step) and the place in the global batch; without `flip` the same images, none mirrored."""
+    images = torch.arange(400 * 6, dtype=torch.float32).view(400, 1, 2, 3)
+    data, batch = ImageSet(images, torch.arange(400) % 7), 40
+
+    def seen(flip, world=1, workers=0, first=0):
+        loaders = [
+            Loader(data, batch, seed=3, rank=r, world=world, workers=workers, first_step=first, flip=flip)
+            for r in range(world)
+        ]
+        return torch.stack([torch.cat([next(loader)[0] for loader in loaders]) for _ in range(first, 20)])
+
+    plain, flipped = seen(False), seen(True)
+    mirrored = (flipped != plain).flatten(2).any(2)
+    expected = torch.where(mirrored[:, :, None, None, None], plain.flip(-1), plain)
+    assert torch.equal(flipped, expected)
+    assert abs(mirrored.float().mean() - 0.5) < 4 * 0.5 / 800**0.5
+    assert not torch.equal(mirrored[:10], mirrored[10:])  # the second epoch is mirrored anew
+    for options in (dict(world=4), dict(workers=2), dict(first=7)):
+        assert torch.equal(seen(True, **options), flipped[options.get("first", 0) :])

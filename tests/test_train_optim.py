@@ -86,7 +86,15 @@ def test_zero_gradients_move_nothing():
 
 @pytest.mark.parametrize(
     "change",
-    [dict(learning_rate=-1.0), dict(clip_norm=-1.0), dict(decay_share=-1.0), dict(newton_schulz_steps=500)],
+    [
+        dict(learning_rate=-1.0),
+        dict(clip_norm=-1.0),
+        dict(decay_share=-1.0),
+        dict(newton_schulz_steps=500),
+        dict(warmup_steps=-1),
+        dict(decay="step"),
+        dict(decay_to=2.0),
+    ],
 )
 def test_impossible_optimizers_are_refused(change):
     with pytest.raises(pmf.InputError, match=f"optimizer.{next(iter(change))}: out of range"):
@@ -97,6 +105,24 @@ def test_learning_rate_is_constant_unless_decay_is_asked_for():
     assert learning_rate(OptimizerConfig(), 99, 100) == 1e-3
     decayed = OptimizerConfig(learning_rate=1.0, decay_share=0.1)
     assert [learning_rate(decayed, step, 100) for step in (0, 90, 95, 99)] == pytest.approx([1.0, 1.0, 0.5, 0.1])
+
+
+def rates(steps, **changes):
+    return [learning_rate(OptimizerConfig(learning_rate=2.0, **changes), step, steps) for step in range(steps)]
+
+
+def test_learning_rate_warms_up_from_zero():
+    assert rates(6, warmup_steps=4) == pytest.approx([0.0, 0.5, 1.0, 1.5, 2.0, 2.0])
+    assert rates(4, warmup_steps=8) == pytest.approx([0.0, 0.25, 0.5, 0.75])  # longer than the run
+    assert rates(6, warmup_steps=2, decay_share=1.0) == pytest.approx([0.0, 1.0, 2.0, 1.5, 1.0, 0.5])
+
+
+def test_learning_rate_falls_along_a_cosine_to_its_end():
+    cosine = [2 * (0.1 + 0.9 * (1 + math.cos(math.pi * x / 8)) / 2) for x in range(8)]
+    assert rates(8, decay="cosine", decay_share=1.0, decay_to=0.1) == pytest.approx(cosine)
+    tail = rates(16, decay="cosine", decay_share=0.5, decay_to=0.1)
+    assert tail == pytest.approx([2.0] * 8 + cosine)
+    assert rates(4, decay_share=1.0, decay_to=0.5) == pytest.approx([2.0, 1.75, 1.5, 1.25])
 
 
 def test_ema_follows_the_published_ramp():

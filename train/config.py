@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Literal, get_type_hints
 
-from pmf.config import LOSSES, MODELS, LossConfig, ModelConfig
+from pmf.config import LOSSES, MODELS, SAMPLING, LossConfig, ModelConfig
 from pmf.errors import InputError, require
+from pmf.metrics import NAMES, Resize
 from pmf.model import CHECKPOINTING
 from pmf.train.distributed import SHARDINGS
 from pmf.train.optim import OptimizerConfig
@@ -34,6 +35,12 @@ class SamplingConfig:
         require(ordered, f"sampling.t_min: expected 0 <= t_min <= t_max <= 1, got {self.t_min} and {self.t_max}")
 
 
+def published_guidance(name: str) -> SamplingConfig:
+    """The published setting of that name. Errors: an unknown name."""
+    require(name in SAMPLING, f"guidance: expected one of {', '.join(SAMPLING)}, got {name!r}")
+    return SamplingConfig(**SAMPLING[name])
+
+
 @dataclass(frozen=True)
 class PerceptualConfig:
     """The perceptual losses; their weights in the loss are loss.lpips_weight and loss.convnext_weight."""
@@ -44,6 +51,36 @@ class PerceptualConfig:
     """LPIPS's VGG-16 trunk: hub (torchvision downloads it), a state dict, or random (for trying things out)."""
     convnext: str = "hub"
     """ConvNeXt-V2: hub (its base size), a hub id, a local directory, or random (for trying things out)."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is measured while a run trains, and how: as by `pmf eval`, sampled in one step."""
+
+    reference: Path | None = None
+    """Held-out statistics (npz) or folder of images that samples are held against (default, for digits and photographs
+    alone: numbers of their own)."""
+    weights: tuple[str, ...] = ()
+    """Which weights to measure: model, ema_500, ... (default: the run's sampling_weights)."""
+    per_class: int = 50
+    """Images per class."""
+    resize: Resize | None = None
+    """How images come to Inception's 299 pixels (default: as the reference's names say; tf1 for a folder)."""
+    inception: Path | None = None
+    """State dict of torch-fidelity's Inception-v3 (default: torch-fidelity downloads it)."""
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Precision of the network that samples. auto: the run's."""
+    batch_size: int = 64
+    """Images at a time, on each device."""
+    chunk: int = 1000
+    """Images between saves: what an interruption can cost."""
+
+    def __post_init__(self) -> None:
+        for name in ("per_class", "batch_size", "chunk"):
+            require(getattr(self, name) > 0, f"evaluation.{name}: expected > 0, got {getattr(self, name)}")
+        for name, choices in (("precision", PRECISIONS), ("resize", (None, *NAMES))):
+            got = getattr(self, name)
+            require(got in choices, f"evaluation.{name}: expected one of {', '.join(map(str, choices))}, got {got!r}")
 
 
 @dataclass(frozen=True)
@@ -60,6 +97,8 @@ class RunConfig:
     """What to train on: digits, photographs, or a directory made by `pmf data prepare`."""
     workers: int = 0
     """Processes that read images ahead, per training process (0: the training process itself)."""
+    flip: bool = False
+    """Mirror each image, left to right, with probability 1/2 (off, as published)."""
     max_corrupt: int = 100
     """Unreadable images that each process may replace, named in warnings; one more is an error."""
     init: str | None = None
@@ -108,6 +147,8 @@ class RunConfig:
     """Steps in a row whose loss or gradient may be not finite; they change nothing, and one more stops the run."""
     sample_every: int = 500
     """Steps between exports: weights for sampling, sample grid, loss curve (the last step always exports)."""
+    eval_every: int = 0
+    """Steps between evaluations, each behind a checkpoint (0: none; else the last step is evaluated too)."""
     model: ModelConfig = field(default_factory=lambda: MODELS["pMF-digits"])
     """The network."""
     loss: LossConfig = field(default_factory=lambda: LOSSES["pMF-digits"])
@@ -116,11 +157,13 @@ class RunConfig:
     """The optimizer."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """The sampler."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """What `eval_every` measures."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "save_every", "sample_every", "keep_checkpoints"):
             require(getattr(self, name) > 0, f"{name}: expected a positive number, got {getattr(self, name)}")
-        for name in ("workers", "max_corrupt", "max_skipped"):
+        for name in ("workers", "max_corrupt", "max_skipped", "eval_every"):
             require(getattr(self, name) >= 0, f"{name}: expected a number >= 0, got {getattr(self, name)}")
         whole = self.device_batch is None or (self.device_batch > 0 and self.batch_size % self.device_batch == 0)
         require(whole, f"device_batch: expected a divisor of batch_size {self.batch_size}, got {self.device_batch}")
@@ -132,10 +175,12 @@ class RunConfig:
         require(self.seed >= 0, f"seed: expected a number >= 0, got {self.seed}")
         require(all(k > 0 for k in self.ema_half_lives), f"ema_half_lives: expected > 0, got {self.ema_half_lives}")
         known = ("model", *(f"ema_{k:g}" for k in self.ema_half_lives))
-        require(
-            self.sampling_weights in known,
-            f"sampling_weights: expected one of {', '.join(known)}, got {self.sampling_weights!r}",
-        )
+        chosen = [
+            ("sampling_weights", self.sampling_weights),
+            *(("evaluation.weights", w) for w in self.evaluation.weights),
+        ]
+        for name, got in chosen:
+            require(got in known, f"{name}: expected one of {', '.join(known)}, got {got!r}")
 
 
 def to_json(config: RunConfig) -> str:

@@ -80,6 +80,8 @@ def _run_files(directory: Path) -> list[Path]:
         *names,
         FOLDER,
         "ema_*.safetensors",
+        "eval/results.jsonl",
+        "eval/.*",
         "tensorboard/events.*",
         *(f".{name}.*" for name in names),
         ".ema_*",

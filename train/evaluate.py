@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Literal
@@ -19,29 +18,26 @@ from torch import Tensor
 
 import pmf
 from pmf.checkpoint import write_atomically
-from pmf.config import MODELS, SAMPLING, ModelConfig
+from pmf.config import MODELS, ModelConfig
 from pmf.errors import InputError, require
-from pmf.metrics import Statistics, frechet_distance, inception, inception_score, precision_recall
-from pmf.train.config import CONFIG_FILE, SamplingConfig, load_run_config
+from pmf.metrics import Resize, Statistics, frechet_distance, inception
+from pmf.train.config import CONFIG_FILE, SamplingConfig, load_run_config, published_guidance
 from pmf.train.data import digits
 from pmf.train.features import (
-    Chunks,
+    Extractor,
     Ranks,
     Source,
     all_ranks,
     digest,
-    file_digest,
-    folder_identity,
     folder_statistics,
     pictures,
     weights_digest,
 )
 from pmf.train.images import to_bytes
+from pmf.train.measurement import Measurement, check_count
 
 PER_CLASS = 50
 DIGITS_SHAPE = (1, 8, 8)
-SPLITS = 10  # of the Inception score
-RESULTS_FILE = "results.jsonl"
 
 
 @dataclass(frozen=True)
@@ -59,12 +55,17 @@ class EvalConfig:
     reference: Path | None = None
     """Folder of real images, or npz of statistics (mu and sigma, or ref_mu and ref_sigma). Precision and recall
     need a folder, or an npz that holds features too."""
+    resize: Resize | None = None
+    """How images come to Inception's 299 pixels (default: as the reference's statistics say by their names, half_pixel
+    for ref_mu and ref_sigma; tf1 for a folder)."""
     weights: tuple[str, ...] = ()
     """Which weights of a run to measure: model, ema_500, ... (default: the run's choice)."""
     omega: tuple[float, ...] = ()
     """Guidance scales to measure (default: the setting of the run or of the published preset)."""
     interval: tuple[str, ...] = ()
     """Guidance intervals to measure, each as t_min,t_max: 0.1,0.7 (default as for omega)."""
+    guidance: tuple[str, ...] = ()
+    """Published settings to measure by name, in place of omega and interval: pMF-B/16, pMF-B/16-torch, ..."""
     steps: tuple[int, ...] = ()
     """Numbers of network evaluations per image to measure (default: 1; for digits and photographs 1 and 2)."""
     per_class: int = PER_CLASS
@@ -102,7 +103,10 @@ class StatisticsConfig:
     folder: tyro.conf.Positional[Path]
     """The folder."""
     out: Path
-    """The npz to write: mu, sigma, count."""
+    """The npz to write: mu, sigma, count; with --resize half_pixel ref_mu, ref_sigma, count."""
+    resize: Resize = "tf1"
+    """How images come to Inception's 299 pixels: tf1, as published statistics have it, or half_pixel, as those of
+    pMF's JAX release do."""
     features: bool = False
     """Keep the features too (8 KB per image): precision and recall need them."""
     inception: Path | None = None
@@ -150,7 +154,8 @@ def command(arguments: list[str]) -> None:
         return
     with all_ranks() as ranks:
         device = _device(config.device, ranks)
-        lines = Evaluation(config, inception(config.inception, device=device), ranks, device).run()
+        extractor_of = partial(_inception, config.inception, device)
+        lines = Evaluation(config, extractor_of, ranks, device).run()
         if ranks.rank == 0 and len(lines) > 1:
             print(json.dumps({"best": min(lines, key=lambda line: line["fid"])}))
 
@@ -159,11 +164,15 @@ def _statistics_command(arguments: list[str]) -> None:
     config = tyro.cli(StatisticsConfig, prog="pmf eval statistics", args=arguments)
     files = pictures(config.folder)
     with all_ranks() as ranks:
-        extractor = inception(config.inception, device=_device(config.device, ranks))
+        extractor = _inception(config.inception, _device(config.device, ranks), config.resize)
         options = dict(batch_size=config.batch_size, chunk=config.chunk, keep=config.features)
         folder_statistics(files, config.out, extractor, ranks, **options)
         if ranks.rank == 0:
-            print(f"wrote {config.out}: statistics of {len(files)} images")
+            print(f"wrote {config.out}: statistics of {len(files)} images, {config.resize} resize")
+
+
+def _inception(weights: Path | None, device: torch.device, resize: Resize) -> Extractor:
+    return inception(weights, resize=resize, device=device)
 
 
 def _device(name: str, ranks: Ranks) -> torch.device:
@@ -184,16 +193,24 @@ def grid(config: EvalConfig, weights: str | None, model: ModelConfig, steps: tup
     """
     run = Path(config.source)
     stored = load_run_config(run) if (run / CONFIG_FILE).is_file() else None
-    preset = next((SamplingConfig(**SAMPLING[name]) for name, c in MODELS.items() if c == model), None)
-    default = stored.sampling if stored else preset
+    preset = next((published_guidance(name) for name, c in MODELS.items() if c == model), None)
+    settings = _settings(config, stored.sampling if stored else preset)
+    weights = weights or (stored.sampling_weights if stored else run.stem)
+    return [Point(weights, sampling, n) for sampling, n in product(settings, config.steps or steps)]
+
+
+def _settings(config: EvalConfig, default: SamplingConfig | None) -> list[SamplingConfig]:
+    """The settings of guidance: those named, else every omega in every interval."""
+    if config.guidance:
+        both = bool(config.omega or config.interval)
+        require(not both, "guidance: expected no omega and no interval beside it, got both")
+        return [published_guidance(name) for name in config.guidance]
     for flag in ("omega", "interval"):
         known = getattr(config, flag) or default
         require(bool(known), f"{flag}: this network is no preset, so {flag} must be given")
     omegas = config.omega or (default.omega,)
     intervals = [_interval(text) for text in config.interval] or [(default.t_min, default.t_max)]
-    weights = weights or (stored.sampling_weights if stored else run.stem)
-    points = product(intervals, omegas, config.steps or steps)
-    return [Point(weights, SamplingConfig(*map(float, (w, *interval))), n) for interval, w, n in points]
+    return [SamplingConfig(*map(float, (omega, *interval))) for interval, omega in product(intervals, omegas)]
 
 
 def _interval(text: str) -> tuple[float, float]:
@@ -207,31 +224,17 @@ def _interval(text: str) -> tuple[float, float]:
 class Evaluation:
     """FID and its kin over a grid: `run` measures every point that is not in the results file yet.
 
-    `extractor` is any module that maps uint8 images [n, 3, H, W] to features [n, d] and logits [n, classes].
+    `extractor_of(resize)` makes the extractor.
     """
 
-    def __init__(self, config: EvalConfig, extractor: torch.nn.Module, ranks: Ranks, device: torch.device) -> None:
-        self.config, self.extractor, self.ranks, self.device = config, extractor, ranks, device
+    def __init__(
+        self, config: EvalConfig, extractor_of: Callable[[Resize], Extractor], ranks: Ranks, device: torch.device
+    ) -> None:
+        self.config, self.ranks, self.device = config, ranks, device
         run = Path(config.source)
-        self.out = config.out or (run / "eval" if run.is_dir() else Path("eval") / run.stem)
-        self.extractor_digest = weights_digest(extractor)
-        self.reference, self.reference_digest = self._read_reference()
-
-    def _read_reference(self) -> tuple[Statistics, str]:
-        """The reference and a name for its content; a folder's statistics are kept in `out`."""
-        file = self.config.reference
-        if file.is_dir():
-            files = pictures(file)
-            file = self.out / f"reference-{folder_identity(files, self.extractor)}.npz"
-            if not self.ranks.agree(file.is_file()):
-                options = dict(batch_size=self.config.batch_size, chunk=self.config.chunk, keep=True)
-                folder_statistics(files, file, self.extractor, self.ranks, **options)
-        reference = Statistics.load(file)
-        blank = torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=self.device)
-        width = self.extractor(blank)[0].shape[1]
-        got = len(reference.mu)
-        require(got == width, f"reference: expected statistics of {width} features, got {got}")
-        return reference, file_digest(file)
+        out = config.out or (run / "eval" if run.is_dir() else Path("eval") / run.stem)
+        options = dict(resize=config.resize, batch_size=config.batch_size, chunk=config.chunk)
+        self.measurement = Measurement(config.reference, extractor_of, out, ranks, device, **options)
 
     def run(self) -> list[dict]:
         """The result of every grid point, in order; each is printed and written as soon as it is known."""
@@ -251,27 +254,16 @@ class Evaluation:
 
     def _measure(self, model: pmf.PMFDiT, network: str, point: Point) -> dict:
         config, count = self.config, self.config.per_class * model.config.num_classes
-        require(count >= SPLITS, f"per_class: expected at least {SPLITS} images in all, got {count}")
-        numbers = (point.settings, config.per_class, config.seed, config.dtype)
-        key = digest(network, *numbers, self.extractor_digest, self.reference_digest)
+        check_count(count)
+        key = self.measurement.key(network, point.settings, config.per_class, config.seed, config.dtype)
         folder = config.images / f"{point.name}-{key[:8]}" if config.images else None
-        line = self.ranks.agree(self._results().get(key))
-        chunks = Chunks(self.out / f".{key}-{config.chunk}", count, config.chunk)
 
         def kept(span: range) -> bool:
             return folder is None or all(_png(folder, i).is_file() for i in span)
 
-        if line is None or not self.ranks.agree(kept(range(count))):
-            source = self._generated(model, point, folder)
-            chunks.compute(source, self.extractor, self.ranks, batch_size=config.batch_size, finished=kept)
-        if line is None and self.ranks.rank == 0:
-            settings = {"source": config.source, "weights": point.weights, **point.settings, "images": count}
-            line = {**settings, "seed": config.seed, "dtype": config.dtype, "reference": str(config.reference)}
-            line |= {**self._metrics(chunks), "key": key}
-            self._append(line)
-        if self.ranks.rank == 0:
-            chunks.remove()
-        return self.ranks.agree(line)
+        head = {"source": config.source, "weights": point.weights, **point.settings}
+        head |= {"images": count, "seed": config.seed, "dtype": config.dtype}
+        return self.measurement.measure(key, count, self._generated(model, point, folder), head, kept)
 
     def _generated(self, model: pmf.PMFDiT, point: Point, folder: Path | None) -> Source:
         """Image i shows class i // per_class and has seed `seed` + i."""
@@ -290,44 +282,6 @@ class Evaluation:
 
         return generate
 
-    def _metrics(self, chunks: Chunks) -> dict[str, float | None]:
-        """All four; precision and recall are None where the reference has no features."""
-        generated = chunks.statistics(keep=True)
-        score, deviation = inception_score(torch.cat(list(chunks.read("logits"))), splits=SPLITS)
-        precision = recall = None
-        if self.reference.features is not None:
-            both = (torch.from_numpy(x.features).to(self.device) for x in (generated, self.reference))
-            precision, recall = precision_recall(*both)
-        return {
-            "fid": frechet_distance(generated, self.reference),
-            "inception_score": score,
-            "inception_score_std": deviation,
-            "precision": precision,
-            "recall": recall,
-        }
-
-    def _results(self) -> dict[str, dict]:
-        """The finished points by their keys. A line that a crash tore is passed over."""
-        file = self.out / RESULTS_FILE
-        lines = {}
-        for text in file.read_text().splitlines() if file.is_file() else ():
-            with suppress(ValueError, KeyError, TypeError):
-                line = json.loads(text)
-                lines[line["key"]] = line
-        return lines
-
-    def _append(self, line: dict) -> None:
-        """One write behind what other evaluations may be writing, on a line of its own, down to the disk."""
-        try:
-            with open(self.out / RESULTS_FILE, "ab+") as file:
-                file.seek(max(0, file.tell() - 1))
-                torn = file.read() not in (b"", b"\n")
-                file.write(b"\n" * torn + json.dumps(line).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise InputError(f"out: cannot write {self.out / RESULTS_FILE}: {error.strerror}") from error
-
 
 def _png(folder: Path, index: int) -> Path:
     return folder / f"{index:06d}.png"
@@ -345,14 +299,14 @@ def measure_embedded(config: EvalConfig) -> None:
     device = _device(config.device, Ranks())
     for weights in config.weights or (None,):
         model = pmf.PMFDiT.from_pretrained(config.source, weights=weights, aux_head=False, device=device)
-        measure = _own_measure(model.config)
+        measure = own_measure(model.config)
         for point in grid(config, weights, model.config, steps=(1, 2)):
             result = measure(model, seed=config.seed, **point.settings)
             numbers = {name: round(value, 4) for name, value in result.items()}
             print(json.dumps({"weights": point.weights, **point.settings, **numbers}), flush=True)
 
 
-def _own_measure(model: ModelConfig) -> Callable[..., dict[str, float]]:
+def own_measure(model: ModelConfig) -> Callable[..., dict[str, float]]:
     """How an embedded data set is measured, by the shape of its images and its ten classes."""
     if model.num_classes == 10 and model.image_shape == DIGITS_SHAPE:
         return evaluate_digits

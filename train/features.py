@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,14 +23,21 @@ from tqdm import tqdm
 
 from pmf.checkpoint import write_atomically
 from pmf.errors import InputError, require
-from pmf.metrics import Statistics
+from pmf.metrics import Resize, Statistics
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 # The images of these indices, in order: uint8 [k, 3, H, W] each, of any sizes.
 Source = Callable[[range], Iterable[Tensor]]
-# Images uint8 [n, 3, H, W] -> features [n, d] and logits [n, classes].
-Extractor = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class Extractor(Protocol):
+    """A module: images uint8 [n, 3, H, W] -> features [n, d] and logits [n, classes]."""
+
+    resize: Resize
+
+    def __call__(self, images: Tensor, /) -> tuple[Tensor, Tensor]: ...  # noqa: D102
+    def state_dict(self) -> dict[str, Any]: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -65,15 +72,19 @@ def all_ranks() -> Iterator[Ranks]:
     ours = started and not dist.is_initialized()
     if ours:
         dist.init_process_group("gloo")
-    if not (dist.is_available() and dist.is_initialized()):
-        yield Ranks()
-        return
-    group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)), group)
+        yield present_ranks()
     finally:
         if ours:
             dist.destroy_process_group()
+
+
+def present_ranks() -> Ranks:
+    """The processes of torch.distributed where it runs, else this one alone. Every process must call."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return Ranks()
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    return Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0)), group)
 
 
 @dataclass(frozen=True)
@@ -165,16 +176,21 @@ def picture_source(files: list[Path]) -> Source:
     return read
 
 
-def folder_identity(files: list[Path], extractor: torch.nn.Module) -> str:
+def folder_identity(files: list[Path], extractor: Extractor) -> str:
     """A name for the features of these pictures: it changes with the pictures and with the extractor."""
     listing = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    return digest(listing, weights_digest(extractor))
+    return digest(listing, extractor_digest(extractor))
+
+
+def extractor_digest(extractor: Extractor) -> str:
+    """A name for what an extractor computes."""
+    return digest(weights_digest(extractor), extractor.resize)
 
 
 def folder_statistics(
     files: list[Path],
     out: Path,
-    extractor: torch.nn.Module,
+    extractor: Extractor,
     ranks: Ranks,
     *,
     batch_size: int,
@@ -186,7 +202,7 @@ def folder_statistics(
     chunks = Chunks(out.parent / f".{out.name}.{identity}-{chunk}", len(files), chunk)
     chunks.compute(picture_source(files), extractor, ranks, batch_size=batch_size)
     if ranks.rank == 0:
-        chunks.statistics(keep=keep).save(out)
+        replace(chunks.statistics(keep=keep), resize=extractor.resize).save(out)
         chunks.remove()
     ranks.wait()
 
@@ -209,7 +225,7 @@ def file_digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()[:32]
 
 
-def weights_digest(module: torch.nn.Module) -> str:
+def weights_digest(module: torch.nn.Module | Extractor) -> str:
     """A name for all weights and buffers of a network."""
     total = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):

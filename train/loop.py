@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 import pmf
-from pmf.checkpoint import save_model
 from pmf.errors import InputError, require
 from pmf.jax_states import TrainState, find_train_state
 from pmf.perceptual import PerceptualLoss
@@ -22,14 +21,13 @@ from pmf.train import directory as folder
 from pmf.train.checkpoints import Checkpoints
 from pmf.train.config import RunConfig
 from pmf.train.data import Loader, TrainingData, step_seed
-from pmf.train.distributed import LossModule, World, full, gradient_synchronisation, join, whole, wrap
-from pmf.train.images import save_grid, save_loss_curve
+from pmf.train.distributed import LossModule, World, full, gradient_synchronisation, join, wrap
+from pmf.train.examiner import Examiner
+from pmf.train.export import Exporter, draw
 from pmf.train.initial import check_fits, go_on_from, start_from
 from pmf.train.optim import EMA, build_optimizers, learning_rate
 from pmf.train.report import Reporter
 from pmf.train.signals import StopRequest
-
-PICTURE_ROWS = 8
 
 
 class Trainer:
@@ -48,7 +46,7 @@ class Trainer:
         self.model = pmf.create_model(
             config.model, impl=config.impl, checkpointing=config.checkpointing, device=self.world.device
         )
-        self._sample(self.model, [0])  # what cannot sample is refused before it leaves anything behind
+        draw(self.model, config, [0])  # what cannot sample is refused before it leaves anything behind
         self.perceptual = _perceptual(config, self.world.device)
         if config.init is not None and config.resume is None and not config.init_state:
             self._start()
@@ -66,12 +64,18 @@ class Trainer:
         elif config.init_state:
             self._go_on()
         stored = replace(config, out=self.directory, resume=None, overwrite=False)
+        self.examiner = self._examiner() if config.eval_every else None
         self.metrics = self.world.main_first(lambda: self._open_directory(stored))
         self._settle()
 
     def _captured_step(self) -> pmf.CapturedStep:
         require(self.world.size == 1, f"captured: expected a single process, got {self.world.size}")
         return pmf.CapturedStep(self.model, self.config.loss, scale=self.device_batch / self.config.batch_size)
+
+    def _examiner(self) -> Examiner:
+        config, precision = self.config, self.config.evaluation.precision
+        lowered = in_bfloat16(config, self.world.device) if precision == "auto" else precision == "bfloat16"
+        return Examiner(config, self.world, self.directory, torch.bfloat16 if lowered else torch.float32)
 
     def _settle(self) -> None:
         """DDP orders its buckets after the first backward pass it sees. Let that be none of a step's, so that a
@@ -252,11 +256,14 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the last step. Ctrl-C, SIGTERM and SIGUSR1 save and stop; so does a full disk, without saving."""
+        if self.examiner is not None:
+            self.examiner.prepare()
         if self.step == self.config.steps:  # stopped while it exported the last step
             self._export()
         batches = self._loader()
         stopped = False
         with StopRequest() as stop, self._published_at_last(), self._reporter() as reporter:
+            self._examine(reporter)  # where the step that is resumed was not measured to the end
             while self.step < self.config.steps and not stopped:
                 began = time.perf_counter()
                 record = self.train_step(*next(batches), stop.requested)
@@ -265,6 +272,8 @@ class Trainer:
                     speed = self.config.batch_size / (time.perf_counter() - began)
                     reporter.add({"step": self.step, **record, "images_per_second": speed})
                 self._save_when_due(stopped)
+                if not stopped:
+                    self._examine(reporter)
         if stopped:
             self._say(f"stopped at step {self.step}; continue with --resume {self.directory}")
 
@@ -292,44 +301,35 @@ class Trainer:
             world=self.world.size,
             workers=self.config.workers,
             first_step=self.step,
+            flip=self.config.flip,
             device=self.world.device,
             max_corrupt=self.config.max_corrupt,
         )
 
     def _save_when_due(self, stopped: bool) -> None:
         last = stopped or self.step == self.config.steps
-        if last or self.step % self.config.save_every == 0:
+        examined = self.examiner is not None and self.examiner.due(self.step)
+        if last or examined or self.step % self.config.save_every == 0:
             self.checkpoints.save(self.step, self.state())
-        self.checkpoints.publish(wait=last)
+        self.checkpoints.publish(wait=last or examined)  # what is measured can be resumed from, whatever happens then
         if last or self.step % self.config.sample_every == 0:
             self._export()
 
     def _export(self) -> None:
-        """What people look at: the weights for sampling, one-step samples of at most ten classes, the loss curve."""
-        weights = {"model": self.model.state_dict(), **{name: ema.state_dict() for name, ema in self.emas.items()}}
-        for name, tensors in weights.items():
-            gathered = whole(tensors, keep=self.world.main)
-            self.world.main_first(lambda name=name, gathered=gathered: self._export_weights(name, gathered))
-        self.world.main_first(self._draw_curve)
+        network = None if self.examiner is None else self.examiner.network
+        exporter = Exporter(self.config, self.world, self.directory, network)
+        exporter.export(self.step, self._weights(), self.metrics)
 
-    def _export_weights(self, name: str, tensors: dict[str, Tensor]) -> None:
-        save_model(self.directory / f"{name}.safetensors", self.config.model, tensors, step=self.step)
-        if name == self.config.sampling_weights:
-            model = pmf.create_model(self.config.model, impl=self.config.impl, aux_head=False, device=self.world.device)
-            model.load_state_dict(tensors, strict=False)  # the v head stays behind
-            columns = min(10, self.config.model.num_classes)
-            images = self._sample(model, list(range(columns)) * PICTURE_ROWS)
-            save_grid(self.directory / folder.SAMPLES_FILE, images, columns=columns)
+    def _examine(self, reporter: Reporter | None) -> None:
+        """Measure the weights where it is time to."""
+        if self.examiner is not None and self.examiner.due(self.step):
+            values = self.examiner.measure(self.step, self._weights())
+            if reporter is not None:
+                reporter.note(self.step, values)
 
-    def _draw_curve(self) -> None:
-        kept = [record for record in self.metrics if record["loss"] is not None]
-        terms = {name: [record[name] for record in kept] for name in ("loss_u", "loss_v")}
-        save_loss_curve(self.directory / folder.CURVE_FILE, [record["step"] for record in kept], terms)
-
-    def _sample(self, model: pmf.PMFDiT, labels: list[int]) -> Tensor:
-        """One-step images of these classes."""
-        sampling = self.config.sampling
-        return pmf.generate(model, labels, omega=sampling.omega, t_min=sampling.t_min, t_max=sampling.t_max)
+    def _weights(self) -> dict[str, dict[str, Tensor]]:
+        """The weights and their averages by name, each where it lives."""
+        return {"model": self.model.state_dict(), **{name: ema.state_dict() for name, ema in self.emas.items()}}
 
 
 def device_batch_of(config: RunConfig, world: World) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from pmf.private import foreach_lerp_
 from pmf.train.adam import NesterovAdam
 from pmf.train.moments import local
 from pmf.train.muon import Muon
+
+DECAYS = ("linear", "cosine")
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,15 @@ class OptimizerConfig:
     """Decay rates of Adam's moments."""
     adam_eps: float = 1e-8
     """Offset of Adam's denominator."""
+    warmup_steps: int = 0
+    """Steps in which the learning rate rises linearly from zero, which is that of the first (0: none, as published)."""
     decay_share: float = 0.0
-    """Share of the run, at its end, in which the learning rate falls linearly to zero (0: constant, as published)."""
+    """Share of the run, at its end, in which the learning rate falls (0: constant, as published); what of it lies in
+    the warm-up is left out."""
+    decay: Literal["linear", "cosine"] = "linear"
+    """How it falls: in a straight line, or along half a cosine."""
+    decay_to: float = 0.0
+    """Where to, as a share of the learning rate."""
     clip_norm: float = 0.0
     """Clip the norm of the whole gradient to this (0: never, as published)."""
 
@@ -42,7 +52,10 @@ class OptimizerConfig:
             "newton_schulz_steps": 1 <= self.newton_schulz_steps < 100,
             "adam_betas": all(0 <= beta < 1 for beta in self.adam_betas),
             "adam_eps": 0 < self.adam_eps < math.inf,
+            "warmup_steps": self.warmup_steps >= 0,
             "decay_share": 0 <= self.decay_share <= 1,
+            "decay": self.decay in DECAYS,
+            "decay_to": 0 <= self.decay_to <= 1,
             "clip_norm": 0 <= self.clip_norm < math.inf,
         }
         for name, good in within.items():
@@ -79,10 +92,14 @@ def build_optimizers(
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """The learning rate of step `step` (from 0) of `steps`."""
-    if config.decay_share == 0:
-        return config.learning_rate
-    return config.learning_rate * min(1.0, (steps - step) / (steps * config.decay_share))
+    """The learning rate of step `step` (from 0) of `steps`: risen to step / warmup_steps, fallen by its share x of the
+    decay, to 1 - x or (1 + cos(pi x)) / 2 of the way down to decay_to.
+    """
+    risen = min(1.0, step / config.warmup_steps) if config.warmup_steps else 1.0
+    begin = max(steps * (1 - config.decay_share), config.warmup_steps)
+    x = (step - begin) / (steps - begin) if step > begin else 0.0
+    left = 1 - x if config.decay == "linear" else (1 + math.cos(math.pi * x)) / 2
+    return config.learning_rate * risen * (config.decay_to + (1 - config.decay_to) * left)
 
 
 class EMA:

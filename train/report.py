@@ -30,17 +30,32 @@ class Reporter:
             self.writer.close()
 
     def add(self, record: dict[str, float]) -> None:
-        """Record a step; what is not finite is null in the file."""
-        finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
+        """Record a step."""
+        self._write(record)
+        shown = dict(loss_u=f"{record['loss_u']:.3f}", images_per_s=f"{record['images_per_second']:.0f}")
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+
+    def note(self, step: int, values: dict[str, float]) -> None:
+        """Record and print what was measured after a step, once."""
+        record = {"step": step, **values}
+        if _finite(record) not in self.metrics[-1:]:
+            self._write(record)
+        self.bar.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+
+    def _write(self, record: dict[str, float]) -> None:
+        """A line of the metrics; what is not finite is null in it."""
+        finite = _finite(record)
         self.metrics.append(finite)
         self.log.write(json.dumps(finite) + "\n")
         self.log.flush()
         if self.writer is not None:
             for name, value in record.items():
                 self.writer.add_scalar(name, value, record["step"])
-        shown = dict(loss_u=f"{record['loss_u']:.3f}", images_per_s=f"{record['images_per_second']:.0f}")
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update()
+
+
+def _finite(record: dict[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in record.items()}
 
 
 def _tensorboard(directory: Path, done: int):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tyro
 
 import pmf
 from pmf.errors import require
-from pmf.train.config import CONFIG_FILE, load_run_config
+from pmf.train.config import CONFIG_FILE, load_run_config, published_guidance
 from pmf.train.distributed import pick_device
 from pmf.train.images import save_grid
 
@@ -34,6 +34,8 @@ class SampleConfig:
     """Start of the guidance interval (default as for omega)."""
     t_max: float | None = None
     """End of the guidance interval (default as for omega)."""
+    guidance: str | None = None
+    """A published setting by name, in place of these three: pMF-B/16, pMF-B/16-torch, ..."""
     seed: int = 0
     """Seed of the first image; image i has seed + i."""
     weights: str | None = None
@@ -45,9 +47,13 @@ class SampleConfig:
 
 
 def _sampling(config: SampleConfig) -> dict[str, float]:
-    """omega, t_min and t_max: from the flags, else from the run's configuration where `source` is a run."""
-    run = load_run_config(Path(config.source)).sampling if (Path(config.source) / CONFIG_FILE).is_file() else None
+    """omega, t_min and t_max: by name, from the flags, else from the run's configuration where `source` is a run."""
     given = {name: getattr(config, name) for name in ("omega", "t_min", "t_max")}
+    if config.guidance is not None:
+        alone = all(value is None for value in given.values())
+        require(alone, f"guidance: expected no omega, t_min or t_max beside it, got {given}")
+        return asdict(published_guidance(config.guidance))
+    run = load_run_config(Path(config.source)).sampling if (Path(config.source) / CONFIG_FILE).is_file() else None
     return {name: getattr(run, name, None) if value is None else value for name, value in given.items()}
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from pmf.errors import require
 from pmf.train.data.interface import CorruptImageError, TrainingData, to_float
-from pmf.train.data.order import indices_at
+from pmf.train.data.order import indices_at, mirrored_at
 
 MAX_CORRUPT = 100
 PREFETCH = 4
@@ -56,7 +56,8 @@ class Loader:
 
     Yields (x, y): x float32 [B / W, c, H, W] in [-1, 1] and y int64 [B / W] on `device`. `workers` processes
     read ahead (0: reading happens in the caller); on CUDA their bytes travel through pinned memory and are
-    scaled on the device.
+    scaled on the device. With `flip`, each image is mirrored, left to right, with probability 1/2, which is a function
+    of (seed, step) and its place in the global batch.
 
     An image that cannot be read is named in a warning and replaced by the next index that can be, so that
     batches keep their size and every run makes the same replacement. Errors: `InputError` where the batch does
@@ -73,6 +74,7 @@ class Loader:
         world: int = 1,
         workers: int = 0,
         first_step: int = 0,
+        flip: bool = False,
         device: torch.device | str = "cpu",
         max_corrupt: int = MAX_CORRUPT,
     ) -> None:
@@ -91,7 +93,7 @@ class Loader:
         self._images, self._began, self._ended, self._waited = 0, 0.0, 0.0, 0.0
         loader = DataLoader(
             _Reader(data, max_corrupt),
-            batch_sampler=_Places(len(data), batch_size, seed, rank, world, first_step),
+            batch_sampler=_Places(len(data), batch_size, seed, rank, world, first_step, flip),
             num_workers=workers,
             collate_fn=_collate,
             pin_memory=self.device.type == "cuda",
@@ -148,7 +150,7 @@ class Loader:
 
 @dataclass(frozen=True)
 class _Places:
-    """The indices of each step's batch of one rank, from `first_step` on, without end."""
+    """What each step's batch of one rank is made of, from `first_step` on, without end: (index, whether mirrored)."""
 
     length: int
     batch_size: int
@@ -156,12 +158,17 @@ class _Places:
     rank: int
     world: int
     first_step: int
+    flip: bool
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
         share = self.batch_size // self.world
+        offset = self.rank * share
         for step in itertools.count(self.first_step):
-            first = step * self.batch_size + self.rank * share
-            yield indices_at(self.length, self.seed, first, share)
+            indices = indices_at(self.length, self.seed, step * self.batch_size + offset, share)
+            mirrored = [False] * share
+            if self.flip:
+                mirrored = mirrored_at(self.seed, step, self.batch_size)[offset : offset + share]
+            yield list(zip(indices, mirrored, strict=True))
 
 
 @dataclass(frozen=True)
@@ -174,11 +181,13 @@ class _Reader(Dataset):
     data: TrainingData
     max_corrupt: int
 
-    def __getitem__(self, index: int) -> tuple[Tensor | None, int, list[CorruptImageError]]:
+    def __getitem__(self, place: tuple[int, bool]) -> tuple[Tensor | None, int, list[CorruptImageError]]:
+        index, mirrored = place
         failures: list[CorruptImageError] = []
         while len(failures) < min(len(self.data), self.max_corrupt + 1):
             try:
-                return *self.data.read((index + len(failures)) % len(self.data)), failures
+                image, label = self.data.read((index + len(failures)) % len(self.data))
+                return image.flip(-1) if mirrored else image, label, failures
             except CorruptImageError as error:
                 failures.append(error)
         return None, 0, failures

@@ -33,6 +33,12 @@ def indices_at(length: int, seed: int, first: int, count: int) -> list[int]:
     return found
 
 
+def mirrored_at(seed: int, step: int, batch_size: int) -> list[bool]:
+    """Which images of a step's global batch are seen in a mirror: each with probability 1/2."""
+    generator = torch.Generator().manual_seed(step_seed(seed, step, "mirror"))
+    return torch.randint(2, (batch_size,), generator=generator).bool().tolist()
+
+
 # A batch may lie across two epochs; the next one starts with the second.
 @lru_cache(maxsize=2)
 def _epoch(length: int, seed: int, epoch: int) -> Tensor:
