@@ -53,5 +53,5 @@ clean:
 .venv-extras/ready: pyproject.toml constraints-extras.txt
 	$(PYTHON) -m venv .venv-extras
 	.venv-extras/bin/python -m pip install --quiet --constraint constraints-extras.txt \
-		--editable '.[perceptual,eval,jax,flash]' pytest pytest-benchmark hypothesis
+		--editable '.[perceptual,eval,jax,jax-checkpoints,flash]' optax pytest pytest-benchmark hypothesis
 	touch $@

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -16,9 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pmf.config import ModelConfig
-from pmf.errors import InputError, require
+from pmf.errors import InputError, first_line, require
+from pmf.jax_files import is_state
+from pmf.jax_states import load_weights
 from pmf.model import PMFDiT, create_model
 from pmf.official import convert_official_state_dict, export_official_state_dict, infer_config
+from pmf.sources import locate
 
 __all__ = [
     "convert_official_state_dict",
@@ -52,13 +54,9 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
         temporary.chmod(0o666 & ~umask)
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"path: cannot write {path}: {_first_line(error)}") from error
+        raise InputError(f"path: cannot write {path}: {first_line(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def save_model(path: str | Path, config: ModelConfig, state: Mapping[str, Tensor], **metadata: object) -> None:
@@ -82,13 +80,20 @@ def load_model(
 ) -> PMFDiT:
     """A network from a run directory, a checkpoint file, or a Hugging Face hub id ("owner/name").
 
-    `weights` names the file of a directory or hub repository: "model" for the trained weights, "ema_500"
-    and the like for an average; by default the run's own choice for sampling. Files are ours
-    (.safetensors) or published state dicts (.safetensors, .pt, .pth, .bin). `aux_head` is as in the
-    file unless False is asked for. Errors: `InputError` names what is missing, torn or misshapen.
+    `weights` names a file of a directory or hub repository, with or without its suffix: "ema_500" for an average of
+    a run, "pMF-B-16" (or "pMF-B/16") for pMF-B-16.pt. Of a hub repository that file alone is downloaded. By default
+    it is the run's own choice for sampling, else model.safetensors, else the only one.
+
+    Files are ours (.safetensors), published state dicts (.safetensors, .pt, .pth, .bin), or train states of the
+    authors' JAX code (.zip, or the folder or file in it; they need the extra jax-checkpoints). A train state holds
+    several sets of weights: "pMF-B-16-full:ema_1000" names one of them ("model" the trained weights), and
+    "ema_1000" does where `source` is the state itself; by default it is the average that the published settings
+    sample from. `aux_head` is as in the file unless False is asked for.
+
+    Errors: `InputError` names what is missing, torn or misshapen, or lists what `weights` can be.
     """
-    file = _locate(str(source), weights)
-    config, state = _read(file)
+    file, average = locate(str(source), weights)
+    config, state = load_weights(file, average) if is_state(file) else _read(file)
     if aux_head is None:
         aux_head = any(name.startswith("final_layers.v") for name in state)
     model = create_model(config, impl=impl, aux_head=aux_head, device=device, dtype=dtype)
@@ -103,52 +108,6 @@ def load_model(
     return model
 
 
-def _locate(source: str, weights: str | None) -> Path:
-    """The checkpoint file that `source` and `weights` name."""
-    path = Path(source)
-    if path.is_file():
-        return path
-    if path.is_dir():
-        name = weights or _default_weights(path)
-        file = path / f"{name}.safetensors"
-        found = sorted(f.stem for f in path.glob("*.safetensors"))
-        require(
-            file.is_file(),
-            f"source: {path} has no {file.name}, expected one of {found or 'any .safetensors'}",
-        )
-        return file
-    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not re.search(r"\.(safetensors|pt|pth|bin)$", source)
-    require(
-        bool(is_hub_id) and not path.parent.is_dir(),
-        f"source: {source} does not exist, expected a run directory, a checkpoint file or a hub id",
-    )
-    return _download(source, weights)
-
-
-def _default_weights(directory: Path) -> str:
-    """What the run's configuration names for sampling, else the trained weights."""
-    config = directory / "config.json"
-    if not config.is_file():
-        return "model"
-    try:
-        return str(json.loads(config.read_text()).get("sampling_weights", "model"))
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"source: {config} is not a readable configuration: {_first_line(error)}") from error
-
-
-def _download(hub_id: str, weights: str | None) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise InputError(f"source: {hub_id} is no local path; hub ids need pip install 'pixel-meanflow[hub]'") from None
-    try:
-        directory = snapshot_download(hub_id, allow_patterns=["*.safetensors", "config.json"])
-    except Exception as error:
-        reason = _first_line(error)
-        raise InputError(f"source: {hub_id} is no local path and the hub did not serve it: {reason}") from error
-    return _locate(directory, weights)
-
-
 def _read(file: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The configuration and the state dict, under our names, of a checkpoint file."""
     metadata: dict[str, str] = {}
@@ -160,12 +119,15 @@ def _read(file: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a torn file can make its reader fail in any way
-        raise InputError(f"source: {file} is not a readable checkpoint: {_first_line(error)}") from error
+        raise InputError(f"source: {file} is not a readable checkpoint: {first_line(error)}") from error
+    for wrapper in ("model", "state_dict"):  # as training scripts often save them
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
     if "pmf_config" in metadata:
         try:
             return ModelConfig(**json.loads(metadata["pmf_config"])), state
         except (TypeError, ValueError) as error:
-            raise InputError(f"source: {file} holds no readable configuration: {_first_line(error)}") from error
+            raise InputError(f"source: {file} holds no readable configuration: {first_line(error)}") from error
     tensors = isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())
     require(tensors, f"source: {file} is not a readable checkpoint: expected a state dict of tensors")
     return infer_config(state), convert_official_state_dict(state)

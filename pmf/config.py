@@ -225,6 +225,16 @@ SAMPLING: dict[str, dict[str, float]] = {
     "pMF-digits": dict(omega=1.1, t_min=0.0, t_max=1.0),
 }
 
+EMA_HALF_LIVES: dict[str, float] = {
+    "pMF-B/16": 2000,
+    "pMF-B/32": 2000,
+    "pMF-L/16": 1000,
+    "pMF-L/32": 2000,
+    "pMF-H/16": 1000,
+    "pMF-H/32": 500,
+}
+"""Half-life of the average that samples are drawn from, in thousands of images."""
+
 
 def model_config(name_or_config: str | ModelConfig) -> ModelConfig:
     """The preset of that name, or the configuration itself.

@@ -21,6 +21,11 @@ def require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says in one line; its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def readable(*tensors: Tensor) -> bool:
     """True on real CPU tensors outside compilers: a look neither waits for a GPU nor breaks a graph."""
     if torch.compiler.is_compiling():

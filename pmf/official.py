@@ -31,7 +31,7 @@ _BLOCK_NAMES = {
 }
 
 
-def _pairs(config: ModelConfig, heads: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+def name_pairs(config: ModelConfig, heads: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     """(our name, the published name) of every parameter."""
     for ours, theirs in PREFIX.items():
         yield f"conditioning.tokens.{ours}", f"net.{theirs}_tokens"
@@ -76,12 +76,25 @@ def _rope_freqs(config: ModelConfig) -> Tensor:
     return torch.complex(*ops.rope_tables(config.grid_size, config.head_dim))
 
 
+def _prefixed(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The state dict of the authors' whole module; that of its network alone lacks the prefix "net."."""
+    bare = [key for key in state if not key.startswith("net.")]
+    if not bare:
+        return state
+    require(
+        len(bare) == len(state),
+        f'state dict: expected the prefix "net." on every key or on none, got {bare[0]!r} without it',
+    )
+    return {f"net.{key}": value for key, value in state.items()}
+
+
 def infer_config(state: Mapping[str, Tensor]) -> ModelConfig:
     """The network that a published state dict belongs to, read off its shapes.
 
     noise_scale is no weight: it comes from the preset of the same shapes, else it is 1.
-    Errors: a key that the shapes are read from is missing.
+    Errors: a key that the shapes are read from is missing, or some keys start with "net." and others do not.
     """
+    state = _prefixed(state)
 
     def shape(key: str, ndim: int) -> tuple[int, ...]:
         require(key in state, f"state dict: key {key!r} is missing, expected a published pMF checkpoint")
@@ -126,13 +139,14 @@ def _expected_shapes(config: ModelConfig, heads: tuple[str, ...]) -> dict[str, t
 def convert_official_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A published state dict under our names; it strict-loads into `create_model(...)`.
 
-    Inference checkpoints (no v head) load with `aux_head=False`. The derived buffer `net.rope_freqs`
-    is checked against our tables and left out. Errors: `InputError` names the first key that is
-    missing, unexpected or of a wrong shape.
+    All keys start with "net.", or none does. Inference checkpoints (no v head) load with `aux_head=False`. The
+    derived buffer `net.rope_freqs` is checked against our tables and left out. Errors: `InputError` names the
+    first key that is missing, unexpected or of a wrong shape.
     """
+    state = _prefixed(state)
     config = infer_config(state)
     heads = ("u", "v") if any(key.startswith("net.v_") for key in state) else ("u",)
-    shapes, pairs = _expected_shapes(config, heads), dict(_pairs(config, heads))
+    shapes, pairs = _expected_shapes(config, heads), dict(name_pairs(config, heads))
     for ours, theirs in pairs.items():
         require(theirs in state, f"state dict: key {theirs!r} is missing")
         got, wanted = list(state[theirs].shape), list(shapes[ours])
@@ -165,7 +179,7 @@ def export_official_state_dict(state: Mapping[str, Tensor], config: ModelConfig)
     )
     heads = ("u", "v") if any(key.startswith("final_layers.v") for key in state) else ("u",)
     exported = {ROPE: _rope_freqs(config)}
-    for ours, theirs in _pairs(config, heads):
+    for ours, theirs in name_pairs(config, heads):
         require(ours in state, f"state dict: key {ours!r} is missing")
         exported[theirs] = _to_official(ours, state[ours])
     return exported

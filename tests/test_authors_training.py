@@ -4,6 +4,8 @@ The network, the loss with perceptual terms, the crops, the optimizer and the av
 labels and random numbers are handed to both. In float64 nothing but a disagreement could tell the two apart.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -20,7 +22,9 @@ from tests.networks import golden, relative_error
 pytestmark = pytest.mark.extras
 
 STEPS, BATCH, SEED = 20, 8, 3
-LOSS = pmf.LOSSES["pMF-B/16"]
+# Published settings, but for draws that reach every branch within few rows: t below its clip, dropped classes.
+LOSS = replace(pmf.LOSSES["pMF-B/16"], p_mean=-1.5, p_std=2.0, tr_uniform=True, class_dropout=0.4)
+NETWORK = replace(golden().config, noise_scale=2.0)
 HALF_LIVES = (0.002, 0.005, 500.0)  # thousands of images: two that the ramp reaches, and one that it does not
 
 
@@ -44,14 +48,13 @@ def dtype(request):
 
 def images_and_labels():
     generator = torch.Generator().manual_seed(SEED)
-    images = torch.rand(STEPS, BATCH, *golden().config.image_shape, generator=generator) * 2 - 1
-    return images, torch.randint(golden().config.num_classes, (STEPS, BATCH), generator=generator)
+    images = torch.rand(STEPS, BATCH, *NETWORK.image_shape, generator=generator) * 2 - 1
+    return images, torch.randint(NETWORK.num_classes, (STEPS, BATCH), generator=generator)
 
 
 def trainer_of(out, distances):
     """Our training of the golden network, as `pmf train` sets it up, with small perceptual networks."""
-    g = golden()
-    save_model(out / "golden.safetensors", g.config, g.model().state_dict())
+    save_model(out / "golden.safetensors", NETWORK, golden().model().state_dict())
     config = RunConfig(
         out=out / "run",
         init=str(out / "golden.safetensors"),
@@ -61,7 +64,7 @@ def trainer_of(out, distances):
         device="cpu",
         ema_half_lives=HALF_LIVES,
         sampling_weights="model",
-        model=g.config,
+        model=NETWORK,
         loss=LOSS,
         optimizer=OptimizerConfig(learning_rate=1e-3),
     )
@@ -74,12 +77,26 @@ def trainer_of(out, distances):
 def drawn(step):
     """The draws and boxes of a step of the trainer; rows without perceptual terms have the whole image as box."""
     draws, crops = (torch.Generator().manual_seed(step_seed(SEED, step, f"{what} 0")) for what in ("draws", "crops"))
-    _, height, width = shape = golden().config.image_shape
+    _, height, width = shape = NETWORK.image_shape
     draws = pmf.sample_draws(BATCH, shape, LOSS, draws)
     boxes = torch.tensor([0.0, 0.0, height, width]).repeat(BATCH, 1)
     seen = draws.t < LOSS.perceptual_max_t
     boxes[seen] = draw_crops(int(seen.sum()), height, width, crops).to(boxes.dtype)
     return draws, boxes
+
+
+def test_draws_reach_every_branch(dtype):
+    """The weights would not show what no row takes."""
+    steps = [drawn(step)[0] for step in range(STEPS)]
+    t, t_min, t_max, fm, dropped = (
+        torch.cat([getattr(draws, name) for draws in steps]) for name in ("t", "t_min", "t_max", "fm_mask", "drop_mask")
+    )
+    outside = (t < t_min) | (t > t_max)
+    for rows in (t < NETWORK.t_clip, t < LOSS.perceptual_max_t, dropped):
+        for kind in (fm, ~fm):
+            assert 0 < rows[kind].sum() < kind.sum()
+    for rows in (dropped, ~dropped):
+        assert 0 < outside[rows & ~fm].sum() < (rows & ~fm).sum()
 
 
 def ours(trainer):

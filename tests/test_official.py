@@ -31,6 +31,21 @@ def test_values_come_back_unchanged():
     assert pmf.convert_official_state_dict(back | {ROPE: rope}).keys() == golden().model().state_dict().keys()
 
 
+def test_the_prefix_stands_on_every_key_or_on_none():
+    state = golden().state
+    bare = {key.removeprefix("net."): value for key, value in state.items()}
+    expected = pmf.convert_official_state_dict(state)
+    got = pmf.convert_official_state_dict(bare)
+    assert pmf.infer_config(bare) == golden().config and got.keys() == expected.keys()
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+    mixed = state | {"pos_embed": state["net.pos_embed"]}
+    for read in (pmf.infer_config, pmf.convert_official_state_dict):
+        with pytest.raises(
+            pmf.InputError, match=r'expected the prefix "net." on every key or on none, got \'pos_embed\''
+        ):
+            read(mixed)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -102,7 +102,13 @@ class RunConfig:
     max_corrupt: int = 100
     """Unreadable images that each process may replace, named in warnings; one more is an error."""
     init: str | None = None
-    """Start from the weights of this run, checkpoint file or hub id: fine-tuning."""
+    """Start from the weights of this run, checkpoint file, train state of the authors or hub id: fine-tuning."""
+    init_weights: str | None = None
+    """Which weights of init: a file of a directory or hub id (pMF-B-16, ema_500), one of a train state (model,
+    ema_1000), or both (pMF-B-16-full:ema_1000); default: those for sampling."""
+    init_state: bool = False
+    """Go on with the run of the authors whose full train state init is: its trained weights, three averages, moments
+    of Muon and Adam, and step."""
     steps: int = 1600
     """Training steps."""
     batch_size: int = 64
@@ -165,6 +171,7 @@ class RunConfig:
             got = getattr(self, name)
             require(got in choices, f"{name}: expected one of {', '.join(choices)}, got {got!r}")
         require(not self.compiled or self.sharding == "ddp", f"compiled: expected sharding ddp, got {self.sharding}")
+        require(not self.init_state or self.init is not None, "init_state: expected a train state in init, got none")
         require(self.seed >= 0, f"seed: expected a number >= 0, got {self.seed}")
         require(all(k > 0 for k in self.ema_half_lives), f"ema_half_lives: expected > 0, got {self.ema_half_lives}")
         known = ("model", *(f"ema_{k:g}" for k in self.ema_half_lives))

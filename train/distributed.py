@@ -13,13 +13,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import pmf
 from pmf.config import LossConfig
 from pmf.errors import InputError, require
 from pmf.layers import Block
+from pmf.train.moments import local
 
 SHARDINGS = ("ddp", "fsdp", "hybrid")
 # The buffers are rotary tables, the same everywhere. PyTorch 2.13 renamed the flag.
@@ -90,6 +91,16 @@ class World:
         if error is not None:
             raise InputError(error)
         return value
+
+    def give(self, target: Tensor, value: Tensor | None) -> None:
+        """Copy the main process's value into a tensor that every process holds, whole or in shards."""
+        kind = dict(dtype=target.dtype, device=self.device)
+        value = value.to(**kind) if self.main else torch.empty(target.shape, **kind)
+        if isinstance(target, DTensor):
+            value = distribute_tensor(value, target.device_mesh, target.placements).to_local()
+        elif self.mesh is not None:
+            dist.broadcast(value, 0)
+        local(target).copy_(value)
 
 
 def join(device: str, sharding: str) -> World:

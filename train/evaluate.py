@@ -139,8 +139,8 @@ class Point:
     @property
     def name(self) -> str:
         """The point as part of a path."""
-        s = self.sampling
-        return f"{self.weights}-omega{s.omega:g}-{s.t_min:g}-{s.t_max:g}-steps{self.steps}"
+        s, weights = self.sampling, self.weights.replace("/", "-").replace(":", "-")
+        return f"{weights}-omega{s.omega:g}-{s.t_min:g}-{s.t_max:g}-steps{self.steps}"
 
 
 def command(arguments: list[str]) -> None:

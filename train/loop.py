@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 import pmf
 from pmf.errors import InputError, require
+from pmf.jax_states import TrainState, find_train_state
 from pmf.perceptual import PerceptualLoss
 from pmf.train import directory as folder
 from pmf.train.checkpoints import Checkpoints
@@ -23,7 +24,7 @@ from pmf.train.data import Loader, TrainingData, step_seed
 from pmf.train.distributed import LossModule, World, full, gradient_synchronisation, join, wrap
 from pmf.train.examiner import Examiner
 from pmf.train.export import Exporter, draw
-from pmf.train.initial import start_from
+from pmf.train.initial import check_fits, go_on_from, start_from
 from pmf.train.optim import EMA, build_optimizers, learning_rate
 from pmf.train.report import Reporter
 from pmf.train.signals import StopRequest
@@ -47,9 +48,8 @@ class Trainer:
         )
         draw(self.model, config, [0])  # what cannot sample is refused before it leaves anything behind
         self.perceptual = _perceptual(config, self.world.device)
-        if config.init is not None and config.resume is None:
-            for note in start_from(self.model, config.init):
-                self._say(note)
+        if config.init is not None and config.resume is None and not config.init_state:
+            self._start()
         if config.compiled:
             self.model.compile_blocks()
         self.wrapped = wrap(LossModule(self.model, config.loss), self.world)
@@ -61,6 +61,8 @@ class Trainer:
         self.checkpoints = Checkpoints(self.directory, self.world, config.keep_checkpoints)
         if config.resume is not None:
             self._load_state()
+        elif config.init_state:
+            self._go_on()
         stored = replace(config, out=self.directory, resume=None, overwrite=False)
         self.examiner = self._examiner() if config.eval_every else None
         self.metrics = self.world.main_first(lambda: self._open_directory(stored))
@@ -93,6 +95,34 @@ class Trainer:
     def _say(self, text: str) -> None:
         if self.world.main:
             print(text)
+
+    # What a run starts from.
+
+    def _start(self) -> None:
+        """The main process reads the weights of another run; the others have them from it."""
+        config = self.config
+        for note in self.world.main_first(lambda: start_from(self.model, config.init, config.init_weights)):
+            self._say(note)
+        with torch.no_grad():
+            for p in self.model.parameters():
+                self.world.give(p, p)
+
+    def _go_on(self) -> None:
+        """A run of the authors, from the step of its train state."""
+        states: list[TrainState] = []
+        parts = (self.model, self.emas, self.optimizers)
+
+        def read() -> tuple[int, int]:
+            state = find_train_state(self.config.init, self.config.init_weights)
+            steps = self.config.steps
+            require(state.step <= steps, f"steps: init is at step {state.step}, expected at least that, got {steps}")
+            check_fits(state, *parts)
+            states.append(state)
+            return state.step, state.count
+
+        self.step, count = self.world.main_first(read)
+        go_on_from(states[0] if states else None, count, *parts, self.world.give)
+        self._say(f"goes on from step {self.step} of {self.config.init}")
 
     # What a run resumes from.
 

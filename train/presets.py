@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pmf.config import LOSSES, MODELS, SAMPLING, ModelConfig
+from pmf.config import EMA_HALF_LIVES, LOSSES, MODELS, SAMPLING, ModelConfig
 from pmf.errors import require
 from pmf.train.config import PerceptualConfig, RunConfig, SamplingConfig
 from pmf.train.optim import OptimizerConfig
@@ -12,27 +12,24 @@ from pmf.train.optim import OptimizerConfig
 IMAGENET_IMAGES = 1_281_167
 EPOCHS = 320
 BATCH = 1024
-EMA_KIMG = {"B/16": 2000, "B/32": 2000, "L/16": 1000, "L/32": 2000, "H/16": 1000, "H/32": 500}
-"""Half-life of the average that samples are drawn from."""
 
 
-def _published(size: str) -> RunConfig:
+def _published(name: str) -> RunConfig:
     """ImageNet, batch 1024, 320 epochs, learning rate 1e-3 throughout, perceptual losses on.
 
     The draws belong to device batches of 128 images (L and H: 64, which fit beside the larger network in 80 GB), so
     that any number of GPUs computes the same run. H is sharded.
     """
-    name = f"pMF-{size}"
     return RunConfig(
         out=Path("runs") / name.replace("/", "-"),
         data=f"data/imagenet{MODELS[name].image_size}",
         workers=8,
         steps=EPOCHS * IMAGENET_IMAGES // BATCH,
         batch_size=BATCH,
-        device_batch=128 if size.startswith("B") else 64,
-        sharding="fsdp" if size.startswith("H") else "ddp",
+        device_batch=128 if name.startswith("pMF-B") else 64,
+        sharding="fsdp" if name.startswith("pMF-H") else "ddp",
         perceptual=PerceptualConfig(enabled=True),
-        sampling_weights=f"ema_{EMA_KIMG[size]}",
+        sampling_weights=f"ema_{EMA_HALF_LIVES[name]:g}",
         save_every=2500,
         sample_every=10_000,
         model=MODELS[name],
@@ -69,7 +66,7 @@ PHOTOGRAPHS = RunConfig(
 PRESETS: dict[str, RunConfig] = {
     "digits": RunConfig(),
     "photographs": PHOTOGRAPHS,
-    **{f"pMF-{size}": _published(size) for size in EMA_KIMG},
+    **{name: _published(name) for name in EMA_HALF_LIVES},
 }
 
 

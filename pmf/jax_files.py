@@ -1,0 +1,175 @@
+"""Files of the authors' JAX train states, as flax writes them: an orbax folder or one msgpack file, perhaps zipped."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import shutil
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from pmf.errors import InputError, first_line, require
+
+ORBAX_FILES = ("_METADATA", "manifest.ocdbt", "checkpoint")
+"""Any of these makes a folder an orbax checkpoint."""
+DEPTH = 3
+"""How many folders down a checkpoint may lie."""
+Tree = dict[str, Any]
+
+
+def is_state(path: Path) -> bool:
+    """Whether `path` is a zip, a train state, or a folder of train states, by its look."""
+    return path.suffix == ".zip" or bool(_checkpoints(path))
+
+
+def _checkpoints(path: Path) -> list[Path]:
+    """The train states that lie uppermost in `path`, itself included."""
+    found = [path]
+    for _ in range(DEPTH + 1):
+        states = [entry for entry in found if _is_checkpoint(entry)]
+        if states:
+            return states
+        found = [child for entry in found if entry.is_dir() for child in sorted(entry.iterdir())]
+    return []
+
+
+def _is_checkpoint(path: Path) -> bool:
+    if path.is_dir():
+        return any((path / name).is_file() for name in ORBAX_FILES)
+    return _step(path) is not None and path.is_file()
+
+
+def _step(path: Path) -> int | None:
+    """flax calls a checkpoint `checkpoint_<step>`, and one that it has not finished otherwise."""
+    match = re.fullmatch(r"checkpoint_(\d+)", path.name)
+    return int(match[1]) if match else None
+
+
+def _latest(path: Path) -> Path:
+    """The train state in `path`: of several in one folder the last one, as flax takes it."""
+    found = _checkpoints(path)
+    require(bool(found), f"source: {path} holds no JAX train state")
+    steps = {state: _step(state) for state in found}
+    together = len({state.parent for state in found}) == 1 and None not in steps.values()
+    held = ", ".join(str(state.relative_to(path)) for state in found)
+    require(len(found) == 1 or together, f"source: {path} holds several train states, expected one of {held}")
+    return max(found, key=lambda state: steps[state] or 0)
+
+
+class StateFile:
+    """A train state on disk: `tree`, its nested names with leaves that have a shape; `read` gives the values.
+
+    orbax reads only what is asked for, into host memory, whatever devices wrote it; msgpack files are read whole.
+    """
+
+    def __init__(self, path: Path) -> None:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX on a GPU leaves the memory to PyTorch
+        if path.is_dir():
+            import numpy as np
+            import orbax.checkpoint as ocp
+
+            self._orbax = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+            self._as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+            metadata = self._orbax.metadata(str(path.absolute()))
+            metadata = getattr(metadata, "item_metadata", metadata)  # since orbax 0.10
+            self.tree = getattr(metadata, "tree", metadata)
+            if self.tree is None:
+                raise ValueError("orbax finds no names of arrays in it")
+        else:
+            from flax.serialization import msgpack_restore
+
+            self._orbax = None
+            self.tree = msgpack_restore(path.read_bytes())
+        self.path = path
+
+    def read(self, *names: str) -> Any:
+        """The values of the part of the tree under these names."""
+        part = self.tree
+        for name in names:
+            part = part[name]
+        if self._orbax is None:
+            return part
+        item, arguments = part, _map(part, self._as_numpy)
+        for name in reversed(names):
+            item, arguments = {name: item}, {name: arguments}
+        values = self._orbax.restore(str(self.path.absolute()), item=item, restore_args=arguments, transforms={})
+        for name in names:
+            values = values[name]
+        return values
+
+
+def _map(tree: Any, leaf: Any) -> Any:
+    """The same nested dicts and lists with `leaf` at every end that is not None."""
+    if isinstance(tree, dict):
+        return {name: _map(part, leaf) for name, part in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_map(part, leaf) for part in tree]
+    return None if tree is None else leaf
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """orbax warns of the way it is called, once for every array."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def open_state(source: Path) -> Iterator[StateFile]:
+    """The train state in a zip (unpacked to a temporary folder while it is open), a folder or a file.
+
+    Errors: `InputError` where flax and orbax are not installed, on a zip that is torn, foreign or too large for the
+    temporary folder, and on a checkpoint that cannot be read; also on what fails inside the `with` block.
+    """
+    with contextlib.ExitStack() as stack:
+        folder = source
+        if source.suffix == ".zip":
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pmf-")))
+            _unpack(source, folder)
+        try:
+            stack.enter_context(_quiet())
+            yield StateFile(_latest(folder))
+        except InputError as error:
+            raise InputError(str(error).replace(str(folder), str(source))) from error
+        except ImportError as error:
+            raise InputError(
+                f"source: {source} is a JAX train state, which needs pip install 'pixel-meanflow[jax-checkpoints]' "
+                f"({first_line(error)})"
+            ) from error
+        except Exception as error:  # a torn checkpoint can make its reader fail in any way
+            raise InputError(f"source: {source} is not a readable JAX train state: {first_line(error)}") from error
+
+
+def _unpack(source: Path, folder: Path) -> None:
+    try:
+        with zipfile.ZipFile(source) as archive:
+            _check_entries(source, archive)
+            needed, free = sum(entry.file_size for entry in archive.infolist()), shutil.disk_usage(folder).free
+            require(
+                needed < free,
+                f"source: {source} unpacks to {needed / 1e9:.1f} GB, and {folder.parent} has {free / 1e9:.1f} free: "
+                "expected another TMPDIR, or the unpacked folder",
+            )
+            archive.extractall(folder)
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
+        raise InputError(f"source: {source} is not a readable zip: {first_line(error)}") from error
+
+
+def _check_entries(source: Path, archive: zipfile.ZipFile) -> None:
+    """Every path stays inside, and there is something that may be a train state."""
+    paths = [PureWindowsPath(name) for name in archive.namelist()]  # which know both kinds of slashes, and drives
+    outside = [name for name, path in zip(archive.namelist(), paths, strict=True) if path.anchor or ".." in path.parts]
+    require(not outside, f"source: {source} holds the path {next(iter(outside), '')!r}, which leads out of it")
+    states = any(path.name in ORBAX_FILES or _step(Path(path.name)) is not None for path in paths)
+    require(states, f"source: {source} holds no JAX train state, expected checkpoint_<step> in it")
