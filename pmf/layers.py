@@ -90,7 +90,8 @@ class WideLinear(Linear):
     def forward_dual(self, x: Dual) -> Dual:
         """x W^T + b, and x_dot W^T."""
         (weight,) = self.packed()
-        value = wide_product(x.value, weight) + self.bias
+        value = wide_product(x.value, weight)
+        value = value if self.bias is None else value + self.bias
         if x.dot is None:
             return Dual(value)
         with torch.no_grad():

@@ -86,12 +86,13 @@ class Statistics:
         mu, sigma = (_float64(name, arrays[name]) for name in NAMES[resize])
         fits = mu.ndim == 1 and sigma.shape == (len(mu), len(mu))
         require(fits, f"reference: expected mu [d] and sigma [d, d], got {list(mu.shape)} and {list(sigma.shape)}")
-        require(bool(np.isfinite(mu).all() and np.isfinite(sigma).all()), f"reference: {path} holds NaN or infinity")
         features = arrays.get("features")
         fits = features is None or (features.ndim == 2 and features.shape[1] == len(mu) and features.dtype.kind == "f")
         require(fits, f"reference: expected features [n, {len(mu)}], got {features is not None and features.shape}")
-        count = int(_float64("count", arrays["count"]).reshape(-1)[0]) if "count" in arrays else None
-        return cls(mu, sigma, count, features, resize)
+        count = _float64("count", arrays["count"]).reshape(-1)[0] if "count" in arrays else None
+        held = [mu, sigma, *(values for values in (features, count) if values is not None)]
+        require(all(np.isfinite(x).all() for x in held), f"reference: {path} holds NaN or infinity")
+        return cls(mu, sigma, None if count is None else int(count), features, resize)
 
     def save(self, path: str | Path) -> None:
         """Write an npz archive that `load` reads, atomically; its names say the resize (tf1 where it is not known)."""

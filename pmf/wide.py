@@ -22,15 +22,15 @@ def wide_product(x: Tensor, weight: Tensor) -> Tensor:
     dtype = autocast_dtype(x.device.type)
     if dtype is not None:
         x, weight = x.to(dtype), weight.to(dtype)
-    rows = x.flatten(0, -2)
+    rows = x.reshape(-1, x.shape[-1])
     with no_autocast(x.device):
-        if x.dtype.itemsize > 2:
+        if x.dtype.itemsize > 2 or x.dtype != weight.dtype:  # mixed dtypes: PyTorch refuses them
             product = rows @ weight.T
         elif transforming():
             product = rows.float() @ weight.T.float()
         else:
             product = _WideProduct.apply(rows, weight)
-    return product.unflatten(0, x.shape[:-1])
+    return product.reshape(*x.shape[:-1], len(weight))
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -122,6 +122,9 @@ def test_statistics_are_written_whole(tmp_path):
         (dict(mu=np.zeros(2), sigma=np.eye(2), count=np.array("x")), r"expected real numbers in count, got <U1 \[\]"),
         (dict(mu=np.zeros(3), sigma=np.eye(2)), r"expected mu \[d\] and sigma \[d, d\], got \[3\] and \[2, 2\]"),
         (dict(mu=np.full(2, np.nan), sigma=np.eye(2)), "holds NaN or infinity"),
+        (dict(mu=np.zeros(2), sigma=np.eye(2), count=np.nan), "holds NaN or infinity"),
+        (dict(mu=np.zeros(2), sigma=np.eye(2), count=np.inf), "holds NaN or infinity"),
+        (dict(mu=np.zeros(2), sigma=np.eye(2), features=np.full((5, 2), np.nan)), "holds NaN or infinity"),
         (dict(mu=np.zeros(2), sigma=np.eye(2), features=np.zeros((5, 3))), r"expected features \[n, 2\], got \(5, 3\)"),
     ],
 )

@@ -2,6 +2,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -240,6 +241,15 @@ def test_images_are_kept_where_asked_for_and_made_again_where_missing(config, un
     files[17].unlink()
     evaluate(config)
     assert files[17].read_bytes() == before and len(results(tmp_path).splitlines()) == 1
+
+
+def test_weights_that_equal_others_are_told_by_their_own_name(config, source, uninterrupted, tmp_path):
+    out, twin = tmp_path / "out", tmp_path / "twin.safetensors"
+    shutil.copytree(uninterrupted[0], out)
+    shutil.copy(source, twin)
+    lines = evaluate(dataclasses.replace(config, source=str(twin), out=out))
+    assert lines == [{**line, "source": str(twin), "weights": "twin"} for line in uninterrupted[1]]
+    assert results(out) == results(uninterrupted[0])  # nothing was measured twice
 
 
 def test_statistics_without_features_leave_precision_and_recall_out(config, uninterrupted, tmp_path):

@@ -172,6 +172,15 @@ def test_flags_beside_resume_override_and_are_kept(tmp_path):
         Trainer(dataclasses.replace(stored, resume=out, steps=3), digits()[0])
 
 
+def test_a_run_without_a_single_value_of_the_loss_ends_without_a_curve(tmp_path):
+    out = train(config(tmp_path / "run", steps=2))
+    for file in ("metrics.jsonl", "loss.png"):
+        (out / file).unlink()
+    trainer = Trainer(config(out, steps=2, resume=out), digits()[0])
+    trainer.run()
+    assert trainer.step == 2 and not (out / "loss.png").exists()
+
+
 def test_overwriting_takes_the_run_and_nothing_else(tmp_path):
     out = train(config(tmp_path / "run", steps=3))
     (out / "notes.txt").write_text("mine")

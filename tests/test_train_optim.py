@@ -1,4 +1,6 @@
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -72,6 +74,40 @@ def test_adam_follows_its_definition_and_counts_each_parameters_steps():
     for p in (model.bias, model.gate):
         assert (p - p.expected).abs().max() < 1e-14
         assert adam.state[p]["step"] == p.t
+
+
+def test_steps_are_counted_whatever_the_defaults_of_pytorch_are():
+    linear = torch.nn.Linear(4, 3)
+    optimizers = build_optimizers(linear, OptimizerConfig()).values()
+    torch.set_default_dtype(torch.bfloat16)  # which counts to 256
+    try:
+        with torch.device("meta"):
+            for _ in range(300):
+                for p in linear.parameters():
+                    p.grad = torch.ones_like(p, device="cpu")
+                for part in optimizers:
+                    part.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(state["step"] == 300 for part in optimizers for state in part.state.values())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+def test_copies_of_optimizers_go_on_as_they_do(copied):
+    linear = torch.nn.Linear(4, 3)
+    pair = linear, build_optimizers(linear, OptimizerConfig())
+
+    def step(network, optimizers):
+        for p in network.parameters():
+            p.grad = torch.ones_like(p)
+        for part in optimizers.values():
+            part.step()
+
+    step(*pair)
+    twin = copied(pair)
+    step(*pair)
+    step(*twin)
+    assert all(torch.equal(p, q) for p, q in zip(linear.parameters(), twin[0].parameters(), strict=True))
 
 
 def test_zero_gradients_move_nothing():

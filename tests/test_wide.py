@@ -18,7 +18,7 @@ def operands(rows=(3, 5), inner=16, outer=7, dtype=torch.float32):
     return x, torch.randn(outer, inner, dtype=dtype, requires_grad=True)
 
 
-@pytest.mark.parametrize("rows", [(3, 5), (4,), (0,), (2, 0, 3)])
+@pytest.mark.parametrize("rows", [(3, 5), (4,), (0,), (2, 0, 3), ()])
 def test_operands_are_rounded_and_the_sum_is_not(rows):
     x, weight = operands(rows)
     with torch.autocast("cpu", BF16):
@@ -29,8 +29,8 @@ def test_operands_are_rounded_and_the_sum_is_not(rows):
     assert torch.allclose(y.double(), exact, rtol=0, atol=16 * 2**-24 * 16)  # 16 terms of at most about 16
     dy = torch.randn_like(y)
     y.backward(dy)
-    low = dy.to(BF16).double().flatten(0, -2)
-    dx, dweight = low @ weight.to(BF16).double(), low.T @ x.to(BF16).double().flatten(0, -2)
+    low = dy.to(BF16).double().reshape(-1, 7)
+    dx, dweight = low @ weight.to(BF16).double(), low.T @ x.to(BF16).double().reshape(-1, 16)
     for got, truth in ((x.grad, dx.view(x.shape)), (weight.grad, dweight)):
         assert got.dtype == torch.float32
         assert ((got - truth).abs() <= 2**-8 * truth.abs() + 1e-5).all()  # a rounding step of autocast's dtype
@@ -41,6 +41,19 @@ def test_of_wider_operands_it_is_the_product_and_strides_do_not_matter():
     assert torch.autograd.gradcheck(wide_product, (x, weight))
     cut, w = x.detach()[:, 2:], weight.detach()
     assert torch.allclose(wide_product(cut, w), cut @ w.T, rtol=1e-14)
+
+
+def test_operands_of_two_dtypes_are_refused_as_by_a_linear():
+    x, weight = (v.detach() for v in operands())
+    for pair in ((x.to(BF16), weight), (x, weight.to(BF16))):
+        with pytest.raises(RuntimeError, match="same dtype"):
+            wide_product(*pair)
+
+
+def test_without_a_bias_it_is_the_product():
+    x, _ = operands()
+    layer = WideLinear(16, 7)
+    assert torch.equal(layer(x), wide_product(x, layer.weight))
 
 
 def test_forward_mode_gives_the_tangent_under_autocast():

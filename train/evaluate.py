@@ -263,7 +263,8 @@ class Evaluation:
 
         head = {"source": config.source, "weights": point.weights, **point.settings}
         head |= {"images": count, "seed": config.seed, "dtype": config.dtype}
-        return self.measurement.measure(key, count, self._generated(model, point, folder), head, kept)
+        line = self.measurement.measure(key, count, self._generated(model, point, folder), head, kept)
+        return line | head  # weights that equal others have their line, under another name
 
     def _generated(self, model: pmf.PMFDiT, point: Point, folder: Path | None) -> Source:
         """Image i shows class i // per_class and has seed `seed` + i."""

@@ -44,6 +44,8 @@ class Exporter:
 
     def _curve(self, metrics: list[dict]) -> None:
         kept = [record for record in metrics if record.get("loss") is not None]
+        if not kept:  # every step was skipped, or the file is lost
+            return
         terms = {name: [record[name] for record in kept] for name in ("loss_u", "loss_v")}
         save_loss_curve(self.directory / folder.CURVE_FILE, [record["step"] for record in kept], terms)
 

@@ -158,7 +158,7 @@ class Trainer:
         self.checkpoints.load(steps[-1], state)
         self.step, self.skipped = state["step"], state["skipped"]
         for values in uncounted:
-            values["step"] = torch.tensor(float(self.step))
+            values["step"] = torch.tensor(self.step, dtype=torch.float32)
         for name, part in self.optimizers.items():
             set_optimizer_state_dict(self.model, part, state["optimizers"][name])
             for group, chosen in zip(part.param_groups, settings[name], strict=True):  # the configuration's settings

@@ -17,9 +17,12 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def begin(state: dict[str, Tensor], p: nn.Parameter, moments: Sequence[str]) -> None:
-    """Zero moments of a parameter that has none, and its count of steps: on the CPU, where nobody waits to read it."""
+    """Zero moments of a parameter that has none, and its count of steps: on the CPU, where nobody waits to read it.
+
+    In float32 whatever the defaults are: bfloat16 counts to 256.
+    """
     if not state:
-        state["step"] = torch.tensor(0.0)
+        state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
         state.update({name: torch.zeros_like(p) for name in moments})
 
 

@@ -60,6 +60,10 @@ class Muon(torch.optim.Optimizer):
         super().__init__(parameters, dict(lr=lr, momentum=momentum, steps=steps))
         self.mesh = mesh
 
+    def __getstate__(self) -> dict[str, object]:
+        """What copies and pickles take: PyTorch's own leaves the mesh out."""
+        return {**super().__getstate__(), "mesh": self.mesh}
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Update every matrix that has a gradient."""
