@@ -69,7 +69,8 @@ class EvaluationConfig:
     inception: Path | None = None
     """State dict of torch-fidelity's Inception-v3 (default: torch-fidelity downloads it)."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Precision of the network that samples. auto: the run's."""
+    """Precision of the network that samples, weights and all (`pmf eval --dtype bfloat16` keeps weights in float32).
+    auto: the run's."""
     batch_size: int = 64
     """Images at a time, on each device."""
     chunk: int = 1000

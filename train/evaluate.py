@@ -90,6 +90,7 @@ class EvalConfig:
     def __post_init__(self) -> None:
         for name in ("per_class", "batch_size", "chunk"):
             require(getattr(self, name) > 0, f"{name}: expected a positive number, got {getattr(self, name)}")
+        _settings(self, SamplingConfig())  # a setting that cannot be is refused before anything is loaded
 
 
 @dataclass(frozen=True)
