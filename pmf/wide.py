@@ -1,7 +1,9 @@
 """Products of low precision that give float32: a matrix unit adds in float32 anyway, and nothing is rounded after it.
 
 y = x W^T with x and W in autocast's dtype and y in float32, as TPUs compute every product of the authors' code. It
-costs what the same product rounded costs, and 2 more bytes a value of y.
+costs no operation more than the same product rounded (in float32 it would take about 4 % of a B/16 step on an H200, at
+a fifteenth of bfloat16's rate), and 2 bytes more a value wherever y and its gradient are written, read or kept: of a
+B/16 step 1.4 MB an image kept for backward, and 6 MB moved. All of that is counted, not timed.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import pmf
 from pmf import Dual
@@ -90,6 +91,25 @@ def test_a_wide_linear_errs_less_than_a_linear_and_its_bias_is_not_rounded():
     assert all(w < 0.8 * n for n, w in zip(*errors, strict=True)), errors
     with torch.autocast("cpu", BF16), torch.no_grad():
         assert torch.equal(wide(torch.zeros(1, 64))[0], wide.bias)
+
+
+def test_a_wide_linear_computes_and_keeps_what_a_linear_does():
+    """Operations, and bytes saved for backward; what is wider is the result alone."""
+    costs = []
+    for kind in (Linear, WideLinear):
+        layer, x, saved = kind(64, 32, bias=True), torch.randn(2, 100, 64, requires_grad=True), {}
+
+        def pack(tensor, saved=saved):
+            saved[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with FlopCounterMode(display=False) as operations, torch.autocast("cpu", BF16):
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                y = layer(x)
+            y.backward(torch.ones_like(y))
+        costs.append((operations.get_total_flops(), sum(saved.values()), y.nbytes))
+    (flops, bytes_saved, size), wide = costs
+    assert wide == (flops, bytes_saved, 2 * size)
 
 
 def test_samples_of_a_low_precision_are_not_rounded_to_it():
