@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from pmf.checkpoint import write_atomically
-from pmf.errors import InputError, require
+from pmf.errors import InputError, first_line, require
 
 Resize = Literal["tf1", "half_pixel"]
 """How an image comes to Inception's 299 pixels, bilinearly and without antialias: output pixel i reads position i s
@@ -78,7 +78,7 @@ class Statistics:
             with np.load(path, allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in archive.files}
         except Exception as error:  # what is no archive can fail in any way
-            raise InputError(f"reference: {path} is not a readable npz archive: {_first_line(error)}") from error
+            raise InputError(f"reference: {path} is not a readable npz archive: {first_line(error)}") from error
         named = {name for pair in NAMES.values() for name in pair if name in arrays}
         resize = next((resize for resize, pair in NAMES.items() if named == set(pair)), None)
         if resize is None:
@@ -236,7 +236,7 @@ def inception(
         from torch_fidelity import FeatureExtractorInceptionV3
     except Exception as error:  # beside a torchvision made for another PyTorch it fails in any way
         message = "inception: torch-fidelity does not import, expected pip install 'pixel-meanflow[eval]'"
-        raise InputError(f"{message}: {_first_line(error)}") from error
+        raise InputError(f"{message}: {first_line(error)}") from error
     try:
         if weights is not None:
             torch.load(weights, map_location="cpu", weights_only=True)  # torch-fidelity would unpickle anything
@@ -245,9 +245,5 @@ def inception(
         )
     except Exception as error:  # a torn file can make its reader fail in any way, and so can a download
         source = "the download" if weights is None else weights
-        raise InputError(f"inception: cannot take the weights from {source}: {_first_line(error)}") from error
+        raise InputError(f"inception: cannot take the weights from {source}: {first_line(error)}") from error
     return Inception(network, resize).to(device)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

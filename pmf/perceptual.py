@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from pmf.autocast import no_autocast
 from pmf.crops import draw_crops, resize_crops
-from pmf.errors import InputError, require
+from pmf.errors import InputError, first_line, require
 
 CROP_SIZE = 224
 CONVNEXT = "facebook/convnextv2-base-22k-224"
@@ -207,7 +207,7 @@ def _loading(argument: str, source: str) -> Iterator[None]:
         reason = str(error).splitlines()[0]
         raise InputError(f"{argument}: needs pip install 'pixel-meanflow[perceptual]': {reason}") from error
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise InputError(f"{argument}: cannot load {source!r}: {reason}") from error
 
 

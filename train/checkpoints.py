@@ -14,7 +14,7 @@ from pathlib import Path
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from pmf.errors import InputError
+from pmf.errors import InputError, first_line
 from pmf.train.distributed import World
 
 FOLDER = "checkpoints"
@@ -132,4 +132,4 @@ def _reason(error: BaseException) -> str:
     failures = getattr(error, "failures", None)  # dcp.CheckpointException: one failure per rank
     if failures:
         error = next(iter(failures.values()))[0]
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return first_line(error)
