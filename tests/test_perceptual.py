@@ -8,7 +8,6 @@ import weakref
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
@@ -16,6 +15,7 @@ import pmf
 from pmf.crops import draw_crops, resize_crops
 from pmf.perceptual import CONVNEXT_BASE, ConvNextDistance, LPIPSDistance, PerceptualLoss, _own_kernels_hidden
 from tests.networks import TINY, random_model, relative_error
+from tests.test_crops import resized_written_out
 from tests.transcription import adaptive, squared_errors
 
 LOSS = pmf.LossConfig()
@@ -152,7 +152,7 @@ def colour_step(times, dtype=torch.float64):
 
 @needs_extras
 def test_loss_with_both_terms_is_the_one_written_down():
-    """method.md row by row: crops by PyTorch, distances by the packages, adaptive weights; every gradient.
+    """The loss row by row: crops as written out, distances by the packages, adaptive weights; every gradient.
 
     LPIPS with AlexNet's trunk goes through the same code as with VGG's in a tenth of the time.
     """
@@ -161,11 +161,10 @@ def test_loss_with_both_terms_is_the_one_written_down():
 
     loss_u, loss_v, x_hat = squared_errors(model, x, y, draws)
     early = [row for row in range(3) if draws.t[row] < LOSS.perceptual_max_t]
-    boxes = draw_crops(len(early), 8, 8, torch.Generator().manual_seed(7)).int().tolist()
+    boxes = draw_crops(len(early), 8, 8, torch.Generator().manual_seed(7)).split(1)
     total, distances = (adaptive(loss_u, LOSS) + adaptive(loss_v, LOSS)).sum(), []
-    for row, (top, left, height, width) in zip(early, boxes, strict=True):
-        window = (slice(row, row + 1), slice(None), slice(top, top + height), slice(left, left + width))
-        a, b = (F.interpolate(i[window], (224, 224), mode="bicubic", antialias=True) for i in (x_hat, x))
+    for row, box in zip(early, boxes, strict=True):
+        a, b = (resized_written_out(images[row : row + 1], box, 224) for images in (x_hat, x))
         distances.append((package_lpips(lpips, a, b)[0], package_convnext(convnext, a, b)[0]))
         total = total + 0.4 * adaptive(distances[-1][0], LOSS) + 0.1 * adaptive(distances[-1][1], LOSS)
     expected = torch.autograd.grad(total / 3, list(model.parameters()))

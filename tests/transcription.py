@@ -1,4 +1,4 @@
-"""The training loss as method.md writes it down: every row evaluated, du/dt by torch.func.jvp."""
+"""The training loss written out: every row evaluated, du/dt by torch.func.jvp."""
 
 import torch
 
