@@ -13,12 +13,14 @@ demo: .venv/core
 	$(BIN)/pmf digits --out runs/digits --overwrite
 	$(BIN)/pmf eval runs/digits
 
-# Lint, formatting, types and every test, a file at a time on each core; on the CPU, also where there is a GPU.
+# Lint, formatting, types and every test, a file at a time on each core; on the CPU, also where there is a GPU. Files in
+# their order: xdist would leave those of few tests for the end, which are those that start processes.
 test: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile \
+		--no-loadscope-reorder
 
 # What only a GPU shows; then every kernel on it, compiled by many processes.
 test-gpu: .venv/dev
@@ -31,7 +33,7 @@ test-oldest: .venv-oldest/ready
 
 # The tests of the optional packages (perceptual networks, FID, JAX, flash-attn-4), beside a newer PyTorch: several GB.
 test-extras: .venv-extras/ready
-	.venv-extras/bin/python -m pytest -m extras
+	OMP_NUM_THREADS=1 .venv-extras/bin/python -m pytest -m extras --numprocesses auto --dist loadfile
 
 clean:
 	rm -rf .venv .venv-oldest .venv-extras
@@ -53,5 +55,5 @@ clean:
 .venv-extras/ready: pyproject.toml constraints-extras.txt
 	$(PYTHON) -m venv .venv-extras
 	.venv-extras/bin/python -m pip install --quiet --constraint constraints-extras.txt \
-		--editable '.[perceptual,eval,jax,jax-checkpoints,flash]' optax pytest pytest-benchmark hypothesis
+		--editable '.[perceptual,eval,jax,jax-checkpoints,flash]' optax pytest pytest-benchmark pytest-xdist hypothesis
 	touch $@
