@@ -13,14 +13,12 @@ demo: .venv/core
 	$(BIN)/pmf digits --out runs/digits --overwrite
 	$(BIN)/pmf eval runs/digits
 
-# Lint, formatting, types and every test, a file at a time on each core; on the CPU, also where there is a GPU. Files in
-# their order: xdist would leave those of few tests for the end, which are those that start processes.
+# Lint, formatting, types and every test, a file at a time on each core; on the CPU, also where there is a GPU.
 test: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile \
-		--no-loadscope-reorder
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 # What only a GPU shows; then every kernel on it, compiled by many processes.
 test-gpu: .venv/dev
