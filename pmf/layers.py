@@ -6,7 +6,7 @@ Each layer is written once, as `forward_dual` on `Dual`s; `forward` is the same 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from pmf import ops
 from pmf.config import ModelConfig
 from pmf.dual import ABSENT, Dual
 from pmf.packing import Join, PackedModule
-from pmf.wide import wide_product
+from pmf.wide import wide_linear
 
 BLOCK_GAIN = 0.32
 """Block Linears are drawn from N(0, BLOCK_GAIN^2 / fan_in)."""
@@ -33,13 +33,15 @@ def _chunk(x: Dual, parts: int) -> tuple[Dual, ...]:
     return tuple(Dual(*pair) for pair in zip(x.value.chunk(parts, -1), dots, strict=True))
 
 
-def linear_dual(x: Dual, weight: Tensor, bias: Tensor | None = None) -> Dual:
+def linear_dual(
+    x: Dual, weight: Tensor, bias: Tensor | None = None, *, linear: Callable[..., Tensor] = F.linear
+) -> Dual:
     """x W^T + b, and x_dot W^T. Two products, so that backward keeps no tangent alive."""
-    value = F.linear(x.value, weight, bias)
+    value = linear(x.value, weight, bias)
     if x.dot is None:
         return Dual(value)
     with torch.no_grad():
-        return Dual(value, F.linear(x.dot, weight))
+        return Dual(value, linear(x.dot, weight))
 
 
 class DualModule(nn.Module):
@@ -90,12 +92,7 @@ class WideLinear(Linear):
     def forward_dual(self, x: Dual) -> Dual:
         """x W^T + b, and x_dot W^T."""
         (weight,) = self.packed()
-        value = wide_product(x.value, weight)
-        value = value if self.bias is None else value + self.bias
-        if x.dot is None:
-            return Dual(value)
-        with torch.no_grad():
-            return Dual(value, wide_product(x.dot, weight))
+        return linear_dual(x, weight, self.bias, linear=wide_linear)
 
 
 class Residual(NamedTuple):

@@ -15,11 +15,12 @@ from pmf.autocast import autocast_dtype, no_autocast
 from pmf.private import transforming
 
 
-def wide_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., C] times W^T, W [F, C] -> [..., F] in float32, x and W in autocast's dtype or else in their own.
+def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b, x [..., C] and W [F, C] -> [..., F] in float32, x and W in autocast's dtype or else in their own.
 
-    Wider operands, without autocast, give their own dtype. Differentiable, also forward and under torch.func; gradients
-    of x and W are of their dtypes, and come from y's gradient rounded to that of the operands.
+    The bias is added as it is. Wider operands, without autocast, give their own dtype. Differentiable, also forward
+    and under torch.func; gradients of x and W are of their dtypes, and come from y's gradient rounded to that of the
+    operands.
     """
     dtype = autocast_dtype(x.device.type)
     if dtype is not None:
@@ -32,7 +33,8 @@ def wide_product(x: Tensor, weight: Tensor) -> Tensor:
             product = rows.float() @ weight.T.float()
         else:
             product = _WideProduct.apply(rows, weight)
-    return product.reshape(*x.shape[:-1], len(weight))
+    product = product.reshape(*x.shape[:-1], len(weight))
+    return product if bias is None else product + bias
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from pmf import noise, ops
 from pmf.kernels import flash
 from pmf.memory import saved_per_row
 from pmf.noise import seeded_noise
-from pmf.wide import wide_product
+from pmf.wide import wide_linear
 from tests import test_kernels_attention as attention
 from tests import test_kernels_model as networks
 from tests import test_kernels_norm as norm
@@ -81,7 +81,7 @@ def test_products_that_give_float32(width, values):
     weight = (torch.randn(values, width, device=DEVICE) / width**0.5).requires_grad_()
     dy = torch.randn(3, 256, values, device=DEVICE)
     with torch.autocast("cuda", BF16):
-        y = wide_product(x, weight)
+        y = wide_linear(x, weight)
     y.backward(dy)
     low, w, d = x.detach().double(), weight.detach().to(BF16).double(), dy.to(BF16).double().flatten(0, 1)
     assert y.dtype == F32 and relative_error(y.double(), low @ w.T) < 1e-6

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import pmf
 from pmf import Dual
 from pmf.layers import Linear, WideLinear
-from pmf.wide import wide_product
+from pmf.wide import wide_linear
 from tests.networks import TINY, random_model
 
 BF16 = torch.bfloat16
@@ -23,8 +23,8 @@ def operands(rows=(3, 5), inner=16, outer=7, dtype=torch.float32):
 def test_operands_are_rounded_and_the_sum_is_not(rows):
     x, weight = operands(rows)
     with torch.autocast("cpu", BF16):
-        y = wide_product(x, weight)
-    assert torch.equal(y, wide_product(x.to(BF16), weight.to(BF16)))  # operands that are low already
+        y = wide_linear(x, weight)
+    assert torch.equal(y, wide_linear(x.to(BF16), weight.to(BF16)))  # operands that are low already
     exact = x.to(BF16).double() @ weight.to(BF16).double().T
     assert y.dtype == torch.float32 and y.shape == (*rows, 7)
     assert torch.allclose(y.double(), exact, rtol=0, atol=16 * 2**-24 * 16)  # 16 terms of at most about 16
@@ -39,39 +39,39 @@ def test_operands_are_rounded_and_the_sum_is_not(rows):
 
 def test_of_wider_operands_it_is_the_product_and_strides_do_not_matter():
     x, weight = operands((6, 5), dtype=torch.float64)
-    assert torch.autograd.gradcheck(wide_product, (x, weight))
+    assert torch.autograd.gradcheck(wide_linear, (x, weight))
     cut, w = x.detach()[:, 2:], weight.detach()
-    assert torch.allclose(wide_product(cut, w), cut @ w.T, rtol=1e-14)
+    assert torch.allclose(wide_linear(cut, w), cut @ w.T, rtol=1e-14)
 
 
 def test_operands_of_two_dtypes_are_refused_as_by_a_linear():
     x, weight = (v.detach() for v in operands())
     for pair in ((x.to(BF16), weight), (x, weight.to(BF16))):
         with pytest.raises(RuntimeError, match="same dtype"):
-            wide_product(*pair)
+            wide_linear(*pair)
 
 
 def test_without_a_bias_it_is_the_product():
     x, _ = operands()
     layer = WideLinear(16, 7)
-    assert torch.equal(layer(x), wide_product(x, layer.weight))
+    assert torch.equal(layer(x), wide_linear(x, layer.weight))
 
 
 def test_forward_mode_gives_the_tangent_under_autocast():
     x, weight = (v.detach() for v in operands())
     x_dot = torch.randn_like(x)
     with torch.autocast("cpu", BF16):
-        y, y_dot = torch.func.jvp(lambda v: wide_product(v, weight), (x,), (x_dot,))
-        assert torch.equal(y, wide_product(x, weight))
-        assert torch.allclose(y_dot, wide_product(x_dot, weight), rtol=0, atol=1e-5)
+        y, y_dot = torch.func.jvp(lambda v: wide_linear(v, weight), (x,), (x_dot,))
+        assert torch.equal(y, wide_linear(x, weight))
+        assert torch.allclose(y_dot, wide_linear(x_dot, weight), rtol=0, atol=1e-5)
 
 
 def test_it_compiles_whole():
     x, weight = operands()
-    run = torch.compile(lambda *v: wide_product(*v).square().sum(), fullgraph=True, backend="aot_eager")
+    run = torch.compile(lambda *v: wide_linear(*v).square().sum(), fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", BF16):
         compiled = torch.autograd.grad(run(x, weight), (x, weight))
-        eager = torch.autograd.grad(wide_product(x, weight).square().sum(), (x, weight))
+        eager = torch.autograd.grad(wide_linear(x, weight).square().sum(), (x, weight))
     assert all(torch.equal(a, b) for a, b in zip(compiled, eager, strict=True))
 
 

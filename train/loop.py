@@ -141,8 +141,7 @@ class Trainer:
         made = not part.state
         state = get_optimizer_state_dict(self.model, part)
         for values in part.state.values() if made else ():
-            if "step" in values:
-                values["step"].zero_()
+            values["step"].zero_()
         return state
 
     def _load_state(self) -> None:
