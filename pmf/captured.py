@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pmf.autocast import autocast_dtype
 from pmf.config import LossConfig
-from pmf.dispatch import autocast_dtype
 from pmf.errors import require
 from pmf.loss import Draws, LossOutput, Step, _step, check_step, evaluate, perceptual_rows
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pmf import ops
 from pmf.config import LossConfig
-from pmf.dual import Dual
+from pmf.dual import Dual, tail
 from pmf.errors import readable, require
 
 PLANS = ("lean", "naive")
@@ -203,7 +203,7 @@ class Step:
 
     def last(self, value: Tensor) -> Tensor:
         """The rows that carry a tangent."""
-        return ops.tail(value, self.tangent_rows)
+        return tail(value, self.tangent_rows)
 
 
 _SCALARS = tuple(f.name for f in fields(Draws) if f.name != "noise")

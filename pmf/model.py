@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pmf import dispatch, ops
 from pmf.checkpointing import checkpoint_values
 from pmf.config import ModelConfig, model_config
-from pmf.dual import ABSENT, Dual
+from pmf.dual import ABSENT, Dual, tail, tangent_rows, total
 from pmf.errors import readable, require
 from pmf.layers import Block, FinalLayer, PatchEmbed, Residual, ScalarEmbedders
 from pmf.packing import held_weights, joined_weights
@@ -81,7 +81,7 @@ class Conditioning(nn.Module):
         embedded["y"] = Dual(self.classes(y))
         if not self.in_context:
             vector = Dual(sum(e.value for e in embedded.values()), embedded["h"].dot)
-            return Dual(*ops.silu_dual((vector.value,), (vector.dot,)))
+            return ops.silu(vector)
         groups = [self.tokens[name] + embedded[name].value[:, None] for name in PREFIX]
         prefix = torch.cat(groups, 1)
         return Dual(prefix, self._prefix_dot(embedded["h"].dot, prefix))
@@ -90,7 +90,7 @@ class Conditioning(nn.Module):
         """The time tokens, which come last, all move with the embedding of h."""
         if h_dot is None:
             return None
-        prefix_dot = torch.zeros_like(ops.tail(prefix, h_dot.shape[0]))
+        prefix_dot = torch.zeros_like(tail(prefix, h_dot.shape[0]))
         prefix_dot[:, -self.tokens["h"].shape[0] :] = h_dot[:, None]
         return prefix_dot
 
@@ -222,7 +222,7 @@ class PMFDiT(nn.Module):
         without any tangent, and never carries a gradient.
         """
         self.check_inputs(z, t, h, omega, t_min, t_max, y)
-        rows = ops.tangent_rows((z_dot, t_dot, h_dot))
+        rows = tangent_rows((z_dot, t_dot, h_dot))
         for name, dot, primal in (("z_dot", z_dot, z), ("t_dot", t_dot, t), ("h_dot", h_dot, h)):
             if dot is not None:
                 wanted = [rows, *primal.shape[1:]]
@@ -257,11 +257,11 @@ class PMFDiT(nn.Module):
         if rows is None:
             return Dual(u)
         with torch.no_grad():
-            u_last, c, t_last = (ops.tail(value, rows) for value in (u, c, t.value))
-            numerator = ops.total(z.dot, None if net.dot is None else -net.dot)
+            u_last, c, t_last = (tail(value, rows) for value in (u, c, t.value))
+            numerator = total(z.dot, None if net.dot is None else -net.dot)
             if t.dot is not None:
                 c_dot = torch.where(t_last > t_clip, t.dot, 0)[:, None, None, None]
-                numerator = ops.total(numerator, -u_last * c_dot)
+                numerator = total(numerator, -u_last * c_dot)
             return Dual(u, numerator / c)
 
     def check_inputs(

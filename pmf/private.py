@@ -93,10 +93,17 @@ def watched() -> bool:
     )
 
 
+_PLAIN = frozenset((type(None), bool, int, float, torch.dtype, list))
+
+
 def ordinary(arguments: Iterable[object]) -> bool:
     """Whether all tensors among the arguments hold values that lie in memory as they are: no wrapper, no lazy sign."""
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     for x in arguments:
-        if isinstance(x, Tensor) and (type(x) not in (Tensor, nn.Parameter) or x.is_neg() or wrapped(x)):
+        kind = type(x)
+        if kind is Tensor or kind is nn.Parameter:
+            if x.is_neg() or wrapped(x):
+                return False
+        elif kind not in _PLAIN and isinstance(x, Tensor):
             return False
     return True
