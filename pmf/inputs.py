@@ -48,18 +48,17 @@ class Inputs:
     messages are formatted on failure only; Dynamo cannot format a symbolic size.
     """
 
-    __slots__ = ("device", "dtypes", "duals", "fixed", "give", "names", "op")
+    __slots__ = ("device", "dtypes", "duals", "fixed", "form", "names", "op")
 
     def __init__(self, op: str, moving: dict[str, Moving | None], fixed: dict[str, Tensor | None] | None = None):
         self.op, self.names, self.fixed = op, tuple(moving), {} if fixed is None else fixed
-        self.give: Callable[[Dual], Tensor | Dual] = _value_alone
-        """Turns a result into what the op returns: a Dual where any input was a pair, else a Tensor."""
+        self.form: Callable[[Dual], Tensor | Dual] = _value_alone
         duals: list[Dual] = []
         tensors: list[Tensor] = []
         moves = False
         for name, given in moving.items():
             if type(given) is Dual:
-                dual, self.give = given, _as_it_is
+                dual, self.form = given, _as_it_is
             else:
                 dual = self._dual(name, given)
             duals.append(dual)
@@ -92,7 +91,7 @@ class Inputs:
         if len(given) != 2:
             wanted = "a tensor or a pair (value, tangent)"
             raise InputError(f"{self.op}: {name} must be {wanted}, got {len(given)} values")
-        self.give = _as_it_is
+        self.form = _as_it_is
         return Dual(*given)
 
     def _refuse(self) -> None:
@@ -116,8 +115,6 @@ class Inputs:
             if value is None:
                 raise InputError(f"{self.op}: {name} is absent, so its tangent must be None")
             sizes, dot_sizes = value.shape, dot.shape
-            if len(sizes) < 2:
-                raise InputError(f"{self.op}: {name} per channel takes no tangent; expand it to [B, C]")
             if rows is None and len(dot_sizes) > 0:
                 rows = dot_sizes[0]
             matches = len(dot_sizes) == len(sizes) and dot_sizes[0] == rows
@@ -149,6 +146,10 @@ class Inputs:
         """Values and tangents in `dtype`."""
         self.duals = [dual.map(lambda x: x.to(dtype)) for dual in self.duals]
         self.dtypes = [dtype] * len(self.dtypes)
+
+    def give(self, result: Dual) -> Tensor | Dual:
+        """What the op returns: a Dual where any input was a pair, else a Tensor; dual tensors for dual tensors."""
+        return self.form(result)
 
     def implementation(self, impl: str | None, *sizes: int) -> ModuleType:
         """The module that computes the op on these inputs; `sizes` are those that its kernel has limits for.
@@ -187,4 +188,4 @@ class Inputs:
             part if part.dot is None or part.dot.ndim > 1 else Dual(part.value, part.dot.expand(samples, -1))
             for part in parts
         ]
-        self.give = _dual_tensor if self.give is _value_alone else _with_dual_tensor
+        self.form = _dual_tensor if self.form is _value_alone else _with_dual_tensor

@@ -31,12 +31,15 @@ from pmf.reference import rope_tables as rope_tables
 from pmf.reference import unpatchify as unpatchify
 
 
-def _modulation(inputs: Inputs, name: str, parameter: Tensor | None, samples: int, width: int) -> None:
-    """A modulation is [C] or [B, C]."""
-    if parameter is not None and parameter.ndim == 2:
-        inputs.shape(name, parameter, samples, width)
-    else:
-        inputs.shape(name, parameter, width)
+def _modulation(inputs: Inputs, name: str, modulation: Dual, samples: int, width: int) -> None:
+    """A modulation is [B, C], or [C] without tangent."""
+    value, dot = modulation
+    if value is not None and value.ndim == 2:
+        inputs.shape(name, value, samples, width)
+        return
+    if dot is not None:
+        raise InputError(f"{inputs.op}: {name} per channel takes no tangent; expand it to [B, C]")
+    inputs.shape(name, value, width)
 
 
 def _norm(inputs: Inputs, x: Tensor, weight: Tensor | None, scale: Dual, shift: Dual, kind: str) -> tuple[int, int]:
@@ -47,9 +50,9 @@ def _norm(inputs: Inputs, x: Tensor, weight: Tensor | None, scale: Dual, shift: 
     if weight is not None:
         inputs.shape("weight", weight, width)
     if scale.value is not None:
-        _modulation(inputs, "scale", scale.value, samples, width)
+        _modulation(inputs, "scale", scale, samples, width)
     if shift.value is not None:
-        _modulation(inputs, "shift", shift.value, samples, width)
+        _modulation(inputs, "shift", shift, samples, width)
     if kind not in ("rms", "layer"):
         raise InputError(f'{inputs.op}: kind must be "rms" or "layer", got {kind!r}')
     return samples, width
@@ -109,7 +112,7 @@ def residual_norm_modulate(x, branch, gate, weight=None, scale=None, shift=None,
     samples, width = _norm(inputs, x.value, weight, scale, shift, kind)
     if branch.value is None or branch.value.shape != x.value.shape:
         inputs.shape("branch", branch.value, *x.value.shape)
-    _modulation(inputs, "gate", gate.value, samples, width)
+    _modulation(inputs, "gate", gate, samples, width)
     run = inputs.implementation(impl, width)
     x, branch, gate, scale, shift = inputs.duals
     x_new, y = run.residual_norm_modulate(
@@ -200,7 +203,8 @@ def swiglu(x, *, impl=None):
     inputs.shape("x", value, None, None, None)
     if value.shape[-1] % 2 != 0:
         raise InputError(f"swiglu: x must have an even last dimension, got {value.shape[-1]}")
-    return inputs.give(inputs.implementation(impl).swiglu(*inputs.duals))
+    run = inputs.implementation(impl)
+    return inputs.give(run.swiglu(*inputs.duals))
 
 
 @overload
