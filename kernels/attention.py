@@ -35,7 +35,6 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import triton
@@ -44,6 +43,7 @@ from torch import Tensor
 
 from pmf.dual import Dual, tail, tangent_rows
 from pmf.kernels import flash, registration
+from pmf.kernels.heads import Heads, Steps
 from pmf.kernels.registration import Chip
 from pmf.kernels.tiles import product
 
@@ -57,25 +57,9 @@ MAX_HEAD_DIM = 128
 """The widest head that the tangent's kernel keeps in registers."""
 
 
-class Steps(NamedTuple):
-    """From sample to sample, token to token and head to head of one tensor [B, S, H, D], in units of 8 values."""
-
-    sample: int
-    token: int
-    head: int
-
-    @classmethod
-    def of(cls, heads: Tensor | None) -> Steps:
-        """Those of `aligned` heads; none where there are no heads. Units of 8 tell compilers that 8 divides them."""
-        return cls(0, 0, 0) if heads is None else cls(*(step // flash.ALIGNMENT for step in heads.stride()[:-1]))
-
-
-class Heads(NamedTuple):
-    """Queries, keys and values, their tangents, or the steps of either; in kernels, pointers."""
-
-    q: Tensor | Steps | None
-    k: Tensor | Steps | None
-    v: Tensor | Steps | None
+def _steps(heads: Tensor | None) -> Steps:
+    """Of `aligned` heads, in units of 8 values: Triton then knows that 8 divides them. Zero where there are none."""
+    return Steps(0, 0, 0) if heads is None else Steps(*(step // flash.ALIGNMENT for step in heads.stride()[:-1]))
 
 
 def unsupported(head_dim: int) -> str | None:
@@ -336,8 +320,8 @@ def attention_tangent(
     registration.launch(
         _tangent, samples * heads * registration.cdiv(length_q, tile.queries),
         Heads(q, k, v), Heads(q_dot, k_dot, v_dot), o, lse.contiguous(), o_dot,
-        Heads(Steps.of(q), Steps.of(k), Steps.of(v)), Heads(Steps.of(q_dot), Steps.of(k_dot), Steps.of(v_dot)),
-        Steps.of(o), Steps.of(o_dot), heads, length_q, k.shape[1], scale,
+        Heads(_steps(q), _steps(k), _steps(v)), Heads(_steps(q_dot), _steps(k_dot), _steps(v_dot)),
+        _steps(o), _steps(o_dot), heads, length_q, k.shape[1], scale,
         D=head_dim, D0=widths[0], D1=widths[1], M=tile.queries, N=tile.keys,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

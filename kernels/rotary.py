@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import triton
@@ -33,19 +32,12 @@ from torch import Tensor
 
 from pmf.dual import Dual
 from pmf.kernels import registration, sums
+from pmf.kernels.heads import Heads, Steps
 from pmf.kernels.registration import Chip
 from pmf.kernels.tiles import load_vector, normalise, normalise_dot, rotate, row_mean
 
 MAX_HEAD_DIM = 128
 """The widest head that a program keeps in registers."""
-
-
-class Steps(NamedTuple):
-    """Steps from sample to sample, token to token and head to head."""
-
-    sample: int
-    token: int
-    head: int
 
 
 def unsupported(head_dim: int, tables_need_gradient: bool = False) -> str | None:
@@ -263,7 +255,8 @@ def _backward(
 ):  # fmt: skip
     """Every num_programs-th tile.
 
-    p_weights: of q and k; p_tables: cos and sin; p_d: dq, dk and dv, with STEPS; p_dweights: partial sums, or None.
+    p_weights: of q and k; p_tables: cos and sin; p_d: `Heads` of gradients, whose `Steps` are STEPS; p_dweights: partial
+    sums for both weights, or None.
     """
     i_c = tl.arange(0, BLOCK)
     b_q_weight, b_k_weight = load_vector(p_weights[0], i_c, D), load_vector(p_weights[1], i_c, D)
@@ -275,15 +268,15 @@ def _backward(
         i_row = i_head[:, None] * D + i_c[None, :]
         i_in = i_token.to(tl.int64)[:, None] * step + i_row
         i_out = i_token.to(tl.int64)[:, None] * (3 * H * D) + i_row
-        i_dq = (i_b * STEPS[0].sample + i_s * STEPS[0].token + i_head * STEPS[0].head)[:, None] + i_c[None, :]
-        i_dk = (i_b * STEPS[1].sample + i_s * STEPS[1].token + i_head * STEPS[1].head)[:, None] + i_c[None, :]
-        i_dv = (i_b * STEPS[2].sample + i_s * STEPS[2].token + i_head * STEPS[2].head)[:, None] + i_c[None, :]
+        i_dq = (i_b * STEPS.q.sample + i_s * STEPS.q.token + i_head * STEPS.q.head)[:, None] + i_c[None, :]
+        i_dk = (i_b * STEPS.k.sample + i_s * STEPS.k.token + i_head * STEPS.k.head)[:, None] + i_c[None, :]
+        i_dv = (i_b * STEPS.v.sample + i_s * STEPS.v.token + i_head * STEPS.v.head)[:, None] + i_c[None, :]
         # Every load comes before the first sum over a row, so that all are under way together.
         b_q = tl.load(p_qkv + i_in, mask=mask, other=0.0)
         b_k = tl.load(p_qkv + H * D + i_in, mask=mask, other=0.0)
-        b_dq = tl.load(p_d[0] + i_dq, mask=mask, other=0.0)
-        b_dk = tl.load(p_d[1] + i_dk, mask=mask, other=0.0)
-        b_dv = tl.load(p_d[2] + i_dv, mask=mask, other=0.0)
+        b_dq = tl.load(p_d.q + i_dq, mask=mask, other=0.0)
+        b_dk = tl.load(p_d.k + i_dk, mask=mask, other=0.0)
+        b_dv = tl.load(p_d.v + i_dv, mask=mask, other=0.0)
         b_cos, b_sin = _angles(p_tables[0], p_tables[1], _positions(i_token, length, prefix, HEADS, ROWS), D, BLOCK)
         b_cos, b_sin = b_cos.to(tl.float32), b_sin.to(tl.float32)
 
@@ -361,7 +354,7 @@ def qk_norm_rope_backward(
     if registration.shapes_only(qkv):
         return dqkv, *(torch.empty_like(w) if need_weights else None for w in (q_weight, k_weight))
     rows = _token_rows(qkv)
-    gradients = tuple(registration.unit_step(d) for d in (dq, dk, dv))
+    gradients = Heads(*(registration.unit_step(d) for d in (dq, dk, dv)))
     chip = registration.chip(qkv.device)
     tile = tile_of(heads, head_dim, chip)
     tiles = registration.cdiv(samples * length, tile.tokens) * registration.cdiv(heads, tile.heads)
@@ -372,7 +365,7 @@ def qk_norm_rope_backward(
         _backward, programs,
         rows, (q_weight.contiguous(), k_weight.contiguous()), (cos.contiguous(), sin.contiguous()),
         gradients, dqkv, partials or None, samples * length, length, prefix, rows.stride(0), eps, tiles,
-        STEPS=tuple(Steps(*d.stride()[:3]) for d in gradients),
+        STEPS=Heads(*(Steps(*d.stride()[:3]) for d in gradients)),
         H=heads, D=head_dim, HEADS=tile.heads, ROWS=tile.rows, BLOCK=tile.block, STAGES=stages,
         num_warps=tile.warps,
     )  # fmt: skip
