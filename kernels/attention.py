@@ -338,8 +338,8 @@ _tangent_alone = registration.differentiable("AttentionTangent", attention_tange
 
 def attention(q: Dual, k: Dual, v: Dual, *, scale: float) -> Dual:
     """`pmf.reference.attention`: the value by a FlashAttention, the tangent by Triton."""
-    heads = tuple(flash.aligned(x.value) for x in (q, k, v))
-    o, lse = flash.attention(*heads, scale)
+    q_value, k_value, v_value = (flash.aligned(x.value) for x in (q, k, v))
+    o, lse = flash.attention(q_value, k_value, v_value, scale)
     dots = (q.dot, k.dot, v.dot)
     rows = tangent_rows(dots)
     if rows is None:
@@ -347,5 +347,5 @@ def attention(q: Dual, k: Dual, v: Dual, *, scale: float) -> Dual:
     # Dynamo takes no Function without differentiable outputs, nor would it see what this one refuses.
     tangent = attention_tangent if torch.compiler.is_compiling() else _tangent_alone
     with torch.no_grad():
-        last = [tail(x, rows) for x in (*heads, o, lse)]
+        last = [tail(x, rows) for x in (q_value, k_value, v_value, o, lse)]
         return Dual(o, tangent(*last[:3], *dots, *last[3:], scale))

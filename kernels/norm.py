@@ -30,7 +30,8 @@ the partial sums (2% at pMF's shapes) and vectors per channel or sample, read on
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -47,22 +48,22 @@ MAX_WIDTH = 8192
 
 
 class Moving(NamedTuple):
-    """Whatever may have a tangent, or the tangents themselves; in kernels, where they lie."""
+    """What may have a tangent, or the tangents of it; in kernels, pointers."""
 
-    x: Tensor | None
-    branch: Tensor | None
-    gate: Tensor | None
-    scale: Tensor | None
-    shift: Tensor | None
+    x: Any
+    branch: Any
+    gate: Any
+    scale: Any
+    shift: Any
 
 
 class Parameters(NamedTuple):
-    """Vectors per channel or per sample, their gradients, or the steps from sample to sample (0 for one vector)."""
+    """Vectors per channel or per sample, sums for their gradients, or steps from sample to sample; or pointers."""
 
-    gate: Tensor | int | None
-    weight: Tensor | int | None
-    scale: Tensor | int | None
-    shift: Tensor | int | None
+    gate: Any
+    weight: Any
+    scale: Any
+    shift: Any
 
 
 def unsupported(width: int) -> str | None:
@@ -356,8 +357,7 @@ def norm_backward(
     dbranch = None if gate is None else x_new.new_empty(samples, length, width, dtype=branch_dtype)
     trained = [p for p, need in zip(parameters, needs, strict=True) if need]
     if registration.shapes_only(dy):
-        totals = iter([p.new_empty(p.shape) for p in trained])
-        return dx, dbranch, *(next(totals) if need else None for need in needs)
+        return dx, dbranch, *_placed([p.new_empty(p.shape) for p in trained], needs)
     dy, x_new = dy.contiguous(), x_new.contiguous()
     dx_new, branch = (None if t is None else t.contiguous() for t in (dx_new, branch))
     gate, scale = registration.unit_step(gate), registration.unit_step(scale)
@@ -366,17 +366,21 @@ def norm_backward(
     per_sample = any(p is not None and p.ndim == 2 for p in (gate, scale, shift))
     shares = sums.divide(samples, length, per_sample, programs, tile.rows)
     partials = x_new.new_empty(len(trained), shares.segments, width, dtype=torch.float32).unbind()
-    buffers = iter(partials)
     registration.launch(
         _backward, shares.programs,
         dy, dx_new, x_new, branch, Parameters(gate, weight, scale, None), stats, dx, dbranch,
-        Parameters(*(next(buffers) if need else None for need in needs)),
+        _placed(partials, needs),
         shares.samples, shares.length, shares.share,
         STEPS=_steps(gate, scale, None), C=width, LAYER=layer, ROWS=tile.rows, BLOCK=tile.block, STAGES=stages,
         num_warps=tile.warps, maxnreg=128,  # else some chips take 157, and fewer programs reside than are launched
     )  # fmt: skip
-    totals = iter(sums.add_up(partials, shares, trained))
-    return dx, dbranch, *(next(totals) if need else None for need in needs)
+    return dx, dbranch, *_placed(sums.add_up(partials, shares, trained), needs)
+
+
+def _placed(tensors: Sequence[Tensor], needs: list[bool]) -> Parameters:
+    """One tensor for each parameter that `needs` names."""
+    following = iter(tensors)
+    return Parameters(*(next(following) if need else None for need in needs))
 
 
 def _save(ctx, inputs, outputs):

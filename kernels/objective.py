@@ -89,7 +89,7 @@ def _image_offset(i_pixel, H: tl.constexpr, W: tl.constexpr, P: tl.constexpr):
 @triton.jit
 def _load_tokens(p_net, i_first, m_group, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
     """Pixels whose values begin at i_first, as CHANNELS blocks [groups, PIXELS]."""
-    blocks = ()
+    blocks = ()  # type: tuple
     for i in tl.static_range(CHANNELS):
         i_value = i_first[:, None] + (i * PIXELS + tl.arange(0, PIXELS))[None, :]
         blocks = blocks + (tl.load(p_net + i_value, mask=m_group[:, None], other=0.0),)
@@ -99,7 +99,7 @@ def _load_tokens(p_net, i_first, m_group, PIXELS: tl.constexpr, CHANNELS: tl.con
 @triton.jit
 def _load_image(p_image, i_first, m_group, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, AREA: tl.constexpr):
     """The same pixels of an image; i_first is where they begin in its first channel."""
-    blocks = ()
+    blocks = ()  # type: tuple
     for i in tl.static_range(CHANNELS):
         i_value = (i_first + i * AREA)[:, None] + tl.arange(0, PIXELS)[None, :]
         blocks = blocks + (tl.load(p_image + i_value, mask=m_group[:, None], other=0.0),)
@@ -109,7 +109,7 @@ def _load_image(p_image, i_first, m_group, PIXELS: tl.constexpr, CHANNELS: tl.co
 @triton.jit
 def _store_tokens(p_net, blocks, scale, i_first, m_group, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
     """Undo `_load_tokens`, times `scale`."""
-    scaled = ()
+    scaled = ()  # type: tuple
     for i in tl.static_range(CHANNELS):
         scaled = scaled + ((blocks[i] * scale).to(p_net.dtype.element_ty),)
     ordered = transposed(scaled, CHANNELS, PIXELS)
@@ -163,7 +163,8 @@ def _errors(
     inverse_c = 1.0 / tl.minimum(tl.maximum(t, t_clip), 1.0)
     b_sum_u = tl.zeros([GROUPS, PIXELS], tl.float32)
     b_sum_v = tl.zeros([GROUPS, PIXELS], tl.float32)
-    errors_u, errors_v = (), ()
+    errors_u = ()  # type: tuple
+    errors_v = ()  # type: tuple
     for i in tl.static_range(CHANNELS):
         b_x, b_u, b_v = x[i].to(tl.float32), u[i].to(tl.float32), v[i].to(tl.float32)
         b_c = b_v

@@ -252,8 +252,9 @@ def patch_backward(
     """dimages, dweight1, dbias1, dweight2, dbias2, of which `needs` says which to compute; dpositions in float32."""
     like = (images, weight1, weight1[:, 0, 0, 0], weight2, weight2[:, 0, 0, 0])
     if registration.shapes_only(dtokens) or not len(images):
-        gradients = (x.new_zeros(x.shape) if need else None for x, need in zip(like, needs, strict=True))
-        return *gradients, dtokens.new_zeros(dtokens.shape[1:], dtype=torch.float32)
+        dpositions = dtokens.new_zeros(dtokens.shape[1:], dtype=torch.float32)
+        zeros = [x.new_zeros(x.shape) if need else None for x, need in zip(like, needs, strict=True)]
+        return zeros[0], zeros[1], zeros[2], zeros[3], zeros[4], dpositions
     wants_dimages, wants_dweight1, wants_dbias1, wants_dweight2, wants_dbias2 = needs
     chip = registration.chip(images.device)
     tile = tile_of(len(weight1), weight1[0].numel(), hidden.dtype, chip)
@@ -267,4 +268,7 @@ def patch_backward(
     dbias1 = (weight2.flatten(1).float() * dbias2[:, None]).sum(0) if wants_dbias1 else None
     dweight2 = dweight2.reshape(weight2.shape) if wants_dweight2 else None
     found = (dimages, dweight1, dbias1, dweight2, dbias2 if wants_dbias2 else None)
-    return *(None if dx is None else dx.to(x.dtype) for dx, x in zip(found, like, strict=True)), dpositions
+    dimages, dweight1, dbias1, dweight2, dbias2 = (
+        None if dx is None else dx.to(x.dtype) for dx, x in zip(found, like, strict=True)
+    )
+    return dimages, dweight1, dbias1, dweight2, dbias2, dpositions

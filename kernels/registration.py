@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from pmf.kernels.launching import launch as launch
-from pmf.private import FakeTensor, ordinary, watched
+from pmf.private import FakeTensor, apply_without_transforms, ordinary, watched
 
 _LIBRARY = torch.library.Library("pmf", "FRAGMENT")
 
@@ -69,7 +69,7 @@ class RowTile:
 
 @functools.cache
 def _cuda_chip(index: int) -> Chip:
-    found = torch.cuda.get_device_properties(index)
+    found: Any = torch.cuda.get_device_properties(index)  # its type lacks the last of these
     return Chip(10 * found.major + found.minor, found.multi_processor_count, found.shared_memory_per_block_optin)
 
 
@@ -201,8 +201,7 @@ def differentiable(
         return type(name, (torch.autograd.Function,), body | {"backward": staticmethod(gradients)})
 
     long_way = function_of(forward=registered, setup_context=setup_context)
-    # Function.apply looks for transforms, and for what finished ones left behind; the one below it does not.
-    short_way = super(torch.autograd.Function, function_of(forward=direct)).apply
+    short_way = apply_without_transforms(function_of(forward=direct))
 
     def call(*arguments):
         if torch.compiler.is_compiling() or not _direct(arguments):

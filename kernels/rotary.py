@@ -140,7 +140,7 @@ def _angles(p_cos, p_sin, i_position, D: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _load(p_heads, i_head, m_head, D: tl.constexpr, WIDTH: tl.constexpr):
     """Heads that begin at i_head, WIDTH columns a block."""
-    blocks = ()
+    blocks = ()  # type: tuple
     for i in tl.static_range(0, D, WIDTH):
         i_c = i + tl.arange(0, WIDTH)[None, :]
         blocks = blocks + (tl.load(p_heads + i_head[:, None] + i_c, mask=m_head[:, None] & (i_c < D), other=0.0),)
@@ -150,7 +150,7 @@ def _load(p_heads, i_head, m_head, D: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 def _load_table(p_table, i_position, other, D: tl.constexpr, WIDTH: tl.constexpr):
     """The angles' cos or sin at some positions, WIDTH / 2 a block, in float32; `other` before the first."""
-    blocks = ()
+    blocks = ()  # type: tuple
     for i in tl.static_range(0, D // 2, WIDTH // 2):
         i_pair = i + tl.arange(0, WIDTH // 2)[None, :]
         mask = (i_position >= 0)[:, None] & (i_pair < D // 2)
@@ -172,7 +172,7 @@ def _mean_product(a, b, D: tl.constexpr):
 def _normalised(x, eps, D: tl.constexpr):
     """n, and 1 / sqrt(mean(x^2) + eps)."""
     b_rstd = tl.rsqrt(_mean_product(x, x, D) + eps)  # not rounded to nearest: no sum over tokens reads it
-    n = ()
+    n = ()  # type: tuple
     for i in tl.static_range(len(x)):
         n = n + (x[i].to(tl.float32) * b_rstd,)
     return n, b_rstd
@@ -182,7 +182,7 @@ def _normalised(x, eps, D: tl.constexpr):
 def _normalised_dot(n, b_rstd, x_dot, D: tl.constexpr):
     """n_dot = rstd (x_dot - n mean(n x_dot))."""
     b_mean = _mean_product(n, x_dot, D)
-    n_dot = ()
+    n_dot = ()  # type: tuple
     for i in tl.static_range(len(n)):
         n_dot = n_dot + (b_rstd * (x_dot[i].to(tl.float32) - n[i] * b_mean),)
     return n_dot
@@ -255,7 +255,7 @@ def _backward(
 ):  # fmt: skip
     """Every num_programs-th tile.
 
-    p_weights: of q and k; p_tables: cos and sin; p_d: `Heads` of gradients, whose `Steps` are STEPS; p_dweights: partial
+    p_weights: of q and k; p_tables: cos and sin; p_d: `Heads` of gradients, STEPS their `Steps`; p_dweights: partial
     sums for both weights, or None.
     """
     i_c = tl.arange(0, BLOCK)
@@ -352,7 +352,8 @@ def qk_norm_rope_backward(
     samples, length, _, heads, head_dim = qkv.shape
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     if registration.shapes_only(qkv):
-        return dqkv, *(torch.empty_like(w) if need_weights else None for w in (q_weight, k_weight))
+        dq_weight, dk_weight = (torch.empty_like(w) if need_weights else None for w in (q_weight, k_weight))
+        return dqkv, dq_weight, dk_weight
     rows = _token_rows(qkv)
     gradients = Heads(*(registration.unit_step(d) for d in (dq, dk, dv)))
     chip = registration.chip(qkv.device)
@@ -369,7 +370,8 @@ def qk_norm_rope_backward(
         H=heads, D=head_dim, HEADS=tile.heads, ROWS=tile.rows, BLOCK=tile.block, STAGES=stages,
         num_warps=tile.warps,
     )  # fmt: skip
-    return dqkv, *(sums.add_up(partials, sums.Shares(1, programs, 1), weights) or (None, None))
+    dq_weight, dk_weight = sums.add_up(partials, sums.Shares(1, programs, 1), weights) or (None, None)
+    return dqkv, dq_weight, dk_weight
 
 
 def _save(ctx, inputs, outputs):

@@ -140,8 +140,10 @@ class NormModulate(DualModule):
         """The stream with its pending branch added, and that sum normalised and modulated."""
         if residual.branch is None:
             return residual.x, self.forward_dual(residual.x, scale, shift)
-        options = dict(kind=self.kind, eps=self.eps, impl=self.impl)
-        return ops.residual_norm_modulate(*residual, self.weight, scale, shift, **options)
+        x, branch, gate = residual
+        return ops.residual_norm_modulate(
+            x, branch, gate, self.weight, scale, shift, kind=self.kind, eps=self.eps, impl=self.impl
+        )
 
 
 class ScalarEmbedder(DualModule):
@@ -207,8 +209,9 @@ class PatchEmbed(DualModule):
     def forward_dual(self, images: Dual, prefix: Dual = ABSENT) -> Dual:
         """[prefix, patches] + positions: images [B, c, H, W], prefix [B, P, C] -> [B, S, C]."""
         first, second = self.proj1, self.proj2
-        weights = (first.weight, first.bias, second.weight, second.bias, self.positions)
-        return ops.patch_embed(images, *weights, prefix, impl=self.impl)
+        return ops.patch_embed(
+            images, first.weight, first.bias, second.weight, second.bias, self.positions, prefix, impl=self.impl
+        )
 
 
 class Attention(DualModule, PackedModule):
@@ -230,9 +233,15 @@ class Attention(DualModule, PackedModule):
         """x [B, S, C] -> [B, S, C]."""
         weight, out = self.packed()
         packed = linear_dual(x, weight).map(lambda p: p.unflatten(-1, (3, self.num_heads, -1)))
-        weights = (self.q_norm.weight, self.k_norm.weight, *rope)
-        options = dict(prefix_length=self.prefix_length, eps=self.q_norm.eps, impl=self.impl)
-        q, k, v = ops.qk_norm_rope(packed, *weights, **options)
+        q, k, v = ops.qk_norm_rope(
+            packed,
+            self.q_norm.weight,
+            self.k_norm.weight,
+            *rope,
+            prefix_length=self.prefix_length,
+            eps=self.q_norm.eps,
+            impl=self.impl,
+        )
         mixed = ops.attention(q, k, v, impl=self.impl)
         return linear_dual(mixed.map(lambda o: o.flatten(2)), out)
 

@@ -6,6 +6,7 @@ What is private in Triton stands in `pmf.kernels.launching`. tests/test_private.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +76,12 @@ def forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def apply_without_transforms(function: type[torch.autograd.Function]) -> Callable:
+    """`function.apply`, without its search for transforms and for what finished ones left behind."""
+    base: Any = super(torch.autograd.Function, function)
+    return base.apply
+
+
 def transforming() -> bool:
     """Whether torch.func transforms, or forward-mode differentiation, are at work."""
     return torch._C._are_functorch_transforms_active() or forward_mode()
@@ -96,7 +103,7 @@ def watched() -> bool:
 _PLAIN = frozenset((type(None), bool, int, float, torch.dtype, list))
 
 
-def ordinary(arguments: Iterable[object]) -> bool:
+def ordinary(arguments: Iterable[Any]) -> bool:
     """Whether all tensors among the arguments hold values that lie in memory as they are: no wrapper, no lazy sign."""
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     for x in arguments:

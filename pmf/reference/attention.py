@@ -35,8 +35,9 @@ def attention(q: Dual, k: Dual, v: Dual, *, scale: float) -> Dual:
     if rows is None:
         return Dual(o)
     with torch.no_grad():
-        last = (tail(x, rows * heads) for x in (q_heads, k_heads, v_heads, p, mixed))
-        o_dot = _tangent(*last, *(None if x.dot is None else _heads(x.dot) for x in (q, k, v)), scale)
+        q_last, k_last, v_last, p_last, o_last = (tail(x, rows * heads) for x in (q_heads, k_heads, v_heads, p, mixed))
+        q_dot, k_dot, v_dot = (None if x.dot is None else _heads(x.dot) for x in (q, k, v))
+        o_dot = _tangent(q_last, k_last, v_last, p_last, o_last, q_dot, k_dot, v_dot, scale)
         return Dual(o, _tokens(o_dot.to(o.dtype), heads))
 
 
