@@ -40,7 +40,7 @@ def taken_apart(arguments: tuple) -> tuple[list, list]:
             plain.append(argument)
         elif isinstance(argument, tuple):
             inner, places = taken_apart(argument)
-            key.append((kind, *inner))  # Triton tells named tuples apart by their type
+            key.append((kind, *inner))  # kernels read named tuples by their fields
             plain.append(tuple(places))
         else:
             key.append((kind, argument))  # 1.0 and True equal 1, but compile to other kernels
