@@ -74,12 +74,14 @@ class Inputs:
         self.duals = duals
         device: torch.device | None = getattr(tensors[0], "device", None) if tensors else None
         self.device = device
-        self.dtypes: list[torch.dtype] = []
+        dtypes: list[torch.dtype] = []
+        self.dtypes = dtypes
         """Of all tensors that are there, tangents too."""
         for tensor in tensors:
-            if not isinstance(tensor, Tensor) or tensor.device != device or not tensor.dtype.is_floating_point:
+            is_tensor = type(tensor) is Tensor or isinstance(tensor, Tensor)  # the first test is the quicker one
+            if not is_tensor or tensor.device != device or not tensor.dtype.is_floating_point:
                 self._refuse()
-            self.dtypes.append(tensor.dtype)
+            dtypes.append(tensor.dtype)
         if moves:
             self._check_tangents()
 

@@ -78,7 +78,7 @@ def norm_modulate(x, weight=None, scale=None, shift=None, *, kind="rms", eps=1e-
     Returns y [B, S, C] in autocast's dtype where autocast is on, else in that of x.
     Tangents: of x, and of scale and shift per sample.
     """
-    inputs = Inputs("norm_modulate", dict(x=x, scale=scale, shift=shift), dict(weight=weight))
+    inputs = Inputs("norm_modulate", {"x": x, "scale": scale, "shift": shift}, {"weight": weight})
     x, scale, shift = inputs.duals
     _, width = _norm(inputs, x.value, weight, scale, shift, kind)
     run = inputs.implementation(impl, width)
@@ -106,8 +106,8 @@ def residual_norm_modulate(x, branch, gate, weight=None, scale=None, shift=None,
     Returns x_new in the dtype of x, and y.
     Tangents: of x and branch, and of gate, scale and shift per sample.
     """
-    moving = dict(x=x, branch=branch, gate=gate, scale=scale, shift=shift)
-    inputs = Inputs("residual_norm_modulate", moving, dict(weight=weight))
+    moving = {"x": x, "branch": branch, "gate": gate, "scale": scale, "shift": shift}
+    inputs = Inputs("residual_norm_modulate", moving, {"weight": weight})
     x, branch, gate, scale, shift = inputs.duals
     samples, width = _norm(inputs, x.value, weight, scale, shift, kind)
     if branch.value is None or branch.value.shape != x.value.shape:
@@ -140,8 +140,8 @@ def qk_norm_rope(qkv, q_weight, k_weight, cos, sin, *, prefix_length=0, eps=1e-6
     Args: qkv [B, S, 3, H, D]; q_weight, k_weight [D]; cos, sin [S - prefix_length, D / 2].
     Tangents: of qkv. Errors: D odd.
     """
-    fixed = dict(q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin)
-    inputs = Inputs("qk_norm_rope", dict(qkv=qkv), fixed)
+    fixed = {"q_weight": q_weight, "k_weight": k_weight, "cos": cos, "sin": sin}
+    inputs = Inputs("qk_norm_rope", {"qkv": qkv}, fixed)
     value = inputs.duals[0].value
     inputs.shape("qkv", value, None, None, 3, None, None)
     _, length, _, _, head_dim = value.shape
@@ -171,8 +171,7 @@ def attention(q, k, v, *, scale=None, impl=None):
     Args: q [B, S_q, H, D]; k, v [B, S_k, H, D]; scale defaults to 1 / sqrt(D).
     Returns o [B, S_q, H, D]. Tangents: of q, k and v.
     """
-    moving = dict(q=q, k=k, v=v)
-    inputs = Inputs("attention", moving)
+    inputs = Inputs("attention", {"q": q, "k": k, "v": v})
     q, k, v = (dual.value for dual in inputs.duals)
     inputs.shape("q", q, None, None, None, None)
     samples, _, heads, head_dim = q.shape
@@ -198,7 +197,7 @@ def swiglu(x, *, impl=None):
 
     Args: x [B, S, 2F]. Returns [B, S, F]. Tangents: of x.
     """
-    inputs = Inputs("swiglu", dict(x=x))
+    inputs = Inputs("swiglu", {"x": x})
     value = inputs.duals[0].value
     inputs.shape("x", value, None, None, None)
     if value.shape[-1] % 2 != 0:
@@ -225,8 +224,8 @@ def patch_embed(images, weight1, bias1, weight2, bias2, positions, prefix=None, 
     S = P + (H / p) (W / p).
     Returns [B, S, C]. Tangents: of images and prefix.
     """
-    fixed = dict(weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2, positions=positions)
-    inputs = Inputs("patch_embed", dict(images=images, prefix=prefix), fixed)
+    fixed = {"weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2, "positions": positions}
+    inputs = Inputs("patch_embed", {"images": images, "prefix": prefix}, fixed)
     images, prefix = (dual.value for dual in inputs.duals)
     inputs.shape("images", images, None, None, None, None)
     batch, channels, height, width = images.shape
@@ -256,7 +255,7 @@ def scalar_features(s: Tensor) -> Tensor: ...
 def scalar_features(s: Pair) -> Dual: ...
 def scalar_features(s):
     """Sinusoidal features of scalars, [cos(s f), sin(s f)] with f_i = 10000^(-i / 128): [B] -> [B, 256]."""
-    inputs = Inputs("scalar_features", dict(s=s))
+    inputs = Inputs("scalar_features", {"s": s})
     return inputs.give(reference.scalar_features(*inputs.duals))
 
 
@@ -266,7 +265,7 @@ def silu(x: Tensor) -> Tensor: ...
 def silu(x: Pair) -> Dual: ...
 def silu(x):
     """silu(x) = x sigmoid(x), and its tangent (sigmoid + silu (1 - sigmoid)) x_dot: any shape [B, ...]."""
-    inputs = Inputs("silu", dict(x=x))
+    inputs = Inputs("silu", {"x": x})
     return inputs.give(reference.silu(*inputs.duals))
 
 
