@@ -333,7 +333,7 @@ def _save(ctx, inputs, outputs):
 
 
 # Refuses forward-mode differentiation, as any Function without a rule for it does.
-_tangent_alone = registration.differentiable("AttentionTangent", attention_tangent, _save, lambda ctx, _: ())
+_tangent_alone = registration.differentiable("AttentionTangent", attention_tangent, _save, lambda ctx, _: (), inputs=0)
 
 
 def attention(q: Dual, k: Dual, v: Dual, *, scale: float) -> Dual:

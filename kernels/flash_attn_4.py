@@ -82,7 +82,7 @@ def _gradients(ctx, do, *_):
     return flash_attn_4_backward(*ctx.saved_tensors, do, ctx.scale)
 
 
-_flash_attn_4 = registration.differentiable("FlashAttn4", flash_attn_4_forward, _save, _gradients)
+_flash_attn_4 = registration.differentiable("FlashAttn4", flash_attn_4_forward, _save, _gradients, inputs=3)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

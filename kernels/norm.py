@@ -296,22 +296,22 @@ def norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """x_new, y, x_new_dot, y_dot and the statistics [B, S, 1 or 2]."""
     samples, length, width = x.shape
-    first_dot = registration.first_dot(samples, x_dot, branch_dot, gate_dot, scale_dot, shift_dot)
-    rows, moved = samples - first_dot, x_dot is not None or branch_dot is not None or gate_dot is not None
+    p = _contiguous(x, branch, gate, scale, shift)
+    p_dot = _contiguous(x_dot, branch_dot, gate_dot, scale_dot, shift_dot)
+    first_dot = registration.first_dot(samples, *p_dot)
+    moves = x_dot is not None or branch_dot is not None or gate_dot is not None
     x_new = x_new_dot = y_dot = None
     if branch is not None:
-        x_new = x.new_empty(samples, length, width)
-        if moved:
-            x_new_dot = x.new_empty(rows, length, width)
-    if moved or scale_dot is not None or shift_dot is not None:
-        y_dot = x.new_empty(rows, length, width, dtype=out_dtype)
-    y = x.new_empty(samples, length, width, dtype=out_dtype)
+        x_new = torch.empty_like(p.x)
+        if moves:
+            x_new_dot = x.new_empty(samples - first_dot, length, width)
+    if moves or scale_dot is not None or shift_dot is not None:
+        y_dot = x.new_empty(samples - first_dot, length, width, dtype=out_dtype)
+    y = torch.empty_like(p.x, dtype=out_dtype)
     stats = x.new_empty(samples, length, 2 if layer else 1, dtype=torch.float32)
     outputs = x_new, y, x_new_dot, y_dot, stats
     if registration.shapes_only(x):
         return outputs
-    p = _contiguous(x, branch, gate, scale, shift)
-    p_dot = _contiguous(x_dot, branch_dot, gate_dot, scale_dot, shift_dot)
     tile = forward_tile(width, branch is None and x_dot is None, registration.chip(x.device))
     registration.launch(
         _forward, samples * registration.cdiv(length, tile.rows),
@@ -402,7 +402,7 @@ def _gradients(ctx, dx_new, dy, *_):
     return norm_backward(dy, dx_new, *saved, ctx.branch_dtype, ctx.layer, ctx.needs)
 
 
-_norm = registration.differentiable("Norm", norm_forward, _save, _gradients, outputs=2)
+_norm = registration.differentiable("Norm", norm_forward, _save, _gradients, inputs=6, outputs=2)
 
 
 def norm_modulate(

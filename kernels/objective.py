@@ -276,7 +276,7 @@ def _gradients(ctx, scales):
     return objective_backward(scales, *ctx.saved_tensors, *ctx.options)
 
 
-_objective = registration.differentiable("Objective", objective_forward, _save, _gradients)
+_objective = registration.differentiable("Objective", objective_forward, _save, _gradients, inputs=2)
 
 
 def pmf_objective(

@@ -266,7 +266,7 @@ def _save(ctx, inputs, outputs):
 
 def _gradients(ctx, dtokens, *_):
     if dtokens is None:
-        return ()
+        return (None,) * 8
     length, prefix_dtype = ctx.prefix or (0, None)
     needs = ctx.needs_input_grad
     wanted = any(ctx.needs) or needs[6]
@@ -277,7 +277,7 @@ def _gradients(ctx, dtokens, *_):
     return dimages, None, *dweights, dpositions, dprefix
 
 
-_patch_embed = registration.differentiable("PatchEmbed", patch_forward, _save, _gradients)
+_patch_embed = registration.differentiable("PatchEmbed", patch_forward, _save, _gradients, inputs=8)
 
 
 def patch_embed(

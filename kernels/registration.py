@@ -149,69 +149,83 @@ def operator(function: Callable) -> Operator:
     return Operator(function)
 
 
-def differentiable(
-    name: str,
-    forward: Operator,
-    save: Callable,
-    backward: Callable,
-    *,
-    outputs: int = 1,
-    complete: Callable[[tuple, Any], Any] | None = None,
-) -> Callable:
-    """A function of `forward`'s arguments that records gradients; `name` is that of its nodes in a graph.
+@dataclass(frozen=True)
+class Differentiable:
+    """How a forward operator records gradients.
 
-    The first `outputs` outputs have gradients, which may be None where nothing reads an output. `save(ctx, inputs,
-    outputs)` keeps what `backward(ctx, *gradients)` needs to return the gradients of the first inputs; the others have
-    none. `complete(inputs, outputs)` may add views of inputs, which operators do not return, to the outputs.
+    The first `inputs` inputs and the first `outputs` outputs have gradients, None where nothing reads an output.
+    `save(ctx, inputs, outputs)` keeps what `backward(ctx, *gradients)` needs to return those of the inputs.
+    `complete(inputs, outputs)` may add views of inputs, which operators do not return, to the outputs.
     """
-    function, overload, signature = forward.function, forward.overload, inspect.signature(forward.function)
-    arity = len(signature.parameters)
 
-    def registered(*arguments):
-        results = overload(*arguments)
-        return results if complete is None else complete(arguments, results)
+    name: str
+    """Of the nodes in a graph."""
+    forward: Operator
+    save: Callable
+    backward: Callable
+    inputs: int
+    outputs: int = 1
+    complete: Callable[[tuple, Any], Any] = lambda inputs, outputs: outputs
 
-    # Without gradients Dynamo tells by the number of parameters whether `forward` takes a context.
-    setattr(registered, "__signature__", signature)  # noqa: B010
+    def by_operators(self) -> Callable:
+        """`apply` of a Function that compilers, transforms and modes see as PyTorch means them to."""
+        overload, signature = self.forward.overload, inspect.signature(self.forward.function)
+        save, backward, complete, outputs = self.save, self.backward, self.complete, self.outputs
+        others = (None,) * (len(signature.parameters) - self.inputs)
 
-    def setup_context(ctx, inputs, results):
-        save(ctx, inputs, results)
-        ctx.set_materialize_grads(False)
-        if not isinstance(results, Tensor):
-            ctx.mark_non_differentiable(*results[outputs:])
+        def forward(*arguments):
+            return complete(arguments, overload(*arguments))
 
-    def completed(*arguments):
-        return complete(arguments, function(*arguments))
+        def setup_context(ctx, arguments, results):
+            save(ctx, arguments, results)
+            ctx.set_materialize_grads(False)
+            if not isinstance(results, Tensor):
+                ctx.mark_non_differentiable(*results[outputs:])
 
-    run = function if complete is None else completed
+        def gradients(ctx, *gradients):
+            return *backward(ctx, *gradients), *others
 
-    def direct(ctx, *arguments):
-        results = run(*arguments)
-        save(ctx, arguments, results)
-        ctx.set_materialize_grads(False)
-        # What has no gradient goes past autograd in a tuple, which costs nothing.
-        return results if isinstance(results, Tensor) else (*results[:outputs], results[outputs:])
+        # Without gradients Dynamo tells by the number of parameters whether `forward` takes a context.
+        setattr(forward, "__signature__", signature)  # noqa: B010
+        return _function(self.name, forward=forward, setup_context=setup_context, backward=gradients).apply
 
-    def gradients(ctx, *gradients):
-        found = backward(ctx, *gradients)
-        return *found, *(None,) * (arity - len(found))
+    def directly(self) -> Callable:
+        """The same around the function itself. What has no gradient goes past autograd in a tuple, at no cost."""
+        function, inputs, outputs = self.forward.function, self.inputs, self.outputs
+        save, backward, complete = self.save, self.backward, self.complete
 
-    def function_of(**methods: Callable) -> type[torch.autograd.Function]:
-        body = {key: staticmethod(method) for key, method in methods.items()}
-        return type(name, (torch.autograd.Function,), body | {"backward": staticmethod(gradients)})
+        def forward(ctx, *grouped):
+            arguments = grouped[:inputs] + grouped[inputs]
+            results = complete(arguments, function(*arguments))
+            save(ctx, arguments, results)
+            ctx.set_materialize_grads(False)
+            return results if isinstance(results, Tensor) else (*results[:outputs], results[outputs:])
 
-    long_way = function_of(forward=registered, setup_context=setup_context)
-    short_way = apply_without_transforms(function_of(forward=direct))
+        def gradients(ctx, *gradients):
+            return *backward(ctx, *gradients), None
+
+        return apply_without_transforms(_function(self.name, forward=forward, backward=gradients))
+
+
+def _function(name: str, **methods: Callable) -> type[torch.autograd.Function]:
+    return type(name, (torch.autograd.Function,), {key: staticmethod(method) for key, method in methods.items()})
+
+
+def differentiable(name: str, forward: Operator, save: Callable, backward: Callable, **options) -> Callable:
+    """A function of `forward`'s arguments that records gradients; see `Differentiable`."""
+    made = Differentiable(name, forward, save, backward, **options)
+    long_way, short_way = made.by_operators(), made.directly()
+    function, inputs, outputs, complete = forward.function, made.inputs, made.outputs, made.complete
 
     def call(*arguments):
         if torch.compiler.is_compiling() or not _direct(arguments):
-            return _asked_for(long_way.apply(*arguments))
+            return _asked_for(long_way(*arguments))
         if _elsewhere(arguments[0]):
             with torch.cuda.device(arguments[0].device):
                 return call(*arguments)
         if not torch.is_grad_enabled():
-            return run(*arguments)
-        results = short_way(*arguments)
+            return complete(arguments, function(*arguments))
+        results = short_way(*arguments[:inputs], arguments[inputs:])
         return results if isinstance(results, Tensor) else results[:outputs] + results[outputs]
 
     return call

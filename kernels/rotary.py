@@ -394,7 +394,7 @@ def _with_v(inputs, outputs):
 
 
 _qk_norm_rope = registration.differentiable(
-    "QKNormRope", qk_norm_rope_forward, _save, _gradients, outputs=3, complete=_with_v
+    "QKNormRope", qk_norm_rope_forward, _save, _gradients, inputs=4, outputs=3, complete=_with_v
 )
 
 

@@ -146,7 +146,7 @@ def _gradients(ctx, dy, *_):
     return (None if dy is None else swiglu_backward(dy, *ctx.saved_tensors),)
 
 
-_swiglu = registration.differentiable("SwiGLU", swiglu_forward, _save, _gradients)
+_swiglu = registration.differentiable("SwiGLU", swiglu_forward, _save, _gradients, inputs=1)
 
 
 def swiglu(x: Dual) -> Dual:

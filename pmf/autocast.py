@@ -18,8 +18,8 @@ def available(device_type: str) -> bool:
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """Autocast's dtype where it is on, else None."""
-    on = available(device_type) and torch.is_autocast_enabled(device_type)
-    return torch.get_autocast_dtype(device_type) if on else None
+    there = device_type in ("cuda", "cpu") or available(device_type)
+    return torch.get_autocast_dtype(device_type) if there and torch.is_autocast_enabled(device_type) else None
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

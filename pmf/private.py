@@ -93,7 +93,8 @@ def watched() -> bool:
     Transforms, tracers, and modes: fake tensors, operation counters, selective checkpoints, default devices.
     """
     return bool(
-        transforming()
+        forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch.jit.is_tracing()
