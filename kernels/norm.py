@@ -353,7 +353,8 @@ def norm_backward(
         dy, dx_new, x_new, branch, Parameters(gate, weight, scale, None), stats, dx, dbranch,
         _placed(partials, needs),
         shares.samples, shares.length, shares.share,
-        STEPS=Modulations(_step(gate), _step(scale), 0), C=width, LAYER=layer, ROWS=tile.rows, BLOCK=tile.block, STAGES=stages,
+        STEPS=Modulations(_step(gate), _step(scale), 0), C=width, LAYER=layer,
+        ROWS=tile.rows, BLOCK=tile.block, STAGES=stages,
         num_warps=tile.warps, maxnreg=128,  # else some chips take 157, and fewer programs reside than are launched
     )  # fmt: skip
     return dx, dbranch, *_placed(sums.add_up(partials, shares, trained), needs)
