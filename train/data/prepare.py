@@ -109,7 +109,7 @@ def _shards(config: PrepareConfig, source: Source) -> Iterator[pa.Table]:
             file = shards.shard_file(config.out, number)
             if file not in there:
                 samples = samples if reached == number else source.samples(number * count)
-                shards.write_shard(file, settings, list(pool.imap(convert, itertools.islice(samples, count))))
+                shards.write_shard(file, settings, pool.imap(convert, itertools.islice(samples, count)))
                 there[file], reached = shards.open_shard(file), number + 1
             bar.update(len(there[file]))
             yield there[file]

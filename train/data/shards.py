@@ -9,7 +9,9 @@ if need be empty. `classes.txt` names the classes, a line each; it is written la
 from __future__ import annotations
 
 import io
+import itertools
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,8 @@ except ImportError as error:
 
 CLASSES_FILE = "classes.txt"
 COLUMNS = dict(image=pa.large_binary(), label=pa.int32(), key=pa.string(), checksum=pa.uint64(), reason=pa.string())
+SCHEMA = pa.schema(COLUMNS)
+BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -56,10 +60,13 @@ def checksum(image: bytes | pa.Buffer, label: int) -> int:
     return xxhash.xxh3_64_intdigest(image, seed=label)
 
 
-def write_shard(file: Path, settings: Settings, rows: list[dict[str, Any]]) -> None:
+def write_shard(file: Path, settings: Settings, rows: Iterator[dict[str, Any]]) -> None:
     """Write the rows of a shard, atomically. Errors: `InputError` on a full disk and the like."""
-    metadata = {"settings": json.dumps(asdict(settings)), "rows": str(len(rows))}
-    table = pa.Table.from_pylist(rows, pa.schema(COLUMNS, metadata))
+    batches = []
+    while some := list(itertools.islice(rows, BATCH)):
+        batches.append(pa.RecordBatch.from_pylist(some, SCHEMA))
+    table = pa.Table.from_batches(batches, SCHEMA)
+    table = table.replace_schema_metadata({"settings": json.dumps(asdict(settings)), "rows": str(len(table))})
 
     def write(temporary: Path) -> None:
         with pa.ipc.new_file(str(temporary), table.schema) as writer:
@@ -74,7 +81,7 @@ def open_shard(file: Path) -> pa.Table:
         table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
         table.validate(full=True)  # an offset that points outside would end the process
         settings_of(table)
-        whole = table.schema == pa.schema(COLUMNS) and len(table) == int(table.schema.metadata[b"rows"])
+        whole = table.schema == SCHEMA and len(table) == int(table.schema.metadata[b"rows"])
         whole = whole and table["image"].is_valid().equals(table["reason"].is_null())
     except Exception as error:  # a flipped bit can make any of this fail
         raise InputError(f"data: {file} is missing or torn: {first_line(error)}") from error
