@@ -19,7 +19,7 @@ import pmf
 from pmf.errors import InputError
 from pmf.metrics import Statistics, frechet_distance, inception_score, precision_recall
 from pmf.train.config import RunConfig, SamplingConfig, to_json
-from pmf.train.data import digits
+from pmf.train.demo import digits
 from pmf.train.evaluate import EvalConfig, Point, command, evaluate_digits, grid
 from pmf.train.images import to_bytes
 from tests.evaluation import COLOUR, SETTINGS, Toy, checkpoint, evaluate

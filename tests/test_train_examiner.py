@@ -12,7 +12,8 @@ import torch
 import pmf
 from pmf.metrics import Statistics
 from pmf.train.config import EvaluationConfig, load_run_config
-from pmf.train.data import ImageSet, digits
+from pmf.train.data import ImageSet
+from pmf.train.demo import digits
 from pmf.train.evaluate import command, evaluate_digits
 from pmf.train.loop import Trainer
 from tests.networks import TINY

@@ -13,16 +13,15 @@ from typing import Literal
 import torch
 import tyro
 from PIL import Image
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 import pmf
 from pmf.checkpoint import write_atomically
 from pmf.config import MODELS, ModelConfig
 from pmf.errors import InputError, require
-from pmf.metrics import Resize, Statistics, frechet_distance, inception
+from pmf.metrics import Resize, inception
 from pmf.train.config import CONFIG_FILE, SamplingConfig, load_run_config, published_guidance
-from pmf.train.data import digits
+from pmf.train.demo.scores import evaluate_digits, evaluate_photographs
 from pmf.train.features import (
     Extractor,
     Ranks,
@@ -314,30 +313,4 @@ def own_measure(model: ModelConfig) -> Callable[..., dict[str, float]]:
         return evaluate_digits
     colour = model.num_classes == 10 and model.in_channels == 3 and model.image_size <= 64
     require(colour, "reference: expected a folder of images or an npz of statistics, got none")
-    from pmf.train.judge import evaluate_photographs  # scikit-image is an extra
-
     return evaluate_photographs
-
-
-def evaluate_digits(
-    model, *, steps: int = 1, omega: float, t_min: float, t_max: float, seed: int = 0
-) -> dict[str, float]:
-    """Fréchet distance and accuracy of 500 samples, 50 per class.
-
-    The distance is to the 297 held-out real digits (images in [-1, 1], 64 dimensions). The accuracy is
-    that of a logistic regression, trained on the 1,500 real training digits, in naming the samples'
-    classes. For scale: real training digits are at 0.46, the ten class means at 7.2, noise at 62.
-    """
-    train, held_out = digits()
-    shape, wanted = model.config.image_shape, tuple(train.images.shape[1:])
-    fits = shape == wanted and model.config.num_classes == 10
-    require(fits, f"source: expected a network for {list(wanted)} images of 10 classes, got {list(shape)}")
-    labels = torch.arange(10).repeat_interleave(PER_CLASS)
-    seeds = range(seed * len(labels), (seed + 1) * len(labels))
-    samples = pmf.generate(
-        model, labels, seeds=seeds, steps=steps, omega=omega, t_min=t_min, t_max=t_max, batch_size=500
-    ).cpu()
-    judge = LogisticRegression(max_iter=2000).fit(train.images.flatten(1).numpy(), train.labels.numpy())
-    named = judge.predict(samples.flatten(1).numpy())
-    both = (Statistics.of(images.flatten(1)) for images in (samples, held_out.images))
-    return {"frechet_distance": frechet_distance(*both), "accuracy": float((named == labels.numpy()).mean())}

@@ -1,4 +1,4 @@
-"""The embedded colour set: crops of ten photographs that ship with scikit-learn and scikit-image."""
+"""The images of the demos, which ship inside packages: handwritten digits, and crops of ten photographs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from pmf.errors import InputError, require
-from pmf.train.data.embedded import ImageSet
+from pmf.train.data import ImageSet
 
 # Class name -> (package, file in it, where the square with the subject lies: from 0, left or top, to 1).
 PHOTOGRAPHS = {
@@ -32,23 +32,34 @@ PHOTOGRAPHS = {
 SHARES = (0.75, 0.85, 0.95)
 PLACES = 15
 HELD_OUT_EVERY = 5
+HELD_OUT_DIGITS = 297
 
 
-def photographs(size: int = 32) -> tuple[ImageSet, ImageSet]:
-    """(5,400 training, 1,350 held-out) square crops uint8 [n, 3, size, size]; the class is the photograph.
+def digits() -> tuple[ImageSet, ImageSet]:
+    """(1,500 training, 297 held-out) digits float32 [n, 1, 8, 8] in [-1, 1], split by class with a fixed seed."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
 
-    Crops lie in the square of a photograph that shows its subject: their side is 0.75, 0.85 or 0.95 of the
-    square's, their place one of 15 x 15 even ones. Every fifth place along a row or column is held out, another
-    fifth for each side. Crops overlap: held-out ones are other views of the same photographs. Nothing is random and
-    nothing is downloaded.
-    Errors: `InputError` where scikit-image is missing, or a photograph in its files.
-    """
-    require(8 <= size <= 64, f"size: expected 8 to 64 pixels, got {size}")
-    return _photographs(size)
+    data = load_digits()
+    images = torch.from_numpy(data.images).float()[:, None] / 8 - 1
+    labels = torch.from_numpy(data.target).long()
+    numbers = torch.arange(len(labels)).numpy()
+    split = train_test_split(numbers, test_size=HELD_OUT_DIGITS, random_state=0, stratify=data.target)
+    train, held_out = (ImageSet(images[index], labels[index]) for index in map(torch.from_numpy, split))
+    return train, held_out
 
 
 @lru_cache(maxsize=2)
-def _photographs(size: int) -> tuple[ImageSet, ImageSet]:
+def photographs(size: int = 32) -> tuple[ImageSet, ImageSet]:
+    """(5,400 training, 1,350 held-out) square crops uint8 [n, 3, size, size]; the class is the photograph.
+
+    Crops lie in the square of a photograph that shows its subject. Their side is 0.75, 0.85 or 0.95 of the square's;
+    they lie at 15 x 15 evenly spaced places. Every fifth place along a row or column is held out, a different fifth
+    for each side. Crops overlap: held-out ones are other views of the same photographs. Nothing is random, and nothing
+    is downloaded.
+    Errors: `InputError` where scikit-image is missing, or a photograph in its files.
+    """
+    require(8 <= size <= 64, f"size: expected 8 to 64 pixels, got {size}")
     crops = [crop for label, name in enumerate(PHOTOGRAPHS) for crop in _crops(name, label, size)]
     parts = ([c for c in crops if c[2] == held_out] for held_out in (False, True))
     train, held_out = (
