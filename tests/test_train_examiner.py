@@ -12,9 +12,10 @@ import torch
 import pmf
 from pmf.metrics import Statistics
 from pmf.train.config import EvaluationConfig, load_run_config
-from pmf.train.data import ImageSet, digits
+from pmf.train.data import ImageSet
+from pmf.train.demo import digits
+from pmf.train.demo.scores import evaluate_digits
 from pmf.train.evaluation.command import command
-from pmf.train.evaluation.demo import evaluate_digits
 from pmf.train.loop import Trainer
 from tests.networks import TINY
 from tests.test_train_killed import FLAGS, start, survive

@@ -24,9 +24,8 @@ from pmf.train.config import (
     published_guidance,
 )
 from pmf.train.distributed import World, join, leave, pick_device
-from pmf.train.evaluation.demo import demo_measure
 from pmf.train.evaluation.features import MakeExtractor, inception_of
-from pmf.train.evaluation.measurement import Measurement
+from pmf.train.evaluation.measurement import Measurement, demo_score
 from pmf.train.evaluation.reference import find_images, write_folder_statistics
 
 
@@ -154,7 +153,7 @@ def evaluate_demo(config: EvalConfig) -> None:
     Errors: another network, which needs a reference.
     """
     for model, point in _grid_points(config, pick_device(config.device), steps=(1, 2)):
-        result = demo_measure(model.config)(model, seed=config.seed, **point.settings)
+        result = demo_score(model.config)(model, seed=config.seed, **point.settings)
         numbers = {name: round(value, 4) for name, value in result.items()}
         print(json.dumps({"weights": point.weights, **point.settings, **numbers}), flush=True)
 

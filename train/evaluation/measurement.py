@@ -47,6 +47,20 @@ def image_count(config: MeasurementConfig, network: pmf.ModelConfig, name: str) 
     return count
 
 
+def demo_score(network: pmf.ModelConfig) -> Callable[..., dict[str, float]]:
+    """How a network of digits or photographs is measured, by image shape and ten classes; see `pmf.train.demo.scores`.
+
+    Errors: another network, which needs a reference.
+    """
+    from pmf.train.demo.scores import evaluate_digits, evaluate_photographs
+
+    if network.num_classes == 10 and network.image_shape == (1, 8, 8):
+        return evaluate_digits
+    colour = network.num_classes == 10 and network.in_channels == 3 and network.image_size <= 64
+    require(colour, "reference: expected a folder of images or an npz of statistics, got none")
+    return evaluate_photographs
+
+
 class Measurement:
     """What generated images are compared with: a reference, and an extractor with the resize that both share.
 

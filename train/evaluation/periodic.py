@@ -15,9 +15,8 @@ from torch import Tensor
 import pmf
 from pmf.train.config import RunConfig
 from pmf.train.distributed import World, whole
-from pmf.train.evaluation.demo import demo_measure
 from pmf.train.evaluation.features import digest
-from pmf.train.evaluation.measurement import Measurement, image_count, network_digest
+from pmf.train.evaluation.measurement import Measurement, demo_score, image_count, network_digest
 from pmf.train.evaluation.results import Results
 from pmf.train.run_directory import EVALUATION_FOLDER
 
@@ -45,7 +44,7 @@ class PeriodicEvaluation:
                 config.model, impl=config.impl, aux_head=False, device=world.device, dtype=self.dtype
             )
             if demo:
-                self.measurement, self.own = None, demo_measure(config.model)
+                self.measurement, self.own = None, demo_score(config.model)
             else:
                 image_count(self.settings, config.model, "model.in_channels")
                 self.measurement = Measurement(self.settings, directory / EVALUATION_FOLDER, world)

@@ -1,4 +1,4 @@
-"""The embedded colour set: crops of ten photographs that ship with scikit-learn and scikit-image."""
+"""The images of the demos, which ship inside packages: handwritten digits, and crops of ten photographs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from pmf.errors import InputError, require
-from pmf.train.data.embedded import ImageSet
+from pmf.train.data import ImageSet
 
 # Class name -> (package, file in it, where the square with the subject lies: from 0, left or top, to 1).
 PHOTOGRAPHS = {
@@ -32,6 +32,21 @@ PHOTOGRAPHS = {
 SHARES = (0.75, 0.85, 0.95)
 PLACES = 15
 HELD_OUT_EVERY = 5
+HELD_OUT_DIGITS = 297
+
+
+def digits() -> tuple[ImageSet, ImageSet]:
+    """(1,500 training, 297 held-out) digits float32 [n, 1, 8, 8] in [-1, 1], split by class with a fixed seed."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    data = load_digits()
+    images = torch.from_numpy(data.images).float()[:, None] / 8 - 1
+    labels = torch.from_numpy(data.target).long()
+    numbers = torch.arange(len(labels)).numpy()
+    split = train_test_split(numbers, test_size=HELD_OUT_DIGITS, random_state=0, stratify=data.target)
+    train, held_out = (ImageSet(images[index], labels[index]) for index in map(torch.from_numpy, split))
+    return train, held_out
 
 
 def photographs(size: int = 32) -> tuple[ImageSet, ImageSet]:
