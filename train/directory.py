@@ -7,7 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
-from pmf.checkpoint import write_atomically
+from pmf.atomic_files import write_atomically
 from pmf.errors import InputError, require
 from pmf.train.checkpoints import FOLDER
 from pmf.train.config import CONFIG_FILE, RunConfig, load_run_config, to_json

@@ -17,7 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 import pmf
-from pmf.checkpoint import write_atomically
+from pmf.atomic_files import write_atomically
 from pmf.config import MODELS, ModelConfig
 from pmf.errors import InputError, require
 from pmf.metrics import Resize, Statistics, frechet_distance, inception

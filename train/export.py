@@ -8,11 +8,11 @@ from pathlib import Path
 from torch import Tensor
 
 import pmf
-from pmf.checkpoint import save_model
 from pmf.train import directory as folder
 from pmf.train.config import RunConfig
 from pmf.train.distributed import World, whole
 from pmf.train.images import save_grid, save_loss_curve
+from pmf.weights import save_model
 
 PICTURE_ROWS = 8
 

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from pmf.checkpoint import write_atomically
+from pmf.atomic_files import write_atomically
 from pmf.errors import InputError, require
 from pmf.metrics import Resize, Statistics
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pmf.checkpoint import write_atomically
+from pmf.atomic_files import write_atomically
 
 
 def to_bytes(images: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pmf.config import EMA_HALF_LIVES, LOSSES, MODELS, SAMPLING, ModelConfig
+from pmf.config import LOSSES, MODELS, PUBLISHED, SAMPLING, ModelConfig
 from pmf.errors import require
 from pmf.train.config import PerceptualConfig, RunConfig, SamplingConfig
 from pmf.train.optim import OptimizerConfig
@@ -29,7 +29,7 @@ def _published(name: str) -> RunConfig:
         device_batch=128 if name.startswith("pMF-B") else 64,
         sharding="fsdp" if name.startswith("pMF-H") else "ddp",
         perceptual=PerceptualConfig(enabled=True),
-        sampling_weights=f"ema_{EMA_HALF_LIVES[name]:g}",
+        sampling_weights=f"ema_{PUBLISHED[name].ema_half_life:g}",
         save_every=2500,
         sample_every=10_000,
         model=MODELS[name],
@@ -66,7 +66,7 @@ PHOTOGRAPHS = RunConfig(
 PRESETS: dict[str, RunConfig] = {
     "digits": RunConfig(),
     "photographs": PHOTOGRAPHS,
-    **{name: _published(name) for name in EMA_HALF_LIVES},
+    **{name: _published(name) for name in PUBLISHED},
 }
 
 

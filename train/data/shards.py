@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pmf.checkpoint import write_atomically
+from pmf.atomic_files import write_atomically
 from pmf.errors import InputError, require
 from pmf.train.data.crop import decode
 from pmf.train.data.interface import CorruptImageError
