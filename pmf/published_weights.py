@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pmf import ops
 from pmf.config import MODELS, PREFIX_TOKENS, ModelConfig
 from pmf.errors import require
+from pmf.reference import rope_tables
 from pmf.reference.embedding import FEATURES
 
 ROPE = "net.rope_freqs"
@@ -80,7 +80,7 @@ def _from_official(name: str, value: Tensor) -> Tensor:
 
 def _rope_freqs(config: ModelConfig) -> Tensor:
     """The derived complex buffer of the published files: cos + i sin."""
-    return torch.complex(*ops.rope_tables(config.grid_size, config.head_dim))
+    return torch.complex(*rope_tables(config.grid_size, config.head_dim))
 
 
 def _prefixed(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
