@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pmf.config import EMA_HALF_LIVES, MODELS, ModelConfig
-from pmf.errors import require
+from pmf.config import PUBLISHED, ModelConfig
+from pmf.errors import InputError, require
+from pmf.hub import locate
 from pmf.jax_files import StateFile, is_state, open_state
-from pmf.official import convert_official_state_dict, infer_config, name_pairs
-from pmf.sources import locate
+from pmf.published_weights import convert_official_state_dict, infer_config, published_names
 
 Leaves = dict[tuple[str, ...], Any]
 STATE_FIELDS = ("step", "params", "ema_params", "opt_state")
@@ -58,9 +58,10 @@ def load_weights(source: Path, name: str | None = None) -> tuple[ModelConfig, di
     with open_state(source) as file:
         held = _held(file)
         config = infer_config(published_state_dict(file.tree["params"]))
-        name = name or _default(config, held)
         listed = ", ".join(held)
-        require(name is not None, f"weights: {source} holds several averages, expected one of {listed}")
+        name = name or _default(config, held)
+        if name is None:
+            raise InputError(f"weights: {source} holds several averages, expected one of {listed}")
         require(name in held, f"weights: {source} has no {name!r}, expected one of {listed}")
         return config, convert_official_state_dict(published_state_dict(file.read(*held[name])))
 
@@ -83,7 +84,10 @@ def load_train_state(source: Path) -> TrainState:
 
 
 def find_train_state(source: str, weights: str | None = None) -> TrainState:
-    """The whole train state that `source` and `weights` name, as `load_model` takes them; of weights only "model"."""
+    """The whole train state that `source` and `weights` name, as `PMFDiT.from_pretrained` takes them.
+
+    Errors: `InputError` as for `load_train_state`, and on weights other than "model".
+    """
     file, name = locate(source, weights)
     require(is_state(file), f"source: expected a train state of the authors, got {file}")
     require(name in (None, "model"), f'weights: a run goes on from "model", got {name!r}')
@@ -101,7 +105,7 @@ def _held(file: StateFile) -> dict[str, tuple[str, ...]]:
 
 def _default(config: ModelConfig, held: Mapping[str, object]) -> str | None:
     """The average that the preset of this network samples from, else the only one, if any."""
-    presets = [f"ema_{EMA_HALF_LIVES[name]:g}" for name in EMA_HALF_LIVES if MODELS[name] == config]
+    presets = [f"ema_{p.ema_half_life:g}" for p in PUBLISHED.values() if p.network == config]
     averages = [name for name in held if name != "model"] or ["model"]
     return next((name for name in presets if name in held), averages[0] if len(averages) == 1 else None)
 
@@ -122,7 +126,7 @@ def _moments(
     together = len(counts) == 1 and first.keys() == second.keys() and not muon.keys() & first.keys()
     require(together, f"source: {source} holds moments of Muon and Adam that do not belong together")
     first, second = (convert_official_state_dict(muon | adam) for adam in (first, second))  # names and shapes of all
-    published = dict(name_pairs(config, ("u", "v")))
+    published = published_names(config, ("u", "v"))
     return (
         {name: value for name, value in first.items() if published[name] in muon},
         {name: (value, second[name]) for name, value in first.items() if published[name] not in muon},

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from pmf.checkpoint import write_atomically
+from pmf.atomic_files import write_atomically
 from pmf.errors import InputError, first_line, require
 
 Resize = Literal["tf1", "half_pixel"]
@@ -60,7 +60,8 @@ class Statistics:
         or sets of different resizes.
         """
         _check_comparable(self, other)
-        require(None not in (self.count, other.count), "count: expected statistics that know it, got None")
+        if self.count is None or other.count is None:
+            raise InputError("count: expected statistics that know it, got None")
         count, difference = self.count + other.count, other.mu - self.mu
         squares = self.sigma * (self.count - 1) + other.sigma * (other.count - 1)
         squares += np.outer(difference, difference) * (self.count * other.count / count)

@@ -215,7 +215,7 @@ def _loading(argument: str, source: str) -> Iterator[None]:
 def _own_kernels_hidden() -> Iterator[None]:
     """Keeps transformers, which looks for Hugging Face's package `kernels`, from finding the folder of a clone."""
     found, own = importlib.util.find_spec("kernels"), importlib.util.find_spec("pmf.kernels")
-    shadowed = found is not None and found.origin == own.origin
+    shadowed = found is not None and own is not None and found.origin == own.origin
     if shadowed:
         sys.modules["kernels"] = None  # type: ignore[assignment]
     try:

@@ -7,23 +7,26 @@ import numbers
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pmf.config import MODELS, SAMPLING
+from pmf.config import MODELS, SAMPLING, Guidance, ModelConfig
 from pmf.dual import Dual
 from pmf.errors import readable, require
 from pmf.noise import seeded_noise
+
+if TYPE_CHECKING:
+    from pmf.model import PMFDiT
 
 Result = TypeVar("Result")
 
 
 @torch.no_grad()
 def generate(
-    model,
+    model: PMFDiT,
     labels: Sequence[int] | Tensor,
     *,
     noise: Tensor | None = None,
@@ -48,7 +51,7 @@ def generate(
     _check_count("steps", steps)
     _check_count("batch_size", batch_size)
     request = _Request.of(model.config, labels, noise, seeds)
-    conditions = _conditions(model.config, omega, t_min, t_max)
+    guidance = _guidance(model.config, omega, t_min, t_max)
     device = next(model.parameters()).device
 
     images = []
@@ -56,7 +59,7 @@ def generate(
         for part in request.parts(batch_size, progress):
             z = model.config.noise_scale * request.noise_of(part, device)
             labels = request.labels[part].to(device, non_blocking=True)
-            images.append(_integrate(model, z, labels, steps, conditions))
+            images.append(_integrate(model, z, labels, steps, guidance))
     return torch.cat(images)
 
 
@@ -73,7 +76,7 @@ class Sampler:
 
     def __init__(
         self,
-        model,
+        model: PMFDiT,
         batch_size: int = 64,
         *,
         steps: int = 1,
@@ -84,7 +87,7 @@ class Sampler:
         _check_count("steps", steps)
         _check_count("batch_size", batch_size)
         self.model, self.batch_size, self.steps = model, batch_size, steps
-        self._conditions = _conditions(model.config, omega, t_min, t_max)
+        self._guidance = _guidance(model.config, omega, t_min, t_max)
         self.device = next(model.parameters()).device
         self._places = self._parameter_places()
         with self._inference():
@@ -130,7 +133,7 @@ class Sampler:
         """The images of what lies in the buffers."""
         z = self.model.config.noise_scale * self._noise
         with self.model.held_weights(self._weights):
-            return _integrate(self.model, z, self._labels, self.steps, self._conditions)
+            return _integrate(self.model, z, self._labels, self.steps, self._guidance)
 
     def _prepared(self, work: Callable[[], Result]) -> Callable[[], Result]:
         """`work` as a CUDA graph, whose results stay where they are; the runs before let compilers get ready."""
@@ -216,23 +219,26 @@ def _integers(name: str, values: Sequence[int] | Tensor) -> Tensor:
     return tensor.to(torch.int64)
 
 
-def _conditions(config, omega: float | None, t_min: float | None, t_max: float | None) -> tuple[float, ...]:
-    """(omega, t_min, t_max): as given, else the published setting of the preset."""
+def _guidance(config: ModelConfig, omega: float | None, t_min: float | None, t_max: float | None) -> Guidance:
+    """As given, else the published setting of the preset."""
     preset = next((SAMPLING[name] for name, c in MODELS.items() if c == config), {})
-    given = {"omega": omega, "t_min": t_min, "t_max": t_max}
-    chosen = {name: preset.get(name) if value is None else value for name, value in given.items()}
-    for name, value in chosen.items():
-        require(value is not None, f"{name}: this network is no preset, so {name} must be given")
-    require(chosen["omega"] >= 1, f"omega: expected a guidance scale >= 1, got {chosen['omega']}")
+
+    def chosen(name: str, given: float | None) -> float:
+        require(given is not None or name in preset, f"{name}: this network is no preset, so {name} must be given")
+        return preset[name] if given is None else given
+
+    guidance = Guidance(chosen("omega", omega), chosen("t_min", t_min), chosen("t_max", t_max))
+    require(guidance.omega >= 1, f"omega: expected a guidance scale >= 1, got {guidance.omega}")
     require(
-        0 <= chosen["t_min"] <= chosen["t_max"] <= 1,
-        f"t_min: expected 0 <= t_min <= t_max <= 1, got {chosen['t_min']} and {chosen['t_max']}",
+        0 <= guidance.t_min <= guidance.t_max <= 1,
+        f"t_min: expected 0 <= t_min <= t_max <= 1, got {guidance.t_min} and {guidance.t_max}",
     )
-    return tuple(chosen.values())
+    return guidance
 
 
-def _integrate(model, z: Tensor, y: Tensor, steps: int, conditions: tuple[float, ...]) -> Tensor:
+def _integrate(model: PMFDiT, z: Tensor, y: Tensor, steps: int, guidance: Guidance) -> Tensor:
     """From z_1 to z_0 in equal steps; only the u head runs."""
+    conditions = (guidance.omega, guidance.t_min, guidance.t_max)
     omega, t_min, t_max = (z.new_full((len(z),), value, dtype=torch.float32) for value in conditions)
     times = torch.linspace(1, 0, steps + 1, device=z.device)
     for t, r in pairwise(times):

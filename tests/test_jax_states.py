@@ -14,11 +14,11 @@ import pytest
 import torch
 
 import pmf
-from pmf.checkpoint import save_model
 from pmf.jax_states import load_train_state, published_state_dict
 from pmf.train.config import load_run_config
 from pmf.train.initialise import copy_weights
 from pmf.train.loop import Trainer
+from pmf.weights import save_model
 from tests.networks import DATA, TINY, model_inputs, relative_error
 from tests.test_train_distributed import config, data
 

@@ -88,7 +88,7 @@ def test_a_digits_network_is_measured_over_the_grid(tmp_path, capsys):
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     points = [(line["omega"], line["steps"]) for line in lines]
     assert points == [(1.1, 1), (1.1, 2), (2.0, 1), (2.0, 2)]
-    expected = evaluate_digits(pmf.load_model(file), omega=2.0, t_min=0.1, t_max=0.7, steps=2)
+    expected = evaluate_digits(pmf.PMFDiT.from_pretrained(file), omega=2.0, t_min=0.1, t_max=0.7, steps=2)
     for name, value in expected.items():
         assert lines[-1][name] == round(value, 4)
 
@@ -137,7 +137,7 @@ def results(out):
 
 def features_of(config, *, steps, omega, t_min, t_max):
     """Features and logits by the definition: every image from its own class and seed, in the same batches."""
-    model = pmf.load_model(config.source, aux_head=False)
+    model = pmf.PMFDiT.from_pretrained(config.source, aux_head=False)
     parts = []
     for start in range(0, 30, 8):
         for first in range(start, min(start + 8, 30), 3):

@@ -7,12 +7,12 @@ import torch
 import torch.multiprocessing as mp
 
 import pmf
-from pmf.checkpoint import save_model
 from pmf.jax_states import TrainState
 from pmf.train.distributed import full
 from pmf.train.initialise import check_fits, copy_weights, fill_run
 from pmf.train.loop import Trainer
 from pmf.train.optim import split_parameters
+from pmf.weights import save_model
 from tests.networks import TINY, random_model
 from tests.test_train_distributed import config, data, free_port
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from torch import Tensor
 
 import pmf
-from pmf.checkpoint import save_model
 from pmf.train.config import RunConfig
 from pmf.train.distributed import World, whole
 from pmf.train.images import save_grid, save_loss_curve
 from pmf.train.run_directory import CURVE_FILE, SAMPLES_FILE
+from pmf.weights import save_model
 
 PICTURE_ROWS = 8
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pmf.train.files import write_atomically
+from pmf.atomic_files import write_atomically
 
 GAP = 2
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import tyro
 
-from pmf.config import EMA_HALF_LIVES, LOSSES, MODELS, SAMPLING, ModelConfig
+from pmf.config import LOSSES, MODELS, PUBLISHED, SAMPLING, ModelConfig
 from pmf.errors import require
 from pmf.train.config import PerceptualConfig, RunConfig, SamplingConfig, load_run_config
 from pmf.train.optim import OptimizerConfig
@@ -37,7 +37,7 @@ def _published(name: str) -> RunConfig:
         device_batch=128 if name.startswith("pMF-B") else 64,
         sharding="fsdp" if name.startswith("pMF-H") else "ddp",
         perceptual=PerceptualConfig(enabled=True),
-        sampling_weights=f"ema_{EMA_HALF_LIVES[name]:g}",
+        sampling_weights=f"ema_{PUBLISHED[name].ema_half_life:g}",
         save_every=2500,
         sample_every=10_000,
         model=MODELS[name],
@@ -74,7 +74,7 @@ PHOTOGRAPHS = RunConfig(
 PRESETS: dict[str, RunConfig] = {
     "digits": RunConfig(),
     "photographs": PHOTOGRAPHS,
-    **{name: _published(name) for name in EMA_HALF_LIVES},
+    **{name: _published(name) for name in PUBLISHED},
 }
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
+from pmf.atomic_files import write_atomically
 from pmf.errors import InputError, require
 from pmf.train.config import CONFIG_FILE, RunConfig, load_run_config, to_json
-from pmf.train.files import read_json_lines, write_atomically
 from pmf.train.snapshots import FOLDER
 
 METRICS_FILE = "metrics.jsonl"
@@ -54,6 +56,15 @@ def metrics_until(directory: Path, step: int) -> list[dict]:
     text = "".join(json.dumps(record) + "\n" for record in kept)
     write_atomically(file, lambda temporary: temporary.write_text(text))
     return kept
+
+
+def read_json_lines(file: Path) -> list[dict[str, Any]]:
+    """The records of a file of JSON lines, none if it does not exist. Lines torn by a crash are skipped."""
+    records = []
+    for line in file.read_text().splitlines() if file.is_file() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
 
 
 def _is_run(directory: Path) -> bool:

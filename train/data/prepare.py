@@ -20,6 +20,7 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
+from pmf.atomic_files import write_atomically
 from pmf.errors import InputError, first_line, require
 from pmf.train.data.shards import (
     CLASSES_FILE,
@@ -33,7 +34,6 @@ from pmf.train.data.shards import (
     write_shard,
 )
 from pmf.train.data.sources import Sample, Source, open_source
-from pmf.train.files import write_atomically
 
 log = logging.getLogger(__name__)
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pmf.atomic_files import write_atomically
 from pmf.errors import require
 from pmf.metrics import Resize, Statistics, inception
 from pmf.train.config import ExtractionConfig
 from pmf.train.distributed import World
-from pmf.train.files import write_atomically
 
 Source = Callable[[range], Iterable[Tensor]]
 """The images of these indices, in order: uint8 [k, 3, H, W] each, of any sizes."""

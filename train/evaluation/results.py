@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pmf.errors import InputError
-from pmf.train.files import read_json_lines
+from pmf.train.run_directory import read_json_lines
 
 RESULTS_FILE = "results.jsonl"
 

@@ -100,7 +100,7 @@ def _download(hub_id: str, weights: str | None) -> tuple[Path, str | None]:
     except ImportError:
         raise InputError(f"source: {hub_id} is no local path; hub ids need pip install 'pixel-meanflow[hub]'") from None
     try:
-        names = [file.rfilename for file in HfApi().model_info(hub_id).siblings]
+        names = [file.rfilename for file in HfApi().model_info(hub_id).siblings or ()]
     except Exception as error:
         try:
             if isinstance(error, RepositoryNotFoundError):
