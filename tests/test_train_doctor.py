@@ -55,8 +55,7 @@ def test_a_finished_run_is_examined_by_its_directory_and_left_alone(capsys, tmp_
 
 def test_missing_data_are_a_finding(capsys, tmp_path):
     found, changes = report(capsys, *QUICK, "--data", str(tmp_path / "none"), status=1)
-    prepare = f"`pmf data prepare folder:PICTURES --out {tmp_path}/none --size 8`"
-    assert changes == f"  data: {tmp_path}/none is not there: {prepare}, or set --data\n"
+    assert changes == f"  data: expected digits, photographs or a prepared directory, got {tmp_path}/none\n"
     assert "s for 8 images" in value(found, "step")
 
 

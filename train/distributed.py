@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -187,17 +186,15 @@ def _replicated(loss: LossModule) -> DistributedDataParallel:
     return DistributedDataParallel(loss, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
-@contextlib.contextmanager
-def gradient_synchronisation(wrapped: nn.Module, wanted: bool) -> Iterator[None]:
-    """Inside, backward adds gradients over processes (the last device batch of a step) or leaves them local."""
+def synchronise_gradients(wrapped: nn.Module, wanted: bool) -> None:
+    """Whether the next forward and backward add gradients over processes, or leave them local.
+
+    They must in the last device batch of a step.
+    """
     if isinstance(wrapped, FSDPModule):
         wrapped.set_requires_gradient_sync(wanted)
-        yield
-    elif isinstance(wrapped, DistributedDataParallel) and not wanted:
-        with wrapped.no_sync():
-            yield
-    else:
-        yield
+    elif isinstance(wrapped, DistributedDataParallel):
+        wrapped.require_backward_grad_sync = wanted  # as its no_sync() does
 
 
 def full(tensor: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
+from typing import Literal
 
 import torch
 
@@ -33,6 +34,8 @@ HEADROOM = 0.9
 """Share of the memory that the counted memory may fill; the rest is for temporary buffers."""
 PATIENCE = 20
 """Without workers, reading may take a twentieth of a step: the step waits for it."""
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+"""Cores that this process may use."""
 CPU_OPERATIONS = 1e11
 """Operations of the largest step that is timed on a CPU, where it takes seconds."""
 
@@ -89,7 +92,7 @@ class Doctor:
 
     def examine(self) -> None:
         """Versions and GPUs, then what computes the run, whether it fits, and whether the data keep up."""
-        config = self.config
+        config, rate = self.config, None
         packages = ", ".join(f"{name} {_version(name)}" for name in ("torch", "triton", "flash-attn", "flash-attn-4"))
         print(f"pixel-meanflow {pmf.__version__}: {packages}, CUDA {torch.version.cuda or 'none'}")
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -99,7 +102,7 @@ class Doctor:
         usable = gpus if self.device.type == "cuda" else 0
         self.processes = config.processes or int(os.environ.get("WORLD_SIZE", 0)) or usable or 1
         self.local = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or min(self.processes, usable or self.processes)
-        self.rows, rate = config.device_batch or config.batch_size, None
+        self.rows = config.device_batch or config.batch_size
         with self.examining("batch_size"):
             self.rows = config.device_batch_on(self.processes)
         shared = f"{self.processes} x {self.rows} images at a time, {config.batch_size:,} a step, {config.sharding}"
@@ -126,39 +129,26 @@ class Doctor:
 
     def memory(self) -> bool:
         """The counted memory of a process against what it can have; whether one process alone can try a step."""
-        config, device = self.config, self.device
-        if device.type == "cuda":
-            free = torch.cuda.mem_get_info(device)[0]
-        else:
-            free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // self.local
-
-        @functools.cache
-        def count(checkpointing: str) -> TrainingMemory:
-            return training_memory(
-                config.model,
-                "block" if checkpointing == "block" else "none",
-                dispatch.checked_impl(config.impl),
-                device=device.type,
-                dtype=config.dtype_on(device),
-                ema_copies=len(config.ema_half_lives),
-            )
-
-        whole, shards = count(config.checkpointing), {"ddp": 1, "fsdp": self.processes, "hybrid": self.local}
+        config, on_gpu = self.config, self.device.type == "cuda"
+        main_memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        there = torch.cuda.mem_get_info(self.device)[0] if on_gpu else main_memory // self.local
+        budget, shards = HEADROOM * there, {"ddp": 1, "fsdp": self.processes, "hybrid": self.local}
+        whole = counted_memory(config, config.checkpointing, self.device)
         expected = whole.sharded(shards[config.sharding]).expected(self.rows)
-        change = memory_change(config, shards, self.rows, HEADROOM * free, count)
+        change = memory_change(config, shards, self.rows, budget, partial(counted_memory, config, device=self.device))
         beside = " beside the perceptual networks" if config.perceptual.enabled else ""
-        self.line("memory", f"{expected / 1e9:.2f} GB expected{beside}, {free / 1e9:.2f} GB there", change)
-        return whole.expected(self.rows) <= HEADROOM * free
+        self.line("memory", f"{expected / 1e9:.2f} GB expected{beside}, {there / 1e9:.2f} GB there", change)
+        return whole.expected(self.rows) <= budget
 
     def step(self, fits: bool) -> float | None:
         """Images per second that a process trains on, measured; None where it is not."""
         config, rows = self.config, self.rows
         draws = pmf.sample_draws(rows, (1, 1, 1), config.loss, torch.Generator().manual_seed(config.seed))
         work = row_operations(config.model).lean(draws)
-        on_cpu = self.device.type == "cpu" and work > CPU_OPERATIONS
-        if on_cpu or not fits:
-            reason = "not timed on a CPU" if on_cpu else "no room to time it in one process"
-            self.line("step", f"{work / 1e12:,.3g} TFLOP for {rows} images; {reason}", "train on a GPU" * on_cpu)
+        too_large = self.device.type == "cpu" and work > CPU_OPERATIONS
+        if too_large or not fits:
+            why, change = ("not timed on a CPU", "train on a GPU") if too_large else ("no room to time it here", None)
+            self.line("step", f"{work / 1e12:,.3g} TFLOP for {rows} images, {why}", change)
             return None
         rate = rows / step_seconds(config, self.device, rows)
         hours = config.steps * config.batch_size / (rate * self.processes) / 3600
@@ -168,17 +158,22 @@ class Doctor:
 
     def data(self, needed: float | None) -> None:
         """Images per second that the data deliver to one process, against what its steps need."""
-        config, size = self.config, self.config.model.image_size
-        there = config.data in ("digits", "photographs") or Path(config.data).exists()
-        advice = f"`pmf data prepare folder:PICTURES --out {config.data} --size {size}`, or set --data"
-        require(there, f"{config.data} is not there: {advice}")
-        data = open_data(config.data, size)
+        config = self.config
+        data = open_data(config.data, config.model.image_size)
         check_data(data, config)
         loader = Loader(data, self.rows, seed=config.seed, workers=config.workers, device=self.device)
-        served = images_per_second(loader, config)
+        served = images_per_second(loader, config.workers, config.seconds)
+        change = None if needed is None else data_change(served, needed, config.workers, CORES // self.local)
         what = f"{config.data}: {len(data):,} images of {data.num_classes} classes"
-        change = None if needed is None else data_change(served, needed, config.workers, _cores() // self.local)
         self.line("data", f"{what}; {served:,.0f} images/s with {config.workers} workers", change)
+
+
+@functools.cache
+def counted_memory(config: RunConfig, checkpointing: Literal["none", "block"], device: torch.device) -> TrainingMemory:
+    """The memory of a process that shards nothing."""
+    impl, averages = dispatch.checked_impl(config.impl), len(config.ema_half_lives)
+    dtype = config.dtype_on(device)
+    return training_memory(config.model, checkpointing, impl, device=device.type, dtype=dtype, ema_copies=averages)
 
 
 def memory_change(
@@ -186,8 +181,7 @@ def memory_change(
 ) -> str | None:
     """The least change of flags with which a step fits into so many bytes per process; None if it fits as it is.
 
-    `shards`: processes that share the state, by sharding; `count`: memory of a process that shares nothing, by
-    checkpointing.
+    `shards`: processes that share the state, by sharding; `count`: `counted_memory` by checkpointing.
     """
     processes = shards["fsdp"]
     smaller = [2**power for power in range((rows - 1).bit_length() - 1, 0, -1)]  # half are flow-matching rows: >= 2
@@ -217,13 +211,13 @@ def step_seconds(config: RunConfig, device: torch.device, rows: int) -> float:
     return sum(taken[2:]) / len(taken[2:])
 
 
-def images_per_second(loader: Loader, config: DoctorConfig) -> float:
+def images_per_second(loader: Loader, workers: int, seconds: float) -> float:
     """What a loader delivers while nothing else runs. Closes it."""
     with contextlib.closing(loader):
-        for _ in range(max(1, config.workers)):  # the first batches wait for the workers to start
+        for _ in range(max(1, workers)):  # the first batches wait for the workers to start
             next(loader)
         images, began = 0, time.perf_counter()
-        while time.perf_counter() - began < config.seconds:
+        while time.perf_counter() - began < seconds:
             images += len(next(loader)[1])
         return images / (time.perf_counter() - began)
 
@@ -245,8 +239,3 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "none"
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -67,10 +67,8 @@ def continue_authors_run(
     def read() -> tuple[int, int]:
         nonlocal state
         state = find_train_state(config.init, config.init_weights)
-        require(
-            state.step <= config.steps,
-            f"steps: init is at step {state.step}, expected at least that, got {config.steps}",
-        )
+        message = f"steps: init is at step {state.step}, expected at least that, got {config.steps}"
+        require(state.step <= config.steps, message)
         check_fits(state, model, averages, optimizers)
         return state.step, state.count
 
@@ -83,16 +81,11 @@ def continue_authors_run(
 
 def check_fits(state: TrainState, model: nn.Module, averages: Averages, optimizers: Optimizers) -> None:
     """Errors: `InputError` where a run of this network, averages and optimizers cannot go on from that state."""
-    wanted = dict(model.named_parameters())
-    names = {id(p): name for name, p in wanted.items()}
-    for name in sorted(wanted.keys() | state.model.keys()):
-        _require_shape(name, wanted.get(name), state.model.get(name))
     missing = [name for name in averages if name not in state.averages]
     require(not missing, f"ema_half_lives: init holds {', '.join(state.averages)}, got {', '.join(missing)}")
-    for kind, held in (("muon", state.muon.keys()), ("adam", state.adam.keys())):
-        own = {names[id(p)] for group in optimizers[kind].param_groups for p in group["params"]}
-        other = sorted(own ^ held)
-        require(not other, f"init: {kind} of one run holds {next(iter(other), '')!r}, that of the other does not")
+    wanted, held = _run_tensors(model, averages, optimizers), _state_tensors(state, averages)
+    for name in {**wanted, **held}:
+        _require_shape(name, wanted.get(name), held.get(name))
 
 
 @torch.no_grad()
@@ -108,21 +101,37 @@ def fill_run(
 
     Only the main process needs the state; the others receive their parts from it.
     """
-    of_muon = {id(p) for group in optimizers["muon"].param_groups for p in group["params"]}
-    for name, p in model.named_parameters():
-        world.give(p, state.model[name] if state else None)
-        for kind, average in averages.items():
-            world.give(average.average[name], state.averages[kind][name] if state else None)
-        moments: dict[str, Tensor | None]
-        if id(p) in of_muon:
-            kept, moments = optimizers["muon"].state[p], {"momentum_buffer": state.muon[name] if state else None}
-        else:
-            first, second = state.adam[name] if state else (None, None)
-            kept, moments = optimizers["adam"].state[p], {"exp_avg": first, "exp_avg_sq": second}
-        initialise_state(kept, p, tuple(moments))
-        kept["step"].fill_(count)
-        for key, value in moments.items():
-            world.give(kept[key], value)
+    held = _state_tensors(state, averages) if state else {}
+    for name, tensor in _run_tensors(model, averages, optimizers).items():
+        world.give(tensor, held.get(name))
+    for part in optimizers.values():
+        for values in part.state.values():
+            values["step"].fill_(count)
+
+
+def _run_tensors(model: nn.Module, averages: Averages, optimizers: Optimizers) -> dict[str, Tensor]:
+    """The tensors of a run that a training state fills, by name and kind. Moments that are not there begin at zero."""
+    names = {p: name for name, p in model.named_parameters()}
+    tensors = {name: p.detach() for p, name in names.items()}
+    for kind, average in averages.items():
+        tensors |= {f"{name} of {kind}": value for name, value in average.average.items()}
+    for part, moments in (("muon", ("momentum_buffer",)), ("adam", ("exp_avg", "exp_avg_sq"))):
+        for p in optimizers[part].param_groups[0]["params"]:
+            state = optimizers[part].state[p]
+            initialise_state(state, p, moments)
+            tensors |= {f"{names[p]} of {moment}": state[moment] for moment in moments}
+    return tensors
+
+
+def _state_tensors(state: TrainState, averages: Averages) -> dict[str, Tensor]:
+    """The tensors of a training state as `_run_tensors` names them."""
+    tensors = dict(state.model)
+    for kind in averages:
+        tensors |= {f"{name} of {kind}": value for name, value in state.averages[kind].items()}
+    tensors |= {f"{name} of momentum_buffer": value for name, value in state.muon.items()}
+    for name, (first, second) in state.adam.items():
+        tensors |= {f"{name} of exp_avg": first, f"{name} of exp_avg_sq": second}
+    return tensors
 
 
 def _require_shape(name: str, wanted: Tensor | None, got: Tensor | None) -> None:

@@ -15,7 +15,7 @@ from pmf.errors import InputError, require
 from pmf.perceptual import PerceptualLoss
 from pmf.train.config import RunConfig
 from pmf.train.data import step_seed
-from pmf.train.distributed import LossModule, World, full, gradient_synchronisation, wrap
+from pmf.train.distributed import LossModule, World, full, synchronise_gradients, wrap
 from pmf.train.initialise import continue_authors_run, start_from_weights
 from pmf.train.optim import EMA, build_optimizers, learning_rate
 from pmf.train.snapshots import Snapshots
@@ -44,16 +44,16 @@ class Learner:
         if config.compiled:
             self.model.compile_blocks()
         self.wrapped = wrap(LossModule(self.model, config.loss), world)
-        self.captured = self._captured_step() if config.captured else None
+        self.captured = None
+        if config.captured:
+            require(world.size == 1, f"captured: expected a single process, got {world.size}")
+            share = self.device_batch / config.batch_size
+            self.captured = pmf.CapturedStep(self.model, config.loss, scale=share)
         self.optimizers = build_optimizers(self.model, config.optimizer, world.mesh)
         self.emas = {f"ema_{k:g}": EMA(self.model, k) for k in config.ema_half_lives}
         self.step = self.skipped = 0
         if new and config.init_state:
             self.step = continue_authors_run(self.model, self.emas, self.optimizers, config, world)
-
-    def _captured_step(self) -> pmf.CapturedStep:
-        require(self.world.size == 1, f"captured: expected a single process, got {self.world.size}")
-        return pmf.CapturedStep(self.model, self.config.loss, scale=self.device_batch / self.config.batch_size)
 
     def fix_bucket_order(self) -> None:
         """Run a dummy backward: DDP fixes its bucket order in its first one, and a resumed run must reduce in the same.
@@ -97,10 +97,10 @@ class Learner:
         totals: dict[str, Tensor] = {}
         for i, (images, labels) in enumerate(batches):
             number = self.world.rank * len(batches) + i
-            with gradient_synchronisation(self.wrapped, i == len(batches) - 1):
-                loss, terms = self._loss(images, labels, number)
-                if loss.requires_grad:  # else the captured step has run backward already
-                    (loss / len(batches)).backward()
+            synchronise_gradients(self.wrapped, wanted=i == len(batches) - 1)
+            loss, terms = self._loss(images, labels, number)
+            if loss.requires_grad:  # else the captured step has run backward already
+                (loss / len(batches)).backward()
             for name, value in ({"loss": loss.detach()} | terms).items():
                 totals[name] = totals.get(name, 0) + value / len(batches)
         return totals

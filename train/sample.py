@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -46,7 +47,7 @@ class SampleConfig:
     """Device: auto, cpu, cuda, ..."""
 
 
-def _guidance(config: SampleConfig) -> dict[str, float]:
+def _guidance(config: SampleConfig) -> dict[str, Any]:
     """omega, t_min and t_max: by name, from the flags, else from the run's configuration where `source` is a run."""
     given = {name: getattr(config, name) for name in ("omega", "t_min", "t_max")}
     if config.guidance is not None:

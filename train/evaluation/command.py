@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -132,10 +133,12 @@ def statistics_command(arguments: list[str]) -> None:
 
 def evaluate(config: EvalConfig, world: World, make_extractor: MakeExtractor | None = None) -> list[dict[str, Any]]:
     """The result of every grid point, in order; each is printed and written as soon as it is known."""
-    measurement = Measurement(config, _results_directory(config), world, make_extractor)
+    run = Path(config.source)
+    out = config.out or (run / "eval" if run.is_dir() else Path("eval") / run.stem)
+    measurement = Measurement(config, out, world, make_extractor)
     lines = []
     for model, point in _grid_points(config, world.device):
-        draw = _Draw(model, point.settings, config.dtype)
+        draw = partial(_draw, model, point, config.dtype)
         head = {"source": config.source, "weights": point.weights}
         images = config.images and config.images / point.name
         line = measurement.measure(
@@ -158,23 +161,11 @@ def evaluate_demo(config: EvalConfig) -> None:
         print(json.dumps({"weights": point.weights, **point.settings, **numbers}), flush=True)
 
 
-@dataclass(frozen=True)
-class _Draw:
-    """Draws a batch of images, under autocast for bfloat16."""
-
-    model: pmf.PMFDiT
-    settings: dict[str, Any]
-    dtype: str
-
-    def __call__(self, labels: list[int], seeds: list[int]) -> Tensor:
-        device = next(self.model.parameters()).device
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
-            return pmf.generate(self.model, labels, seeds=seeds, batch_size=len(labels), **self.settings)
-
-
-def _results_directory(config: EvalConfig) -> Path:
-    run = Path(config.source)
-    return config.out or (run / "eval" if run.is_dir() else Path("eval") / run.stem)
+def _draw(model: pmf.PMFDiT, point: Point, dtype: str, labels: list[int], seeds: list[int]) -> Tensor:
+    """A batch of images, under autocast for bfloat16."""
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        return pmf.generate(model, labels, seeds=seeds, batch_size=len(labels), **point.settings)
 
 
 def _grid_points(
