@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import asdict
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 import pmf
-from pmf.errors import InputError, require
+from pmf.errors import require
 from pmf.perceptual import PerceptualLoss
 from pmf.train.config import RunConfig
 from pmf.train.data import step_seed
@@ -166,35 +167,26 @@ class Learner:
 
     def load(self, snapshots: Snapshots) -> None:
         """Resume from the latest snapshot; settings of the optimizers stay those of the configuration."""
-        steps = self.world.broadcast(snapshots.steps())
-        directory = self.config.resume
-        if not steps:
-            raise InputError(f"resume: {directory} has no complete checkpoint, nothing was saved there yet")
-        require(
-            steps[-1] <= self.config.steps,
-            f"steps: {directory} is already at step {steps[-1]}, expected at least that, got {self.config.steps}",
-        )
-        state = self.state()
-        settings = {name: [dict(group) for group in part.param_groups] for name, part in self.optimizers.items()}
-        uncounted = self._take_out_uncounted(state, snapshots.names(steps[-1]))
-        snapshots.load(steps[-1], state)
+        steps, directory = self.world.broadcast(snapshots.steps()), self.config.resume
+        require(bool(steps), f"resume: {directory} has no complete checkpoint, nothing was saved there yet")
+        latest, last = steps[-1], self.config.steps
+        require(latest <= last, f"steps: {directory} is already at step {latest}, expected at least that, got {last}")
+        state, known = self.state(), snapshots.names(latest)
+        settings = {name: copy.deepcopy(part["param_groups"]) for name, part in state["optimizers"].items()}
+        muon = state["optimizers"]["muon"]["state"]
+        # Snapshots of an earlier version do not count Muon's steps: leave them out, and take the run's.
+        uncounted = [values for name, values in muon.items() if f"optimizers.muon.state.{name}.step" not in known]
+        for values in uncounted:
+            del values["step"]
+        if uncounted and self.world.main:
+            print(f"resume: this checkpoint is of a version in which Muon counted no steps, it goes on from {latest}")
+        snapshots.load(latest, state)
         self.step, self.skipped = state["step"], state["skipped"]
         for values in uncounted:
             values["step"] = torch.tensor(self.step, dtype=torch.float32)
         for name, part in self.optimizers.items():
-            set_optimizer_state_dict(self.model, part, state["optimizers"][name])
-            for group, chosen in zip(part.param_groups, settings[name], strict=True):
-                group.update({key: value for key, value in chosen.items() if key != "params"})
-
-    def _take_out_uncounted(self, state: dict[str, Any], known: set[str]) -> list[dict[str, Tensor]]:
-        """Remove Muon's step counts from `state` where the snapshot, of an earlier version, has none; their owners."""
-        muon = state["optimizers"]["muon"]["state"]
-        found = [values for name, values in muon.items() if f"optimizers.muon.state.{name}.step" not in known]
-        for values in found:
-            del values["step"]
-        if found and self.world.main:
-            print("resume: this checkpoint is of a version in which Muon counted no steps, the run's step is taken")
-        return found
+            stored = {**state["optimizers"][name], "param_groups": settings[name]}
+            set_optimizer_state_dict(self.model, part, stored)
 
 
 def _perceptual(config: RunConfig, device: torch.device, dtype: torch.dtype) -> PerceptualLoss | None:

@@ -6,12 +6,13 @@ The names are the embedded data sets and the six published models with their pub
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 import tyro
 
-from pmf.config import LOSSES, MODELS, PUBLISHED, SAMPLING, ModelConfig
+from pmf.config import LOSSES, MODELS, PUBLISHED, SAMPLING
 from pmf.errors import require
 from pmf.train.config import PerceptualConfig, RunConfig, SamplingConfig, load_run_config
 from pmf.train.optim import OptimizerConfig
@@ -53,21 +54,7 @@ PHOTOGRAPHS = RunConfig(
     data="photographs",
     steps=1400,
     batch_size=32,
-    model=ModelConfig(
-        image_size=32,
-        patch_size=8,
-        hidden_size=128,
-        depth=6,
-        num_heads=4,
-        aux_head_depth=2,
-        num_classes=10,
-        bottleneck=96,
-        class_tokens=2,
-        omega_tokens=1,
-        t_min_tokens=1,
-        t_max_tokens=1,
-        time_tokens=1,
-    ),
+    model=replace(MODELS["pMF-digits"], image_size=32, patch_size=8, hidden_size=128, in_channels=3, bottleneck=96),
     sampling=SamplingConfig(omega=1.0),
 )
 
