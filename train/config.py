@@ -65,7 +65,7 @@ class PerceptualConfig:
     enabled: bool = False
     """Add LPIPS and ConvNeXt distances to the loss (needs the perceptual extra)."""
     lpips: str = "hub"
-    """LPIPS's VGG-16 trunk: hub (torchvision downloads it), a state dict, or random (for trying things out)."""
+    """The VGG-16 of LPIPS: hub (torchvision downloads it), a state dict, or random (for trying things out)."""
     convnext: str = "hub"
     """ConvNeXt-V2: hub (its base size), a hub id, a local directory, or random (for trying things out)."""
 
@@ -134,7 +134,7 @@ class RunConfig:
     resume: Path | None = None
     """Continue the run in this directory exactly where it was saved; flags beside it override its configuration."""
     overwrite: bool = False
-    """Replace the run that is in `out`; nothing else in there is touched."""
+    """Replace the run in `out`; other files there are kept."""
     data: str = "digits"
     """What to train on: digits, photographs, or a directory made by `pmf data prepare`."""
     workers: int = 0
@@ -144,35 +144,35 @@ class RunConfig:
     max_corrupt: int = 100
     """Unreadable images that each process may replace, named in warnings; one more is an error."""
     init: str | None = None
-    """Start from the weights of this run, checkpoint file, train state of the authors or hub id: fine-tuning."""
+    """Start from the weights of this run, checkpoint file, training state of the authors or hub id: fine-tuning."""
     init_weights: str | None = None
-    """Which weights of init: a file of a directory or hub id (pMF-B-16, ema_500), one of a train state (model,
+    """Which weights of init: a file of a directory or hub id (pMF-B-16, ema_500), a set in a training state (model,
     ema_1000), or both (pMF-B-16-full:ema_1000); default: those for sampling."""
     init_state: bool = False
-    """Go on with the run of the authors whose full train state init is: its trained weights, three averages, moments
-    of Muon and Adam, and step."""
+    """Continue the authors' run whose full training state init names: its trained weights, three averages, moments of
+    Muon and Adam, and step."""
     steps: int = 1600
     """Training steps."""
     batch_size: int = 64
     """Images per step, over all processes."""
     device_batch: int | None = None
-    """Images at a time on a device, each such batch with draws and a flow-matching half of its own; a step adds
-    their gradients (default: batch_size / processes, all at once)."""
+    """Images at a time on a device. Each such batch has its own draws and flow-matching half; a step adds up their
+    gradients (default: batch_size / processes, all at once)."""
     seed: int = 0
-    """Seed of initialisation, data order and draws; the number of processes changes none of them."""
+    """Seed of initialisation, data order and draws, which do not depend on the number of processes."""
     device: str = "auto"
-    """Device to train on: auto (cuda where there is one, else cpu), cpu, cuda, cuda:1, ..."""
+    """Device to train on: auto (cuda if available, else cpu), cpu, cuda, cuda:1, ..."""
     sharding: Literal["ddp", "fsdp", "hybrid"] = "ddp"
     """Under torchrun: ddp copies the network to every process, fsdp shards it over all of them, hybrid shards it
     within a machine and copies it to every machine."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """bfloat16: products and activations under autocast, weights in float32. auto: bfloat16 on CUDA."""
     checkpointing: Literal["none", "block"] = "none"
-    """block: keep the blocks' inputs alone for backward and recompute the rest."""
+    """block: keep only the inputs of the blocks for backward and recompute the rest."""
     captured: bool = False
     """Run forward and backward as CUDA graphs, captured once for each size of step (in a single process)."""
     compiled: bool = False
-    """Compile the blocks with torch.compile (the network must not be sharded)."""
+    """Compile the blocks with torch.compile (not for sharded networks)."""
     impl: str | None = None
     """Implementation of the ops: auto, triton or reference (default: PMF_IMPL, else auto)."""
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
@@ -184,13 +184,13 @@ class RunConfig:
     save_every: int = 500
     """Steps between checkpoints (the last step always saves)."""
     keep_checkpoints: int = 2
-    """Checkpoints to keep, the latest ones."""
+    """Number of latest checkpoints to keep."""
     max_skipped: int = 10
-    """Steps in a row whose loss or gradient may be not finite; they change nothing, and one more stops the run."""
+    """Consecutive steps that may have a non-finite loss or gradient: they change nothing; one more stops the run."""
     sample_every: int = 500
     """Steps between exports: weights for sampling, sample grid, loss curve (the last step always exports)."""
     eval_every: int = 0
-    """Steps between evaluations, each behind a checkpoint (0: none; else the last step is evaluated too)."""
+    """Steps between evaluations, each after a checkpoint (0: none; otherwise the last step is evaluated too)."""
     model: ModelConfig = field(default_factory=lambda: MODELS["pMF-digits"])
     """The network."""
     loss: LossConfig = field(default_factory=lambda: LOSSES["pMF-digits"])

@@ -44,7 +44,7 @@ class PeriodicEvaluation:
                 config.model, impl=config.impl, aux_head=False, device=world.device, dtype=self.dtype
             )
             if demo:
-                self.measurement, self.own = None, demo_score(config.model)
+                self.measurement, self.score = None, demo_score(config.model)
             else:
                 image_count(self.settings, config.model, "model.in_channels")
                 self.measurement = Measurement(self.settings, directory / EVALUATION_FOLDER, world)
@@ -66,28 +66,32 @@ class PeriodicEvaluation:
         with _random_state_kept(self.world.device):
             for name in self.settings.weights or (self.config.sampling_weights,):
                 tensors = whole(weights[name], keep=self.world.main or self.measurement is not None)
-                line = self._measured({"source": str(self.directory), "weights": name, "step": step}, tensors)
+                self.network.load_state_dict(tensors, strict=False)  # it has no v head
+                line = self._line({"source": str(self.directory), "weights": name, "step": step})
                 self.world.main_first(partial(self._record, line))
                 found |= {f"{metric}/{name}": line[metric] for metric in REPORTED if line.get(metric) is not None}
         return found
 
-    def _measured(self, head: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    def _line(self, head: dict[str, Any]) -> dict[str, Any]:
+        """The result for the weights that the network holds."""
         if self.measurement is None:
-            return self.world.main_first(lambda: self._measured_alone(head | self.sampling, tensors))
-        self.network.load_state_dict(tensors, strict=False)  # it has no v head
+            return self.world.main_first(lambda: self._demo_line(head | self.sampling))
         dtype = str(self.dtype).removeprefix("torch.")
-        return self.measurement.measure(self.network, self._draw, head, self.sampling, seed=SEED, dtype=dtype)
+        return self.measurement.measure(
+            self.network,
+            lambda labels, seeds: self.sampler(labels, seeds=seeds),
+            head,
+            self.sampling,
+            seed=SEED,
+            dtype=dtype,
+        )
 
-    def _draw(self, labels: list[int], seeds: list[int]) -> Tensor:
-        return self.sampler(labels, seeds=seeds)
-
-    def _measured_alone(self, head: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
-        """Digits and photographs, in the main process."""
-        self.network.load_state_dict(tensors, strict=False)
+    def _demo_line(self, head: dict[str, Any]) -> dict[str, Any]:
+        """The result for digits and photographs, in the main process alone."""
         key = digest(network_digest(self.network), self.sampling, SEED)
         line = self.results.find(key)
         if line is None:
-            line = {**head, **self.own(self.network, seed=SEED, **self.sampling), "key": key}
+            line = {**head, **self.score(self.network, seed=SEED, **self.sampling), "key": key}
             self.results.append(line)
         return line | head
 

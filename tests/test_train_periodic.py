@@ -117,7 +117,7 @@ class Killed(BaseException):
 
 def kill_after(trainer, count):
     """Let the run die in the middle of an evaluation, after so many sets of weights."""
-    own = trainer.evaluation.own
+    own = trainer.evaluation.score
 
     def measured(*inputs, **settings):
         nonlocal count
@@ -126,7 +126,7 @@ def kill_after(trainer, count):
         count -= 1
         return own(*inputs, **settings)
 
-    trainer.evaluation.own = measured
+    trainer.evaluation.score = measured
 
 
 @pytest.mark.parametrize("count", range(6))
