@@ -69,7 +69,7 @@ def test_data_that_do_not_fit_the_network_are_a_finding(capsys, tmp_path):
 def test_a_large_network_on_a_cpu_is_counted_and_not_run(capsys):
     device = ("--device", "cpu", "--data", "/nowhere", "--workers", "0")
     found, changes = report(capsys, "pMF-H/16", *device, "--device-batch", "1024", status=1)
-    assert "TFLOP for 1024 images; not timed on a CPU" in value(found, "step")
+    assert "TFLOP for 1024 images, not timed on a CPU" in value(found, "step")
     assert re.search(r"memory: (set --|more GPUs)", changes)
     assert "step: train on a GPU" in changes
     assert set(re.findall(r"^! (\w+)", found, re.MULTILINE)) >= {"memory", "step", "data"}

@@ -130,11 +130,11 @@ class Measurement:
             source = self._source(draw, seed, folder)
             chunks.compute(source, self.extractor, self.world, batch_size=self.config.batch_size, finished=kept)
         head = {**head, **settings, "images": count, "seed": seed, "dtype": dtype}
-        if line is None and self.world.main:
-            source_of = {"reference": str(self.config.reference), "resize": self.resize}
-            line = {**head, **source_of, **self._metrics(chunks), "key": key}
-            self.results.append(line)
         if self.world.main:
+            if line is None:
+                against = {"reference": str(self.config.reference), "resize": self.resize}
+                line = {**head, **against, **self._metrics(chunks), "key": key}
+                self.results.append(line)
             chunks.remove()
         return self.world.broadcast(line) | head  # equal weights share a result, each under its own name
 
