@@ -9,7 +9,7 @@ from pmf.errors import InputError
 from pmf.metrics import Statistics, frechet_distance
 from pmf.train.data import open_data, to_float
 from pmf.train.demo import photographs
-from pmf.train.demo.image_sets import PHOTOGRAPHS, _file, _photographs
+from pmf.train.demo.image_sets import PHOTOGRAPHS, _file
 from pmf.train.demo.scores import area_colours, evaluate_photographs, grey_structure, photograph_classifier
 from tests.networks import random_model
 
@@ -24,7 +24,7 @@ def test_photographs_are_ten_classes_split_without_a_shared_crop():
     assert torch.bincount(held_out.labels).tolist() == [135] * 10
     crops = torch.cat([train.images, held_out.images]).flatten(1)
     assert len(crops.unique(dim=0)) == len(crops)
-    _photographs.cache_clear()
+    photographs.cache_clear()
     assert torch.equal(photographs(32)[0].images, train.images)
 
 

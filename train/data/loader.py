@@ -149,7 +149,8 @@ class _Steps(Dataset):
     def __getitem__(self, step: int) -> tuple[Tensor | None, Tensor | None, list[CorruptImageError]]:
         share = self.batch_size // self.world
         begin = self.rank * share
-        images, labels, failures = [], [], []
+        failures: list[CorruptImageError] = []
+        images, labels = [], []
         mirrored = self._mirrored(step)[begin : begin + share]
         for index, mirror in zip(self._indices(step * self.batch_size + begin, share), mirrored, strict=True):
             found = self._read(index, failures)
@@ -161,7 +162,8 @@ class _Steps(Dataset):
 
     def _indices(self, first: int, count: int) -> list[int]:
         """What stands at positions [first, first + count) of the permutations in a row."""
-        length, found = len(self.data), []
+        length = len(self.data)
+        found: list[int] = []
         while len(found) < count:
             epoch, place = divmod(first + len(found), length)
             found += epoch_order(length, self.seed, epoch)[place : place + count - len(found)].tolist()

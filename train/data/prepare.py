@@ -7,14 +7,13 @@ import itertools
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import fsspec
 import numpy as np
 import tyro
 from PIL import Image
@@ -22,25 +21,19 @@ from tqdm import tqdm
 
 from pmf.atomic_files import write_atomically
 from pmf.errors import InputError, first_line, require
-from pmf.train.data.shards import (
-    CLASSES_FILE,
-    PreparedShards,
-    Settings,
-    Shard,
-    checksum,
-    complete_shards,
-    open_shard,
-    shard_file,
-    write_shard,
-)
+from pmf.train.data import CorruptImageError, shards
+from pmf.train.data.shards import PreparedShards, Settings
 from pmf.train.data.sources import Sample, Source, open_source
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """Centre-crop every picture of a source once into Arrow shards; run again, it continues."""
+    """What to prepare, and how."""
 
     source: tyro.conf.Positional[str]
     """folder:PATH (a directory per class), hf:NAME or hf:PATH?split=train&image=image&label=label, wds:PATTERN."""
@@ -69,77 +62,76 @@ class PrepareConfig:
             require(getattr(self, name) >= 0, f"{name}: expected a number >= 0, got {getattr(self, name)}")
 
 
-@dataclass(frozen=True)
-class VerifyConfig:
-    """Read every shard of a prepared directory back, and name those that are torn."""
-
-    directory: tyro.conf.Positional[Path]
-    """What `pmf data prepare` filled."""
+def command(arguments: list[str]) -> None:
+    """`pmf data prepare ...` or `pmf data verify DIRECTORY`."""
+    commands: dict[str, Callable[..., object]] = {"prepare": prepare, "verify": verify}
+    tyro.extras.subcommand_cli_from_dict(commands, prog="pmf data", args=arguments)
 
 
-def prepare(config: PrepareConfig) -> PreparedShards:
-    """Fill the directory, or what is missing in it; the result does not depend on interruptions or workers.
-
-    Errors: `InputError` where the directory holds something else, the source fails or changed, or more than
-    `max_corrupt` pictures cannot be used (the first in excess is named).
-    """
+def prepare(config: tyro.conf.OmitArgPrefixes[PrepareConfig]) -> PreparedShards:
+    """Centre-crop every picture of a source once into Arrow shards; run again, it continues."""
+    # The result depends neither on interruptions nor on workers.
     source = open_source(config.source)
     classes = tuple(config.classes.read_text().splitlines()) if config.classes else source.classes
     left_out: list[tuple[str, str]] = []
     labels = 0
-    with tqdm(desc="preparing", unit="image") as bar:
-        for shard in _shards(config, source):
-            bar.update(len(shard.table))
-            left_out += shard.left_out()
-            labels = max(labels, 1 + shard.table["label"].to_numpy().max(initial=-1))
-            for key, reason in left_out[config.max_corrupt :]:
-                excess = f"expected at most {config.max_corrupt} unusable pictures, the last is {key}: {reason}"
-                raise InputError(f"source: {excess}")
+    for shard in _shards(config, source):
+        rows = zip(shard["key"].to_pylist(), shard["reason"].to_pylist(), strict=True)
+        left_out += [(key, reason) for key, reason in rows if reason is not None]
+        for key, reason in left_out[config.max_corrupt :]:
+            excess = f"expected at most {config.max_corrupt} unusable pictures, the last is {key}: {reason}"
+            raise InputError(f"source: {excess}")
+        labels = max(labels, 1 + int(shard["label"].to_numpy().max(initial=-1)))
     require(labels > 0, f"source: {config.source} gave no usable picture")
     classes = classes or tuple(map(str, range(labels)))
     require(labels <= len(classes), f"classes: expected names of {labels} classes, got {len(classes)}")
     for key, reason in left_out:
         print(f"left out {key}: {reason}", file=sys.stderr)
     text = "".join(f"{name}\n" for name in classes)
-    write_atomically(config.out / CLASSES_FILE, lambda temporary: temporary.write_text(text))
-    return PreparedShards(config.out)
+    write_atomically(config.out / shards.CLASSES_FILE, lambda temporary: temporary.write_text(text))
+    data, lost = PreparedShards(config.out), len(left_out) or "none"
+    print(f"{config.out}: {len(data)} images of {len(classes)} classes at {config.size} px; {lost} left out")
+    if config.verify:
+        verify(config.out)
+    return data
 
 
-def _shards(config: PrepareConfig, source: Source) -> Iterator[Shard]:
+def _shards(config: PrepareConfig, source: Source) -> Iterator[pa.Table]:
     """All shards in order, after making those that are not there whole."""
     count = config.shard_images
     settings = Settings(config.source, source.fingerprint, config.size, config.encoding, count)
     there = _begun(config.out, settings)
+    convert = partial(_row, config.size, config.encoding)
     samples: Iterator[Sample] = iter(())
     reached = -1
-    with ThreadPool(max(1, config.workers)) as pool:
+    with ThreadPool(max(1, config.workers)) as pool, tqdm(desc="preparing", unit="image") as bar:
         for number in itertools.count():
-            file = shard_file(config.out, number)
+            file = shards.shard_file(config.out, number)
             if file not in there:
                 samples = samples if reached == number else source.samples(number * count)
-                convert = partial(_row, config.size, config.encoding)
-                write_shard(file, settings, list(pool.imap(convert, itertools.islice(samples, count))))
-                there[file], reached = open_shard(file), number + 1
+                shards.write_shard(file, settings, pool.imap(convert, itertools.islice(samples, count)))
+                there[file], reached = shards.open_shard(file), number + 1
+            bar.update(len(there[file]))
             yield there[file]
-            if len(there[file].table) < count:
+            if len(there[file]) < count:
                 return
 
 
-def _begun(directory: Path, settings: Settings) -> dict[Path, Shard]:
+def _begun(directory: Path, settings: Settings) -> dict[Path, pa.Table]:
     """The whole shards that an earlier run left. Errors: it had other settings, or the directory holds other things."""
-    files = [file for file in directory.glob("*") if not file.name.startswith(".") and file.name != CLASSES_FILE]
-    others = [file for file in files if not file.match("shard-*.arrow")]
+    files = [file for file in directory.glob("*") if not file.name.startswith(".")]
+    others = [file for file in files if file.name != shards.CLASSES_FILE and not file.match("shard-*.arrow")]
     require(not others, f"out: {directory} is not empty and holds no prepared shards, expected another --out")
     there = {}
-    for file in files:
+    for file in directory.glob("shard-*.arrow"):
         try:
-            there[file] = open_shard(file)
+            there[file] = shards.open_shard(file)
         except InputError as error:
             log.warning("%s; it is made again", error)
     for shard in there.values():
-        changed = f"source: {settings.source} has changed since {directory} was begun"
         for name, now in asdict(settings).items():
-            before = getattr(shard.settings, name)
+            before = getattr(shards.settings_of(shard), name)
+            changed = f"source: {settings.source} has changed since {directory} was begun"
             other = f"{name}: {directory} was begun with {before}, got {now}; expected another --out"
             require(before == now, changed if name == "fingerprint" else other)
     return there
@@ -147,37 +139,33 @@ def _begun(directory: Path, settings: Settings) -> dict[Path, Shard]:
 
 def _row(size: int, encoding: str, sample: Sample) -> dict[str, Any]:
     """The row of a shard that a picture becomes."""
-    key, picture, label = sample
     try:
-        require(label is not None and label >= 0, "it has no label")
-        image = _image(picture, size, encoding)
+        require(sample.label is not None and sample.label >= 0, "it has no label")
+        image = _square(sample.read(), size, encoding)
     except Exception as error:  # decoders fail in any way on torn files
-        return dict(image=None, label=-1, key=key, checksum=0, reason=first_line(error))
-    return dict(image=image, label=label, key=key, checksum=checksum(image, label), reason=None)
+        return dict(image=None, label=-1, key=sample.key, checksum=0, reason=first_line(error))
+    kept = shards.checksum(image, sample.label)
+    return dict(image=image, label=sample.label, key=sample.key, checksum=kept, reason=None)
 
 
-def _image(picture: bytes | str | None, size: int, encoding: str) -> bytes:
+def _square(data: bytes, size: int, encoding: str) -> bytes:
     """The square of a picture, encoded: npy (bare bytes of uint8 [3, size, size]), png, or jpg at quality 95.
 
     A jpg that has the size already keeps its bytes.
     """
-    if isinstance(picture, str):
-        with fsspec.open(picture) as file:
-            picture = file.read()
-    require(bool(picture), "it has no bytes")
-    if picture.startswith(b"\x93NUMPY"):
-        opened = Image.fromarray(np.load(io.BytesIO(picture)).transpose(1, 2, 0))
+    if data.startswith(b"\x93NUMPY"):
+        picture = Image.fromarray(np.load(io.BytesIO(data)).transpose(1, 2, 0))
     else:
-        opened = Image.open(io.BytesIO(picture))
-    square, buffer = centre_crop(opened, size), io.BytesIO()
+        picture = Image.open(io.BytesIO(data))
+    square, buffer = centre_crop(picture, size), io.BytesIO()
     if encoding == "npy":
         return np.asarray(square).transpose(2, 0, 1).tobytes()
-    if encoding == "png":
-        square.save(buffer, "PNG", compress_level=1)
-    elif (opened.format, opened.mode, opened.size) == ("JPEG", "RGB", (size, size)):
-        return picture
-    else:
+    if encoding == "jpg" and (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", (size, size)):
+        return data
+    if encoding == "jpg":
         square.save(buffer, "JPEG", quality=95, subsampling=0)
+    else:
+        square.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 
@@ -190,8 +178,7 @@ def centre_crop(picture: Image.Image, size: int) -> Image.Image:
     """
     picture = picture.convert("RGB")
     while min(picture.size) >= 2 * size:
-        width, height = picture.size
-        picture = picture.resize((width // 2, height // 2), Image.Resampling.BOX)
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     scale = size / min(picture.size)
     width, height = (round(side * scale) for side in picture.size)
     picture = picture.resize((width, height), Image.Resampling.BICUBIC)
@@ -199,38 +186,17 @@ def centre_crop(picture: Image.Image, size: int) -> Image.Image:
     return picture.crop((left, top, left + size, top + size))
 
 
-def verify(directory: Path) -> tuple[int, list[str]]:
-    """(images, what is wrong): every image of every shard, with its label, against its checksum.
+def verify(directory: tyro.conf.Positional[Path]) -> None:
+    """Read every shard of a prepared directory back, and name those that are torn.
 
-    Errors: `InputError` where the directory is not complete.
+    Args:
+        directory: What `pmf data prepare` filled.
     """
-    images, wrong = 0, []
-    for file in tqdm(complete_shards(directory), desc="verifying", unit="shard"):
+    data, torn = PreparedShards(directory), []
+    for index in tqdm(range(len(data)), desc="verifying", unit="image"):
         try:
-            shard = open_shard(file)
-            images += len(shard.table) - shard.table["image"].null_count
-            torn = shard.torn_keys()
-            require(not torn, f"data: {file} is torn at {', '.join(torn)}")
-        except InputError as error:
-            wrong.append(str(error))
-    return images, wrong
-
-
-def command(arguments: list[str]) -> None:
-    """`pmf data prepare ...` or `pmf data verify DIRECTORY`."""
-    kinds = {"prepare": PrepareConfig, "verify": VerifyConfig}
-    config = tyro.extras.subcommand_cli_from_dict(kinds, prog="pmf data", args=arguments)
-    if isinstance(config, VerifyConfig):
-        _verify(config.directory)
-        return
-    data = prepare(config)
-    left_out = f"{data.left_out or 'none'} left out"
-    print(f"{config.out}: {len(data)} images of {data.num_classes} classes at {config.size} px; {left_out}")
-    if config.verify:
-        _verify(config.out)
-
-
-def _verify(directory: Path) -> None:
-    images, wrong = verify(directory)
-    require(not wrong, f"{'; '.join(wrong)}: remove these shards and run `pmf data prepare` again")
-    print(f"{directory}: {images} images verified")
+            data.stored(index)
+        except CorruptImageError as error:
+            torn.append(str(error))
+    require(not torn, f"data: torn: {'; '.join(torn)}: remove these shards and run `pmf data prepare` again")
+    print(f"{directory}: {len(data)} images verified")

@@ -14,16 +14,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qsl
 
+import fsspec
 from PIL import Image
 
 from pmf.errors import InputError, first_line, require
 
 if TYPE_CHECKING:
-    import datasets
+    from datasets import Dataset, IterableDataset
 
 log = logging.getLogger(__name__)
 
 FORMS = "folder:PATH, hf:NAME or hf:PATH (with ?split=train&image=image&label=label), wds:PATTERN"
+HF_OPTIONS = dict(config="", image="image", label="label", split="train", streaming="")
 WDS_PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "npy")
 
 
@@ -31,9 +33,21 @@ class Sample(NamedTuple):
     """One picture of a source, still encoded. None stands for what the source lacks."""
 
     key: str
-    picture: bytes | str | None
-    """Its bytes, or the path or URL of the file that holds them."""
+    picture: bytes | Path | str | None
+    """Its bytes, or the file or URL that holds them."""
     label: int | None
+
+    def read(self) -> bytes:
+        """The picture's bytes. Errors: `InputError` where there are none, and whatever reading raises."""
+        data = self.picture
+        if isinstance(data, Path):
+            data = data.read_bytes()
+        elif isinstance(data, str):
+            with fsspec.open(data) as file:
+                data = bytes(file.read())
+        if not data:
+            raise InputError("it has no bytes")
+        return data
 
 
 @dataclass(frozen=True)
@@ -78,6 +92,9 @@ def _digest(*parts: str) -> str:
 
 
 def _folder(path: str) -> Source:
+    """One directory per class. (`imagefolder` of datasets takes the innermost folder for the class, and a class called
+    train or test for a split.)
+    """
     root = Path(path)
     require(root.is_dir(), f"source: {root} is no directory")
     classes = tuple(sorted(entry.name for entry in root.iterdir() if entry.is_dir()))
@@ -91,7 +108,7 @@ def _folder(path: str) -> Source:
     require(len(pictures) > 0, f"source: {root} holds no pictures in its class directories")
 
     def read_from(start: int) -> Iterator[Sample]:
-        return (Sample(name, str(root / name), label) for name, label in pictures[start:])
+        return (Sample(name, root / name, label) for name, label in pictures[start:])
 
     return Source(read_from, _digest(*(name for name, _ in pictures)), classes)
 
@@ -103,12 +120,11 @@ def _files(root: Path, part: str) -> list[str]:
 
 
 def _hugging_face(spec: str) -> Source:
-    import datasets
+    from datasets import ClassLabel, Dataset, Image
 
     name, _, query = spec.partition("?")
-    options = dict(split="train", image="image", label="label", config="", streaming="") | dict(parse_qsl(query))
-    known = ["config", "image", "label", "split", "streaming"]
-    require(sorted(options) == known, f"source: hf options are {', '.join(known)}; got {query!r}")
+    options = HF_OPTIONS | dict(parse_qsl(query))
+    require(options.keys() == HF_OPTIONS.keys(), f"source: hf options are {', '.join(HF_OPTIONS)}; got {query!r}")
     try:
         data = _load(name, options)
     except Exception as error:  # the package raises whatever its readers raise
@@ -116,17 +132,13 @@ def _hugging_face(spec: str) -> Source:
     features, image, label = data.features or {}, options["image"], options["label"]
     for column in (image, label):
         require(column in features, f"source: {name} has no column {column!r}, its columns are {sorted(features)}")
-    labels = features[label]
-    classes = tuple(labels.names) if isinstance(labels, datasets.ClassLabel) else ()
-    rows = len(data) if isinstance(data, datasets.Dataset) else ""
-    undecoded = data.cast_column(image, datasets.Image(decode=False))
-
-    return Source(partial(row_samples, undecoded, image, label), _digest(spec, str(rows), str(features)), classes)
+    names = features[label].names if isinstance(features[label], ClassLabel) else ()
+    rows = len(data) if isinstance(data, Dataset) else ""
+    undecoded = data.cast_column(image, Image(decode=False))
+    return Source(partial(row_samples, undecoded, image, label), _digest(spec, f"{rows}", f"{features}"), tuple(names))
 
 
-def row_samples(
-    data: datasets.Dataset | datasets.IterableDataset, image: str, label: str, start: int
-) -> Iterator[Sample]:
+def row_samples(data: Dataset | IterableDataset, image: str, label: str, start: int) -> Iterator[Sample]:
     """The rows from `start` on of a data set whose pictures are undecoded: their bytes, or where these lie."""
     for position, row in enumerate(data.skip(start), start):
         picture = row[image] or {}
@@ -135,18 +147,18 @@ def row_samples(
         yield Sample(key, picture.get("bytes") or path, row[label])
 
 
-def _load(name: str, options: dict[str, str]) -> datasets.Dataset | datasets.IterableDataset:
+def _load(name: str, options: dict[str, str]) -> Dataset | IterableDataset:
     """What `datasets` opens. Local files are streamed: a copy in its cache would be read no faster."""
-    import datasets
+    from datasets import DatasetDict, load_dataset, load_from_disk
 
     path, split = Path(name), options["split"]
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        saved = datasets.load_from_disk(name)
-        return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+        saved = load_from_disk(name)
+        return saved[split] if isinstance(saved, DatasetDict) else saved
     if path.is_file():
-        return datasets.load_dataset(path.suffix[1:], data_files=name, split=split, streaming=True)
+        return load_dataset(path.suffix[1:], data_files=name, split=split, streaming=True)
     streaming = path.is_dir() or bool(options["streaming"])
-    return datasets.load_dataset(name, options["config"] or None, split=split, streaming=streaming)
+    return load_dataset(name, options["config"] or None, split=split, streaming=streaming)
 
 
 def _web_dataset(pattern: str) -> Source:
@@ -165,9 +177,9 @@ def _web_dataset(pattern: str) -> Source:
             yield Sample(row["__key__"], picture, _label(row))
 
     # Tar shards that earlier versions prepared have their classes' names beside them.
-    beside = local[0].with_name("dataset.json") if local else None
-    classes = json.loads(beside.read_text())["classes"] if beside is not None and beside.is_file() else ()
-    return Source(read_from, _digest(*urls), tuple(classes))
+    beside = [file.with_name("dataset.json") for file in local[:1]]
+    names = [json.loads(file.read_text())["classes"] for file in beside if file.is_file()]
+    return Source(read_from, _digest(*urls), tuple(*names))
 
 
 def _label(row: dict[str, Any]) -> int | None:

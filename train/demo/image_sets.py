@@ -49,21 +49,17 @@ def digits() -> tuple[ImageSet, ImageSet]:
     return train, held_out
 
 
+@lru_cache(maxsize=2)
 def photographs(size: int = 32) -> tuple[ImageSet, ImageSet]:
     """(5,400 training, 1,350 held-out) square crops uint8 [n, 3, size, size]; the class is the photograph.
 
-    Crops lie in the square of a photograph that shows its subject: their side is 0.75, 0.85 or 0.95 of the
-    square's, their place one of 15 x 15 even ones. Every fifth place along a row or column is held out, another
-    fifth for each side. Crops overlap: held-out ones are other views of the same photographs. Nothing is random and
-    nothing is downloaded.
+    Crops lie in the square of a photograph that shows its subject. Their side is 0.75, 0.85 or 0.95 of the square's;
+    they lie at 15 x 15 evenly spaced places. Every fifth place along a row or column is held out, a different fifth
+    for each side. Crops overlap: held-out ones are other views of the same photographs. Nothing is random, and nothing
+    is downloaded.
     Errors: `InputError` where scikit-image is missing, or a photograph in its files.
     """
     require(8 <= size <= 64, f"size: expected 8 to 64 pixels, got {size}")
-    return _photographs(size)
-
-
-@lru_cache(maxsize=2)
-def _photographs(size: int) -> tuple[ImageSet, ImageSet]:
     crops = [crop for label, name in enumerate(PHOTOGRAPHS) for crop in _crops(name, label, size)]
     parts = ([c for c in crops if c[2] == held_out] for held_out in (False, True))
     train, held_out = (
