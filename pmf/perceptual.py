@@ -13,6 +13,7 @@ nothing but an image per row and term waits for the backward pass.
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -214,8 +215,9 @@ def _loading(argument: str, source: str) -> Iterator[None]:
 @contextmanager
 def _own_kernels_hidden() -> Iterator[None]:
     """Keeps transformers, which looks for Hugging Face's package `kernels`, from finding the folder of a clone."""
-    found, own = importlib.util.find_spec("kernels"), importlib.util.find_spec("pmf.kernels")
-    shadowed = found is not None and own is not None and found.origin == own.origin
+    found, own = (importlib.util.find_spec(name) for name in ("kernels", "pmf.kernels"))
+    files = [spec.origin for spec in (found, own) if spec is not None and spec.origin is not None]
+    shadowed = len(files) == 2 and os.path.samefile(*files)  # a clone reaches its folder by a link as well
     if shadowed:
         sys.modules["kernels"] = None  # type: ignore[assignment]
     try:
