@@ -1,4 +1,4 @@
-"""What defines a pMF network and its loss: frozen dataclasses and the published presets.
+"""What defines a pMF network and its loss: frozen dataclasses, and one row for each published model.
 
 Source: arXiv 2601.22158 and the configurations its authors published.
 """
