@@ -1,4 +1,4 @@
-"""What defines a pMF network and its loss: frozen dataclasses and the published presets.
+"""What defines a pMF network and its loss: frozen dataclasses, and one row for each published model.
 
 Source: arXiv 2601.22158 and the configurations its authors published.
 """
@@ -272,8 +272,10 @@ _NAMED = {**PUBLISHED, "pMF-digits": DIGITS}
 MODELS: dict[str, ModelConfig] = {name: settings.network for name, settings in _NAMED.items()}
 LOSSES: dict[str, LossConfig] = {name: settings.loss for name, settings in _NAMED.items()}
 SAMPLING: dict[str, dict[str, float]] = {
-    **{name: asdict(settings.guidance) for name, settings in _NAMED.items()},
-    **{f"{name}-torch": asdict(s.guidance_torch) for name, s in _NAMED.items() if s.guidance_torch},
+    f"{name}{suffix}": asdict(guidance)
+    for name, settings in _NAMED.items()
+    for suffix, guidance in (("", settings.guidance), ("-torch", settings.guidance_torch))
+    if guidance is not None
 }
 """omega, t_min and t_max by the name of the model; "pMF-B/16-torch" is that of the authors' PyTorch command."""
 

@@ -1,4 +1,4 @@
-"""What a computation keeps and does, counted exactly and without a GPU."""
+"""Operations, and bytes saved for backward: counted exactly, without a GPU."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class RowOperations:
 
 
 def operations(run: Callable[[], object]) -> int:
-    """Multiplications and additions of the matrix products that `run` calls, on any device, meta too."""
+    """Multiplications and additions of the matrix products in `run`, on any device including meta."""
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
@@ -70,7 +70,7 @@ def operations(run: Callable[[], object]) -> int:
 def per_block(config: ModelConfig, count: Callable[[ModelConfig], list[int]]) -> tuple[list[int], list[int]]:
     """`count` of the network with one shared block and one a head, and what each further block adds.
 
-    Blocks are alike, so two shallow networks tell what a deep one costs: exactly, in a fraction of the time.
+    All blocks cost the same, so two shallow networks give the cost of a deep one: exactly, in a fraction of the time.
     """
     shallow, deeper = (count(replace(config, depth=depth, aux_head_depth=1)) for depth in (2, 3))
     return shallow, [b - a for a, b in zip(shallow, deeper, strict=True)]

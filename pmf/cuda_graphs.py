@@ -30,7 +30,7 @@ INPUTS = (
 
 @dataclass(frozen=True)
 class _Outputs:
-    """What the forward half leaves behind."""
+    """The results of the forward half."""
 
     loss: Tensor
     """Without perceptual terms."""
@@ -45,28 +45,28 @@ class _Halves:
 
     forward: Callable[..., _Outputs]
     backward: Callable[[_Outputs, Tensor | None], None]
-    """From the forward half's outputs and the gradient that reaches net_u from the perceptual terms."""
+    """Takes the forward half's outputs and the gradient of the perceptual terms with respect to net_u."""
 
 
 class CapturedStep:
     """`pmf_loss(model, ...).loss.backward()` at the speed of the device: on CUDA, a CUDA graph for each half.
 
-    A step of pMF-B/16 is some thousand launches, which Python issues slower than an H100 computes them. Here
-    they are captured once for every size that a step can have (rows with a tangent, padded rows of the null
-    class: a handful), and replayed. The graphs share their memory. Off CUDA the same runs without graphs.
+    A step of pMF-B/16 launches some thousand kernels, and Python issues them more slowly than an H100 runs them. Here
+    they are captured once for each size of a step (rows with a tangent, padded rows of the null class: a handful of
+    sizes) and replayed. The graphs share their memory. On other devices the same code runs without graphs.
 
         step = pmf.CapturedStep(model, loss_config)
         with torch.autocast("cuda", torch.bfloat16):
             out = step(x, y, draws)  # gradients are added to .grad, as backward() does
 
-    Autocast is that of the call. The weights may change in place, in whatever way; the gradients lie in one
-    buffer that stays. The perceptual terms, whose rows vary freely, run between the halves, uncaptured.
+    Autocast is that of the call. Weights may change in place between calls; gradients live in one fixed buffer.
+    Perceptual terms, whose number of rows varies freely, run between the halves, uncaptured.
     Errors: `InputError` as `pmf_loss`, on weights that are sharded (FSDP), and on a model whose parameters have
     been replaced since.
     """
 
     def __init__(self, model: PMFDiT, loss_config: LossConfig, *, scale: float = 1.0) -> None:
-        """`scale` multiplies the gradients (not the loss): one over the number of batches that a step adds up."""
+        """`scale` multiplies the gradients (not the loss): 1 / n where n batches are accumulated."""
         self.model, self.config, self.scale = model, loss_config, scale
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         whole = not any(hasattr(p, "to_local") for p in self._parameters)
@@ -118,7 +118,7 @@ class CapturedStep:
         return [p.data_ptr() for p in self._parameters]
 
     def _halves_of(self, step: PlannedStep, perceptual: bool) -> _Halves:
-        """The halves for steps of this size, captured where they are not there yet."""
+        """The halves for steps of this size, captured on first use."""
         dtype = autocast_dtype(self.device.type)
         key = (len(step.x), step.tangent_rows, len(step.null_rows), dtype, perceptual)
         if key not in self._halves:
@@ -129,7 +129,7 @@ class CapturedStep:
         return self._halves[key]
 
     def _buffer(self, name: str, like: Tensor) -> Tensor:
-        """The place of an input of that shape, shared by the steps of all sizes that have it."""
+        """The fixed buffer for an input of that shape, shared by steps of all sizes."""
         key = (name, like.shape)
         if key not in self._buffers:
             self._buffers[key] = torch.empty_like(like)
@@ -160,9 +160,9 @@ class _Graphs:
             return self._capture(halves, perceptual)
 
     def _warm_up(self, halves: _Halves, perceptual: bool) -> None:
-        """Run both halves once, so that compilers and libraries get ready; these gradients are dropped.
+        """Run both halves once, so that compilers and libraries initialise; these gradients are dropped.
 
-        On the stream and in the pool of the graphs, so that these find the memory: PyTorch keeps it apart by both.
+        It runs on the graphs' stream and in their pool, so that they reuse its memory: PyTorch caches memory by both.
         """
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream), torch.cuda.use_mem_pool(self.pool):
@@ -196,7 +196,7 @@ class _Graphs:
 
 
 class _Gradients:
-    """One buffer for the gradients of all parameters, so that graphs find them where they were."""
+    """One buffer for the gradients of all parameters, at fixed addresses, as graphs need them."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self.parameters = parameters
@@ -207,7 +207,7 @@ class _Gradients:
         self.places = [part.view(p.shape) for part, p in zip(parts, parameters, strict=True)]
 
     def adopt(self) -> None:
-        """Make every `.grad` its place in the buffer, with the value it has; None is zero."""
+        """Make every `.grad` a view of the buffer, keeping its value; None counts as zero."""
         fresh = all(p.grad is None for p in self.parameters)
         if fresh:
             self.buffer.zero_()
@@ -220,11 +220,11 @@ class _Gradients:
 
     @contextlib.contextmanager
     def collected(self, model: nn.Module, accumulate: bool) -> Iterator[None]:
-        """Inside, the model computes with stand-ins of its parameters: the same memory, leaves of their own.
+        """Inside, the model computes with aliases of its parameters: the same memory, autograd leaves of their own.
 
-        Backward then adds to the places in the buffer (with `accumulate`), on the stream of what runs inside. A
-        parameter itself stays bound to the stream of any step that somebody still holds the loss of, which cannot
-        be captured.
+        With `accumulate`, backward adds to the views of the buffer, on the stream that is current inside. Gradients
+        of a parameter itself are added on the stream of any earlier step whose loss is still alive, which cannot be
+        captured.
         """
         leaves = {p: nn.Parameter(p.detach()) for p in self.parameters}
         for leaf, place in zip(leaves.values(), self.places, strict=True):
@@ -241,7 +241,7 @@ class _Gradients:
 
 @contextlib.contextmanager
 def _own_autocast(device_type: str, dtype: torch.dtype | None) -> Iterator[None]:
-    """Autocast whose kept casts are made inside: a graph must cast the weights as they are when it is replayed."""
+    """Autocast with an empty cache of casts: a graph must cast the weights itself, so that a replay reads them anew."""
     if dtype is None:
         yield
         return

@@ -22,7 +22,7 @@ class Draws:
     t: Tensor
     """float [B] in [0, 1]: the time of z_t; 0 is data, 1 is noise."""
     r: Tensor
-    """float [B] in [0, t]: where the average velocity u points to."""
+    """float [B] in [0, t]: the time that the average velocity u leads to."""
     fm_mask: Tensor
     """bool [B]: flow-matching rows, t = r."""
     omega: Tensor
@@ -101,9 +101,9 @@ def _omega(uniform: Tensor, cfg_max: float, beta: float) -> Tensor:
 
 
 def check_batch(x: Tensor, y: Tensor, draws: Draws, config: ModelConfig) -> None:
-    """Whether images, labels and draws make a training step of a network.
+    """Check that images, labels and draws make a training step of a network.
 
-    Shapes always; values where reading them is free. Errors: `InputError`; see `pmf_loss`.
+    Shapes always; values of images and labels where reading them is free. Errors: `InputError`; see `pmf_loss`.
     """
     shape = list(config.image_shape)
     require(
@@ -124,7 +124,7 @@ def check_batch(x: Tensor, y: Tensor, draws: Draws, config: ModelConfig) -> None
 
 
 def _check_draws(draws: Draws, shape: torch.Size) -> None:
-    """Shapes, places and laws of draws for images of that shape."""
+    """Check shapes, devices and ranges of the draws for images of that shape."""
     got = list(draws.noise.shape)
     require(got == list(shape), f"draws.noise: expected shape {list(shape)}, got {got}")
     for name, value in draws.scalars().items():

@@ -46,7 +46,7 @@ class TrainState:
     adam: dict[str, tuple[Tensor, Tensor]]
     """Adam's first and second moments, before their biases are corrected."""
     count: int
-    """Updates that the moments have seen."""
+    """Updates that went into the moments."""
 
 
 def load_weights(source: Path, name: str | None = None) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -113,7 +113,7 @@ def _default(config: ModelConfig, held: Mapping[str, object]) -> str | None:
 def _moments(
     source: Path, file: StateFile, config: ModelConfig
 ) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]], int]:
-    """(Muon's momentum, Adam's moments, their count). Each optimizer holds its own parameters and gaps for the rest."""
+    """(Muon's momentum, Adam's moments, their count). Each optimizer has placeholders for the other's parameters."""
     full = {(*prefix, "count") for prefix in (_MUON, _ADAM)} <= _leaves(file.tree["opt_state"]).keys()
     require(full, f"source: {source} holds no moments of Muon and Adam, expected a full training state")
     moments = _leaves(file.read("opt_state"))
@@ -134,16 +134,13 @@ def _moments(
     )
 
 
-# Names and values.
-
-
 def published_state_dict(params: Any) -> dict[str, Tensor]:
     """Parameters of the authors' flax modules under the names, and in the layout, of their PyTorch files."""
     return _named(_leaves(params))
 
 
 def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Leaves:
-    """The values at the ends of nested dicts and lists, by their path; gaps (None, empty dicts) are left out."""
+    """The leaves of nested dicts and lists by their path; empty nodes (None, {}) are left out."""
     if tree is None:
         return {}
     if isinstance(tree, (list, tuple)):

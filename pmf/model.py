@@ -61,7 +61,7 @@ class Conditioning(nn.Module):
         return Dual(prefix, self._prefix_dot(embedded["h"].dot, prefix))
 
     def _prefix_dot(self, h_dot: Tensor | None, prefix: Tensor) -> Tensor | None:
-        """The time tokens, which come last, all move with the embedding of h."""
+        """The tangent of the prefix: the time tokens, which come last, all move with the embedding of h."""
         if h_dot is None:
             return None
         prefix_dot = torch.zeros_like(ops.tail(prefix, h_dot.shape[0]))
@@ -74,8 +74,8 @@ class PMFDiT(nn.Module):
 
     It predicts the clean image, net, in pixels; the velocities are (z - net) / clip(t, t_clip, 1).
     Build one with `create_model`. Inputs of `forward`: z [B, c, H, W]; t in [0, 1], h = t - r in
-    [0, t], omega >= 1, t_min and t_max in [0, 1], all float [B]; y int64 [B], the null class being
-    num_classes.
+    [0, t], omega >= 1, t_min and t_max in [0, 1], all float [B]; y int64 [B], where num_classes is the
+    null class.
     """
 
     rope_cos: Tensor
@@ -202,7 +202,7 @@ class PMFDiT(nn.Module):
         return u.value, v, u.dot
 
     def held_weights(self, weights: list[tuple[Tensor, ...]] | None = None) -> contextlib.AbstractContextManager[None]:
-        """Joins the blocks' weights once for all passes inside, or holds those of `joined_weights`."""
+        """Join the blocks' weights once for all passes inside, or use those of `joined_weights`."""
         return held_weights(self, self.rope_cos.device.type, weights)
 
     def joined_weights(self) -> list[tuple[Tensor, ...]]:

@@ -64,14 +64,14 @@ def generate(
 
 
 class Sampler:
-    """`generate` at speed: batches of one size, in buffers that stay, with the blocks' weights joined once a call.
+    """`generate` made fast: batches of one size in fixed buffers, with the blocks' weights joined once per call.
 
-    On CUDA a batch is one CUDA graph, captured here, so that neither Python nor launches cost time; elsewhere
-    it runs as it is. Blocks compiled by `model.compile_blocks()` serve both. Everything runs in the model's
+    On CUDA a batch is one CUDA graph, captured here, without Python's overhead and that of launches; elsewhere
+    it runs as it is. Both take blocks compiled by `model.compile_blocks()`. Everything runs in the model's
     dtype (autocast is off): take a network of `dtype=torch.bfloat16`, built with `aux_head=False`, on a GPU.
 
     Args: as in `generate`. Errors: `InputError` on the same, and on a model whose parameters have been
-    replaced since (changed in place, in whatever way, they are followed).
+    replaced since (changes in place take effect).
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Sampler:
 
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:
-        """What is made inside can be written to in any mode later: no inference tensors."""
+        """Tensors made inside are no inference tensors: they can be written to in any mode later."""
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             yield
 
@@ -130,13 +130,13 @@ class Sampler:
         return [p.data_ptr() for p in self.model.parameters()]
 
     def _batch(self) -> Tensor:
-        """The images of what lies in the buffers."""
+        """The images for the noise and labels in the buffers."""
         z = self.model.config.noise_scale * self._noise
         with self.model.held_weights(self._weights):
             return _integrate(self.model, z, self._labels, self.steps, self._guidance)
 
     def _prepared(self, work: Callable[[], Result]) -> Callable[[], Result]:
-        """`work` as a CUDA graph, whose results stay where they are; the runs before let compilers get ready."""
+        """`work` as a CUDA graph with fixed results. Runs before the capture let compilers and libraries initialise."""
         if self.device.type != "cuda":
             return work
         graph = torch.cuda.CUDAGraph()
@@ -147,7 +147,7 @@ class Sampler:
                 for _ in range(2):
                     work()
             torch.cuda.current_stream().wait_stream(stream)
-            # Other threads, which pin a loader's batches, may go on meanwhile.
+            # thread_local: other threads, which pin a loader's batches, may go on meanwhile.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 results = work()
 
@@ -160,7 +160,7 @@ class Sampler:
 
 @dataclass(frozen=True)
 class _Request:
-    """What to draw: checked labels, and noise as it is or from seeds."""
+    """A checked request: labels, and noise either given or made from seeds."""
 
     labels: Tensor
     noise: Tensor | None

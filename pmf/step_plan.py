@@ -8,8 +8,8 @@
 | t > r, outside the interval     | yes     | yes, w' = 1              | no  |
 | t > r, dropped                  | yes     | yes, the original class  | no  |
 
-Flow-matching rows have t = r: du/dt counts for nothing, and the main pass itself is v at h = 0 on [0, 1]. Where w' = 1
-or the class is dropped, v_u has the weight 1 - 1/w' = 0.
+Flow-matching rows have t = r: du/dt has the weight t - r = 0, and the main pass itself evaluates v at h = 0 on [0, 1].
+Where w' = 1 or the class is dropped, v_u has the weight 0.
 """
 
 from __future__ import annotations

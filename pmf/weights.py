@@ -41,9 +41,9 @@ def read_weights(source: str | Path, weights: str | None = None) -> tuple[Path, 
 
 
 def matching_weights(file: Path, state: Mapping[str, Tensor], wanted: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """The weights of `state` that a network wants, by name and shape; a v head may be left over.
+    """The weights of `state` that match `wanted` by name and shape; a v head that is not wanted is left out.
 
-    Errors: `InputError` on a weight that is missing, of another shape, or in none of the networks.
+    Errors: `InputError` on a weight that is missing, of another shape, or unknown.
     """
     for name, shape in wanted.items():
         require(name in state, f"source: {file} lacks the weight {name!r}")
@@ -76,5 +76,5 @@ def _content(file: Path) -> tuple[dict[str, str], dict]:
             with safe_open(file, "pt") as reader:
                 return reader.metadata() or {}, {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
         return {}, torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a torn file can make its reader fail in any way
+    except Exception as error:  # reading a torn file can raise anything
         raise InputError(f"source: {file} is not a readable checkpoint: {first_line(error)}") from error

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import pmf
+from pmf.config import PUBLISHED
 from pmf.jax_states import load_train_state, published_state_dict
 from pmf.train.config import load_run_config
 from pmf.train.initialise import copy_weights
@@ -277,7 +278,7 @@ def test_inference_states_have_no_v_head(tmp_path, how):
 
 def test_presets_sample_from_their_own_average(tmp_path, monkeypatch):
     """pMF-L/16 samples from the average of 1000 kimg; here a preset of its name is tiny."""
-    monkeypatch.setitem(pmf.MODELS, "pMF-L/16", TINY)
+    monkeypatch.setitem(PUBLISHED, "pMF-L/16", dataclasses.replace(PUBLISHED["pMF-L/16"], network=TINY))
     state = flax_network.inference_state(TINY, (500, 1000))
     save(tmp_path, state)
     got = pmf.PMFDiT.from_pretrained(tmp_path).patch_embed.proj1.bias

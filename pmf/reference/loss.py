@@ -8,7 +8,7 @@ the null class is num_classes, and v belongs to h = 0 on the guidance interval [
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from pmf.reference.jvp import model_jvp
 if TYPE_CHECKING:
     from pmf.config import LossConfig
     from pmf.draws import Draws
+    from pmf.model import PMFDiT
 
 Differentiate = Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
 """(model, z, t, h, omega, t_min, t_max, y, z_dot, t_dot, h_dot) -> u, v and du/dt: how du/dt is taken.
@@ -45,7 +46,7 @@ class Fields(NamedTuple):
     """The clean image z_t - t u, which the perceptual terms compare with x."""
 
 
-def pmf_fields(model: Any, x: Tensor, y: Tensor, draws: Draws, differentiate: Differentiate = model_jvp) -> Fields:
+def pmf_fields(model: PMFDiT, x: Tensor, y: Tensor, draws: Draws, differentiate: Differentiate = model_jvp) -> Fields:
     """The fields of one batch: x [B, c, H, W], y int64 [B]."""
     t, r, omega, t_min, t_max = (s.to(x.device) for s in (draws.t, draws.r, draws.omega, draws.t_min, draws.t_max))
     fm, dropped = draws.fm_mask.to(x.device), draws.drop_mask.to(x.device)
@@ -84,7 +85,7 @@ def adaptive(loss: Tensor, config: LossConfig) -> Tensor:
 
 
 def pmf_loss(
-    model: Any,
+    model: PMFDiT,
     x: Tensor,
     y: Tensor,
     draws: Draws,
