@@ -1,7 +1,9 @@
+import dataclasses
 import io
 import os
 import pickle
 import shlex
+import subprocess
 import sys
 import tarfile
 
@@ -267,7 +269,11 @@ def test_webdataset_shards_are_a_source(tmp_path):
     data = prepare(config(None, tmp_path / "out", source=pattern, shard_images=8, classes=names))
     assert data.classes == CLASSES
     holds_all(data)
-    assert prepare(config(None, tmp_path / "unnamed", source=pattern)).classes == ("0", "1", "2")
+    names.write_text("ant\nbee\n")
+    unnamed = config(None, tmp_path / "unnamed", source=pattern)
+    with pytest.raises(InputError, match="classes: expected names of 3 classes, got 2"):
+        prepare(dataclasses.replace(unnamed, classes=names))
+    assert prepare(unnamed).classes == ("0", "1", "2")
     assert [s.key for s in open_source(pattern).samples(19)] == ["000000019", "000000020"]
     torn = tmp_path / "shard-000004.tar"
     torn.write_bytes(torn.read_bytes()[:900])
@@ -350,6 +356,27 @@ def test_a_missing_package_is_named_by_its_extra(monkeypatch, package, spec):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(InputError, match=r"pip install 'pixel-meanflow\[data\]'"):
         open_source(spec)
+
+
+@pytest.mark.parametrize("package", ["pyarrow", "xxhash"])
+def test_prepared_data_name_their_extra_and_embedded_data_do_without(package, tmp_path):
+    (tmp_path / "shard-000000.arrow").write_bytes(b"")
+    code = f"""
+import sys
+from pmf.train.cli import main
+from pmf.train.data import open_data
+assert len(open_data("digits", 8)) == 1500 and len(open_data("photographs", 32)) == 5400
+assert not {{"pyarrow", "xxhash", "datasets", "webdataset"}} & set(sys.modules)
+sys.modules[{package!r}] = None
+for arguments in (["data", "verify", {str(tmp_path)!r}], ["train", "digits", "--data", {str(tmp_path)!r}]):
+    try:
+        main(arguments)
+    except SystemExit as end:
+        assert end.code == 2
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("pmf: data: prepared images need pip install 'pixel-meanflow[data]'") == 2
 
 
 def test_wrong_sources_are_refused(tmp_path):

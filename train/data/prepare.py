@@ -70,34 +70,32 @@ def command(arguments: list[str]) -> None:
 
 def prepare(config: tyro.conf.OmitArgPrefixes[PrepareConfig]) -> PreparedShards:
     """Centre-crop every picture of a source once into Arrow shards; run again, it continues."""
-    # The result depends neither on interruptions nor on workers.
     source = open_source(config.source)
     classes = tuple(config.classes.read_text().splitlines()) if config.classes else source.classes
-    left_out: list[tuple[str, str]] = []
-    labels = 0
+    left_out = labels = 0
     for shard in _shards(config, source):
-        rows = zip(shard["key"].to_pylist(), shard["reason"].to_pylist(), strict=True)
-        left_out += [(key, reason) for key, reason in rows if reason is not None]
-        for key, reason in left_out[config.max_corrupt :]:
-            excess = f"expected at most {config.max_corrupt} unusable pictures, the last is {key}: {reason}"
-            raise InputError(f"source: {excess}")
+        for key, reason in zip(shard["key"].to_pylist(), shard["reason"].to_pylist(), strict=True):
+            if reason is not None:
+                print(f"left out {key}: {reason}", file=sys.stderr)
+                left_out += 1
+                excess = f"expected at most {config.max_corrupt} unusable pictures, the last is {key}: {reason}"
+                require(left_out <= config.max_corrupt, f"source: {excess}")
         labels = max(labels, 1 + int(shard["label"].to_numpy().max(initial=-1)))
     require(labels > 0, f"source: {config.source} gave no usable picture")
     classes = classes or tuple(map(str, range(labels)))
     require(labels <= len(classes), f"classes: expected names of {labels} classes, got {len(classes)}")
-    for key, reason in left_out:
-        print(f"left out {key}: {reason}", file=sys.stderr)
     text = "".join(f"{name}\n" for name in classes)
     write_atomically(config.out / shards.CLASSES_FILE, lambda temporary: temporary.write_text(text))
-    data, lost = PreparedShards(config.out), len(left_out) or "none"
-    print(f"{config.out}: {len(data)} images of {len(classes)} classes at {config.size} px; {lost} left out")
+    data = PreparedShards(config.out)
+    lost = f"{left_out or 'none'} left out"
+    print(f"{config.out}: {len(data)} images of {len(classes)} classes at {config.size} px; {lost}")
     if config.verify:
         verify(config.out)
     return data
 
 
 def _shards(config: PrepareConfig, source: Source) -> Iterator[pa.Table]:
-    """All shards in order, after making those that are not there whole."""
+    """All shards in order, after making those that are missing; they depend neither on interruptions nor on workers."""
     count = config.shard_images
     settings = Settings(config.source, source.fingerprint, config.size, config.encoding, count)
     there = _begun(config.out, settings)
@@ -118,7 +116,7 @@ def _shards(config: PrepareConfig, source: Source) -> Iterator[pa.Table]:
 
 
 def _begun(directory: Path, settings: Settings) -> dict[Path, pa.Table]:
-    """The whole shards that an earlier run left. Errors: it had other settings, or the directory holds other things."""
+    """The whole shards of an earlier run. Errors: its settings or source differ, or other files are there."""
     files = [file for file in directory.glob("*") if not file.name.startswith(".")]
     others = [file for file in files if file.name != shards.CLASSES_FILE and not file.match("shard-*.arrow")]
     require(not others, f"out: {directory} is not empty and holds no prepared shards, expected another --out")
@@ -138,11 +136,11 @@ def _begun(directory: Path, settings: Settings) -> dict[Path, pa.Table]:
 
 
 def _row(size: int, encoding: str, sample: Sample) -> dict[str, Any]:
-    """The row of a shard that a picture becomes."""
+    """A picture's row in a shard."""
     try:
         require(sample.label is not None and sample.label >= 0, "it has no label")
         image = _square(sample.read(), size, encoding)
-    except Exception as error:  # decoders fail in any way on torn files
+    except Exception as error:  # decoders raise anything on torn files
         return dict(image=None, label=-1, key=sample.key, checksum=0, reason=first_line(error))
     kept = shards.checksum(image, sample.label)
     return dict(image=image, label=sample.label, key=sample.key, checksum=kept, reason=None)

@@ -1,9 +1,9 @@
 """Prepared images: Arrow files at the training size, mapped into memory and read by index.
 
-Shard i of a directory, `shard-00000i.arrow`, has a row for each of the source's positions [i n, (i + 1) n), so that it
-can be made again alone: the image, its label, its key in the source, and a checksum of image and label; or, if the
-picture cannot be used, the reason. Its metadata says what it was made from and how. The last shard is shorter than n,
-if need be empty. `classes.txt` names the classes, a line each; it is written last.
+Shard i of a directory, `shard-00000i.arrow`, has one row for each position [i n, (i + 1) n) of the source, so that it
+can be made again alone. A row holds the image, its label, its key in the source, and a checksum of image and label; or,
+if the picture cannot be used, the reason. The metadata says what the shard was made from and how. The last shard has
+fewer than n rows, none if need be. `classes.txt` names the classes, one a line, and is written last.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ CLASSES_FILE = "classes.txt"
 COLUMNS = dict(image=pa.large_binary(), label=pa.int32(), key=pa.string(), checksum=pa.uint64(), reason=pa.string())
 SCHEMA = pa.schema(COLUMNS)
 BATCH = 64
+"""Rows that are gathered before they are copied into Arrow."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def open_shard(file: Path) -> pa.Table:
     """Map a shard into memory. Errors: `InputError` where it is missing or torn."""
     try:
         table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
-        table.validate(full=True)  # an offset that points outside would end the process
+        table.validate(full=True)  # else a flipped bit in an offset could crash the process
         settings_of(table)
         whole = table.schema == SCHEMA and len(table) == int(table.schema.metadata[b"rows"])
         whole = whole and table["image"].is_valid().equals(table["reason"].is_null())

@@ -92,8 +92,10 @@ def _digest(*parts: str) -> str:
 
 
 def _folder(path: str) -> Source:
-    """One directory per class. (`imagefolder` of datasets takes the innermost folder for the class, and a class called
-    train or test for a split.)
+    """One directory per class.
+
+    (`imagefolder` of datasets takes a class called train for a split and drops the other classes; where directories
+    differ in depth, it drops all labels.)
     """
     root = Path(path)
     require(root.is_dir(), f"source: {root} is no directory")
@@ -148,7 +150,7 @@ def row_samples(data: Dataset | IterableDataset, image: str, label: str, start: 
 
 
 def _load(name: str, options: dict[str, str]) -> Dataset | IterableDataset:
-    """What `datasets` opens. Local files are streamed: a copy in its cache would be read no faster."""
+    """The data set by that name. Local files are streamed, or `datasets` would copy them into its cache."""
     from datasets import DatasetDict, load_dataset, load_from_disk
 
     path, split = Path(name), options["split"]
@@ -162,6 +164,7 @@ def _load(name: str, options: dict[str, str]) -> Dataset | IterableDataset:
 
 
 def _web_dataset(pattern: str) -> Source:
+    """Read by webdataset: `datasets` takes the columns of the first entries for all, so that jpg beside png is lost."""
     import braceexpand
     import webdataset
 
