@@ -17,9 +17,10 @@ from torch import Tensor
 
 from pmf import ops
 from pmf.config import LOSSES, MODELS, ModelConfig
+from pmf.draws import sample_draws
 from pmf.layers import PatchEmbed
-from pmf.loss import StepPlan, sample_draws
 from pmf.private import reread_buffers
+from pmf.step_plan import StepPlan
 
 MODES = ("forward", "dual", "backward")
 VALUE_ALONE = "value alone"
@@ -316,7 +317,7 @@ def objective_case(size: str, batch: int) -> Case:
     """The squared errors of a lean step and their gradients: tokens, tangent and guidance read once."""
     config = MODELS[size]
     draws = sample_draws(batch, (1, 1, 1), LOSSES[size], torch.Generator().manual_seed(0))
-    plan = StepPlan.of(draws, "lean")
+    plan = StepPlan.of(draws)
     tokens = batch * config.num_patches * config.patch_values
     # Forward: both heads in bfloat16, x in float32; on the last rows the tangent and net_c, on some net_n.
     partial = config.num_patches * config.patch_values * 2 * (2 * plan.tangent_rows + len(plan.null_rows))

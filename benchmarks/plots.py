@@ -8,9 +8,9 @@ from pathlib import Path
 
 import tyro
 
+from pmf.atomic_files import write_atomically
 from pmf.benchmarks.ledger import RESULTS
 from pmf.benchmarks.report import Record, find_ledger, measured, read_ledger
-from pmf.checkpoint import write_atomically
 
 
 @dataclass(frozen=True)

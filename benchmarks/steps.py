@@ -18,7 +18,7 @@ from pmf.counting import row_operations
 from pmf.memory import training_memory
 
 STEP_TEST = "test_loss.py"
-CAPTURED_TEST = {"captured": "test_captured.py"}
+CAPTURED_TEST = {"captured": "test_cuda_graphs.py"}
 """What more must pass before a provider with that word in its name."""
 SAMPLING_TEST = "test_sampling.py"
 

@@ -14,10 +14,10 @@ import pmf
 from pmf.benchmarks import cases, memory, steps
 from pmf.benchmarks.baselines import joint_jvp_loss, two_pass_loss
 from pmf.benchmarks.timing import ceilings, host_us, measure, profile_of, profiled, warm_up
-from pmf.counting import meta_step, operations, row_operations
+from pmf.counting import operations, row_operations
 from pmf.kernels.attention import HOPPER_TILES
 from pmf.memory import saved_per_row, training_memory
-from tests.networks import TINY, random_model, relative_error
+from tests.networks import TINY, meta_step, random_model, relative_error
 from tests.test_loss import LOSS, gradients, step_inputs
 
 CPU = torch.device("cpu")
@@ -96,7 +96,7 @@ def test_every_preset_has_a_step(size):
     case = steps.step_case(size, 4)
     assert {"lean", "flow matching", "joint jvp, compiled"} <= case.providers(CPU).keys()
     draws = pmf.sample_draws(4, (1, 1, 1), pmf.LOSSES[size], torch.Generator().manual_seed(0))
-    assert operations(meta_step(pmf.MODELS[size], draws, "lean")) == case.operations
+    assert operations(meta_step(pmf.MODELS[size], draws, steps.lean_loss)) == case.operations
 
 
 def test_measure_takes_turns_and_gives_quartiles():

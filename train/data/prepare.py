@@ -19,11 +19,11 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
+from pmf.atomic_files import write_atomically
 from pmf.errors import InputError, first_line, require
 from pmf.train.data import CorruptImageError, shards
 from pmf.train.data.shards import PreparedShards, Settings
 from pmf.train.data.sources import Sample, Source, open_source
-from pmf.train.files import write_atomically
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -21,9 +21,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pmf.atomic_files import write_atomically
 from pmf.errors import InputError, first_line, require
 from pmf.train.data.training_data import CorruptImageError
-from pmf.train.files import write_atomically
 
 try:
     import pyarrow as pa

@@ -1,31 +1,31 @@
-"""Muon (Jordan et al. 2024): momentum, orthogonalised; equal shapes iterate together, and ranks share the work."""
+"""Muon (Jordan et al. 2024): orthogonalised momentum. Equal shapes are iterated together, and ranks share the work."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from pmf.private import foreach_lerp_, foreach_sub_
-from pmf.train.moments import begin, count, local, nesterov
+from pmf.train.optim.moments import advance, local, nesterov
 
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
-"""a, b, c of the quintic a X + (b X X^T + c (X X^T)^2) X, whose iteration drives singular values to about 1."""
+"""a, b, c of the quintic a X + (b X X^T + c (X X^T)^2) X, which when iterated drives singular values to about 1."""
 EPS = 1e-8
-"""What is added to a matrix's norm before it is divided by it."""
+"""Added to a matrix's norm before dividing by it."""
 CHUNK_VALUES = 2**27
-"""Values orthogonalised at a time; the iteration needs about four times their memory."""
+"""Values orthogonalised at a time; the iteration takes about four times their memory."""
 
 
 def orthogonalise(x: Tensor, steps: int) -> Tensor:
     """Newton-Schulz: each matrix of x [n, r, c] with its singular values moved to about 1.
 
-    Products are in bfloat16 on CUDA, where it is as good and several times faster; else in the precision of x.
+    Products are in bfloat16 on CUDA, which is accurate enough and several times faster, else in the dtype of x.
     """
     a, b, c = COEFFICIENTS
     tall = x.shape[-2] > x.shape[-1]
@@ -41,11 +41,11 @@ def orthogonalise(x: Tensor, steps: int) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon with Nesterov momentum over matrices: W -= lr sqrt(max(1, r / c)) orthogonalise(update).
 
-    m = lerp(m, g, 1 - beta); update = beta m / (1 - beta^(t + 1)) + (1 - beta) g / (1 - beta^t), t counting a matrix's
-    steps from 1: corrected for the zero that m starts at, as in optax. The state of a matrix: momentum_buffer like it,
-    and step, on the CPU. Matrices of one shape are orthogonalised in one batch. `mesh`: the device mesh that holds the
-    (replicated or sharded) matrices; each of its ranks then orthogonalises its share of the matrices and passes the
-    result on.
+    m = lerp(m, g, 1 - beta); update = beta m / (1 - beta^(t + 1)) + (1 - beta) g / (1 - beta^t), where t counts a
+    matrix's steps from 1; as in optax, both terms are corrected for m having started at zero. State of a matrix:
+    momentum_buffer, shaped like it, and step, on the CPU. Matrices of one shape are orthogonalised in one batch.
+    `mesh`: the device mesh that holds the (replicated or sharded) matrices. Each of its ranks orthogonalises its share
+    of the matrices and sends the result to the others.
     """
 
     def __init__(
@@ -61,11 +61,11 @@ class Muon(torch.optim.Optimizer):
         self.mesh = mesh
 
     def __getstate__(self) -> dict[str, object]:
-        """What copies and pickles take: PyTorch's own leaves the mesh out."""
+        """The state for copies and pickles; PyTorch's own omits the mesh."""
         return {**super().__getstate__(), "mesh": self.mesh}
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure=None):
         """Update every matrix that has a gradient."""
         for group in self.param_groups:
             matrices = [p for p in group["params"] if p.grad is not None]
@@ -78,42 +78,33 @@ class Muon(torch.optim.Optimizer):
                 foreach_sub_([local(p) for p in batch], list(orthogonal.unbind()), alpha=scale)
 
     def _momentum(self, matrices: list[nn.Parameter], beta: float) -> list[Tensor]:
-        """The local parts of the Nesterov updates; elementwise, so that shards need each other for nothing."""
+        """The local parts of the Nesterov updates; they are elementwise, so shards need no communication."""
         if not matrices:
             return []
-        states = [self.state[p] for p in matrices]
-        for state, p in zip(states, matrices, strict=True):
-            begin(state, p, ("momentum_buffer",))
-        means, gradients = [local(state["momentum_buffer"]) for state in states], [local(p.grad) for p in matrices]
+        counts, gradients, (means,) = advance(self.state, matrices, ("momentum_buffer",))
         foreach_lerp_(means, gradients, 1 - beta)
-        return nesterov(means, gradients, beta, count(states))
+        return nesterov(means, gradients, beta, counts)
 
     def _orthogonalised(self, matrices: list[nn.Parameter], update: Tensor, steps: int) -> Tensor:
-        """orthogonalise(update) for the local parts [n, r_local, c] of equally placed matrices."""
+        """orthogonalise(update) for the local parts [n, r_local, c] of matrices with equal placements."""
         if self.mesh is None:
             return orthogonalise(update, steps)
-        # Placed as the matrices are, behind a batch dimension; then whole matrices, some on every rank.
-        placements = [Replicate()] * self.mesh.ndim
+        # The placements of the matrices behind a batch dimension; then whole matrices, a share on every rank.
+        placements: list[Placement] = [Replicate()] * self.mesh.ndim
         if isinstance(matrices[0], DTensor):
-            placements = [Shard(p.dim + 1) if p.is_shard() else p for p in matrices[0].placements]
+            placements = [Shard(p.dim + 1) if isinstance(p, Shard) else p for p in matrices[0].placements]
         shape = torch.Size((len(matrices), *matrices[0].shape))
-        whole = DTensor.from_local(
-            update, self.mesh, placements, run_check=False, shape=shape, stride=_contiguous_stride(shape)
-        )
-        shared = whole.redistribute(placements=[Shard(0)] * self.mesh.ndim)
+        shared = self._distributed(update, placements, shape).redistribute(placements=[Shard(0)] * self.mesh.ndim)
         mine = orthogonalise(shared.to_local(), steps)
-        result = DTensor.from_local(
-            mine, self.mesh, shared.placements, run_check=False, shape=shape, stride=_contiguous_stride(shape)
-        )
-        return result.redistribute(placements=placements).to_local()
+        return self._distributed(mine, shared.placements, shape).redistribute(placements=placements).to_local()
 
-
-def _contiguous_stride(shape: torch.Size) -> tuple[int, ...]:
-    return torch.empty(shape, device="meta").stride()
+    def _distributed(self, part: Tensor, placements: Sequence[Placement], shape: torch.Size) -> DTensor:
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(part, self.mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 def _batches(matrices: list[nn.Parameter]) -> Iterator[list[int]]:
-    """Places of matrices with one shape, at most CHUNK_VALUES values together."""
+    """Indices of matrices with one shape, at most CHUNK_VALUES values together."""
     by_shape: dict[torch.Size, list[int]] = defaultdict(list)
     for i, matrix in enumerate(matrices):
         by_shape[matrix.shape].append(i)

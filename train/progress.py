@@ -1,4 +1,4 @@
-"""What a run says while it trains: metrics.jsonl, a progress bar, TensorBoard where it is installed."""
+"""What a run reports while it trains: metrics.jsonl, a progress bar, and TensorBoard if it is installed."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pmf.train.directory import METRICS_FILE
+from pmf.train.run_directory import METRICS_FILE
 
 
-class Reporter:
-    """The main process's voice. `metrics` are the records of the `done` first steps; new ones are added to them."""
+class Progress:
+    """The main process's reports. `metrics` are the records of the first `done` steps; new ones are appended."""
 
     def __init__(self, directory: Path, metrics: list[dict], done: int, steps: int) -> None:
         self.metrics = metrics
@@ -20,7 +20,7 @@ class Reporter:
         self.bar = tqdm(total=steps, initial=done, desc="training", unit="step")
         self.writer = _tensorboard(directory, done)
 
-    def __enter__(self) -> Reporter:
+    def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -37,14 +37,14 @@ class Reporter:
         self.bar.update()
 
     def note(self, step: int, values: dict[str, float]) -> None:
-        """Record and print what was measured after a step, once."""
+        """Record and print what was measured after a step, unless it is the last record already."""
         record = {"step": step, **values}
         if _finite(record) not in self.metrics[-1:]:
             self._write(record)
         self.bar.write(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
 
     def _write(self, record: dict[str, float]) -> None:
-        """A line of the metrics; what is not finite is null in it."""
+        """Append a line to the metrics, with null for values that are not finite."""
         finite = _finite(record)
         self.metrics.append(finite)
         self.log.write(json.dumps(finite) + "\n")
@@ -59,7 +59,7 @@ def _finite(record: dict[str, float]) -> dict[str, float | None]:
 
 
 def _tensorboard(directory: Path, done: int):
-    """TensorBoard's writer; it hides what was written of later steps, which were not saved."""
+    """TensorBoard's writer, which hides records of steps after `done` (they were not saved)."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

@@ -1,19 +1,19 @@
-"""Asked to stop: Ctrl-C, SIGTERM and SIGUSR1 become a request that the loop honours after the step."""
+"""Stop requests: Ctrl-C, SIGTERM and SIGUSR1 ask the loop to save and stop after the current step."""
 
 from __future__ import annotations
 
 import signal
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""SIGUSR1 is what Slurm's --signal=USR1@60 sends before the time is up."""
+"""Slurm sends SIGUSR1 before the time is up, when asked to by --signal=USR1@60."""
 
 
 class StopRequest:
-    """While entered, the first signal sets `requested`; a second one of that kind does what it always does."""
+    """While entered, the first signal sets `requested`; a second one of its kind has its usual effect."""
 
     def __enter__(self) -> StopRequest:
         self.requested = False
-        self._before = {number: signal.signal(number, self._request) for number in SIGNALS}
+        self._before = {int(number): signal.signal(number, self._request) for number in SIGNALS}
         return self
 
     def _request(self, number: int, frame: object) -> None:

@@ -1,31 +1,33 @@
-"""A run's directory: what is in it, whose it is, and the metrics so far."""
+"""A run's directory: which files are a run's, and its configuration and metrics."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
-from pmf.checkpoint import write_atomically
+from pmf.atomic_files import write_atomically
 from pmf.errors import InputError, require
-from pmf.train.checkpoints import FOLDER
 from pmf.train.config import CONFIG_FILE, RunConfig, load_run_config, to_json
+from pmf.train.snapshots import FOLDER
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.png"
 CURVE_FILE = "loss.png"
+EVALUATION_FOLDER = "eval"
 
 
-def clear(directory: Path, overwrite: bool) -> None:
-    """Make room for a new run: in an empty or new directory; or where a run may go, since it is to be
-    overwritten or has saved nothing yet.
+def make_room(directory: Path, overwrite: bool) -> None:
+    """Prepare a directory for a new run: empty or new, or with a run that saved nothing or is to be overwritten.
 
-    Errors: `InputError` otherwise; nothing that is no part of a run is ever removed.
+    Errors: `InputError` otherwise. Only files of a run are ever removed.
     """
     if not directory.is_dir():
         return
-    for torn in directory.glob(f".{CONFIG_FILE}.*"):  # killed while a run stored its configuration
+    for torn in directory.glob(f".{CONFIG_FILE}.*"):  # left by a run killed while it stored its configuration
         torn.unlink()
     if not any(directory.iterdir()):
         return
@@ -48,21 +50,21 @@ def write_config(directory: Path, config: RunConfig) -> None:
 
 
 def metrics_until(directory: Path, step: int) -> list[dict]:
-    """The metrics up to this step; those of steps that were not saved are dropped from the file."""
+    """The metrics up to this step. Later ones, of steps that were not saved, are removed from the file."""
     file = directory / METRICS_FILE
-    lines = file.read_text().splitlines() if file.exists() else []
-    kept = list(itertools.takewhile(lambda r: r.get("step", step + 1) <= step, map(_record, lines)))
+    kept = list(itertools.takewhile(lambda record: record["step"] <= step, read_json_lines(file)))
     text = "".join(json.dumps(record) + "\n" for record in kept)
     write_atomically(file, lambda temporary: temporary.write_text(text))
     return kept
 
 
-def _record(line: str) -> dict:
-    """A line of the metrics; {} where it is torn."""
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return {}
+def read_json_lines(file: Path) -> list[dict[str, Any]]:
+    """The records of a file of JSON lines, none if it does not exist. Lines torn by a crash are skipped."""
+    records = []
+    for line in file.read_text().splitlines() if file.is_file() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
 
 
 def _is_run(directory: Path) -> bool:
@@ -74,16 +76,9 @@ def _is_run(directory: Path) -> bool:
 
 
 def _run_files(directory: Path) -> list[Path]:
-    """What a run writes, but for its configuration: by that a directory is known, until the next one replaces it."""
-    names = (METRICS_FILE, SAMPLES_FILE, CURVE_FILE, "model.safetensors")
-    patterns = (
-        *names,
-        FOLDER,
-        "ema_*.safetensors",
-        "eval/results.jsonl",
-        "eval/.*",
-        "tensorboard/events.*",
-        *(f".{name}.*" for name in names),
-        ".ema_*",
-    )
+    """The files a run writes, except config.json: it marks the directory as a run's until the next run replaces it."""
+    pictures = (SAMPLES_FILE, CURVE_FILE)
+    patterns = [FOLDER, "tensorboard/events.*", f"{EVALUATION_FOLDER}/results.jsonl", f"{EVALUATION_FOLDER}/.*"]
+    for name in (METRICS_FILE, *pictures, "model.safetensors", "ema_*.safetensors"):
+        patterns += [name, f".{name}.*"]  # and what a killed run left of them
     return [path for pattern in patterns for path in directory.glob(pattern)]

@@ -6,26 +6,31 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from pmf.autocast import autocast_dtype
 from pmf.config import LossConfig
-from pmf.dispatch import autocast_dtype
+from pmf.draws import Draws
 from pmf.errors import require
-from pmf.loss import Draws, LossOutput, Step, _step, check_step, evaluate, perceptual_rows
+from pmf.loss import LossOutput, PerceptualFunction, perceptual_rows, squared_errors
+from pmf.step_plan import PlannedStep, plan_step
+
+if TYPE_CHECKING:
+    from pmf.model import PMFDiT
 
 INPUTS = (
     *("x", "y", "z", "t", "h", "omega", "t_min", "t_max", "inside_omega"),
-    *("guidance", "null_index", "null_rows", "dropped", "fm"),
+    *("guidance", "null_index", "null_rows", "dropped"),
 )
-"""What of a `Step` the network and the objective read."""
+"""The fields of a `PlannedStep` that the network and the objective read."""
 
 
 @dataclass(frozen=True)
 class _Outputs:
-    """What the forward half leaves behind."""
+    """The results of the forward half."""
 
     loss: Tensor
     """Without perceptual terms."""
@@ -40,28 +45,28 @@ class _Halves:
 
     forward: Callable[..., _Outputs]
     backward: Callable[[_Outputs, Tensor | None], None]
-    """From the forward half's outputs and the gradient that reaches net_u from the perceptual terms."""
+    """Takes the forward half's outputs and the gradient of the perceptual terms with respect to net_u."""
 
 
 class CapturedStep:
     """`pmf_loss(model, ...).loss.backward()` at the speed of the device: on CUDA, a CUDA graph for each half.
 
-    A step of pMF-B/16 is some thousand launches, which Python issues slower than an H100 computes them. Here
-    they are captured once for every size that a step can have (rows with a tangent, padded rows of the null
-    class: a handful), and replayed. The graphs share their memory. Off CUDA the same runs without graphs.
+    A step of pMF-B/16 launches some thousand kernels, and Python issues them more slowly than an H100 runs them. Here
+    they are captured once for each size of a step (rows with a tangent, padded rows of the null class: a handful of
+    sizes) and replayed. The graphs share their memory. On other devices the same code runs without graphs.
 
         step = pmf.CapturedStep(model, loss_config)
         with torch.autocast("cuda", torch.bfloat16):
             out = step(x, y, draws)  # gradients are added to .grad, as backward() does
 
-    Autocast is that of the call. The weights may change in place, in whatever way; the gradients lie in one
-    buffer that stays. The perceptual terms, whose rows vary freely, run between the halves, uncaptured.
+    Autocast is that of the call. Weights may change in place between calls; gradients live in one fixed buffer.
+    Perceptual terms, whose number of rows varies freely, run between the halves, uncaptured.
     Errors: `InputError` as `pmf_loss`, on weights that are sharded (FSDP), and on a model whose parameters have
     been replaced since.
     """
 
-    def __init__(self, model, loss_config: LossConfig, *, scale: float = 1.0) -> None:
-        """`scale` multiplies the gradients (not the loss): one over the number of batches that a step adds up."""
+    def __init__(self, model: PMFDiT, loss_config: LossConfig, *, scale: float = 1.0) -> None:
+        """`scale` multiplies the gradients (not the loss): 1 / n where n batches are accumulated."""
         self.model, self.config, self.scale = model, loss_config, scale
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         whole = not any(hasattr(p, "to_local") for p in self._parameters)
@@ -71,21 +76,19 @@ class CapturedStep:
         self._gradients = _Gradients(self._parameters)
         self._halves: dict[tuple, _Halves] = {}
         self._buffers: dict[tuple, Tensor] = {}
-        on_gpu = self.device.type == "cuda"
-        self._pool, self._stream = (torch.cuda.MemPool(), torch.cuda.Stream(self.device)) if on_gpu else (None, None)
+        self._graphs = _Graphs(self.device) if self.device.type == "cuda" else None
 
     def __call__(
         self,
         x: Tensor,
         y: Tensor,
         draws: Draws,
-        perceptual: Callable[[Tensor, Tensor], dict[str, Tensor]] | None = None,
+        perceptual: PerceptualFunction | None = None,
     ) -> LossOutput:
         """Loss and terms, detached; gradients are added to those in `.grad`. Arguments: see `pmf_loss`."""
-        check_step(self.model, x, y, draws, "lean")
+        step = plan_step(self.model, x, y, draws, self.config)
         message = "model: its parameters were replaced, expected those the step was built on"
         require(self._parameter_places() == self._places, message)
-        step = _step(self.model, x, y, draws, self.config, "lean")
         self._gradients.adopt()
         for name in INPUTS:
             value = getattr(step, name)
@@ -101,7 +104,9 @@ class CapturedStep:
         halves.backward(outputs, dnet_u)
         return LossOutput(loss, terms)
 
-    def _perceptual(self, perceptual: Callable, step: Step, net_u: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    def _perceptual(
+        self, perceptual: PerceptualFunction, step: PlannedStep, net_u: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """What the perceptual terms add to the loss, their mean distances, and their gradient in net_u."""
         net_u = net_u.detach().requires_grad_()
         rows, terms = perceptual_rows(perceptual, self.model, step, net_u, self.config)
@@ -112,31 +117,28 @@ class CapturedStep:
     def _parameter_places(self) -> list[int]:
         return [p.data_ptr() for p in self._parameters]
 
-    def _halves_of(self, step: Step, perceptual: bool) -> _Halves:
-        """The halves for steps of this size, captured where they are not there yet."""
+    def _halves_of(self, step: PlannedStep, perceptual: bool) -> _Halves:
+        """The halves for steps of this size, captured on first use."""
         dtype = autocast_dtype(self.device.type)
         key = (len(step.x), step.tangent_rows, len(step.null_rows), dtype, perceptual)
         if key not in self._halves:
             buffers: dict[str, Any] = {name: self._buffer(name, getattr(step, name)) for name in INPUTS}
             static = replace(step, **buffers)
             halves = _Halves(functools.partial(self._forward, static, dtype), self._backward)
-            if self.device.type == "cuda":
-                with torch.cuda.device(self.device):
-                    halves = self._captured(halves, perceptual)
-            self._halves[key] = halves
+            self._halves[key] = halves if self._graphs is None else self._graphs.captured(halves, perceptual)
         return self._halves[key]
 
     def _buffer(self, name: str, like: Tensor) -> Tensor:
-        """The place of an input of that shape, shared by the steps of all sizes that have it."""
+        """The fixed buffer for an input of that shape, shared by steps of all sizes."""
         key = (name, like.shape)
         if key not in self._buffers:
             self._buffers[key] = torch.empty_like(like)
         return self._buffers[key]
 
-    def _forward(self, step: Step, dtype: torch.dtype | None, accumulate: bool = True) -> _Outputs:
+    def _forward(self, step: PlannedStep, dtype: torch.dtype | None, accumulate: bool = True) -> _Outputs:
         with self._gradients.collected(self.model, accumulate), _own_autocast(self.device.type, dtype):
-            evaluated = evaluate(self.model, step, self.config)
-            return _Outputs(evaluated.rows.mean(), evaluated.terms, evaluated.net_u)
+            errors = squared_errors(self.model, step, self.config)
+            return _Outputs(errors.rows.mean(), errors.terms, errors.net_u)
 
     def _backward(self, outputs: _Outputs, dnet_u: Tensor | None) -> None:
         ends, gradients = [outputs.loss], [torch.full_like(outputs.loss, self.scale)]
@@ -144,18 +146,41 @@ class CapturedStep:
             ends, gradients = [*ends, outputs.net_u], [*gradients, dnet_u]
         torch.autograd.backward(ends, gradients)
 
-    def _captured(self, halves: _Halves, perceptual: bool) -> _Halves:
+
+class _Graphs:
+    """Captures steps of several sizes in memory that they share."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.pool, self.stream = device, torch.cuda.MemPool(), torch.cuda.Stream(device)
+
+    def captured(self, halves: _Halves, perceptual: bool) -> _Halves:
         """The same halves as CUDA graphs."""
-        self._warm_up(halves, perceptual)
+        with torch.cuda.device(self.device):
+            self._warm_up(halves, perceptual)
+            return self._capture(halves, perceptual)
+
+    def _warm_up(self, halves: _Halves, perceptual: bool) -> None:
+        """Run both halves once, so that compilers and libraries initialise; these gradients are dropped.
+
+        It runs on the graphs' stream and in their pool, so that they reuse its memory: PyTorch caches memory by both.
+        """
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream), torch.cuda.use_mem_pool(self.pool):
+            outputs = halves.forward(accumulate=False)
+            halves.backward(outputs, torch.zeros_like(outputs.net_u) if perceptual else None)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        torch.cuda.empty_cache()  # backward's own thread allocates outside of the pool
+
+    def _capture(self, halves: _Halves, perceptual: bool) -> _Halves:
         first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        # Other threads, which pin a loader's batches, may go on meanwhile.
-        pool: Any = self._pool.id
-        capture = functools.partial(torch.cuda.graph, pool=pool, stream=self._stream, capture_error_mode="thread_local")
+        pool: Any = self.pool.id
+        # thread_local: other threads, which pin a loader's batches, may go on meanwhile.
+        capture = functools.partial(torch.cuda.graph, pool=pool, stream=self.stream, capture_error_mode="thread_local")
         with capture(first):
             outputs = halves.forward()
-        place = torch.zeros_like(outputs.net_u) if perceptual else None
+        buffer = torch.zeros_like(outputs.net_u) if perceptual else None
         with capture(second):
-            halves.backward(outputs, place)
+            halves.backward(outputs, buffer)
         left = replace(outputs, loss=outputs.loss.detach(), net_u=outputs.net_u.detach())
 
         def forward() -> _Outputs:
@@ -163,27 +188,15 @@ class CapturedStep:
             return left
 
         def backward(_: _Outputs, dnet_u: Tensor | None) -> None:
-            if dnet_u is not None:
-                place.copy_(dnet_u)
+            if buffer is not None and dnet_u is not None:
+                buffer.copy_(dnet_u)
             second.replay()
 
         return _Halves(forward, backward)
 
-    def _warm_up(self, halves: _Halves, perceptual: bool) -> None:
-        """Run both halves once, so that compilers and libraries get ready; these gradients are dropped.
-
-        On the stream and in the pool of the graphs, which find the memory there: PyTorch keeps it apart by both.
-        """
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool):
-            outputs = halves.forward(accumulate=False)
-            halves.backward(outputs, torch.zeros_like(outputs.net_u) if perceptual else None)
-        torch.cuda.current_stream().wait_stream(self._stream)
-        torch.cuda.empty_cache()  # what backward's own thread took lies outside of the pool
-
 
 class _Gradients:
-    """One buffer for the gradients of all parameters, so that graphs find them where they were."""
+    """One buffer for the gradients of all parameters, at fixed addresses, as graphs need them."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self.parameters = parameters
@@ -194,7 +207,7 @@ class _Gradients:
         self.places = [part.view(p.shape) for part, p in zip(parts, parameters, strict=True)]
 
     def adopt(self) -> None:
-        """Make every `.grad` its place in the buffer, with the value it has; None is zero."""
+        """Make every `.grad` a view of the buffer, keeping its value; None counts as zero."""
         fresh = all(p.grad is None for p in self.parameters)
         if fresh:
             self.buffer.zero_()
@@ -207,11 +220,11 @@ class _Gradients:
 
     @contextlib.contextmanager
     def collected(self, model: nn.Module, accumulate: bool) -> Iterator[None]:
-        """Inside, the model computes with stand-ins of its parameters: the same memory, leaves of their own.
+        """Inside, the model computes with aliases of its parameters: the same memory, autograd leaves of their own.
 
-        Backward then adds to the places in the buffer (with `accumulate`), on the stream of what runs inside. A
-        parameter itself stays bound to the stream of any step that somebody still holds the loss of, which cannot
-        be captured.
+        With `accumulate`, backward adds to the views of the buffer, on the stream that is current inside. Gradients
+        of a parameter itself are added on the stream of any earlier step whose loss is still alive, which cannot be
+        captured.
         """
         leaves = {p: nn.Parameter(p.detach()) for p in self.parameters}
         for leaf, place in zip(leaves.values(), self.places, strict=True):
@@ -228,7 +241,7 @@ class _Gradients:
 
 @contextlib.contextmanager
 def _own_autocast(device_type: str, dtype: torch.dtype | None) -> Iterator[None]:
-    """Autocast whose kept casts are made inside: a graph must cast the weights as they are when it is replayed."""
+    """Autocast with an empty cache of casts: a graph must cast the weights itself, so that a replay reads them anew."""
     if dtype is None:
         yield
         return

@@ -31,14 +31,14 @@ def _join(values: list, dots: list, structure: Any) -> Any:
     return tree_unflatten(leaves, spec)
 
 
-def checkpoint_values(layer: Callable, *inputs: Any, compiled: bool = False) -> Any:
+def recompute_in_backward(layer: Callable, *inputs: Any, compiled: bool = False) -> Any:
     """`layer(*inputs)`, keeping only the values of `inputs` for backward.
 
-    The first run computes values and tangents, and gives the tangents away; the run that backward asks for
-    computes the values alone. Tangents record nothing, so both runs record the same.
+    The first run computes values and tangents, the run that backward triggers values alone. Tangents record
+    nothing, so both runs record the same operations.
 
-    `compiled`: two graphs of one layer, with and without tangents, may record different tensors. So the first
-    run records nothing, and backward goes through the second: `torch.autograd.grad` refuses, `backward` works.
+    `compiled`: the graphs with and without tangents may save different tensors, so the first run records nothing and
+    backward differentiates the second (reentrant checkpointing): `backward` works, `torch.autograd.grad` does not.
     """
     values, dots, structure = _split(inputs)
     tangents_in: list = [dots]
@@ -52,7 +52,7 @@ def checkpoint_values(layer: Callable, *inputs: Any, compiled: bool = False) -> 
         if first:
             tangents_out.extend(out_dots)
             outline.append(out_structure)
-        # What the first run returns becomes an output of one autograd node: a parameter may not.
+        # Reentrant checkpointing makes these the outputs of one autograd node, which a parameter cannot be.
         return tuple(v.clone() if compiled and isinstance(v, nn.Parameter) else v for v in out_values)
 
     out_values = checkpoint(run, *values, use_reentrant=compiled, preserve_rng_state=False)

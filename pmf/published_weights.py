@@ -1,4 +1,4 @@
-"""The published PyTorch checkpoints: their names, and the way there and back."""
+"""The authors' PyTorch checkpoints: names and shapes of their weights, and the way there and back."""
 
 from __future__ import annotations
 
@@ -9,57 +9,64 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pmf import ops
-from pmf.config import MODELS, ModelConfig
+from pmf.config import MODELS, PREFIX_TOKENS, ModelConfig
 from pmf.errors import require
-from pmf.model import PREFIX, create_model
+from pmf.reference import rope_tables
+from pmf.reference.embedding import FEATURES
 
-_EMBEDDERS = {"h": "h", "omega": "omega", "t_min": "cfg_t_start", "t_max": "cfg_t_end"}
 ROPE = "net.rope_freqs"
-
-_BLOCK_NAMES = {
-    "attn_scale": "attn_scale",
-    "mlp_scale": "mlp_scale",
-    "norm1.weight": "norm1.weight",
-    "norm2.weight": "norm2.weight",
-    "attn.q_norm.weight": "attn.q_norm.weight",
-    "attn.k_norm.weight": "attn.k_norm.weight",
-    **{
-        f"attn.{name}.weight": f"attn.{name}._flax_linear.weight" for name in ("q_proj", "k_proj", "v_proj", "out_proj")
-    },
-    **{f"mlp.{name}.weight": f"mlp.{name}._flax_linear.weight" for name in ("w1", "w3", "w2")},
-}
+Shape = tuple[int, ...]
 
 
-def name_pairs(config: ModelConfig, heads: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """(our name, the published name) of every parameter."""
-    for ours, theirs in PREFIX.items():
-        yield f"conditioning.tokens.{ours}", f"net.{theirs}_tokens"
-    yield "patch_embed.positions", "net.pos_embed"
-    for layer in ("proj1", "proj2"):
-        for part in ("weight", "bias"):
-            yield f"patch_embed.{layer}.{part}", f"net.x_embedder.{layer}.{part}"
-    for ours, theirs in _EMBEDDERS.items():
-        for layer, index in (("fc1", 0), ("fc2", 2)):
-            for part in ("weight", "bias"):
-                yield (
-                    f"conditioning.embedders.{ours}.{layer}.{part}",
-                    f"net.{theirs}_embedder.mlp.{index}._flax_linear.{part}",
-                )
-    yield "conditioning.classes.weight", "net.y_embedder.embedding_table._flax_embedding.weight"
+def _parameters(config: ModelConfig, heads: tuple[str, ...]) -> Iterator[tuple[str, str, Shape]]:
+    """(our name, the published name, the published shape) of every parameter."""
+    width, patch = config.hidden_size, config.patch_size
+    for ours, theirs in PREFIX_TOKENS.items():
+        yield f"conditioning.tokens.{ours}", f"net.{theirs}_tokens", (1, getattr(config, f"{theirs}_tokens"), width)
+    yield "patch_embed.positions", "net.pos_embed", (1, config.sequence_length, width)
+    first = (config.bottleneck, config.in_channels, patch, patch)
+    yield from _affine("patch_embed.proj1", "net.x_embedder.proj1", first)
+    yield from _affine("patch_embed.proj2", "net.x_embedder.proj2", (width, config.bottleneck, 1, 1))
+    for ours, theirs in {"h": "h", "omega": "omega", "t_min": "cfg_t_start", "t_max": "cfg_t_end"}.items():
+        for layer, index, inputs in (("fc1", 0, FEATURES), ("fc2", 2, width)):
+            names = f"conditioning.embedders.{ours}.{layer}", f"net.{theirs}_embedder.mlp.{index}._flax_linear"
+            yield from _affine(*names, (width, inputs))
+    classes = "net.y_embedder.embedding_table._flax_embedding.weight"
+    yield "conditioning.classes.weight", classes, (config.num_classes + 1, width)
     stacks = [("shared_blocks", "shared_blocks", config.depth - config.aux_head_depth)]
     stacks += [(f"head_blocks.{head}", f"{head}_heads", config.aux_head_depth) for head in heads]
     for ours, theirs, depth in stacks:
         for i in range(depth):
-            for name, published in _BLOCK_NAMES.items():
-                yield f"{ours}.{i}.{name}", f"net.{theirs}.{i}.{published}"
+            for name, published, shape in _block_parameters(config):
+                yield f"{ours}.{i}.{name}", f"net.{theirs}.{i}.{published}", shape
     for head in heads:
-        yield f"final_layers.{head}.norm.weight", f"net.{head}_final_layer.norm.weight"
-        for part in ("weight", "bias"):
-            yield (
-                f"final_layers.{head}.linear.{part}",
-                f"net.{head}_final_layer.linear._flax_linear.{part}",
-            )
+        yield f"final_layers.{head}.norm.weight", f"net.{head}_final_layer.norm.weight", (width,)
+        names = f"final_layers.{head}.linear", f"net.{head}_final_layer.linear._flax_linear"
+        yield from _affine(*names, (config.patch_values, width))
+
+
+def _affine(ours: str, theirs: str, shape: Shape) -> Iterator[tuple[str, str, Shape]]:
+    """Weight and bias."""
+    yield f"{ours}.weight", f"{theirs}.weight", shape
+    yield f"{ours}.bias", f"{theirs}.bias", shape[:1]
+
+
+def _block_parameters(config: ModelConfig) -> Iterator[tuple[str, str, Shape]]:
+    """Those of one block: vectors have the same name in both, Linear weights do not."""
+    width, mlp, head = config.hidden_size, config.mlp_width, config.head_dim
+    vectors = {"attn_scale": width, "mlp_scale": width, "norm1.weight": width, "norm2.weight": width}
+    vectors |= {"attn.q_norm.weight": head, "attn.k_norm.weight": head}
+    for name, size in vectors.items():
+        yield name, name, (size,)
+    matrices = {f"attn.{name}": (width, width) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
+    matrices |= {"mlp.w1": (mlp, width), "mlp.w3": (mlp, width), "mlp.w2": (width, mlp)}
+    for name, shape in matrices.items():
+        yield f"{name}.weight", f"{name}._flax_linear.weight", shape
+
+
+def published_names(config: ModelConfig, heads: tuple[str, ...]) -> dict[str, str]:
+    """Our name -> the published name of every parameter."""
+    return {ours: theirs for ours, theirs, _ in _parameters(config, heads)}
 
 
 def _to_official(name: str, value: Tensor) -> Tensor:
@@ -73,7 +80,7 @@ def _from_official(name: str, value: Tensor) -> Tensor:
 
 def _rope_freqs(config: ModelConfig) -> Tensor:
     """The derived complex buffer of the published files: cos + i sin."""
-    return torch.complex(*ops.rope_tables(config.grid_size, config.head_dim))
+    return torch.complex(*rope_tables(config.grid_size, config.head_dim))
 
 
 def _prefixed(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -106,7 +113,7 @@ def infer_config(state: Mapping[str, Tensor]) -> ModelConfig:
         found = [re.match(rf"net\.{stack}\.(\d+)\.", key) for key in state]
         return 1 + max((int(match[1]) for match in found if match), default=-1)
 
-    counts: dict[str, Any] = {f"{name}_tokens": shape(f"net.{name}_tokens", 3)[1] for name in PREFIX.values()}
+    counts: dict[str, Any] = {f"{name}_tokens": shape(f"net.{name}_tokens", 3)[1] for name in PREFIX_TOKENS.values()}
     bottleneck, channels, patch, _ = shape("net.x_embedder.proj1.weight", 4)
     _, length, width = shape("net.pos_embed", 3)
     head_depth = depth("u_heads")
@@ -131,11 +138,6 @@ def _same_shapes(a: ModelConfig, b: ModelConfig) -> bool:
     return {**a.__dict__, "noise_scale": 1.0} == {**b.__dict__, "noise_scale": 1.0}
 
 
-def _expected_shapes(config: ModelConfig, heads: tuple[str, ...]) -> dict[str, torch.Size]:
-    model = create_model(config, aux_head="v" in heads, device="meta")
-    return {name: _to_official(name, value).shape for name, value in model.state_dict().items()}
-
-
 def convert_official_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A published state dict under our names; it strict-loads into `create_model(...)`.
 
@@ -146,16 +148,17 @@ def convert_official_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor
     state = _prefixed(state)
     config = infer_config(state)
     heads = ("u", "v") if any(key.startswith("net.v_") for key in state) else ("u",)
-    shapes, pairs = _expected_shapes(config, heads), dict(name_pairs(config, heads))
-    for ours, theirs in pairs.items():
+    names = {}
+    for ours, theirs, shape in _parameters(config, heads):
         require(theirs in state, f"state dict: key {theirs!r} is missing")
-        got, wanted = list(state[theirs].shape), list(shapes[ours])
-        require(got == wanted, f"state dict: {theirs!r} must have shape {wanted}, got {got}")
-    surplus = sorted(set(state) - set(pairs.values()) - {ROPE})
+        got = list(state[theirs].shape)
+        require(got == list(shape), f"state dict: {theirs!r} must have shape {list(shape)}, got {got}")
+        names[ours] = theirs
+    surplus = sorted(set(state) - set(names.values()) - {ROPE})
     require(not surplus, f"state dict: unexpected key {surplus[0] if surplus else ''!r}")
     if ROPE in state:
         _check_rope(state[ROPE], _rope_freqs(config))
-    return {ours: _from_official(ours, state[theirs]) for ours, theirs in pairs.items()}
+    return {ours: _from_official(ours, state[theirs]) for ours, theirs in names.items()}
 
 
 def _check_rope(got: Tensor, wanted: Tensor) -> None:
@@ -179,7 +182,7 @@ def export_official_state_dict(state: Mapping[str, Tensor], config: ModelConfig)
     )
     heads = ("u", "v") if any(key.startswith("final_layers.v") for key in state) else ("u",)
     exported = {ROPE: _rope_freqs(config)}
-    for ours, theirs in name_pairs(config, heads):
+    for ours, theirs in published_names(config, heads).items():
         require(ours in state, f"state dict: key {ours!r} is missing")
         exported[theirs] = _to_official(ours, state[ours])
     return exported

@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import save_file
 
 import pmf
-from pmf.checkpoint import save_model, write_atomically
+from pmf.atomic_files import write_atomically
+from pmf.weights import save_model
 from tests.networks import TINY, golden, random_model
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import pmf
-from pmf.official import ROPE
+from pmf.published_weights import ROPE
 from tests.networks import golden, official_shapes
 
 

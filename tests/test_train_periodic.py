@@ -14,7 +14,8 @@ from pmf.metrics import Statistics
 from pmf.train.config import EvaluationConfig, load_run_config
 from pmf.train.data import ImageSet
 from pmf.train.demo import digits
-from pmf.train.evaluate import command, evaluate_digits
+from pmf.train.demo.scores import evaluate_digits
+from pmf.train.evaluation.command import command
 from pmf.train.loop import Trainer
 from tests.networks import TINY
 from tests.test_train_killed import FLAGS, start, survive
@@ -97,16 +98,16 @@ def test_training_does_not_notice(whole, tmp_path):
 def test_the_random_state_is_left_as_it_was(tmp_path):
     trainer = Trainer(examined(tmp_path / "run"), digits()[0])
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    trainer.examiner.measure(1, trainer._weights())
+    trainer.evaluation.measure(1, trainer._weights())
     assert torch.equal(torch.get_rng_state(), before[0]) and np.array_equal(np.random.get_state()[1], before[1])
 
 
 def test_one_network_serves_evaluations_and_pictures(whole, tmp_path):
     """In place: a sampler's graph would not survive another."""
     trainer = Trainer(examined(tmp_path / "run"), digits()[0])
-    places = [p.data_ptr() for p in trainer.examiner.network.parameters()]
+    places = [p.data_ptr() for p in trainer.evaluation.network.parameters()]
     trainer.run()
-    assert [p.data_ptr() for p in trainer.examiner.network.parameters()] == places
+    assert [p.data_ptr() for p in trainer.evaluation.network.parameters()] == places
     assert (tmp_path / "run" / "samples.png").read_bytes() == (whole / "samples.png").read_bytes()
 
 
@@ -116,7 +117,7 @@ class Killed(BaseException):
 
 def kill_after(trainer, count):
     """Let the run die in the middle of an evaluation, after so many sets of weights."""
-    own = trainer.examiner.own
+    own = trainer.evaluation.score
 
     def measured(*inputs, **settings):
         nonlocal count
@@ -125,7 +126,7 @@ def kill_after(trainer, count):
         count -= 1
         return own(*inputs, **settings)
 
-    trainer.examiner.own = measured
+    trainer.evaluation.score = measured
 
 
 @pytest.mark.parametrize("count", range(6))
@@ -206,8 +207,8 @@ def test_several_processes_measure_what_one_does(tmp_path, sharding):
     [
         (dict(eval_every=-1), "eval_every: expected a number >= 0, got -1"),
         (dict(weights=("ema_3",)), "evaluation.weights: expected one of model, ema_500, .*, got 'ema_3'"),
-        (dict(per_class=0), "evaluation.per_class: expected > 0, got 0"),
-        (dict(chunk=0), "evaluation.chunk: expected > 0, got 0"),
+        (dict(per_class=0), "evaluation.per_class: expected a positive number, got 0"),
+        (dict(chunk=0), "evaluation.chunk: expected a positive number, got 0"),
         (dict(resize="bicubic"), "evaluation.resize: expected one of None, tf1, half_pixel, got 'bicubic'"),
         (dict(precision="int8"), "evaluation.precision: expected one of auto, bfloat16, float32, got 'int8'"),
     ],
@@ -236,7 +237,7 @@ def test_what_cannot_be_measured_is_refused_before_training(tmp_path, monkeypatc
     refused(out, "expected mu and sigma, or ref_mu and ref_sigma", reference=tmp_path / "half.npz")
     tiny = ImageSet(torch.zeros(20, *TINY.image_shape), torch.arange(20) % TINY.num_classes)
     refused(out, "reference: expected a folder of images or an npz of statistics, got none", TINY, tiny)
-    refused(out, "model.in_channels: expected 1 or 3", TINY, tiny, reference=missing)
+    refused(out, "model.in_channels: expected images of 1 or 3 channels", TINY, tiny, reference=missing)
     one = dataclasses.replace(TINY, in_channels=3)
     refused(
         out,
@@ -295,12 +296,12 @@ def test_a_run_is_measured_by_inception_and_goes_on_where_it_was_killed(referenc
     ]
 
     trainer = Trainer(examined(tmp_path / "run", **measured), digits()[0])
-    trainer.examiner.measurement.extractor = Dies(trainer.examiner.measurement.extractor, 8)
+    trainer.evaluation.measurement.extractor = Dies(trainer.evaluation.measurement.extractor, 8)
     with pytest.raises(Killed):
         trainer.run()
     assert len(lines(tmp_path / "run")) == 1 and len(list((tmp_path / "run" / "eval").glob(".*/chunk-*"))) == 1
     resumed = Trainer(dataclasses.replace(load_run_config(tmp_path / "run"), resume=tmp_path / "run"), digits()[0])
-    resumed.examiner.measurement.extractor = Dies(resumed.examiner.measurement.extractor, 3)  # what is left
+    resumed.evaluation.measurement.extractor = Dies(resumed.evaluation.measurement.extractor, 3)  # what is left
     resumed.run()
     assert numbers(tmp_path / "run") == numbers(whole) and records(tmp_path / "run") == records(whole)
 

@@ -1,4 +1,4 @@
-"""Where networks lie: files, run directories, JAX train states and hub repositories, and the weights in them."""
+"""Find the file of a network: in a run directory, on the hub, or in a JAX train state, and the weights in it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pmf.errors import InputError, first_line, require
 from pmf.jax_files import is_state
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".zip")
-"""What networks are stored in; of two files with one name the earlier kind is taken."""
+"""Types of files that hold networks, the preferred first where two share a name."""
 
 
 def locate(source: str, weights: str | None) -> tuple[Path, str | None]:
     """The file (or folder of a JAX train state) that `source` and `weights` name, and which weights in it.
 
     `weights` is a file's name with or without suffix, or "file:average" for a train state; where `source` is itself a
-    file or a train state, it is the average alone. Errors: `InputError` lists what there is.
+    file or a train state, it is the average alone. Errors: `InputError` lists the choices.
     """
     path = Path(source)
     if path.is_dir():
@@ -43,7 +43,7 @@ def _split(weights: str | None) -> tuple[str | None, str | None]:
 
 
 def _in_one_file(path: Path, weights: str | None) -> tuple[Path, str | None]:
-    """`weights` of a source that is itself a file or a train state: an average of it, perhaps behind its name."""
+    """Resolve `weights` where the source is itself a file or a train state: an average in it, or "file:average"."""
     file, average = _split(weights)
     own = (None, path.name, path.stem)
     if average is None and file not in own:
@@ -62,9 +62,9 @@ def _networks(names: Iterable[str]) -> list[str]:
 
 
 def _choose(names: Iterable[str], wanted: str | None, place: str, config: Path | None) -> str:
-    """The file among `names` that is wanted: by its name, its stem, or our spelling of a preset ("pMF-B/16").
+    """The file among `names` that `wanted` names: in full, by its stem, or as we spell a preset ("pMF-B/16").
 
-    By default: what the configuration names for sampling, else model.safetensors, else the only one.
+    By default the configuration's choice for sampling, else model.safetensors, else the only one.
     """
     found = _networks(names)
     require(bool(found), f"source: {place} holds no network, expected a file *{', *'.join(SUFFIXES)}")
@@ -82,7 +82,7 @@ def _choose(names: Iterable[str], wanted: str | None, place: str, config: Path |
 
 
 def _sampling_weights(config: Path | None) -> str | None:
-    """What a run's configuration names for sampling."""
+    """The weights that a run's configuration samples with."""
     if config is None or not config.is_file():
         return None
     try:
@@ -93,14 +93,14 @@ def _sampling_weights(config: Path | None) -> str | None:
 
 
 def _download(hub_id: str, weights: str | None) -> tuple[Path, str | None]:
-    """The one file that is needed of a hub repository; what its cache holds where the hub is out of reach."""
+    """Download the one file that is needed; where the hub cannot be reached, take it from the local cache."""
     try:
         from huggingface_hub import HfApi, hf_hub_download, snapshot_download
         from huggingface_hub.errors import RepositoryNotFoundError
     except ImportError:
         raise InputError(f"source: {hub_id} is no local path; hub ids need pip install 'pixel-meanflow[hub]'") from None
     try:
-        names = [file.rfilename for file in HfApi().model_info(hub_id).siblings]
+        names = [file.rfilename for file in HfApi().model_info(hub_id).siblings or ()]
     except Exception as error:
         try:
             if isinstance(error, RepositoryNotFoundError):
