@@ -372,7 +372,7 @@ def test_a_step_takes_the_memory_that_was_counted():
 def test_a_run_on_digits_learns(tmp_path):
     """100 steps of the preset in bfloat16: nothing is skipped, and the loss falls by a third."""
     from pmf.train.config import RunConfig
-    from pmf.train.data import digits
+    from pmf.train.demo import digits
     from pmf.train.loop import Trainer
 
     with as_users_run():

@@ -17,7 +17,7 @@ import pmf
 from pmf.config import PUBLISHED
 from pmf.jax_states import load_train_state, published_state_dict
 from pmf.train.config import load_run_config
-from pmf.train.initial import start_from
+from pmf.train.initialise import copy_weights
 from pmf.train.loop import Trainer
 from pmf.weights import save_model
 from tests.networks import DATA, TINY, model_inputs, relative_error
@@ -211,7 +211,7 @@ def test_states_of_the_versions_that_the_authors_pin(how):
 def test_fine_tuning_has_a_real_v_head_and_the_weights_it_asks_for(full, state):
     model = pmf.create_model(TINY)
     for weights, params in (("model", state.params), ("ema_500", state.ema_params[500])):
-        assert start_from(model, str(full), weights) == []
+        assert copy_weights(model, str(full), weights) == []
         assert all(torch.equal(value, model.state_dict()[name]) for name, value in named(model, params).items())
 
 

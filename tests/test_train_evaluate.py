@@ -19,8 +19,9 @@ import pmf
 from pmf.errors import InputError
 from pmf.metrics import Statistics, frechet_distance, inception_score, precision_recall
 from pmf.train.config import RunConfig, SamplingConfig, to_json
-from pmf.train.data import digits
-from pmf.train.evaluate import EvalConfig, Point, command, evaluate_digits, grid
+from pmf.train.demo import digits
+from pmf.train.demo.scores import evaluate_digits
+from pmf.train.evaluation.command import EvalConfig, Point, command, grid
 from pmf.train.images import to_bytes
 from tests.evaluation import COLOUR, SETTINGS, Toy, checkpoint, evaluate
 from tests.networks import random_model
@@ -70,12 +71,12 @@ def test_real_digits_are_close_and_named_rightly():
 
 
 def test_published_settings_are_measured_by_name():
-    config, model = EvalConfig("checkpoint.pt", guidance=("pMF-B/16", "pMF-B/16-torch")), pmf.MODELS["pMF-B/16"]
+    config, model = EvalConfig(source="checkpoint.pt", guidance=("pMF-B/16", "pMF-B/16-torch")), pmf.MODELS["pMF-B/16"]
     settings = [SamplingConfig(8.5, 0.1, 0.7), SamplingConfig(7.5, 0.1, 0.8)]
     assert [point.sampling for point in grid(config, None, model)] == settings
     with pytest.raises(pmf.InputError, match="guidance: expected no omega and no interval beside it"):
         grid(dataclasses.replace(config, omega=(7.0,)), None, model)
-    with pytest.raises(pmf.InputError, match=r"guidance: expected one of pMF-B/16, pMF-B/16-torch, .* got 'B/16'"):
+    with pytest.raises(pmf.InputError, match=r"guidance: expected one of pMF-B/16, .*pMF-B/16-torch.*, got 'B/16'"):
         grid(dataclasses.replace(config, guidance=("B/16",)), None, model)
 
 
@@ -93,12 +94,12 @@ def test_a_digits_network_is_measured_over_the_grid(tmp_path, capsys):
 
 
 def test_guidance_is_that_of_the_flags_else_of_the_run_else_of_the_preset(tmp_path):
-    (preset,) = grid(EvalConfig("checkpoint.pt"), None, pmf.MODELS["pMF-B/16"])
+    (preset,) = grid(EvalConfig(source="checkpoint.pt"), None, pmf.MODELS["pMF-B/16"])
     assert preset == Point("checkpoint", SamplingConfig(8.5, 0.1, 0.7), 1)
     run = RunConfig(sampling=SamplingConfig(2.0, 0.2, 0.6), sampling_weights="ema_2000")
     (tmp_path / "config.json").write_text(to_json(run))
-    assert grid(EvalConfig(str(tmp_path)), None, run.model) == [Point("ema_2000", run.sampling, 1)]
-    flags = EvalConfig(str(tmp_path), omega=(3.0,), steps=(2, 4))
+    assert grid(EvalConfig(source=str(tmp_path)), None, run.model) == [Point("ema_2000", run.sampling, 1)]
+    flags = EvalConfig(source=str(tmp_path), omega=(3.0,), steps=(2, 4))
     expected = [Point("ema_500", SamplingConfig(3.0, 0.2, 0.6), steps) for steps in (2, 4)]
     assert grid(flags, "ema_500", run.model) == expected
 
@@ -121,7 +122,7 @@ def reference(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(source, reference):
-    return EvalConfig(str(source), reference=reference, **SETTINGS)
+    return EvalConfig(source=str(source), reference=reference, **SETTINGS)
 
 
 @pytest.fixture(scope="module")

@@ -6,15 +6,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pmf.atomic_files import write_atomically
+
+GAP = 2
 
 
 def to_bytes(images: Tensor) -> Tensor:
     """round(clip((x + 1) / 2 * 255, 0, 255)) as uint8."""
     return ((images + 1) / 2 * 255).clamp(0, 255).round().to(torch.uint8)
+
+
+def save_png(path: str | Path, pixels: np.ndarray) -> None:
+    """Write pixels uint8 [H, W, c] (c 1 or 3). Errors: `InputError` when `path` cannot be written."""
+    picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
 
 
 def save_grid(path: str | Path, images: Tensor, *, columns: int, min_side: int = 64) -> None:
@@ -24,17 +34,11 @@ def save_grid(path: str | Path, images: Tensor, *, columns: int, min_side: int =
     separates neighbours. Errors: `InputError` when `path` cannot be written.
     """
     pixels = to_bytes(images.float().cpu())
-    count, channels, height, width = pixels.shape
-    zoom = max(1, -(-min_side // height))
-    pixels = pixels.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-    rows, gap = -(-count // columns), 2
-    grid = torch.full((channels, rows * (height * zoom + gap) - gap, columns * (width * zoom + gap) - gap), 255)
-    for i, image in enumerate(pixels):
-        top, left = (i // columns) * (height * zoom + gap), (i % columns) * (width * zoom + gap)
-        grid[:, top : top + height * zoom, left : left + width * zoom] = image
-    array = grid.to(torch.uint8).permute(1, 2, 0).numpy()
-    picture = Image.fromarray(array[:, :, 0] if channels == 1 else array)
-    write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
+    zoom = max(1, -(-min_side // pixels.shape[2]))
+    pixels = pad(pixels.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), (0, GAP, 0, GAP), value=255)
+    blank = pixels.new_full((-len(pixels) % columns, *pixels.shape[1:]), 255)
+    grid = rearrange(torch.cat([pixels, blank]), "(r columns) c h w -> (r h) (columns w) c", columns=columns)
+    save_png(path, grid[:-GAP, :-GAP].numpy())
 
 
 def save_loss_curve(path: str | Path, steps: list[int], terms: dict[str, list[float]]) -> None:

@@ -1,26 +1,15 @@
-"""The data room: one interface for training data, the loader, embedded sets, and prepared shards."""
+"""Training data: what it is, how it opens by name, and the loader. Preparing lies in `prepare`, `shards`, `sources`."""
 
-from pmf.train.data.embedded import ImageSet, digits
-from pmf.train.data.interface import CorruptImageError, TrainingData, to_float
-from pmf.train.data.loader import Loader, Throughput
-from pmf.train.data.opening import open_data
-from pmf.train.data.order import order, step_seed
-from pmf.train.data.photographs import photographs
-from pmf.train.data.shards import PreparedShards
-from pmf.train.data.sources import open_source
+from pmf.train.data.loader import Loader, epoch_order, step_seed
+from pmf.train.data.training_data import CorruptImageError, ImageSet, TrainingData, open_data, to_float
 
 __all__ = [
     "CorruptImageError",
     "ImageSet",
     "Loader",
-    "PreparedShards",
-    "Throughput",
     "TrainingData",
-    "digits",
+    "epoch_order",
     "open_data",
-    "open_source",
-    "order",
-    "photographs",
     "step_seed",
     "to_float",
 ]

@@ -1,174 +1,138 @@
-"""Prepared shards: WebDataset tar files at the training size, each with an index for random access.
+"""Prepared images: Arrow files at the training size, mapped into memory and read by index.
 
-A directory holds `dataset.json`, and for each shard `shard-000000.tar` and `shard-000000.npz`: per image its offset
-and size in the tar file, label and CRC-32, its key in the source, and what was left out and why. Shard i holds the
-source's positions [i n, (i + 1) n), so that any shard can be made again alone.
+Shard i of a directory, `shard-00000i.arrow`, has one row for each position [i n, (i + 1) n) of the source, so that it
+can be made again alone. A row holds the image, its label, its key in the source, and a checksum of image and label; or,
+if the picture cannot be used, the reason. The metadata says what the shard was made from and how. The last shard has
+fewer than n rows, none if need be. `classes.txt` names the classes, one a line, and is written last.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import json
-import os
-import tarfile
-import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from pmf.atomic_files import write_atomically
-from pmf.errors import InputError, require
-from pmf.train.data.crop import decode
-from pmf.train.data.interface import CorruptImageError
+from pmf.errors import InputError, first_line, require
+from pmf.train.data.training_data import CorruptImageError
 
-MANIFEST = "dataset.json"
-FORMAT = 1
-OPEN_FILES = 32
+try:
+    import pyarrow as pa
+    import xxhash
+except ImportError as error:
+    raise InputError(f"data: prepared images need pip install 'pixel-meanflow[data]': {error}") from None
+
+CLASSES_FILE = "classes.txt"
+COLUMNS = dict(image=pa.large_binary(), label=pa.int32(), key=pa.string(), checksum=pa.uint64(), reason=pa.string())
+SCHEMA = pa.schema(COLUMNS)
+BATCH = 64
+"""Rows that are gathered before they are copied into Arrow."""
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """What `dataset.json` says."""
+class Settings:
+    """What a shard was made from and how; all shards of a directory have the same."""
 
     source: str
     fingerprint: str
     size: int
     encoding: str
+    """npy (bare bytes of uint8 [3, size, size]), png or jpg."""
     shard_images: int
-    classes: tuple[str, ...] | None = None
-    """The classes' names; from the first picture to the last they may be unknown."""
-    images: tuple[int, ...] | None = None
-    """Images per shard; None until all shards are there."""
-    skipped: int = 0
-    format: int = FORMAT
-
-    def write(self, directory: Path) -> None:
-        """Put it into the directory, atomically."""
-        text = json.dumps(vars(self), indent=1) + "\n"
-        write_atomically(directory / MANIFEST, lambda temporary: temporary.write_text(text))
-
-
-def read_manifest(directory: Path) -> Manifest:
-    """The manifest of a prepared directory. Errors: `InputError` where there is none, or not a readable one."""
-    file = directory / MANIFEST
-    require(file.is_file(), f"data: {directory} holds no prepared shards ({MANIFEST})")
-    try:
-        values = json.loads(file.read_text())
-        values |= {name: values[name] and tuple(values[name]) for name in ("classes", "images")}
-        manifest = Manifest(**values)
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"data: {file} is not readable: {error}") from error
-    require(manifest.format == FORMAT, f"data: {file} has format {manifest.format}, expected {FORMAT}")
-    return manifest
+    """Positions of the source per shard, the n above."""
 
 
 def shard_file(directory: Path, number: int) -> Path:
-    """The tar file of that shard; its index has the suffix .npz."""
-    return directory / f"shard-{number:06d}.tar"
+    """The file of that shard."""
+    return directory / f"shard-{number:06d}.arrow"
 
 
-class ShardWriter:
-    """Collects one shard in memory and writes it: the tar file, then its index, which makes it count."""
-
-    def __init__(self, encoding: str) -> None:
-        self.encoding = encoding
-        self.entries: list[tuple[int, bytes, int]] = []
-        self.keys: list[str] = []
-        self.skipped: list[tuple[str, str]] = []
-
-    def add(self, position: int, key: str, data: bytes, label: int) -> None:
-        """An image; its entry is named by its position in the source."""
-        self.entries.append((position, data, label))
-        self.keys.append(key)
-
-    def skip(self, key: str, reason: str) -> None:
-        """A picture that is left out."""
-        self.skipped.append((key, reason))
-
-    def write(self, file: Path) -> None:
-        """Write both files, atomically. Errors: `InputError` on a full disk and the like."""
-        rows: list[tuple[int, int, int, int]] = []
-        write_atomically(file, lambda temporary: rows.extend(self._write_tar(temporary)))
-        arrays: dict[str, Any] = dict(
-            rows=np.array(rows, np.int64).reshape(-1, 4),
-            keys=np.frombuffer(json.dumps(self.keys).encode(), np.uint8),
-            skipped=np.frombuffer(json.dumps(self.skipped).encode(), np.uint8),
-            bytes=np.int64(file.stat().st_size),
-        )
-        write_atomically(file.with_suffix(".npz"), lambda temporary: np.savez_compressed(temporary, **arrays))
-
-    def _write_tar(self, path: Path) -> Iterator[tuple[int, int, int, int]]:
-        """Write the entries, without owner or time; yields offset, size, label and CRC-32 of each image."""
-        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for position, data, label in self.entries:
-                # An entry is a header of one block, then its bytes.
-                yield tar.offset + tarfile.BLOCKSIZE, len(data), label, zlib.crc32(data)
-                for suffix, content in ((self.encoding, data), ("cls", str(label).encode())):
-                    entry = tarfile.TarInfo(f"{position:09d}.{suffix}")
-                    entry.size, entry.mode = len(content), 0o644
-                    tar.addfile(entry, io.BytesIO(content))
+def checksum(image: bytes | pa.Buffer, label: int) -> int:
+    """XXH3 (64 bits) of an image's bytes, seeded by its label."""
+    return xxhash.xxh3_64_intdigest(image, seed=label)
 
 
-@dataclass(frozen=True)
-class ShardIndex:
-    """The index of one shard."""
+def write_shard(file: Path, settings: Settings, rows: Iterator[dict[str, Any]]) -> None:
+    """Write the rows of a shard, atomically. Errors: `InputError` on a full disk and the like."""
+    batches = []
+    while some := list(itertools.islice(rows, BATCH)):
+        batches.append(pa.RecordBatch.from_pylist(some, SCHEMA))
+    table = pa.Table.from_batches(batches, SCHEMA)
+    table = table.replace_schema_metadata({"settings": json.dumps(asdict(settings)), "rows": str(len(table))})
 
-    rows: np.ndarray
-    """int64 [images, 4]: offset, size, label, CRC-32."""
-    keys: list[str]
-    skipped: list[tuple[str, str]]
-    bytes: int
-    """Size of the tar file."""
+    def write(temporary: Path) -> None:
+        with pa.ipc.new_file(str(temporary), table.schema) as writer:
+            writer.write_table(table)
+
+    write_atomically(file, write)
 
 
-def read_index(file: Path) -> ShardIndex:
-    """The index of the shard in `file`. Errors: `InputError` where it is missing or torn."""
+def open_shard(file: Path) -> pa.Table:
+    """Map a shard into memory. Errors: `InputError` where it is missing or torn."""
     try:
-        with np.load(file.with_suffix(".npz")) as index:
-            keys, skipped = (json.loads(index[name].tobytes()) for name in ("keys", "skipped"))
-            return ShardIndex(index["rows"], keys, [tuple(pair) for pair in skipped], int(index["bytes"]))
-    except Exception as error:  # a torn archive can make its reader fail in any way
-        raise InputError(f"data: {file.with_suffix('.npz')} is missing or torn ({type(error).__name__})") from error
+        table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+        table.validate(full=True)  # else a flipped bit in an offset could crash the process
+        settings_of(table)
+        whole = table.schema == SCHEMA and len(table) == int(table.schema.metadata[b"rows"])
+        whole = whole and table["image"].is_valid().equals(table["reason"].is_null())
+    except Exception as error:  # a flipped bit can make any of this fail
+        raise InputError(f"data: {file} is missing or torn: {first_line(error)}") from error
+    require(whole, f"data: {file} is torn: it does not hold what was written")
+    return table
+
+
+def settings_of(table: pa.Table) -> Settings:
+    """The settings that a shard was made with."""
+    return Settings(**json.loads(table.schema.metadata[b"settings"]))
 
 
 class PreparedShards:
     """Training data from a directory that `pmf data prepare` filled: uint8 [3, H, W] and labels, read by index.
 
-    Every process opens shards for itself, a few at a time, and reads with positioned reads; what is read is checked
-    against its CRC-32. Errors: `InputError` where the directory is not complete.
+    Processes share the mapped files. Every image that is read is checked against its checksum.
+    Errors: `InputError` where the directory is not complete or was prepared by an earlier version, or names all shards
+    that are missing or torn.
     """
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
-        self.manifest = read_manifest(self.directory)
-        require(
-            self.manifest.images is not None,
-            f"data: {directory} is not complete, expected `pmf data prepare {self.manifest.source}` to be run to its "
-            "end",
-        )
-        files = [shard_file(self.directory, number) for number in range(len(self.manifest.images))]
-        indices = [read_index(file) for file in files]
-        for file, index in zip(files, indices, strict=True):
-            size = file.stat().st_size if file.is_file() else 0
-            require(size == index.bytes, f"data: {file} is missing or torn: {size} bytes, expected {index.bytes}")
-        self._rows = np.concatenate([index.rows for index in indices])
-        self._ends = np.cumsum([len(index.rows) for index in indices])
-        self._open: dict[int, int] = {}
+        _refuse_earlier_version(self.directory)
+        last = max(self.directory.glob("shard-*.arrow"), default=shard_file(self.directory, 0))
+        tables, torn = [], []
+        for number in range(int(last.stem.split("-")[1]) + 1):
+            try:
+                tables.append(open_shard(shard_file(self.directory, number)))
+            except InputError as error:
+                torn.append(str(error))
+        begun, ended = last.exists(), (self.directory / CLASSES_FILE).exists()
+        require(begun and ended, f"data: {directory} is not complete, expected `pmf data prepare` to be run to its end")
+        require(not torn, f"{'; '.join(torn)}: remove these shards and run `pmf data prepare` again")
+        self.settings = settings_of(tables[0])
+        short = len(tables[-1]) < self.settings.shard_images
+        require(short, f"data: {directory} lacks its last shard: run `pmf data prepare` again")
+        table = pa.concat_tables(tables)
+        self._images, self._keys = table["image"], table["key"]
+        self._labels, self._checksums = table["label"].to_numpy(), table["checksum"].to_numpy()
+        self._rows = np.flatnonzero(self._images.is_valid().to_numpy())
+        self.classes = tuple((self.directory / CLASSES_FILE).read_text().splitlines())
+        """The classes' names."""
+
+    def __reduce__(self) -> tuple[type[PreparedShards], tuple[Path]]:
+        return PreparedShards, (self.directory,)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(3, size, size)."""
-        return 3, self.manifest.size, self.manifest.size
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """The classes' names."""
-        return self.manifest.classes
+        return 3, self.settings.size, self.settings.size
 
     @property
     def num_classes(self) -> int:
@@ -178,37 +142,27 @@ class PreparedShards:
     def __len__(self) -> int:
         return len(self._rows)
 
+    def stored(self, index: int) -> tuple[pa.Buffer, int]:
+        """(bytes, label), checked. Errors: `CorruptImageError` names the shard and the picture's key in the source."""
+        row = self._rows[index].item()
+        data, label = self._images[row].as_buffer(), self._labels[row].item()
+        if checksum(data, label) != self._checksums[row]:
+            file = shard_file(self.directory, row // self.settings.shard_images)
+            reason = "its checksum is not the one it was written with"
+            raise CorruptImageError(f"{file.name}: {self._keys[row]}", reason)
+        return data, label
+
     def read(self, index: int) -> tuple[Tensor, int]:
-        """(image, label). Errors: `CorruptImageError` names the shard and the picture's key in the source."""
-        offset, size, label, checksum = self._rows[index].tolist()
-        shard = int(np.searchsorted(self._ends, index, side="right"))
-        data = bytearray(size)
-        try:
-            got = os.preadv(self._descriptor(shard), [data], offset)
-        except OSError as error:
-            raise self._corrupt(shard, index, str(error.strerror)) from error
-        if got != size or zlib.crc32(data) != checksum:
-            raise self._corrupt(shard, index, "its checksum is not the one it was written with")
-        if self.manifest.encoding != "npy":
-            return torch.from_numpy(decode(data)), label
-        pixels = int(np.prod(self.image_shape))
-        return torch.frombuffer(data, dtype=torch.uint8, offset=size - pixels).view(self.image_shape), label
+        """(image, label). Errors: as `stored`."""
+        data, label = self.stored(index)
+        if self.settings.encoding == "npy":
+            return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(self.image_shape), label
+        with Image.open(io.BytesIO(data)) as picture:
+            return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).contiguous(), label
 
-    def _corrupt(self, shard: int, index: int, reason: str) -> CorruptImageError:
-        file = shard_file(self.directory, shard)
-        first = self._ends[shard - 1] if shard else 0
-        return CorruptImageError(f"{file.name}: {read_index(file).keys[index - first]}", reason)
 
-    def _descriptor(self, shard: int) -> int:
-        if shard not in self._open:
-            if len(self._open) == OPEN_FILES:
-                os.close(self._open.pop(next(iter(self._open))))
-            self._open[shard] = os.open(shard_file(self.directory, shard), os.O_RDONLY)
-        return self._open[shard]
-
-    def __getstate__(self) -> dict:
-        return vars(self) | {"_open": {}}
-
-    def __del__(self) -> None:
-        for descriptor in vars(self).get("_open", {}).values():
-            os.close(descriptor)
+def _refuse_earlier_version(directory: Path) -> None:
+    count = len(list(directory.glob("shard-*.tar")))
+    pattern = f"wds:{directory}/shard-{{000000..{count - 1:06d}}}.tar"
+    convert = f"`pmf data prepare '{pattern}' --out DIRECTORY` with its size and encoding converts it"
+    require(count == 0, f"data: {directory} was prepared by an earlier version; {convert}")

@@ -1,0 +1,23 @@
+"""Sphinx's configuration: Markdown pages, and an API reference from docstrings; `make docs` builds them."""
+
+import pmf
+
+project = "pixel-meanflow"
+author = "The pixel-meanflow authors"
+copyright = f"2026, {author}"
+version = release = pmf.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinxcontrib.mermaid"]
+html_theme = "furo"
+# A name that the reference does not hold is an error; types of other packages are not looked up.
+nitpicky = True
+nitpick_ignore_regex = [("py:.*", r"(torch|numpy|pathlib|collections|contextlib)\..*|Tensor")]
+
+myst_fence_as_directive = ["mermaid"]
+myst_heading_anchors = 3
+
+default_role = "code"  # single backticks in docstrings are code, as in Markdown
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_default_options = {"members": True}
+autodoc_mock_imports = ["triton"]

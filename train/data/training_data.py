@@ -1,0 +1,105 @@
+"""What training data is: labelled images of one shape, read by index; and how it opens by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pmf.errors import InputError, require
+
+
+class CorruptImageError(Exception):
+    """An image that cannot be read: `key` says which, `reason` why."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(key, reason)
+        self.key, self.reason = key, reason
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.reason}"
+
+
+class TrainingData(Protocol):
+    """Labelled images of one shape, read by index in any order and from any process."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        ...
+
+    @property
+    def num_classes(self) -> int:
+        """Labels lie in [0, num_classes)."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> tuple[Tensor, int]:
+        """(image, label): uint8 [c, H, W], or float32 in [-1, 1]. Errors: `CorruptImageError`."""
+        ...
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Training data in memory: images [n, c, H, W], float32 in [-1, 1] or uint8, labels int64 [n], class names."""
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
+    @property
+    def num_classes(self) -> int:
+        """One more than the largest label."""
+        return int(self.labels.max()) + 1
+
+    def read(self, index: int) -> tuple[Tensor, int]:
+        """(image, label)."""
+        return self.images[index], int(self.labels[index])
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Images as float32 in [-1, 1]: uint8 is scaled, float32 is returned as it is."""
+    return images.float().div_(127.5).sub_(1) if images.dtype == torch.uint8 else images
+
+
+def open_data(spec: str, image_size: int) -> TrainingData:
+    """Training data by name: "digits", "photographs", or a directory that `pmf data prepare` filled.
+
+    Errors: `InputError` where the images have another size than `image_size`; for pictures that are not prepared, it
+    names the command that prepares them.
+    """
+    if spec == "digits":
+        from pmf.train.demo import digits
+
+        require(image_size == 8, f"data: digits have 8 pixels a side, expected model.image_size 8, got {image_size}")
+        return digits()[0]
+    if spec == "photographs":
+        from pmf.train.demo import photographs
+
+        return photographs(image_size)[0]
+    path, raw = Path(spec), spec if spec.startswith(("folder:", "hf:", "wds:")) else None
+    if raw is None and path.is_dir() and not any(path.glob("shard-*.*")):
+        raw = f"folder:{spec}"
+    if raw is not None:
+        advice = f"pmf data prepare '{raw}' --out DIRECTORY --size {image_size}"
+        raise InputError(f"data: {spec} is not prepared; run `{advice}` and give that directory")
+    require(path.is_dir(), f"data: expected digits, photographs or a prepared directory, got {spec}")
+    from pmf.train.data.shards import PreparedShards  # needs the extra `data`
+
+    data = PreparedShards(path)
+    size = data.settings.size
+    require(size == image_size, f"data: {spec} was prepared at {size} pixels, the network has {image_size}")
+    return data
