@@ -32,7 +32,7 @@ except ImportError as error:
     raise InputError(f"data: prepared images need pip install 'pixel-meanflow[data]': {error}") from None
 
 CLASSES_FILE = "classes.txt"
-COLUMNS = dict(image=pa.large_binary(), label=pa.int32(), key=pa.string(), checksum=pa.uint64(), reason=pa.string())
+COLUMNS = dict(image=pa.large_binary(), label=pa.int32(), key=pa.string(), checksum=pa.int64(), reason=pa.string())
 SCHEMA = pa.schema(COLUMNS)
 BATCH = 64
 """Rows that are gathered before they are copied into Arrow."""
@@ -57,8 +57,8 @@ def shard_file(directory: Path, number: int) -> Path:
 
 
 def checksum(image: bytes | pa.Buffer, label: int) -> int:
-    """XXH3 (64 bits) of an image's bytes, seeded by its label."""
-    return xxhash.xxh3_64_intdigest(image, seed=label)
+    """XXH3 of an image's bytes, seeded by its label: 63 of its 64 bits, which int64 can hold."""
+    return xxhash.xxh3_64_intdigest(image, seed=label) >> 1
 
 
 def write_shard(file: Path, settings: Settings, rows: Iterator[dict[str, Any]]) -> None:
