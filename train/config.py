@@ -14,8 +14,8 @@ from pmf.config import LOSSES, MODELS, SAMPLING, LossConfig, ModelConfig
 from pmf.errors import InputError, require
 from pmf.metrics import NAMES, Resize
 from pmf.model import CHECKPOINTING
+from pmf.optim import OptimizerConfig
 from pmf.train.distributed import SHARDINGS
-from pmf.train.optim import OptimizerConfig
 
 CONFIG_FILE = "config.json"
 PRECISIONS = ("auto", "bfloat16", "float32")

@@ -10,8 +10,9 @@ from pathlib import Path
 from torch import Tensor
 
 import pmf
+from pmf.sharded import whole
 from pmf.train.config import RunConfig
-from pmf.train.distributed import World, whole
+from pmf.train.distributed import World
 from pmf.train.images import save_grid, save_loss_curve
 from pmf.train.run_directory import CURVE_FILE, SAMPLES_FILE
 from pmf.weights import save_model

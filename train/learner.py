@@ -13,12 +13,14 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 import pmf
 from pmf.errors import require
+from pmf.optim import EMA, build_optimizers, learning_rate
+from pmf.parallel import LossModule, synchronise_gradients, wrap
 from pmf.perceptual import PerceptualLoss
+from pmf.sharded import full
 from pmf.train.config import RunConfig
 from pmf.train.data import step_seed
-from pmf.train.distributed import LossModule, World, full, synchronise_gradients, wrap
+from pmf.train.distributed import World
 from pmf.train.initialise import continue_authors_run, start_from_weights
-from pmf.train.optim import EMA, build_optimizers, learning_rate
 from pmf.train.snapshots import Snapshots
 
 
@@ -44,7 +46,7 @@ class Learner:
             start_from_weights(self.model, config, world)
         if config.compiled:
             self.model.compile_blocks()
-        self.wrapped = wrap(LossModule(self.model, config.loss), world)
+        self.wrapped = wrap(LossModule(self.model, config.loss), world.mesh, config.sharding)
         self.captured = None
         if config.captured:
             require(world.size == 1, f"captured: expected a single process, got {world.size}")

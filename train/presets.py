@@ -14,8 +14,8 @@ import tyro
 
 from pmf.config import LOSSES, MODELS, PUBLISHED, SAMPLING
 from pmf.errors import require
+from pmf.optim import OptimizerConfig
 from pmf.train.config import PerceptualConfig, RunConfig, SamplingConfig, load_run_config
-from pmf.train.optim import OptimizerConfig
 
 Config = TypeVar("Config", bound=RunConfig)
 IMAGENET_IMAGES = 1_281_167
