@@ -1,7 +1,8 @@
 """Training data: what it is, how it opens by name, and the loader. Preparing lies in `prepare`, `shards`, `sources`."""
 
+from pmf.train.data.by_name import open_data
 from pmf.train.data.loader import Loader, epoch_order, step_seed
-from pmf.train.data.training_data import CorruptImageError, ImageSet, TrainingData, open_data, to_float
+from pmf.train.data.training_data import CorruptImageError, ImageSet, TrainingData, to_float
 
 __all__ = [
     "CorruptImageError",

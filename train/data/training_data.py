@@ -1,15 +1,12 @@
-"""What training data is: labelled images of one shape, read by index; and how it opens by name."""
+"""What training data is: labelled images of one shape, read by index."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
-
-from pmf.errors import InputError, require
 
 
 class CorruptImageError(Exception):
@@ -73,33 +70,3 @@ class ImageSet:
 def to_float(images: Tensor) -> Tensor:
     """Images as float32 in [-1, 1]: uint8 is scaled, float32 is returned as it is."""
     return images.float().div_(127.5).sub_(1) if images.dtype == torch.uint8 else images
-
-
-def open_data(spec: str, image_size: int) -> TrainingData:
-    """Training data by name: "digits", "photographs", or a directory that `pmf data prepare` filled.
-
-    Errors: `InputError` where the images have another size than `image_size`; for pictures that are not prepared, it
-    names the command that prepares them.
-    """
-    if spec == "digits":
-        from pmf.train.demo import digits
-
-        require(image_size == 8, f"data: digits have 8 pixels a side, expected model.image_size 8, got {image_size}")
-        return digits()[0]
-    if spec == "photographs":
-        from pmf.train.demo import photographs
-
-        return photographs(image_size)[0]
-    path, raw = Path(spec), spec if spec.startswith(("folder:", "hf:", "wds:")) else None
-    if raw is None and path.is_dir() and not any(path.glob("shard-*.*")):
-        raw = f"folder:{spec}"
-    if raw is not None:
-        advice = f"pmf data prepare '{raw}' --out DIRECTORY --size {image_size}"
-        raise InputError(f"data: {spec} is not prepared; run `{advice}` and give that directory")
-    require(path.is_dir(), f"data: expected digits, photographs or a prepared directory, got {spec}")
-    from pmf.train.data.shards import PreparedShards  # needs the extra `data`
-
-    data = PreparedShards(path)
-    size = data.settings.size
-    require(size == image_size, f"data: {spec} was prepared at {size} pixels, the network has {image_size}")
-    return data

@@ -32,8 +32,10 @@ def evaluate_digits(
     shape, wanted = model.config.image_shape, train.image_shape
     fits = shape == wanted and model.config.num_classes == CLASSES
     require(fits, f"source: expected a network for {list(wanted)} images of 10 classes, got {list(shape)}")
-    settings = dict(steps=steps, omega=omega, t_min=t_min, t_max=t_max)
-    samples = pmf.generate(model, _labels(), seeds=_seeds(seed), batch_size=500, **settings).cpu().flatten(1)
+    samples = pmf.generate(
+        model, _labels(), seeds=_seeds(seed), batch_size=500, steps=steps, omega=omega, t_min=t_min, t_max=t_max
+    )
+    samples = samples.cpu().flatten(1)
     classifier = LogisticRegression(max_iter=2000).fit(train.images.flatten(1).numpy(), train.labels.numpy())
     return _scores(samples, held_out.images.flatten(1), classifier.predict(samples.numpy()))
 
@@ -50,8 +52,9 @@ def evaluate_photographs(
     size, classes = model.config.image_size, model.config.num_classes
     fits = model.config.in_channels == 3 and classes == CLASSES
     require(fits, f"source: expected a network for colour images of 10 classes, got {classes} classes")
-    settings = dict(steps=steps, omega=omega, t_min=t_min, t_max=t_max)
-    samples = pmf.generate(model, _labels(), seeds=_seeds(seed), batch_size=100, **settings)
+    samples = pmf.generate(
+        model, _labels(), seeds=_seeds(seed), batch_size=100, steps=steps, omega=omega, t_min=t_min, t_max=t_max
+    )
     named = photograph_classifier(size).predict(grey_structure(samples).numpy())
     return _scores(area_colours(samples), area_colours(photographs(size)[1].images), named)
 
