@@ -16,8 +16,8 @@ CLASSES = "conditioning.classes.weight"
 def copy_weights(model: PMFDiT, source: str | Path, weights: str | None = None) -> list[str]:
     """Copy the weights of a checkpoint into a network, which may have other classes; notes on what was not copied.
 
-    `source` and `weights` are as in `PMFDiT.from_pretrained`: our checkpoints, published ones, hub ids. If there is no v
-    head, as in most published ones, the v head starts as a copy of the u head: at h = 0 both fields are the
+    `source` and `weights` are as in `PMFDiT.from_pretrained`: our checkpoints, published ones, hub ids. If there is no
+    v head, as in most published ones, the v head starts as a copy of the u head: at h = 0 both fields are the
     instantaneous velocity. A class table of another size keeps its random initial values. Errors: `InputError` on any
     other weight that is missing, left over or of another shape; the network is then unchanged.
     """

@@ -40,6 +40,8 @@ RULES = {
     "pmf/noise.py": r"pmf\.errors",
     "pmf/crops.py": r"pmf\.(autocast|errors)",
     "pmf/perceptual.py": r"pmf\.(autocast|crops|errors)",
+    "pmf/images.py": r"pmf\.atomic_files",
+    "pmf/features.py": r"pmf\.(atomic_files|errors|metrics)",
     "pmf/sharded.py": r"nothing",
     "pmf/optim": r"pmf\.(optim.*|errors|jax_states|private|sharded)",
     "pmf/fine_tuning.py": r"pmf\.(errors|model)",

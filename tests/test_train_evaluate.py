@@ -17,12 +17,12 @@ from PIL import Image
 
 import pmf
 from pmf.errors import InputError
+from pmf.images import to_bytes
 from pmf.metrics import Statistics, frechet_distance, inception_score, precision_recall
 from pmf.train.config import RunConfig, SamplingConfig, to_json
 from pmf.train.demo import digits
 from pmf.train.demo.scores import evaluate_digits
 from pmf.train.evaluation.command import EvalConfig, Point, command, grid
-from pmf.train.images import to_bytes
 from tests.evaluation import COLOUR, SETTINGS, Toy, checkpoint, evaluate
 from tests.networks import random_model
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from pmf.errors import InputError
-from pmf.train.data import CorruptImageError, ImageSet, Loader, epoch_order, to_float
+from pmf.images import to_float
+from pmf.train.data import CorruptImageError, ImageSet, Loader, epoch_order
 from pmf.train.demo import digits
 
 

@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 
 from pmf.errors import InputError
+from pmf.images import centre_crop
 from pmf.train.data import CorruptImageError, Loader, open_data
 
 datasets = pytest.importorskip("datasets")
-from pmf.train.data.prepare import PrepareConfig, _row, centre_crop, command, prepare, verify  # noqa: E402
+from pmf.train.data.prepare import PrepareConfig, _row, command, prepare, verify  # noqa: E402
 from pmf.train.data.shards import PreparedShards, open_shard  # noqa: E402
 from pmf.train.data.sources import Sample, open_source, row_samples  # noqa: E402
 

@@ -73,6 +73,10 @@ class World:
             dist.broadcast_object_list(box, group=self.group)
         return box[0]
 
+    def share(self, items: list[T]) -> list[T]:
+        """This process's part of the main process's list."""
+        return self.broadcast(items)[self.rank :: self.size]
+
     def wait(self) -> None:
         """Return once every process is here."""
         if self.size > 1:

@@ -15,7 +15,7 @@ from pmf.train.config import RunConfig
 from pmf.train.data import Loader, TrainingData, open_data
 from pmf.train.distributed import World, join, leave
 from pmf.train.evaluation.periodic import PeriodicEvaluation
-from pmf.train.export import Exporter
+from pmf.train.export import export_curve, export_weights
 from pmf.train.learner import Learner
 from pmf.train.presets import configured
 from pmf.train.progress import Progress
@@ -111,8 +111,8 @@ class Trainer(Learner):
 
     def _export(self) -> None:
         network = None if self.evaluation is None else self.evaluation.network
-        exporter = Exporter(self.config, self.world, self.directory, network)
-        exporter.export(self.step, self._weights(), self.metrics)
+        export_weights(self.directory, self.step, self._weights(), self.config, self.world, network)
+        self.world.main_first(lambda: export_curve(self.directory, self.metrics))
 
     def _evaluate_when_due(self, progress: Progress | None) -> None:
         if self.evaluation is not None and self.evaluation.due(self.step):

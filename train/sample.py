@@ -10,9 +10,9 @@ import tyro
 
 import pmf
 from pmf.errors import require
+from pmf.images import save_grid
 from pmf.train.config import find_run_config, published_guidance
 from pmf.train.distributed import pick_device
-from pmf.train.images import save_grid
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from pmf.train.data.by_name import open_data
 from pmf.train.data.loader import Loader, epoch_order, step_seed
-from pmf.train.data.training_data import CorruptImageError, ImageSet, TrainingData, to_float
+from pmf.train.data.training_data import CorruptImageError, ImageSet, TrainingData
 
 __all__ = [
     "CorruptImageError",
@@ -12,5 +12,4 @@ __all__ = [
     "epoch_order",
     "open_data",
     "step_seed",
-    "to_float",
 ]

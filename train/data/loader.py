@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from pmf.errors import require
-from pmf.train.data.training_data import CorruptImageError, TrainingData, to_float
+from pmf.images import to_float
+from pmf.train.data.training_data import CorruptImageError, TrainingData
 
 MAX_CORRUPT = 100
 PREFETCH = 4

@@ -17,6 +17,8 @@ from torch import Tensor
 import pmf
 from pmf.config import MODELS, ModelConfig
 from pmf.errors import InputError, require
+from pmf.features import find_images
+from pmf.metrics import inception
 from pmf.train.config import (
     ExtractionConfig,
     MeasurementConfig,
@@ -25,9 +27,8 @@ from pmf.train.config import (
     published_guidance,
 )
 from pmf.train.distributed import World, join, leave, pick_device
-from pmf.train.evaluation.features import MakeExtractor, inception_of
-from pmf.train.evaluation.measurement import Measurement, demo_score
-from pmf.train.evaluation.reference import find_images, write_folder_statistics
+from pmf.train.evaluation.measurement import MakeExtractor, Measurement, demo_score
+from pmf.train.evaluation.reference import write_folder_statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +125,7 @@ def statistics_command(arguments: list[str]) -> None:
     """Write the statistics of a folder."""
     config = tyro.cli(StatisticsConfig, prog="pmf eval statistics", args=arguments)
     files, world = find_images(config.folder), join(config.device)
-    extractor = inception_of(config, world.device)(config.resize or "tf1")
+    extractor = inception(config.inception, resize=config.resize or "tf1", device=world.device)
     write_folder_statistics(files, config.out, extractor, world, config, keep=config.features)
     if world.main:
         print(f"wrote {config.out}: statistics of {len(files)} images, {extractor.resize} resize")

@@ -1,31 +1,32 @@
-"""Features of many images, computed in chunks by all processes. Finished chunks stay on disk until all are done."""
+"""Features of many images, kept on disk in chunks: interrupted, the computation continues where it stopped."""
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from pmf.atomic_files import write_atomically
-from pmf.errors import require
-from pmf.metrics import Resize, Statistics, inception
-from pmf.train.config import ExtractionConfig
-from pmf.train.distributed import World
+from pmf.errors import InputError, require
+from pmf.metrics import Resize, Statistics
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 Source = Callable[[range], Iterable[Tensor]]
 """The images of these indices, in order: uint8 [k, 3, H, W] each, of any sizes."""
 
 
 class Extractor(Protocol):
-    """A module: images uint8 [n, 3, H, W] -> features [n, d] and logits [n, classes]."""
+    """A module, such as `pmf.metrics.inception`: images uint8 [n, 3, H, W] -> features [n, d], logits [n, classes]."""
 
     resize: Resize
 
@@ -33,20 +34,40 @@ class Extractor(Protocol):
     def state_dict(self) -> dict[str, Any]: ...  # noqa: D102
 
 
-MakeExtractor = Callable[[Resize], Extractor]
+def find_images(folder: Path) -> list[Path]:
+    """All image files below a folder (png, jpg, jpeg, webp, bmp), sorted by path. Errors: there are none."""
+    require(folder.is_dir(), f"reference: {folder} does not exist, expected a folder of images or an npz archive")
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    require(bool(found), f"reference: {folder} holds no {', '.join(SUFFIXES)}")
+    return found
 
 
-def inception_of(config: ExtractionConfig, device: torch.device) -> MakeExtractor:
-    """The usual extractor, by its resize."""
-    return lambda resize: inception(config.inception, resize=resize, device=device)
+def images_of(files: list[Path]) -> Source:
+    """The files decoded to RGB bytes at their own size; neighbours of equal size are stacked."""
+
+    def read(batch: range) -> Iterator[Tensor]:
+        with ThreadPoolExecutor() as pool:
+            images = list(pool.map(_read_image, (files[i] for i in batch)))
+        for _, group in groupby(images, key=lambda image: image.shape):
+            yield torch.stack(list(group))
+
+    return read
+
+
+def _read_image(file: Path) -> Tensor:
+    try:
+        with Image.open(file) as picture:
+            return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"reference: {file} is not a readable picture: {error}") from error
 
 
 @dataclass(frozen=True)
 class Chunks:
     """`count` images, `size` to a chunk, and the directory that holds the features of the finished chunks.
 
-    Chunk boundaries do not depend on the processes, so neither does any feature. The chunks on disk are the only state.
-    The directory must be on storage that every process sees.
+    The chunks on disk are the only state. Several processes may each compute some of the chunks, on storage that all of
+    them see: chunk boundaries do not depend on the processes, so neither does any feature.
     """
 
     directory: Path
@@ -61,27 +82,22 @@ class Chunks:
         """The file with the features of a chunk."""
         return self.directory / f"chunk-{span.start:08d}.npz"
 
+    def missing(self, finished: Callable[[range], bool] = lambda span: True) -> list[range]:
+        """The chunks that are not on disk, or there but not `finished`."""
+        return [span for span in self.spans() if not (self.file(span).is_file() and finished(span))]
+
     def compute(
-        self,
-        source: Source,
-        extractor: Extractor,
-        world: World,
-        *,
-        batch_size: int,
-        finished: Callable[[range], bool] = lambda span: True,
+        self, spans: list[range], source: Source, extractor: Extractor, *, batch_size: int, progress: bool = True
     ) -> None:
-        """Compute every chunk that is missing or not `finished`; return when all processes are done."""
-        missing = world.broadcast([s for s in self.spans() if not (self.file(s).is_file() and finished(s))])
-        mine = missing[world.rank :: world.size]
-        with tqdm(total=sum(map(len, mine)), unit="image", desc="features", disable=not world.main) as bar:
-            for span in mine:
+        """Compute these chunks and write them, each when it is done."""
+        with tqdm(total=sum(map(len, spans)), unit="image", desc="features", disable=not progress) as bar:
+            for span in spans:
                 parts = []
                 for start in range(span.start, span.stop, batch_size):
                     batch = range(start, min(start + batch_size, span.stop))
                     parts += [[x.cpu() for x in extractor(images)] for images in source(batch)]
                     bar.update(len(batch))
                 self._write(span, *map(torch.cat, zip(*parts, strict=True)))
-        world.wait()
 
     def _write(self, span: range, features: Tensor, logits: Tensor) -> None:
         arrays = (features.float().numpy(), logits.float().numpy())
@@ -108,27 +124,3 @@ class Chunks:
     def remove(self) -> None:
         """Delete the chunks."""
         shutil.rmtree(self.directory, ignore_errors=True)
-
-
-def digest(*parts: object) -> str:
-    """A name, 32 hexadecimal digits, for these values, by their repr."""
-    return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()[:32]
-
-
-def file_digest(file: Path) -> str:
-    """A name for the bytes of a file."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:32]
-
-
-def weights_digest(module: torch.nn.Module | Extractor) -> str:
-    """A name for all weights and buffers of a network."""
-    total = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        total.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        total.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return total.hexdigest()[:32]
-
-
-def extractor_digest(extractor: Extractor) -> str:
-    """A name for what an extractor computes."""
-    return digest(weights_digest(extractor), extractor.resize)
