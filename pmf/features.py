@@ -18,9 +18,11 @@ from tqdm import tqdm
 
 from pmf.atomic_files import write_atomically
 from pmf.errors import InputError, require
-from pmf.metrics import Resize, Statistics
+from pmf.metrics import Resize, Statistics, frechet_distance, inception_score, precision_recall
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SPLITS = 10
+"""Parts of the images that the Inception score is the mean of."""
 Source = Callable[[range], Iterable[Tensor]]
 """The images of these indices, in order: uint8 [k, 3, H, W] each, of any sizes."""
 
@@ -124,3 +126,24 @@ class Chunks:
     def remove(self) -> None:
         """Delete the chunks."""
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def quality(chunks: Chunks, reference: Statistics, device: torch.device | str = "cpu") -> dict[str, float | None]:
+    """FID, Inception score with its deviation, precision and recall of generated images against a reference.
+
+    `chunks` hold their features, of the extractor and resize of the reference. Precision and recall, computed on
+    `device`, are None where the reference has no features. Errors: as of the functions of `pmf.metrics`.
+    """
+    generated = replace(chunks.statistics(keep=True), resize=reference.resize)
+    score, deviation = inception_score(torch.cat(list(chunks.read("logits"))), splits=SPLITS)
+    precision = recall = None
+    if reference.features is not None:
+        both = (torch.from_numpy(x).to(device) for x in (generated.features, reference.features))
+        precision, recall = precision_recall(*both)
+    return {
+        "fid": frechet_distance(generated, reference),
+        "inception_score": score,
+        "inception_score_std": deviation,
+        "precision": precision,
+        "recall": recall,
+    }

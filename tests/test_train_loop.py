@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 import pmf
+from pmf.draws import step_seed
 from pmf.optim import OptimizerConfig
 from pmf.train import run_directory
 from pmf.train.config import RunConfig, load_run_config
-from pmf.train.data import step_seed
 from pmf.train.demo import digits
 from pmf.train.distributed import pick_device
 from pmf.train.loop import Trainer

@@ -60,6 +60,11 @@ class World:
         """Whether this process writes and prints."""
         return self.rank == 0
 
+    def say(self, *lines: str) -> None:
+        """Print from the main process alone."""
+        for line in lines if self.main else ():
+            print(line, flush=True)
+
     def mean(self, values: Tensor) -> Tensor:
         """The mean over all processes; a value that is not finite in one of them is not finite in the result."""
         if self.size > 1:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 
 from torch import Tensor
@@ -54,9 +54,22 @@ class Trainer(Learner):
             self.evaluation.prepare()
         if self.step == self.config.steps:  # stopped while it exported the last step
             self._export()
-        batches = self._loader()
+        config, world = self.config, self.world
+        batches = Loader(
+            self.data,
+            config.batch_size,
+            seed=config.seed,
+            rank=world.rank,
+            world=world.size,
+            workers=config.workers,
+            first_step=self.step,
+            flip=config.flip,
+            device=world.device,
+            max_corrupt=config.max_corrupt,
+        )
+        reports = Progress(self.directory, self.metrics, self.step, config.steps) if world.main else nullcontext()
         stopped = False
-        with StopRequest() as stop, self._pending_snapshot_kept(), self._progress() as progress:
+        with StopRequest() as stop, self._pending_snapshot_kept(), reports as progress:
             self._evaluate_when_due(progress)  # if the step that is resumed was not measured to the end
             while self.step < self.config.steps and not stopped:
                 began = time.perf_counter()
@@ -68,37 +81,18 @@ class Trainer(Learner):
                 self._save_when_due(stopped)
                 if not stopped:
                     self._evaluate_when_due(progress)
-        if stopped and self.world.main:
-            print(f"stopped at step {self.step}; continue with --resume {self.directory}")
+        if stopped:
+            self.world.say(f"stopped at step {self.step}; continue with --resume {self.directory}")
 
-    @contextlib.contextmanager
+    @contextmanager
     def _pending_snapshot_kept(self) -> Iterator[None]:
         """When a step fails, finish writing the pending snapshot: every process has copied its part."""
         try:
             yield
         except Exception:
-            with contextlib.suppress(InputError):  # the first failure is the one to report
+            with suppress(InputError):  # the first failure is the one to report
                 self.snapshots.publish(wait=True)
             raise
-
-    def _progress(self) -> contextlib.AbstractContextManager[Progress | None]:
-        if not self.world.main:
-            return contextlib.nullcontext()
-        return Progress(self.directory, self.metrics, self.step, self.config.steps)
-
-    def _loader(self) -> Loader:
-        return Loader(
-            self.data,
-            self.config.batch_size,
-            seed=self.config.seed,
-            rank=self.world.rank,
-            world=self.world.size,
-            workers=self.config.workers,
-            first_step=self.step,
-            flip=self.config.flip,
-            device=self.world.device,
-            max_corrupt=self.config.max_corrupt,
-        )
 
     def _save_when_due(self, stopped: bool) -> None:
         last = stopped or self.step == self.config.steps
@@ -139,6 +133,5 @@ def command(arguments: list[str]) -> None:
     world = join(config.device, config.sharding)
     trainer = Trainer(config, open_data(config.data, config.model.image_size), world)
     trainer.run()
-    if world.main:
-        print(f"run: {trainer.directory} (samples.png, loss.png, metrics.jsonl)")
+    world.say(f"run: {trainer.directory} (samples.png, loss.png, metrics.jsonl)")
     leave(world)

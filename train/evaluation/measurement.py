@@ -14,15 +14,14 @@ from torch import Tensor
 
 import pmf
 from pmf.errors import require
-from pmf.features import Chunks, Extractor, Source, find_images
+from pmf.features import SPLITS, Chunks, Extractor, Source, find_images, quality
 from pmf.images import save_png, to_bytes
-from pmf.metrics import Resize, Statistics, frechet_distance, inception, inception_score, precision_recall
+from pmf.metrics import Resize, Statistics, inception
 from pmf.train.config import MeasurementConfig
 from pmf.train.distributed import World
 from pmf.train.evaluation.reference import compute_together, folder_digest, write_folder_statistics
 from pmf.train.evaluation.results import Results, digest, extractor_digest, network_digest
 
-SPLITS = 10  # of the Inception score
 Draw = Callable[[list[int], list[int]], Tensor]
 """Images [n, c, H, W] in [-1, 1] of these labels, from these seeds."""
 MakeExtractor = Callable[..., Extractor]
@@ -125,7 +124,8 @@ class Measurement:
         if self.world.main:
             if line is None:
                 against = {"reference": str(self.config.reference), "resize": self.resize}
-                line = {**head, **against, **self._metrics(chunks), "key": key}
+                reference, _ = self.reference()
+                line = {**head, **against, **quality(chunks, reference, self.world.device), "key": key}
                 self.results.append(line)
             chunks.remove()
         return self.world.broadcast(line) | head  # equal weights share a result, each under its own name
@@ -142,23 +142,6 @@ class Measurement:
             yield pixels
 
         return images
-
-    def _metrics(self, chunks: Chunks) -> dict[str, float | None]:
-        """All four; precision and recall are None where the reference has no features."""
-        reference, _ = self.reference()
-        generated = replace(chunks.statistics(keep=True), resize=self.resize)
-        score, deviation = inception_score(torch.cat(list(chunks.read("logits"))), splits=SPLITS)
-        precision = recall = None
-        if reference.features is not None:
-            both = (torch.from_numpy(x).to(self.world.device) for x in (generated.features, reference.features))
-            precision, recall = precision_recall(*both)
-        return {
-            "fid": frechet_distance(generated, reference),
-            "inception_score": score,
-            "inception_score_std": deviation,
-            "precision": precision,
-            "recall": recall,
-        }
 
 
 def _png(folder: Path, index: int) -> Path:
