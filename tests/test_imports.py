@@ -40,6 +40,7 @@ RULES = {
     "pmf/noise.py": r"pmf\.errors",
     "pmf/crops.py": r"pmf\.(autocast|errors)",
     "pmf/perceptual.py": r"pmf\.(autocast|crops|errors)",
+    "pmf/data": r"pmf\.(data.*|atomic_files|draws|errors|images)",
     "pmf/images.py": r"pmf\.atomic_files",
     "pmf/features.py": r"pmf\.(atomic_files|errors|metrics)",
     "pmf/sharded.py": r"nothing",

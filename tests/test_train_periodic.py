@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import pmf
+from pmf.data import ImageSet
 from pmf.metrics import Statistics
 from pmf.train.config import EvaluationConfig, load_run_config
-from pmf.train.data import ImageSet
 from pmf.train.demo import digits
 from pmf.train.demo.scores import evaluate_digits
 from pmf.train.evaluation.command import command

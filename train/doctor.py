@@ -17,11 +17,12 @@ import torch
 import pmf
 from pmf import dispatch
 from pmf.counting import row_operations
+from pmf.data import Loader
 from pmf.errors import first_line, require
 from pmf.memory import TrainingMemory, training_memory
 from pmf.model import CHECKPOINTING
 from pmf.train.config import RunConfig
-from pmf.train.data import Loader, open_data
+from pmf.train.data.by_name import open_data
 from pmf.train.distributed import World, pick_device
 from pmf.train.learner import Learner
 from pmf.train.loop import check_data

@@ -9,10 +9,11 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from pmf.data import Loader, TrainingData
 from pmf.errors import InputError, require
 from pmf.train import run_directory
 from pmf.train.config import RunConfig
-from pmf.train.data import Loader, TrainingData, open_data
+from pmf.train.data.by_name import open_data
 from pmf.train.distributed import World, join, leave
 from pmf.train.evaluation.periodic import PeriodicEvaluation
 from pmf.train.export import export_curve, export_weights
@@ -54,20 +55,8 @@ class Trainer(Learner):
             self.evaluation.prepare()
         if self.step == self.config.steps:  # stopped while it exported the last step
             self._export()
-        config, world = self.config, self.world
-        batches = Loader(
-            self.data,
-            config.batch_size,
-            seed=config.seed,
-            rank=world.rank,
-            world=world.size,
-            workers=config.workers,
-            first_step=self.step,
-            flip=config.flip,
-            device=world.device,
-            max_corrupt=config.max_corrupt,
-        )
-        reports = Progress(self.directory, self.metrics, self.step, config.steps) if world.main else nullcontext()
+        batches, main = self._loader(), self.world.main
+        reports = Progress(self.directory, self.metrics, self.step, self.config.steps) if main else nullcontext()
         stopped = False
         with StopRequest() as stop, self._pending_snapshot_kept(), reports as progress:
             self._evaluate_when_due(progress)  # if the step that is resumed was not measured to the end
@@ -83,6 +72,20 @@ class Trainer(Learner):
                     self._evaluate_when_due(progress)
         if stopped:
             self.world.say(f"stopped at step {self.step}; continue with --resume {self.directory}")
+
+    def _loader(self) -> Loader:
+        return Loader(
+            self.data,
+            self.config.batch_size,
+            seed=self.config.seed,
+            rank=self.world.rank,
+            world=self.world.size,
+            workers=self.config.workers,
+            first_step=self.step,
+            flip=self.config.flip,
+            device=self.world.device,
+            max_corrupt=self.config.max_corrupt,
+        )
 
     @contextmanager
     def _pending_snapshot_kept(self) -> Iterator[None]:

@@ -20,10 +20,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from pmf.atomic_files import write_atomically
+from pmf.data import CorruptImageError, shards
+from pmf.data.shards import PreparedShards, Settings
 from pmf.errors import InputError, first_line, require
 from pmf.images import centre_crop
-from pmf.train.data import CorruptImageError, shards
-from pmf.train.data.shards import PreparedShards, Settings
 from pmf.train.data.sources import Sample, Source, open_source
 
 if TYPE_CHECKING:

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from pmf.data.training_data import CorruptImageError, TrainingData
 from pmf.draws import step_seed
 from pmf.errors import require
 from pmf.images import to_float
-from pmf.train.data.training_data import CorruptImageError, TrainingData
-from pmf.train.stop_signals import SIGNALS
 
 MAX_CORRUPT = 100
 PREFETCH = 4
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""They ask a run to save and stop. Slurm sends SIGUSR1 before the time is up, when asked to by --signal=USR1@60."""
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ class Loader:
             generator=torch.Generator(),  # else it would draw from, and move, the global one
         )
         # Block the signals until the workers ignore them.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             self._batches = [iter(loader)]
         finally:
@@ -134,7 +135,7 @@ def _shares(
             generator = torch.Generator().manual_seed(step_seed(seed, step, "mirror"))
             mirrored = torch.randint(2, (batch_size,), generator=generator).bool()
         positions = range(step * batch_size + rank * share, step * batch_size + (rank + 1) * share)
-        indices = [epoch_order(length, seed, position // length)[position % length].item() for position in positions]
+        indices = [int(epoch_order(length, seed, position // length)[position % length]) for position in positions]
         yield list(zip(indices, mirrored[rank * share : (rank + 1) * share].tolist(), strict=True))
 
 
@@ -160,13 +161,15 @@ class _Images(Dataset):
         return None, 0, failures
 
 
-def _collate(items: list[tuple]) -> tuple[Tensor | None, Tensor, list[CorruptImageError]]:
+def _collate(
+    items: list[tuple[Tensor | None, int, list[CorruptImageError]]],
+) -> tuple[Tensor | None, Tensor, list[CorruptImageError]]:
     images, labels, failures = zip(*items, strict=True)
     missing = any(image is None for image in images)
-    return None if missing else default_collate(images), torch.tensor(labels), [*itertools.chain(*failures)]
+    return None if missing else default_collate(list(images)), torch.tensor(labels), [*itertools.chain(*failures)]
 
 
 def _ignore_stop_signals(worker: int) -> None:
     """Signals that ask a run to save and stop reach its whole process group; the last batches must still come."""
-    for number in SIGNALS:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
