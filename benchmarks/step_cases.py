@@ -1,0 +1,179 @@
+"""Whole training steps and one-step sampling: ours against what a script would otherwise do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+import pmf
+from pmf.benchmarks.baselines import flow_matching_draws, flow_matching_loss, joint_jvp_loss, two_pass_loss
+from pmf.benchmarks.cases import Case, Providers, Run
+from pmf.benchmarks.jax_step import available, jax_step
+from pmf.benchmarks.op_cases import BACKENDS
+from pmf.config import LOSSES, MODELS
+from pmf.counting import row_operations
+from pmf.memory import training_memory
+
+CPU = torch.device("cpu")
+Checkpointing = Literal["none", "block"]
+COUNTED: dict[str, Checkpointing] = {"lean": "none", "lean, checkpointed": "block"}
+"""Steps whose memory is counted, and their checkpointing."""
+_counted = cache(row_operations)
+
+
+def step_inputs(size: str, batch: int, device: torch.device) -> tuple[Tensor, Tensor, pmf.Draws]:
+    """x, y and draws with the published laws."""
+    shape = MODELS[size].image_shape
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(batch, *shape, device=device) * 2 - 1
+    y = torch.randint(MODELS[size].num_classes, (batch,), generator=generator).to(device)
+    return x, y, step_draws(size, batch, shape, device)
+
+
+def step_draws(size: str, batch: int, shape: tuple[int, int, int], device: torch.device) -> pmf.Draws:
+    """The draws of a step; for images of another shape they name the same rows."""
+    return pmf.sample_draws(batch, shape, LOSSES[size], torch.Generator().manual_seed(0), device)
+
+
+def lean_loss(model, x, y, draws, config) -> Tensor:
+    """The library's own loss."""
+    return pmf.pmf_loss(model, x, y, draws, config).loss
+
+
+def training_step(
+    loss: Callable[..., Tensor],
+    size: str,
+    batch: int,
+    device: torch.device,
+    *,
+    compiled: bool = False,
+    impl: str | None = None,
+    checkpointing: Checkpointing = "none",
+) -> Run:
+    """Forward and backward of one batch, under bfloat16 autocast on CUDA; the gradients are dropped."""
+    model = pmf.create_model(size, device=device, impl=impl, checkpointing=checkpointing)
+    x, y, draws = step_inputs(size, batch, device)
+    if compiled and loss is lean_loss:
+        model.compile_blocks()
+    elif compiled:  # as a whole: around a compiled network, `torch.func.jvp` would run it uncompiled
+        loss = torch.compile(loss, fullgraph=True)
+
+    def run() -> None:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+            value = loss(model, x, y, draws, LOSSES[size])
+        value.backward()
+        model.zero_grad()
+
+    return run
+
+
+def captured_step(
+    size: str,
+    batch: int,
+    device: torch.device,
+    *,
+    flow_matching: bool = False,
+    compiled: bool = False,
+    backend: str | None = None,
+) -> Run:
+    """The same by `pmf.CapturedStep`, on CUDA two graphs. `backend`: computes attention's value; None: the usual."""
+    model = pmf.create_model(size, device=device)
+    x, y, draws = step_inputs(size, batch, device)
+    if flow_matching:
+        draws = flow_matching_draws(draws)
+    if compiled:
+        model.compile_blocks()
+    step = pmf.CapturedStep(model, LOSSES[size])
+
+    def run() -> None:
+        autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+        with autocast, pmf.ops.use_attention_backend(backend):
+            step(x, y, draws)
+        model.zero_grad()
+
+    return run
+
+
+def jax_rival(size: str, batch: int, device: torch.device) -> Run:
+    """The JAX step on the same parameters and draws, handed over through the CPU."""
+    return jax_step(partial(pmf.create_model, size, device=CPU), *step_inputs(size, batch, CPU), LOSSES[size], device)
+
+
+def step_providers(size: str, batch: int, device: torch.device) -> Providers:
+    """The steps that are compared; flow matching first, the measure of memory; compilers last."""
+
+    def plain(loss: Callable[..., Tensor], **options) -> partial[Run]:
+        return partial(training_step, loss, size, batch, device, **options)
+
+    captured = partial(captured_step, size, batch, device)
+    joint, two_pass = plain(joint_jvp_loss, impl="reference"), plain(two_pass_loss, impl="reference")
+    backends = BACKENDS if device.type == "cuda" else ()
+    providers: dict[str, Callable[[], Run]] = {
+        "flow matching": plain(flow_matching_loss),
+        "lean": plain(lean_loss),
+        "lean, captured": captured,
+        "flow matching, captured": partial(captured, flow_matching=True),
+        "joint jvp": joint,
+        "jvp without gradient, second forward": two_pass,
+        "lean, checkpointed": plain(lean_loss, checkpointing="block"),
+        **{f"lean, captured, {backend}": partial(captured, backend=backend) for backend in backends},
+        "lean, compiled": plain(lean_loss, compiled=True),
+        "lean, captured, compiled": partial(captured, compiled=True),
+        "joint jvp, compiled": partial(joint, compiled=True),
+        "jvp without gradient, second forward, compiled": partial(two_pass, compiled=True),
+    }
+    return providers | ({"JAX": partial(jax_rival, size, batch, device)} if available() else {})
+
+
+def group_of(provider: str) -> str:
+    """backends: ours on one named attention; compiled: what a compiler may take minutes for; else eager."""
+    if provider.rpartition(", ")[2] in BACKENDS:
+        return "backends"
+    return "compiled" if provider.endswith("compiled") or provider == "JAX" else "eager"
+
+
+def counted_bytes(size: str, batch: int, provider: str, device: torch.device) -> int:
+    """What a step in `COUNTED` keeps for backward and as low-precision weights: a lower bound of its peak."""
+    impl = "triton" if device.type == "cuda" else "reference"
+    memory = training_memory(size, COUNTED[provider], impl, device=device.type)
+    return memory.copies + batch * memory.per_row
+
+
+def step_name(size: str, batch: int) -> str:
+    """The name of a step's case."""
+    return f"step {size.removeprefix('pMF-')} batch {batch}"
+
+
+def step_case(size: str, batch: int, device: torch.device) -> Case:
+    """The pMF step of one preset. Operations are those of the lean plan, whatever a provider of this loss spends."""
+    draws, counted = step_draws(size, batch, (1, 1, 1), CPU), _counted(MODELS[size])
+    operations = {"": counted.lean(draws), "flow matching": counted.flow_matching(draws)}
+    tests = {"": "test_loss.py", "captured": "test_captured.py"}
+    return Case(step_name(size, batch), step_providers(size, batch, device), tests, operations=operations)
+
+
+def sampler(size: str, batch: int, device: torch.device, graph: bool = False, compiled: bool = False) -> Run:
+    """One-step sampling, bfloat16, the u head alone: `pmf.generate`, or `pmf.Sampler`, on CUDA a graph."""
+    model = pmf.create_model(size, aux_head=False, device=device, dtype=torch.bfloat16)
+    noise = torch.randn(batch, *model.config.image_shape, device=device)
+    labels = torch.zeros(batch, dtype=torch.int64)
+    if compiled:
+        model.compile_blocks()
+    if graph:
+        return partial(pmf.Sampler(model, batch), labels, noise=noise)
+    return partial(pmf.generate, model, labels, noise=noise, batch_size=batch)
+
+
+def sampling_case(size: str, batch: int, device: torch.device) -> Case:
+    """Sampling of one preset: eager, as a graph, and as a graph of compiled blocks."""
+    eager = partial(sampler, size, batch, device)
+    graph = partial(eager, graph=True)
+    providers = {"eager": eager, "sampler": graph, "sampler, compiled": partial(graph, compiled=True)}
+    # The guidance pass runs as many blocks as sampling does: the shared ones and one head.
+    operations = {"": batch * _counted(MODELS[size]).guidance}
+    name = f"sampling {size.removeprefix('pMF-')} batch {batch}"
+    return Case(name, providers, {"": "test_sampling.py"}, operations=operations)
