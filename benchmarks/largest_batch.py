@@ -89,7 +89,7 @@ def largest_batch(size: str, step: str, budget_gb: int, device: torch.device) ->
     # A card of 80 GB has a little less, or more, than 80e9 bytes.
     if on_gpu and torch.cuda.get_device_properties(device).total_memory / 1e9 > 0.95 * budget_gb:
         measured = measured_largest_batch(size, step, budget_gb, computed * 3 // 4, device)
-    found = {"computed_batch": computed, "measured_batch": measured}
+    found = {"status": "measured", "computed_batch": computed, "measured_batch": measured}
     return {"step": step, "impl": impl, "budget_gb": budget_gb, "bytes_per_image": memory.per_row, **found}
 
 

@@ -10,6 +10,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from datetime import datetime, timezone
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,25 +31,20 @@ OUT_OF_MEMORY = ("OutOfMemoryError", "XlaRuntimeError: RESOURCE_EXHAUSTED", "Jax
 """How the errors of PyTorch's and JAX's allocators begin."""
 
 
-def _git(*arguments: str) -> str | None:
-    """What git says; None where there is no git, or no repository."""
-    try:
-        result = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
-    except OSError:
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None
-
-
 def commit() -> tuple[str, bool]:
-    """The commit of this code, and whether the files that are measured differ from it.
+    """The commit of this code, and whether the files that are measured differ from it; else ("unknown", True).
 
     PMF_COMMIT, the output of `git describe --always --abbrev=40 --dirty`, stands in for the repository on a machine
-    that has only the files. Without either: ("unknown", True).
+    that has only the files.
     """
     if given := os.environ.get("PMF_COMMIT"):
         return given.removesuffix("-dirty"), given.endswith("-dirty")
-    changes = _git("status", "--porcelain", "--", *MEASURED, ":!benchmarks/results")
-    return _git("rev-parse", "HEAD") or "unknown", changes != ""
+    git = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=True)
+    try:
+        head = git(["git", "rev-parse", "HEAD"]).stdout.strip()
+        return head, git(["git", "status", "--porcelain", "--", *MEASURED, ":!benchmarks/results"]).stdout != ""
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown", True
 
 
 def digest(*folders: str) -> str:

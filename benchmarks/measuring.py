@@ -14,21 +14,18 @@ from pmf.benchmarks.cases import Case
 from pmf.benchmarks.ledger import RESULTS, Ledger, Record, key, out_of_memory
 from pmf.benchmarks.plan import Options, jobs_of
 from pmf.benchmarks.processes import failed, isolated
-from pmf.benchmarks.step_cases import step_name
 from pmf.benchmarks.worker import Job, job_records, origin_records
 from pmf.errors import require
 
-LARGEST_SHARE = 1 / 6
-"""Of the time that is left, what one job may take: a slow compiler leaves time to what comes after it."""
-LARGEST_SHARE_AGAIN = 1 / 2
-"""The same for a job that an earlier run could not end; it comes after all others."""
 TEST_SHARE = 1 / 3
 """Of the time that is left, what the tests may take."""
+JOB_SHARE, SECOND_SHARE = 1 / 6, 1 / 2
+"""The same for a job, so that a slow compiler leaves time to others; for one that an earlier run could not end."""
 LEAST_SECONDS = 5.0
 """Jobs do not begin with less time left."""
 
 
-def largest_time(left: float, share: float = LARGEST_SHARE) -> float:
+def largest_time(left: float, share: float = JOB_SHARE) -> float:
     """Seconds that the next job may take of those that are left."""
     return min(left, max(30.0, share * left))
 
@@ -52,9 +49,9 @@ def run(suite: str, options: Options) -> None:
         job = queue.popleft()
         measure_job(job, ledger, red, deadline - time.monotonic())
         if job.suite == "steps" and job.batch > 1 and out_of_memory(ledger.records[-1]):
-            name = step_name(job.size, job.batch // 2)
-            half = replace(job, batch=job.batch // 2, pairs=tuple((name, provider) for _, provider in job.pairs))
-            queue.extendleft(remaining([half], ledger))
+            half = replace(job, batch=job.batch // 2)
+            pairs = tuple((name, provider) for name in half.cases() for _, provider in job.pairs)
+            queue.extendleft(remaining([replace(half, pairs=pairs)], ledger))
     print(tables.summary(ledger.records), end="")
     if ledger.file is None:
         print("no GPU: nothing was recorded")
@@ -81,7 +78,7 @@ def measure_job(job: Job, ledger: Ledger, red: dict[str, str], left: float) -> N
     elif left < LEAST_SECONDS:
         outcome = [{"status": "skipped", "error": "no time was left"}]
     else:
-        seconds = largest_time(left, LARGEST_SHARE_AGAIN if job.keys() & ledger.tried() else LARGEST_SHARE)
+        seconds = largest_time(left, SECOND_SHARE if job.keys() & ledger.tried() else JOB_SHARE)
         outcome = isolated(job_records, seconds, job, seconds)
     cases = job.cases()
     for found in outcome:

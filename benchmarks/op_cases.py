@@ -31,19 +31,10 @@ BACKENDS = ("flash", "cudnn", "flash_attn_4", "flash_attn")
 """What else may compute attention's value and its gradients; see `pmf.kernels.flash`."""
 LONG = ((1024, 64), (4096, 64), (1024, 128), (4096, 128))
 """(length, head_dim) of attention beyond pMF's own."""
+WIDE, SLIM = torch.float32, torch.bfloat16
 Primals = tuple[Tensor | None, ...]
 Way = Callable[..., Any]
 """From primals and tangents to a value, or to value and tangent."""
-
-
-def wide(*shape: int) -> tuple[torch.dtype, tuple[int, ...]]:
-    """An input in float32."""
-    return torch.float32, shape
-
-
-def slim(*shape: int) -> tuple[torch.dtype, tuple[int, ...]]:
-    """An input in bfloat16."""
-    return torch.bfloat16, shape
 
 
 @dataclass(frozen=True)
@@ -51,7 +42,8 @@ class Op:
     """An op at one shape; bytes and operations by mode."""
 
     name: str
-    inputs: tuple[tuple[torch.dtype, tuple[int, ...]] | None, ...]
+    inputs: tuple[tuple[Any, ...] | None, ...]
+    """dtype and shape of each."""
     moving: tuple[int, ...]
     """Places of the inputs that carry a tangent."""
     bytes: tuple[int, int, int]
@@ -61,21 +53,19 @@ class Op:
     """Places of the inputs that take no gradient."""
     every_row: bool = False
     """Tangents on every row, not on the last half alone."""
-    more: Callable[[str, torch.device], dict[str, Way]] = lambda mode, device: {}
-    """Further providers of a mode."""
     options: dict[str, Any] = field(default_factory=dict)
     label: str = ""
     """Tells apart two of one op."""
 
-    def cases(self, size: str, device: torch.device) -> list[Case]:
-        """One case per mode."""
+    def cases(self, size: str, device: torch.device, **more: dict[str, Way]) -> list[Case]:
+        """One case per mode; `more`: by mode, further providers."""
         found = []
         for mode, moved, operations in zip(MODES, self.bytes, self.operations, strict=True):
             ways: dict[str, Way] = {
                 "reference": partial(self.run, impl="reference"),
                 "compiled reference": partial(torch.compile(self.run), impl="reference"),
                 "triton": self.run,
-                **self.more(mode, device),
+                **more.get(mode, {}),
             }
             providers = {name: partial(self.prepare, way, mode, device) for name, way in ways.items()}
             rated = {"": operations, VALUE_ALONE: self.operations[0]}
@@ -89,7 +79,8 @@ class Op:
 
     def prepare(self, way: Way, mode: str, device: torch.device) -> Run:
         """Make the inputs; the function to time."""
-        primals = tuple(spec and torch.randn(spec[1], dtype=spec[0], device=device) for spec in self.inputs)
+        made = (s if s is None else torch.randn(s[1:], dtype=s[0], device=device) for s in self.inputs)
+        primals: Primals = tuple(made)
         still = (None,) * len(primals)
         if mode == "forward":
             return lambda: way(primals, still)
@@ -112,51 +103,54 @@ def with_tangents(forward: int, backward: int) -> tuple[int, int, int]:
 
 def block_ops(config: ModelConfig, batch: int) -> list[Op]:
     """The memory-bound ops of one transformer block."""
-    width, heads, head_dim, length = config.hidden_size, config.num_heads, config.head_dim, config.sequence_length
+    width, heads, head_dim, rows = (
+        config.hidden_size,
+        config.num_heads,
+        config.head_dim,
+        (batch, config.sequence_length),
+    )
     hidden = -(-config.mlp_width // 8) * 8
-    stream, branch = wide(batch, length, width), slim(batch, length, width)
-    weight, head_weight, vector = wide(width), wide(head_dim), slim(batch, width)
-    table = wide(config.num_patches, head_dim // 2)
-    qkv = (slim(batch, length, 3, heads, head_dim), head_weight, head_weight, table, table)
+    stream, branch, vector, weight = (WIDE, *rows, width), (SLIM, *rows, width), (SLIM, batch, width), (WIDE, width)
+    head_weight, table = (WIDE, head_dim), (WIDE, config.num_patches, head_dim // 2)
+    qkv = ((SLIM, *rows, 3, heads, head_dim), head_weight, head_weight, table, table)
 
     def per_token(forward: int, backward: int) -> tuple[int, int, int]:
-        return with_tangents(batch * length * forward, batch * length * backward)
+        return with_tangents(rows[0] * rows[1] * forward, rows[0] * rows[1] * backward)
 
     norm, residual = per_token(6 * width, 10 * width), per_token(12 * width, 18 * width)
     rotation, gating = per_token(8 * width, 16 * width), per_token(6 * hidden, 10 * hidden)
-    tested, plain = "test_kernels_norm.py", (weight, weight, None, None)
-    prefix = {"prefix_length": config.prefix_length}
+    per_channel = (stream, branch, weight, weight, None, None)
     per_sample = (stream, branch, vector, weight, vector, vector)
+    test, prefix = "test_kernels_norm.py", {"prefix_length": config.prefix_length}
     return [
-        Op("norm_modulate", (stream, weight, None, None), (0,), norm, tested),
-        Op("residual_norm_modulate", (stream, branch, *plain), (0, 1), residual, tested),
-        Op("residual_norm_modulate", per_sample, (0, 1, 2, 4, 5), residual, tested, label=" adaln"),
+        Op("norm_modulate", (stream, weight, None, None), (0,), norm, test),
+        Op("residual_norm_modulate", per_channel, (0, 1), residual, test),
+        Op("residual_norm_modulate", per_sample, (0, 1, 2, 4, 5), residual, test, label=" adaln"),
         Op("qk_norm_rope", qkv, (0,), rotation, "test_kernels_rotary.py", constant=(3, 4), options=prefix),
-        Op("swiglu", (slim(batch, length, 2 * hidden),), (0,), gating, "test_kernels_swiglu.py"),
+        Op("swiglu", ((SLIM, *rows, 2 * hidden),), (0,), gating, "test_kernels_swiglu.py"),
     ]
 
 
 def patch_op(config: ModelConfig, batch: int) -> Op:
     """Image to tokens: the image and the prefix are read once, the tokens are written once."""
-    width, inner, p = config.hidden_size, config.bottleneck, config.patch_size
-    first, second = wide(inner, config.in_channels, p, p), wide(width, inner, 1, 1)
-    inputs = (
-        wide(batch, *config.image_shape),
-        *(first, wide(inner), second, wide(width)),
-        wide(config.sequence_length, width),
-        wide(batch, config.prefix_length, width),
-    )
-    rows = config.sequence_length + config.prefix_length
-    moved = 4 * batch * (config.in_channels * config.image_size**2 + rows * width)
+    width, inner, p, prefix = config.hidden_size, config.bottleneck, config.patch_size, config.prefix_length
+    first, second = (WIDE, inner, config.in_channels, p, p), (WIDE, width, inner, 1, 1)
+    images, positions = (WIDE, batch, *config.image_shape), (WIDE, config.sequence_length, width)
+    inputs = (images, first, (WIDE, inner), second, (WIDE, width), positions, (WIDE, batch, prefix, width))
+    moved = 4 * batch * (config.in_channels * config.image_size**2 + (config.sequence_length + prefix) * width)
     products = 2 * batch * config.num_patches * inner * (config.patch_values + width)
     operations, test = with_tangents(products, 2 * products), "test_kernels_patch.py"
     return Op("patch_embed", inputs, (0, 6), with_tangents(moved, moved), test, operations, constant=(0,))
 
 
-def attention_op(batch: int, length: int, heads: int, head_dim: int) -> Op:
+def attention_cases(name: str, batch: int, length: int, heads: int, head_dim: int, device: torch.device) -> list[Case]:
     """Attention with tangents on every row: on each backend and tile, and by what other scripts use."""
-    values = batch * length * heads * head_dim * 2
-    products = 2 * batch * heads * length**2 * head_dim
+    from pmf.kernels.attention import HOPPER_TILES, tangent_with
+
+    values, products = batch * length * heads * head_dim * 2, 2 * batch * heads * length**2 * head_dim
+    inputs, test = ((SLIM, batch, length, heads, head_dim),) * 3, "test_kernels_attention.py"
+    moved, operations = (4 * values, 8 * values, 8 * values), (2 * products, 7 * products, 5 * products)
+    op = Op("attention", inputs, (0, 1, 2), moved, test, operations, every_row=True)
 
     def within(context: Callable[..., AbstractContextManager[None]], choice: Any) -> Way:
         def way(primals: Primals, tangents: Primals) -> tuple:
@@ -165,23 +159,15 @@ def attention_op(batch: int, length: int, heads: int, head_dim: int) -> Op:
 
         return way
 
-    def more(mode: str, device: torch.device) -> dict[str, Way]:
-        on_gpu = device.type == "cuda"
-        if mode != "dual":
-            return {f"triton, {b}": within(ops.use_attention_backend, b) for b in BACKENDS if on_gpu}
-        from pmf.kernels.attention import HOPPER_TILES, tangent_with
-
-        tiles = {f"triton {t.queries}x{t.keys} w{t.warps} s{t.stages}": t for t in HOPPER_TILES if on_gpu}
-        rivals = {"plain attention, torch.func.jvp": plain_attention}
-        if importlib.util.find_spec("jvp_flash_attention") and length % 32 == 0 and head_dim in (16, 32, 64, 128):
-            rivals["jvp_flash_attention"] = jvp_flash_attention
-        alone = {VALUE_ALONE: lambda primals, tangents: op.run(primals, (None,) * 3)}
-        return alone | {name: within(tangent_with, tile) for name, tile in tiles.items()} | rivals
-
-    inputs, test = (slim(batch, length, heads, head_dim),) * 3, "test_kernels_attention.py"
-    moved, operations = (4 * values, 8 * values, 8 * values), (2 * products, 7 * products, 5 * products)
-    op = Op("attention", inputs, (0, 1, 2), moved, test, operations, every_row=True, more=more)
-    return op
+    on_gpu = device.type == "cuda"
+    backends = {f"triton, {b}": within(ops.use_attention_backend, b) for b in BACKENDS if on_gpu}
+    tiles = {f"triton {t.queries}x{t.keys} w{t.warps} s{t.stages}": t for t in HOPPER_TILES if on_gpu}
+    dual: dict[str, Way] = {VALUE_ALONE: lambda primals, tangents: op.run(primals, (None,) * 3)}
+    dual |= {name: within(tangent_with, tile) for name, tile in tiles.items()}
+    dual["plain attention, torch.func.jvp"] = plain_attention
+    if importlib.util.find_spec("jvp_flash_attention") and length % 32 == 0 and head_dim in (16, 32, 64, 128):
+        dual["jvp_flash_attention"] = jvp_flash_attention
+    return op.cases(name, device, forward=backends, dual=dual, backward=backends)
 
 
 def plain_attention(primals: Primals, tangents: Primals) -> object:
@@ -241,14 +227,13 @@ def objective_case(size: str, batch: int, device: torch.device) -> Case:
 
 def op_cases(size: str, batch: int, device: torch.device) -> list[Case]:
     """Every op at the shapes of a preset."""
-    config = MODELS[size]
-    attention = attention_op(batch, config.sequence_length, config.num_heads, config.head_dim)
-    every = [*block_ops(config, batch), patch_op(config, batch), attention]
-    cases = [case for op in every for case in op.cases(size.removeprefix("pMF-"), device)]
-    return [*cases, objective_case(size, batch, device)]
+    config, name = MODELS[size], size.removeprefix("pMF-")
+    simple = [case for op in (*block_ops(config, batch), patch_op(config, batch)) for case in op.cases(name, device)]
+    attention = (batch, config.sequence_length, config.num_heads, config.head_dim, device)
+    return [*simple, *attention_cases(name, *attention), objective_case(size, batch, device)]
 
 
 def long_attention_cases(device: torch.device) -> list[Case]:
     """Attention beyond pMF's own lengths and head widths, 16384 tokens at a time."""
-    named = {f"S {length} D {d}": attention_op(16384 // length, length, 16, d) for length, d in LONG}
-    return [case for name, op in named.items() for case in op.cases(name, device)]
+    shapes = ((f"S {length} D {d}", 16384 // length, length, 16, d, device) for length, d in LONG)
+    return [case for shape in shapes for case in attention_cases(*shape)]

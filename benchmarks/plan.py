@@ -21,7 +21,7 @@ class Options:
     sizes: tuple[str, ...] = ()
     """Presets whose shapes are measured (default: all published; for ops those of 16 pixels a patch)."""
     batch: int | None = None
-    """Images in a batch (default: 128; in gpu, the steps of the larger networks 64)."""
+    """Images in a batch (default: 128; in gpu, steps 64 too)."""
     only: str = ""
     """Measure only cases whose name contains this."""
     providers: tuple[str, ...] = ()
@@ -63,17 +63,16 @@ EVERYTHING = (
     *(Part("memory", size, 0) for size in FINE),
 )
 """What `gpu` measures."""
-OF_A_PRESET = "steps eager", "sampling ", "ops ", "memory ", "steps backends", "steps compiled"
-"""What `gpu` measures of a preset that is asked for: suite, and group of providers."""
 
 
 def parts_of(suite: str, sizes: tuple[str, ...], batch: int | None) -> list[Part]:
-    """What a command asks for: one suite, or all ("gpu"); some presets, or all; a batch of its own, or the usual."""
-    if suite == "gpu" and not sizes:
-        return list(dict.fromkeys(part._replace(batch=batch or part.batch) for part in EVERYTHING))
-    every = sizes or (*COARSE, *((LONG_ATTENTION,) if suite == "ops" else FINE))
-    wanted = [one.split(" ") for one in (OF_A_PRESET if suite == "gpu" else (f"{suite} ",))]
-    return [Part(s, size, batch or (0 if s == "memory" else 128), group) for size in every for s, group in wanted]
+    """What a command asks for: a suite, or everything ("gpu": of a preset that is named, what it is of B/16)."""
+    usual = sizes or (*COARSE, *((LONG_ATTENTION,) if suite == "ops" else FINE))
+    parts = [Part(suite, size, 0 if suite == "memory" else 128) for size in usual]
+    if suite == "gpu":
+        named = [part._replace(size=size) for size in sizes for part in EVERYTHING if part.size == B16]
+        parts = named or list(EVERYTHING)
+    return list(dict.fromkeys(part._replace(batch=batch or part.batch) for part in parts))
 
 
 def jobs_of(suite: str, options: Options) -> list[Job]:

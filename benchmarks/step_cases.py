@@ -19,24 +19,21 @@ from pmf.counting import row_operations
 from pmf.memory import training_memory
 
 CPU = torch.device("cpu")
-Checkpointing = Literal["none", "block"]
-COUNTED: dict[str, Checkpointing] = {"lean": "none", "lean, checkpointed": "block"}
+COUNTED: dict[str, Literal["none", "block"]] = {"lean": "none", "lean, checkpointed": "block"}
 """Steps whose memory is counted, and their checkpointing."""
 _counted = cache(row_operations)
 
 
-def step_inputs(size: str, batch: int, device: torch.device) -> tuple[Tensor, Tensor, pmf.Draws]:
-    """x, y and draws with the published laws."""
-    shape = MODELS[size].image_shape
-    generator = torch.Generator().manual_seed(0)
-    x = torch.rand(batch, *shape, device=device) * 2 - 1
-    y = torch.randint(MODELS[size].num_classes, (batch,), generator=generator).to(device)
-    return x, y, step_draws(size, batch, shape, device)
-
-
-def step_draws(size: str, batch: int, shape: tuple[int, int, int], device: torch.device) -> pmf.Draws:
-    """The draws of a step; for images of another shape they name the same rows."""
+def step_draws(size: str, batch: int, shape: tuple[int, ...] = (1, 1, 1), device: torch.device = CPU) -> pmf.Draws:
+    """The draws of a step, with the published laws; for images of another shape they name the same rows."""
     return pmf.sample_draws(batch, shape, LOSSES[size], torch.Generator().manual_seed(0), device)
+
+
+def step_inputs(size: str, batch: int, device: torch.device) -> tuple[Tensor, Tensor, pmf.Draws]:
+    """x, y and draws."""
+    shape = MODELS[size].image_shape
+    y = torch.randint(MODELS[size].num_classes, (batch,), generator=torch.Generator().manual_seed(0))
+    return torch.rand(batch, *shape, device=device) * 2 - 1, y.to(device), step_draws(size, batch, shape, device)
 
 
 def lean_loss(model, x, y, draws, config) -> Tensor:
@@ -51,48 +48,33 @@ def training_step(
     device: torch.device,
     *,
     compiled: bool = False,
+    captured: bool = False,
+    backend: str | None = None,
     impl: str | None = None,
-    checkpointing: Checkpointing = "none",
+    checkpointing: Literal["none", "block"] = "none",
 ) -> Run:
-    """Forward and backward of one batch, under bfloat16 autocast on CUDA; the gradients are dropped."""
+    """Forward and backward of one batch, under bfloat16 autocast on CUDA; the gradients are dropped.
+
+    `captured`: by `pmf.CapturedStep`, on CUDA two graphs. `backend`: computes attention's value; None: the usual.
+    """
     model = pmf.create_model(size, device=device, impl=impl, checkpointing=checkpointing)
     x, y, draws = step_inputs(size, batch, device)
+    if captured and loss is flow_matching_loss:
+        draws = flow_matching_draws(draws)
     if compiled and loss is lean_loss:
         model.compile_blocks()
     elif compiled:  # as a whole: around a compiled network, `torch.func.jvp` would run it uncompiled
         loss = torch.compile(loss, fullgraph=True)
-
-    def run() -> None:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-            value = loss(model, x, y, draws, LOSSES[size])
-        value.backward()
-        model.zero_grad()
-
-    return run
-
-
-def captured_step(
-    size: str,
-    batch: int,
-    device: torch.device,
-    *,
-    flow_matching: bool = False,
-    compiled: bool = False,
-    backend: str | None = None,
-) -> Run:
-    """The same by `pmf.CapturedStep`, on CUDA two graphs. `backend`: computes attention's value; None: the usual."""
-    model = pmf.create_model(size, device=device)
-    x, y, draws = step_inputs(size, batch, device)
-    if flow_matching:
-        draws = flow_matching_draws(draws)
-    if compiled:
-        model.compile_blocks()
-    step = pmf.CapturedStep(model, LOSSES[size])
+    step = pmf.CapturedStep(model, LOSSES[size]) if captured else None
 
     def run() -> None:
         autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
         with autocast, pmf.ops.use_attention_backend(backend):
-            step(x, y, draws)
+            value = None if step else loss(model, x, y, draws, LOSSES[size])
+            if step:
+                step(x, y, draws)
+        if value is not None:
+            value.backward()
         model.zero_grad()
 
     return run
@@ -106,23 +88,22 @@ def jax_rival(size: str, batch: int, device: torch.device) -> Run:
 def step_providers(size: str, batch: int, device: torch.device) -> Providers:
     """The steps that are compared; flow matching first, the measure of memory; compilers last."""
 
-    def plain(loss: Callable[..., Tensor], **options) -> partial[Run]:
+    def step(loss: Callable[..., Tensor], **options) -> partial[Run]:
         return partial(training_step, loss, size, batch, device, **options)
 
-    captured = partial(captured_step, size, batch, device)
-    joint, two_pass = plain(joint_jvp_loss, impl="reference"), plain(two_pass_loss, impl="reference")
+    joint, two_pass = step(joint_jvp_loss, impl="reference"), step(two_pass_loss, impl="reference")
     backends = BACKENDS if device.type == "cuda" else ()
     providers: dict[str, Callable[[], Run]] = {
-        "flow matching": plain(flow_matching_loss),
-        "lean": plain(lean_loss),
-        "lean, captured": captured,
-        "flow matching, captured": partial(captured, flow_matching=True),
+        "flow matching": step(flow_matching_loss),
+        "lean": step(lean_loss),
+        "lean, captured": step(lean_loss, captured=True),
+        "flow matching, captured": step(flow_matching_loss, captured=True),
         "joint jvp": joint,
         "jvp without gradient, second forward": two_pass,
-        "lean, checkpointed": plain(lean_loss, checkpointing="block"),
-        **{f"lean, captured, {backend}": partial(captured, backend=backend) for backend in backends},
-        "lean, compiled": plain(lean_loss, compiled=True),
-        "lean, captured, compiled": partial(captured, compiled=True),
+        "lean, checkpointed": step(lean_loss, checkpointing="block"),
+        **{f"lean, captured, {name}": step(lean_loss, captured=True, backend=name) for name in backends},
+        "lean, compiled": step(lean_loss, compiled=True),
+        "lean, captured, compiled": step(lean_loss, captured=True, compiled=True),
         "joint jvp, compiled": partial(joint, compiled=True),
         "jvp without gradient, second forward, compiled": partial(two_pass, compiled=True),
     }
@@ -143,17 +124,13 @@ def counted_bytes(size: str, batch: int, provider: str, device: torch.device) ->
     return memory.copies + batch * memory.per_row
 
 
-def step_name(size: str, batch: int) -> str:
-    """The name of a step's case."""
-    return f"step {size.removeprefix('pMF-')} batch {batch}"
-
-
 def step_case(size: str, batch: int, device: torch.device) -> Case:
     """The pMF step of one preset. Operations are those of the lean plan, whatever a provider of this loss spends."""
-    draws, counted = step_draws(size, batch, (1, 1, 1), CPU), _counted(MODELS[size])
+    draws, counted = step_draws(size, batch), _counted(MODELS[size])
     operations = {"": counted.lean(draws), "flow matching": counted.flow_matching(draws)}
     tests = {"": "test_loss.py", "captured": "test_captured.py"}
-    return Case(step_name(size, batch), step_providers(size, batch, device), tests, operations=operations)
+    name = f"step {size.removeprefix('pMF-')} batch {batch}"
+    return Case(name, step_providers(size, batch, device), tests, operations=operations)
 
 
 def sampler(size: str, batch: int, device: torch.device, graph: bool = False, compiled: bool = False) -> Run:

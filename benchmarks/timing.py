@@ -9,15 +9,15 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import profile
 
-from pmf.benchmarks.cases import Run
+from pmf.benchmarks.cases import Providers, Run
 from pmf.benchmarks.ledger import Record
+from pmf.benchmarks.processes import failed
 
 FEWEST = 3
 """Repeats that a median and its quartiles need."""
@@ -25,13 +25,41 @@ PROFILE_ROWS = 25
 """Operators that a record names; the whole table is a file of its own."""
 
 
-@dataclass(frozen=True)
-class WarmRun:
-    """A provider whose kernels and graphs are compiled, with the seconds and the memory of its warm-up."""
+def measure(
+    providers: Providers, device: torch.device, repeats: int = 30, seconds: float = math.inf, whole: bool = False
+) -> Iterator[Record]:
+    """A record per provider: timed `repeats` times, in turns, fewer where all would not fit into `seconds`.
 
-    run: Run
-    seconds: float
-    memory: Record
+    On CUDA, L2 is overwritten before each run, and a run is replayed as a CUDA graph where it can be, so that Python's
+    launch cost does not count. `whole` steps are timed as a script runs them, with `details`. A provider that fails
+    costs no other.
+    """
+    runs: dict[str, Run] = {}
+    records: dict[str, Record] = {}
+    once = 0.0
+    for name, prepare in providers.items():
+        try:
+            run = prepare()
+            memory, took = warm_up(run, device, "captured" in name)
+            replay = None if whole or device.type != "cuda" else graph_of(run)
+            runs[name], once = replay or run, once + took
+            records[name] = {"provider": name, "status": "measured", **memory, "captured": replay is not None}
+        except Exception as error:
+            yield {"provider": name, **failed(error)}
+    repeats = max(FEWEST, int(min(repeats, seconds / max(once, 1e-9))))
+    clock = _cuda_clock(device) if device.type == "cuda" else _cpu_clock
+    ends: dict[str, list[Callable[[], float]]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            ends[name].append(clock(run))
+    synchronize(device)
+    for name, run in runs.items():
+        first, median, third = statistics.quantiles((end() for end in ends[name]), n=4)
+        record = {**records[name], "median_us": median, "quartiles_us": (first, third), "repeats": repeats}
+        try:
+            yield {**record, **(details(run, device, min(repeats, 5)) if whole else {})}
+        except Exception as error:
+            yield {**record, "note": failed(error)["error"]}
 
 
 def synchronize(device: torch.device) -> None:
@@ -40,12 +68,12 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def warm_up(run: Run, device: torch.device, captured: bool = False) -> WarmRun:
-    """Run three times; the last tells the seconds.
+def warm_up(run: Run, device: torch.device, captured: bool = False) -> tuple[Record, float]:
+    """Run three times; its memory, None without a GPU, and the seconds of the last run.
 
     peak_bytes: the allocator's peak above what was allocated before, in the last run. A replayed graph allocates
-    nothing, so that of a `captured` run is of the first; a run with a method `peak_bytes` counts its own.
-    reserved_bytes: what the allocator holds, pools of graphs included. Both are None without a GPU.
+    nothing, so that of a `captured` step is of the first; a run with a method `peak_bytes` counts its own.
+    reserved_bytes: what the allocator holds, pools of graphs included.
     """
     on_gpu, peaks, seconds = device.type == "cuda", [], 0.0
     for _ in range(3):
@@ -61,37 +89,7 @@ def warm_up(run: Run, device: torch.device, captured: bool = False) -> WarmRun:
     if hasattr(run, "peak_bytes"):
         peak, source = run.peak_bytes(), "its own count"
     reserved = torch.cuda.memory_reserved(device) if on_gpu else None
-    return WarmRun(run, seconds, {"peak_bytes": peak, "peak_from": source, "reserved_bytes": reserved})
-
-
-def measure(
-    providers: dict[str, WarmRun],
-    device: torch.device,
-    repeats: int = 30,
-    seconds: float = math.inf,
-    capture: bool = True,
-) -> dict[str, Record]:
-    """Time every provider `repeats` times, in turns; fewer times where all would not fit into `seconds`.
-
-    On CUDA, L2 is overwritten before each run. With `capture` a run is replayed as a CUDA graph where it can be, so
-    that Python's launch cost does not count.
-    """
-    on_gpu = device.type == "cuda"
-    once = sum(warm.seconds for warm in providers.values())
-    repeats = max(FEWEST, int(min(repeats, seconds / max(once, 1e-9))))
-    runs = {name: _captured(warm.run) if capture and on_gpu else (warm.run, False) for name, warm in providers.items()}
-    clock = _cuda_clock(device) if on_gpu else _cpu_clock
-    ends: dict[str, list[Callable[[], float]]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, (run, _) in runs.items():
-            ends[name].append(clock(run))
-    synchronize(device)
-    found = {}
-    for name, (_, captured) in runs.items():
-        first, median, third = statistics.quantiles((end() for end in ends[name]), n=4)
-        times = {"median_us": median, "quartiles_us": (first, third), "repeats": repeats, "captured": captured}
-        found[name] = {**times, **providers[name].memory}
-    return found
+    return {"peak_bytes": peak, "peak_from": source, "reserved_bytes": reserved}, seconds
 
 
 def _cpu_clock(run: Run) -> Callable[[], float]:
@@ -115,8 +113,8 @@ def _cuda_clock(device: torch.device) -> Callable[[Run], Callable[[], float]]:
     return clock
 
 
-def _captured(run: Run) -> tuple[Run, bool]:
-    """The run as a CUDA graph, and True; itself, and False, where it cannot be captured.
+def graph_of(run: Run) -> Run | None:
+    """What replays the run as a CUDA graph; None where it cannot be captured.
 
     Captured on the current stream, which must not be the default one: backward runs on the stream that forward was
     recorded on, and a failed capture leaves its own stream current.
@@ -127,8 +125,8 @@ def _captured(run: Run) -> tuple[Run, bool]:
             run()
     except RuntimeError:
         torch.cuda.synchronize()
-        return run, False
-    return graph.replay, True
+        return None
+    return graph.replay
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
@@ -136,40 +134,36 @@ def ceilings(device: torch.device) -> dict[str, float]:
     size, n = (2**30, 8192) if device.type == "cuda" else (2**24, 512)
     source = torch.empty(size, dtype=torch.int8, device=device)
     target, a = torch.empty_like(source), torch.randn(n, n, device=device, dtype=torch.bfloat16)
-    warm = {"copy": warm_up(lambda: target.copy_(source), device), "product": warm_up(lambda: a @ a, device)}
-    # Not as CUDA graphs: a graph copies with a copy engine, at two thirds of what kernels reach on an H200.
-    seconds = {name: times["median_us"] / 1e6 for name, times in measure(warm, device, capture=False).items()}
-    return {
-        "copy_bytes_per_s": 2 * size / seconds["copy"],
-        "product_operations_per_s": 2 * n**3 / seconds["product"],
-    }
+    runs: Providers = {"copy": lambda: lambda: target.copy_(source), "product": lambda: lambda: a @ a}
+    # Whole, not as CUDA graphs: a graph copies with a copy engine, at two thirds of what kernels reach on an H200.
+    copy, product = (record["median_us"] / 1e6 for record in measure(runs, device, whole=True))
+    return {"copy_bytes_per_s": 2 * size / copy, "product_operations_per_s": 2 * n**3 / product}
 
 
-def host_us(run: Run, device: torch.device, repeats: int = 5) -> float:
-    """Median microseconds that the host takes to enqueue a run: it starts on an idle device and does not wait."""
-    samples = []
+def details(run: Run, device: torch.device, repeats: int = 5) -> Record:
+    """Of a whole step: what the host takes, and what its kernels and operators do.
+
+    host_us: median to enqueue a run, which starts on an idle device and does not wait. busy_us, launches: of all
+    kernels, None on the CPU. profile: operators by the time of what they launched. table: kernels and operators.
+    """
+    host = []
     for _ in range(repeats):
         synchronize(device)
-        samples.append(_cpu_clock(run)())
+        host.append(_cpu_clock(run)())
     synchronize(device)
-    return statistics.median(samples)
-
-
-def profiled(run: Run, device: torch.device) -> Record:
-    """Time and number of a run's kernels (None on the CPU), operators by the time they launched, as a table too."""
     with profile() as profiler:
         run()
         synchronize(device)
     rows, on_gpu = profiler.key_averages(), device.type == "cuda"
-    time_of = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    spent = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     kernels = [row for row in rows if row.device_type == DeviceType.CUDA and not row.is_user_annotation]
-    operators = [(row.key[:120], getattr(row, time_of), row.count) for row in rows if row.device_type == DeviceType.CPU]
-    busy = sum(row.self_device_time_total for row in kernels)
-    whole = max(sum(took for _, took, _ in operators), 1e-9)
+    operators = [(row.key[:120], getattr(row, spent), row.count) for row in rows if row.device_type == DeviceType.CPU]
+    total = max(sum(took for _, took, _ in operators), 1e-9)
     operators.sort(key=lambda operator: -operator[1])
     return {
-        "busy_us": busy if on_gpu else None,
+        "host_us": statistics.median(host),
+        "busy_us": sum(row.self_device_time_total for row in kernels) if on_gpu else None,
         "launches": sum(row.count for row in kernels) if on_gpu else None,
-        "profile": [(name, took / whole, count) for name, took, count in operators[:PROFILE_ROWS]],
-        "table": rows.table(sort_by=time_of, row_limit=-1, max_name_column_width=100),
+        "profile": [(name, took / total, count) for name, took, count in operators[:PROFILE_ROWS]],
+        "table": rows.table(sort_by=spent, row_limit=-1, max_name_column_width=100),
     }

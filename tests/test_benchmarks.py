@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import functools
+import math
+import pathlib
 import time
 import types
 
@@ -13,7 +15,7 @@ from torch.autograd import DeviceType
 import pmf
 from pmf.benchmarks import largest_batch, op_cases, step_cases, timing
 from pmf.benchmarks.baselines import joint_jvp_loss, two_pass_loss
-from pmf.benchmarks.timing import ceilings, host_us, measure, profiled, warm_up
+from pmf.benchmarks.timing import ceilings, details, measure
 from pmf.counting import meta_step, operations, row_operations
 from pmf.kernels.attention import HOPPER_TILES
 from pmf.memory import saved_per_row, training_memory
@@ -23,12 +25,21 @@ from tests.test_loss import LOSS, gradients, step_inputs
 CPU, GPU = torch.device("cpu"), torch.device("cuda")  # cases are named for a GPU without one
 SMALL = dataclasses.replace(TINY, image_size=8, hidden_size=32)
 BLOCK = op_cases.block_ops(SMALL, batch=2)
-EVERY = (*BLOCK, op_cases.patch_op(SMALL, 2), op_cases.attention_op(2, 7, 2, 16))
-OPS = {f"{op.name}{op.label}": op for op in EVERY}
+OPS = {f"{op.name}{op.label}": op for op in (*BLOCK, op_cases.patch_op(SMALL, 2))}
 
 
 def case_of(op, mode, device=CPU):
-    return OPS[op].cases("small", device)[op_cases.MODES.index(mode)]
+    if op == "attention":
+        cases = op_cases.attention_cases("small", 2, 7, 2, 16, device)
+    else:
+        cases = OPS[op].cases("small", device)
+    return cases[op_cases.MODES.index(mode)]
+
+
+def measured(runs, repeats=30, seconds=math.inf):
+    """Provider -> its times."""
+    providers = {name: lambda run=run: run for name, run in runs.items()}
+    return {r["provider"]: r for r in measure(providers, CPU, repeats, seconds)}
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +53,7 @@ def tensors(result):
 
 
 @pytest.mark.parametrize("mode", op_cases.MODES)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [*OPS, "attention"])
 def test_every_case_runs(benchmark, op, mode):
     case = case_of(op, mode)
     torch.manual_seed(0)
@@ -56,7 +67,7 @@ def test_every_case_runs(benchmark, op, mode):
 def test_bytes_are_those_of_inputs_and_outputs():
     """What the formula says a forward pass moves, counted on real tensors (parameters are negligible)."""
     for op in BLOCK:
-        primals = tuple(spec and torch.randn(spec[1], dtype=spec[0]) for spec in op.inputs)
+        primals = tuple(spec and torch.randn(spec[1:], dtype=spec[0]) for spec in op.inputs)
         value = op.run(primals, (None,) * len(primals))[0]
         rows = [x for x in (*primals, *tensors([value])) if x is not None and x.ndim >= 3]
         moved = sum(x.numel() * x.element_size() for x in rows)
@@ -76,16 +87,18 @@ def test_attention_is_measured_on_every_backend_and_tile():
     """Those meant for a GPU are named for one alone; the tiles compute the same in the interpreter."""
     for mode in ("forward", "backward"):
         assert {f"triton, {name}" for name in op_cases.BACKENDS} <= case_of("attention", mode, GPU).providers.keys()
-    here, there = (case_of("attention", "dual", device).providers.keys() for device in (CPU, GPU))
-    more = there - here
-    assert op_cases.VALUE_ALONE in here and here <= there
+    here, there = (case_of("attention", "dual", device).providers for device in (CPU, GPU))
+    more = there.keys() - here.keys()
+    assert op_cases.VALUE_ALONE in here and here.keys() <= there.keys()
     assert {"triton 128x32 w8 s3", "triton 64x32 w4 s3"} <= more and len(more) == len(HOPPER_TILES)
-    op = OPS["attention"]
-    primals, tangents = (tuple(torch.randn(shape, dtype=dtype) for dtype, shape in op.inputs) for _ in range(2))
-    _, expected = op.run(primals, tangents)
-    ways = op.more("dual", GPU)
+
+    def tangent(name):
+        way, mode, _ = there[name].args
+        torch.manual_seed(0)
+        return there[name].func(way, mode, CPU)()[1]
+
     for name in more:
-        assert relative_error(expected, ways[name](primals, tangents)[1]) < 2**-8
+        assert relative_error(tangent("triton"), tangent(name)) < 2**-8
 
 
 def test_each_provider_is_rated_by_what_it_computes():
@@ -99,6 +112,9 @@ def test_each_provider_is_rated_by_what_it_computes():
 
 
 def test_tests_stand_before_providers():
+    every = [*op_cases.op_cases("small", 2, CPU), step_cases.sampling_case("pMF-digits", 2, CPU)]
+    files = {test for case in (*every, step_cases.step_case("small", 2, CPU)) for test in case.tests.values()}
+    assert len(files) == 9 and all((pathlib.Path(__file__).parent / file).is_file() for file in files)
     step = step_cases.step_case("small", 2, CPU)
     assert step.tests_of("lean") == {"test_loss.py"}
     assert step.tests_of("lean, captured") == {"test_loss.py", "test_captured.py"}
@@ -124,8 +140,7 @@ def test_every_preset_has_a_step(size):
 
 def test_measure_takes_turns_and_gives_quartiles():
     order = []
-    ready = {name: warm_up(lambda name=name: order.append(name), CPU) for name in "ab"}
-    result = measure(ready, CPU, repeats=4)
+    result = measured({name: lambda name=name: order.append(name) for name in "ab"}, repeats=4)
     assert "".join(order) == "aaabbb" + "ab" * 4
     assert result["a"]["quartiles_us"][0] <= result["a"]["median_us"] <= result["a"]["quartiles_us"][1]
     assert result["a"]["repeats"] == 4
@@ -139,26 +154,40 @@ def test_a_measurement_says_what_its_peak_is_of():
         def peak_bytes(self):
             return 7
 
-    ready = {"counted": warm_up(Counted(), CPU), "captured": warm_up(lambda: None, CPU, captured=True)}
-    found = measure(ready | {"plain": warm_up(lambda: None, CPU)}, CPU, repeats=3)
+    found = measured({"counted": Counted(), "lean, captured": lambda: None, "plain": lambda: None}, repeats=3)
     memory = {name: (r["peak_bytes"], r["peak_from"], r["reserved_bytes"]) for name, r in found.items()}
     assert memory == {
         "counted": (7, "its own count", None),
-        "captured": (None, "warm-up and capture", None),
+        "lean, captured": (None, "warm-up and capture", None),
         "plain": (None, "a warm run", None),
     }
 
 
-def test_repeats_shrink_to_the_time_there_is():
-    runs = []
-    slow = dataclasses.replace(warm_up(lambda: runs.append(0), CPU), seconds=1.0)
-    assert measure({"slow": slow}, CPU, repeats=30, seconds=10.0)["slow"]["repeats"] == 10
-    assert measure({"slow": slow}, CPU, repeats=30, seconds=0.5)["slow"]["repeats"] == 3
+def test_repeats_shrink_to_the_time_there_is(monkeypatch):
+    monkeypatch.setattr(timing, "warm_up", lambda *a: ({}, 1.0))
+    assert measured({"slow": lambda: None}, repeats=30, seconds=10.0)["slow"]["repeats"] == 10
+    assert measured({"slow": lambda: None}, repeats=30, seconds=0.5)["slow"]["repeats"] == 3
+
+
+def test_one_provider_that_fails_loses_no_other():
+    def broken():
+        raise RuntimeError("first line\nsecond line")
+
+    providers = {"broken": broken, "fails when run": lambda: broken, "works": lambda: lambda: None}
+    records = list(measure(providers, CPU, 3))
+    assert [r["status"] for r in records] == ["failed", "failed", "measured"]
+    assert records[0]["error"] == "RuntimeError: first line" and records[0]["provider"] == "broken"
+
+
+def test_a_figure_is_kept_without_its_details(monkeypatch):
+    monkeypatch.setattr(timing, "details", lambda *a: 1 / 0)
+    (record,) = measure({"lean": lambda: lambda: None}, CPU, 3, whole=True)
+    assert record["status"] == "measured" and record["note"] == "ZeroDivisionError: division by zero"
 
 
 def test_a_profile_names_what_takes_the_time():
     a, b = torch.randn(400, 400), torch.randn(4)
-    found = profiled(lambda: (a @ a, a @ a, b + b), CPU)
+    found = details(lambda: (a @ a, a @ a, b + b), CPU)
     name, share, calls = found["profile"][0]
     assert name == "aten::mm" and calls == 2 and 0.3 < share <= 1
     assert [share for _, share, _ in found["profile"]] == sorted((s for _, s, _ in found["profile"]), reverse=True)
@@ -183,13 +212,14 @@ def test_kernels_are_named_by_the_operator_that_launched_them(monkeypatch):
     recorded = types.SimpleNamespace(key_averages=lambda: Rows([*rows, row("pmf::swiglu", 20.0, 2)]))
     monkeypatch.setattr(timing, "profile", lambda: contextlib.nullcontext(recorded))
     monkeypatch.setattr(timing, "synchronize", lambda device: None)
-    found = profiled(lambda: None, GPU)
+    found = details(lambda: None, GPU)
+    assert found.pop("host_us") > 0
     names = [("aten::mm", 60 / 90, 2), ("pmf::swiglu", 20 / 90, 2), ("pmf::norm", 10 / 90, 1)]
     assert found == {"busy_us": 90.0, "launches": 5, "profile": names, "table": "self_device_time_total"}
 
 
 def test_host_time_is_that_of_the_call():
-    assert host_us(lambda: time.sleep(0.01), CPU, 3) == pytest.approx(1e4, rel=0.5)
+    assert details(lambda: time.sleep(0.01), CPU, 3)["host_us"] == pytest.approx(1e4, rel=0.5)
 
 
 def test_a_step_that_is_counted_tells_what_it_must_keep():
@@ -269,7 +299,7 @@ def test_a_lean_step_is_much_faster_than_a_joint_jvp_step():
     """On the digits network, in one run, in turns; only the ratio counts."""
     case = step_cases.step_case("pMF-digits", 64, CPU)
     chosen = {name: case.providers[name]() for name in ("joint jvp", "lean")}
-    times = measure({name: warm_up(run, CPU) for name, run in chosen.items()}, CPU, repeats=12)
+    times = measured(chosen, repeats=12)
     ratio = times["joint jvp"]["quartiles_us"][0] / times["lean"]["quartiles_us"][0]
     print(f"joint jvp / lean: {ratio:.2f}")
     assert ratio >= 1.8
