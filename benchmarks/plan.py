@@ -70,9 +70,9 @@ def parts_of(suite: str, sizes: tuple[str, ...], batch: int | None) -> list[Part
     usual = sizes or (*COARSE, *((LONG_ATTENTION,) if suite == "ops" else FINE))
     parts = [Part(suite, size, 0 if suite == "memory" else 128) for size in usual]
     if suite == "gpu":
-        named = [part._replace(size=size) for size in sizes for part in EVERYTHING if part.size == B16]
+        named = [Part(p.suite, size, p.batch, p.group) for size in sizes for p in EVERYTHING if p.size == B16]
         parts = named or list(EVERYTHING)
-    return list(dict.fromkeys(part._replace(batch=batch or part.batch) for part in parts))
+    return list(dict.fromkeys(Part(p.suite, p.size, batch or p.batch, p.group) for p in parts))
 
 
 def jobs_of(suite: str, options: Options) -> list[Job]:

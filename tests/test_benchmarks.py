@@ -146,6 +146,74 @@ def test_measure_takes_turns_and_gives_quartiles():
     assert result["a"]["repeats"] == 4
 
 
+class FakeGPU:
+    """`torch` as timing.py sees it on a GPU: says what is asked of it, in order; every run takes a millisecond."""
+
+    int8 = torch.int8
+
+    def __init__(self):
+        self.cuda, self.log, self.allocated, self.peak, self.capturing = self, [], 100, 0, False
+
+    def get_device_properties(self, device):
+        return types.SimpleNamespace(L2_cache_size=10)
+
+    def empty(self, size, dtype, device):
+        return types.SimpleNamespace(zero_=lambda: self.log.append(f"flush {size}"))
+
+    def Event(self, enable_timing):  # noqa: N802
+        return types.SimpleNamespace(record=lambda: self.log.append("event"), elapsed_time=lambda end: 1.0)
+
+    def CUDAGraph(self):  # noqa: N802
+        return types.SimpleNamespace(replay=lambda: self.log.append("replay"))
+
+    @contextlib.contextmanager
+    def graph(self, graph, stream):
+        self.capturing = True
+        yield
+        self.capturing = False
+
+    def run(self, name, fails_in_capture=False):
+        if self.capturing and fails_in_capture:
+            self.capturing = False
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.log.append(name)
+        self.peak = self.allocated + (50 if self.log.count(name) == 1 else 5)
+
+    def memory_allocated(self, device):
+        return self.allocated
+
+    def max_memory_allocated(self, device):
+        return self.peak
+
+    def memory_reserved(self, device):
+        return 1000
+
+    def reset_peak_memory_stats(self, device):
+        pass
+
+    def current_stream(self):
+        pass
+
+    def synchronize(self, device=None):
+        pass
+
+
+def test_on_a_gpu_l2_is_cold_and_providers_take_turns(monkeypatch):
+    gpu = FakeGPU()
+    monkeypatch.setattr(timing, "torch", gpu)
+    runs = {"a": lambda: gpu.run("a"), "b": lambda: gpu.run("b", True), "captured": lambda: gpu.run("captured")}
+    found = list(measure({name: lambda run=run: run for name, run in runs.items()}, GPU, repeats=4))
+    warming = ["a"] * 4 + ["b"] * 3 + ["captured"] * 4  # three times, and once into a graph where that works
+    turn = [x for ran in ("replay", "b", "replay") for x in ("flush 40", "event", ran, "event")]
+    assert gpu.log == warming + turn * 4
+    kept = ("provider", "captured", "peak_bytes", "peak_from", "reserved_bytes", "median_us", "repeats")
+    assert [tuple(r[field] for field in kept) for r in found] == [
+        ("a", True, 5, "a warm run", 1000, 1000.0, 4),
+        ("b", False, 5, "a warm run", 1000, 1000.0, 4),
+        ("captured", True, 50, "warm-up and capture", 1000, 1000.0, 4),
+    ]
+
+
 def test_a_measurement_says_what_its_peak_is_of():
     class Counted:
         def __call__(self):
