@@ -145,7 +145,7 @@ def summary(records: list[Record]) -> str:
 
 def line(record: Record) -> str:
     """A record as it is shown while it comes."""
-    start = f"{record['case']:32}{record['provider'] or '':48}"
+    start = f"{record['case']:48}{record['provider'] or '':48}"
     if record["status"] != "measured":
         return f"{start}{record['status']}: {record['error']}"
     if record["suite"] == "memory":

@@ -26,13 +26,17 @@ PROFILE_ROWS = 25
 
 
 def measure(
-    providers: Providers, device: torch.device, repeats: int = 30, seconds: float = math.inf, whole: bool = False
+    providers: Providers,
+    device: torch.device,
+    repeats: int = 30,
+    seconds: float = math.inf,
+    graphs: bool = True,
+    detailed: bool = False,
 ) -> Iterator[Record]:
     """A record per provider: timed `repeats` times, in turns, fewer where all would not fit into `seconds`.
 
-    On CUDA, L2 is overwritten before each run, and a run is replayed as a CUDA graph where it can be, so that Python's
-    launch cost does not count. `whole` steps are timed as a script runs them, with `details`. A provider that fails
-    costs no other.
+    On CUDA, L2 is overwritten before each run. With `graphs` a run is replayed as a CUDA graph where it can be, so that
+    Python's launch cost does not count. `detailed` adds `details`. A provider that fails costs no other.
     """
     runs: dict[str, Run] = {}
     records: dict[str, Record] = {}
@@ -41,7 +45,7 @@ def measure(
         try:
             run = prepare()
             memory, took = warm_up(run, device, "captured" in name)
-            replay = None if whole or device.type != "cuda" else graph_of(run)
+            replay = graph_of(run) if graphs and device.type == "cuda" else None
             runs[name], once = replay or run, once + took
             records[name] = {"provider": name, "status": "measured", **memory, "captured": replay is not None}
         except Exception as error:
@@ -57,7 +61,7 @@ def measure(
         first, median, third = statistics.quantiles((end() for end in ends[name]), n=4)
         record = {**records[name], "median_us": median, "quartiles_us": (first, third), "repeats": repeats}
         try:
-            yield {**record, **(details(run, device, min(repeats, 5)) if whole else {})}
+            yield {**record, **(details(run, device, min(repeats, 5)) if detailed else {})}
         except Exception as error:
             yield {**record, "note": failed(error)["error"]}
 
@@ -135,8 +139,8 @@ def ceilings(device: torch.device) -> dict[str, float]:
     source = torch.empty(size, dtype=torch.int8, device=device)
     target, a = torch.empty_like(source), torch.randn(n, n, device=device, dtype=torch.bfloat16)
     runs: Providers = {"copy": lambda: lambda: target.copy_(source), "product": lambda: lambda: a @ a}
-    # Whole, not as CUDA graphs: a graph copies with a copy engine, at two thirds of what kernels reach on an H200.
-    copy, product = (record["median_us"] / 1e6 for record in measure(runs, device, whole=True))
+    # Not as CUDA graphs: a graph copies with a copy engine, at two thirds of what kernels reach on an H200.
+    copy, product = (record["median_us"] / 1e6 for record in measure(runs, device, graphs=False))
     return {"copy_bytes_per_s": 2 * size / copy, "product_operations_per_s": 2 * n**3 / product}
 
 

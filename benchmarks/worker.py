@@ -67,8 +67,8 @@ def job_records(job: Job, seconds: float) -> Iterator[Record]:
         if job.suite == "memory":
             yield from ({"case": name, "provider": p, **prepare()()} for p, prepare in providers.items())
             continue
-        share = TIMING_SHARE * seconds / len(names)
-        for record in measure(providers, device, job.repeats, share, whole=job.suite != "ops"):
+        share, whole = TIMING_SHARE * seconds / len(names), job.suite != "ops"  # whole: timed as a script runs it
+        for record in measure(providers, device, job.repeats, share, graphs=not whole, detailed=whole):
             if record["provider"] != job.profile:
                 record = {field: value for field, value in record.items() if field not in ("profile", "table")}
             if job.suite == "steps" and record["provider"] in COUNTED and record.get("peak_bytes"):

@@ -249,7 +249,7 @@ def test_one_provider_that_fails_loses_no_other():
 
 def test_a_figure_is_kept_without_its_details(monkeypatch):
     monkeypatch.setattr(timing, "details", lambda *a: 1 / 0)
-    (record,) = measure({"lean": lambda: lambda: None}, CPU, 3, whole=True)
+    (record,) = measure({"lean": lambda: lambda: None}, CPU, 3, detailed=True)
     assert record["status"] == "measured" and record["note"] == "ZeroDivisionError: division by zero"
 
 
