@@ -24,7 +24,7 @@ COUNTED: dict[str, Literal["none", "block"]] = {"lean": "none", "lean, checkpoin
 _counted = cache(row_operations)
 
 
-def step_draws(size: str, batch: int, shape: tuple[int, ...] = (1, 1, 1), device: torch.device = CPU) -> pmf.Draws:
+def step_draws(size: str, batch: int, shape: tuple[int, int, int] = (1, 1, 1), device: torch.device = CPU) -> pmf.Draws:
     """The draws of a step, with the published laws; for images of another shape they name the same rows."""
     return pmf.sample_draws(batch, shape, LOSSES[size], torch.Generator().manual_seed(0), device)
 

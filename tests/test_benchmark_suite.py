@@ -354,7 +354,7 @@ def test_no_figure_comes_before_a_green_test(tmp_path):
     known = Ledger(ORIGIN, tmp_path)
     asked = plan.jobs_of("steps", Options(("pMF-digits",), 2, providers=("lean", "lean, captured"), device="cpu"))
     for one in asked:
-        measuring.measure_job(one, known, {"test_captured.py": "red", "test_loss.py": "redder"}, 1e9)
+        measuring.measure_job(one, known, {"test_cuda_graphs.py": "red", "test_loss.py": "redder"}, 1e9)
     assert [(r["provider"], r["status"], r["error"]) for r in known.records] == [
         ("lean", "failed", "redder"),
         ("lean, captured", "failed", "red"),

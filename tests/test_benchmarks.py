@@ -117,7 +117,7 @@ def test_tests_stand_before_providers():
     assert len(files) == 9 and all((pathlib.Path(__file__).parent / file).is_file() for file in files)
     step = step_cases.step_case("small", 2, CPU)
     assert step.tests_of("lean") == {"test_loss.py"}
-    assert step.tests_of("lean, captured") == {"test_loss.py", "test_captured.py"}
+    assert step.tests_of("lean, captured") == {"test_loss.py", "test_cuda_graphs.py"}
     assert case_of("swiglu", "dual").tests_of("triton") == {"test_kernels_swiglu.py"}
 
 
