@@ -21,3 +21,18 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_default_options = {"members": True}
 autodoc_mock_imports = ["triton"]
+
+
+def keep_tables_and_equations(app, what, name, obj, options, lines: list[str]) -> None:
+    """Show paragraphs of docstrings that are laid out by columns as they are: tables, and equations side by side."""
+    paragraphs = "\n".join(lines).split("\n\n")
+    for i, paragraph in enumerate(paragraphs):
+        rows = paragraph.splitlines()
+        if any(row.startswith(("|", "    ")) or "   " in row.strip() for row in rows):
+            paragraphs[i] = "::\n\n" + "\n".join(f"    {row}" for row in rows)
+    lines[:] = "\n\n".join(paragraphs).splitlines()
+
+
+def setup(app) -> None:
+    """Register the hook."""
+    app.connect("autodoc-process-docstring", keep_tables_and_equations)
