@@ -32,6 +32,8 @@ HEADROOM = 0.9
 """Share of the memory that the counted memory may fill; the rest is for temporary buffers."""
 PATIENCE = 20
 """Without workers, reading may take a twentieth of a step: the step waits for it."""
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+"""Cores that this process may use."""
 CPU_OPERATIONS = 1e11
 """Operations of the largest step that is timed on a CPU, where it takes seconds."""
 Finding = tuple[str, str | None]
@@ -165,7 +167,7 @@ class Doctor:
         with contextlib.closing(loader):  # its first batches wait for the workers to start
             served = self.rows / seconds_of(lambda: next(loader), max(1, config.workers), config.seconds)
         what = f"{config.data}: {len(data):,} images of {data.num_classes} classes"
-        change = data_change(served, self.rate, config.workers, (os.cpu_count() or 1) // self.local)
+        change = data_change(served, self.rate, config.workers, CORES // self.local)
         return f"{what}; {served:,.0f} images/s with {config.workers} workers", change
 
 

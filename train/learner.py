@@ -68,7 +68,7 @@ class Learner:
             give(p, p)
 
     def _continue_authors_run(self) -> int:
-        """Take over the authors' training state that config.init names, read as above; the step it is at."""
+        """Take over the authors' training state that config.init names, read likewise; returns the step it is at."""
         config, parts, state = self.config, (self.model, self.emas, self.optimizers), None
 
         def read() -> tuple[int, int]:
