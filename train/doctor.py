@@ -75,7 +75,7 @@ class Doctor:
     def __init__(self, config: DoctorConfig) -> None:
         self.config, self.device = config, torch.device("cpu")
         self.gpus, self.processes, self.local, self.rows = 0, 1, 1, config.device_batch or config.batch_size
-        self.rate = 0.0
+        self.fits, self.rate = False, 0.0
         self.changes: list[str] = []
 
     def examine(self) -> None:
