@@ -11,7 +11,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinxcontrib.mermaid"]
 html_theme = "furo"
 # A name that the reference does not hold is an error; types of other packages are not looked up.
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(torch|numpy|pathlib|collections|contextlib)\..*|Tensor")]
+nitpick_ignore_regex = [("py:.*", r"(torch|numpy|pathlib|collections|contextlib|PIL|pa|pyarrow)\..*|Tensor")]
 
 myst_fence_as_directive = ["mermaid"]
 myst_heading_anchors = 3
@@ -20,7 +20,7 @@ default_role = "code"  # single backticks in docstrings are code, as in Markdown
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_default_options = {"members": True}
-autodoc_mock_imports = ["triton"]
+autodoc_mock_imports = ["triton", "pyarrow", "xxhash"]
 
 
 def keep_tables_and_equations(app, what, name, obj, options, lines: list[str]) -> None:

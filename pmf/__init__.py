@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what editors and type checkers read; at run time names load on first use, so that import is quick
-    from pmf import layers, ops
+    from pmf import layers, ops, optim
     from pmf.config import LOSSES, MODELS, SAMPLING, LossConfig, ModelConfig
     from pmf.cuda_graphs import CapturedStep
     from pmf.draws import Draws, sample_draws
@@ -43,6 +43,7 @@ __all__ = [
     "infer_config",
     "layers",
     "ops",
+    "optim",
     "pmf_loss",
     "sample_draws",
     "save_model",
@@ -62,7 +63,7 @@ _HOMES = {
     "pmf.weights": ("save_model",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
-_SUBMODULES = ("layers", "ops")
+_SUBMODULES = ("layers", "ops", "optim")
 
 
 def __getattr__(name: str) -> object:

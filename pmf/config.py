@@ -180,9 +180,15 @@ class Guidance:
 
     omega: float
     """Guidance scale, at least 1; 1 is none."""
-    t_min: float
-    """Guidance acts for t in [t_min, t_max]."""
-    t_max: float
+    t_min: float = 0.0
+    """Start of the guidance interval: guidance acts for t in [t_min, t_max]."""
+    t_max: float = 1.0
+    """End of the guidance interval."""
+
+    def __post_init__(self) -> None:
+        require(self.omega >= 1, f"omega: expected a guidance scale >= 1, got {self.omega}")
+        ordered = 0 <= self.t_min <= self.t_max <= 1
+        require(ordered, f"t_min: expected 0 <= t_min <= t_max <= 1, got {self.t_min} and {self.t_max}")
 
 
 @dataclass(frozen=True)
@@ -278,6 +284,12 @@ SAMPLING: dict[str, dict[str, float]] = {
     if guidance is not None
 }
 """omega, t_min and t_max by the name of the model; "pMF-B/16-torch" is that of the authors' PyTorch command."""
+
+
+def published_guidance(name: str) -> Guidance:
+    """The setting of `SAMPLING` by that name. Errors: an unknown name."""
+    require(name in SAMPLING, f"guidance: expected one of {', '.join(SAMPLING)}, got {name!r}")
+    return Guidance(**SAMPLING[name])
 
 
 def model_config(name_or_config: str | ModelConfig) -> ModelConfig:

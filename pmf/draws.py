@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,6 +44,16 @@ class Draws:
     def scalars(self) -> dict[str, Tensor]:
         """Everything but the noise, by name: vectors [B] on the CPU."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "noise"}
+
+
+def step_seed(seed: int, index: int, purpose: str) -> int:
+    """A seed of its own for each (run seed, step or epoch, purpose).
+
+    A generator seeded by it makes a step's draws a function of (seed, step), whatever came before. Hashed to 32 bits,
+    since PyTorch's CPU generator reads no more of a seed.
+    """
+    entropy = [seed, index, *purpose.encode()]
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
 
 def sample_draws(

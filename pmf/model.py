@@ -22,7 +22,7 @@ from pmf.recompute import recompute_in_backward
 from pmf.weights import matching_weights, read_weights
 
 HEADS = ("u", "v")
-CHECKPOINTING = ("none", "block")
+CHECKPOINTING: tuple[Literal["none", "block"], ...] = ("none", "block")
 SCALARS = ("h", "omega", "t_min", "t_max")
 
 

@@ -227,13 +227,7 @@ def _guidance(config: ModelConfig, omega: float | None, t_min: float | None, t_m
         require(given is not None or name in preset, f"{name}: this network is no preset, so {name} must be given")
         return preset[name] if given is None else given
 
-    guidance = Guidance(chosen("omega", omega), chosen("t_min", t_min), chosen("t_max", t_max))
-    require(guidance.omega >= 1, f"omega: expected a guidance scale >= 1, got {guidance.omega}")
-    require(
-        0 <= guidance.t_min <= guidance.t_max <= 1,
-        f"t_min: expected 0 <= t_min <= t_max <= 1, got {guidance.t_min} and {guidance.t_max}",
-    )
-    return guidance
+    return Guidance(chosen("omega", omega), chosen("t_min", t_min), chosen("t_max", t_max))
 
 
 def _integrate(model: PMFDiT, z: Tensor, y: Tensor, steps: int, guidance: Guidance) -> Tensor:

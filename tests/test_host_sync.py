@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pmf
 from pmf.draws import _pinned
-from pmf.train.optim import EMA, OptimizerConfig, build_optimizers
+from pmf.optim import EMA, OptimizerConfig, build_optimizers
 from tests.kernel_checks import DEVICE
 from tests.networks import TINY
 

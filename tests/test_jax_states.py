@@ -15,9 +15,9 @@ import torch
 
 import pmf
 from pmf.config import PUBLISHED
+from pmf.fine_tuning import copy_weights
 from pmf.jax_states import load_train_state, published_state_dict
 from pmf.train.config import load_run_config
-from pmf.train.initialise import copy_weights
 from pmf.train.loop import Trainer
 from pmf.weights import save_model
 from tests.networks import DATA, TINY, model_inputs, relative_error

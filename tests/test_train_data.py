@@ -1,6 +1,7 @@
 import torch
 
-from pmf.train.data import ImageSet, Loader, step_seed
+from pmf.data import ImageSet, Loader
+from pmf.draws import step_seed
 from pmf.train.demo import digits
 
 

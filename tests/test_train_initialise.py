@@ -7,11 +7,12 @@ import torch
 import torch.multiprocessing as mp
 
 import pmf
+from pmf.fine_tuning import copy_weights
 from pmf.jax_states import TrainState
-from pmf.train.distributed import full
-from pmf.train.initialise import check_fits, copy_weights, fill_run
+from pmf.optim import split_parameters
+from pmf.optim.authors_state import check_fits, fill_run
+from pmf.sharded import full
 from pmf.train.loop import Trainer
-from pmf.train.optim import split_parameters
 from pmf.weights import save_model
 from tests.networks import TINY, random_model
 from tests.test_train_distributed import config, data, free_port
@@ -88,7 +89,7 @@ def train_state(network=TINY) -> TrainState:
 
 def filled(trainer: Trainer, state: TrainState | None) -> dict[str, torch.Tensor]:
     """What the trainer holds after it was given the state."""
-    fill_run(state, 2, trainer.model, trainer.emas, trainer.optimizers, trainer.world)
+    fill_run(state, 2, trainer.model, trainer.emas, trainer.optimizers)
     held = {f"model {name}": value for name, value in trainer.model.state_dict().items()}
     held |= {f"{k} {name}": v for k, ema in trainer.emas.items() for name, v in ema.state_dict().items()}
     for name, p in trainer.model.named_parameters():

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from pmf.data import CorruptImageError, ImageSet, Loader, epoch_order
 from pmf.errors import InputError
-from pmf.train.data import CorruptImageError, ImageSet, Loader, epoch_order, to_float
+from pmf.images import to_float
 from pmf.train.demo import digits
 
 
@@ -137,7 +138,7 @@ def test_impossible_loaders_are_refused(change, message):
 
 SIGNALLED = """
 import os, signal, torch
-from pmf.train.data import ImageSet, Loader
+from pmf.data import ImageSet, Loader
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, lambda *_: print("asked to stop", flush=True))
 data = ImageSet(torch.zeros(64, 1, 2, 2), torch.arange(64))

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 import pmf
+from pmf.draws import step_seed
+from pmf.optim import OptimizerConfig
 from pmf.train import run_directory
 from pmf.train.config import RunConfig, load_run_config
-from pmf.train.data import step_seed
 from pmf.train.demo import digits
 from pmf.train.distributed import pick_device
 from pmf.train.loop import Trainer
-from pmf.train.optim import OptimizerConfig
 
 SMALL = dataclasses.replace(pmf.MODELS["pMF-digits"], depth=2, aux_head_depth=1, hidden_size=16, num_heads=2)
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import pmf
+from pmf.data import ImageSet
 from pmf.metrics import Statistics
 from pmf.train.config import EvaluationConfig, load_run_config
-from pmf.train.data import ImageSet
 from pmf.train.demo import digits
 from pmf.train.demo.scores import evaluate_digits
 from pmf.train.evaluation.command import command
@@ -254,8 +254,8 @@ def test_what_cannot_be_measured_is_refused_before_training(tmp_path, monkeypatc
 @pytest.fixture(scope="module")
 def reference(inception_weights, tmp_path_factory):
     """Statistics of held-out digits, half-pixel."""
+    from pmf.images import to_bytes
     from pmf.metrics import inception
-    from pmf.train.images import to_bytes
 
     images = to_bytes(digits()[1].images[:12]).expand(-1, 3, -1, -1)
     features, _ = inception(inception_weights, resize="half_pixel")(images)

@@ -6,8 +6,9 @@ import torch
 from PIL import Image
 
 from pmf.errors import InputError
+from pmf.images import to_float
 from pmf.metrics import Statistics, frechet_distance
-from pmf.train.data import open_data, to_float
+from pmf.train.data.by_name import open_data
 from pmf.train.demo import photographs
 from pmf.train.demo.image_sets import PHOTOGRAPHS, _file
 from pmf.train.demo.scores import area_colours, evaluate_photographs, grey_structure, photograph_classifier

@@ -12,12 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
+from pmf.data import CorruptImageError, Loader
 from pmf.errors import InputError
-from pmf.train.data import CorruptImageError, Loader, open_data
+from pmf.images import centre_crop
+from pmf.train.data.by_name import open_data
 
 datasets = pytest.importorskip("datasets")
-from pmf.train.data.prepare import PrepareConfig, _row, centre_crop, command, prepare, verify  # noqa: E402
-from pmf.train.data.shards import PreparedShards, open_shard  # noqa: E402
+from pmf.data.shards import PreparedShards, open_shard  # noqa: E402
+from pmf.train.data.prepare import PrepareConfig, _row, command, prepare, verify  # noqa: E402
 from pmf.train.data.sources import Sample, open_source, row_samples  # noqa: E402
 
 CLASSES = ("ant", "bee", "cat")
@@ -364,9 +366,9 @@ def test_prepared_data_name_their_extra_and_embedded_data_do_without(package, tm
     code = f"""
 import sys
 from pmf.train.cli import main
-from pmf.train.data import open_data
+from pmf.train.data.by_name import open_data
 assert len(open_data("digits", 8)) == 1500 and len(open_data("photographs", 32)) == 5400
-assert not {{"pmf.train.data.shards", "xxhash", "datasets", "webdataset"}} & set(sys.modules)
+assert not {{"pmf.data.shards", "xxhash", "datasets", "webdataset"}} & set(sys.modules)
 sys.modules[{package!r}] = None
 for arguments in (["data", "verify", {str(tmp_path)!r}], ["train", "digits", "--data", {str(tmp_path)!r}]):
     try:

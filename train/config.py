@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
 
 import torch
 
-from pmf.config import LOSSES, MODELS, SAMPLING, LossConfig, ModelConfig
+from pmf.config import DIGITS, Guidance, LossConfig, ModelConfig
 from pmf.errors import InputError, require
 from pmf.metrics import NAMES, Resize
 from pmf.model import CHECKPOINTING
+from pmf.optim import OptimizerConfig
 from pmf.train.distributed import SHARDINGS
-from pmf.train.optim import OptimizerConfig
 
 CONFIG_FILE = "config.json"
 PRECISIONS = ("auto", "bfloat16", "float32")
+DIGITS_OPTIMIZER = OptimizerConfig(learning_rate=4e-3, decay_share=1.0)
 Config = TypeVar("Config")
 
 
@@ -33,29 +34,6 @@ def require_choice(config: Any, name: str, choices: Sequence[str | None]) -> Non
     """Errors: `InputError` unless that value of a configuration is one of the choices."""
     value, listed = getattr(config, name), ", ".join(map(str, choices))
     require(value in choices, f"{config.prefix}{name}: expected one of {listed}, got {value!r}")
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How samples are drawn for grids and for evaluation."""
-
-    omega: float = 1.1
-    """Guidance scale, at least 1."""
-    t_min: float = 0.0
-    """Start of the guidance interval."""
-    t_max: float = 1.0
-    """End of the guidance interval."""
-
-    def __post_init__(self) -> None:
-        require(self.omega >= 1, f"sampling.omega: expected a guidance scale >= 1, got {self.omega}")
-        ordered = 0 <= self.t_min <= self.t_max <= 1
-        require(ordered, f"sampling.t_min: expected 0 <= t_min <= t_max <= 1, got {self.t_min} and {self.t_max}")
-
-
-def published_guidance(name: str) -> SamplingConfig:
-    """The published setting of that name. Errors: an unknown name."""
-    require(name in SAMPLING, f"guidance: expected one of {', '.join(SAMPLING)}, got {name!r}")
-    return SamplingConfig(**SAMPLING[name])
 
 
 @dataclass(frozen=True)
@@ -175,7 +153,7 @@ class RunConfig:
     """Compile the blocks with torch.compile (not for sharded networks)."""
     impl: str | None = None
     """Implementation of the ops: auto, triton or reference (default: PMF_IMPL, else auto)."""
-    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    perceptual: PerceptualConfig = PerceptualConfig()
     """The perceptual losses."""
     ema_half_lives: tuple[float, ...] = (500.0, 1000.0, 2000.0)
     """Half-lives of the EMA copies, in thousands of images."""
@@ -191,15 +169,15 @@ class RunConfig:
     """Steps between exports: weights for sampling, sample grid, loss curve (the last step always exports)."""
     eval_every: int = 0
     """Steps between evaluations, each after a checkpoint (0: none; otherwise the last step is evaluated too)."""
-    model: ModelConfig = field(default_factory=lambda: MODELS["pMF-digits"])
+    model: ModelConfig = DIGITS.network
     """The network."""
-    loss: LossConfig = field(default_factory=lambda: LOSSES["pMF-digits"])
+    loss: LossConfig = DIGITS.loss
     """The loss."""
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=4e-3, decay_share=1.0))
+    optimizer: OptimizerConfig = DIGITS_OPTIMIZER
     """The optimizer."""
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """The sampler."""
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    sampling: Guidance = DIGITS.guidance
+    """The guidance of samples, for grids and for evaluation."""
+    evaluation: EvaluationConfig = EvaluationConfig()
     """What `eval_every` measures."""
 
     prefix: ClassVar[str] = ""

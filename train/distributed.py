@@ -1,8 +1,7 @@
-"""Several processes: what each knows of the others, and how the network is wrapped (torchrun, DDP, FSDP2)."""
+"""Several processes, as torchrun starts them: what each knows of the others, and how it joins and leaves them."""
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,17 +10,10 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 
-import pmf
-from pmf.config import LossConfig
 from pmf.errors import InputError, first_line, require
-from pmf.layers import Block
-from pmf.train.optim.moments import local
 
 SHARDINGS = ("ddp", "fsdp", "hybrid")
 PATIENCE = timedelta(days=30)
@@ -68,6 +60,11 @@ class World:
         """Whether this process writes and prints."""
         return self.rank == 0
 
+    def say(self, *lines: str) -> None:
+        """Print from the main process alone."""
+        for line in lines if self.main else ():
+            print(line, flush=True)
+
     def mean(self, values: Tensor) -> Tensor:
         """The mean over all processes; a value that is not finite in one of them is not finite in the result."""
         if self.size > 1:
@@ -80,6 +77,10 @@ class World:
         if self.size > 1:
             dist.broadcast_object_list(box, group=self.group)
         return box[0]
+
+    def share(self, items: list[T]) -> list[T]:
+        """This process's part of the main process's list."""
+        return self.broadcast(items)[self.rank :: self.size]
 
     def wait(self) -> None:
         """Return once every process is here."""
@@ -98,16 +99,6 @@ class World:
         if message is not None:
             raise InputError(message)
         return result
-
-    def give(self, target: Tensor, value: Tensor | None) -> None:
-        """Copy the main process's value into a tensor that every process holds, whole or in shards."""
-        empty = torch.empty(target.shape, dtype=target.dtype, device=self.device)
-        value = value.to(empty) if self.main else empty
-        if isinstance(target, DTensor):
-            value = distribute_tensor(value, target.device_mesh, target.placements).to_local()
-        elif self.size > 1:
-            dist.broadcast(value, 0)
-        local(target).copy_(value)
 
 
 def join(device: str, sharding: str | None = None) -> World:
@@ -148,60 +139,3 @@ def _mesh(device_type: str, size: int, sharding: str) -> DeviceMesh:
         f"of several machines, got {size} processes with {node} on this one",
     )
     return init_device_mesh(device_type, (size // node, node), mesh_dim_names=("replicate", "shard"))
-
-
-class LossModule(nn.Module):
-    """The loss of a network as a module: DDP and FSDP must see the whole forward pass as one call."""
-
-    def __init__(self, model: pmf.PMFDiT, config: LossConfig) -> None:
-        super().__init__()
-        self.model, self.config = model, config
-
-    def forward(
-        self, x: Tensor, y: Tensor, draws: pmf.Draws, perceptual: Callable | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, reported terms) of one device batch."""
-        out = pmf.pmf_loss(self.model, x, y, draws, self.config, perceptual)
-        return out.loss, out.terms
-
-
-def wrap(loss: LossModule, world: World) -> nn.Module:
-    """The loss module with its network replicated (ddp) or sharded block by block (fsdp, hybrid)."""
-    if world.mesh is None:
-        return loss
-    if world.sharding == "ddp":
-        return _replicated(loss)
-    for block in [m for m in loss.model.modules() if isinstance(m, Block)]:
-        fully_shard(block, mesh=world.mesh)
-        register_fsdp_forward_method(block, "forward_residual")
-    fully_shard(loss, mesh=world.mesh)
-    return loss
-
-
-def _replicated(loss: LossModule) -> DistributedDataParallel:
-    """DDP that does not synchronise buffers: they are rotary tables, equal on all processes."""
-    known = inspect.signature(DistributedDataParallel.__init__).parameters
-    if "forward_sync_buffers" in known:  # its name since PyTorch 2.13
-        return DistributedDataParallel(loss, gradient_as_bucket_view=True, forward_sync_buffers=False)
-    return DistributedDataParallel(loss, gradient_as_bucket_view=True, broadcast_buffers=False)
-
-
-def synchronise_gradients(wrapped: nn.Module, wanted: bool) -> None:
-    """Whether the next forward and backward add gradients over processes, or leave them local.
-
-    They must in the last device batch of a step.
-    """
-    if isinstance(wrapped, FSDPModule):
-        wrapped.set_requires_gradient_sync(wanted)
-    elif isinstance(wrapped, DistributedDataParallel):
-        wrapped.require_backward_grad_sync = wanted  # as its no_sync() does
-
-
-def full(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor, on every process; any other tensor itself."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def whole(state: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """A state dict with whole tensors on the CPU. Every process must call; those without `keep` get an empty one."""
-    return {name: value.detach().cpu() for name, value in ((n, full(v)) for n, v in state.items()) if keep}

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib.metadata
 import itertools
 import math
 import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Literal
 
 import torch
 
 import pmf
 from pmf import dispatch
 from pmf.counting import row_operations
+from pmf.data import Loader
 from pmf.errors import first_line, require
 from pmf.memory import TrainingMemory, training_memory
+from pmf.model import CHECKPOINTING
 from pmf.train.config import RunConfig
-from pmf.train.data import Loader, open_data
+from pmf.train.data.by_name import open_data
 from pmf.train.distributed import World, pick_device
 from pmf.train.learner import Learner
 from pmf.train.loop import check_data
@@ -38,6 +36,8 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 """Cores that this process may use."""
 CPU_OPERATIONS = 1e11
 """Operations of the largest step that is timed on a CPU, where it takes seconds."""
+Finding = tuple[str, str | None]
+"""What was found, and what to change about it, if anything."""
 
 
 @dataclass(frozen=True)
@@ -74,50 +74,47 @@ class Doctor:
 
     def __init__(self, config: DoctorConfig) -> None:
         self.config, self.device = config, torch.device("cpu")
+        self.gpus, self.processes, self.local, self.rows = 0, 1, 1, config.device_batch or config.batch_size
+        self.fits, self.rate = False, 0.0
         self.changes: list[str] = []
 
-    def line(self, name: str, text: str, change: str | None = None) -> None:
-        """A finding, and what to change about it, if anything."""
-        print(f"{'!' if change else ' '} {name:11}{text}", flush=True)
-        self.changes += [f"{name}: {change}"] if change else []
-
-    @contextlib.contextmanager
-    def examining(self, name: str) -> Iterator[None]:
-        """An error inside becomes a finding: the run would fail the same way."""
-        try:
-            yield
-        except Exception as error:
-            text = first_line(error).removeprefix(f"{name}: ")
-            self.line(name, text, text)
-
     def examine(self) -> None:
-        """Versions and GPUs, then what computes the run, whether it fits, and whether the data keep up."""
-        config, rate = self.config, None
-        packages = ", ".join(f"{name} {_version(name)}" for name in ("torch", "triton", "flash-attn", "flash-attn-4"))
-        print(f"pixel-meanflow {pmf.__version__}: {packages}, CUDA {torch.version.cuda or 'none'}")
-        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        self.line("GPUs", "; ".join(map(torch.cuda.get_device_name, range(gpus))) or "none")
-        with self.examining("device"):
-            self.device = pick_device(config.device)
-        usable = gpus if self.device.type == "cuda" else 0
-        self.processes = config.processes or int(os.environ.get("WORLD_SIZE", 0)) or usable or 1
-        self.local = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or min(self.processes, usable or self.processes)
-        self.rows = config.device_batch or config.batch_size
-        with self.examining("batch_size"):
-            self.rows = config.device_batch_on(self.processes)
-        shared = f"{self.processes} x {self.rows} images at a time, {config.batch_size:,} a step, {config.sharding}"
-        self.line("run", f"{config.resume or config.out} on {self.device}: {shared}")
-        with self.examining("kernels"):
-            self.kernels()
-            with self.examining("memory"):
-                fits = self.memory()
-                with self.examining("step"):
-                    rate = self.step(fits)
-        with self.examining("data"):
-            self.data(rate)
+        """The machine, then what computes the run, whether it fits, how long it takes, and whether the data keep up."""
+        print(f"pixel-meanflow {pmf.__version__}: torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}")
+        self.check("device", self.find_device)
+        self.check("run", self.share)
+        if self.check("kernels", self.kernels) and self.check("memory", self.memory):
+            self.check("step", self.step)
+        self.check("data", self.data)
 
-    def kernels(self) -> None:
-        """What computes the run. Errors: `InputError` where it cannot run."""
+    def check(self, name: str, examination: Callable[[], Finding]) -> bool:
+        """Print a finding. An error is one too, as the run would fail the same way; returns whether there was none."""
+        try:
+            (text, change), passed = examination(), True
+        except Exception as error:
+            text = change = first_line(error).removeprefix(f"{name}: ")
+            passed = False
+        print(f"{'!' if change else ' '} {name:9}{text}", flush=True)
+        self.changes += [f"{name}: {change}"] if change else []
+        return passed
+
+    def find_device(self) -> Finding:
+        """The device of a process, and the GPUs of its kind."""
+        self.device = pick_device(self.config.device)
+        self.gpus = torch.cuda.device_count() if self.device.type == "cuda" else 0
+        return f"{self.device} {', '.join(map(torch.cuda.get_device_name, range(self.gpus)))}".rstrip(), None
+
+    def share(self) -> Finding:
+        """How many processes share a step, in all and on this machine, and the share of each."""
+        config = self.config
+        self.processes = config.processes or int(os.environ.get("WORLD_SIZE", 0)) or self.gpus or 1
+        self.local = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or min(self.processes, self.gpus or self.processes)
+        self.rows = config.device_batch_on(self.processes)
+        images = f"{self.processes} x {self.rows} images at a time, {config.batch_size:,} a step"
+        return f"{config.resume or config.out} on {self.device}: {images}, {config.sharding}", None
+
+    def kernels(self) -> Finding:
+        """What computes the run."""
         config, dtype = self.config, self.config.dtype_on(self.device)
         choice, reason = dispatch.decide("attention_dual", config.impl, self.device.type)
         attention = choice
@@ -125,117 +122,105 @@ class Doctor:
             attention = dispatch.attention_backend(self.device, dtype, config.model.head_dim)[0]
         slow = self.device.type == "cuda" and choice == "reference"
         change = f"the reference is slow ({reason}): install triton, or set --impl auto" if slow else None
-        self.line("kernels", f"{choice}: {reason}; attention {attention}; products {dtype}", change)
+        return f"{choice}: {reason}; attention {attention}; products {dtype}", change
 
-    def memory(self) -> bool:
-        """The counted memory of a process against what it can have; whether one process alone can try a step."""
-        config, on_gpu = self.config, self.device.type == "cuda"
-        main_memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        there = torch.cuda.mem_get_info(self.device)[0] if on_gpu else main_memory // self.local
-        budget, shards = HEADROOM * there, {"ddp": 1, "fsdp": self.processes, "hybrid": self.local}
-        whole = counted_memory(config, config.checkpointing, self.device)
-        expected = whole.sharded(shards[config.sharding]).expected(self.rows)
-        change = memory_change(config, shards, self.rows, budget, partial(counted_memory, config, device=self.device))
+    def memory(self) -> Finding:
+        """The counted memory of a process against what it can have."""
+        config = self.config
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // self.local
+        if self.device.type == "cuda":
+            there = torch.cuda.mem_get_info(self.device)[0]
+        shards = {"ddp": 1, "fsdp": self.processes, "hybrid": self.local}
+        counted = counted_memory(config, self.device)
+        expected = counted[config.checkpointing].sharded(shards[config.sharding]).expected(self.rows)
+        self.fits = counted[config.checkpointing].expected(self.rows) <= HEADROOM * there
+        change = memory_change(config, shards, self.rows, HEADROOM * there, counted)
         beside = " beside the perceptual networks" if config.perceptual.enabled else ""
-        self.line("memory", f"{expected / 1e9:.2f} GB expected{beside}, {there / 1e9:.2f} GB there", change)
-        return whole.expected(self.rows) <= budget
+        return f"{expected / 1e9:.2f} GB expected{beside}, {there / 1e9:.2f} GB there", change
 
-    def step(self, fits: bool) -> float | None:
-        """Images per second that a process trains on, measured; None where it is not."""
+    def step(self) -> Finding:
+        """How long a step takes, where one process alone can try it, and the whole run."""
         config, rows = self.config, self.rows
         draws = pmf.sample_draws(rows, (1, 1, 1), config.loss, torch.Generator().manual_seed(config.seed))
         work = row_operations(config.model).lean(draws)
-        too_large = self.device.type == "cpu" and work > CPU_OPERATIONS
-        if too_large or not fits:
-            why, change = ("not timed on a CPU", "train on a GPU") if too_large else ("no room to time it here", None)
-            self.line("step", f"{work / 1e12:,.3g} TFLOP for {rows} images, {why}", change)
-            return None
-        rate = rows / step_seconds(config, self.device, rows)
-        hours = config.steps * config.batch_size / (rate * self.processes) / 3600
-        self.line("step", f"{rows / rate:.3g} s for {rows} images: {rate:,.0f} images/s a process")
-        self.line("whole run", f"{config.steps:,} steps, about {hours:,.1f} hours")
-        return rate
+        if self.device.type == "cpu" and work > CPU_OPERATIONS:
+            return f"{work / 1e12:,.3g} TFLOP for {rows} images, not timed on a CPU", "train on a GPU"
+        if not self.fits:
+            return f"{work / 1e12:,.3g} TFLOP for {rows} images, no room to time it here", None
+        learner = Learner(
+            replace(config, resume=None, init=None, batch_size=rows, device_batch=rows), World(self.device)
+        )
+        x = torch.zeros(rows, *config.model.image_shape, device=self.device)
+        y = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        seconds = seconds_of(lambda: learner.train_step(x, y))
+        self.rate = rows / seconds
+        hours = config.steps * config.batch_size / (self.rate * self.processes) / 3600
+        whole = f"{config.steps:,} steps take about {hours:,.1f} hours"
+        return f"{seconds:.3g} s for {rows} images: {self.rate:,.0f} images/s a process; {whole}", None
 
-    def data(self, needed: float | None) -> None:
+    def data(self) -> Finding:
         """Images per second that the data deliver to one process, against what its steps need."""
         config = self.config
         data = open_data(config.data, config.model.image_size)
         check_data(data, config)
         loader = Loader(data, self.rows, seed=config.seed, workers=config.workers, device=self.device)
-        served = images_per_second(loader, config.workers, config.seconds)
-        change = None if needed is None else data_change(served, needed, config.workers, CORES // self.local)
+        with contextlib.closing(loader):  # its first batches wait for the workers to start
+            served = self.rows / seconds_of(lambda: next(loader), max(1, config.workers), config.seconds)
         what = f"{config.data}: {len(data):,} images of {data.num_classes} classes"
-        self.line("data", f"{what}; {served:,.0f} images/s with {config.workers} workers", change)
+        change = data_change(served, self.rate, config.workers, CORES // self.local)
+        return f"{what}; {served:,.0f} images/s with {config.workers} workers", change
 
 
-@functools.cache
-def counted_memory(config: RunConfig, checkpointing: Literal["none", "block"], device: torch.device) -> TrainingMemory:
-    """The memory of a process that shards nothing."""
+def counted_memory(config: RunConfig, device: torch.device) -> dict[str, TrainingMemory]:
+    """The memory of a process that shards nothing, by checkpointing."""
     impl, averages = dispatch.checked_impl(config.impl), len(config.ema_half_lives)
-    dtype = config.dtype_on(device)
-    return training_memory(config.model, checkpointing, impl, device=device.type, dtype=dtype, ema_copies=averages)
+    place, dtype = device.type, config.dtype_on(device)
+    return {
+        kind: training_memory(config.model, kind, impl, device=place, dtype=dtype, ema_copies=averages)
+        for kind in CHECKPOINTING
+    }
 
 
 def memory_change(
-    config: RunConfig, shards: dict[str, int], rows: int, budget: float, count: Callable[[str], TrainingMemory]
+    config: RunConfig, shards: dict[str, int], rows: int, budget: float, counted: Mapping[str, TrainingMemory]
 ) -> str | None:
     """The least change of flags with which a step fits into so many bytes per process; None if it fits as it is.
 
-    `shards`: processes that share the state, by sharding; `count`: `counted_memory` by checkpointing.
+    `shards`: processes that share the state, by sharding; `counted`: see `counted_memory`.
     """
     processes = shards["fsdp"]
     smaller = [2**power for power in range((rows - 1).bit_length() - 1, 0, -1)]  # half are flow-matching rows: >= 2
     sizes = [rows, *(size for size in smaller if config.batch_size % (size * processes) == 0)]
     shardings = dict.fromkeys((config.sharding, "fsdp" if processes > 1 else config.sharding))
     for sharding, size, checkpointing in itertools.product(shardings, sizes, (config.checkpointing, "block")):
-        if count(checkpointing).sharded(shards[sharding]).expected(size) <= budget:
-            flags = [f"--sharding {sharding}"] if sharding != config.sharding else []
-            flags += [f"--checkpointing {checkpointing}"] if checkpointing != config.checkpointing else []
-            flags += [f"--device-batch {size}"] if size != rows else []
-            return f"set {' '.join(flags)}" if flags else None
+        if counted[checkpointing].sharded(shards[sharding]).expected(size) <= budget:
+            flags = {"sharding": sharding, "checkpointing": checkpointing, "device-batch": size}
+            before = {"sharding": config.sharding, "checkpointing": config.checkpointing, "device-batch": rows}
+            changes = " ".join(f"--{name} {value}" for name, value in flags.items() if value != before[name])
+            return f"set {changes}" if changes else None
     return "more GPUs with --sharding fsdp, larger ones, or a smaller network"
 
 
-def step_seconds(config: RunConfig, device: torch.device, rows: int) -> float:
-    """Seconds of a step of one device batch, update included, after two to warm up."""
-    learner = Learner(replace(config, resume=None, init=None, batch_size=rows, device_batch=rows), World(device))
-    x = torch.zeros(rows, *config.model.image_shape, device=device)
-    y = torch.zeros(rows, dtype=torch.int64, device=device)
-    taken = []
-    for _ in range(5):
-        began = time.perf_counter()
-        learner.train_step(x, y)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        taken.append(time.perf_counter() - began)
-    return sum(taken[2:]) / len(taken[2:])
-
-
-def images_per_second(loader: Loader, workers: int, seconds: float) -> float:
-    """What a loader delivers while nothing else runs. Closes it."""
-    with contextlib.closing(loader):
-        for _ in range(max(1, workers)):  # the first batches wait for the workers to start
-            next(loader)
-        images, began = 0, time.perf_counter()
-        while time.perf_counter() - began < seconds:
-            images += len(next(loader)[1])
-        return images / (time.perf_counter() - began)
+def seconds_of(call: Callable[[], object], warm_up: int = 2, least: float = 0.0) -> float:
+    """Mean seconds of a call, over at least three calls and so many seconds, after some calls to warm up."""
+    for _ in range(warm_up):
+        call()
+    calls, began = 0, time.perf_counter()
+    while calls < 3 or time.perf_counter() - began < least:
+        call()
+        calls += 1
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    return (time.perf_counter() - began) / calls
 
 
 def data_change(served: float, needed: float, workers: int, cores: int) -> str | None:
     """What to change so that data keep up with a step, in images per second of a process; None if they do.
 
-    `cores`: those of each process.
+    `needed` is 0 where it is not known; `cores`: those of each process.
     """
     if served >= (needed if workers else PATIENCE * needed):
         return None
     wanted = min(max(1, math.ceil(1.2 * needed / (served / max(workers, 1)))), cores)
     faster = "a faster disk, more cores, or `pmf data prepare --encoding npy`, which needs no decoding"
     return f"the step takes {needed:,.0f} images/s: {f'set --workers {wanted}' if wanted > workers else faster}"
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"

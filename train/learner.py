@@ -12,13 +12,17 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 import pmf
+from pmf.draws import step_seed
 from pmf.errors import require
+from pmf.fine_tuning import copy_weights
+from pmf.jax_states import find_train_state
+from pmf.optim import EMA, build_optimizers, learning_rate
+from pmf.optim.authors_state import check_fits, fill_run
+from pmf.parallel import LossModule, synchronise_gradients, wrap
 from pmf.perceptual import PerceptualLoss
+from pmf.sharded import full, give
 from pmf.train.config import RunConfig
-from pmf.train.data import step_seed
-from pmf.train.distributed import LossModule, World, full, synchronise_gradients, wrap
-from pmf.train.initialise import continue_authors_run, start_from_weights
-from pmf.train.optim import EMA, build_optimizers, learning_rate
+from pmf.train.distributed import World
 from pmf.train.snapshots import Snapshots
 
 
@@ -41,10 +45,10 @@ class Learner:
         self.perceptual = _perceptual(config, world.device, self.dtype)
         new = config.init is not None and config.resume is None
         if new and not config.init_state:
-            start_from_weights(self.model, config, world)
+            self._start_from_weights()
         if config.compiled:
             self.model.compile_blocks()
-        self.wrapped = wrap(LossModule(self.model, config.loss), world)
+        self.wrapped = wrap(LossModule(self.model, config.loss), world.mesh, config.sharding)
         self.captured = None
         if config.captured:
             require(world.size == 1, f"captured: expected a single process, got {world.size}")
@@ -54,7 +58,31 @@ class Learner:
         self.emas = {f"ema_{k:g}": EMA(self.model, k) for k in config.ema_half_lives}
         self.step = self.skipped = 0
         if new and config.init_state:
-            self.step = continue_authors_run(self.model, self.emas, self.optimizers, config, world)
+            self.step = self._continue_authors_run()
+
+    def _start_from_weights(self) -> None:
+        """Copy the weights that config.init names: the main process reads them for all."""
+        init, weights = self.config.init, self.config.init_weights
+        self.world.say(*self.world.main_first(lambda: copy_weights(self.model, init, weights)))
+        for p in self.model.parameters():
+            give(p, p)
+
+    def _continue_authors_run(self) -> int:
+        """Take over the authors' training state that config.init names, read likewise; returns the step it is at."""
+        config, parts, state = self.config, (self.model, self.emas, self.optimizers), None
+
+        def read() -> tuple[int, int]:
+            nonlocal state
+            state = find_train_state(config.init, config.init_weights)
+            message = f"steps: init is at step {state.step}, expected at least that, got {config.steps}"
+            require(state.step <= config.steps, message)
+            check_fits(state, *parts)
+            return state.step, state.count
+
+        step, count = self.world.main_first(read)
+        fill_run(state, count, *parts)
+        self.world.say(f"goes on from step {step} of {config.init}")
+        return step
 
     def fix_bucket_order(self) -> None:
         """Run a dummy backward: DDP fixes its bucket order in its first one, and a resumed run must reduce in the same.
@@ -178,8 +206,9 @@ class Learner:
         uncounted = [values for name, values in muon.items() if f"optimizers.muon.state.{name}.step" not in known]
         for values in uncounted:
             del values["step"]
-        if uncounted and self.world.main:
-            print(f"resume: this checkpoint is of a version in which Muon counted no steps, it goes on from {latest}")
+        if uncounted:
+            note = "this checkpoint is of a version in which Muon counted no steps"
+            self.world.say(f"resume: {note}, it goes on from {latest}")
         snapshots.load(latest, state)
         self.step, self.skipped = state["step"], state["skipped"]
         for values in uncounted:

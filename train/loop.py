@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 
 from torch import Tensor
 
+from pmf.data import Loader, TrainingData
 from pmf.errors import InputError, require
 from pmf.train import run_directory
 from pmf.train.config import RunConfig
-from pmf.train.data import Loader, TrainingData, open_data
+from pmf.train.data.by_name import open_data
 from pmf.train.distributed import World, join, leave
 from pmf.train.evaluation.periodic import PeriodicEvaluation
-from pmf.train.export import Exporter
+from pmf.train.export import export_curve, export_weights
 from pmf.train.learner import Learner
 from pmf.train.presets import configured
 from pmf.train.progress import Progress
@@ -54,9 +55,10 @@ class Trainer(Learner):
             self.evaluation.prepare()
         if self.step == self.config.steps:  # stopped while it exported the last step
             self._export()
-        batches = self._loader()
+        batches, main = self._loader(), self.world.main
+        reports = Progress(self.directory, self.metrics, self.step, self.config.steps) if main else nullcontext()
         stopped = False
-        with StopRequest() as stop, self._pending_snapshot_kept(), self._progress() as progress:
+        with StopRequest() as stop, self._pending_snapshot_kept(), reports as progress:
             self._evaluate_when_due(progress)  # if the step that is resumed was not measured to the end
             while self.step < self.config.steps and not stopped:
                 began = time.perf_counter()
@@ -68,23 +70,8 @@ class Trainer(Learner):
                 self._save_when_due(stopped)
                 if not stopped:
                     self._evaluate_when_due(progress)
-        if stopped and self.world.main:
-            print(f"stopped at step {self.step}; continue with --resume {self.directory}")
-
-    @contextlib.contextmanager
-    def _pending_snapshot_kept(self) -> Iterator[None]:
-        """When a step fails, finish writing the pending snapshot: every process has copied its part."""
-        try:
-            yield
-        except Exception:
-            with contextlib.suppress(InputError):  # the first failure is the one to report
-                self.snapshots.publish(wait=True)
-            raise
-
-    def _progress(self) -> contextlib.AbstractContextManager[Progress | None]:
-        if not self.world.main:
-            return contextlib.nullcontext()
-        return Progress(self.directory, self.metrics, self.step, self.config.steps)
+        if stopped:
+            self.world.say(f"stopped at step {self.step}; continue with --resume {self.directory}")
 
     def _loader(self) -> Loader:
         return Loader(
@@ -100,6 +87,16 @@ class Trainer(Learner):
             max_corrupt=self.config.max_corrupt,
         )
 
+    @contextmanager
+    def _pending_snapshot_kept(self) -> Iterator[None]:
+        """When a step fails, finish writing the pending snapshot: every process has copied its part."""
+        try:
+            yield
+        except Exception:
+            with suppress(InputError):  # the first failure is the one to report
+                self.snapshots.publish(wait=True)
+            raise
+
     def _save_when_due(self, stopped: bool) -> None:
         last = stopped or self.step == self.config.steps
         evaluated = self.evaluation is not None and self.evaluation.due(self.step)
@@ -111,8 +108,8 @@ class Trainer(Learner):
 
     def _export(self) -> None:
         network = None if self.evaluation is None else self.evaluation.network
-        exporter = Exporter(self.config, self.world, self.directory, network)
-        exporter.export(self.step, self._weights(), self.metrics)
+        export_weights(self.directory, self.step, self._weights(), self.config, self.world, network)
+        self.world.main_first(lambda: export_curve(self.directory, self.metrics))
 
     def _evaluate_when_due(self, progress: Progress | None) -> None:
         if self.evaluation is not None and self.evaluation.due(self.step):
@@ -139,6 +136,5 @@ def command(arguments: list[str]) -> None:
     world = join(config.device, config.sharding)
     trainer = Trainer(config, open_data(config.data, config.model.image_size), world)
     trainer.run()
-    if world.main:
-        print(f"run: {trainer.directory} (samples.png, loss.png, metrics.jsonl)")
+    world.say(f"run: {trainer.directory} (samples.png, loss.png, metrics.jsonl)")
     leave(world)

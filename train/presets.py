@@ -12,10 +12,10 @@ from typing import TypeVar
 
 import tyro
 
-from pmf.config import LOSSES, MODELS, PUBLISHED, SAMPLING
+from pmf.config import DIGITS, PUBLISHED, Guidance, ModelSettings
 from pmf.errors import require
-from pmf.train.config import PerceptualConfig, RunConfig, SamplingConfig, load_run_config
-from pmf.train.optim import OptimizerConfig
+from pmf.optim import OptimizerConfig
+from pmf.train.config import PerceptualConfig, RunConfig, load_run_config
 
 Config = TypeVar("Config", bound=RunConfig)
 IMAGENET_IMAGES = 1_281_167
@@ -23,7 +23,7 @@ EPOCHS = 320
 BATCH = 1024
 
 
-def _published(name: str) -> RunConfig:
+def _published(name: str, settings: ModelSettings) -> RunConfig:
     """ImageNet, batch 1024, 320 epochs, constant learning rate 1e-3, perceptual losses on.
 
     Device batches have 128 images (L and H: 64, which fit beside the larger network in 80 GB) whatever the number of
@@ -31,20 +31,20 @@ def _published(name: str) -> RunConfig:
     """
     return RunConfig(
         out=Path("runs") / name.replace("/", "-"),
-        data=f"data/imagenet{MODELS[name].image_size}",
+        data=f"data/imagenet{settings.network.image_size}",
         workers=8,
         steps=EPOCHS * IMAGENET_IMAGES // BATCH,
         batch_size=BATCH,
         device_batch=128 if name.startswith("pMF-B") else 64,
         sharding="fsdp" if name.startswith("pMF-H") else "ddp",
         perceptual=PerceptualConfig(enabled=True),
-        sampling_weights=f"ema_{PUBLISHED[name].ema_half_life:g}",
+        sampling_weights=f"ema_{settings.ema_half_life:g}",
         save_every=2500,
         sample_every=10_000,
-        model=MODELS[name],
-        loss=LOSSES[name],
+        model=settings.network,
+        loss=settings.loss,
         optimizer=OptimizerConfig(),
-        sampling=SamplingConfig(**SAMPLING[name]),
+        sampling=settings.guidance,
     )
 
 
@@ -54,14 +54,14 @@ PHOTOGRAPHS = RunConfig(
     data="photographs",
     steps=1400,
     batch_size=32,
-    model=replace(MODELS["pMF-digits"], image_size=32, patch_size=8, hidden_size=128, in_channels=3, bottleneck=96),
-    sampling=SamplingConfig(omega=1.0),
+    model=replace(DIGITS.network, image_size=32, patch_size=8, hidden_size=128, in_channels=3, bottleneck=96),
+    sampling=Guidance(omega=1.0),
 )
 
 PRESETS: dict[str, RunConfig] = {
     "digits": RunConfig(),
     "photographs": PHOTOGRAPHS,
-    **{name: _published(name) for name in PUBLISHED},
+    **{name: _published(name, settings) for name, settings in PUBLISHED.items()},
 }
 
 

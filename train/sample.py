@@ -9,10 +9,11 @@ from typing import Any
 import tyro
 
 import pmf
+from pmf.config import published_guidance
 from pmf.errors import require
-from pmf.train.config import find_run_config, published_guidance
+from pmf.images import save_grid
+from pmf.train.config import find_run_config
 from pmf.train.distributed import pick_device
-from pmf.train.images import save_grid
 
 
 @dataclass(frozen=True)

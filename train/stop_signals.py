@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import signal
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Slurm sends SIGUSR1 before the time is up, when asked to by --signal=USR1@60."""
+from pmf.data.loader import STOP_SIGNALS
 
 
 class StopRequest:
@@ -13,7 +12,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         self.requested = False
-        self._before = {int(number): signal.signal(number, self._request) for number in SIGNALS}
+        self._before = {int(number): signal.signal(number, self._request) for number in STOP_SIGNALS}
         return self
 
     def _request(self, number: int, frame: object) -> None:

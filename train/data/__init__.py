@@ -1,16 +1,1 @@
-"""Training data: what it is, how it opens by name, and the loader. Preparing lies in `prepare`, `shards`, `sources`."""
-
-from pmf.train.data.by_name import open_data
-from pmf.train.data.loader import Loader, epoch_order, step_seed
-from pmf.train.data.training_data import CorruptImageError, ImageSet, TrainingData, to_float
-
-__all__ = [
-    "CorruptImageError",
-    "ImageSet",
-    "Loader",
-    "TrainingData",
-    "epoch_order",
-    "open_data",
-    "step_seed",
-    "to_float",
-]
+"""Preparing training data, and opening it by name: `pmf data prepare`, `pmf data verify`, `--data`."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pmf.data.training_data import TrainingData
 from pmf.errors import InputError, require
-from pmf.train.data.training_data import TrainingData
 
 
 def open_data(spec: str, image_size: int) -> TrainingData:
@@ -30,7 +30,7 @@ def open_data(spec: str, image_size: int) -> TrainingData:
         advice = f"pmf data prepare '{raw}' --out DIRECTORY --size {image_size}"
         raise InputError(f"data: {spec} is not prepared; run `{advice}` and give that directory")
     require(path.is_dir(), f"data: expected digits, photographs or a prepared directory, got {spec}")
-    from pmf.train.data.shards import PreparedShards  # needs the extra `data`
+    from pmf.data.shards import PreparedShards  # needs the extra `data`
 
     data = PreparedShards(path)
     size = data.settings.size

@@ -20,9 +20,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from pmf.atomic_files import write_atomically
+from pmf.data import CorruptImageError, shards
+from pmf.data.shards import PreparedShards, Settings
 from pmf.errors import InputError, first_line, require
-from pmf.train.data import CorruptImageError, shards
-from pmf.train.data.shards import PreparedShards, Settings
+from pmf.images import centre_crop
 from pmf.train.data.sources import Sample, Source, open_source
 
 if TYPE_CHECKING:
@@ -165,23 +166,6 @@ def _square(data: bytes, size: int, encoding: str) -> bytes:
     else:
         square.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
-
-
-def centre_crop(picture: Image.Image, size: int) -> Image.Image:
-    """The central square of a picture at `size` x `size` pixels, RGB.
-
-    As ADM prepares ImageNet, which published statistics rest on: halve with a box filter while the short side is
-    at least twice `size`, bring the short side to `size` with a bicubic filter, cut out the middle. The
-    orientation that a camera may have noted is not applied.
-    """
-    picture = picture.convert("RGB")
-    while min(picture.size) >= 2 * size:
-        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-    scale = size / min(picture.size)
-    width, height = (round(side * scale) for side in picture.size)
-    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return picture.crop((left, top, left + size, top + size))
 
 
 def verify(directory: tyro.conf.Positional[Path]) -> None:

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pmf.data.training_data import ImageSet
 from pmf.errors import InputError, require
-from pmf.train.data.training_data import ImageSet
 
 # Class name -> (package, file in it, where the square with the subject lies: from 0, left or top, to 1).
 PHOTOGRAPHS = {

@@ -12,8 +12,8 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 import pmf
 from pmf.errors import require
+from pmf.images import to_float
 from pmf.metrics import Statistics, frechet_distance
-from pmf.train.data import to_float
 from pmf.train.demo.image_sets import digits, photographs
 
 CLASSES, PER_CLASS = 10, 50

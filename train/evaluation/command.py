@@ -15,19 +15,14 @@ import tyro
 from torch import Tensor
 
 import pmf
-from pmf.config import MODELS, ModelConfig
+from pmf.config import MODELS, Guidance, ModelConfig, published_guidance
 from pmf.errors import InputError, require
-from pmf.train.config import (
-    ExtractionConfig,
-    MeasurementConfig,
-    SamplingConfig,
-    find_run_config,
-    published_guidance,
-)
+from pmf.features import find_images
+from pmf.metrics import inception
+from pmf.train.config import ExtractionConfig, MeasurementConfig, find_run_config
 from pmf.train.distributed import World, join, leave, pick_device
-from pmf.train.evaluation.features import MakeExtractor, inception_of
-from pmf.train.evaluation.measurement import Measurement, demo_score
-from pmf.train.evaluation.reference import find_images, write_folder_statistics
+from pmf.train.evaluation.measurement import MakeExtractor, Measurement, demo_score
+from pmf.train.evaluation.reference import write_folder_statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +58,7 @@ class EvalConfig(MeasurementConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _settings(self, SamplingConfig())  # refuse impossible settings before anything is loaded
+        _settings(self, Guidance(1.0))  # refuse impossible settings before anything is loaded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +84,7 @@ class Point:
     """One point of the grid."""
 
     weights: str
-    sampling: SamplingConfig
+    sampling: Guidance
     steps: int
 
     @property
@@ -115,8 +110,8 @@ def command(arguments: list[str]) -> None:
         return
     world = join(config.device)
     lines = evaluate(config, world)
-    if world.main and len(lines) > 1:
-        print(json.dumps({"best": min(lines, key=lambda line: line["fid"])}))
+    if len(lines) > 1:
+        world.say(json.dumps({"best": min(lines, key=lambda line: line["fid"])}))
     leave(world)
 
 
@@ -124,10 +119,9 @@ def statistics_command(arguments: list[str]) -> None:
     """Write the statistics of a folder."""
     config = tyro.cli(StatisticsConfig, prog="pmf eval statistics", args=arguments)
     files, world = find_images(config.folder), join(config.device)
-    extractor = inception_of(config, world.device)(config.resize or "tf1")
+    extractor = inception(config.inception, resize=config.resize or "tf1", device=world.device)
     write_folder_statistics(files, config.out, extractor, world, config, keep=config.features)
-    if world.main:
-        print(f"wrote {config.out}: statistics of {len(files)} images, {extractor.resize} resize")
+    world.say(f"wrote {config.out}: statistics of {len(files)} images, {extractor.resize} resize")
     leave(world)
 
 
@@ -145,8 +139,7 @@ def evaluate(config: EvalConfig, world: World, make_extractor: MakeExtractor | N
             model, draw, head, point.settings, seed=config.seed, dtype=config.dtype, images=images
         )
         lines.append(line)
-        if world.main:
-            print(json.dumps(line), flush=True)
+        world.say(json.dumps(line))
     return lines
 
 
@@ -190,7 +183,7 @@ def grid(config: EvalConfig, weights: str | None, model: ModelConfig, steps: tup
     return [Point(weights, sampling, n) for sampling, n in product(settings, config.steps or steps)]
 
 
-def _settings(config: EvalConfig, default: SamplingConfig | None) -> list[SamplingConfig]:
+def _settings(config: EvalConfig, default: Guidance | None) -> list[Guidance]:
     """The settings of guidance: those named, else every omega in every interval."""
     if config.guidance:
         both = bool(config.omega or config.interval)
@@ -201,7 +194,7 @@ def _settings(config: EvalConfig, default: SamplingConfig | None) -> list[Sampli
         require(bool(known), f"{flag}: this network is no preset, so {flag} must be given")
     omegas = config.omega or (default.omega,)
     intervals = [_interval(text) for text in config.interval] or [(default.t_min, default.t_max)]
-    return [SamplingConfig(float(omega), *interval) for interval, omega in product(intervals, omegas)]
+    return [Guidance(float(omega), *interval) for interval, omega in product(intervals, omegas)]
 
 
 def _interval(text: str) -> tuple[float, float]:

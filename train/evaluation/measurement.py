@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +14,18 @@ from torch import Tensor
 
 import pmf
 from pmf.errors import require
-from pmf.metrics import Resize, Statistics, frechet_distance, inception_score, precision_recall
+from pmf.features import SPLITS, Chunks, Extractor, Source, find_images, quality
+from pmf.images import save_png, to_bytes
+from pmf.metrics import Resize, Statistics, inception
 from pmf.train.config import MeasurementConfig
 from pmf.train.distributed import World
-from pmf.train.evaluation.features import (
-    Chunks,
-    MakeExtractor,
-    Source,
-    digest,
-    extractor_digest,
-    file_digest,
-    inception_of,
-    weights_digest,
-)
-from pmf.train.evaluation.reference import find_images, folder_digest, write_folder_statistics
-from pmf.train.evaluation.results import Results
-from pmf.train.images import save_png, to_bytes
+from pmf.train.evaluation.reference import compute_together, folder_digest, write_folder_statistics
+from pmf.train.evaluation.results import Results, digest, extractor_digest, network_digest
 
-SPLITS = 10  # of the Inception score
 Draw = Callable[[list[int], list[int]], Tensor]
 """Images [n, c, H, W] in [-1, 1] of these labels, from these seeds."""
-
-
-def network_digest(network: pmf.PMFDiT) -> str:
-    """A name for a network: its configuration and its weights."""
-    return digest(asdict(network.config), weights_digest(network))
+MakeExtractor = Callable[..., Extractor]
+"""An extractor for `resize`, its keyword argument."""
 
 
 def image_count(config: MeasurementConfig, network: pmf.ModelConfig, name: str) -> int:
@@ -78,7 +67,8 @@ class Measurement:
         self._files = find_images(path) if path.is_dir() else []
         given = None if self._files else Statistics.load(path)
         self.resize: Resize = config.resize or (given and given.resize) or "tf1"
-        self.extractor = (make_extractor or inception_of(config, world.device))(self.resize)
+        make_extractor = make_extractor or partial(inception, config.inception, device=world.device)
+        self.extractor = make_extractor(resize=self.resize)
         self._extractor_digest = extractor_digest(self.extractor)
         self._reference: tuple[Statistics, str] | None = None
         if given is not None:
@@ -88,7 +78,8 @@ class Measurement:
         blank = torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=self.world.device)
         width, got = self.extractor(blank)[0].shape[1], len(statistics.mu)
         require(got == width, f"reference: expected statistics of {width} features, got {got}")
-        self._reference = replace(statistics, resize=self.resize), file_digest(file)
+        named = hashlib.sha256(file.read_bytes()).hexdigest()[:32]
+        self._reference = replace(statistics, resize=self.resize), named
 
     def reference(self) -> tuple[Statistics, str]:
         """The reference and a name for its content. A folder's statistics are computed once and kept in `out`."""
@@ -121,19 +112,20 @@ class Measurement:
         key = digest(network_digest(network), settings, per_class, seed, dtype, *named)
         folder = images and images.with_name(f"{images.name}-{key[:8]}")
 
-        def kept(span: range) -> bool:
+        def drawn(span: range) -> bool:
             return folder is None or all(_png(folder, i).is_file() for i in span)
 
         line = self.world.broadcast(self.results.find(key))
         chunks = Chunks(self.out / f".{key}-{self.config.chunk}", count, self.config.chunk)
-        if line is None or not self.world.broadcast(kept(range(count))):
-            source = self._source(draw, seed, folder)
-            chunks.compute(source, self.extractor, self.world, batch_size=self.config.batch_size, finished=kept)
+        if line is None or not self.world.broadcast(drawn(range(count))):
+            source, size = self._source(draw, seed, folder), self.config.batch_size
+            compute_together(chunks, chunks.missing(drawn), source, self.extractor, self.world, size)
         head = {**head, **settings, "images": count, "seed": seed, "dtype": dtype}
         if self.world.main:
             if line is None:
                 against = {"reference": str(self.config.reference), "resize": self.resize}
-                line = {**head, **against, **self._metrics(chunks), "key": key}
+                reference, _ = self.reference()
+                line = {**head, **against, **quality(chunks, reference, self.world.device), "key": key}
                 self.results.append(line)
             chunks.remove()
         return self.world.broadcast(line) | head  # equal weights share a result, each under its own name
@@ -150,23 +142,6 @@ class Measurement:
             yield pixels
 
         return images
-
-    def _metrics(self, chunks: Chunks) -> dict[str, float | None]:
-        """All four; precision and recall are None where the reference has no features."""
-        reference, _ = self.reference()
-        generated = replace(chunks.statistics(keep=True), resize=self.resize)
-        score, deviation = inception_score(torch.cat(list(chunks.read("logits"))), splits=SPLITS)
-        precision = recall = None
-        if reference.features is not None:
-            both = (torch.from_numpy(x).to(self.world.device) for x in (generated.features, reference.features))
-            precision, recall = precision_recall(*both)
-        return {
-            "fid": frechet_distance(generated, reference),
-            "inception_score": score,
-            "inception_score_std": deviation,
-            "precision": precision,
-            "recall": recall,
-        }
 
 
 def _png(folder: Path, index: int) -> Path:

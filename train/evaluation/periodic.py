@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 import pmf
+from pmf.sharded import whole
 from pmf.train.config import RunConfig
-from pmf.train.distributed import World, whole
-from pmf.train.evaluation.features import digest
-from pmf.train.evaluation.measurement import Measurement, demo_score, image_count, network_digest
-from pmf.train.evaluation.results import Results
+from pmf.train.distributed import World
+from pmf.train.evaluation.measurement import Measurement, demo_score, image_count
+from pmf.train.evaluation.results import Results, digest, network_digest
 from pmf.train.run_directory import EVALUATION_FOLDER
 
 SEED = 0  # of the first image, as in `pmf eval`

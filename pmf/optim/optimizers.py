@@ -1,4 +1,4 @@
-"""Which optimizer updates which parameter, and the settings of both."""
+"""Which optimizer updates which parameter, the settings of both, and the learning rate over a run."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from pmf.errors import require
-from pmf.train.optim.adam import NesterovAdam
-from pmf.train.optim.muon import Muon
+from pmf.optim.muon import Muon
+from pmf.optim.nesterov_adam import NesterovAdam
 
 DECAYS = ("linear", "cosine")
 
@@ -73,9 +73,9 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
 def build_optimizers(
     model: nn.Module, config: OptimizerConfig, mesh: DeviceMesh | None = None
 ) -> dict[str, torch.optim.Optimizer]:
-    """{"muon": Muon, "adam": NesterovAdam} over the model's parameters.
+    """{"muon": Muon, "adam": NesterovAdam} over the model's parameters, as the authors train.
 
-    `mesh` holds the processes that share Muon's work; see `pmf.train.optim.muon`.
+    `mesh`: the device mesh whose ranks share Muon's work (see `Muon`). Build them after wrapping the model with FSDP2.
     """
     muon, adam = split_parameters(model)
     rate, iterations = config.learning_rate, config.newton_schulz_steps
@@ -83,3 +83,16 @@ def build_optimizers(
         "muon": Muon(muon, lr=rate, momentum=config.momentum, steps=iterations, mesh=mesh),
         "adam": NesterovAdam(adam, lr=rate, betas=config.adam_betas, eps=config.adam_eps),
     }
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """The learning rate of step `step` (from 0) of `steps`.
+
+    It rises as step / warmup_steps. Over the decay, of which x is the share that has passed, it falls to decay_to by
+    the factor 1 - x (linear) or (1 + cos(pi x)) / 2 (cosine).
+    """
+    risen = min(1.0, step / config.warmup_steps) if config.warmup_steps else 1.0
+    begin = max(steps * (1 - config.decay_share), config.warmup_steps)
+    x = (step - begin) / (steps - begin) if step > begin else 0.0
+    left = 1 - x if config.decay == "linear" else (1 + math.cos(math.pi * x)) / 2
+    return config.learning_rate * risen * (config.decay_to + (1 - config.decay_to) * left)

@@ -6,14 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from pmf.private import foreach_lerp_
-from pmf.train.optim.moments import local
+from pmf.sharded import local
 
 
 class EMA:
-    """An exponential moving average of a model's parameters with the published ramp.
+    """An exponential moving average of a model's parameters with the published ramp (EDM, arXiv 2206.00364).
 
     average = beta average + (1 - beta) p, beta = 0.5^(batch / max(half_life, 1e-8)),
     half_life = min(1000 half_life_kimg, 0.05 images_seen), in images.
+
+    `average` holds it by parameter name, in the parameters' dtype and, under FSDP2, in their shards: construct it after
+    `fully_shard`.
     """
 
     def __init__(self, model: nn.Module, half_life_kimg: float) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pmf
-from pmf.train.optim import EMA, OptimizerConfig, build_optimizers, learning_rate, split_parameters
+from pmf.optim import EMA, OptimizerConfig, build_optimizers, learning_rate, split_parameters
 from tests.networks import TINY
 
 

@@ -10,28 +10,21 @@ from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing.util import Finalize
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from pmf.data.training_data import CorruptImageError, TrainingData
+from pmf.draws import step_seed
 from pmf.errors import require
-from pmf.train.data.training_data import CorruptImageError, TrainingData, to_float
+from pmf.images import to_float
 
 MAX_CORRUPT = 100
 PREFETCH = 4
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""They ask a run to save and stop. Slurm sends SIGUSR1 before the time is up, when asked to by --signal=USR1@60."""
 
 log = logging.getLogger(__name__)
-
-
-def step_seed(seed: int, index: int, purpose: str) -> int:
-    """A seed of its own for each (run seed, step or epoch, purpose).
-
-    Hashed to 32 bits, since PyTorch's CPU generator reads no more of a seed.
-    """
-    entropy = [seed, index, *purpose.encode()]
-    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
 
 @lru_cache(maxsize=2)  # a batch may lie across two epochs; the next one starts with the second
@@ -85,9 +78,9 @@ class Loader:
         self.device, self.max_corrupt = torch.device(device), max_corrupt
         self._corrupt: set[str] = set()
         loader = DataLoader(
-            _Steps(data, batch_size, seed, rank, world, flip, max_corrupt),
-            batch_size=None,
-            sampler=itertools.count(first_step),
+            _Images(data, max_corrupt),
+            batch_sampler=_shares(len(data), batch_size, seed, rank, world, first_step, flip),
+            collate_fn=_collate,
             num_workers=workers,
             pin_memory=self.device.type == "cuda",
             prefetch_factor=PREFETCH if workers else None,
@@ -131,60 +124,49 @@ class Loader:
         )
 
 
-@dataclass(frozen=True)
-class _Steps(Dataset):
-    """Item s is the batch of step s for one rank: (images, labels, what could not be read).
+def _shares(
+    length: int, batch_size: int, seed: int, rank: int, world: int, first_step: int, flip: bool
+) -> Iterator[list[tuple[int, bool]]]:
+    """For each step, what one rank sees: indices, and whether each image is mirrored."""
+    share = batch_size // world
+    for step in itertools.count(first_step):
+        mirrored = torch.zeros(batch_size, dtype=torch.bool)
+        if flip:
+            generator = torch.Generator().manual_seed(step_seed(seed, step, "mirror"))
+            mirrored = torch.randint(2, (batch_size,), generator=generator).bool()
+        positions = range(step * batch_size + rank * share, step * batch_size + (rank + 1) * share)
+        indices = [int(epoch_order(length, seed, position // length)[position % length]) for position in positions]
+        yield list(zip(indices, mirrored[rank * share : (rank + 1) * share].tolist(), strict=True))
 
-    The images are None if no readable one was found for one of them.
+
+@dataclass(frozen=True)
+class _Images(Dataset):
+    """Item (index, mirror) is an image with its label and what could not be read before it.
+
+    The image is None where one more than `max_corrupt` in a row could not be read.
     """
 
     data: TrainingData
-    batch_size: int
-    seed: int
-    rank: int
-    world: int
-    flip: bool
     max_corrupt: int
 
-    def __getitem__(self, step: int) -> tuple[Tensor | None, Tensor | None, list[CorruptImageError]]:
-        share = self.batch_size // self.world
-        begin = self.rank * share
+    def __getitem__(self, item: tuple[int, bool]) -> tuple[Tensor | None, int, list[CorruptImageError]]:
+        (index, mirror), length = item, len(self.data)
         failures: list[CorruptImageError] = []
-        images, labels = [], []
-        mirrored = self._mirrored(step)[begin : begin + share]
-        for index, mirror in zip(self._indices(step * self.batch_size + begin, share), mirrored, strict=True):
-            found = self._read(index, failures)
-            if found is None:
-                return None, None, failures
-            images.append(found[0].flip(-1) if mirror else found[0])
-            labels.append(found[1])
-        return default_collate(images), torch.tensor(labels), failures
-
-    def _indices(self, first: int, count: int) -> list[int]:
-        """What stands at positions [first, first + count) of the permutations in a row."""
-        length = len(self.data)
-        found: list[int] = []
-        while len(found) < count:
-            epoch, place = divmod(first + len(found), length)
-            found += epoch_order(length, self.seed, epoch)[place : place + count - len(found)].tolist()
-        return found
-
-    def _mirrored(self, step: int) -> list[bool]:
-        """Which images of the global batch are mirrored."""
-        if not self.flip:
-            return [False] * self.batch_size
-        generator = torch.Generator().manual_seed(step_seed(self.seed, step, "mirror"))
-        return torch.randint(2, (self.batch_size,), generator=generator).bool().tolist()
-
-    def _read(self, index: int, failures: list[CorruptImageError]) -> tuple[Tensor, int] | None:
-        """The image at `index` or, if it is corrupt, the next readable one; None after one more than may be corrupt."""
-        length = len(self.data)
         for position in range(index, index + min(length, self.max_corrupt + 1)):
             try:
-                return self.data.read(position % length)
+                image, label = self.data.read(position % length)
+                return image.flip(-1) if mirror else image, label, failures
             except CorruptImageError as error:
                 failures.append(error)
-        return None
+        return None, 0, failures
+
+
+def _collate(
+    items: list[tuple[Tensor | None, int, list[CorruptImageError]]],
+) -> tuple[Tensor | None, Tensor, list[CorruptImageError]]:
+    images, labels, failures = zip(*items, strict=True)
+    missing = any(image is None for image in images)
+    return None if missing else default_collate(list(images)), torch.tensor(labels), [*itertools.chain(*failures)]
 
 
 def _ignore_stop_signals(worker: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 
@@ -65,8 +64,3 @@ class ImageSet:
     def read(self, index: int) -> tuple[Tensor, int]:
         """(image, label)."""
         return self.images[index], int(self.labels[index])
-
-
-def to_float(images: Tensor) -> Tensor:
-    """Images as float32 in [-1, 1]: uint8 is scaled, float32 is returned as it is."""
-    return images.float().div_(127.5).sub_(1) if images.dtype == torch.uint8 else images

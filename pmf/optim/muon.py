@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from pmf.optim.moments import advance, nesterov
 from pmf.private import foreach_lerp_, foreach_sub_
-from pmf.train.optim.moments import advance, local, nesterov
+from pmf.sharded import local
 
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
 """a, b, c of the quintic a X + (b X X^T + c (X X^T)^2) X, which when iterated drives singular values to about 1."""
@@ -43,9 +44,12 @@ class Muon(torch.optim.Optimizer):
 
     m = lerp(m, g, 1 - beta); update = beta m / (1 - beta^(t + 1)) + (1 - beta) g / (1 - beta^t), where t counts a
     matrix's steps from 1; as in optax, both terms are corrected for m having started at zero. State of a matrix:
-    momentum_buffer, shaped like it, and step, on the CPU. Matrices of one shape are orthogonalised in one batch.
-    `mesh`: the device mesh that holds the (replicated or sharded) matrices. Each of its ranks orthogonalises its share
-    of the matrices and sends the result to the others.
+    momentum_buffer, shaped like it, and step, on the CPU. Matrices of one shape are orthogonalised in one batch of
+    `steps` iterations (`orthogonalise`).
+
+    `parameters` are matrices [r, c], as of `pmf.optim.split_parameters`. `mesh`: the device mesh that holds them,
+    replicated (DDP) or sharded (FSDP2). Each of its ranks orthogonalises its share of the matrices and sends the result
+    to the others; without a mesh every rank does all of it.
     """
 
     def __init__(

@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 import pmf
-from pmf.train.images import save_grid, save_loss_curve, to_bytes
+from pmf.images import save_grid, to_bytes
+from pmf.train.export import save_loss_curve
 
 
 def test_bytes_are_rounded_and_clipped():

@@ -1,4 +1,4 @@
-"""Pictures: image tensors as PNG grids, and the loss curve."""
+"""Images on their way into and out of a network: ranges, the crop of published statistics, PNG files."""
 
 from __future__ import annotations
 
@@ -16,8 +16,13 @@ from pmf.atomic_files import write_atomically
 GAP = 2
 
 
+def to_float(images: Tensor) -> Tensor:
+    """Images as float32 in [-1, 1]: uint8 is scaled, float32 is returned as it is."""
+    return images.float().div_(127.5).sub_(1) if images.dtype == torch.uint8 else images
+
+
 def to_bytes(images: Tensor) -> Tensor:
-    """round(clip((x + 1) / 2 * 255, 0, 255)) as uint8."""
+    """Images in [-1, 1] as uint8, as published code rounds them: round(clip((x + 1) / 2 * 255, 0, 255))."""
     return ((images + 1) / 2 * 255).clamp(0, 255).round().to(torch.uint8)
 
 
@@ -41,16 +46,18 @@ def save_grid(path: str | Path, images: Tensor, *, columns: int, min_side: int =
     save_png(path, grid[:-GAP, :-GAP].numpy())
 
 
-def save_loss_curve(path: str | Path, steps: list[int], terms: dict[str, list[float]]) -> None:
-    """Write a PNG with one panel per reported term, over steps: the values and their running mean."""
-    from matplotlib.figure import Figure  # takes a second to import, and only this function needs it
+def centre_crop(picture: Image.Image, size: int) -> Image.Image:
+    """The central square of a picture at `size` x `size` pixels, RGB.
 
-    figure = Figure(figsize=(4.5 * len(terms), 3.2), layout="constrained")
-    for axis, (name, values) in zip(np.atleast_1d(figure.subplots(1, len(terms))), terms.items(), strict=True):
-        width = max(1, len(values) // 20)
-        kernel = np.ones(width) / width
-        axis.plot(steps, values, color="0.8", linewidth=0.6, label="step")
-        axis.plot(steps[width - 1 :], np.convolve(values, kernel, "valid"), label=f"mean of {width}")
-        axis.set(xlabel="step", title=name, yscale="log")
-        axis.legend(frameon=False)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+    As ADM prepares ImageNet, which published statistics rest on: halve with a box filter while the short side is
+    at least twice `size`, bring the short side to `size` with a bicubic filter, cut out the middle. The
+    orientation that a camera may have noted is not applied.
+    """
+    picture = picture.convert("RGB")
+    while min(picture.size) >= 2 * size:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    scale = size / min(picture.size)
+    width, height = (round(side * scale) for side in picture.size)
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return picture.crop((left, top, left + size, top + size))

@@ -6,17 +6,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from pmf.private import foreach_add_, foreach_mul
+from pmf.sharded import local
 
 State = dict[str, Tensor]
 """The optimizer state of one parameter."""
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor; any other tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def initialise_state(state: State, p: Tensor, names: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from pmf.optim.moments import advance, nesterov
 from pmf.private import (
     foreach_add_,
     foreach_addcdiv_,
@@ -17,7 +18,7 @@ from pmf.private import (
     foreach_mul_,
     foreach_sqrt,
 )
-from pmf.train.optim.moments import advance, local, nesterov
+from pmf.sharded import local
 
 
 class NesterovAdam(torch.optim.Optimizer):
@@ -25,7 +26,7 @@ class NesterovAdam(torch.optim.Optimizer):
 
     nesterov(m, g) = b1 m / (1 - b1^(t + 1)) + (1 - b1) g / (1 - b1^t), where t counts a parameter's steps from 1
     (`optax.adam(nesterov=True)`; torch.optim.NAdam follows a momentum schedule instead). All operations are elementwise
-    in the parameters' dtype and run over all parameters at once (foreach); each rank updates its own shards.
+    in the parameters' dtype and run over all parameters at once (foreach). Under FSDP2 each rank updates its shards.
     State of a parameter: exp_avg and exp_avg_sq, shaped like it, and step, on the CPU.
     """
 

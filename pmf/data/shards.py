@@ -22,8 +22,8 @@ from PIL import Image
 from torch import Tensor
 
 from pmf.atomic_files import write_atomically
+from pmf.data.training_data import CorruptImageError
 from pmf.errors import InputError, first_line, require
-from pmf.train.data.training_data import CorruptImageError
 
 try:
     import pyarrow as pa
