@@ -22,6 +22,7 @@ from pmf import ops
 from pmf.benchmarks.cases import Case, Run
 from pmf.config import LOSSES, MODELS, ModelConfig
 from pmf.draws import sample_draws
+from pmf.dual import Dual
 from pmf.private import reread_buffers
 from pmf.step_plan import StepPlan
 
@@ -73,10 +74,12 @@ class Op:
             found.append(Case(f"{self.name} {mode} {size}{self.label}", providers, {"": self.test}, moved, rated))
         return found
 
-    def run(self, primals: Primals, tangents: Primals, impl: str = "triton") -> tuple:
+    def run(self, primals: Primals, tangents: Primals, impl: str = "triton") -> Dual | tuple[Dual, ...]:
         """Value and tangent by our op, under bfloat16 autocast as in training."""
+        pairs = enumerate(zip(primals, tangents, strict=True))
+        inputs = [Dual(p, p_dot) if i in self.moving else p for i, (p, p_dot) in pairs]
         with torch.autocast(primals[0].device.type, dtype=torch.bfloat16):
-            return getattr(ops, f"{self.name}_dual")(primals, tangents, impl=impl, **self.options)
+            return getattr(ops, self.name)(*inputs, impl=impl, **self.options)
 
     def prepare(self, way: Way, mode: str, device: torch.device) -> Run:
         """Make the inputs; the function to time."""
@@ -91,8 +94,9 @@ class Op:
             return lambda: way(primals, tangents)
         leaves = [p.requires_grad_() for i, p in enumerate(primals) if p is not None and i not in self.constant]
         reread_buffers()
-        value = way(primals, still)[0]
-        outputs = [y for y in (value if isinstance(value, tuple) else (value,)) if y.requires_grad]
+        results = way(primals, still)
+        duals = [results] if isinstance(results, Dual) else results
+        outputs = [dual.value for dual in duals if dual.value.requires_grad]
         gradients = [torch.randn_like(y) for y in outputs]
         return lambda: torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
 

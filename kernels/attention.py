@@ -41,7 +41,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pmf.dual import Dual, tail, tangent_rows
 from pmf.kernels import flash, registration
+from pmf.kernels.heads import Heads, Steps
 from pmf.kernels.registration import Chip
 from pmf.kernels.tiles import product
 
@@ -51,8 +53,24 @@ SHIFT_KEYS = tl.constexpr(16)
 """Keys whose mean is subtracted from S_dot: the least a matrix product takes."""
 
 
+MAX_HEAD_DIM = 128
+"""The widest head that the tangent's kernel keeps in registers."""
+
+
+def _steps(heads: Tensor | None) -> Steps:
+    """Of `aligned` heads, in units of 8 values: Triton then knows that 8 divides them. Zero where there are none."""
+    return Steps(0, 0, 0) if heads is None else Steps(*(step // flash.ALIGNMENT for step in heads.stride()[:-1]))
+
+
+def unsupported(head_dim: int) -> str | None:
+    """Why the tangent's kernel cannot take heads of this width; None where it can."""
+    if head_dim % 8 or not 0 < head_dim <= MAX_HEAD_DIM:
+        return f'head_dim must be a multiple of 8 up to {MAX_HEAD_DIM} with impl="triton", got {head_dim}'
+    return None
+
+
 @dataclass(frozen=True)
-class Tile:
+class TangentTile:
     """Queries a program owns, and keys it takes at a time."""
 
     queries: int
@@ -61,14 +79,19 @@ class Tile:
     stages: int
 
 
-HOPPER_TILES = (Tile(128, 32, 8, 3), Tile(64, 32, 4, 3), Tile(64, 64, 4, 3), Tile(128, 64, 8, 2))
+HOPPER_TILES = (
+    TangentTile(128, 32, 8, 3),
+    TangentTile(64, 32, 4, 3),
+    TangentTile(64, 64, 4, 3),
+    TangentTile(128, 64, 8, 2),
+)
 """Worth timing on Hopper beside each other; `tangent_tile` takes the first, second or last there."""
 
-_forced: ContextVar[Tile | None] = ContextVar("attention tangent's tile", default=None)
+_forced: ContextVar[TangentTile | None] = ContextVar("attention tangent's tile", default=None)
 
 
 @contextlib.contextmanager
-def tangent_with(tile: Tile) -> Iterator[None]:
+def tangent_with(tile: TangentTile) -> Iterator[None]:
     """Inside, this thread's attention tangents take `tile` in place of `tangent_tile`'s: for benchmarks.
 
     Results agree up to rounding. A tile that does not fit the chip raises Triton's OutOfResources.
@@ -89,7 +112,7 @@ def split(head_dim: int) -> tuple[int, int]:
     return (whole, 0) if first < 16 or first + second >= whole else (first, second)
 
 
-def tangent_tile(head_dim: int, length: int, dtype: torch.dtype, chip: Chip) -> Tile:
+def tangent_tile(head_dim: int, length: int, dtype: torch.dtype, chip: Chip) -> TangentTile:
     """128 queries, so that keys and values are read few times, and as many keys as fit beside them.
 
     A program holds S and S_dot (queries x keys) and the accumulator (queries x D) in float32, and q, q_dot
@@ -104,23 +127,23 @@ def tangent_tile(head_dim: int, length: int, dtype: torch.dtype, chip: Chip) -> 
     """
     padded, generation = sum(split(head_dim)), chip.capability // 10
     if chip.interpreted:
-        return Tile(128, 64, 1, 1)
+        return TangentTile(128, 64, 1, 1)
     if dtype == torch.float32:
-        return Tile(32 if padded <= 80 else 16, 16, 8, 1)
+        return TangentTile(32 if padded <= 80 else 16, 16, 8, 1)
     if generation == 9:
         if padded > 96:
-            return Tile(128, 64, 8, 2)
+            return TangentTile(128, 64, 8, 2)
         wasted = -length % 128 - -length % 64
         if padded <= 64 and 16 * wasted > length:
-            return Tile(64, 32, 4, 3)
-        return Tile(128, 32, 8, 3 if padded <= 80 else 2)
+            return TangentTile(64, 32, 4, 3)
+        return TangentTile(128, 32, 8, 3 if padded <= 80 else 2)
     if padded <= 64 and not (generation == 10 and split(head_dim)[1]):
-        return Tile(128, 64, 8, 3)
+        return TangentTile(128, 64, 8, 3)
     if padded <= 80:
-        return Tile(128, 32, 8, 3)
+        return TangentTile(128, 32, 8, 3)
     if generation == 10:
-        return Tile(64, 64, 8, 2)
-    return Tile(32, 32, 8, 3) if generation == 12 and padded > 96 else Tile(128, 16, 8, 3)
+        return TangentTile(64, 64, 8, 2)
+    return TangentTile(32, 32, 8, 3) if generation == 12 and padded > 96 else TangentTile(128, 16, 8, 3)
 
 
 @triton.jit
@@ -165,28 +188,32 @@ def _scores(
 
 
 @triton.jit
+def _head_offset(steps, i_b, i_h):
+    """Where a head of a sample begins; the sample and the head are 64-bit."""
+    return (i_b * steps.sample + i_h * steps.head) * 8
+
+
+@triton.jit
 def _tangent(
-    p_q, p_k, p_v, p_q_dot, p_k_dot, p_v_dot, p_o, p_lse, p_o_dot,
-    steps, heads, length_q, length_k, scale,
+    p, p_dot, p_o, p_lse, p_o_dot, steps, dot_steps, o_steps, o_dot_steps, heads, length_q, length_k, scale,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """M queries of one head of one sample, against all keys, N at a time.
 
-    steps: of q, k, v, q_dot, k_dot, v_dot, o and o_dot, from sample to sample, token to token and head
-    to head, in units of 8 values.
+    p, p_dot: `Heads`; steps, dot_steps: the `Steps` of each.
     """
-    MOVES: tl.constexpr = (p_q_dot is not None) or (p_k_dot is not None)
-    FLOAT32: tl.constexpr = p_q.dtype.element_ty == tl.float32
+    MOVES: tl.constexpr = (p_dot.q is not None) or (p_dot.k is not None)
+    FLOAT32: tl.constexpr = p.q.dtype.element_ty == tl.float32
     tiles = tl.cdiv(length_q, M)
     i_m = tl.program_id(0) % tiles * M + tl.arange(0, M)
     i_bh = tl.program_id(0) // tiles
     i_b, i_h = (i_bh // heads).to(tl.int64), (i_bh % heads).to(tl.int64)
     m_m = i_m < length_q
-    q_step, k_step, v_step = steps[1] * 8, steps[4] * 8, steps[7] * 8
-    q_dot_step, k_dot_step, v_dot_step = steps[10] * 8, steps[13] * 8, steps[16] * 8
+    q_step, k_step, v_step = steps.q.token * 8, steps.k.token * 8, steps.v.token * 8
+    q_dot_step, k_dot_step, v_dot_step = dot_steps.q.token * 8, dot_steps.k.token * 8, dot_steps.v.token * 8
 
-    p_k += (i_b * steps[3] + i_h * steps[5]) * 8
-    p_q += (i_b * steps[0] + i_h * steps[2]) * 8
+    p_k = p.k + _head_offset(steps.k, i_b, i_h)
+    p_q = p.q + _head_offset(steps.q, i_b, i_h)
     b_q0, b_q1 = _load_parts(p_q, i_m, m_m, q_step, D, D0, D1)
     b_lse = tl.load(p_lse + i_bh.to(tl.int64) * length_q + i_m, mask=m_m, other=0.0) * LOG2_E
     b_sum_p = tl.zeros([M], tl.float32)
@@ -195,28 +222,28 @@ def _tangent(
     b_acc1 = tl.zeros([M, D1 if D1 > 0 else 16], tl.float32)
 
     if MOVES:
-        p_v += (i_b * steps[6] + i_h * steps[8]) * 8
+        p_v = p.v + _head_offset(steps.v, i_b, i_h)
         i_few = tl.arange(0, SHIFT_KEYS) * length_k // SHIFT_KEYS
         b_few = tl.zeros([M, SHIFT_KEYS], tl.float32)
         m_few = i_few >= 0
-        if p_q_dot is not None:
-            p_q_dot += (i_b * steps[9] + i_h * steps[11]) * 8
+        if p_dot.q is not None:
+            p_q_dot = p_dot.q + _head_offset(dot_steps.q, i_b, i_h)
             b_q_dot0, b_q_dot1 = _load_parts(p_q_dot, i_m, m_m, q_dot_step, D, D0, D1)
             b_few0, b_few1 = _load_parts(p_k, i_few, m_few, k_step, D, D0, D1)
             b_few = _scores(
                 b_q_dot0, b_q_dot1, p_q_dot, i_m, m_m, q_dot_step,
                 b_few0, b_few1, p_k, i_few, m_few, k_step, b_few, D, D1,
             )  # fmt: skip
-        if p_k_dot is not None:
-            p_k_dot += (i_b * steps[12] + i_h * steps[14]) * 8
+        if p_dot.k is not None:
+            p_k_dot = p_dot.k + _head_offset(dot_steps.k, i_b, i_h)
             b_few0, b_few1 = _load_parts(p_k_dot, i_few, m_few, k_dot_step, D, D0, D1)
             b_few = _scores(
                 b_q0, b_q1, p_q, i_m, m_m, q_step,
                 b_few0, b_few1, p_k_dot, i_few, m_few, k_dot_step, b_few, D, D1,
             )  # fmt: skip
         b_shift = tl.sum(b_few, 1) * (scale / SHIFT_KEYS)
-    if p_v_dot is not None:
-        p_v_dot += (i_b * steps[15] + i_h * steps[17]) * 8
+    if p_dot.v is not None:
+        p_v_dot = p_dot.v + _head_offset(dot_steps.v, i_b, i_h)
 
     for i_s in range(0, length_k, N):
         i_n = i_s + tl.arange(0, N)
@@ -227,7 +254,7 @@ def _tangent(
         b_p = tl.where(m_n[None, :], tl.exp2(b_s * (scale * LOG2_E) - b_lse[:, None]), 0.0)
         if FLOAT32:
             b_sum_p += tl.sum(b_p, 1)
-        if p_v_dot is not None:
+        if p_dot.v is not None:
             b_v_dot0, b_v_dot1 = _load_parts(p_v_dot, i_n, m_n, v_dot_step, D, D0, D1)
             b_p_low = b_p.to(b_v_dot0.dtype)
             b_acc0 = product(b_p_low, b_v_dot0, b_acc0)
@@ -235,12 +262,12 @@ def _tangent(
                 b_acc1 = product(b_p_low, b_v_dot1, b_acc1)
         if MOVES:
             b_s_dot = tl.zeros([M, N], tl.float32)
-            if p_q_dot is not None:
+            if p_dot.q is not None:
                 b_s_dot = _scores(
                     b_q_dot0, b_q_dot1, p_q_dot, i_m, m_m, q_dot_step,
                     b_k0, b_k1, p_k, i_n, m_n, k_step, b_s_dot, D, D1,
                 )  # fmt: skip
-            if p_k_dot is not None:
+            if p_dot.k is not None:
                 b_k_dot0, b_k_dot1 = _load_parts(p_k_dot, i_n, m_n, k_dot_step, D, D0, D1)
                 b_s_dot = _scores(
                     b_q0, b_q1, p_q, i_m, m_m, q_step,
@@ -254,15 +281,15 @@ def _tangent(
                 b_acc1 = product(b_h, b_v1, b_acc1)
 
     if MOVES:
-        p_o += (i_b * steps[18] + i_h * steps[20]) * 8
-        b_o0, b_o1 = _load_parts(p_o, i_m, m_m, steps[19] * 8, D, D0, D1)
+        p_o += _head_offset(o_steps, i_b, i_h)
+        b_o0, b_o1 = _load_parts(p_o, i_m, m_m, o_steps.token * 8, D, D0, D1)
         b_acc0 -= b_sum[:, None] * b_o0.to(tl.float32)
         if D1 > 0:
             b_acc1 -= b_sum[:, None] * b_o1.to(tl.float32)
     if FLOAT32:
         b_acc0 = b_acc0 / b_sum_p[:, None]
         b_acc1 = b_acc1 / b_sum_p[:, None]
-    p_o_dot += (i_b * steps[21] + i_h * steps[23]) * 8 + i_m[:, None] * (steps[22] * 8)
+    p_o_dot += _head_offset(o_dot_steps, i_b, i_h) + i_m[:, None] * (o_dot_steps.token * 8)
     i_d = tl.arange(0, D0)[None, :]
     tl.store(p_o_dot + i_d, b_acc0.to(p_o_dot.dtype.element_ty), mask=m_m[:, None] & (i_d < D))
     if D1 > 0:
@@ -270,73 +297,55 @@ def _tangent(
         tl.store(p_o_dot + i_d, b_acc1.to(p_o_dot.dtype.element_ty), mask=m_m[:, None] & (i_d < D))
 
 
-def _steps(*tensors: Tensor | None) -> tuple[int, ...]:
-    """Steps from sample to sample, token to token and head to head, in units of 8 values: compilers then know."""
-    steps = (x.stride()[:-1] if x is not None else (0, 0, 0) for x in tensors)
-    return tuple(step // flash.ALIGNMENT for three in steps for step in three)
-
-
-def _allocate_tangent(q, k, v, q_dot, k_dot, v_dot, o, lse, scale):
+@registration.operator
+def attention_tangent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_dot: Tensor | None,
+    k_dot: Tensor | None,
+    v_dot: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> Tensor:
     """o_dot, contiguous."""
-    return o.new_empty(o.shape)
-
-
-def _run_tangent(q, k, v, q_dot, k_dot, v_dot, o, lse, scale):
-    q, k, v, q_dot, k_dot, v_dot, o = (flash.aligned(x) for x in (q, k, v, q_dot, k_dot, v_dot, o))
     o_dot = o.new_empty(o.shape)
+    if registration.shapes_only(q):
+        return o_dot
+    q, k, v, q_dot, k_dot, v_dot, o = (flash.aligned(x) for x in (q, k, v, q_dot, k_dot, v_dot, o))
     samples, length_q, heads, head_dim = q.shape
     tile = _forced.get() or tangent_tile(head_dim, length_q, q.dtype, registration.chip(q.device))
     widths = split(head_dim)
     registration.launch(
         _tangent, samples * heads * registration.cdiv(length_q, tile.queries),
-        q, k, v, q_dot, k_dot, v_dot, o, lse.contiguous(), o_dot,
-        _steps(q, k, v, q_dot, k_dot, v_dot, o, o_dot), heads, length_q, k.shape[1], scale,
+        Heads(q, k, v), Heads(q_dot, k_dot, v_dot), o, lse.contiguous(), o_dot,
+        Heads(_steps(q), _steps(k), _steps(v)), Heads(_steps(q_dot), _steps(k_dot), _steps(v_dot)),
+        _steps(o), _steps(o_dot), heads, length_q, k.shape[1], scale,
         D=head_dim, D0=widths[0], D1=widths[1], M=tile.queries, N=tile.keys,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return o_dot
 
 
-_attention_tangent = registration.define(
-    "attention_tangent(Tensor q, Tensor k, Tensor v, Tensor? q_dot, Tensor? k_dot, Tensor? v_dot, "
-    "Tensor o, Tensor lse, float scale) -> Tensor",
-    _run_tangent,
-    _allocate_tangent,
-)
+def _save(ctx, inputs, outputs):
+    """Nothing: it is called without gradients."""
 
 
-class _Tangent(torch.autograd.Function):
-    """Arguments of the operator -> o_dot; saves nothing, has no gradient, refuses forward mode."""
-
-    @staticmethod
-    def forward(q, k, v, q_dot, k_dot, v_dot, o, lse, scale):
-        return _attention_tangent(q, k, v, q_dot, k_dot, v_dot, o, lse, scale)
-
-    @staticmethod
-    def setup_context(ctx, inputs, outputs):
-        ctx.mark_non_differentiable(outputs)
-
-    @staticmethod
-    def backward(ctx, _):
-        return (None,) * 9
+# Refuses forward-mode differentiation, as any Function without a rule for it does.
+_tangent_alone = registration.differentiable("AttentionTangent", attention_tangent, _save, lambda ctx, _: (), inputs=0)
 
 
-def attention_dual(primals, tangents, *, scale=None):
-    """Triton's `pmf.ops.attention_dual`: (o, o_dot)."""
-    scale = primals[0].shape[-1] ** -0.5 if scale is None else scale
-
-    def compute(primals, tangents):
-        primals = tuple(flash.aligned(x) for x in primals)
-        o, lse = flash.attention(*primals, scale)
-        dots = [dot for dot in tangents if dot is not None]
-        if not dots:
-            return (o,), (None,)
-        # Dynamo takes no Function without differentiable outputs, nor would it see what this one refuses.
-        compiling = torch.compiler.is_compiling()
-        with torch.no_grad():
-            last = [x.detach()[x.shape[0] - dots[0].shape[0] :] for x in (*primals, o, lse)]
-            inputs = (*last[:3], *tangents, *last[3:], scale)
-            return (o,), (_attention_tangent(*inputs) if compiling else registration.apply(_Tangent, *inputs),)
-
-    (o,), (o_dot,) = registration.run_dual("attention", "q* k* v*", compute, primals, tangents)
-    return o, o_dot
+def attention(q: Dual, k: Dual, v: Dual, *, scale: float) -> Dual:
+    """`pmf.reference.attention`: the value by a FlashAttention, the tangent by Triton."""
+    q_value, k_value, v_value = (flash.aligned(x.value) for x in (q, k, v))
+    o, lse = flash.attention(q_value, k_value, v_value, scale)
+    dots = (q.dot, k.dot, v.dot)
+    rows = tangent_rows(dots)
+    if rows is None:
+        return Dual(o)
+    # Dynamo takes no Function without differentiable outputs, nor would it see what this one refuses.
+    tangent = attention_tangent if torch.compiler.is_compiling() else _tangent_alone
+    with torch.no_grad():
+        last = [tail(x, rows) for x in (q_value, k_value, v_value, o, lse)]
+        return Dual(o, tangent(*last[:3], *dots, *last[3:], scale))

@@ -162,7 +162,7 @@ def decide(device: str, dtype: str, capability: int, head_dim: int, requested: s
         return "cpu", "tensors are on the CPU"
     if dtype == "torch.float32":
         return "efficient", "FlashAttention takes no float32"
-    passed = []
+    passed: list[str] = []
     for backend in RECENT if capability // 10 in (9, 10) else ELSEWHERE:
         reason = _switched_off(backend) or obstacle(backend, device, dtype, capability, head_dim)
         if reason is None:

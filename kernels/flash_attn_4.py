@@ -51,65 +51,40 @@ def library() -> tuple:
     return tuple(getattr(module, name) for name in FUNCTIONS)
 
 
-def _allocate_forward(q, k, v, scale):
-    """o, contiguous, and the log-sum-exp [B, H, S_q] in float32."""
+@registration.operator
+def flash_attn_4_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """o, contiguous, and the log-sum-exp [B, H, S_q] in float32, computed by the package."""
     samples, length, heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty(samples, heads, length, dtype=torch.float32)
-
-
-def run_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """o and the log-sum-exp, computed by the package."""
-    o, lse = _allocate_forward(q, k, v, scale)
-    library()[0](q, k, v, softmax_scale=scale, return_lse=True, out=o, lse=lse)
+    o, lse = q.new_empty(q.shape), q.new_empty(samples, heads, length, dtype=torch.float32)
+    if not registration.shapes_only(q):
+        library()[0](q, k, v, softmax_scale=scale, return_lse=True, out=o, lse=lse)
     return o, lse
 
 
-def _allocate_backward(q, k, v, o, lse, do, scale):
-    """dq, dk, dv, contiguous."""
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
-
-
-def run_backward(q, k, v, o, lse, do, scale) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv, computed by the package; sums in a fixed order where PyTorch is asked for determinism."""
-    dq, dk, dv = _allocate_backward(q, k, v, o, lse, do, scale)
-    fixed = torch.are_deterministic_algorithms_enabled()
-    library()[1](q, k, v, o, do, lse, softmax_scale=scale, deterministic=fixed, dq=dq, dk=dk, dv=dv)
+@registration.operator
+def flash_attn_4_backward(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv, contiguous, computed by the package; summed in a fixed order where determinism is asked for."""
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    if not registration.shapes_only(q):
+        fixed = torch.are_deterministic_algorithms_enabled()
+        library()[1](q, k, v, o, do, lse, softmax_scale=scale, deterministic=fixed, dq=dq, dk=dk, dv=dv)
     return dq, dk, dv
 
 
-_forward = registration.define(
-    "flash_attn_4_forward(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
-    run_forward,
-    _allocate_forward,
-)
-_backward = registration.define(
-    "flash_attn_4_backward(Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor do, float scale) "
-    "-> (Tensor, Tensor, Tensor)",
-    run_backward,
-    _allocate_backward,
-)
+def _save(ctx, inputs, outputs):
+    q, k, v, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *outputs)
 
 
-class _FlashAttn4(torch.autograd.Function):
-    """(q, k, v, scale) -> (o, lse)."""
+def _gradients(ctx, do, *_):
+    return flash_attn_4_backward(*ctx.saved_tensors, do, ctx.scale)
 
-    @staticmethod
-    def forward(q, k, v, scale):
-        return _forward(q, k, v, scale)
 
-    @staticmethod
-    def setup_context(ctx, inputs, outputs):
-        q, k, v, ctx.scale = inputs
-        o, lse = outputs
-        ctx.save_for_backward(q, k, v, o, lse)
-        ctx.mark_non_differentiable(lse)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, do, _):
-        return *_backward(*ctx.saved_tensors, do, ctx.scale), None
+_flash_attn_4 = registration.differentiable("FlashAttn4", flash_attn_4_forward, _save, _gradients, inputs=3)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """o [B, S_q, H, D] in the dtype of q, and the log-sum-exp of every row of scores, float32 [B, H, S_q]."""
-    return registration.apply(_FlashAttn4, q, k, v, scale)
+    return _flash_attn_4(q, k, v, scale)

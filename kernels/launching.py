@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import triton
 from torch import Tensor
+from torch.nn import Parameter
 from triton import knobs
 from triton.runtime import driver
 
@@ -23,25 +24,26 @@ _compiled: dict[tuple, tuple] = {}
 
 
 def taken_apart(arguments: tuple) -> tuple[list, list]:
-    """What the kernels that Triton compiles from one source, with one set of options, are told apart by, and the
+    """A key that tells apart the kernels that Triton compiles from one source with one set of options, and the
     arguments with addresses for tensors.
     """
     key: list = []
     plain: list = []
     for argument in arguments:
-        if argument is None:
-            key.append(None)
-            plain.append(None)
-        elif isinstance(argument, Tensor):
+        kind = type(argument)
+        if kind is Tensor or kind is Parameter:
             address = argument.data_ptr()
-            key += (argument.dtype, address % 16)
+            key.append((argument.dtype, address % 16) if address % 16 else argument.dtype)
             plain.append(address)
-        elif type(argument) is tuple:
-            inner = taken_apart(argument)
-            key.append(tuple(inner[0]))
-            plain.append(tuple(inner[1]))
+        elif kind is int or argument is None:
+            key.append(argument)
+            plain.append(argument)
+        elif isinstance(argument, tuple):
+            inner, places = taken_apart(argument)
+            key.append((kind, *inner))  # kernels read named tuples by their fields
+            plain.append(tuple(places))
         else:
-            key += (type(argument), argument)
+            key.append((kind, argument))  # 1.0 and True equal 1, but compile to other kernels
             plain.append(argument)
     return key, plain
 

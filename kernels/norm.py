@@ -30,19 +30,51 @@ the partial sums (2% at pMF's shapes) and vectors per channel or sample, read on
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from pmf.dual import Dual
 from pmf.kernels import registration, sums
-from pmf.kernels.registration import Chip, Tile, absent, present
+from pmf.kernels.registration import Chip, RowTile
 from pmf.kernels.tiles import load_vector, normalise, normalise_dot
+
+MAX_WIDTH = 8192
+"""The widest row that a program keeps in registers."""
+
+
+class Moving(NamedTuple):
+    """What may have a tangent, or the tangents of it; in kernels, pointers."""
+
+    x: Any
+    branch: Any
+    gate: Any
+    scale: Any
+    shift: Any
+
+
+class Parameters(NamedTuple):
+    """Vectors per channel or per sample, sums for their gradients, or steps from sample to sample; or pointers."""
+
+    gate: Any
+    weight: Any
+    scale: Any
+    shift: Any
+
+
+def unsupported(width: int) -> str | None:
+    """Why the kernels cannot take rows of this width; None where they can."""
+    if width <= MAX_WIDTH:
+        return None
+    return f'width must be at most {MAX_WIDTH} with impl="triton", got {width}'
 
 
 @functools.cache
-def forward_tile(width: int, alone: bool, chip: Chip) -> Tile:
+def forward_tile(width: int, alone: bool, chip: Chip) -> RowTile:
     """8 values a thread and operand: one 16-byte load of bfloat16, two of float32.
 
     With a tangent and a branch that is four operands in flight, enough to hide the latency of HBM at
@@ -51,13 +83,13 @@ def forward_tile(width: int, alone: bool, chip: Chip) -> Tile:
     """
     block = registration.power_of_two(width)
     if chip.interpreted:
-        return Tile(32, block, 1)
+        return RowTile(32, block, 1)
     warps = min(max(block // 256, 4), 16)
-    return Tile(max((512 if alone else 256) * warps // block, 1), block, warps)
+    return RowTile(max((512 if alone else 256) * warps // block, 1), block, warps)
 
 
 @functools.cache
-def backward_tile(width: int, alone: bool, row_bytes: int, chip: Chip) -> tuple[Tile, int, int]:
+def backward_tile(width: int, alone: bool, row_bytes: int, chip: Chip) -> tuple[RowTile, int, int]:
     """The forward's tile, the number of programs, and the stages of the loop over a program's tokens.
 
     Every program writes up to four rows of partial sums, so there should be few: as many as reside at
@@ -76,13 +108,11 @@ def backward_tile(width: int, alone: bool, row_bytes: int, chip: Chip) -> tuple[
 
 @triton.jit
 def _forward(
-    p_x, p_branch, p_gate, p_weight, p_scale, p_shift,
-    p_x_dot, p_branch_dot, p_gate_dot, p_scale_dot, p_shift_dot,
-    p_x_new, p_y, p_x_new_dot, p_y_dot, p_stats,
-    length, first_dot, eps,
-    STRIDES: tl.constexpr, C: tl.constexpr, LAYER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    p, p_dot, p_weight, p_x_new, p_y, p_x_new_dot, p_y_dot, p_stats, length, first_dot, eps,
+    STEPS: tl.constexpr, DOT_STEPS: tl.constexpr,
+    C: tl.constexpr, LAYER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ROWS tokens of one sample. STRIDES: from sample to sample of gate, scale, shift and their tangents."""
+    """ROWS tokens of one sample. p and p_dot: `Moving`. STEPS and DOT_STEPS: `Parameters` of theirs."""
     tiles = tl.cdiv(length, ROWS)
     i_b = (tl.program_id(0) // tiles).to(tl.int64)
     i_s = tl.program_id(0) % tiles * ROWS
@@ -98,23 +128,23 @@ def _forward(
     i_b_dot = i_b - first_dot
     i_row_dot = i_row - first_dot * length
     m_dot = mask & (i_b_dot >= 0)
-    b_x = tl.load(p_x + i_row * C + i_tile, mask=mask, other=0.0).to(tl.float32)
+    b_x = tl.load(p.x + i_row * C + i_tile, mask=mask, other=0.0).to(tl.float32)
     b_x_dot = tl.zeros([ROWS, BLOCK], tl.float32)
-    if p_branch is not None:
-        b_branch = tl.load(p_branch + i_row * C + i_tile, mask=mask, other=0.0)
-    if p_x_dot is not None:
-        b_x_dot = tl.load(p_x_dot + i_row_dot * C + i_tile, mask=m_dot, other=0.0).to(tl.float32)
-    if p_branch_dot is not None:
-        b_branch_dot = tl.load(p_branch_dot + i_row_dot * C + i_tile, mask=m_dot, other=0.0)
-    if p_branch is not None:
-        b_gate = load_vector(p_gate + i_b * STRIDES[0], i_c, C)
+    if p.branch is not None:
+        b_branch = tl.load(p.branch + i_row * C + i_tile, mask=mask, other=0.0)
+    if p_dot.x is not None:
+        b_x_dot = tl.load(p_dot.x + i_row_dot * C + i_tile, mask=m_dot, other=0.0).to(tl.float32)
+    if p_dot.branch is not None:
+        b_branch_dot = tl.load(p_dot.branch + i_row_dot * C + i_tile, mask=m_dot, other=0.0)
+    if p.branch is not None:
+        b_gate = load_vector(p.gate + i_b * STEPS.gate, i_c, C)
         b_x_new = (b_x + b_gate * b_branch.to(tl.float32)).to(p_x_new.dtype.element_ty)
         tl.store(p_x_new + i_row * C + i_tile, b_x_new, mask=mask)
         b_x = b_x_new.to(tl.float32)
-        if p_branch_dot is not None:
+        if p_dot.branch is not None:
             b_x_dot += b_gate * b_branch_dot.to(tl.float32)
-        if p_gate_dot is not None:
-            p_vector = p_gate_dot + i_b_dot * STRIDES[3] + i_c
+        if p_dot.gate is not None:
+            p_vector = p_dot.gate + i_b_dot * DOT_STEPS.gate + i_c
             b_gate_dot = tl.load(p_vector, mask=(i_c < C) & (i_b_dot >= 0), other=0.0).to(tl.float32)
             b_x_dot += b_gate_dot[None, :] * b_branch.to(tl.float32)
 
@@ -131,12 +161,12 @@ def _forward(
         b_factor = load_vector(p_weight, i_c, C)
         b_weighted = b_n * b_factor
     b_y = b_weighted
-    if p_scale is not None:
-        b_one_plus = 1.0 + load_vector(p_scale + i_b * STRIDES[1], i_c, C)
+    if p.scale is not None:
+        b_one_plus = 1.0 + load_vector(p.scale + i_b * STEPS.scale, i_c, C)
         b_factor = b_factor * b_one_plus
         b_y = b_y * b_one_plus
-    if p_shift is not None:
-        b_y += load_vector(p_shift + i_b * STRIDES[2], i_c, C)
+    if p.shift is not None:
+        b_y += load_vector(p.shift + i_b * STEPS.shift, i_c, C)
     tl.store(p_y + i_row * C + i_tile, b_y.to(p_y.dtype.element_ty), mask=mask)
 
     if p_y_dot is not None:
@@ -146,24 +176,25 @@ def _forward(
                 b_x_new_dot = b_x_dot.to(p_x_new_dot.dtype.element_ty)
                 tl.store(p_x_new_dot + i_row_dot * C + i_tile, b_x_new_dot, mask=mask)
                 b_x_dot = b_x_new_dot.to(tl.float32)
-            if (p_x_dot is not None) or (p_x_new_dot is not None):
+            if (p_dot.x is not None) or (p_x_new_dot is not None):
                 b_y_dot = normalise_dot(b_n, b_rstd, b_x_dot, m_c, C, LAYER) * b_factor
-            if p_scale_dot is not None:
-                b_y_dot += b_weighted * load_vector(p_scale_dot + i_b_dot * STRIDES[4], i_c, C)
-            if p_shift_dot is not None:
-                b_y_dot += load_vector(p_shift_dot + i_b_dot * STRIDES[5], i_c, C)
+            if p_dot.scale is not None:
+                b_y_dot += b_weighted * load_vector(p_dot.scale + i_b_dot * DOT_STEPS.scale, i_c, C)
+            if p_dot.shift is not None:
+                b_y_dot += load_vector(p_dot.shift + i_b_dot * DOT_STEPS.shift, i_c, C)
             tl.store(p_y_dot + i_row_dot * C + i_tile, b_y_dot.to(p_y_dot.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _backward(
-    p_dy, p_dx_new, p_x_new, p_branch, p_gate, p_weight, p_scale, p_stats,
-    p_dx, p_dbranch, p_dgate, p_dweight, p_dscale, p_dshift,
-    samples, length, share,
-    STRIDES: tl.constexpr, C: tl.constexpr, LAYER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    p_dy, p_dx_new, p_x_new, p_branch, p, p_stats, p_dx, p_dbranch, p_d, samples, length, share,
+    STEPS: tl.constexpr, C: tl.constexpr, LAYER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A share of the tokens, ROWS at a time; the sums of every segment go to its row of the partial buffers."""
+    """A share of the tokens, ROWS at a time; the sums of every segment go to its row of the partial buffers.
+
+    p, STEPS: `Parameters`; p_d: `Parameters` of partial sums.
+    """
     i_program = tl.program_id(0)
     start = i_program * share
     stop = tl.minimum(start + share, samples * length)
@@ -175,13 +206,13 @@ def _backward(
     for i_b in range(start // length, tl.minimum(stop // length, samples - 1) + 1):
         b_gate = tl.full([1, BLOCK], 1.0, tl.float32)
         b_factor = tl.full([1, BLOCK], 1.0, tl.float32)
-        p_sample_scale = p_scale
-        if p_gate is not None:
-            b_gate = load_vector(p_gate + tl.cast(i_b, tl.int64) * STRIDES[0], i_c, C)
-        if p_weight is not None:
-            b_factor = load_vector(p_weight, i_c, C)
-        if p_scale is not None:
-            p_sample_scale = p_scale + tl.cast(i_b, tl.int64) * STRIDES[1]
+        p_sample_scale = p.scale
+        if p.gate is not None:
+            b_gate = load_vector(p.gate + tl.cast(i_b, tl.int64) * STEPS.gate, i_c, C)
+        if p.weight is not None:
+            b_factor = load_vector(p.weight, i_c, C)
+        if p.scale is not None:
+            p_sample_scale = p.scale + tl.cast(i_b, tl.int64) * STEPS.scale
             b_factor = b_factor * (1.0 + load_vector(p_sample_scale, i_c, C))
         b_sum_ndy = tl.zeros([ROWS, BLOCK], tl.float32)
         b_sum_dy = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -196,7 +227,7 @@ def _backward(
             b_x = tl.load(p_x_new + i_row * C + i_tile, mask=mask, other=0.0)
             if p_dx_new is not None:
                 b_dx_new = tl.load(p_dx_new + i_row * C + i_tile, mask=mask, other=0.0)
-            if p_dgate is not None:
+            if p_d.gate is not None:
                 b_branch = tl.load(p_branch + i_row * C + i_tile, mask=mask, other=0.0)
             p_row = p_stats + (i_row + i_r[:, None]) * STATISTICS
             b_rstd = tl.load(p_row, mask=m_r, other=0.0)
@@ -212,211 +243,191 @@ def _backward(
             if p_dbranch is not None:
                 b_dbranch = (b_dx * b_gate).to(p_dbranch.dtype.element_ty)
                 tl.store(p_dbranch + i_row * C + i_tile, b_dbranch, mask=mask)
-            if (p_dweight is not None) or (p_dscale is not None):
+            if (p_d.weight is not None) or (p_d.scale is not None):
                 b_sum_ndy += b_n * b_dy
-            if p_dshift is not None:
+            if p_d.shift is not None:
                 b_sum_dy += b_dy
-            if p_dgate is not None:
+            if p_d.gate is not None:
                 b_sum_dgate += b_dx * b_branch.to(tl.float32)
 
         # Weight and scale are read again: through the loop they would cost registers.
         i_sum = tl.cast(i_program + i_b, tl.int64) * C + i_c
-        if p_dgate is not None:
-            tl.store(p_dgate + i_sum, tl.sum(b_sum_dgate, 0), mask=i_c < C)
-        if p_dweight is not None:
+        if p_d.gate is not None:
+            tl.store(p_d.gate + i_sum, tl.sum(b_sum_dgate, 0), mask=i_c < C)
+        if p_d.weight is not None:
             b_dweight = b_sum_ndy
-            if p_scale is not None:
+            if p.scale is not None:
                 b_dweight = b_sum_ndy * (1.0 + load_vector(p_sample_scale, i_c, C))
-            tl.store(p_dweight + i_sum, tl.sum(b_dweight, 0), mask=i_c < C)
-        if p_dscale is not None:
+            tl.store(p_d.weight + i_sum, tl.sum(b_dweight, 0), mask=i_c < C)
+        if p_d.scale is not None:
             b_dscale = b_sum_ndy
-            if p_weight is not None:
-                b_dscale = b_sum_ndy * load_vector(p_weight, i_c, C)
-            tl.store(p_dscale + i_sum, tl.sum(b_dscale, 0), mask=i_c < C)
-        if p_dshift is not None:
-            tl.store(p_dshift + i_sum, tl.sum(b_sum_dy, 0), mask=i_c < C)
+            if p.weight is not None:
+                b_dscale = b_sum_ndy * load_vector(p.weight, i_c, C)
+            tl.store(p_d.scale + i_sum, tl.sum(b_dscale, 0), mask=i_c < C)
+        if p_d.shift is not None:
+            tl.store(p_d.shift + i_sum, tl.sum(b_sum_dy, 0), mask=i_c < C)
 
 
-def _strides(*modulations: Tensor | None) -> tuple[int, ...]:
-    """Steps from sample to sample: 0 where there is one vector for all."""
-    return tuple(m.stride(0) if m is not None and m.ndim == 2 else 0 for m in modulations)
+def _step(modulation: Tensor | None) -> int:
+    """From sample to sample: 0 where there is one vector for all."""
+    return 0 if modulation is None or modulation.ndim == 1 else modulation.stride(0)
 
 
-def _allocate_forward(
-    x, branch, gate, weight, scale, shift,
-    x_dot, branch_dot, gate_dot, scale_dot, shift_dot, layer, eps, out_dtype,
-):  # fmt: skip
-    """x_new, y, x_new_dot, y_dot and the statistics [B, S, 1 or 2]; see `absent` for those not needed."""
+def _steps(gate: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> Parameters:
+    return Parameters(_step(gate), 0, _step(scale), _step(shift))
+
+
+@registration.operator
+def norm_forward(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    x_dot: Tensor | None,
+    branch_dot: Tensor | None,
+    gate_dot: Tensor | None,
+    scale_dot: Tensor | None,
+    shift_dot: Tensor | None,
+    layer: bool,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x_new, y, x_new_dot, y_dot and the statistics [B, S, 1 or 2]."""
     samples, length, width = x.shape
-    dots = (x_dot, branch_dot, gate_dot, scale_dot, shift_dot)
-    rows = samples - registration.first_dot(samples, *dots)
-
-    def like(wanted: bool, samples: int, dtype: torch.dtype) -> Tensor:
-        return x.new_empty(samples, length, width, dtype=dtype) if wanted else absent(x)
-
-    x_new_has_dot = branch is not None and any(dot is not None for dot in dots[:3])
-    return (
-        like(branch is not None, samples, x.dtype),
-        like(True, samples, out_dtype),
-        like(x_new_has_dot, rows, x.dtype),
-        like(any(dot is not None for dot in dots), rows, out_dtype),
-        x.new_empty(samples, length, 2 if layer else 1, dtype=torch.float32),
-    )
-
-
-def _run_forward(
-    x, branch, gate, weight, scale, shift,
-    x_dot, branch_dot, gate_dot, scale_dot, shift_dot, layer, eps, out_dtype,
-):  # fmt: skip
-    streams = (x, branch, x_dot, branch_dot)
-    x, branch, x_dot, branch_dot = (None if s is None else s.contiguous() for s in streams)
-    modulations = [registration.unit_step(m) for m in (gate, scale, shift, gate_dot, scale_dot, shift_dot)]
-    gate, scale, shift, gate_dot, scale_dot, shift_dot = modulations
-    dots = (x_dot, branch_dot, gate_dot, scale_dot, shift_dot)
-    outputs = _allocate_forward(x, branch, gate, weight, scale, shift, *dots, layer, eps, out_dtype)
-    x_new, y, x_new_dot, y_dot, stats = outputs
-    samples, length, width = x.shape
+    p = _contiguous(x, branch, gate, scale, shift)
+    p_dot = _contiguous(x_dot, branch_dot, gate_dot, scale_dot, shift_dot)
+    first_dot = registration.first_dot(samples, *p_dot)
+    moves = x_dot is not None or branch_dot is not None or gate_dot is not None
+    x_new = x_new_dot = y_dot = None
+    if branch is not None:
+        x_new = torch.empty_like(p.x)
+        if moves:
+            x_new_dot = x.new_empty(samples - first_dot, length, width)
+    if moves or scale_dot is not None or shift_dot is not None:
+        y_dot = x.new_empty(samples - first_dot, length, width, dtype=out_dtype)
+    y = torch.empty_like(p.x, dtype=out_dtype)
+    stats = x.new_empty(samples, length, 2 if layer else 1, dtype=torch.float32)
+    outputs = x_new, y, x_new_dot, y_dot, stats
+    if registration.shapes_only(x):
+        return outputs
     tile = forward_tile(width, branch is None and x_dot is None, registration.chip(x.device))
     registration.launch(
         _forward, samples * registration.cdiv(length, tile.rows),
-        x, branch, gate, weight, scale, shift, *dots,
-        present(x_new, branch is not None), y,
-        present(x_new_dot, x_new_dot.numel() > 0), present(y_dot, y_dot.numel() > 0), stats,
-        length, registration.first_dot(samples, *dots), eps,
-        STRIDES=_strides(*modulations), C=width, LAYER=layer, ROWS=tile.rows, BLOCK=tile.block,
-        num_warps=tile.warps,
+        p, p_dot, weight, *outputs, length, first_dot, eps,
+        STEPS=_steps(p.gate, p.scale, p.shift), DOT_STEPS=_steps(p_dot.gate, p_dot.scale, p_dot.shift),
+        C=width, LAYER=layer, ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps,
     )  # fmt: skip
     return outputs
 
 
-def _fake_backward(dy, dx_new, x_new, branch, gate, weight, scale, shift, stats, branch_dtype, layer, needs):
-    """dx, dbranch, dgate, dweight, dscale, dshift; `needs` says which of the last four to compute."""
-    parameters = zip((gate, weight, scale, shift), needs, strict=True)
-    return (
-        torch.empty_like(x_new, memory_format=torch.contiguous_format),
-        x_new.new_empty(x_new.shape if gate is not None else 0, dtype=branch_dtype),
-        *(p.new_empty(p.shape) if need else absent(x_new) for p, need in parameters),
+def _contiguous(
+    x: Tensor | None, branch: Tensor | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None
+) -> Moving:
+    """Streams as contiguous tensors, modulations with unit stride along their channels."""
+    return Moving(
+        None if x is None else x.contiguous(),
+        None if branch is None else branch.contiguous(),
+        registration.unit_step(gate),
+        registration.unit_step(scale),
+        registration.unit_step(shift),
     )
 
 
-def _run_backward(dy, dx_new, x_new, branch, gate, weight, scale, shift, stats, branch_dtype, layer, needs):
+@registration.operator
+def norm_backward(
+    dy: Tensor,
+    dx_new: Tensor | None,
+    x_new: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    stats: Tensor,
+    branch_dtype: torch.dtype,
+    layer: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dx, dbranch, dgate, dweight, dscale, dshift; `needs` says which of the last four to compute."""
+    parameters = Parameters(gate, weight, scale, shift)
+    samples, length, width = x_new.shape
+    dx = x_new.new_empty(samples, length, width)
+    dbranch = None if gate is None else x_new.new_empty(samples, length, width, dtype=branch_dtype)
+    trained = [p for p, need in zip(parameters, needs, strict=True) if need]
+    if registration.shapes_only(dy):
+        return dx, dbranch, *_placed([p.new_empty(p.shape) for p in trained], needs)
     dy, x_new = dy.contiguous(), x_new.contiguous()
     dx_new, branch = (None if t is None else t.contiguous() for t in (dx_new, branch))
     gate, scale = registration.unit_step(gate), registration.unit_step(scale)
-    samples, length, width = x_new.shape
-    dx = torch.empty_like(x_new)
-    dbranch = x_new.new_empty(x_new.shape if gate is not None else 0, dtype=branch_dtype)
-    streams = [s for s in (dy, x_new, dx_new, branch) if s is not None]
-    row_bytes = width * sum(s.element_size() for s in streams)
+    row_bytes = width * sum(s.element_size() for s in (dy, x_new, dx_new, branch) if s is not None)
     tile, programs, stages = backward_tile(width, gate is None, row_bytes, registration.chip(dy.device))
     per_sample = any(p is not None and p.ndim == 2 for p in (gate, scale, shift))
     shares = sums.divide(samples, length, per_sample, programs, tile.rows)
-    parameters = (gate, weight, scale, shift)
-    trained = [p for p, need in zip(parameters, needs, strict=True) if need]
     partials = x_new.new_empty(len(trained), shares.segments, width, dtype=torch.float32).unbind()
-    buffers = iter(partials)
     registration.launch(
         _backward, shares.programs,
-        dy, dx_new, x_new, branch, gate, weight, scale, stats,
-        dx, present(dbranch, gate is not None), *(next(buffers) if need else None for need in needs),
+        dy, dx_new, x_new, branch, Parameters(gate, weight, scale, None), stats, dx, dbranch,
+        _placed(partials, needs),
         shares.samples, shares.length, shares.share,
-        STRIDES=_strides(gate, scale), C=width, LAYER=layer, ROWS=tile.rows, BLOCK=tile.block, STAGES=stages,
+        STEPS=_steps(gate, scale, None), C=width, LAYER=layer, ROWS=tile.rows, BLOCK=tile.block, STAGES=stages,
         num_warps=tile.warps, maxnreg=128,  # else some chips take 157, and fewer programs reside than are launched
     )  # fmt: skip
-    totals = iter(sums.add_up(partials, shares, trained))
-    return dx, dbranch, *(next(totals) if need else absent(dx) for need in needs)
+    return dx, dbranch, *_placed(sums.add_up(partials, shares, trained), needs)
 
 
-_PARAMETERS = "Tensor? gate, Tensor? weight, Tensor? scale, Tensor? shift"
-_norm_forward = registration.define(
-    f"norm_forward(Tensor x, Tensor? branch, {_PARAMETERS}, Tensor? x_dot, Tensor? branch_dot, "
-    "Tensor? gate_dot, Tensor? scale_dot, Tensor? shift_dot, bool layer, float eps, ScalarType out_dtype) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _run_forward,
-    _allocate_forward,
-)
-_norm_backward = registration.define(
-    f"norm_backward(Tensor dy, Tensor? dx_new, Tensor x_new, Tensor? branch, {_PARAMETERS}, Tensor stats, "
-    "ScalarType branch_dtype, bool layer, bool[] needs) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _run_backward,
-    _fake_backward,
-)
+def _placed(tensors: Sequence[Tensor], needs: list[bool]) -> Parameters:
+    """One tensor for each parameter that `needs` names."""
+    following = iter(tensors)
+    return Parameters(*(next(following) if need else None for need in needs))
 
 
-class _Norm(torch.autograd.Function):
-    """(x, branch, gate, weight, scale, shift, tangents of all but weight, options) -> `_allocate_forward`."""
-
-    @staticmethod
-    def forward(
-        x, branch, gate, weight, scale, shift, x_dot, branch_dot, gate_dot, scale_dot, shift_dot,
-        layer, eps, out_dtype,
-    ):  # fmt: skip
-        dots = (x_dot, branch_dot, gate_dot, scale_dot, shift_dot)
-        return _norm_forward(x, branch, gate, weight, scale, shift, *dots, layer, eps, out_dtype)
-
-    @staticmethod
-    def setup_context(ctx, inputs, outputs):
-        x, branch, gate, weight, scale, shift = inputs[:6]
-        x_new, _, x_new_dot, y_dot, stats = outputs
-        ctx.layer, _, ctx.out_dtype = inputs[11:]
-        ctx.branch_dtype = x.dtype if branch is None else branch.dtype
-        ctx.needs = list(ctx.needs_input_grad[2:6])
-        ctx.set_materialize_grads(False)
-        alone = branch is None
-        ctx.mark_non_differentiable(*((x_new,) if alone else ()), x_new_dot, y_dot, stats)
-        ctx.save_for_backward(
-            x if alone else x_new, branch if ctx.needs[0] else None, gate, weight, scale, shift, stats
-        )
-
-    @staticmethod
-    def backward(ctx, dx_new, dy, *_):
-        saved = ctx.saved_tensors
-        x_new, _, gate, *_ = saved
-        if gate is None:
-            dx_new = None  # compilers hand in an empty tensor for the absent x_new
-        if dy is None:
-            dy = torch.zeros_like(x_new, dtype=ctx.out_dtype)
-        dx, dbranch, *parameters = _norm_backward(dy, dx_new, *saved, ctx.branch_dtype, ctx.layer, ctx.needs)
-        dparameters = (present(d, need) for d, need in zip(parameters, ctx.needs, strict=True))
-        return dx, present(dbranch, gate is not None), *dparameters, *(None,) * 8
+def _save(ctx, inputs, outputs):
+    x, branch, gate, weight, scale, shift = inputs[:6]
+    ctx.layer, _, ctx.out_dtype = inputs[11:]
+    ctx.branch_dtype = x.dtype if branch is None else branch.dtype
+    ctx.needs = needs = list(ctx.needs_input_grad[2:6])
+    x_new = x if branch is None else outputs[0]
+    ctx.save_for_backward(x_new, branch if needs[0] else None, gate, weight, scale, shift, outputs[4])
 
 
-def _per_sample(dot: Tensor | None, samples: int) -> Tensor | None:
-    """The tangent of a modulation [C] (which only forward-mode differentiation gives) as [B, C]."""
-    return dot.expand(samples, -1) if dot is not None and dot.ndim == 1 else dot
+def _gradients(ctx, dx_new, dy, *_):
+    saved = ctx.saved_tensors
+    x_new, _, gate, *_ = saved
+    if gate is None:
+        dx_new = None  # compilers hand in an empty tensor for the absent x_new
+    if dy is None:
+        dy = torch.zeros_like(x_new, dtype=ctx.out_dtype)
+    return norm_backward(dy, dx_new, *saved, ctx.branch_dtype, ctx.layer, ctx.needs)
 
 
-def _norm_dual(primals, tangents, kind, eps, out_dtype):
-    """((x_new, y), (x_new_dot, y_dot)); without a branch x_new and its tangent are empty."""
-    x_dot, branch_dot, gate_dot, _, scale_dot, shift_dot = tangents
-    per_sample = (_per_sample(dot, primals[0].shape[0]) for dot in (gate_dot, scale_dot, shift_dot))
-    gate_dot, scale_dot, shift_dot = per_sample
-    dots = (x_dot, branch_dot, gate_dot, scale_dot, shift_dot)
-    x_new, y, x_new_dot, y_dot, _ = registration.apply(_Norm, *primals, *dots, kind == "layer", eps, out_dtype)
-    x_new_moves = any(dot is not None for dot in dots[:3])
-    y_moves = any(dot is not None for dot in dots)
-    return (x_new, y), (present(x_new_dot, x_new_moves), present(y_dot, y_moves))
+_norm = registration.differentiable("Norm", norm_forward, _save, _gradients, inputs=6, outputs=2)
 
 
-def residual_norm_modulate_dual(primals, tangents, *, kind, eps, out_dtype):
-    """Triton's `pmf.ops.residual_norm_modulate_dual`: ((x_new, y), (x_new_dot, y_dot))."""
+def norm_modulate(
+    x: Dual, weight: Tensor | None, scale: Dual, shift: Dual, *, kind: str, eps: float, out_dtype: torch.dtype
+) -> Dual:
+    """`pmf.reference.norm_modulate` by Triton."""
+    values = (x.value, None, None, weight, scale.value, shift.value)
+    _, y, _, y_dot, _ = _norm(*values, x.dot, None, None, scale.dot, shift.dot, kind == "layer", eps, out_dtype)
+    return Dual(y, y_dot)
 
-    def compute(primals, tangents):
-        return _norm_dual(primals, tangents, kind, eps, out_dtype)
 
-    names = "x* branch* gate* weight scale* shift*"
-    return registration.run_dual("residual_norm_modulate", names, compute, primals, tangents)
-
-
-def norm_modulate_dual(primals, tangents, *, kind, eps, out_dtype):
-    """Triton's `pmf.ops.norm_modulate_dual`: (y, y_dot)."""
-
-    def compute(primals, tangents):
-        (x, *parameters), (x_dot, *dots) = primals, tangents
-        primals, tangents = (x, None, None, *parameters), (x_dot, None, None, *dots)
-        (_, y), (_, y_dot) = _norm_dual(primals, tangents, kind, eps, out_dtype)
-        return (y,), (y_dot,)
-
-    (y,), (y_dot,) = registration.run_dual("norm_modulate", "x* weight scale* shift*", compute, primals, tangents)
-    return y, y_dot
+def residual_norm_modulate(
+    x: Dual,
+    branch: Dual,
+    gate: Dual,
+    weight: Tensor | None,
+    scale: Dual,
+    shift: Dual,
+    *,
+    kind: str,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> tuple[Dual, Dual]:
+    """`pmf.reference.residual_norm_modulate` by Triton."""
+    values = (x.value, branch.value, gate.value, weight, scale.value, shift.value)
+    dots = (x.dot, branch.dot, gate.dot, scale.dot, shift.dot)
+    x_new, y, x_new_dot, y_dot, _ = _norm(*values, *dots, kind == "layer", eps, out_dtype)
+    return Dual(x_new, x_new_dot), Dual(y, y_dot)

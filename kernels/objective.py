@@ -27,6 +27,7 @@ images: a thread takes all channels of a few pixels in a line, 16 bytes at a tim
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -34,12 +35,32 @@ import triton.language as tl
 from torch import Tensor
 
 from pmf.kernels import registration
+from pmf.kernels.patches import Shape
 from pmf.kernels.registration import Chip
 from pmf.kernels.tiles import transposed
 
 
+class Nets(NamedTuple):
+    """Tokens; in kernels, pointers to them."""
+
+    u: Tensor
+    v: Tensor
+    u_dot: Tensor | None
+    c: Tensor | None
+    n: Tensor | None
+
+
+class Scalars(NamedTuple):
+    """One value a row; in kernels, pointers to them."""
+
+    t: Tensor
+    h: Tensor
+    guidance: Tensor
+    null_index: Tensor
+
+
 @dataclass(frozen=True)
-class Tile:
+class PixelTile:
     """Groups of pixels that a program works on, side by side in a line of one patch, and pixels of a group."""
 
     groups: int
@@ -47,7 +68,7 @@ class Tile:
     warps: int
 
 
-def tile_of(patch_size: int, channels: int, dtype: torch.dtype, chip: Chip) -> Tile:
+def tile_of(patch_size: int, channels: int, dtype: torch.dtype, chip: Chip) -> PixelTile:
     """A group of pixels a thread: as many as 16 bytes of tokens hold, and as lie side by side.
 
     8 pixels of 3 channels are three 16-byte loads of an operand, 24 values a thread. More channels take fewer
@@ -55,7 +76,7 @@ def tile_of(patch_size: int, channels: int, dtype: torch.dtype, chip: Chip) -> T
     """
     side_by_side = patch_size & -patch_size  # the largest power of two that divides it
     few = min(side_by_side, 8 if dtype.itemsize == 2 else 4, max(32 // registration.power_of_two(channels), 1))
-    return Tile(1024, few, 1) if chip.interpreted else Tile(32, few, 1)
+    return PixelTile(1024, few, 1) if chip.interpreted else PixelTile(32, few, 1)
 
 
 @triton.jit
@@ -68,7 +89,7 @@ def _image_offset(i_pixel, H: tl.constexpr, W: tl.constexpr, P: tl.constexpr):
 @triton.jit
 def _load_tokens(p_net, i_first, m_group, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
     """Pixels whose values begin at i_first, as CHANNELS blocks [groups, PIXELS]."""
-    blocks = ()
+    blocks = ()  # type: tuple
     for i in tl.static_range(CHANNELS):
         i_value = i_first[:, None] + (i * PIXELS + tl.arange(0, PIXELS))[None, :]
         blocks = blocks + (tl.load(p_net + i_value, mask=m_group[:, None], other=0.0),)
@@ -78,7 +99,7 @@ def _load_tokens(p_net, i_first, m_group, PIXELS: tl.constexpr, CHANNELS: tl.con
 @triton.jit
 def _load_image(p_image, i_first, m_group, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, AREA: tl.constexpr):
     """The same pixels of an image; i_first is where they begin in its first channel."""
-    blocks = ()
+    blocks = ()  # type: tuple
     for i in tl.static_range(CHANNELS):
         i_value = (i_first + i * AREA)[:, None] + tl.arange(0, PIXELS)[None, :]
         blocks = blocks + (tl.load(p_image + i_value, mask=m_group[:, None], other=0.0),)
@@ -88,7 +109,7 @@ def _load_image(p_image, i_first, m_group, PIXELS: tl.constexpr, CHANNELS: tl.co
 @triton.jit
 def _store_tokens(p_net, blocks, scale, i_first, m_group, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
     """Undo `_load_tokens`, times `scale`."""
-    scaled = ()
+    scaled = ()  # type: tuple
     for i in tl.static_range(CHANNELS):
         scaled = scaled + ((blocks[i] * scale).to(p_net.dtype.element_ty),)
     ordered = transposed(scaled, CHANNELS, PIXELS)
@@ -99,18 +120,16 @@ def _store_tokens(p_net, blocks, scale, i_first, m_group, PIXELS: tl.constexpr, 
 
 @triton.jit
 def _errors(
-    p_net_u, p_net_v, p_net_u_dot, p_net_c, p_net_n, p_z, p_x, p_t, p_h, p_guidance, p_null_index,
-    p_sums, p_scales, p_dnet_u, p_dnet_v,
-    first_dot, null_rows, t_clip,
+    p_net, p_z, p_x, p_scalar, p_sums, p_scales, p_dnet_u, p_dnet_v, first_dot, null_rows, t_clip,
     SHAPE: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """GROUPS groups of pixels of one row. SHAPE: height, width, patch size and channels of the images.
+    """GROUPS groups of pixels of one row. p_net: `Nets`; p_scalar: `Scalars`; SHAPE: `Shape`.
 
     Forward: sums of squares to p_sums [2, B, chunks]. Backward: gradients, times p_scales [2, B]. All loads are
     issued before the first result is needed: what a row does not have is masked, not branched around.
     """
-    CHANNELS: tl.constexpr = SHAPE[3]
-    AREA: tl.constexpr = SHAPE[0] * SHAPE[1]
+    CHANNELS: tl.constexpr = SHAPE.channels
+    AREA: tl.constexpr = SHAPE.height * SHAPE.width
     VALUES: tl.constexpr = AREA * CHANNELS
     CHUNKS: tl.constexpr = (AREA + GROUPS * PIXELS - 1) // (GROUPS * PIXELS)
     i_chunk = tl.program_id(0) % CHUNKS
@@ -119,42 +138,43 @@ def _errors(
     i_group = i_chunk * GROUPS + tl.arange(0, GROUPS)
     mask = i_group < AREA // PIXELS
     i_token = i_b * VALUES + i_group * (PIXELS * CHANNELS)
-    i_image = i_b * VALUES + _image_offset(i_group * PIXELS, SHAPE[0], SHAPE[1], SHAPE[2])
+    i_image = i_b * VALUES + _image_offset(i_group * PIXELS, SHAPE.height, SHAPE.width, SHAPE.patch)
 
-    t = tl.load(p_t + i_b).to(tl.float32)
-    h = tl.load(p_h + i_b).to(tl.float32)
-    guidance = tl.load(p_guidance + i_b).to(tl.float32)
-    i_null = tl.load(p_null_index + i_b).to(tl.int64)
+    t = tl.load(p_scalar.t + i_b).to(tl.float32)
+    h = tl.load(p_scalar.h + i_b).to(tl.float32)
+    guidance = tl.load(p_scalar.guidance + i_b).to(tl.float32)
+    i_null = tl.load(p_scalar.null_index + i_b).to(tl.int64)
     moves, guided = i_b >= first_dot, i_null >= 0
     below = moves & (t <= t_clip)
 
-    u = _load_tokens(p_net_u, i_token, mask, PIXELS, CHANNELS)
-    v = _load_tokens(p_net_v, i_token, mask, PIXELS, CHANNELS)
+    u = _load_tokens(p_net.u, i_token, mask, PIXELS, CHANNELS)
+    v = _load_tokens(p_net.v, i_token, mask, PIXELS, CHANNELS)
     x = _load_image(p_x, i_image, mask, PIXELS, CHANNELS, AREA)
     u_dot, c, z, n = u, v, x, v  # where there are no others
-    if p_net_u_dot is not None:
+    if p_net.u_dot is not None:
         i_token_dot = i_token - first_dot * VALUES
-        u_dot = _load_tokens(p_net_u_dot, i_token_dot, mask & moves, PIXELS, CHANNELS)
-        c = _load_tokens(p_net_c, i_token_dot, mask & moves, PIXELS, CHANNELS)
+        u_dot = _load_tokens(p_net.u_dot, i_token_dot, mask & moves, PIXELS, CHANNELS)
+        c = _load_tokens(p_net.c, i_token_dot, mask & moves, PIXELS, CHANNELS)
         z = _load_image(p_z, i_image, mask & below, PIXELS, CHANNELS, AREA)
-    if p_net_n is not None:
+    if p_net.n is not None:
         inside = guided & (i_null < null_rows)  # what lies beyond is not read
-        n = _load_tokens(p_net_n, i_token + (i_null - i_b) * VALUES, mask & inside, PIXELS, CHANNELS)
+        n = _load_tokens(p_net.n, i_token + (i_null - i_b) * VALUES, mask & inside, PIXELS, CHANNELS)
 
     inverse_c = 1.0 / tl.minimum(tl.maximum(t, t_clip), 1.0)
     b_sum_u = tl.zeros([GROUPS, PIXELS], tl.float32)
     b_sum_v = tl.zeros([GROUPS, PIXELS], tl.float32)
-    errors_u, errors_v = (), ()
+    errors_u = ()  # type: tuple
+    errors_v = ()  # type: tuple
     for i in tl.static_range(CHANNELS):
         b_x, b_u, b_v = x[i].to(tl.float32), u[i].to(tl.float32), v[i].to(tl.float32)
         b_c = b_v
         b_turn = tl.zeros([GROUPS, PIXELS], tl.float32)  # h du/dt
-        if p_net_u_dot is not None:
+        if p_net.u_dot is not None:
             b_start = tl.where(below, z[i].to(tl.float32), b_u)
             b_c = tl.where(moves, c[i].to(tl.float32), b_v)
             b_slope = ((b_start - b_c) * inverse_c - u_dot[i].to(tl.float32)) * inverse_c
             b_turn = tl.where(moves, h * b_slope, 0.0)
-        if p_net_n is not None:
+        if p_net.n is not None:
             b_n = tl.where(i_null < null_rows, n[i].to(tl.float32), float("nan"))  # the row's errors become NaN
             b_x += tl.where(guided, guidance * (b_c - b_n), 0.0)
         b_error_u = (b_x - b_u) * inverse_c + b_turn
@@ -175,88 +195,88 @@ def _errors(
         _store_tokens(p_dnet_v, errors_v, scale_v, i_token, mask, PIXELS, CHANNELS)
 
 
-def _tile(x: Tensor, net: Tensor, patch_size: int) -> tuple[Tile, int]:
+def _tile(x: Tensor, net: Tensor, patch_size: int) -> tuple[PixelTile, int]:
     """The tile, and the number of programs a row."""
     tile = tile_of(patch_size, x.shape[1], net.dtype, registration.chip(x.device))
     return tile, registration.cdiv(x.shape[2] * x.shape[3], tile.groups * tile.pixels)
 
 
-def _launch(nets, z, x, scalars, t_clip, patch_size, *outputs):
-    """Run the kernel on the inputs and (sums, scales, dnet_u, dnet_v)."""
-    first_dot = registration.first_dot(len(z), nets[2])
-    tile, chunks = _tile(z, nets[0], patch_size)
-    nets = [None if net is None or net.numel() == 0 else net.contiguous() for net in nets]
-    t, h, guidance, null_index = (s.contiguous() for s in scalars)
+def _launch(nets: Nets, z, x, scalars: Scalars, t_clip, patch_size, *, sums=None, scales=None, gradients=(None, None)):
+    """Run the kernel: sums of squares to `sums` [2, B, chunks], or gradients, times `scales` [2, B]."""
     batch, channels, height, width = z.shape
+    first_dot = registration.first_dot(batch, nets.u_dot)
+    tile, chunks = _tile(z, nets.u, patch_size)
+    nets = Nets(*(None if net is None or net.numel() == 0 else net.contiguous() for net in nets))
     registration.launch(
         _errors, batch * chunks,
-        *nets, z.contiguous(), x.contiguous(), t, h, guidance, null_index, *outputs,
-        first_dot, 0 if nets[4] is None else len(nets[4]), t_clip,
-        SHAPE=(height, width, patch_size, channels), GROUPS=tile.groups, PIXELS=tile.pixels, num_warps=tile.warps,
+        nets, z.contiguous(), x.contiguous(), Scalars(*(s.contiguous() for s in scalars)), sums, scales, *gradients,
+        first_dot, 0 if nets.n is None else len(nets.n), t_clip,
+        SHAPE=Shape(height, width, patch_size, channels), GROUPS=tile.groups, PIXELS=tile.pixels, num_warps=tile.warps,
     )  # fmt: skip
 
 
-def _fake_forward(
-    net_u, net_v, net_u_dot, net_c, net_n, z, x, t, h, guidance, null_index, t_clip, patch_size
-):  # fmt: skip
+@registration.operator
+def objective_forward(
+    net_u: Tensor,
+    net_v: Tensor,
+    net_u_dot: Tensor | None,
+    net_c: Tensor | None,
+    net_n: Tensor | None,
+    z: Tensor,
+    x: Tensor,
+    t: Tensor,
+    h: Tensor,
+    guidance: Tensor,
+    null_index: Tensor,
+    t_clip: float,
+    patch_size: int,
+) -> Tensor:
     """L_u and L_v, [2, B]."""
-    return z.new_empty(2, z.shape[0], dtype=torch.float32)
-
-
-def _run_forward(
-    net_u, net_v, net_u_dot, net_c, net_n, z, x, t, h, guidance, null_index, t_clip, patch_size
-):  # fmt: skip
+    if registration.shapes_only(z):
+        return z.new_empty(2, z.shape[0], dtype=torch.float32)
     sums = z.new_empty(2, z.shape[0], _tile(z, net_u, patch_size)[1], dtype=torch.float32)
-    nets = (net_u, net_v, net_u_dot, net_c, net_n)
-    _launch(nets, z, x, (t, h, guidance, null_index), t_clip, patch_size, sums, None, None, None)
+    nets, scalars = Nets(net_u, net_v, net_u_dot, net_c, net_n), Scalars(t, h, guidance, null_index)
+    _launch(nets, z, x, scalars, t_clip, patch_size, sums=sums)
     return sums.sum(2)
 
 
-def _fake_backward(
-    scales, net_u, net_v, net_u_dot, net_c, net_n, z, x, t, h, guidance, null_index, t_clip, patch_size
-):  # fmt: skip
+@registration.operator
+def objective_backward(
+    scales: Tensor,
+    net_u: Tensor,
+    net_v: Tensor,
+    net_u_dot: Tensor | None,
+    net_c: Tensor | None,
+    net_n: Tensor | None,
+    z: Tensor,
+    x: Tensor,
+    t: Tensor,
+    h: Tensor,
+    guidance: Tensor,
+    null_index: Tensor,
+    t_clip: float,
+    patch_size: int,
+) -> tuple[Tensor, Tensor]:
     """dnet_u, dnet_v; `scales` [2, B] are the gradients of L_u and L_v."""
-    return net_u.new_empty(net_u.shape), net_v.new_empty(net_v.shape)
-
-
-def _run_backward(
-    scales, net_u, net_v, net_u_dot, net_c, net_n, z, x, t, h, guidance, null_index, t_clip, patch_size
-):  # fmt: skip
     gradients = net_u.new_empty(net_u.shape), net_v.new_empty(net_v.shape)
-    nets, scalars = (net_u, net_v, net_u_dot, net_c, net_n), (t, h, guidance, null_index)
-    _launch(nets, z, x, scalars, t_clip, patch_size, None, scales.float().contiguous(), *gradients)
+    if registration.shapes_only(scales):
+        return gradients
+    nets, scalars = Nets(net_u, net_v, net_u_dot, net_c, net_n), Scalars(t, h, guidance, null_index)
+    scales = scales.float().contiguous()
+    _launch(nets, z, x, scalars, t_clip, patch_size, scales=scales, gradients=gradients)
     return gradients
 
 
-_INPUTS = (
-    "Tensor net_u, Tensor net_v, Tensor? net_u_dot, Tensor? net_c, Tensor? net_n, Tensor z, Tensor x, "
-    "Tensor t, Tensor h, Tensor guidance, Tensor null_index, float t_clip, int patch_size"
-)
-_objective_forward = registration.define(f"objective_forward({_INPUTS}) -> Tensor", _run_forward, _fake_forward)
-_objective_backward = registration.define(
-    f"objective_backward(Tensor scales, {_INPUTS}) -> (Tensor, Tensor)", _run_backward, _fake_backward
-)
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:11])
+    ctx.options = inputs[11:]
 
 
-class _Objective(torch.autograd.Function):
-    """The operator's inputs -> L_u and L_v [2, B]."""
+def _gradients(ctx, scales):
+    return objective_backward(scales, *ctx.saved_tensors, *ctx.options)
 
-    @staticmethod
-    def forward(
-        net_u, net_v, net_u_dot, net_c, net_n, z, x, t, h, guidance, null_index, t_clip, patch_size
-    ):  # fmt: skip
-        nets = (net_u, net_v, net_u_dot, net_c, net_n)
-        return _objective_forward(*nets, z, x, t, h, guidance, null_index, t_clip, patch_size)
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:11])
-        ctx.options = inputs[11:]
-
-    @staticmethod
-    def backward(ctx, scales):
-        gradients = _objective_backward(scales, *ctx.saved_tensors, *ctx.options)
-        return *gradients, *(None,) * 11
+_objective = registration.differentiable("Objective", objective_forward, _save, _gradients, inputs=2)
 
 
 def pmf_objective(
@@ -275,13 +295,8 @@ def pmf_objective(
     t_clip: float,
     patch_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """Triton's `pmf.ops.pmf_objective`: L_u, L_v per row."""
-    inputs = (net_u, net_v, net_u_dot, net_c, net_n, z, x, t, h, guidance, null_index)
-
-    def compute(primals, tangents):
-        constants = (None if value is None else value.detach() for value in primals[2:])
-        losses = registration.apply(_Objective, *primals[:2], *constants, t_clip, patch_size)
-        return (losses[0], losses[1]), tangents[:2]
-
-    names = "net_u net_v net_u_dot net_c net_n z x t h guidance null_index"
-    return registration.run_dual("pmf_objective", names, compute, inputs, (None,) * len(inputs))[0]
+    """`pmf.reference.pmf_objective` by Triton."""
+    inputs = (net_u_dot, net_c, net_n, z, x, t, h, guidance, null_index)
+    constants = (None if value is None else value.detach() for value in inputs)
+    losses = _objective(net_u, net_v, *constants, t_clip, patch_size)
+    return losses[0], losses[1]

@@ -29,20 +29,33 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from pmf.autocast import autocast_dtype
+from pmf.dual import Dual
 from pmf.kernels import registration
-from pmf.kernels.patch_backward import fake_backward
-from pmf.kernels.patch_backward import run_backward as _run_backward
-from pmf.kernels.patches import count_of, patch_offset, shape_of, value_offset
-from pmf.kernels.registration import Chip, absent, present
+from pmf.kernels.patch_backward import patch_backward
+from pmf.kernels.patches import Shape, patch_offset, value_offset
+from pmf.kernels.registration import Chip
 from pmf.kernels.tiles import product
 
 FLOAT32_COLUMNS = tl.constexpr(32)
+SIZES = (2, 4, 8, 16, 32)
+"""Sides of patches that the kernels take."""
+MAX_BOTTLENECK = 256
+"""The widest bottleneck that a program keeps in registers between the two products."""
+
+
+def unsupported(patch: int, bottleneck: int) -> str | None:
+    """Why the kernels cannot take patches and a bottleneck of these sizes; None where they can."""
+    if patch not in SIZES:
+        return f'patch size must be one of {SIZES} with impl="triton", got {patch}'
+    if bottleneck > MAX_BOTTLENECK:
+        return f'bottleneck must be at most {MAX_BOTTLENECK} with impl="triton", got {bottleneck}'
+    return None
 
 
 @dataclass(frozen=True)
-class Tile:
+class PatchTile:
     """Tokens a program owns, and the values of a patch and channels of a token it takes at a time."""
 
     tokens: int
@@ -52,7 +65,7 @@ class Tile:
     stages: int
 
 
-def tile_of(bottleneck: int, values: int, dtype: torch.dtype, chip: Chip) -> Tile:
+def tile_of(bottleneck: int, values: int, dtype: torch.dtype, chip: Chip) -> PatchTile:
     """As many tokens as leave hidden (tokens x bottleneck, float32) 64 registers a thread.
 
     Weights are read once a tile, so tiles should be large; images are read from HBM, so three stages of
@@ -60,12 +73,12 @@ def tile_of(bottleneck: int, values: int, dtype: torch.dtype, chip: Chip) -> Til
     """
     step = min(max(registration.power_of_two(values), 16), 64)
     if chip.interpreted:
-        return Tile(128, min(max(registration.power_of_two(values), 16), 256), 128, 1, 1)
+        return PatchTile(128, min(max(registration.power_of_two(values), 16), 256), 128, 1, 1)
     if dtype == torch.float32:
-        return Tile(32, min(step, 32), 32, 8, 2)
+        return PatchTile(32, min(step, 32), 32, 8, 2)
     if bottleneck <= 128:
-        return Tile(128, step, 64, 8, 3)
-    return Tile(64, step, 64, 8, 3 if chip.shared_memory > 99 << 10 else 2)
+        return PatchTile(128, step, 64, 8, 3)
+    return PatchTile(64, step, 64, 8, 3 if chip.shared_memory > 99 << 10 else 2)
 
 
 @triton.jit
@@ -78,8 +91,8 @@ def _patches(
 
     Float32: hidden does not fit into registers as a factor; it is put down, and read a few columns at a time.
     """
-    PATCHES: tl.constexpr = (SHAPE[0] // SHAPE[2]) * (SHAPE[1] // SHAPE[2])
-    K: tl.constexpr = SHAPE[3] * SHAPE[2] * SHAPE[2]
+    PATCHES: tl.constexpr = (SHAPE.height // SHAPE.patch) * (SHAPE.width // SHAPE.patch)
+    K: tl.constexpr = SHAPE.channels * SHAPE.patch * SHAPE.patch
     i_m, i_e = i_tile * M + tl.arange(0, M), tl.arange(0, BLOCK_E)
     m_m = (i_m < count)[:, None]
     m_e = i_e < E
@@ -158,7 +171,7 @@ def _forward(
 
     weights: weight1, bias1, weight2, bias2.
     """
-    PATCHES: tl.constexpr = (SHAPE[0] // SHAPE[2]) * (SHAPE[1] // SHAPE[2])
+    PATCHES: tl.constexpr = (SHAPE.height // SHAPE.patch) * (SHAPE.width // SHAPE.patch)
     length = prefix + PATCHES
     i_tile = tl.program_id(0)
     if p_prefix is not None:
@@ -186,122 +199,101 @@ def _forward(
             )  # fmt: skip
 
 
-def _allocate_forward(
-    images, images_dot, weight1, bias1, weight2, bias2, positions, prefix, prefix_dot, dtype, keep
-):  # fmt: skip
-    """tokens, tokens_dot and hidden [B, N, E]; see `absent` for those not needed."""
+@registration.operator
+def patch_forward(
+    images: Tensor,
+    images_dot: Tensor | None,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    positions: Tensor,
+    prefix: Tensor | None,
+    prefix_dot: Tensor | None,
+    dtype: torch.dtype,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """tokens, tokens_dot and, with `keep`, hidden [B, N, E]."""
     out_dtype = torch.promote_types(dtype, positions.dtype)
-    dots = [dot for dot in (images_dot, prefix_dot) if dot is not None]
-    tokens = images.new_empty(len(images), *positions.shape, dtype=out_dtype)
-    tokens_dot = images.new_empty(len(dots[0]), *positions.shape, dtype=out_dtype) if dots else absent(tokens)
-    patches = count_of(shape_of(images, weight1))
-    hidden = images.new_empty(len(images), patches, len(weight1), dtype=dtype) if keep else absent(images).to(dtype)
-    return tokens, tokens_dot, hidden
-
-
-def _run_forward(
-    images, images_dot, weight1, bias1, weight2, bias2, positions, prefix, prefix_dot, dtype, keep
-):  # fmt: skip
-    outputs = _allocate_forward(
-        images, images_dot, weight1, bias1, weight2, bias2, positions, prefix, prefix_dot, dtype, keep
-    )
-    tokens, tokens_dot, hidden = outputs
-    if images_dot is None or (prefix is not None and prefix_dot is None):
+    shape, samples, bottleneck = Shape.of(images, weight1), len(images), len(weight1)
+    samples_dot = samples - registration.first_dot(samples, images_dot, prefix_dot)
+    tokens = images.new_empty(samples, *positions.shape, dtype=out_dtype)
+    tokens_dot = hidden = None
+    if images_dot is not None or prefix_dot is not None:
+        tokens_dot = images.new_empty(samples_dot, *positions.shape, dtype=out_dtype)
+    if keep:
+        hidden = images.new_empty(samples, shape.patches, bottleneck, dtype=dtype)
+    if registration.shapes_only(images):
+        return tokens, tokens_dot, hidden
+    if tokens_dot is not None and (images_dot is None or (prefix is not None and prefix_dot is None)):
         tokens_dot.zero_()  # what has no tangent of its own is not visited
-    shape, bottleneck, width = shape_of(images, weight1), len(weight1), positions.shape[1]
-    chip = registration.chip(images.device)
-    tile = tile_of(bottleneck, weight1[0].numel(), dtype, chip)
+    tile = tile_of(bottleneck, weight1[0].numel(), dtype, registration.chip(images.device))
     weights = tuple(w.to(dtype).contiguous() for w in (weight1, bias1, weight2, bias2))
-    arguments = (images, images_dot, positions, prefix, prefix_dot)
-    arguments = (None if a is None or a.numel() == 0 else a.contiguous() for a in arguments)
-    images, images_dot, positions, prefix, prefix_dot = arguments
-    patches, samples, samples_dot = count_of(shape), len(tokens), tokens_dot.shape[0]
-    before = tokens.shape[1] - patches
+    images, images_dot, positions, prefix, prefix_dot = (
+        None if x is None or x.numel() == 0 else x.contiguous()
+        for x in (images, images_dot, positions, prefix, prefix_dot)
+    )
+    before, width = tokens.shape[1] - shape.patches, tokens.shape[2]
     counts = (
         samples * before,
         samples_dot * before if prefix_dot is not None else 0,
-        samples * patches,
-        samples_dot * patches if images_dot is not None else 0,
+        samples * shape.patches,
+        samples_dot * shape.patches if images_dot is not None else 0,
     )
-    # In float32 the kernel needs a place for hidden.
-    scratch = dtype == torch.float32
-    at = hidden if keep or not scratch else tokens.new_empty(samples, patches, bottleneck, dtype=dtype)
-    at_dot = tokens.new_empty(samples_dot if scratch else 0, patches, bottleneck, dtype=dtype)
+    place, place_dot = hidden, None
+    if dtype == torch.float32:  # the kernel needs a place for hidden
+        place = tokens.new_empty(samples, shape.patches, bottleneck) if hidden is None else hidden
+        place_dot = tokens.new_empty(samples_dot, shape.patches, bottleneck)
     registration.launch(
         _forward, sum(registration.cdiv(count, tile.tokens) for count in counts) if samples else 0,
         images, images_dot, weights, positions, prefix, prefix_dot,
-        tokens, present(tokens_dot, tokens_dot.numel() > 0),
-        present(at, keep or scratch), present(at_dot, scratch), samples, samples_dot, before,
+        tokens, tokens_dot, place, place_dot, samples, samples_dot, before,
         SHAPE=shape, E=bottleneck, C=width, M=tile.tokens,
         BLOCK_E=max(registration.power_of_two(bottleneck), 16), BLOCK_K=tile.values, BLOCK_C=tile.channels,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return outputs
+    return tokens, tokens_dot, hidden
 
 
-_patch_forward = registration.define(
-    "patch_forward(Tensor images, Tensor? images_dot, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, "
-    "Tensor positions, Tensor? prefix, Tensor? prefix_dot, ScalarType dtype, bool keep) -> (Tensor, Tensor, Tensor)",
-    _run_forward,
-    _allocate_forward,
-)
-_patch_backward = registration.define(
-    "patch_backward(Tensor dtokens, Tensor images, Tensor weight1, Tensor weight2, Tensor hidden, "
-    "int prefix_length, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _run_backward,
-    fake_backward,
-)
+def _save(ctx, inputs, outputs):
+    images, _, weight1, _, weight2, _, positions, prefix, *_ = inputs
+    ctx.positions_dtype = positions.dtype
+    ctx.prefix = None if prefix is None else (prefix.shape[1], prefix.dtype)
+    needs = ctx.needs_input_grad
+    ctx.needs = [needs[0], *needs[2:6]]
+    ctx.save_for_backward(images, weight1, weight2, outputs[2])
 
 
-class _PatchEmbed(torch.autograd.Function):
-    """The operator's inputs -> tokens, tokens_dot, hidden."""
-
-    @staticmethod
-    def forward(
-        images, images_dot, weight1, bias1, weight2, bias2, positions, prefix, prefix_dot, dtype, keep
-    ):  # fmt: skip
-        weights = (weight1, bias1, weight2, bias2)
-        return _patch_forward(images, images_dot, *weights, positions, prefix, prefix_dot, dtype, keep)
-
-    @staticmethod
-    def setup_context(ctx, inputs, outputs):
-        images, _, weight1, _, weight2, _, positions, prefix, *_ = inputs
-        _, tokens_dot, hidden = outputs
-        ctx.mark_non_differentiable(tokens_dot, hidden)
-        ctx.set_materialize_grads(False)
-        ctx.positions_dtype = positions.dtype
-        ctx.prefix = None if prefix is None else (prefix.shape[1], prefix.dtype)
-        needs = ctx.needs_input_grad
-        ctx.needs = [needs[0], *needs[2:6]]
-        ctx.save_for_backward(images, weight1, weight2, hidden)
-
-    @staticmethod
-    def backward(ctx, dtokens, *_):
-        if dtokens is None:
-            return (None,) * 11
-        length, prefix_dtype = ctx.prefix or (0, None)
-        needs = ctx.needs_input_grad
-        wanted = any(ctx.needs) or needs[6]
-        *parts, dpositions = _patch_backward(dtokens, *ctx.saved_tensors, length, ctx.needs) if wanted else (None,) * 6
-        dimages, *dweights = (present(d, need) for d, need in zip(parts, ctx.needs, strict=True))
-        dpositions = dpositions.to(ctx.positions_dtype) if needs[6] else None
-        dprefix = dtokens[:, :length].to(prefix_dtype) if needs[7] else None
-        return dimages, None, *dweights, dpositions, dprefix, *(None,) * 3
+def _gradients(ctx, dtokens, *_):
+    if dtokens is None:
+        return (None,) * 8
+    length, prefix_dtype = ctx.prefix or (0, None)
+    needs = ctx.needs_input_grad
+    wanted = any(ctx.needs) or needs[6]
+    gradients = patch_backward(dtokens, *ctx.saved_tensors, length, ctx.needs) if wanted else (None,) * 6
+    dimages, *dweights, dpositions = gradients
+    dpositions = dpositions.to(ctx.positions_dtype) if needs[6] else None
+    dprefix = dtokens[:, :length].to(prefix_dtype) if needs[7] else None
+    return dimages, None, *dweights, dpositions, dprefix
 
 
-def patch_embed_dual(primals, tangents):
-    """Triton's `pmf.ops.patch_embed_dual`: (tokens, tokens_dot)."""
+_patch_embed = registration.differentiable("PatchEmbed", patch_forward, _save, _gradients, inputs=8)
 
-    def compute(primals, tangents):
-        images, weight1, bias1, weight2, bias2, positions, prefix = primals
-        images_dot, prefix_dot = tangents[0], tangents[6]
-        dtype = autocast_dtype(images.device.type) or weight1.dtype
-        keep = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in primals)
-        tokens, tokens_dot, _ = registration.apply(
-            _PatchEmbed, images, images_dot, weight1, bias1, weight2, bias2, positions, prefix, prefix_dot, dtype, keep
-        )
-        return (tokens,), (present(tokens_dot, images_dot is not None or prefix_dot is not None),)
 
-    names = "images* weight1 bias1 weight2 bias2 positions prefix*"
-    (tokens,), (tokens_dot,) = registration.run_dual("patch_embed", names, compute, primals, tangents)
-    return tokens, tokens_dot
+def patch_embed(
+    images: Dual,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    positions: Tensor,
+    prefix: Dual,
+    *,
+    dtype: torch.dtype,
+) -> Dual:
+    """`pmf.reference.patch_embed` by Triton."""
+    weights = (weight1, bias1, weight2, bias2, positions)
+    recorded = (images.value, *weights, prefix.value)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in recorded)
+    tokens, tokens_dot, _ = _patch_embed(images.value, images.dot, *weights, prefix.value, prefix.dot, dtype, keep)
+    return Dual(tokens, tokens_dot)

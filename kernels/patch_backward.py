@@ -27,13 +27,13 @@ import triton.language as tl
 from torch import Tensor
 
 from pmf.kernels import registration
-from pmf.kernels.patches import patch_offset, shape_of, value_offset
-from pmf.kernels.registration import Chip, absent
+from pmf.kernels.patches import Shape, patch_offset, value_offset
+from pmf.kernels.registration import Chip
 from pmf.kernels.tiles import product
 
 
 @dataclass(frozen=True)
-class Tile:
+class GradientTile:
     """Of the first pass: positions or patches that a program owns, and channels. Of the second: values of a patch.
 
     block_e covers the bottleneck; dweight1 takes as many patches at a time as there are positions.
@@ -48,15 +48,15 @@ class Tile:
     stages: int
 
 
-def tile_of(bottleneck: int, values: int, dtype: torch.dtype, chip: Chip) -> Tile:
+def tile_of(bottleneck: int, values: int, dtype: torch.dtype, chip: Chip) -> GradientTile:
     """Sums [channels or values, bottleneck] take 64 registers a thread; loads of three iterations are on the way."""
     block_e = max(registration.power_of_two(bottleneck), 16)
     few = min(max(registration.power_of_two(values), 16), 64)
     if chip.interpreted:
-        return Tile(128, 128, 128, min(max(registration.power_of_two(values), 16), 256), block_e, 1, 1)
+        return GradientTile(128, 128, 128, min(max(registration.power_of_two(values), 16), 256), block_e, 1, 1)
     if dtype == torch.float32:
-        return Tile(32, 32, 32, min(few, 32), block_e, 8, 2)
-    return Tile(32, 64, 64, few, block_e, 8 if block_e > 128 else 4, 3)
+        return GradientTile(32, 32, 32, min(few, 32), block_e, 8, 2)
+    return GradientTile(32, 64, 64, few, block_e, 8 if block_e > 128 else 4, 3)
 
 
 @triton.jit
@@ -149,7 +149,7 @@ def _weight_gradient(
     SHAPE: tl.constexpr, E: tl.constexpr, M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dhidden^T patches over one stretch of patches and BLOCK_K values: a part of p_partial [stretches, E, K]."""
-    K: tl.constexpr = SHAPE[3] * SHAPE[2] * SHAPE[2]
+    K: tl.constexpr = SHAPE.channels * SHAPE.patch * SHAPE.patch
     TILES: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     i_stretch = tl.program_id(0) // TILES
     i_k, i_e = tl.program_id(0) % TILES * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_E)
@@ -174,7 +174,7 @@ def _image_gradient(
     SHAPE: tl.constexpr, E: tl.constexpr, M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dhidden weight1 of M patches and BLOCK_K values, written where they lie in the image."""
-    K: tl.constexpr = SHAPE[3] * SHAPE[2] * SHAPE[2]
+    K: tl.constexpr = SHAPE.channels * SHAPE.patch * SHAPE.patch
     TILES: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     i_m = tl.program_id(0) // TILES * M + tl.arange(0, M)
     i_k = tl.program_id(0) % TILES * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -188,16 +188,6 @@ def _image_gradient(
         b_dx = product(b_dh, b_w, b_dx)
     p_dx = p_dimages + patch_offset(i_m, SHAPE)[:, None] + value_offset(i_k, SHAPE)[None, :]
     tl.store(p_dx, b_dx.to(p_dimages.dtype.element_ty), mask=m_m & m_k)
-
-
-def fake_backward(dtokens, images, weight1, weight2, hidden, prefix_length, needs):
-    """dimages, dweight1, dbias1, dweight2, dbias2, of which `needs` says which to compute; dpositions in float32."""
-    bottleneck, width = len(weight1), len(weight2)
-    shapes = (images.shape, weight1.shape, (bottleneck,), weight2.shape, (width,))
-    dtypes = (images.dtype, *(weight1.dtype,) * 2, *(weight2.dtype,) * 2)
-    results = zip(shapes, dtypes, needs, strict=True)
-    gradients = (dtokens.new_empty(shape if need else 0, dtype=dtype) for shape, dtype, need in results)
-    return *gradients, dtokens.new_empty(dtokens.shape[1:], dtype=torch.float32)
 
 
 def _of_tokens(dtokens, hidden, weight2, prefix, tile, processors, *, wants_dweight2, wants_dhidden):
@@ -223,7 +213,7 @@ def _of_tokens(dtokens, hidden, weight2, prefix, tile, processors, *, wants_dwei
 
 def _of_weight1(dhidden, images, weight1, tile, processors) -> Tensor:
     """dweight1 in float32: about one program a processor, so that all end together."""
-    shape, count = shape_of(images, weight1), dhidden.shape[0] * dhidden.shape[1]
+    shape, count = Shape.of(images, weight1), dhidden.shape[0] * dhidden.shape[1]
     tiles = registration.cdiv(weight1[0].numel(), tile.values)
     step = tile.positions
     stretch = registration.cdiv(count, max(processors // tiles, 1) * step) * step
@@ -243,17 +233,28 @@ def _of_images(dhidden, images, weight1, tile) -> Tensor:
     registration.launch(
         _image_gradient, registration.cdiv(count, tile.patches) * registration.cdiv(weight1[0].numel(), tile.values),
         dhidden, weight1.to(dhidden.dtype).contiguous(), dimages, count,
-        SHAPE=shape_of(images, weight1), E=len(weight1), M=tile.patches, BLOCK_E=min(tile.block_e, 64),
+        SHAPE=Shape.of(images, weight1), E=len(weight1), M=tile.patches, BLOCK_E=min(tile.block_e, 64),
         BLOCK_K=tile.values, num_warps=tile.warps, num_stages=2,
     )  # fmt: skip
     return dimages
 
 
-def run_backward(dtokens, images, weight1, weight2, hidden, prefix_length, needs):
-    """What `fake_backward` describes."""
-    inputs = (dtokens, images, weight1, weight2, hidden, prefix_length, needs)
-    if not len(images):
-        return tuple(gradient.zero_() for gradient in fake_backward(*inputs))
+@registration.operator
+def patch_backward(
+    dtokens: Tensor,
+    images: Tensor,
+    weight1: Tensor,
+    weight2: Tensor,
+    hidden: Tensor,
+    prefix_length: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dimages, dweight1, dbias1, dweight2, dbias2, of which `needs` says which to compute; dpositions in float32."""
+    like = (images, weight1, weight1[:, 0, 0, 0], weight2, weight2[:, 0, 0, 0])
+    if registration.shapes_only(dtokens) or not len(images):
+        dpositions = dtokens.new_zeros(dtokens.shape[1:], dtype=torch.float32)
+        zeros = [x.new_zeros(x.shape) if need else None for x, need in zip(like, needs, strict=True)]
+        return zeros[0], zeros[1], zeros[2], zeros[3], zeros[4], dpositions
     wants_dimages, wants_dweight1, wants_dbias1, wants_dweight2, wants_dbias2 = needs
     chip = registration.chip(images.device)
     tile = tile_of(len(weight1), weight1[0].numel(), hidden.dtype, chip)
@@ -266,6 +267,8 @@ def run_backward(dtokens, images, weight1, weight2, hidden, prefix_length, needs
     dbias2 = dpositions[prefix_length:].sum(0) if wants_dbias1 or wants_dbias2 else None
     dbias1 = (weight2.flatten(1).float() * dbias2[:, None]).sum(0) if wants_dbias1 else None
     dweight2 = dweight2.reshape(weight2.shape) if wants_dweight2 else None
-    gradients = (dimages, dweight1, dbias1, dweight2, dbias2 if wants_dbias2 else None)
-    pairs = zip(gradients, (images, weight1, weight1, weight2, weight2), strict=True)
-    return *(absent(dtokens).to(x.dtype) if dx is None else dx.to(x.dtype) for dx, x in pairs), dpositions
+    found = (dimages, dweight1, dbias1, dweight2, dbias2 if wants_dbias2 else None)
+    dimages, dweight1, dbias1, dweight2, dbias2 = (
+        None if dx is None else dx.to(x.dtype) for dx, x in zip(found, like, strict=True)
+    )
+    return dimages, dweight1, dbias1, dweight2, dbias2, dpositions

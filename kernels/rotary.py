@@ -30,13 +30,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pmf.dual import Dual
 from pmf.kernels import registration, sums
-from pmf.kernels.registration import Chip, absent, present
+from pmf.kernels.heads import Heads, Steps
+from pmf.kernels.registration import Chip
 from pmf.kernels.tiles import load_vector, normalise, normalise_dot, rotate, row_mean
+
+MAX_HEAD_DIM = 128
+"""The widest head that a program keeps in registers."""
+
+
+def unsupported(head_dim: int, tables_need_gradient: bool = False) -> str | None:
+    """Why the kernels cannot take heads of this width; None where they can."""
+    if head_dim % 8 != 0 or head_dim > MAX_HEAD_DIM:
+        return f"head_dim must be a multiple of 8 up to {MAX_HEAD_DIM}, got {head_dim}"
+    return (
+        'cos and sin take no gradient with impl="triton", got tables that require one' if tables_need_gradient else None
+    )
 
 
 @dataclass(frozen=True)
-class Tile:
+class HeadTile:
     """`tokens` times `heads` rows of `block` (padded) columns."""
 
     tokens: int
@@ -63,7 +77,7 @@ def forward_tile(head_dim: int, item: int, chip: Chip) -> tuple[int, int, int]:
 
 
 @functools.cache
-def tile_of(heads: int, head_dim: int, chip: Chip) -> Tile:
+def tile_of(heads: int, head_dim: int, chip: Chip) -> HeadTile:
     """The backward's: all heads of a token where they fit, several tokens where they are few; 8 values a thread.
 
     q and k of a program's tokens turn by the same angles, read from cache for every head.
@@ -71,10 +85,10 @@ def tile_of(heads: int, head_dim: int, chip: Chip) -> Tile:
     block = registration.power_of_two(head_dim)
     together = min(registration.power_of_two(heads), 4096 // block)
     tokens = max((64 if chip.interpreted else 1024 // block) // together, 1)
-    return Tile(tokens, together, block, 1 if chip.interpreted else max(tokens * together * block // 256, 1))
+    return HeadTile(tokens, together, block, 1 if chip.interpreted else max(tokens * together * block // 256, 1))
 
 
-def backward_grid(tiles: int, tile: Tile, item: int, chip: Chip) -> tuple[int, int]:
+def backward_grid(tiles: int, tile: HeadTile, item: int, chip: Chip) -> tuple[int, int]:
     """Programs, one wave of them, and the stages of the loop over a program's tiles.
 
     Registers (up to 128 a thread) admit 16 warps a multiprocessor, too few to hide the latency of HBM by
@@ -126,7 +140,7 @@ def _angles(p_cos, p_sin, i_position, D: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _load(p_heads, i_head, m_head, D: tl.constexpr, WIDTH: tl.constexpr):
     """Heads that begin at i_head, WIDTH columns a block."""
-    blocks = ()
+    blocks = ()  # type: tuple
     for i in tl.static_range(0, D, WIDTH):
         i_c = i + tl.arange(0, WIDTH)[None, :]
         blocks = blocks + (tl.load(p_heads + i_head[:, None] + i_c, mask=m_head[:, None] & (i_c < D), other=0.0),)
@@ -136,7 +150,7 @@ def _load(p_heads, i_head, m_head, D: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 def _load_table(p_table, i_position, other, D: tl.constexpr, WIDTH: tl.constexpr):
     """The angles' cos or sin at some positions, WIDTH / 2 a block, in float32; `other` before the first."""
-    blocks = ()
+    blocks = ()  # type: tuple
     for i in tl.static_range(0, D // 2, WIDTH // 2):
         i_pair = i + tl.arange(0, WIDTH // 2)[None, :]
         mask = (i_position >= 0)[:, None] & (i_pair < D // 2)
@@ -158,7 +172,7 @@ def _mean_product(a, b, D: tl.constexpr):
 def _normalised(x, eps, D: tl.constexpr):
     """n, and 1 / sqrt(mean(x^2) + eps)."""
     b_rstd = tl.rsqrt(_mean_product(x, x, D) + eps)  # not rounded to nearest: no sum over tokens reads it
-    n = ()
+    n = ()  # type: tuple
     for i in tl.static_range(len(x)):
         n = n + (x[i].to(tl.float32) * b_rstd,)
     return n, b_rstd
@@ -168,7 +182,7 @@ def _normalised(x, eps, D: tl.constexpr):
 def _normalised_dot(n, b_rstd, x_dot, D: tl.constexpr):
     """n_dot = rstd (x_dot - n mean(n x_dot))."""
     b_mean = _mean_product(n, x_dot, D)
-    n_dot = ()
+    n_dot = ()  # type: tuple
     for i in tl.static_range(len(n)):
         n_dot = n_dot + (b_rstd * (x_dot[i].to(tl.float32) - n[i] * b_mean),)
     return n_dot
@@ -186,11 +200,14 @@ def _store_turned(p_heads, i_head, m_head, n, p_weight, cos, sin, D: tl.constexp
 
 @triton.jit
 def _forward(
-    p_qkv, p_qkv_dot, p_q_weight, p_k_weight, p_cos, p_sin, p_q, p_k, p_q_dot, p_k_dot,
+    p_qkv, p_qkv_dot, p_weights, p_tables, p_q, p_k, p_q_dot, p_k_dot,
     tokens, first_dot_token, length, prefix, step, dot_step, eps,
     H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """ROWS heads of q and of k; `step` values lie between tokens of qkv, `dot_step` between those of qkv_dot."""
+    """ROWS heads of q and of k; `step` values lie between tokens of qkv, `dot_step` between those of qkv_dot.
+
+    p_weights: of q and k; p_tables: cos and sin.
+    """
     i_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     i_token, i_head = i_row // H, i_row % H * D
     mask = i_token < tokens
@@ -206,20 +223,20 @@ def _forward(
         q_dot = _load(p_qkv_dot, i_in_dot, m_dot, D, WIDTH)
         k_dot = _load(p_qkv_dot + H * D, i_in_dot, m_dot, D, WIDTH)
     i_position = i_token % length - prefix
-    cos = _load_table(p_cos, i_position, 1.0, D, WIDTH)
-    sin = _load_table(p_sin, i_position, 0.0, D, WIDTH)
+    cos = _load_table(p_tables[0], i_position, 1.0, D, WIDTH)
+    sin = _load_table(p_tables[1], i_position, 0.0, D, WIDTH)
 
     q, b_q_rstd = _normalised(q, eps, D)
-    _store_turned(p_q, i_out, mask, q, p_q_weight, cos, sin, D)
+    _store_turned(p_q, i_out, mask, q, p_weights[0], cos, sin, D)
     k, b_k_rstd = _normalised(k, eps, D)
-    _store_turned(p_k, i_out, mask, k, p_k_weight, cos, sin, D)
+    _store_turned(p_k, i_out, mask, k, p_weights[1], cos, sin, D)
     if p_qkv_dot is not None:
         if (tl.program_id(0) * ROWS + ROWS - 1) // H >= first_dot_token:
             i_out_dot = i_token_dot.to(tl.int64) * (H * D) + i_head
             q_n_dot = _normalised_dot(q, b_q_rstd, q_dot, D)
-            _store_turned(p_q_dot, i_out_dot, m_dot, q_n_dot, p_q_weight, cos, sin, D)
+            _store_turned(p_q_dot, i_out_dot, m_dot, q_n_dot, p_weights[0], cos, sin, D)
             k_n_dot = _normalised_dot(k, b_k_rstd, k_dot, D)
-            _store_turned(p_k_dot, i_out_dot, m_dot, k_n_dot, p_k_weight, cos, sin, D)
+            _store_turned(p_k_dot, i_out_dot, m_dot, k_n_dot, p_weights[1], cos, sin, D)
 
 
 @triton.jit
@@ -232,14 +249,17 @@ def _turn_back(b_x, b_dy, b_weight, b_cos, b_sin, mask, eps, D: tl.constexpr):
 
 @triton.jit
 def _backward(
-    p_qkv, p_q_weight, p_k_weight, p_cos, p_sin, p_dq, p_dk, p_dv, p_dqkv, p_dq_weight, p_dk_weight,
-    tokens, length, prefix, step, eps, tiles,
-    STRIDES: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
+    p_qkv, p_weights, p_tables, p_d, p_dqkv, p_dweights, tokens, length, prefix, step, eps, tiles,
+    STEPS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Every num_programs-th tile; STRIDES: of samples, tokens and heads of dq, dk and dv."""
+    """Every num_programs-th tile.
+
+    p_weights: of q and k; p_tables: cos and sin; p_d: `Heads` of gradients, STEPS their `Steps`; p_dweights: partial
+    sums for both weights, or None.
+    """
     i_c = tl.arange(0, BLOCK)
-    b_q_weight, b_k_weight = load_vector(p_q_weight, i_c, D), load_vector(p_k_weight, i_c, D)
+    b_q_weight, b_k_weight = load_vector(p_weights[0], i_c, D), load_vector(p_weights[1], i_c, D)
     b_sum_q = tl.zeros([ROWS, BLOCK], tl.float32)
     b_sum_k = tl.zeros([ROWS, BLOCK], tl.float32)
     for i_tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
@@ -248,16 +268,16 @@ def _backward(
         i_row = i_head[:, None] * D + i_c[None, :]
         i_in = i_token.to(tl.int64)[:, None] * step + i_row
         i_out = i_token.to(tl.int64)[:, None] * (3 * H * D) + i_row
-        i_dq = (i_b * STRIDES[0] + i_s * STRIDES[1] + i_head * STRIDES[2])[:, None] + i_c[None, :]
-        i_dk = (i_b * STRIDES[3] + i_s * STRIDES[4] + i_head * STRIDES[5])[:, None] + i_c[None, :]
-        i_dv = (i_b * STRIDES[6] + i_s * STRIDES[7] + i_head * STRIDES[8])[:, None] + i_c[None, :]
+        i_dq = (i_b * STEPS.q.sample + i_s * STEPS.q.token + i_head * STEPS.q.head)[:, None] + i_c[None, :]
+        i_dk = (i_b * STEPS.k.sample + i_s * STEPS.k.token + i_head * STEPS.k.head)[:, None] + i_c[None, :]
+        i_dv = (i_b * STEPS.v.sample + i_s * STEPS.v.token + i_head * STEPS.v.head)[:, None] + i_c[None, :]
         # Every load comes before the first sum over a row, so that all are under way together.
         b_q = tl.load(p_qkv + i_in, mask=mask, other=0.0)
         b_k = tl.load(p_qkv + H * D + i_in, mask=mask, other=0.0)
-        b_dq = tl.load(p_dq + i_dq, mask=mask, other=0.0)
-        b_dk = tl.load(p_dk + i_dk, mask=mask, other=0.0)
-        b_dv = tl.load(p_dv + i_dv, mask=mask, other=0.0)
-        b_cos, b_sin = _angles(p_cos, p_sin, _positions(i_token, length, prefix, HEADS, ROWS), D, BLOCK)
+        b_dq = tl.load(p_d.q + i_dq, mask=mask, other=0.0)
+        b_dk = tl.load(p_d.k + i_dk, mask=mask, other=0.0)
+        b_dv = tl.load(p_d.v + i_dv, mask=mask, other=0.0)
+        b_cos, b_sin = _angles(p_tables[0], p_tables[1], _positions(i_token, length, prefix, HEADS, ROWS), D, BLOCK)
         b_cos, b_sin = b_cos.to(tl.float32), b_sin.to(tl.float32)
 
         b_dq, b_terms = _turn_back(b_q, b_dq, b_q_weight, b_cos, b_sin, mask, eps, D)
@@ -268,9 +288,9 @@ def _backward(
         tl.store(p_dqkv + H * D + i_out, b_dk.to(p_dqkv.dtype.element_ty), mask=mask)
         tl.store(p_dqkv + 2 * H * D + i_out, b_dv.to(p_dqkv.dtype.element_ty), mask=mask)
     i_sum = tl.program_id(0) * D + i_c
-    if p_dq_weight is not None:
-        tl.store(p_dq_weight + i_sum, tl.sum(b_sum_q, 0), mask=i_c < D)
-        tl.store(p_dk_weight + i_sum, tl.sum(b_sum_k, 0), mask=i_c < D)
+    if p_dweights is not None:
+        tl.store(p_dweights[0] + i_sum, tl.sum(b_sum_q, 0), mask=i_c < D)
+        tl.store(p_dweights[1] + i_sum, tl.sum(b_sum_k, 0), mask=i_c < D)
 
 
 def _token_rows(qkv: Tensor) -> Tensor:
@@ -278,119 +298,110 @@ def _token_rows(qkv: Tensor) -> Tensor:
     return registration.as_rows(qkv.flatten(2))
 
 
-def _allocate_forward(qkv, qkv_dot, q_weight, k_weight, cos, sin, prefix, eps):
+@registration.operator
+def qk_norm_rope_forward(
+    qkv: Tensor,
+    qkv_dot: Tensor | None,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    prefix: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, k, q_dot, k_dot."""
     samples, length, _, heads, head_dim = qkv.shape
-
-    def part(samples: int) -> Tensor:
-        return qkv.new_empty(samples, length, heads, head_dim)
-
-    if qkv_dot is None:
-        return part(samples), part(samples), absent(qkv), absent(qkv)
-    rows = qkv_dot.shape[0]
-    return part(samples), part(samples), part(rows), part(rows)
-
-
-def _run_forward(qkv, qkv_dot, q_weight, k_weight, cos, sin, prefix, eps):
-    q, k, q_dot, k_dot = _allocate_forward(qkv, qkv_dot, q_weight, k_weight, cos, sin, prefix, eps)
-    samples, length, heads, head_dim = q.shape
+    q, k = (qkv.new_empty(samples, length, heads, head_dim) for _ in range(2))
+    q_dot = k_dot = dot_rows = None
+    if qkv_dot is not None:
+        q_dot, k_dot = (qkv.new_empty(qkv_dot.shape[0], length, heads, head_dim) for _ in range(2))
+    if registration.shapes_only(qkv):
+        return q, k, q_dot, k_dot
     rows = _token_rows(qkv)
-    dot_rows = None if qkv_dot is None else _token_rows(qkv_dot)
+    if qkv_dot is not None:
+        dot_rows = _token_rows(qkv_dot)
     turned, width, warps = forward_tile(head_dim, qkv.element_size(), registration.chip(qkv.device))
-    tokens, moves = samples * length, qkv_dot is not None
+    tokens = samples * length
     registration.launch(
         _forward, registration.cdiv(tokens * heads, turned),
-        rows, dot_rows, q_weight.contiguous(), k_weight.contiguous(), cos.contiguous(), sin.contiguous(),
-        q, k, present(q_dot, moves), present(k_dot, moves),
+        rows, dot_rows, (q_weight.contiguous(), k_weight.contiguous()), (cos.contiguous(), sin.contiguous()),
+        q, k, q_dot, k_dot,
         tokens, registration.first_dot(samples, qkv_dot) * length, length, prefix,
-        rows.stride(0), dot_rows.stride(0) if moves else 0, eps,
+        rows.stride(0), 0 if dot_rows is None else dot_rows.stride(0), eps,
         H=heads, D=head_dim, ROWS=turned, WIDTH=width, num_warps=warps,
         maxnreg=128 if head_dim < 96 else None,  # 16 warps reside; wider heads would spill
     )  # fmt: skip
     return q, k, q_dot, k_dot
 
 
-def _fake_backward(qkv, q_weight, k_weight, cos, sin, dq, dk, dv, prefix, eps, need_weights):
+@registration.operator
+def qk_norm_rope_backward(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    prefix: int,
+    eps: float,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """dqkv, dq_weight, dk_weight."""
-    weights = (torch.empty_like(w) if need_weights else absent(w) for w in (q_weight, k_weight))
-    return torch.empty_like(qkv, memory_format=torch.contiguous_format), *weights
-
-
-def _run_backward(qkv, q_weight, k_weight, cos, sin, dq, dk, dv, prefix, eps, need_weights):
     samples, length, _, heads, head_dim = qkv.shape
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    if registration.shapes_only(qkv):
+        dq_weight, dk_weight = (torch.empty_like(w) if need_weights else None for w in (q_weight, k_weight))
+        return dqkv, dq_weight, dk_weight
     rows = _token_rows(qkv)
-    dq, dk, dv = (registration.unit_step(d) for d in (dq, dk, dv))
+    gradients = Heads(*(registration.unit_step(d) for d in (dq, dk, dv)))
     chip = registration.chip(qkv.device)
     tile = tile_of(heads, head_dim, chip)
     tiles = registration.cdiv(samples * length, tile.tokens) * registration.cdiv(heads, tile.heads)
     programs, stages = backward_grid(tiles, tile, dq.element_size(), chip)
     weights = [q_weight, k_weight] if need_weights else []
-    shares = sums.Shares(1, programs, 1)
     partials = qkv.new_empty(len(weights), programs, head_dim, dtype=torch.float32).unbind()
     registration.launch(
         _backward, programs,
-        rows, q_weight.contiguous(), k_weight.contiguous(), cos.contiguous(), sin.contiguous(),
-        dq, dk, dv, dqkv, *(partials or (None, None)),
-        samples * length, length, prefix, rows.stride(0), eps, tiles,
-        STRIDES=(*dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3]),
+        rows, (q_weight.contiguous(), k_weight.contiguous()), (cos.contiguous(), sin.contiguous()),
+        gradients, dqkv, partials or None, samples * length, length, prefix, rows.stride(0), eps, tiles,
+        STEPS=Heads(*(Steps(*d.stride()[:3]) for d in gradients)),
         H=heads, D=head_dim, HEADS=tile.heads, ROWS=tile.rows, BLOCK=tile.block, STAGES=stages,
         num_warps=tile.warps,
     )  # fmt: skip
-    return dqkv, *(sums.add_up(partials, shares, weights) or (absent(dqkv), absent(dqkv)))
+    dq_weight, dk_weight = sums.add_up(partials, sums.Shares(1, programs, 1), weights) or (None, None)
+    return dqkv, dq_weight, dk_weight
 
 
-_INPUTS = "Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin"
-_qk_norm_rope_forward = registration.define(
-    f"qk_norm_rope_forward(Tensor qkv, Tensor? qkv_dot, {_INPUTS}, int prefix, float eps) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    _run_forward,
-    _allocate_forward,
+def _save(ctx, inputs, outputs):
+    qkv, _, q_weight, k_weight, cos, sin, ctx.prefix, ctx.eps = inputs
+    ctx.need_weights = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+    ctx.save_for_backward(qkv, q_weight, k_weight, cos, sin)
+
+
+def _gradients(ctx, dq, dk, dv, *_):
+    qkv, *parameters = ctx.saved_tensors
+    given = (torch.zeros_like(qkv[:, :, i]) if d is None else d for i, d in enumerate((dq, dk, dv)))
+    dqkv, *dweights = qk_norm_rope_backward(qkv, *parameters, *given, ctx.prefix, ctx.eps, ctx.need_weights)
+    return dqkv, None, *dweights
+
+
+def _with_v(inputs, outputs):
+    """q, k, v, q_dot, k_dot. v is a view; as an output of the node, its gradient is written with those of q and k."""
+    q, k, *dots = outputs
+    return q, k, inputs[0][:, :, 2], *dots
+
+
+_qk_norm_rope = registration.differentiable(
+    "QKNormRope", qk_norm_rope_forward, _save, _gradients, inputs=4, outputs=3, complete=_with_v
 )
-_qk_norm_rope_backward = registration.define(
-    f"qk_norm_rope_backward(Tensor qkv, {_INPUTS}, Tensor dq, Tensor dk, Tensor dv, int prefix, float eps, "
-    "bool need_weights) -> (Tensor, Tensor, Tensor)",
-    _run_backward,
-    _fake_backward,
-)
 
 
-class _QKNormRope(torch.autograd.Function):
-    """(qkv, qkv_dot, q_weight, k_weight, cos, sin, prefix, eps) -> (q, k, v, q_dot, k_dot)."""
-
-    @staticmethod
-    def forward(qkv, qkv_dot, q_weight, k_weight, cos, sin, prefix, eps):
-        q, k, q_dot, k_dot = _qk_norm_rope_forward(qkv, qkv_dot, q_weight, k_weight, cos, sin, prefix, eps)
-        return q, k, qkv[:, :, 2], q_dot, k_dot
-
-    @staticmethod
-    def setup_context(ctx, inputs, outputs):
-        qkv, _, q_weight, k_weight, cos, sin, ctx.prefix, ctx.eps = inputs
-        ctx.need_weights = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*outputs[3:])
-        ctx.save_for_backward(qkv, q_weight, k_weight, cos, sin)
-
-    @staticmethod
-    def backward(ctx, dq, dk, dv, *_):
-        qkv, *parameters = ctx.saved_tensors
-        gradients = (torch.zeros_like(qkv[:, :, i]) if d is None else d for i, d in enumerate((dq, dk, dv)))
-        dqkv, dq_weight, dk_weight = _qk_norm_rope_backward(
-            qkv, *parameters, *gradients, ctx.prefix, ctx.eps, ctx.need_weights
-        )
-        weights = (present(d, ctx.need_weights) for d in (dq_weight, dk_weight))
-        return dqkv, None, *weights, None, None, None, None
-
-
-def qk_norm_rope_dual(primals, tangents, *, prefix_length, eps):
-    """Triton's `pmf.ops.qk_norm_rope_dual`: ((q, k, v), (q_dot, k_dot, v_dot))."""
-
-    def compute(primals, tangents):
-        qkv, *rest = primals
-        qkv_dot = tangents[0]
-        q, k, v, q_dot, k_dot = registration.apply(_QKNormRope, qkv, qkv_dot, *rest, prefix_length, eps)
-        if qkv_dot is None:
-            return (q, k, v), (None, None, None)
-        return (q, k, v), (q_dot, k_dot, qkv_dot.detach()[:, :, 2])
-
-    return registration.run_dual("qk_norm_rope", "qkv* q_weight k_weight cos sin", compute, primals, tangents)
+def qk_norm_rope(
+    qkv: Dual, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, *, prefix_length: int, eps: float
+) -> tuple[Dual, Dual, Dual]:
+    """`pmf.reference.qk_norm_rope` by Triton."""
+    q, k, v, q_dot, k_dot = _qk_norm_rope(*qkv, q_weight, k_weight, cos, sin, prefix_length, eps)
+    v_dot = None if qkv.dot is None else qkv.dot.detach()[:, :, 2]
+    return Dual(q, q_dot), Dual(k, k_dot), Dual(v, v_dot)

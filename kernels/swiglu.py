@@ -17,23 +17,25 @@ import functools
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from pmf.dual import Dual
 from pmf.kernels import registration
-from pmf.kernels.registration import Chip, Tile, absent, present
+from pmf.kernels.registration import Chip, RowTile
 from pmf.kernels.tiles import silu
 
 
 @functools.cache
-def tile_of(width: int, chip: Chip) -> Tile:
+def tile_of(width: int, chip: Chip) -> RowTile:
     """8 values a thread and operand, 4 warps: one 16-byte load of bfloat16, two of float32.
 
     Columns come in blocks of at most 512, which pads 2736 or 3416 columns by 5 to 12%. F is a constexpr:
     Triton knows of run-time integers only whether 16 divides them, and 3416 is a multiple of 8.
     """
     if chip.interpreted:
-        return Tile(32, registration.power_of_two(width), 1)
+        return RowTile(32, registration.power_of_two(width), 1)
     block = min(registration.power_of_two(width), 512)
-    return Tile(1024 // block, block, 4)
+    return RowTile(1024 // block, block, 4)
 
 
 @triton.jit
@@ -81,15 +83,14 @@ def _backward(p_dy, p_x, p_dx, rows, x_step, F: tl.constexpr, ROWS: tl.constexpr
     tl.store(p_da + F, (b_dy * b_silu).to(p_dx.dtype.element_ty), mask=mask)
 
 
-def _allocate_forward(x, x_dot):
-    samples, length, width = x.shape
-    y_dot = absent(x) if x_dot is None else x.new_empty(x_dot.shape[0], length, width // 2)
-    return x.new_empty(samples, length, width // 2), y_dot
-
-
-def _run_forward(x, x_dot):
-    y, y_dot = _allocate_forward(x, x_dot)
-    samples, length, width = y.shape
+@registration.operator
+def swiglu_forward(x: Tensor, x_dot: Tensor | None) -> tuple[Tensor, Tensor]:
+    """y and y_dot."""
+    samples, length, width = x.shape[0], x.shape[1], x.shape[2] // 2
+    y = x.new_empty(samples, length, width)
+    y_dot = None if x_dot is None else x.new_empty(x_dot.shape[0], length, width)
+    if registration.shapes_only(x):
+        return y, y_dot
     x_rows = registration.as_rows(x)
     x_dot_rows = None if x_dot is None else registration.as_rows(x_dot)
     tile = tile_of(width, registration.chip(x.device))
@@ -99,11 +100,11 @@ def _run_forward(x, x_dot):
         x_rows,
         x_dot_rows,
         y,
-        present(y_dot, x_dot is not None),
+        y_dot,
         samples * length,
         registration.first_dot(samples, x_dot) * length,
         x_rows.stride(0),
-        0 if x_dot is None else x_dot_rows.stride(0),
+        0 if x_dot_rows is None else x_dot_rows.stride(0),
         F=width,
         ROWS=tile.rows,
         BLOCK=tile.block,
@@ -112,12 +113,12 @@ def _run_forward(x, x_dot):
     return y, y_dot
 
 
-def _fake_backward(dy, x):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _run_backward(dy, x):
-    dx = _fake_backward(dy, x)
+@registration.operator
+def swiglu_backward(dy: Tensor, x: Tensor) -> Tensor:
+    """dx."""
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if registration.shapes_only(dy):
+        return dx
     dy, x = dy.contiguous(), registration.as_rows(x)
     width = dy.shape[-1]
     tile = tile_of(width, registration.chip(dy.device))
@@ -137,38 +138,17 @@ def _run_backward(dy, x):
     return dx
 
 
-_swiglu_forward = registration.define(
-    "swiglu_forward(Tensor x, Tensor? x_dot) -> (Tensor, Tensor)", _run_forward, _allocate_forward
-)
-_swiglu_backward = registration.define("swiglu_backward(Tensor dy, Tensor x) -> Tensor", _run_backward, _fake_backward)
+def _save(ctx, inputs, outputs):
+    ctx.save_for_backward(inputs[0])
 
 
-class _SwiGLU(torch.autograd.Function):
-    """(x, x_dot) -> (y, y_dot)."""
-
-    @staticmethod
-    def forward(x, x_dot):
-        return _swiglu_forward(x, x_dot)
-
-    @staticmethod
-    def setup_context(ctx, inputs, outputs):
-        ctx.mark_non_differentiable(outputs[1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(inputs[0])
-
-    @staticmethod
-    def backward(ctx, dy, _):
-        (x,) = ctx.saved_tensors
-        return None if dy is None else _swiglu_backward(dy, x), None
+def _gradients(ctx, dy, *_):
+    return (None if dy is None else swiglu_backward(dy, *ctx.saved_tensors),)
 
 
-def swiglu_dual(primals, tangents):
-    """Triton's `pmf.ops.swiglu_dual`: (y, y_dot)."""
+_swiglu = registration.differentiable("SwiGLU", swiglu_forward, _save, _gradients, inputs=1)
 
-    def compute(primals, tangents):
-        (x,), (x_dot,) = primals, tangents
-        y, y_dot = registration.apply(_SwiGLU, x, x_dot)
-        return (y,), (present(y_dot, x_dot is not None),)
 
-    (y,), (y_dot,) = registration.run_dual("swiglu", "x*", compute, primals, tangents)
-    return y, y_dot
+def swiglu(x: Dual) -> Dual:
+    """`pmf.reference.swiglu` by Triton."""
+    return Dual(*_swiglu(*x))

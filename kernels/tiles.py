@@ -1,4 +1,7 @@
-"""Tile mathematics shared by the kernels, in float32. Columns of a tile beyond its width hold zero."""
+"""Tile mathematics shared by the kernels, in float32. Columns of a tile beyond its width hold zero.
+
+(Types of tuples stand in comments: in kernels, annotations belong to Triton.)
+"""
 
 from __future__ import annotations
 
@@ -92,7 +95,7 @@ def _columns(b_x):
         b_even, b_odd = tl.split(tl.reshape(b_x, [R, W // 2, 2]))
         even = _columns(b_even)
         odd = _columns(b_odd)
-        columns = ()
+        columns = ()  # type: tuple
         for i in tl.static_range(W // 2):
             columns = columns + (even[i], odd[i])
     return columns
@@ -104,7 +107,8 @@ def _beside(columns, W: tl.constexpr):
     if W == 1:
         b_x = columns[0][:, None]
     else:
-        even, odd = (), ()
+        even = ()  # type: tuple
+        odd = ()  # type: tuple
         for i in tl.static_range(W // 2):
             even = even + (columns[2 * i],)
             odd = odd + (columns[2 * i + 1],)
@@ -121,12 +125,12 @@ def transposed(blocks, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """
     W: tl.constexpr = blocks[0].shape[1]
     COUNT: tl.constexpr = ROWS * COLUMNS // W
-    values = ()
+    values = ()  # type: tuple
     for i in tl.static_range(COUNT):
         values = values + _columns(blocks[i])
-    turned = ()
+    turned = ()  # type: tuple
     for i in tl.static_range(COUNT):
-        block = ()
+        block = ()  # type: tuple
         for j in tl.static_range(W):
             block = block + (values[(i * W + j) % ROWS * COLUMNS + (i * W + j) // ROWS],)
         turned = turned + (_beside(block, W),)

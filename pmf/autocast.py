@@ -1,26 +1,32 @@
-"""Autocast as layers and kernels see it, also while they are compiled and on devices that have none."""
+"""Autocast: the one place that asks whether it is on, in compiled code and on devices without it too."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
 from pmf.private import constant
 
 
 @constant  # Dynamo of torch 2.11 cannot trace it
 def available(device_type: str) -> bool:
-    """Whether a type of device has autocast; asking whether it is on raises where there is none ("meta")."""
+    """Whether a type of device has autocast; asking a device without it ("meta") whether it is on raises."""
     return torch.amp.is_autocast_available(device_type)
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """Autocast's dtype where it is on, else None."""
-    on = available(device_type) and torch.is_autocast_enabled(device_type)
-    return torch.get_autocast_dtype(device_type) if on else None
+    there = device_type in ("cuda", "cpu") or available(device_type)
+    return torch.get_autocast_dtype(device_type) if there and torch.is_autocast_enabled(device_type) else None
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which matrix products take x: autocast's where it is on, else that of x."""
+    return autocast_dtype(x.device.type) or x.dtype
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager:
-    """What runs inside keeps its own dtypes."""
+    """A context that turns autocast off, so that operations inside keep the dtypes of their inputs."""
     return torch.autocast(device.type, enabled=False) if available(device.type) else nullcontext()

@@ -1,8 +1,8 @@
-"""A value and its tangent, side by side."""
+"""A value and its tangent, side by side, and the few helpers that tangent formulas share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, cast
 
 from torch import Tensor
@@ -11,17 +11,39 @@ from torch import Tensor
 class Dual(NamedTuple):
     """A value and its tangent along one direction: forward-mode differentiation of one tensor.
 
-    `value` has B samples in its first dimension (None in `ABSENT` alone). `dot` covers the last B_dot <= B
-    samples, or is None where the tangent is zero. Nothing is recorded for `dot`: it never carries a gradient.
+    `value` has B samples in its first dimension (it is None in `ABSENT` alone). `dot` covers the last
+    B_dot <= B samples, or is None where the tangent is zero. Nothing is recorded for `dot`: it never
+    carries a gradient.
     """
 
     value: Tensor
     dot: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Dual:
-        """A linear function of one sample at a time, applied to value and tangent."""
+        """Apply a linear function that acts on each sample separately to both value and tangent."""
         return Dual(function(self.value), None if self.dot is None else function(self.dot))
 
 
 ABSENT = Dual(cast(Tensor, None))
 """An optional input that was not given."""
+
+
+def tangent_rows(tangents: Iterable[Tensor | None]) -> int | None:
+    """B_dot, the number of samples that carry a tangent; None when no tangent is given."""
+    return next((tangent.shape[0] for tangent in tangents if tangent is not None), None)
+
+
+def tail(value: Tensor, rows: int) -> Tensor:
+    """The last `rows` samples, detached."""
+    return value.detach()[value.shape[0] - rows :]
+
+
+def total(*terms: Tensor | None) -> Tensor | None:
+    """The sum of the terms that are not None; None when all are."""
+    present = [term for term in terms if term is not None]
+    if not present:
+        return None
+    result = present[0]
+    for term in present[1:]:
+        result = result + term
+    return result

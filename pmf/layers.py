@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pmf import ops
 from pmf.config import ModelConfig
-from pmf.dual import ABSENT, Dual
+from pmf.dual import ABSENT, Dual, tail, total
 from pmf.packing import Join, PackedModule
 from pmf.wide import wide_linear
 
@@ -111,7 +111,7 @@ class Residual(NamedTuple):
         gate = self.gate.map(lambda g: g[:, None] if g.ndim == 2 else g)
         value = x.value + gate.value * branch.value
         with torch.no_grad():
-            dot = ops.total(
+            dot = total(
                 x.dot,
                 None if branch.dot is None else _last(gate.value, branch.dot) * branch.dot,
                 None if gate.dot is None else _last(branch.value, gate.dot) * gate.dot,
@@ -121,7 +121,7 @@ class Residual(NamedTuple):
 
 def _last(value: Tensor, like: Tensor) -> Tensor:
     """The samples of `value` that `like` covers; a per-channel value serves every sample."""
-    return value if value.ndim == 1 else ops.tail(value, like.shape[0])
+    return value if value.ndim == 1 else tail(value, like.shape[0])
 
 
 class NormModulate(DualModule):
@@ -134,29 +134,16 @@ class NormModulate(DualModule):
 
     def forward_dual(self, x: Dual, scale: Dual = ABSENT, shift: Dual = ABSENT) -> Dual:
         """n(x) weight (1 + scale) + shift: x [B, S, C]; scale, shift [B, C] or absent."""
-        return Dual(
-            *ops.norm_modulate_dual(
-                (x.value, self.weight, scale.value, shift.value),
-                (x.dot, None, scale.dot, shift.dot),
-                kind=self.kind,
-                eps=self.eps,
-                impl=self.impl,
-            )
-        )
+        return ops.norm_modulate(x, self.weight, scale, shift, kind=self.kind, eps=self.eps, impl=self.impl)
 
     def after_residual(self, residual: Residual, scale: Dual = ABSENT, shift: Dual = ABSENT) -> tuple[Dual, Dual]:
         """The stream with its pending branch added, and that sum normalised and modulated."""
         if residual.branch is None:
             return residual.x, self.forward_dual(residual.x, scale, shift)
         x, branch, gate = residual
-        (x_new, y), (x_new_dot, y_dot) = ops.residual_norm_modulate_dual(
-            (x.value, branch.value, gate.value, self.weight, scale.value, shift.value),
-            (x.dot, branch.dot, gate.dot, None, scale.dot, shift.dot),
-            kind=self.kind,
-            eps=self.eps,
-            impl=self.impl,
+        return ops.residual_norm_modulate(
+            x, branch, gate, self.weight, scale, shift, kind=self.kind, eps=self.eps, impl=self.impl
         )
-        return Dual(x_new, x_new_dot), Dual(y, y_dot)
 
 
 class ScalarEmbedder(DualModule):
@@ -169,9 +156,8 @@ class ScalarEmbedder(DualModule):
 
     def forward_dual(self, s: Dual) -> Dual:
         """The embedding of s, and its tangent."""
-        features = Dual(*ops.scalar_features_dual((s.value,), (s.dot,)))
-        hidden = self.fc1.forward_dual(features.map(lambda x: x.to(self.fc1.weight.dtype)))
-        return self.fc2.forward_dual(Dual(*ops.silu_dual((hidden.value,), (hidden.dot,))))
+        features = ops.scalar_features(s).map(lambda x: x.to(self.fc1.weight.dtype))
+        return self.fc2.forward_dual(ops.silu(self.fc1.forward_dual(features)))
 
 
 class ScalarEmbedders(PackedModule, nn.ModuleDict):
@@ -191,9 +177,8 @@ class ScalarEmbedders(PackedModule, nn.ModuleDict):
         # A tangent covers the last rows: so the first scalar comes last.
         weight1, bias1, weight2, bias2 = self.packed()
         values, dot = torch.cat([s.value for s in reversed(scalars)]), scalars[0].dot
-        features = Dual(*ops.scalar_features_dual((values,), (dot,))).map(lambda x: x.to(weight1.dtype))
-        hidden = self._each(features, weight1, bias1)
-        embedded = self._each(Dual(*ops.silu_dual((hidden.value,), (hidden.dot,))), weight2, bias2)
+        features = ops.scalar_features(Dual(values, dot)).map(lambda x: x.to(weight1.dtype))
+        embedded = self._each(ops.silu(self._each(features, weight1, bias1)), weight2, bias2)
         first, *others = reversed(embedded.value.chunk(len(scalars)))
         return Dual(first, embedded.dot), *map(Dual, others)
 
@@ -224,20 +209,8 @@ class PatchEmbed(DualModule):
     def forward_dual(self, images: Dual, prefix: Dual = ABSENT) -> Dual:
         """[prefix, patches] + positions: images [B, c, H, W], prefix [B, P, C] -> [B, S, C]."""
         first, second = self.proj1, self.proj2
-        return Dual(
-            *ops.patch_embed_dual(
-                (
-                    images.value,
-                    first.weight,
-                    first.bias,
-                    second.weight,
-                    second.bias,
-                    self.positions,
-                    prefix.value,
-                ),
-                (images.dot, None, None, None, None, None, prefix.dot),
-                impl=self.impl,
-            )
+        return ops.patch_embed(
+            images, first.weight, first.bias, second.weight, second.bias, self.positions, prefix, impl=self.impl
         )
 
 
@@ -260,14 +233,16 @@ class Attention(DualModule, PackedModule):
         """x [B, S, C] -> [B, S, C]."""
         weight, out = self.packed()
         packed = linear_dual(x, weight).map(lambda p: p.unflatten(-1, (3, self.num_heads, -1)))
-        qkv, qkv_dot = ops.qk_norm_rope_dual(
-            (packed.value, self.q_norm.weight, self.k_norm.weight, *rope),
-            (packed.dot, None, None, None, None),
+        q, k, v = ops.qk_norm_rope(
+            packed,
+            self.q_norm.weight,
+            self.k_norm.weight,
+            *rope,
             prefix_length=self.prefix_length,
             eps=self.q_norm.eps,
             impl=self.impl,
         )
-        mixed = Dual(*ops.attention_dual(qkv, qkv_dot, impl=self.impl))
+        mixed = ops.attention(q, k, v, impl=self.impl)
         return linear_dual(mixed.map(lambda o: o.flatten(2)), out)
 
 
@@ -293,9 +268,7 @@ class SwiGLU(DualModule, PackedModule):
     def forward_dual(self, x: Dual) -> Dual:
         """x [B, S, C] -> [B, S, C]."""
         w13, w2 = self.packed()
-        hidden = linear_dual(x, w13)
-        gated = Dual(*ops.swiglu_dual((hidden.value,), (hidden.dot,), impl=self.impl))
-        return linear_dual(gated, w2)
+        return linear_dual(ops.swiglu(linear_dual(x, w13), impl=self.impl), w2)
 
 
 class Block(DualModule):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pmf import dispatch, ops
 from pmf.compiling import CompiledBlocks
 from pmf.config import PREFIX_TOKENS, ModelConfig, model_config
-from pmf.dual import ABSENT, Dual
+from pmf.dual import ABSENT, Dual, tail, tangent_rows, total
 from pmf.errors import readable, require
 from pmf.layers import Block, FinalLayer, PatchEmbed, Residual, ScalarEmbedders
 from pmf.packing import held_weights, joined_weights
@@ -55,7 +55,7 @@ class Conditioning(nn.Module):
         embedded["y"] = Dual(self.classes(y))
         if not self.in_context:
             vector = Dual(functools.reduce(torch.add, (e.value for e in embedded.values())), embedded["h"].dot)
-            return Dual(*ops.silu_dual((vector.value,), (vector.dot,)))
+            return ops.silu(vector)
         groups = [self.tokens[name] + embedded[name].value[:, None] for name in PREFIX_TOKENS]
         prefix = torch.cat(groups, 1)
         return Dual(prefix, self._prefix_dot(embedded["h"].dot, prefix))
@@ -64,7 +64,7 @@ class Conditioning(nn.Module):
         """The tangent of the prefix: the time tokens, which come last, all move with the embedding of h."""
         if h_dot is None:
             return None
-        prefix_dot = torch.zeros_like(ops.tail(prefix, h_dot.shape[0]))
+        prefix_dot = torch.zeros_like(tail(prefix, h_dot.shape[0]))
         prefix_dot[:, -self.tokens["h"].shape[0] :] = h_dot[:, None]
         return prefix_dot
 
@@ -186,7 +186,7 @@ class PMFDiT(nn.Module):
         without any tangent, and never carries a gradient.
         """
         self.check_inputs(z, t, h, omega, t_min, t_max, y)
-        rows = ops.tangent_rows((z_dot, t_dot, h_dot)) or 0
+        rows = tangent_rows((z_dot, t_dot, h_dot)) or 0
         for name, dot, primal in (("z_dot", z_dot, z), ("t_dot", t_dot, t), ("h_dot", h_dot, h)):
             if dot is not None:
                 wanted = [rows, *primal.shape[1:]]
@@ -222,10 +222,10 @@ class PMFDiT(nn.Module):
             terms = [z.dot, None if net.dot is None else -net.dot]
             if t.dot is not None:
                 rows = len(t.dot)
-                c_dot = torch.where(ops.tail(t.value, rows) > t_clip, t.dot, 0)[:, None, None, None]
-                terms.append(-ops.tail(u, rows) * c_dot)
-            numerator = ops.total(*terms)
-            return Dual(u, None if numerator is None else numerator / ops.tail(c, len(numerator)))
+                c_dot = torch.where(tail(t.value, rows) > t_clip, t.dot, 0)[:, None, None, None]
+                terms.append(-tail(u, rows) * c_dot)
+            numerator = total(*terms)
+            return Dual(u, None if numerator is None else numerator / tail(c, len(numerator)))
 
     def check_inputs(
         self, z: Tensor, t: Tensor, h: Tensor, omega: Tensor, t_min: Tensor, t_max: Tensor, y: Tensor

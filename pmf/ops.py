@@ -1,10 +1,11 @@
 """The functional ops: check the inputs, choose an implementation, compute value and tangent.
 
-Every op comes as `<op>(...)` and as `<op>_dual(primals, tangents, ...)`. `primals` are the op's
-tensors in order; `tangents` has the same length, None meaning zero. A tangent covers the last
-B_dot <= B samples. The value is recorded for backward, the tangent never is; when every tangent
-is None the result's tangent is None and costs nothing. Sums and statistics are taken in float32
-(float64 for float64 inputs). Bad input raises `InputError`, which names the argument.
+Every input that may move is a Tensor, a `pmf.Dual` or a pair (value, tangent). Where any input is a Dual or a
+pair the results are Duals, otherwise Tensors. A tangent covers the last B_dot <= B samples; None is zero. The
+value is recorded for backward, the tangent never is; where every tangent is None the result's is None too and
+costs nothing. Dual tensors of `torch.func.jvp` and `torch.autograd.forward_ad` give dual tensors, in eager mode.
+Sums and statistics are taken in float32 (float64 for float64 inputs). Bad input raises `InputError`, which names
+the argument.
 
 `impl` is "auto", "triton" or "reference"; None reads the environment variable PMF_IMPL, default
 "auto": Triton kernels for CUDA tensors that they can take, the reference otherwise. "triton" raises
@@ -13,162 +14,123 @@ where a kernel cannot run; it never falls back. The choice and its reason are lo
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import overload
 
 import torch
 from torch import Tensor
 
-from pmf import dispatch, reference
-from pmf.autocast import autocast_dtype
-from pmf.errors import InputError, readable, require
+from pmf import reference
+from pmf.autocast import autocast_dtype, product_dtype
+from pmf.dispatch import use_attention_backend as use_attention_backend
+from pmf.dual import Dual
+from pmf.errors import InputError, readable
+from pmf.inputs import Inputs, Moving, Pair
+from pmf.reference import patchify as patchify
+from pmf.reference import pmf_objective_fields as pmf_objective_fields
+from pmf.reference import rope_tables as rope_tables
+from pmf.reference import unpatchify as unpatchify
 
 
-def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if x is None else x.to(dtype)
-
-
-def _shape(op: str, name: str, tensor: Tensor, *expected: int | None) -> None:
-    """`tensor` has that shape; None stands for any size."""
-    sizes = tensor.shape
-    if sizes == expected:
+def _modulation(inputs: Inputs, name: str, modulation: Dual, samples: int, width: int) -> None:
+    """A modulation is [B, C], or [C] without tangent."""
+    value, dot = modulation
+    if value is not None and value.ndim == 2:
+        inputs.shape(name, value, samples, width)
         return
-    matches = len(sizes) == len(expected)
-    if matches:
-        for want, size in zip(expected, sizes, strict=True):
-            if want is not None and want != size:
-                matches = False
-    if not matches:  # the text is written here alone: compilers cannot write a size that they keep open
-        wanted = ", ".join("any" if size is None else str(size) for size in expected)
-        raise InputError(f"{op}: {name} must have shape [{wanted}], got {list(tensor.shape)}")
+    if dot is not None:
+        raise InputError(f"{inputs.op}: {name} per channel takes no tangent; expand it to [B, C]")
+    inputs.shape(name, value, width)
 
 
-def _floating(op: str, name: str, tensor: Tensor, device: torch.device | None) -> None:
-    """`tensor` is a floating tensor, and on that device."""
-    if not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
-        raise InputError(f"{op}: {name} must be a floating tensor, got {getattr(tensor, 'dtype', tensor)}")
-    if tensor.device != device:
-        raise InputError(f"{op}: {name} must be on {device}, got {tensor.device}")
+def _norm(inputs: Inputs, x: Tensor, weight: Tensor | None, scale: Dual, shift: Dual, kind: str) -> tuple[int, int]:
+    """Check what every norm takes; the number of samples and the width of x."""
+    if x is None or x.ndim != 3:
+        inputs.shape("x", x, None, None, None)
+    samples, _, width = x.shape
+    if weight is not None:
+        inputs.shape("weight", weight, width)
+    if scale.value is not None:
+        _modulation(inputs, "scale", scale, samples, width)
+    if shift.value is not None:
+        _modulation(inputs, "shift", shift, samples, width)
+    if kind not in ("rms", "layer"):
+        raise InputError(f'{inputs.op}: kind must be "rms" or "layer", got {kind!r}')
+    return samples, width
 
 
-class _Input(NamedTuple):
-    """One primal of an op."""
-
-    name: str
-    moves: bool
-    """It takes a tangent."""
-    optional: bool
-    """It may be None."""
-
-
-def _inputs(names: str) -> tuple[_Input, ...]:
-    """The primals by name; those with a * take a tangent, those with a ? may be None."""
-    return tuple(_Input(entry.rstrip("*?"), "*" in entry, "?" in entry) for entry in names.split())
-
-
-def _check(op: str, inputs: tuple[_Input, ...], primals: tuple, tangents: tuple) -> None:
-    """Floating primals on one device; as many tangents, each like the last rows of its primal, of one B_dot.
-
-    Every op of every layer comes through here: no message is written before it is needed.
-    """
-    if len(primals) != len(inputs) or len(tangents) != len(inputs):
-        kind, given = ("primals", primals) if len(primals) != len(inputs) else ("tangents", tangents)
-        raise InputError(f"{op}: expected {len(inputs)} {kind}, got {len(given)}")
-    device = getattr(primals[0], "device", None)
-    rows = None
-    for (name, moves, optional), primal, tangent in zip(inputs, primals, tangents, strict=True):
-        if primal is not None or not optional:
-            _floating(op, name, primal, device)
-        if tangent is None:
-            continue
-        _floating(op, f"{name}'s tangent", tangent, device)
-        if not moves:
-            raise InputError(f"{op}: {name} takes no tangent, got one; expected None")
-        if primal is None:
-            raise InputError(f"{op}: {name} is absent, so its tangent must be None")
-        sizes = primal.shape
-        if len(sizes) < 2:
-            raise InputError(f"{op}: {name} per channel takes no tangent; expand it to [B, C]")
-        if rows is None and tangent.ndim > 0:
-            rows = tangent.shape[0]
-        _shape(op, f"{name}'s tangent", tangent, rows, *sizes[1:])
-        if rows > sizes[0]:
-            raise InputError(f"{op}: {name}'s tangent must have at most {sizes[0]} samples, got {rows}")
-
-
-def _modulation(op: str, x: Tensor, **parameters: Tensor | None) -> None:
-    """Each parameter is [C] or, except `weight`, [B, C]."""
-    batch, _, width = x.shape
-    for name, parameter in parameters.items():
-        if parameter is None:
-            continue
-        per_sample = name != "weight" and parameter.ndim == 2
-        _shape(op, name, parameter, *((batch, width) if per_sample else (width,)))
-
-
-_NORM_MODULATE = _inputs("x* weight? scale*? shift*?")
-_RESIDUAL_NORM_MODULATE = _inputs("x* branch* gate* weight? scale*? shift*?")
-_QK_NORM_ROPE = _inputs("qkv* q_weight k_weight cos sin")
-_ATTENTION = _inputs("q* k* v*")
-_SWIGLU = _inputs("x*")
-_PATCH_EMBED = _inputs("images* weight1 bias1 weight2 bias2 positions prefix*?")
-
-
-def norm_modulate(x, weight=None, scale=None, shift=None, *, kind="rms", eps=1e-6, impl=None) -> Tensor:
+@overload
+def norm_modulate(
+    x: Tensor, weight: Tensor | None = None, scale: Tensor | None = None, shift: Tensor | None = None,
+    *, kind: str = "rms", eps: float = 1e-6, impl: str | None = None,
+) -> Tensor: ...  # fmt: skip
+@overload
+def norm_modulate(
+    x: Pair, weight: Tensor | None = None, scale: Moving | None = None, shift: Moving | None = None,
+    *, kind: str = "rms", eps: float = 1e-6, impl: str | None = None,
+) -> Dual: ...  # fmt: skip
+def norm_modulate(x, weight=None, scale=None, shift=None, *, kind="rms", eps=1e-6, impl=None):
     """Normalise over the last dimension, then modulate (adaLN): y = n(x) weight (1 + scale) + shift.
 
     n(x) = (x - mu) / sqrt(mean((x - mu)^2) + eps), with mu = mean(x) for kind "layer" and 0 for "rms".
+    n_dot = (c_dot - n mean(n c_dot)) / sqrt(...), c_dot = x_dot - mean(x_dot) or x_dot.
 
     Args: x [B, S, C]; weight [C] or None (ones); scale, shift [B, C], [C] or None (zeros).
     Returns y [B, S, C] in autocast's dtype where autocast is on, else in that of x.
     Tangents: of x, and of scale and shift per sample.
     """
-    return norm_modulate_dual((x, weight, scale, shift), (None,) * 4, kind=kind, eps=eps, impl=impl)[0]
+    inputs = Inputs("norm_modulate", {"x": x, "scale": scale, "shift": shift}, {"weight": weight})
+    x, scale, shift = inputs.duals
+    _, width = _norm(inputs, x.value, weight, scale, shift, kind)
+    run = inputs.implementation(impl, width)
+    x, scale, shift = inputs.duals
+    y = run.norm_modulate(x, weight, scale, shift, kind=kind, eps=eps, out_dtype=product_dtype(x.value))
+    return inputs.give(y)
 
 
-def norm_modulate_dual(primals, tangents, *, kind="rms", eps=1e-6, impl=None):
-    """`norm_modulate` of (x, weight, scale, shift), and its tangent.
-
-    n_dot = (c_dot - n mean(n c_dot)) / sqrt(...), c_dot = x_dot - mean(x_dot) or x_dot.
-    """
-    op = "norm_modulate"
-    _check(op, _NORM_MODULATE, primals, tangents)
-    x, weight, scale, shift = primals
-    _shape(op, "x", x, None, None, None)
-    _modulation(op, x, weight=weight, scale=scale, shift=shift)
-    require(kind in ("rms", "layer"), f'{op}: kind must be "rms" or "layer", got {kind!r}')
-    run = dispatch.choose("norm_modulate_dual", impl, primals + tangents, dispatch.width_limit(x))
-    return run(primals, tangents, kind=kind, eps=eps, out_dtype=dispatch.activation_dtype(x))
-
-
+@overload
 def residual_norm_modulate(
-    x, branch, gate, weight=None, scale=None, shift=None, *, kind="rms", eps=1e-6, impl=None
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, branch: Tensor, gate: Tensor, weight: Tensor | None = None, scale: Tensor | None = None,
+    shift: Tensor | None = None, *, kind: str = "rms", eps: float = 1e-6, impl: str | None = None,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def residual_norm_modulate(
+    x: Pair, branch: Moving, gate: Moving, weight: Tensor | None = None, scale: Moving | None = None,
+    shift: Moving | None = None, *, kind: str = "rms", eps: float = 1e-6, impl: str | None = None,
+) -> tuple[Dual, Dual]: ...  # fmt: skip
+def residual_norm_modulate(x, branch, gate, weight=None, scale=None, shift=None, *, kind="rms", eps=1e-6, impl=None):
     """Gated residual, then `norm_modulate`: x_new = x + gate branch, y = n(x_new) weight (1 + scale) + shift.
+
+    x_new_dot = x_dot + gate branch_dot + gate_dot branch.
 
     Args: x, branch [B, S, C]; gate [C] or [B, C]; the rest as in `norm_modulate`.
     Returns x_new in the dtype of x, and y.
     Tangents: of x and branch, and of gate, scale and shift per sample.
     """
-    primals = (x, branch, gate, weight, scale, shift)
-    return residual_norm_modulate_dual(primals, (None,) * 6, kind=kind, eps=eps, impl=impl)[0]
+    moving = {"x": x, "branch": branch, "gate": gate, "scale": scale, "shift": shift}
+    inputs = Inputs("residual_norm_modulate", moving, {"weight": weight})
+    x, branch, gate, scale, shift = inputs.duals
+    samples, width = _norm(inputs, x.value, weight, scale, shift, kind)
+    if branch.value is None or branch.value.shape != x.value.shape:
+        inputs.shape("branch", branch.value, *x.value.shape)
+    _modulation(inputs, "gate", gate, samples, width)
+    run = inputs.implementation(impl, width)
+    x, branch, gate, scale, shift = inputs.duals
+    x_new, y = run.residual_norm_modulate(
+        x, branch, gate, weight, scale, shift, kind=kind, eps=eps, out_dtype=product_dtype(x.value)
+    )
+    return inputs.give(x_new), inputs.give(y)
 
 
-def residual_norm_modulate_dual(primals, tangents, *, kind="rms", eps=1e-6, impl=None):
-    """`residual_norm_modulate` of (x, branch, gate, weight, scale, shift), and its tangents.
-
-    x_new_dot = x_dot + gate branch_dot + gate_dot branch. Returns ((x_new, y), (x_new_dot, y_dot)).
-    """
-    op = "residual_norm_modulate"
-    _check(op, _RESIDUAL_NORM_MODULATE, primals, tangents)
-    x, branch, gate, weight, scale, shift = primals
-    _shape(op, "x", x, None, None, None)
-    _shape(op, "branch", branch, *x.shape)
-    _modulation(op, x, gate=gate, weight=weight, scale=scale, shift=shift)
-    require(kind in ("rms", "layer"), f'{op}: kind must be "rms" or "layer", got {kind!r}')
-    run = dispatch.choose("residual_norm_modulate_dual", impl, primals + tangents, dispatch.width_limit(x))
-    return run(primals, tangents, kind=kind, eps=eps, out_dtype=dispatch.activation_dtype(x))
-
-
+@overload
+def qk_norm_rope(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
+    *, prefix_length: int = 0, eps: float = 1e-6, impl: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
+@overload
+def qk_norm_rope(
+    qkv: Pair, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
+    *, prefix_length: int = 0, eps: float = 1e-6, impl: str | None = None,
+) -> tuple[Dual, Dual, Dual]: ...  # fmt: skip
 def qk_norm_rope(qkv, q_weight, k_weight, cos, sin, *, prefix_length=0, eps=1e-6, impl=None):
     """Per-head RMSNorm of q and k, 2-D rotary positions, and the split: q, k, v [B, S, H, D] each.
 
@@ -178,89 +140,83 @@ def qk_norm_rope(qkv, q_weight, k_weight, cos, sin, *, prefix_length=0, eps=1e-6
     Args: qkv [B, S, 3, H, D]; q_weight, k_weight [D]; cos, sin [S - prefix_length, D / 2].
     Tangents: of qkv. Errors: D odd.
     """
-    primals = (qkv, q_weight, k_weight, cos, sin)
-    return qk_norm_rope_dual(primals, (None,) * 5, prefix_length=prefix_length, eps=eps, impl=impl)[0]
+    fixed = {"q_weight": q_weight, "k_weight": k_weight, "cos": cos, "sin": sin}
+    inputs = Inputs("qk_norm_rope", {"qkv": qkv}, fixed)
+    value = inputs.duals[0].value
+    inputs.shape("qkv", value, None, None, 3, None, None)
+    _, length, _, _, head_dim = value.shape
+    if head_dim % 2 != 0:
+        raise InputError(f"qk_norm_rope: head_dim must be even, got {head_dim}")
+    if not 0 <= prefix_length <= length:
+        raise InputError(f"qk_norm_rope: prefix_length must lie in [0, {length}], got {prefix_length}")
+    inputs.shape("q_weight", q_weight, head_dim)
+    inputs.shape("k_weight", k_weight, head_dim)
+    inputs.shape("cos", cos, length - prefix_length, head_dim // 2)
+    inputs.shape("sin", sin, length - prefix_length, head_dim // 2)
+    run = inputs.implementation(impl, head_dim, cos.requires_grad or sin.requires_grad)
+    q, k, v = run.qk_norm_rope(*inputs.duals, **fixed, prefix_length=prefix_length, eps=eps)
+    return inputs.give(q), inputs.give(k), inputs.give(v)
 
 
-def qk_norm_rope_dual(primals, tangents, *, prefix_length=0, eps=1e-6, impl=None):
-    """`qk_norm_rope` of (qkv, q_weight, k_weight, cos, sin), and its tangents.
-
-    Returns ((q, k, v), (q_dot, k_dot, v_dot)).
-    """
-    op = "qk_norm_rope"
-    _check(op, _QK_NORM_ROPE, primals, tangents)
-    qkv, q_weight, k_weight, cos, sin = primals
-    _shape(op, "qkv", qkv, None, None, 3, None, None)
-    length, head_dim = qkv.shape[1], qkv.shape[4]
-    require(head_dim % 2 == 0, f"{op}: head_dim must be even, got {head_dim}")
-    require(
-        0 <= prefix_length <= length,
-        f"{op}: prefix_length must lie in [0, {length}], got {prefix_length}",
-    )
-    _shape(op, "q_weight", q_weight, head_dim)
-    _shape(op, "k_weight", k_weight, head_dim)
-    _shape(op, "cos", cos, length - prefix_length, head_dim // 2)
-    _shape(op, "sin", sin, length - prefix_length, head_dim // 2)
-    limit = None
-    if head_dim % 8 != 0 or head_dim > dispatch.KERNEL_MAX_HEAD_DIM:
-        limit = f"head_dim must be a multiple of 8 up to {dispatch.KERNEL_MAX_HEAD_DIM}, got {head_dim}"
-    elif cos.requires_grad or sin.requires_grad:
-        limit = 'cos and sin take no gradient with impl="triton", got tables that require one'
-    run = dispatch.choose("qk_norm_rope_dual", impl, primals + tangents, limit)
-    return run(primals, tangents, prefix_length=prefix_length, eps=eps)
-
-
-def attention(q, k, v, *, scale=None, impl=None) -> Tensor:
+@overload
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, impl: str | None = None) -> Tensor: ...
+@overload
+def attention(q: Pair, k: Moving, v: Moving, *, scale: float | None = None, impl: str | None = None) -> Dual: ...
+def attention(q, k, v, *, scale=None, impl=None):
     """Softmax attention over all keys: o = softmax(scale q k^T) v.
+
+    P = softmax(S), S_dot = scale (q_dot k^T + q k_dot^T), H = P * S_dot,
+    o_dot = P v_dot + H v - rowsum(H) o.
 
     Args: q [B, S_q, H, D]; k, v [B, S_k, H, D]; scale defaults to 1 / sqrt(D).
     Returns o [B, S_q, H, D]. Tangents: of q, k and v.
     """
-    return attention_dual((q, k, v), (None,) * 3, scale=scale, impl=impl)[0]
-
-
-def attention_dual(primals, tangents, *, scale=None, impl=None):
-    """`attention` of (q, k, v), and its tangent.
-
-    P = softmax(S), S_dot = scale (q_dot k^T + q k_dot^T), H = P * S_dot,
-    o_dot = P v_dot + H v - rowsum(H) o.
-    """
-    op = "attention"
-    _check(op, _ATTENTION, primals, tangents)
-    q, k, v = primals
-    _shape(op, "q", q, None, None, None, None)
-    _shape(op, "k", k, q.shape[0], None, *q.shape[2:])
-    _shape(op, "v", v, *k.shape)
-    require(k.shape[1] > 0, f"{op}: k must have at least one token, got 0")
+    inputs = Inputs("attention", {"q": q, "k": k, "v": v})
+    q, k, v = (dual.value for dual in inputs.duals)
+    inputs.shape("q", q, None, None, None, None)
+    samples, _, heads, head_dim = q.shape
+    inputs.shape("k", k, samples, None, heads, head_dim)
+    inputs.shape("v", v, *k.shape)
+    if k.shape[1] == 0:
+        raise InputError("attention: k must have at least one token, got 0")
     wanted = autocast_dtype(q.device.type)
     if wanted is not None and q.dtype != torch.float64:
-        primals, tangents = (tuple(_cast(x, wanted) for x in pair) for pair in (primals, tangents))
-    dtypes = [t.dtype for t in (*primals, *tangents) if t is not None]
-    if any(dtype != dtypes[0] for dtype in dtypes):
-        raise InputError(f"{op}: q, k, v and their tangents must have one dtype, got {dtypes}")
-    run = dispatch.choose("attention_dual", impl, primals + tangents, dispatch.attention_limit(q))
-    return run(primals, tangents, scale=scale)
+        inputs.cast(wanted)
+    if any(dtype != inputs.dtypes[0] for dtype in inputs.dtypes):
+        raise InputError(f"attention: q, k, v and their tangents must have one dtype, got {inputs.dtypes}")
+    run = inputs.implementation(impl, head_dim)
+    return inputs.give(run.attention(*inputs.duals, scale=head_dim**-0.5 if scale is None else scale))
 
 
-def swiglu(x, *, impl=None) -> Tensor:
-    """SwiGLU's pointwise half: silu(a) b for x = [a, b].
+@overload
+def swiglu(x: Tensor, *, impl: str | None = None) -> Tensor: ...
+@overload
+def swiglu(x: Pair, *, impl: str | None = None) -> Dual: ...
+def swiglu(x, *, impl=None):
+    """SwiGLU's pointwise half: silu(a) b for x = [a, b], and its tangent silu'(a) a_dot b + silu(a) b_dot.
 
     Args: x [B, S, 2F]. Returns [B, S, F]. Tangents: of x.
     """
-    return swiglu_dual((x,), (None,), impl=impl)[0]
+    inputs = Inputs("swiglu", {"x": x})
+    value = inputs.duals[0].value
+    inputs.shape("x", value, None, None, None)
+    if value.shape[-1] % 2 != 0:
+        raise InputError(f"swiglu: x must have an even last dimension, got {value.shape[-1]}")
+    run = inputs.implementation(impl)
+    return inputs.give(run.swiglu(*inputs.duals))
 
 
-def swiglu_dual(primals, tangents, *, impl=None):
-    """`swiglu` of (x,), and its tangent silu'(a) a_dot b + silu(a) b_dot."""
-    op = "swiglu"
-    _check(op, _SWIGLU, primals, tangents)
-    (x,) = primals
-    _shape(op, "x", x, None, None, None)
-    require(x.shape[-1] % 2 == 0, f"{op}: x must have an even last dimension, got {x.shape[-1]}")
-    return dispatch.choose("swiglu_dual", impl, primals + tangents)(primals, tangents)
-
-
-def patch_embed(images, weight1, bias1, weight2, bias2, positions, prefix=None, *, impl=None) -> Tensor:
+@overload
+def patch_embed(
+    images: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, positions: Tensor,
+    prefix: Tensor | None = None, *, impl: str | None = None,
+) -> Tensor: ...  # fmt: skip
+@overload
+def patch_embed(
+    images: Pair, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, positions: Tensor,
+    prefix: Moving | None = None, *, impl: str | None = None,
+) -> Dual: ...  # fmt: skip
+def patch_embed(images, weight1, bias1, weight2, bias2, positions, prefix=None, *, impl=None):
     """Image to token sequence: [prefix, (patches weight1 + bias1) weight2 + bias2] + positions.
 
     Args: images [B, c, H, W]; weight1 [E, c, p, p], the p x p convolution of stride p; bias1 [E];
@@ -268,52 +224,67 @@ def patch_embed(images, weight1, bias1, weight2, bias2, positions, prefix=None, 
     S = P + (H / p) (W / p).
     Returns [B, S, C]. Tangents: of images and prefix.
     """
-    primals = (images, weight1, bias1, weight2, bias2, positions, prefix)
-    return patch_embed_dual(primals, (None,) * 7, impl=impl)[0]
-
-
-def patch_embed_dual(primals, tangents, *, impl=None):
-    """`patch_embed` of (images, weight1, bias1, weight2, bias2, positions, prefix), and its tangent."""
-    op = "patch_embed"
-    _check(op, _PATCH_EMBED, primals, tangents)
-    images, weight1, bias1, weight2, bias2, positions, prefix = primals
-    _shape(op, "images", images, None, None, None, None)
+    fixed = {"weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2, "positions": positions}
+    inputs = Inputs("patch_embed", {"images": images, "prefix": prefix}, fixed)
+    images, prefix = (dual.value for dual in inputs.duals)
+    inputs.shape("images", images, None, None, None, None)
     batch, channels, height, width = images.shape
     patch = weight1.shape[-1]
-    _shape(op, "weight1", weight1, None, channels, patch, patch)
-    require(
-        height % patch == 0 and width % patch == 0,
-        f"{op}: images must have sides that are multiples of the patch size {patch}, got {height} x {width}",
-    )
+    inputs.shape("weight1", weight1, None, channels, patch, patch)
+    if height % patch != 0 or width % patch != 0:
+        sides = f"sides that are multiples of the patch size {patch}, got {height} x {width}"
+        raise InputError(f"patch_embed: images must have {sides}")
     inner, outer = weight1.shape[0], weight2.shape[0]
-    _shape(op, "bias1", bias1, inner)
-    _shape(op, "weight2", weight2, outer, inner, 1, 1)
-    _shape(op, "bias2", bias2, outer)
+    inputs.shape("bias1", bias1, inner)
+    inputs.shape("weight2", weight2, outer, inner, 1, 1)
+    inputs.shape("bias2", bias2, outer)
     prefix_length = 0
     if prefix is not None:
-        _shape(op, "prefix", prefix, batch, None, outer)
+        inputs.shape("prefix", prefix, batch, None, outer)
         prefix_length = prefix.shape[1]
-    _shape(op, "positions", positions, prefix_length + (height // patch) * (width // patch), outer)
-    run = dispatch.choose("patch_embed_dual", impl, primals + tangents, dispatch.patch_limit(patch, inner))
-    return run(primals, tangents)
+    inputs.shape("positions", positions, prefix_length + (height // patch) * (width // patch), outer)
+    run = inputs.implementation(impl, patch, inner)
+    images, prefix = inputs.duals
+    dtype = weight1.dtype if weight1.dtype == torch.float64 else product_dtype(weight1)
+    return inputs.give(run.patch_embed(images, **fixed, prefix=prefix, dtype=dtype))
+
+
+@overload
+def scalar_features(s: Tensor) -> Tensor: ...
+@overload
+def scalar_features(s: Pair) -> Dual: ...
+def scalar_features(s):
+    """Sinusoidal features of scalars, [cos(s f), sin(s f)] with f_i = 10000^(-i / 128): [B] -> [B, 256]."""
+    inputs = Inputs("scalar_features", {"s": s})
+    return inputs.give(reference.scalar_features(*inputs.duals))
+
+
+@overload
+def silu(x: Tensor) -> Tensor: ...
+@overload
+def silu(x: Pair) -> Dual: ...
+def silu(x):
+    """silu(x) = x sigmoid(x), and its tangent (sigmoid + silu (1 - sigmoid)) x_dot: any shape [B, ...]."""
+    inputs = Inputs("silu", {"x": x})
+    return inputs.give(reference.silu(*inputs.duals))
 
 
 def pmf_objective(
-    net_u,
-    net_v,
-    net_u_dot,
-    net_c,
-    net_n,
-    z,
-    x,
-    t,
-    h,
-    guidance,
-    null_index,
+    net_u: Tensor,
+    net_v: Tensor,
+    net_u_dot: Tensor | None,
+    net_c: Tensor | None,
+    net_n: Tensor | None,
+    z: Tensor,
+    x: Tensor,
+    t: Tensor,
+    h: Tensor,
+    guidance: Tensor,
+    null_index: Tensor,
     *,
-    t_clip=0.05,
-    patch_size,
-    impl=None,
+    t_clip: float = 0.05,
+    patch_size: int,
+    impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """L_u, L_v per row: sums over pixels of (V - v_g)^2 and (v - v_g)^2 (arXiv 2601.22158).
 
@@ -325,66 +296,41 @@ def pmf_objective(
     rows before take net_v, whose inputs were the same); net_n [B_n, N, K] or None, the v head on the
     null class; null_index [B] int64, the row of net_n, -1 for none. Images z = z_t and x [B, c, H, W].
     Scalars t, h = t - r and guidance = 1 - 1 / w' [B].
-    Returns two float32 [B] (float64 for float64 inputs). Gradients reach net_u and net_v alone.
+    Returns two float32 [B] (float64 for float64 inputs). Gradients reach net_u and net_v alone; the
+    losses have no tangents.
     """
-    op = "pmf_objective"
-    _shape(op, "z", z, None, None, None, None)
-    _shape(op, "x", x, *z.shape)
+    nets = dict(net_u=net_u, net_v=net_v, net_u_dot=net_u_dot, net_c=net_c, net_n=net_n)
+    scalars = dict(t=t, h=h, guidance=guidance)
+    inputs = Inputs("pmf_objective", {}, dict(z=z, x=x, **nets, **scalars))
+    inputs.shape("z", z, None, None, None, None)
+    inputs.shape("x", x, *z.shape)
     batch, channels, height, width = z.shape
-    require(
-        height % patch_size == 0 and width % patch_size == 0,
-        f"{op}: z must have sides that are multiples of the patch size {patch_size}, got {height} x {width}",
-    )
+    if height % patch_size != 0 or width % patch_size != 0:
+        sides = f"sides that are multiples of the patch size {patch_size}, got {height} x {width}"
+        raise InputError(f"pmf_objective: z must have {sides}")
     tokens = (height // patch_size * (width // patch_size), patch_size**2 * channels)
-    for name, value in (("net_u", net_u), ("net_v", net_v)):
-        _shape(op, name, value, batch, *tokens)
-    for name, value in (("net_u_dot", net_u_dot), ("net_c", net_c), ("net_n", net_n)):
-        if value is not None:
-            _shape(op, name, value, None, *tokens)
-    require(
-        (net_u_dot is None) == (net_c is None) and (net_c is None or net_c.shape == net_u_dot.shape),
-        f"{op}: net_c must cover the same rows as net_u_dot",
-    )
-    require(net_c is None or len(net_c) <= batch, f"{op}: net_c must have at most {batch} rows")
-    for name, value in (("t", t), ("h", h), ("guidance", guidance), ("null_index", null_index)):
-        _shape(op, name, value, batch)
-    floats = dict(net_u=net_u, net_v=net_v, net_u_dot=net_u_dot, net_c=net_c, net_n=net_n, z=z, x=x)
-    floats |= dict(t=t, h=h, guidance=guidance)
-    for name, value in floats.items():
-        if value is not None:
-            _floating(op, name, value, z.device)
-    require(null_index.dtype == torch.int64, f"{op}: null_index must be int64, got {null_index.dtype}")
-    require(null_index.device == z.device, f"{op}: null_index must be on {z.device}, got {null_index.device}")
-    if readable(null_index):
-        rows = 0 if net_n is None else len(net_n)
-        require(bool((null_index < max(rows, 1)).all()), f"{op}: null_index must be below net_n's {rows} rows")
-    run = dispatch.choose("pmf_objective", impl, tuple(floats.values()))
-    return run(
-        net_u,
-        net_v,
-        net_u_dot,
-        net_c,
-        net_n,
-        z,
-        x,
-        t,
-        h,
-        guidance,
-        null_index,
-        t_clip=t_clip,
-        patch_size=patch_size,
-    )
+    for name, net in nets.items():
+        if name in ("net_u", "net_v") or net is not None:
+            inputs.shape(name, net, batch if name in ("net_u", "net_v") else None, *tokens)
+    alike = net_c.shape == net_u_dot.shape if net_c is not None and net_u_dot is not None else net_c is net_u_dot
+    if not alike:
+        raise InputError("pmf_objective: net_c must cover the same rows as net_u_dot")
+    if net_c is not None and net_c.shape[0] > batch:
+        raise InputError(f"pmf_objective: net_c must have at most {batch} rows")
+    for name, scalar in scalars.items():
+        inputs.shape(name, scalar, batch)
+    _check_null_index(inputs, null_index, batch, 0 if net_n is None else net_n.shape[0])
+    run = inputs.implementation(impl)
+    images = dict(z=z, x=x)
+    return run.pmf_objective(**nets, **images, **scalars, null_index=null_index, t_clip=t_clip, patch_size=patch_size)
 
 
-use_attention_backend = dispatch.use_attention_backend
-
-# What has one implementation, in plain PyTorch: small tensors, layouts and helpers of tangents.
-scalar_features_dual = reference.scalar_features_dual
-silu_dual = reference.silu_dual
-rope_tables = reference.rope_tables
-patchify = reference.patchify
-unpatchify = reference.unpatchify
-pmf_objective_fields = reference.pmf_objective_fields
-tail = reference.tail
-tangent_rows = reference.tangent_rows
-total = reference.total
+def _check_null_index(inputs: Inputs, null_index: Tensor, batch: int, rows: int) -> None:
+    """int64 [B] on the device of the others; below net_n's rows where looking is free."""
+    inputs.shape("null_index", null_index, batch)
+    if null_index.dtype != torch.int64:
+        raise InputError(f"pmf_objective: null_index must be int64, got {null_index.dtype}")
+    if null_index.device != inputs.device:
+        raise InputError(f"pmf_objective: null_index must be on {inputs.device}, got {null_index.device}")
+    if readable(null_index) and not bool((null_index < max(rows, 1)).all()):
+        raise InputError(f"pmf_objective: null_index must be below net_n's {rows} rows")

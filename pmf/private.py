@@ -6,6 +6,7 @@ What is private in Triton stands in `pmf.kernels.launching`. tests/test_private.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +76,12 @@ def forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def apply_without_transforms(function: type[torch.autograd.Function]) -> Callable:
+    """`function.apply`, without its search for transforms and for what finished ones left behind."""
+    base: Any = super(torch.autograd.Function, function)
+    return base.apply
+
+
 def transforming() -> bool:
     """Whether torch.func transforms, or forward-mode differentiation, are at work."""
     return torch._C._are_functorch_transforms_active() or forward_mode()
@@ -86,17 +93,25 @@ def watched() -> bool:
     Transforms, tracers, and modes: fake tensors, operation counters, selective checkpoints, default devices.
     """
     return bool(
-        transforming()
+        forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch.jit.is_tracing()
     )
 
 
-def ordinary(arguments: Iterable[object]) -> bool:
+_PLAIN = frozenset((type(None), bool, int, float, torch.dtype, list))
+
+
+def ordinary(arguments: Iterable[Any]) -> bool:
     """Whether all tensors among the arguments hold values that lie in memory as they are: no wrapper, no lazy sign."""
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     for x in arguments:
-        if isinstance(x, Tensor) and (type(x) not in (Tensor, nn.Parameter) or x.is_neg() or wrapped(x)):
+        kind = type(x)
+        if kind is Tensor or kind is nn.Parameter:
+            if x.is_neg() or wrapped(x):
+                return False
+        elif kind not in _PLAIN and isinstance(x, Tensor):
             return False
     return True

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pmf import ops
 from pmf.config import LossConfig
 from pmf.draws import Draws, check_batch, to_device
+from pmf.dual import tail
 from pmf.errors import require
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class PlannedStep:
 
     def last(self, value: Tensor) -> Tensor:
         """The rows that carry a tangent."""
-        return ops.tail(value, self.tangent_rows)
+        return tail(value, self.tangent_rows)
 
 
 def plan_step(model: PMFDiT, x: Tensor, y: Tensor, draws: Draws, config: LossConfig) -> PlannedStep:

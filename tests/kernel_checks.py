@@ -12,7 +12,7 @@ import zlib
 import torch
 from torch import Tensor
 
-from pmf import ops
+from pmf import Dual, ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -65,6 +65,14 @@ def _flat(outputs) -> list[Tensor | None]:
     return list(outputs) if isinstance(outputs, tuple) else [outputs]
 
 
+def dual_op(op: str, primals, tangents, **options) -> tuple[tuple, tuple]:
+    """The op's values, and their tangents. Its first input is a Dual; others are where they have a tangent."""
+    given = (p if i and t is None else Dual(p, t) for i, (p, t) in enumerate(zip(primals, tangents, strict=True)))
+    results = getattr(ops, op)(*given, **options)
+    duals = (results,) if isinstance(results, Dual) else results
+    return tuple(dual.value for dual in duals), tuple(dual.dot for dual in duals)
+
+
 def _leaves(primals, fixed=(), dtype=None) -> tuple:
     """The primals as leaves that require gradients, but for the fixed ones; strides stay as they are."""
     return tuple(
@@ -78,19 +86,18 @@ def _trained(leaves) -> list[Tensor]:
 
 
 def evaluate(op, primals, tangents, cotangents, *, impl, dtype=None, autocast=None, fixed=(), **options):
-    """Values, tangents and gradients of `<op>_dual`; `dtype` converts every input first."""
+    """Values, tangents and gradients of an op; `dtype` converts every input first."""
     primals = _leaves(primals, fixed, dtype)
     tangents = tuple(t if t is None or dtype is None else t.to(dtype) for t in tangents)
     context = contextlib.nullcontext() if autocast is None else torch.autocast(DEVICE, autocast)
     with context:
-        values, dots = getattr(ops, f"{op}_dual")(primals, tangents, impl=impl, **options)
-    values, dots = _flat(values), _flat(dots)
+        values, dots = dual_op(op, primals, tangents, impl=impl, **options)
     if cotangents is None:
         cotangents = [randn(*v.shape, gen=generator(op, i), dtype=v.dtype) for i, v in enumerate(values)]
     converted = [c.to(v.dtype) for c, v in zip(cotangents, values, strict=True)]
     gradients = torch.autograd.grad(values, _trained(primals), converted, allow_unused=True)
     assert not any(dot is not None and dot.requires_grad for dot in dots)
-    return values, dots, list(gradients), cotangents
+    return values, dots, gradients, cotangents
 
 
 def check(op: str, primals, tangents, *, autocast=None, products=(), steps=1, **options) -> None:
@@ -119,12 +126,11 @@ def close(kernel, expected) -> None:
 
 def check_compiles(op: str, primals, tangents, *, fixed=(), **options) -> None:
     """fullgraph compilation and activation checkpointing change no value, tangent or gradient."""
-    dual = getattr(ops, f"{op}_dual")
 
     def run(*tensors):
         n = len(primals)
-        values, dots = dual(tensors[:n], tensors[n:], impl="triton", **options)
-        return (*_flat(values), *(d for d in _flat(dots) if d is not None))
+        values, dots = dual_op(op, tensors[:n], tensors[n:], impl="triton", **options)
+        return (*values, *(d for d in dots if d is not None))
 
     def outcome(function):
         leaves = _leaves(primals, fixed)
@@ -142,18 +148,18 @@ def check_compiles(op: str, primals, tangents, *, fixed=(), **options) -> None:
 
 
 def check_forward_mode(op: str, primals, moving: tuple[int, ...], *, own_backward=False, **options) -> None:
-    """torch.func.jvp and forward_ad of the value op give the dual op's tangent; compilers must raise.
+    """torch.func.jvp and forward_ad of the op on tensors give its tangent on Duals; compilers must raise.
 
     own_backward: the value's gradient is that of PyTorch's operators, which no compiler loses.
     """
     import pytest
     from torch.autograd import forward_ad
 
-    dual, value = getattr(ops, f"{op}_dual"), getattr(ops, op)
+    value = getattr(ops, op)
     tangents = [None] * len(primals)
     for i in moving:
         tangents[i] = randn(*primals[i].shape, gen=generator(op, i), dtype=primals[i].dtype)
-    expected_values, expected = dual(primals, tuple(tangents), impl="triton", **options)
+    expected_values, expected = dual_op(op, primals, tuple(tangents), impl="triton", **options)
 
     def of_moving(*parts):
         arguments = list(primals)

@@ -57,27 +57,29 @@ def norm_cases(size: str, stream, low):
     adaln = (x, y, sample, channel, sample, sample)
     first = (x, None, None, channel, None, None)
     options = (False, 1e-6, low)
-    yield "forward", lambda: norm._run_forward(*published, *none, *options)
-    yield "dual", lambda: norm._run_forward(*published, x_dot, y_dot, None, None, None, *options)
+    yield "forward", lambda: norm.norm_forward.function(*published, *none, *options)
+    yield "dual", lambda: norm.norm_forward.function(*published, x_dot, y_dot, None, None, None, *options)
     yield (
         "dual adaln",
-        lambda: norm._run_forward(*adaln, x_dot, y_dot, *(sample_dot,) * 3, True, *options[1:]),
+        lambda: norm.norm_forward.function(*adaln, x_dot, y_dot, *(sample_dot,) * 3, True, *options[1:]),
     )
-    yield "dual alone", lambda: norm._run_forward(*first, x_dot, *none[1:], *options)
+    yield "dual alone", lambda: norm.norm_forward.function(*first, x_dot, *none[1:], *options)
     stats = _meta(BATCH, LENGTH, 1, dtype=torch.float32)
     needs = [True, True, False, False]
     yield (
         "backward",
-        lambda: norm._run_backward(y, x, x, y, channel, channel, None, None, stats, low, False, needs),
+        lambda: norm.norm_backward.function(y, x, x, y, channel, channel, None, None, stats, low, False, needs),
     )
     if size in ("B", "H"):
         alone = (y, None, x, None, None, channel, None, None, stats, low, False, [False, True, False, False])
-        yield "forward alone", lambda: norm._run_forward(*first, *none, *options)
-        yield "backward alone", lambda: norm._run_backward(*alone)
+        yield "forward alone", lambda: norm.norm_forward.function(*first, *none, *options)
+        yield "backward alone", lambda: norm.norm_backward.function(*alone)
     adaln_stats = _meta(BATCH, LENGTH, 2, dtype=torch.float32)
     yield (
         "backward adaln",
-        lambda: norm._run_backward(y, x, x, y, sample, channel, sample, sample, adaln_stats, low, True, [True] * 4),
+        lambda: norm.norm_backward.function(
+            y, x, x, y, sample, channel, sample, sample, adaln_stats, low, True, [True] * 4
+        ),
     )
 
 
@@ -87,9 +89,9 @@ def swiglu_cases(size: str, stream, low):
 
     width = SIZES[size][2]
     x, dy = _meta(BATCH, LENGTH, 2 * width, dtype=low), _meta(BATCH, LENGTH, width, dtype=low)
-    yield "forward", lambda: swiglu._run_forward(x, None)
-    yield "dual", lambda: swiglu._run_forward(x, x[: BATCH // 2])
-    yield "backward", lambda: swiglu._run_backward(dy, x)
+    yield "forward", lambda: swiglu.swiglu_forward.function(x, None)
+    yield "dual", lambda: swiglu.swiglu_forward.function(x, x[: BATCH // 2])
+    yield "backward", lambda: swiglu.swiglu_backward.function(dy, x)
 
 
 def attention_cases(size: str, stream, low):
@@ -106,14 +108,14 @@ def attention_cases(size: str, stream, low):
         lse = _meta(BATCH, heads, LENGTH, dtype=torch.float32)
         yield (
             f"tangent D {head_dim}",
-            lambda q=q, k=k, v=v, lse=lse: attention._run_tangent(q, k, v, q, k, v, q, lse, 0.1),
+            lambda q=q, k=k, v=v, lse=lse: attention.attention_tangent.function(q, k, v, q, k, v, q, lse, 0.1),
         )
         if head_dim in (64, 80) and low == torch.bfloat16 and registration.chip(q.device).capability == 90:
             for tile in attention.HOPPER_TILES:
 
                 def forced(q=q, k=k, v=v, lse=lse, tile=tile):
                     with attention.tangent_with(tile):
-                        attention._run_tangent(q, k, v, q, k, v, q, lse, 0.1)
+                        attention.attention_tangent.function(q, k, v, q, k, v, q, lse, 0.1)
 
                 yield f"tangent D {head_dim} {tile}", forced
 
@@ -132,9 +134,9 @@ def rotary_cases(size: str, stream, low):
     inputs = (weight, weight, table, table)
     d = _meta(BATCH, LENGTH, heads, head_dim, dtype=low)
     options = (PREFIX, 1e-6)
-    yield "forward", lambda: rotary._run_forward(qkv, None, *inputs, *options)
-    yield "dual", lambda: rotary._run_forward(qkv, qkv[: BATCH // 2], *inputs, *options)
-    yield "backward", lambda: rotary._run_backward(qkv, *inputs, d, d, d, *options, True)
+    yield "forward", lambda: rotary.qk_norm_rope_forward.function(qkv, None, *inputs, *options)
+    yield "dual", lambda: rotary.qk_norm_rope_forward.function(qkv, qkv[: BATCH // 2], *inputs, *options)
+    yield "backward", lambda: rotary.qk_norm_rope_backward.function(qkv, *inputs, d, d, d, *options, True)
 
 
 def objective_cases(size: str, stream, low):
@@ -150,8 +152,8 @@ def objective_cases(size: str, stream, low):
     scalar, index = _meta(BATCH, dtype=torch.float32), _meta(BATCH, dtype=torch.int64)
     half = net[: BATCH // 2]
     inputs = (net, net, half, half, half, image, image, *(scalar,) * 3, index, 0.05, patch)
-    yield "forward", lambda: objective._run_forward(*inputs)
-    yield "backward", lambda: objective._run_backward(_meta(2, BATCH, dtype=torch.float32), *inputs)
+    yield "forward", lambda: objective.objective_forward.function(*inputs)
+    yield "backward", lambda: objective.objective_backward.function(_meta(2, BATCH, dtype=torch.float32), *inputs)
 
 
 def patch_cases(size: str, stream, low):
@@ -171,8 +173,8 @@ def patch_cases(size: str, stream, low):
         dual = (images, images[:half], *weights, positions, prefix, prefix[:half], low, True)
         tokens = _meta(BATCH, LENGTH, width, dtype=stream)
         gradients = (tokens, images, weight1, weight2, hidden, PREFIX, [True] * 5)
-        yield f"dual {p}", lambda dual=dual: patch._run_forward(*dual)
-        yield f"backward {p}", lambda gradients=gradients: patch._run_backward(*gradients)
+        yield f"dual {p}", lambda dual=dual: patch.patch_forward.function(*dual)
+        yield f"backward {p}", lambda gradients=gradients: patch.patch_backward.function(*gradients)
 
 
 FAMILIES = {
@@ -192,6 +194,7 @@ def recorded_launches(families):
     from pmf.kernels import registration
 
     launches = []
+    registration.shapes_only = lambda x: False  # launch on meta tensors too
     for capability, (processors, kilobytes) in CHIPS.items():
         chip = registration.Chip(capability, processors, kilobytes << 10)
         registration.chip = lambda device, _chip=chip: _chip
@@ -216,7 +219,8 @@ def _plain(arguments):
 
     def plain(a):
         if isinstance(a, tuple):
-            return tuple(plain(part) for part in a)
+            parts = [plain(part) for part in a]
+            return type(a)(*parts) if hasattr(a, "_fields") else tuple(parts)
         return f"*{TYPES[str(a.dtype)]}" if isinstance(a, torch.Tensor) else a
 
     return [plain(a) for a in arguments]
@@ -242,7 +246,8 @@ def compile_one(launch) -> dict:
             constants[place] = value
             return "constexpr"
         if isinstance(value, tuple):
-            return tuple(specialise(v, (*place, i)) for i, v in enumerate(value))
+            parts = [specialise(v, (*place, i)) for i, v in enumerate(value)]
+            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
         if isinstance(value, str) or (isinstance(value, int) and value % 16 == 0):
             attributes[place] = [["tt.divisibility", 16]]
         if isinstance(value, float):

@@ -14,7 +14,7 @@ import torch
 from pmf import dispatch, ops
 from pmf.errors import InputError
 from pmf.kernels import flash, flash_attn_4
-from tests.kernel_checks import DEVICE, check, check_compiles, check_forward_mode, close, evaluate, strided
+from tests.kernel_checks import DEVICE, check, check_compiles, check_forward_mode, close, dual_op, evaluate, strided
 from tests.test_kernels_attention import inputs
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -357,11 +357,11 @@ def efficient(q, k, v, bias, with_lse, scale):
 def test_every_primal_gives_what_the_tangent_needs(monkeypatch, backend):
     played = {"flash": heads_first, "cudnn": cudnn, "efficient": efficient}
     primals, tangents = inputs(2, 20, 33, 16, 1, F32)
-    expected = ops.attention_dual(primals, tangents, impl="reference", scale=0.3)
+    expected = dual_op("attention", primals, tangents, impl="reference", scale=0.3)
     monkeypatch.setattr(flash, "choose", lambda *_: backend)
     monkeypatch.setattr(flash, "flash_attn_2", lambda: package)
     monkeypatch.setattr(flash, "SCALED_DOT_PRODUCT", played)
-    found = ops.attention_dual(primals, tangents, impl="triton", scale=0.3)
+    found = dual_op("attention", primals, tangents, impl="triton", scale=0.3)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -468,13 +468,15 @@ def test_the_installed_flash_attn_4_compiles_for_hopper():
     code = """
         import torch
         from torch._subclasses.fake_tensor import FakeTensorMode
-        from pmf.kernels import flash_attn_4
+        from pmf.kernels import flash_attn_4, registration
+        registration.shapes_only = lambda x: False  # the package itself is called, with fake tensors
+        forward, backward = (getattr(flash_attn_4, f"flash_attn_4_{way}").function for way in ("forward", "backward"))
         for head_dim in (24, 64, 96, 120, 128):
             assert flash_attn_4.limit(90, head_dim) is None
             with FakeTensorMode():
                 q, k = (torch.empty(2, s, 12, head_dim, dtype=torch.bfloat16, device="cuda") for s in (276, 276))
-                o, lse = flash_attn_4.run_forward(q, k, k, 0.125)
-                assert [x.shape for x in flash_attn_4.run_backward(q, k, k, o, lse, o, 0.125)] == [q.shape] * 3
+                o, lse = forward(q, k, k, 0.125)
+                assert [x.shape for x in backward(q, k, k, o, lse, o, 0.125)] == [q.shape] * 3
         print("compiled")
     """
     target = {"FLASH_ATTENTION_ARCH": "sm_90", "CUTE_DSL_ARCH": "sm_90a", "FLASH_ATTENTION_NUM_SMS": "132"}

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pmf import dispatch, ops
+from pmf import Dual, dispatch, ops
 from pmf.errors import InputError
 from pmf.kernels import attention, registration
 from tests.kernel_checks import (
@@ -18,6 +18,7 @@ from tests.kernel_checks import (
     check,
     check_compiles,
     check_forward_mode,
+    dual_op,
     evaluate,
     generator,
     randn,
@@ -94,13 +95,14 @@ def test_other_tiles(tile, monkeypatch):
 
     monkeypatch.setattr(registration, "launch", recorded)
     primals, tangents = inputs(1, 276, 276, 80, 1, BF16)
-    usual = ops.attention_dual(primals, tangents, impl="triton")[1]
+    pairs = [Dual(*pair) for pair in zip(primals, tangents, strict=True)]
+    usual = ops.attention(*pairs, impl="triton").dot
     with pytest.raises(LookupError, match="left early"), attention.tangent_with(tile):
         check_tangent(primals, tangents)
         with ThreadPoolExecutor(1) as pool:  # another thread's
-            pool.submit(ops.attention_dual, primals, tangents, impl="triton").result()
+            pool.submit(ops.attention, *pairs, impl="triton").result()
         raise LookupError("left early")
-    assert torch.equal(ops.attention_dual(primals, tangents, impl="triton")[1], usual)
+    assert torch.equal(ops.attention(*pairs, impl="triton").dot, usual)
     usual_tile = dataclasses.astuple(attention.tangent_tile(80, 276, BF16, registration.chip(torch.device(DEVICE))))
     assert taken == [usual_tile, dataclasses.astuple(tile), usual_tile, usual_tile]
 
@@ -119,7 +121,7 @@ def test_one_key(head_dim, dtype):
     """P is one: the tangent is that of v. (The gradients of q and k vanish, but for libraries' rounding.)"""
     primals, tangents = inputs(2, 20, 1, head_dim, 1, dtype)
     check_tangent(primals, tangents)
-    _, o_dot = ops.attention_dual(primals, (*tangents[:2], None), impl="triton")
+    _, (o_dot,) = dual_op("attention", primals, (*tangents[:2], None), impl="triton")
     assert o_dot.abs().max() <= 4 * torch.finfo(dtype).eps
 
 
@@ -142,7 +144,7 @@ def test_missing_tangents(moving):
 
 def test_no_tangent():
     primals, _ = inputs(2, 20, 20, 16, None, F32)
-    assert ops.attention_dual(primals, (None,) * 3, impl="triton")[1] is None
+    assert dual_op("attention", primals, (None,) * 3, impl="triton")[1] == (None,)
 
 
 def test_views():
@@ -213,7 +215,8 @@ def test_tangent_of_a_tangent_raises():
     primals, tangents = inputs(2, 5, 7, 16, 2, F32)
 
     def tangent(k_dot):
-        return ops.attention_dual(primals, (None, k_dot, None), impl="triton")[1]
+        q, k, v = primals
+        return ops.attention(Dual(q), Dual(k, k_dot), v, impl="triton").dot
 
     with pytest.raises(RuntimeError, match="jvp"):
         torch.func.jvp(tangent, tangents[1:2], tangents[1:2])
@@ -227,7 +230,7 @@ def test_nothing_is_recorded_for_the_tangent():
         saved.clear()
         leaves = tuple(p.detach().requires_grad_() for p in primals)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):
-            ops.attention_dual(leaves, tangents, impl="triton")
+            dual_op("attention", leaves, tangents, impl="triton")
         return sum(saved)
 
     assert bytes_saved(tangents) == bytes_saved((None,) * 3) > 0

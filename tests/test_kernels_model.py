@@ -159,17 +159,13 @@ def test_saved_bytes():
     assert kernel_dual < kept("reference", True)
 
 
-def test_ops_without_a_kernel_say_so(caplog):
-    """impl="triton" runs ops that have no kernel on the reference, and says so once."""
-    dispatch.report.cache_clear()
+def test_every_op_says_once_what_it_runs_on(caplog):
+    dispatch.forget_choices()
     with caplog.at_level("INFO", logger="pmf"):
         for _ in range(2):
             network("triton")(**on_device(model_inputs(DIGITS, 1, dtype=torch.float32)))
-    lines = caplog.messages
-    assert "norm_modulate runs on triton: requested" in lines
-    for op in ("patch_embed", "attention"):
-        if f"{op}_dual" not in dispatch.KERNEL_MODULES:
-            assert lines.count(f"{op} runs on reference: this op has no Triton kernel yet") == 1
+    for op in ("patch_embed", "norm_modulate", "residual_norm_modulate", "qk_norm_rope", "attention", "swiglu"):
+        assert caplog.messages.count(f"{op} runs on triton: requested") == 1
 
 
 def test_double_precision_is_refused():

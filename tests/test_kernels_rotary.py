@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pmf import ops
+from pmf import Dual, ops
 from pmf.errors import InputError
 from tests.kernel_checks import check, check_compiles, check_forward_mode, close, generator, randn
 
@@ -83,7 +83,7 @@ def test_views():
 def test_v_is_a_view():
     """v and its tangent cost no memory."""
     primals, tangents = inputs(2, 5, 2, 16, 1, (F32, F32), 0)
-    (_, _, v), (_, _, v_dot) = ops.qk_norm_rope_dual(primals, tangents, impl="triton")
+    _, _, (v, v_dot) = ops.qk_norm_rope(Dual(primals[0], tangents[0]), *primals[1:], impl="triton")
     assert v.untyped_storage().data_ptr() == primals[0].untyped_storage().data_ptr()
     assert v_dot.untyped_storage().data_ptr() == tangents[0].untyped_storage().data_ptr()
 
@@ -125,7 +125,8 @@ def test_no_zeros_for_tangents():
 
     primals, tangents = inputs(2, 5, 2, 16, 2, (F32, F32), 0)
     leaves = [p.detach().requires_grad_() for p in primals[:3]]
-    outputs, _ = ops.qk_norm_rope_dual((*leaves, *primals[3:]), tangents, prefix_length=0, impl="triton")
+    duals = ops.qk_norm_rope(Dual(leaves[0], tangents[0]), *leaves[1:], *primals[3:], impl="triton")
+    outputs = [dual.value for dual in duals]
     gradients = [torch.ones_like(o) for o in outputs]
     with Zeros() as zeros:
         torch.autograd.grad(outputs, leaves, gradients)

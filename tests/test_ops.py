@@ -3,7 +3,7 @@ import logging
 import pytest
 import torch
 
-from pmf import InputError, dispatch, ops
+from pmf import Dual, InputError, dispatch, ops
 
 x = torch.randn(2, 5, 8)
 qkv = torch.randn(2, 5, 3, 2, 8)
@@ -28,16 +28,23 @@ angles = torch.randn(5, 4)
         (lambda: ops.norm_modulate(x, kind="batch"), 'kind must be "rms" or "layer", got \'batch\''),
         (lambda: ops.residual_norm_modulate(x, x[:1], torch.ones(8)), r"branch must have shape \[2, 5, 8\]"),
         (
-            lambda: ops.norm_modulate_dual((x, torch.ones(8), None, None), (x, torch.ones(8), None, None)),
-            "norm_modulate: weight takes no tangent, got one; expected None",
+            lambda: ops.norm_modulate(Dual(x, x), (torch.ones(8), torch.ones(8))),
+            "norm_modulate: weight takes no tangent, got a pair; expected a tensor",
         ),
         (
-            lambda: ops.norm_modulate_dual((x, None, None, None), (x, None, torch.ones(2, 8), None)),
+            lambda: ops.norm_modulate(Dual(x, x), None, (None, torch.ones(2, 8))),
             "norm_modulate: scale is absent, so its tangent must be None",
         ),
-        (lambda: ops.norm_modulate_dual((x,), (x,)), "norm_modulate: expected 4 primals, got 1"),
         (
-            lambda: ops.swiglu_dual((x,), (torch.randn(3, 5, 8),)),
+            lambda: ops.norm_modulate((x, x, x)),
+            r"norm_modulate: x must be a tensor or a pair \(value, tangent\), got 3 values",
+        ),
+        (
+            lambda: ops.norm_modulate(x, scale=(torch.ones(8), torch.ones(8))),
+            r"norm_modulate: scale per channel takes no tangent; expand it to \[B, C\]",
+        ),
+        (
+            lambda: ops.swiglu((x, torch.randn(3, 5, 8))),
             "x's tangent must have at most 2 samples, got 3",
         ),
         (lambda: ops.swiglu(x[..., :7]), "swiglu: x must have an even last dimension, got 7"),
@@ -58,7 +65,7 @@ angles = torch.randn(5, 4)
             r"attention: q, k, v and their tangents must have one dtype, got .*float32, .*float16, .*float32",
         ),
         (
-            lambda: ops.attention_dual(qkv.unbind(2), (None, qkv[:, :, 1].double(), None)),
+            lambda: ops.attention(qkv[:, :, 0], Dual(qkv[:, :, 1], qkv[:, :, 1].double()), qkv[:, :, 2]),
             r"attention: q, k, v and their tangents must have one dtype, got .*float64",
         ),
         (
@@ -80,7 +87,6 @@ def test_bad_input_is_one_line_that_names_the_argument(call, message):
     assert "\n" not in str(error.value)
 
 
-norm, residual = ops.norm_modulate_dual, ops.residual_norm_modulate_dual
 one, meta = torch.ones(8), torch.empty(2, 5, 8, device="meta")
 
 
@@ -107,15 +113,15 @@ one, meta = torch.ones(8), torch.empty(2, 5, 8, device="meta")
             "residual_norm_modulate: gate must be a floating tensor, got None",
         ),
         (
-            lambda **o: norm((x, one, None, None), (x.int(), None, None, None), **o),
+            lambda **o: ops.norm_modulate((x, x.int()), one, **o),
             "norm_modulate: x's tangent must be a floating tensor, got torch.int32",
         ),
         (
-            lambda **o: norm((x, one, None, None), (one[0], None, None, None), **o),
+            lambda **o: ops.norm_modulate((x, one[0]), one, **o),
             r"norm_modulate: x's tangent must have shape \[any, 5, 8\], got \[\]",
         ),
         (
-            lambda **o: residual((x, x, one, None, None, None), (x, meta, *[None] * 4), **o),
+            lambda **o: ops.residual_norm_modulate(Dual(x, x), Dual(x, meta), one, **o),
             "residual_norm_modulate: branch's tangent must be on cpu, got meta",
         ),
     ],
@@ -128,9 +134,9 @@ def test_tensors_are_floating_and_on_one_device(call, message, impl):
 def test_tangents_count_among_the_dtypes_of_a_kernel():
     pytest.importorskip("triton")
     with pytest.raises(InputError, match=r"^swiglu: dtypes must not mix bfloat16 and float16, got both$"):
-        ops.swiglu_dual((x.half(),), (x.bfloat16(),), impl="triton")
+        ops.swiglu((x.half(), x.bfloat16()), impl="triton")
     with pytest.raises(InputError, match=r"^swiglu: dtype must be float32, .* got torch.float64$"):
-        ops.swiglu_dual((x,), (x.double(),), impl="triton")
+        ops.swiglu((x, x.double()), impl="triton")
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
@@ -162,8 +168,20 @@ def test_impl_is_checked_by_name_and_source(monkeypatch):
 
 
 def test_the_choice_is_reported_once(caplog):
-    dispatch.report.cache_clear()
+    dispatch.forget_choices()
     with caplog.at_level(logging.INFO, logger="pmf"):
         ops.swiglu(x, impl="reference")
         ops.swiglu(x, impl="reference")
     assert [r.getMessage() for r in caplog.records] == ["swiglu runs on reference: requested"]
+
+
+def test_results_are_duals_where_any_input_is_one():
+    scale = torch.randn(2, 8)
+    y = ops.norm_modulate(x, None, scale)
+    assert isinstance(y, torch.Tensor)
+    for arguments in ((Dual(x), None, scale), ((x, None), None, scale), (x, None, Dual(scale))):
+        dual = ops.norm_modulate(*arguments)
+        assert isinstance(dual, Dual) and torch.equal(dual.value, y) and dual.dot is None
+    moved = ops.norm_modulate(x, None, (scale, scale[1:]))
+    assert torch.equal(moved.value, y) and moved.dot.shape == (1, 5, 8)
+    assert all(isinstance(part, Dual) for part in ops.residual_norm_modulate(x, (x, x), one))

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pmf import ops, reference
+from pmf import Dual, ops, reference
 from pmf.reference import norm
 from tests.networks import relative_error
 
@@ -37,58 +37,68 @@ def patch_primals(prefix):
 
 CASES = {
     "norm rms": (
-        reference.norm_modulate_dual,
+        reference.norm_modulate,
         lambda: (draw(B, S, C), draw(C), draw(B, C), draw(B, C)),
         (0, 2, 3),
         {},
     ),
     "norm layer": (
-        reference.norm_modulate_dual,
+        reference.norm_modulate,
         lambda: (draw(B, S, C), None, draw(B, C), None),
         (0, 2),
         dict(kind="layer"),
     ),
-    "norm plain": (reference.norm_modulate_dual, lambda: (draw(B, S, C), None, None, None), (0,), {}),
+    "norm plain": (reference.norm_modulate, lambda: (draw(B, S, C), None, None, None), (0,), {}),
     "norm shift": (
-        reference.norm_modulate_dual,
+        reference.norm_modulate,
         lambda: (draw(B, S, C), draw(C), None, draw(B, C)),
         (0, 3),
         {},
     ),
     "residual": (
-        reference.residual_norm_modulate_dual,
+        reference.residual_norm_modulate,
         lambda: (draw(B, S, C), draw(B, S, C), draw(B, C), draw(C), draw(B, C), draw(B, C)),
         (0, 1, 2, 4, 5),
         {},
     ),
     "residual channel": (
-        reference.residual_norm_modulate_dual,
+        reference.residual_norm_modulate,
         lambda: (draw(B, S, C), draw(B, S, C), draw(C), draw(C), None, None),
         (0, 1),
         {},
     ),
     "rope": (
-        reference.qk_norm_rope_dual,
+        reference.qk_norm_rope,
         lambda: (draw(B, S, 3, H, D), draw(D), draw(D), *tables(S - 2)),
         (0,),
         dict(prefix_length=2),
     ),
     "attention": (
-        reference.attention_dual,
+        reference.attention,
         lambda: (draw(B, S, H, D), draw(B, 5, H, D), draw(B, 5, H, D)),
         (0, 1, 2),
-        {},
+        dict(scale=D**-0.5),
     ),
-    "swiglu": (reference.swiglu_dual, lambda: (draw(B, S, 2 * C),), (0,), {}),
-    "silu": (reference.silu_dual, lambda: (draw(B, C),), (0,), {}),
-    "scalar": (reference.scalar_features_dual, lambda: (draw(B),), (0,), {}),
-    "patch": (reference.patch_embed_dual, lambda: patch_primals(False), (0,), {}),
-    "patch prefix": (reference.patch_embed_dual, lambda: patch_primals(True), (0, 6), {}),
+    "swiglu": (reference.swiglu, lambda: (draw(B, S, 2 * C),), (0,), {}),
+    "silu": (reference.silu, lambda: (draw(B, C),), (0,), {}),
+    "scalar": (reference.scalar_features, lambda: (draw(B),), (0,), {}),
+    "patch": (reference.patch_embed, lambda: patch_primals(False), (0,), {}),
+    "patch prefix": (reference.patch_embed, lambda: patch_primals(True), (0, 6), {}),
 }
 
 
-def flat(result):
-    return list(result) if isinstance(result, tuple) else [result]
+TAKES = {name: (0, 2, 3) for name in CASES if name.startswith("norm")}
+TAKES |= {name: (0, 1, 2, 4, 5) for name in CASES if name.startswith("residual")}
+TAKES |= {name: (0, 6) for name in CASES if name.startswith("patch")}
+"""Inputs that may have a tangent, where some of those are absent or per channel."""
+
+
+def run(op, primals, dots, tangible, options):
+    """Values and tangents of a reference op, whose inputs at `tangible` are Duals, absent ones too."""
+    given = (Dual(p, d) if i in tangible else p for i, (p, d) in enumerate(zip(primals, dots, strict=True)))
+    results = op(*given, **options)
+    duals = [results] if isinstance(results, Dual) else results
+    return [dual.value for dual in duals], [dual.dot for dual in duals]
 
 
 def subsets(indices):
@@ -101,20 +111,20 @@ def subsets(indices):
 def test_tangent_is_the_jvp_of_the_value(name, rows):
     torch.manual_seed(0)
     op, make, tangible, options = CASES[name]
-    primals = make()
+    primals, takes = make(), TAKES.get(name, tangible)
     nothing = (None,) * len(primals)
     for chosen in subsets(tangible):
         dots = {i: draw(rows, *primals[i].shape[1:]) for i in chosen}
-        value, dot = op(primals, tuple(dots.get(i) for i in range(len(primals))), **options)
+        value, dot = run(op, primals, [dots.get(i) for i in range(len(primals))], takes, options)
 
         def of(*moving, chosen=chosen):
             given = [p if p is None else p[len(p) - rows :] if i in tangible else p for i, p in enumerate(primals)]
             for i, m in zip(chosen, moving, strict=True):
                 given[i] = m
-            return tuple(flat(op(tuple(given), nothing, **options)[0]))
+            return tuple(run(op, given, nothing, takes, options)[0])
 
         _, expected = torch.func.jvp(of, tuple(primals[i][B - rows :] for i in chosen), tuple(dots[i] for i in chosen))
-        for v, d, e in zip(flat(value), flat(dot), expected, strict=True):
+        for v, d, e in zip(value, dot, expected, strict=True):
             d = torch.zeros_like(e) if d is None else d
             assert d.shape[0] == rows and d.shape[1:] == v.shape[1:]
             assert torch.allclose(d, e, rtol=1e-11, atol=1e-11)
@@ -126,13 +136,14 @@ def test_tangent_is_never_recorded_and_absent_without_tangents(name):
     op, make, tangible, options = CASES[name]
     primals = tuple(None if p is None else p.requires_grad_() for p in make())
     dots = tuple(draw(*p.shape) if i in tangible else None for i, p in enumerate(primals))
-    value, dot = op(primals, dots, **options)
-    alone, absent = op(primals, (None,) * len(primals), **options)
-    for v, d, a, n in zip(flat(value), flat(dot), flat(alone), flat(absent), strict=True):
+    takes = TAKES.get(name, tangible)
+    value, dot = run(op, primals, dots, takes, options)
+    alone, absent = run(op, primals, (None,) * len(primals), takes, options)
+    for v, d, a, n in zip(value, dot, alone, absent, strict=True):
         assert not d.requires_grad and v.requires_grad and n is None
         assert torch.equal(v, a)
     leaves = [p for p in primals if p is not None]
-    beside, without = (torch.autograd.grad([v.sin().sum() for v in flat(values)], leaves) for values in (value, alone))
+    beside, without = (torch.autograd.grad([v.sin().sum() for v in values], leaves) for values in (value, alone))
     assert all(torch.equal(g, w) for g, w in zip(beside, without, strict=True))
 
 
@@ -187,12 +198,13 @@ def test_rotation_is_complex_multiplication_by_the_angle():
 def test_rotation_takes_heads_of_any_layout():
     qkv, *rest = CASES["rope"][1]()
     options = CASES["rope"][3]
-    expected, expected_dot = reference.qk_norm_rope_dual((qkv, *rest), (qkv, *[None] * 4), **options)
+    expected = reference.qk_norm_rope(Dual(qkv, qkv), *rest, **options)
     turned = qkv.permute(4, 2, 3, 1, 0).contiguous().permute(4, 3, 1, 2, 0)  # the same values, samples innermost
-    actual, actual_dot = reference.qk_norm_rope_dual((turned, *rest), (turned, *[None] * 4), **options)
+    actual = reference.qk_norm_rope(Dual(turned, turned), *rest, **options)
     assert turned.stride() != qkv.stride() and torch.equal(turned, qkv)
-    for x, y in zip((*actual, *actual_dot), (*expected, *expected_dot), strict=True):
-        assert torch.allclose(x, y, rtol=1e-14, atol=1e-14)
+    for x, y in zip(actual, expected, strict=True):
+        assert torch.allclose(x.value, y.value, rtol=1e-14, atol=1e-14)
+        assert torch.allclose(x.dot, y.dot, rtol=1e-14, atol=1e-14)
 
 
 def test_rope_tables_turn_rows_first_then_columns():
@@ -212,7 +224,7 @@ def test_patches_are_laid_out_row_column_channel_and_come_back():
 
 
 def test_scalar_features_are_cosines_then_sines():
-    features, _ = reference.scalar_features_dual((torch.tensor([0.7]),), (None,))
+    features, _ = reference.scalar_features(Dual(torch.tensor([0.7])))
     assert features[0, 1].item() == pytest.approx(math.cos(0.7 * 10000 ** (-1 / 128)), abs=1e-6)
     assert features[0, 129].item() == pytest.approx(math.sin(0.7 * 10000 ** (-1 / 128)), abs=1e-6)
 
@@ -221,7 +233,7 @@ def test_scalar_features_are_cosines_then_sines():
 def test_low_precision_is_the_rounded_float32_result(dtype):
     torch.manual_seed(0)
     x, x_dot = torch.randn(2, B, S, C).to(dtype)
-    y, y_dot = ops.norm_modulate_dual((x, None, None, None), (x_dot, None, None, None))
-    exact, exact_dot = ops.norm_modulate_dual((x.float(), None, None, None), (x_dot.float(), None, None, None))
+    y, y_dot = ops.norm_modulate(Dual(x, x_dot))
+    exact, exact_dot = ops.norm_modulate(Dual(x.float(), x_dot.float()))
     assert y.dtype == y_dot.dtype == dtype
     assert torch.equal(y, exact.to(dtype)) and torch.equal(y_dot, exact_dot.to(dtype))

@@ -5,38 +5,37 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
 
-from pmf.reference.tangent import accumulate, tail
+from pmf.dual import Dual, tail
+from pmf.reference.tangent import accumulate
 
 FEATURES = 256
 MAX_PERIOD = 10000.0
 
 
-def scalar_features_dual(primals: tuple[Tensor], tangents: tuple[Tensor | None]) -> tuple[Tensor, Tensor | None]:
+def scalar_features(s: Dual) -> Dual:
     """[cos(s f), sin(s f)] of scalars s [B], f_i = 10000^(-i / 128): [B, 256], and the tangent."""
-    (s,), (s_dot,) = primals, tangents
     half = FEATURES // 2
-    index = torch.arange(half, device=s.device, dtype=accumulate(s).dtype)
+    scalar = accumulate(s.value)
+    index = torch.arange(half, device=scalar.device, dtype=scalar.dtype)
     frequency = torch.exp(-math.log(MAX_PERIOD) / half * index)
-    angle = accumulate(s)[:, None] * frequency
+    angle = scalar[:, None] * frequency
     cos, sin = angle.cos(), angle.sin()
     features = torch.cat([cos, sin], -1)
-    if s_dot is None:
-        return features, None
+    if s.dot is None:
+        return Dual(features)
     with torch.no_grad():
-        angle_dot = accumulate(s_dot)[:, None] * frequency
-        rows = s_dot.shape[0]
-        return features, torch.cat([-tail(sin, rows) * angle_dot, tail(cos, rows) * angle_dot], -1)
+        angle_dot = accumulate(s.dot)[:, None] * frequency
+        rows = s.dot.shape[0]
+        return Dual(features, torch.cat([-tail(sin, rows) * angle_dot, tail(cos, rows) * angle_dot], -1))
 
 
-def silu_dual(primals: tuple[Tensor], tangents: tuple[Tensor | None]) -> tuple[Tensor, Tensor | None]:
+def silu(x: Dual) -> Dual:
     """silu(x) = x sigmoid(x), and its tangent (sigmoid + silu (1 - sigmoid)) x_dot."""
-    (x,), (x_dot,) = primals, tangents
-    y = torch.nn.functional.silu(x)
-    if x_dot is None:
-        return y, None
+    y = torch.nn.functional.silu(x.value)
+    if x.dot is None:
+        return Dual(y)
     with torch.no_grad():
-        x = accumulate(tail(x, x_dot.shape[0]))
-        sigmoid = torch.sigmoid(x)
-        return y, ((sigmoid + x * sigmoid * (1 - sigmoid)) * accumulate(x_dot)).to(y.dtype)
+        last = accumulate(tail(x.value, x.dot.shape[0]))
+        sigmoid = torch.sigmoid(last)
+        return Dual(y, ((sigmoid + last * sigmoid * (1 - sigmoid)) * accumulate(x.dot)).to(y.dtype))

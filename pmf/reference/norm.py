@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pmf.reference.tangent import accumulate, own_gradient, plus_product, tail, tangent_rows, total
+from pmf.dual import ABSENT, Dual, tail, tangent_rows, total
+from pmf.reference.tangent import accumulate, own_gradient, plus_product
 
 Kind = Literal["rms", "layer"]
 
@@ -69,68 +70,61 @@ def _rows(parameter: Tensor | None, rows: int) -> Tensor | None:
     return tail(parameter, rows)
 
 
-def norm_modulate_dual(
-    primals: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
-    tangents: tuple[Tensor | None, None, Tensor | None, Tensor | None],
+def norm_modulate(
+    x: Dual,
+    weight: Tensor | None = None,
+    scale: Dual = ABSENT,
+    shift: Dual = ABSENT,
     *,
     kind: Kind = "rms",
     eps: float = 1e-6,
     out_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> Dual:
     """y = n(x) weight (1 + scale) + shift, and its tangent; see `pmf.ops.norm_modulate`."""
-    x, weight, scale, shift = primals
-    x_dot, _, scale_dot, shift_dot = tangents
-    out_dtype = out_dtype or x.dtype
-
-    n, rstd = _normalise(accumulate(x), kind, eps)
-    weight, scale, shift = (_per_token(p) for p in (weight, scale, shift))
-    factors = [f for f in (weight, None if scale is None else 1 + scale) if f is not None]
+    out_dtype = out_dtype or x.value.dtype
+    n, rstd = _normalise(accumulate(x.value), kind, eps)
+    weight, scale_token, shift_token = (_per_token(p) for p in (weight, scale.value, shift.value))
+    factors = [f for f in (weight, None if scale_token is None else 1 + scale_token) if f is not None]
     factor = torch.mul(*factors) if len(factors) == 2 else factors[0] if factors else None
     y = n if factor is None else n * factor
-    y = (y if shift is None else y + shift).to(out_dtype)
+    y = (y if shift_token is None else y + shift_token).to(out_dtype)
 
-    rows = tangent_rows(tangents)
+    rows = tangent_rows((x.dot, scale.dot, shift.dot))
     if rows is None:
-        return y, None
+        return Dual(y)
     with torch.no_grad():
         n, rstd, weight, factor = tail(n, rows), tail(rstd, rows), _rows(weight, rows), _rows(factor, rows)
-        y_dot = torch.zeros_like(n) if x_dot is None else _normalise_dot(n, rstd, accumulate(x_dot), kind)
+        y_dot = torch.zeros_like(n) if x.dot is None else _normalise_dot(n, rstd, accumulate(x.dot), kind)
         if factor is not None:
             y_dot.mul_(factor)
-        if scale_dot is not None:
-            factor_dot = _per_token(scale_dot)
+        if scale.dot is not None:
+            factor_dot = _per_token(scale.dot)
             y_dot.addcmul_(n, factor_dot if weight is None else weight * factor_dot)
-        if shift_dot is not None:
-            y_dot.add_(_per_token(shift_dot))
-        return y, y_dot.to(out_dtype)
+        if shift.dot is not None:
+            y_dot.add_(_per_token(shift.dot))
+        return Dual(y, y_dot.to(out_dtype))
 
 
-def residual_norm_modulate_dual(
-    primals: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None],
-    tangents: tuple[Tensor | None, Tensor | None, Tensor | None, None, Tensor | None, Tensor | None],
+def residual_norm_modulate(
+    x: Dual,
+    branch: Dual,
+    gate: Dual,
+    weight: Tensor | None = None,
+    scale: Dual = ABSENT,
+    shift: Dual = ABSENT,
     *,
     kind: Kind = "rms",
     eps: float = 1e-6,
     out_dtype: torch.dtype | None = None,
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
-    """x_new = x + gate branch, y = norm_modulate(x_new), and both tangents."""
-    x, branch, gate, weight, scale, shift = primals
-    x_dot, branch_dot, gate_dot, _, scale_dot, shift_dot = tangents
-
-    gate = _per_token(gate)
-    x_new = (accumulate(x) + gate * accumulate(branch)).to(x.dtype)
-
-    rows = tangent_rows((x_dot, branch_dot, gate_dot))
-    x_new_dot = None
+) -> tuple[Dual, Dual]:
+    """x_new = x + gate branch, and y = norm_modulate(x_new)."""
+    gate_token = _per_token(gate.value)
+    value = (accumulate(x.value) + gate_token * accumulate(branch.value)).to(x.value.dtype)
+    rows = tangent_rows((x.dot, branch.dot, gate.dot))
+    dot = None
     if rows is not None:
         with torch.no_grad():
-            moved = plus_product(x_dot, _rows(gate, rows), branch_dot)
-            x_new_dot = plus_product(moved, tail(branch, rows), _per_token(gate_dot)).to(x.dtype)
-    y, y_dot = norm_modulate_dual(
-        (x_new, weight, scale, shift),
-        (x_new_dot, None, scale_dot, shift_dot),
-        kind=kind,
-        eps=eps,
-        out_dtype=out_dtype,
-    )
-    return (x_new, y), (x_new_dot, y_dot)
+            moved = plus_product(x.dot, _rows(gate_token, rows), branch.dot)
+            dot = plus_product(moved, tail(branch.value, rows), _per_token(gate.dot)).to(x.value.dtype)
+    x_new = Dual(value, dot)
+    return x_new, norm_modulate(x_new, weight, scale, shift, kind=kind, eps=eps, out_dtype=out_dtype)

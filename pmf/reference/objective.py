@@ -17,8 +17,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pmf.dual import tail
 from pmf.reference.patch import patchify, unpatchify
-from pmf.reference.tangent import accumulate, tail
+from pmf.reference.tangent import accumulate
 
 
 def _per_row(scalar: Tensor, like: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from pmf.dual import ABSENT, Dual, tail, tangent_rows
+
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
     """[B, c, H, W] to tokens [B, N, p * p * c], laid out (row, column, channel) inside a patch."""
@@ -19,30 +21,36 @@ def unpatchify(tokens: Tensor, patch_size: int, channels: int) -> Tensor:
     return rearrange(tokens, "b (h w) (p q c) -> b c (h p) (w q)", h=grid, p=patch_size, q=patch_size, c=channels)
 
 
-def patch_embed_dual(
-    primals: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None],
-    tangents: tuple[Tensor | None, None, None, None, None, None, Tensor | None],
-) -> tuple[Tensor, Tensor | None]:
-    """[prefix, conv1x1(conv_p(images))] + positions, and its tangent; see `pmf.ops.patch_embed`."""
-    images, weight1, bias1, weight2, bias2, positions, prefix = primals
-    images_dot, prefix_dot = tangents[0], tangents[6]
+def patch_embed(
+    images: Dual,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    positions: Tensor,
+    prefix: Dual = ABSENT,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Dual:
+    """[prefix, conv1x1(conv_p(images))] + positions, and its tangent; products are taken in `dtype`."""
+    weight1, bias1, weight2, bias2 = (w.to(dtype or w.dtype) for w in (weight1, bias1, weight2, bias2))
     patch_size = weight1.shape[-1]
 
     def project(x: Tensor, bias1: Tensor | None, bias2: Tensor | None) -> Tensor:
         x = F.conv2d(x.to(weight1.dtype), weight1, bias1, stride=patch_size)
         return F.conv2d(x, weight2, bias2).flatten(2).transpose(1, 2)
 
-    patches = project(images, bias1, bias2)
-    tokens = patches if prefix is None else torch.cat([prefix.to(patches.dtype), patches], 1)
+    patches = project(images.value, bias1, bias2)
+    tokens = patches if prefix.value is None else torch.cat([prefix.value.to(patches.dtype), patches], 1)
     tokens = tokens + positions
-    if images_dot is None and prefix_dot is None:
-        return tokens, None
+    rows = tangent_rows((images.dot, prefix.dot))
+    if rows is None:
+        return Dual(tokens)
     with torch.no_grad():
-        rows = (images_dot if images_dot is not None else prefix_dot).shape[0]
-        tokens_dot = torch.zeros_like(tokens[tokens.shape[0] - rows :])
-        start = 0 if prefix is None else prefix.shape[1]
-        if images_dot is not None:
-            tokens_dot[:, start:] = project(images_dot, None, None)
-        if prefix_dot is not None:
-            tokens_dot[:, :start] = prefix_dot
-        return tokens, tokens_dot
+        tokens_dot = torch.zeros_like(tail(tokens, rows))
+        start = 0 if prefix.value is None else prefix.value.shape[1]
+        if images.dot is not None:
+            tokens_dot[:, start:] = project(images.dot, None, None)
+        if prefix.dot is not None:
+            tokens_dot[:, :start] = prefix.dot
+        return Dual(tokens, tokens_dot)

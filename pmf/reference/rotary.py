@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pmf.dual import Dual, tail
 from pmf.reference.norm import _normalise, _normalise_dot
-from pmf.reference.tangent import accumulate, tail
+from pmf.reference.tangent import accumulate
 
 
 def rope_tables(grid_size: int, head_dim: int, *, theta: float = 10000.0, device=None) -> tuple[Tensor, Tensor]:
@@ -41,29 +42,30 @@ def _rotate(x: Tensor, turn: Tensor) -> Tensor:
     return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turn)).flatten(-2)
 
 
-def qk_norm_rope_dual(
-    primals: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-    tangents: tuple[Tensor | None, None, None, None, None],
+def qk_norm_rope(
+    qkv: Dual,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
     *,
     prefix_length: int,
     eps: float = 1e-6,
-) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]]:
+) -> tuple[Dual, Dual, Dual]:
     """q, k = R(n(q) q_weight), R(n(k) k_weight), v unchanged; see `pmf.ops.qk_norm_rope`."""
-    qkv, q_weight, k_weight, cos, sin = primals
-    qkv_dot = tangents[0]
-    qk, v = qkv.split([2, 1], 2)
+    qk, v = qkv.value.split([2, 1], 2)
     qk, v = accumulate(qk), v[:, :, 0]
     # Both factors are as wide as a token: products with them, and the sums behind those, run along whole tokens.
-    heads = qk.shape[3]
+    heads, dtype = qk.shape[3], qkv.value.dtype
     weight = accumulate(torch.stack([q_weight, k_weight]))[:, None].expand(-1, heads, -1).contiguous()
     turn = _turn(cos.to(qk.dtype), sin.to(qk.dtype), prefix_length, heads)
 
     n, rstd = _normalise(qk, "rms", eps)
-    q, k = _rotate(n * weight, turn).to(qkv.dtype).unbind(2)
-    if qkv_dot is None:
-        return (q, k, v), (None, None, None)
+    q, k = _rotate(n * weight, turn).to(dtype).unbind(2)
+    if qkv.dot is None:
+        return Dual(q), Dual(k), Dual(v)
     with torch.no_grad():
-        rows = qkv_dot.shape[0]
-        n_dot = _normalise_dot(tail(n, rows), tail(rstd, rows), accumulate(qkv_dot[:, :, :2]), "rms")
-        q_dot, k_dot = _rotate(n_dot.mul_(weight), turn).to(qkv.dtype).unbind(2)
-    return (q, k, v), (q_dot, k_dot, qkv_dot[:, :, 2])
+        rows = qkv.dot.shape[0]
+        n_dot = _normalise_dot(tail(n, rows), tail(rstd, rows), accumulate(qkv.dot[:, :, :2]), "rms")
+        q_dot, k_dot = _rotate(n_dot.mul_(weight), turn).to(dtype).unbind(2)
+    return Dual(q, q_dot), Dual(k, k_dot), Dual(v, qkv.dot[:, :, 2])

@@ -1,0 +1,21 @@
+"""Queries, keys and values [B, S, H, D], and the steps between them in memory, by name."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Steps(NamedTuple):
+    """From sample to sample, token to token and head to head of one tensor."""
+
+    sample: int
+    token: int
+    head: int
+
+
+class Heads(NamedTuple):
+    """Queries, keys and values, their tangents or gradients, or the `Steps` of each; in kernels, pointers."""
+
+    q: Any
+    k: Any
+    v: Any

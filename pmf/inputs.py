@@ -1,0 +1,193 @@
+"""An op's inputs: checked, each as a `Dual`, and its results given back in the form in which the inputs came."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from pmf import dispatch, reference
+from pmf.dual import ABSENT, Dual
+from pmf.errors import InputError
+from pmf.private import forward_mode
+
+Pair = tuple[Tensor, Tensor | None]
+"""A value and its tangent; `Dual` is one."""
+Moving = Tensor | Pair
+"""An input that may have a tangent."""
+
+
+def _value_alone(result: Dual) -> Tensor:
+    return result.value
+
+
+def _as_it_is(result: Dual) -> Dual:
+    return result
+
+
+def _dual_tensor(result: Dual) -> Tensor:
+    return result.value if result.dot is None else forward_ad.make_dual(*result)
+
+
+def _with_dual_tensor(result: Dual) -> Dual:
+    return Dual(_dual_tensor(result))
+
+
+def _named(name: str, dual: Dual) -> tuple[tuple[str, Tensor | None], ...]:
+    return (name, dual.value), (f"{name}'s tangent", dual.dot)
+
+
+class Inputs:
+    """The inputs of one call of an op. Errors: `InputError` where they are not floating tensors on one device.
+
+    `moving` may have tangents: each is a Tensor, a pair (value, tangent) or None. All tangents cover the same
+    number of samples, the last ones. `fixed` are Tensors or None. Every op of every layer comes through here, so
+    messages are formatted on failure only; Dynamo cannot format a symbolic size.
+    """
+
+    __slots__ = ("device", "dtypes", "duals", "fixed", "form", "names", "op")
+
+    def __init__(self, op: str, moving: dict[str, Moving | None], fixed: dict[str, Tensor | None] | None = None):
+        self.op, self.names, self.fixed = op, tuple(moving), {} if fixed is None else fixed
+        self.form: Callable[[Dual], Tensor | Dual] = _value_alone
+        duals: list[Dual] = []
+        tensors: list[Tensor] = []
+        moves = False
+        for name, given in moving.items():
+            if type(given) is Dual:
+                dual, self.form = given, _as_it_is
+            else:
+                dual = self._dual(name, given)
+            duals.append(dual)
+            value, dot = dual
+            if value is not None:
+                tensors.append(value)
+            if dot is not None:
+                tensors.append(dot)
+                moves = True
+        for tensor in self.fixed.values():
+            if tensor is not None:
+                tensors.append(tensor)
+        self.duals = duals
+        device: torch.device | None = getattr(tensors[0], "device", None) if tensors else None
+        self.device = device
+        dtypes: list[torch.dtype] = []
+        self.dtypes = dtypes
+        """Of all tensors that are there, tangents too."""
+        for tensor in tensors:
+            is_tensor = type(tensor) is Tensor or isinstance(tensor, Tensor)  # the first test is the quicker one
+            if not is_tensor or tensor.device != device or not tensor.dtype.is_floating_point:
+                self._refuse()
+            dtypes.append(tensor.dtype)
+        if moves:
+            self._check_tangents()
+
+    def _dual(self, name: str, given: Moving | None) -> Dual:
+        if given is None:
+            return ABSENT
+        if not isinstance(given, tuple):
+            return Dual(given)
+        if len(given) != 2:
+            wanted = "a tensor or a pair (value, tangent)"
+            raise InputError(f"{self.op}: {name} must be {wanted}, got {len(given)} values")
+        self.form = _as_it_is
+        return Dual(*given)
+
+    def _refuse(self) -> None:
+        """Name the first tensor that is not floating or not on the device of the first."""
+        named = [part for name, dual in zip(self.names, self.duals, strict=True) for part in _named(name, dual)]
+        for name, tensor in (*named, *self.fixed.items()):
+            if isinstance(tensor, tuple):
+                raise InputError(f"{self.op}: {name} takes no tangent, got a pair; expected a tensor")
+            if tensor is not None and not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
+                got = getattr(tensor, "dtype", tensor)
+                raise InputError(f"{self.op}: {name} must be a floating tensor, got {got}")
+            if tensor is not None and tensor.device != self.device:
+                raise InputError(f"{self.op}: {name} must be on {self.device}, got {tensor.device}")
+
+    def _check_tangents(self) -> None:
+        """Each is like the last rows of its value, and all have the same number of rows."""
+        rows = None
+        for name, (value, dot) in zip(self.names, self.duals, strict=True):
+            if dot is None:
+                continue
+            if value is None:
+                raise InputError(f"{self.op}: {name} is absent, so its tangent must be None")
+            sizes, dot_sizes = value.shape, dot.shape
+            if rows is None and len(dot_sizes) > 0:
+                rows = dot_sizes[0]
+            matches = len(dot_sizes) == len(sizes) and dot_sizes[0] == rows
+            for i in range(1, len(sizes)):
+                matches = matches and dot_sizes[i] == sizes[i]
+            if not matches:
+                self._wrong_shape(f"{name}'s tangent", dot, (rows, *sizes[1:]))
+            if rows > sizes[0]:
+                raise InputError(f"{self.op}: {name}'s tangent must have at most {sizes[0]} samples, got {rows}")
+
+    def shape(self, name: str, tensor: Tensor | None, *expected: int | None) -> None:
+        """Errors: `InputError` unless `tensor` is there and has that shape; None in `expected` allows any size."""
+        if tensor is None:
+            raise InputError(f"{self.op}: {name} must be a floating tensor, got None")
+        sizes = tensor.shape
+        if sizes == expected:
+            return
+        if len(sizes) != len(expected):
+            self._wrong_shape(name, tensor, expected)
+        for want, size in zip(expected, sizes, strict=True):
+            if want is not None and want != size:
+                self._wrong_shape(name, tensor, expected)
+
+    def _wrong_shape(self, name: str, tensor: Tensor, expected: tuple[int | None, ...]) -> None:
+        wanted = ", ".join("any" if size is None else str(size) for size in expected)
+        raise InputError(f"{self.op}: {name} must have shape [{wanted}], got {list(tensor.shape)}")
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Values and tangents in `dtype`."""
+        self.duals = [dual.map(lambda x: x.to(dtype)) for dual in self.duals]
+        self.dtypes = [dtype] * len(self.dtypes)
+
+    def give(self, result: Dual) -> Tensor | Dual:
+        """What the op returns: a Dual where any input was a pair, else a Tensor; dual tensors for dual tensors."""
+        return self.form(result)
+
+    def implementation(self, impl: str | None, *sizes: int) -> ModuleType:
+        """The module that computes the op on these inputs; `sizes` are those that its kernel has limits for.
+
+        Under forward-mode differentiation (`torch.func.jvp`, `torch.autograd.forward_ad`) the kernels take the dual
+        tensors apart into `duals`; the reference is plain PyTorch, which differentiates it by itself.
+        """
+        module = dispatch.implementation(self.op, impl, self.device.type, tuple(self.dtypes), sizes)
+        if forward_mode() and module is not reference:
+            self._take_apart()
+        return module
+
+    def _take_apart(self) -> None:
+        """Dual tensors as `Dual`s, and results as dual tensors.
+
+        Errors: RuntimeError in compiled code, which would drop the tangents (pytorch issue 192985), for a dual
+        tensor where no tangent is taken, and for dual tensors beside explicit tangents.
+        """
+        op = self.op
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"{op}: torch.compile would lose the tangents of forward-mode differentiation "
+                f"(torch.func.jvp, forward_ad); give {op} explicit tangents: Dual(value, tangent)"
+            )
+        parts = [ABSENT if dual.value is None else Dual(*forward_ad.unpack_dual(dual.value)) for dual in self.duals]
+        for name, tensor in self.fixed.items():
+            if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+                raise RuntimeError(f"{op}: {name} takes no tangent, got a dual tensor")
+        if all(part.dot is None for part in parts):
+            return
+        if any(dual.dot is not None for dual in self.duals):
+            raise RuntimeError(f"{op}: got explicit tangents and dual tensors; expected one or the other")
+        samples = len(parts[0].value)
+        # Unlike explicit tangents, those of forward mode may be of parameters per channel: the same for every sample.
+        self.duals = [
+            part if part.dot is None or part.dot.ndim > 1 else Dual(part.value, part.dot.expand(samples, -1))
+            for part in parts
+        ]
+        self.form = _dual_tensor if self.form is _value_alone else _with_dual_tensor
