@@ -6,7 +6,7 @@ OLDEST_PYTHON ?= $(shell for v in 3.10 3.11 3.12 3.13; do \
 	for p in python$$v $${PYENV_ROOT:-$$HOME/.pyenv}/versions/$$v.*/bin/python; do \
 	$$p -c 'import venv' 2>/dev/null && echo $$p && exit; done; done)
 
-.PHONY: demo test test-gpu test-oldest test-extras clean
+.PHONY: demo test test-gpu test-oldest test-extras docs clean
 
 # Train on handwritten digits, draw samples, measure them: runs/digits.
 demo: .venv/core
@@ -33,6 +33,10 @@ test-oldest: .venv-oldest/ready
 test-extras: .venv-extras/ready
 	OMP_NUM_THREADS=1 .venv-extras/bin/python -m pytest -m extras --numprocesses auto --dist loadfile
 
+# The pages of docs/ as HTML in build/docs, with an API reference from docstrings; a broken link is an error.
+docs: .venv/docs
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet docs build/docs
+
 clean:
 	rm -rf .venv .venv-oldest .venv-extras
 
@@ -43,6 +47,10 @@ clean:
 
 .venv/dev: .venv/core
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+.venv/docs: .venv/core
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 .venv-oldest/ready: pyproject.toml constraints-oldest.txt

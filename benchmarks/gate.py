@@ -1,73 +1,77 @@
-"""The tests that stand before every figure: run on this machine, within a time, with a verdict per file."""
+"""The tests that stand before every figure, run on this machine."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import subprocess
 import sys
-import tempfile
-from collections import Counter
-from dataclasses import dataclass
-from pathlib import Path
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from pmf.benchmarks import ledger
 
-
-def _file_of(nodeid: str) -> str:
-    return Path(nodeid.partition("::")[0]).name
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What became of a test file."""
-
-    error: str | None
-    """Why it is not green; None: every test of it passed."""
-    finished: bool = True
-    """False where more time, or another try, might change it."""
+AT_ONCE = 3
+"""Test files that run side by side, on a share of the processors each: the start of one hides behind the others."""
+Verdict = tuple[str, str | None]
+"""passed, failed or skipped (it did not end: another try may change it), and why."""
 
 
-def verdicts(file: Path, tests: list[str], ending: str) -> dict[str, Verdict]:
-    """The verdict of each test file from what the witness wrote; `ending`: why its run ended early, if so."""
-    lines = list(ledger.records_of(file))
-    failed: dict[str, str] = {}
-    for line in lines:
-        if "failed" in line:
-            failed.setdefault(line["failed"], line["reason"])  # a test can fail in its call, then in its teardown
-    expected = {nodeid for line in lines for nodeid in line.get("collected", ())}
-    done = {line["done"] for line in lines if "done" in line}
-    every, ended = (Counter(_file_of(nodeid) for nodeid in ids) for ids in (expected, done))
-    found = {}
-    for test in tests:
-        broken = {nodeid: reason for nodeid, reason in failed.items() if _file_of(nodeid) == test}
-        if broken:
-            names = sorted(nodeid.partition("::")[2] or "collection" for nodeid in broken)
-            reason = next(iter(broken.values()))  # of the first that came
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            found[test] = Verdict(f"{test} fails: {', '.join(names[:5])}{more}; {reason[:160]}"[:500])
-        elif ended[test] < max(every[test], 1):
-            found[test] = Verdict(f"{test} {ending}: {ended[test]} of {every[test]} tests", finished=False)
-        else:
-            found[test] = Verdict(None)
-    return found
+def run_test(test: str, seconds: float) -> Verdict:
+    """The verdict on a test file within so many seconds; on several processors where pytest-xdist is installed."""
+    command = [sys.executable, "-m", "pytest", "-rfE", "--tb=no", "-p", "no:cacheprovider", f"tests/{test}"]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(max(1, len(os.sched_getaffinity(0)) // AT_ONCE))]
+    process = subprocess.Popen(
+        command,
+        cwd=ledger.ROOT,
+        env={"OMP_NUM_THREADS": "1", **os.environ, "COLUMNS": "400"},  # the processes share the processors
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        lines = process.communicate(timeout=seconds)[0].strip().splitlines()
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # its workers too
+        process.wait()
+        return "skipped", f"{test} did not finish in {seconds:.0f} s"
+    if process.returncode == 0:
+        return "passed", None
+    red = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
+    if not red:
+        return "skipped", f"{test} did not run to its end ({''.join(lines[-1:]).strip('= ')[:160]})"
+    names = [line.partition(" - ")[0].partition("::")[2] or "collection" for line in red]
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return "failed", f"{test} fails: {', '.join(names[:5])}{more}; {red[0].partition(' - ')[2][:160]}"[:500]
 
 
 def run_tests(tests: list[str], seconds: float) -> dict[str, Verdict]:
-    """The verdict of each test file, from one run of all in at most `seconds`."""
-    with tempfile.TemporaryDirectory() as folder:
-        file, log = Path(folder) / "witness.jsonl", Path(folder) / "log"
-        command = [sys.executable, "-m", "pmf.benchmarks.witness", str(file)]
-        command += [str(ledger.ROOT / "tests" / test) for test in tests]
-        with open(log, "w") as output:
-            streams = dict(stdout=output, stderr=subprocess.STDOUT)
-            process = subprocess.Popen(command, cwd=ledger.ROOT, start_new_session=True, **streams)
-        try:
-            process.wait(seconds)
-            last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
-            ending = f"did not run to its end ({''.join(last)[:160]})"
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # its workers too
-            process.wait()
-            ending = f"did not finish in {seconds:.0f} s"
-        return verdicts(file, tests, ending)
+    """The verdict on each test file, all of them within so many seconds."""
+    deadline = time.monotonic() + seconds
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        found = pool.map(lambda test: run_test(test, max(0.0, deadline - time.monotonic())), tests)
+        return dict(zip(tests, found, strict=True))
+
+
+def failing(
+    tests: list[str],
+    known: ledger.Ledger,
+    seconds: float,
+    check: Callable[[list[str], float], dict[str, Verdict]] = run_tests,
+) -> dict[str, str]:
+    """Test file -> why no figure may be recorded behind it.
+
+    A verdict on these very sources and tests, on this machine, is not asked for twice.
+    """
+    origin = ledger.digest("tests")
+    held = [r for r in known.earlier if r["suite"] == "tests" and r["tests"] == origin and r["status"] != "skipped"]
+    errors = {r["case"]: r["error"] for r in held if r["case"] in tests}
+    for test, (status, error) in check([test for test in tests if test not in errors], seconds).items():
+        print(error or f"{test} passes", file=sys.stderr)
+        known.add({"suite": "tests", "case": test, "provider": None, "status": status, "error": error, "tests": origin})
+        errors[test] = error
+    return {test: error for test, error in errors.items() if error is not None}

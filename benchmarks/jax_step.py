@@ -10,18 +10,20 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable
+from dataclasses import fields
 
 import torch
 from torch import Tensor
 
 from pmf import ops
-from pmf.config import LossConfig, ModelConfig
+from pmf.config import PREFIX_TOKENS, LossConfig, ModelConfig
+from pmf.draws import Draws
 from pmf.errors import require
-from pmf.loss import Draws
-from pmf.model import PREFIX, PMFDiT
+from pmf.model import PMFDiT
+from pmf.reference.embedding import FEATURES, MAX_PERIOD
 
-FEATURES, MAX_PERIOD, NORM_EPS = 256, 10000.0, 1e-6
-BATCH_FIELDS = ("t", "r", "fm_mask", "omega", "t_min", "t_max", "drop_mask", "noise")
+NORM_EPS = 1e-6
+BATCH_FIELDS = tuple(field.name for field in fields(Draws))
 
 
 def available() -> bool:
@@ -83,7 +85,7 @@ class JaxNetwork:
         scalars = {"h": h, "omega": 1 - 1 / omega, "t_min": t_min, "t_max": t_max}
         embedded = {name: self.scalar(params, name, value) for name, value in scalars.items()}
         embedded["y"] = params["conditioning.classes.weight"][y]
-        groups = [params[f"conditioning.tokens.{name}"] + embedded[name][:, None] for name in PREFIX]
+        groups = [params[f"conditioning.tokens.{name}"] + embedded[name][:, None] for name in PREFIX_TOKENS]
         return self.jnp.concatenate(groups, 1)
 
     def embed(self, params: dict, z, prefix):
@@ -170,10 +172,10 @@ def jax_fields(network: JaxNetwork, params: dict, batch: dict) -> dict:
     v_g = jnp.where(image(dropped), v_t, v_t + image(1 - 1 / inside) * (v_c - v_u))
     y = jnp.where(dropped, null, y)
 
-    def fields(z, t, r):
+    def u_and_v(z, t, r):
         return tuple(network.velocities(params, "uv", z, t, t - r, omega, t_min, t_max, y))
 
-    u, du_dt, v = jax.jvp(fields, (z, t, r), (v_c, one, zero), has_aux=True)
+    u, du_dt, v = jax.jvp(u_and_v, (z, t, r), (v_c, one, zero), has_aux=True)
     average = u + image(t - r) * jax.lax.stop_gradient(du_dt)
     return {"z": z, "u": u, "average": average, "v": v, "v_g": v_g}
 
@@ -185,8 +187,8 @@ def adaptive(network: JaxNetwork, config: LossConfig, loss):
 
 def jax_loss(network: JaxNetwork, config: LossConfig, params: dict, batch: dict):
     """The pMF loss of one batch without perceptual terms; the objective is in float32 at least."""
-    fields = jax_fields(network, params, batch)
-    losses = (network.jnp.square(fields[name] - fields["v_g"]).sum((1, 2, 3)) for name in ("average", "v"))
+    images = jax_fields(network, params, batch)
+    losses = (network.jnp.square(images[name] - images["v_g"]).sum((1, 2, 3)) for name in ("average", "v"))
     return sum(adaptive(network, config, loss) for loss in losses).mean()
 
 
@@ -202,8 +204,8 @@ class JaxStep:
         def array(value: Tensor):
             return network.jnp.asarray(value.detach().cpu().numpy())
 
-        fields = {name: getattr(draws, name) for name in BATCH_FIELDS}
-        self.batch = {name: array(value) for name, value in {"x": x, "y": y, **fields}.items()}
+        drawn = {name: getattr(draws, name) for name in BATCH_FIELDS}
+        self.batch = {name: array(value) for name, value in {"x": x, "y": y, **drawn}.items()}
         self.params = {name: array(value) for name, value in model.state_dict().items()}
         self.step = self.jax.jit(self.jax.value_and_grad(functools.partial(jax_loss, network, config)))
 

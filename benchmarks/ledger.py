@@ -6,99 +6,82 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterator
 from datetime import datetime, timezone
+from functools import partial
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pmf.dispatch import attention_backend
 
-Record = dict
+Record = dict[str, Any]
+"""suite, size, batch, case, provider, status (measured, failed, skipped; of tests passed), error, figures, origin."""
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MEASURED = ("pmf", "kernels", "benchmarks")
 """The folders whose code a figure depends on."""
-SHOWN_BY = {"report.py", "plots.py", "cli.py", "order.py", "__main__.py"}
+UNMEASURED = {"cli.py", "plan.py", "plots.py", "tables.py", "__main__.py"}
 """Of the benchmarks, what only chooses and shows figures."""
 OUT_OF_MEMORY = ("OutOfMemoryError", "XlaRuntimeError: RESOURCE_EXHAUSTED", "JaxRuntimeError: RESOURCE_EXHAUSTED")
 """How the errors of PyTorch's and JAX's allocators begin."""
 
 
-def _git(*arguments: str) -> str | None:
-    """What git says; None where there is no git, or no repository."""
-    try:
-        result = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
-    except OSError:
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None
-
-
 def commit() -> tuple[str, bool]:
-    """The commit of this code, and whether the files that are measured differ from it.
+    """The commit of this code, and whether the files that are measured differ from it; else ("unknown", True).
 
-    PMF_COMMIT, the output of `git describe --always --abbrev=40 --dirty`, stands in for a repository: for a machine
-    that has only the files. Without either: ("unknown", True).
+    PMF_COMMIT, the output of `git describe --always --abbrev=40 --dirty`, stands in for the repository on a machine
+    that has only the files.
     """
     if given := os.environ.get("PMF_COMMIT"):
         return given.removesuffix("-dirty"), given.endswith("-dirty")
-    changes = _git("status", "--porcelain", "--", *MEASURED, ":!benchmarks/results")
-    return _git("rev-parse", "HEAD") or "unknown", changes != ""
+    git = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=True)
+    try:
+        head = git(["git", "rev-parse", "HEAD"]).stdout.strip()
+        return head, git(["git", "status", "--porcelain", "--", *MEASURED, ":!benchmarks/results"]).stdout != ""
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown", True
 
 
 def digest(*folders: str) -> str:
-    """A hash of the Python files in these folders: two trees that agree in it measure, or test, the same."""
+    """A hash of the Python files in these folders: trees that agree in it measure, or test, the same."""
     found = hashlib.sha256()
     for folder in folders:
         for file in sorted((ROOT / folder).rglob("*.py")):
-            if folder != "benchmarks" or file.name not in SHOWN_BY:
+            if folder != "benchmarks" or file.name not in UNMEASURED:
                 found.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes() + b"\0")
     return found.hexdigest()[:16]
 
 
 def provenance(device: torch.device) -> Record:
-    """Where and with what a figure was measured: machine, commit, dirty flag, hash of the sources, versions, and the
+    """Where and with what a figure is measured: machine, commit, dirty flag, hash of the sources, versions, and the
     backend of attention's value where none is named.
     """
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = "absent"
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     head, dirty = commit()
+    try:
+        triton = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        triton = "absent"
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "gpu": gpu,
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "commit": head,
         "dirty": dirty,
         "sources": digest(*MEASURED),
         "torch": torch.__version__,
-        "triton": triton_version,
+        "triton": triton,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "attention": attention_backend(device, torch.bfloat16, 64)[0],
     }
 
 
-def ledger_file(gpu: object, directory: Path = RESULTS) -> Path:
-    """The ledger of a GPU."""
-    return directory / f"{str(gpu).lower().replace(' ', '-').removeprefix('nvidia-')}.jsonl"
-
-
-def append(record: Record, directory: Path = RESULTS) -> Path:
-    """Add one line to the ledger of the GPU that the record names, at once: an interrupted run keeps it."""
-    file = ledger_file(record["gpu"], directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(file, "a") as ledger:
-        ledger.write(json.dumps(record) + "\n")
-    return file
-
-
 def records_of(file: Path) -> Iterator[Record]:
-    """The records of a ledger, in order; none where there is no such file. A line that was cut off is left out."""
+    """The records of a file, in order; none where there is no such file. A line that was cut off is left out."""
     for line in file.read_text().splitlines() if file.is_file() else ():
         try:
             yield json.loads(line)
@@ -106,32 +89,53 @@ def records_of(file: Path) -> Iterator[Record]:
             continue
 
 
-Key = tuple[str, str | None, int | None, int | None]
+Key = tuple[str, str | None, int | None]
 
 
 def key(record: Record) -> Key:
-    """What a record is about: case, provider, batch, and the memory budget of a largest batch."""
-    return record["case"], record["provider"], record.get("batch"), record.get("budget_gb")
+    """What a record is about: case, provider and batch."""
+    return record["case"], record["provider"], record.get("batch")
 
 
-class Earlier:
-    """What a ledger holds of this very code on this card: measured in an earlier part, it is not measured again."""
+def out_of_memory(record: Record) -> bool:
+    """Whether that is why there is no figure."""
+    return str(record.get("error", "")).startswith(OUT_OF_MEMORY)
 
-    def __init__(self, file: Path | None = None, origin: Record | None = None) -> None:
+
+class Ledger:
+    """What is known of this very code on this machine, from earlier runs and from this one."""
+
+    def __init__(self, origin: Record, directory: Path | None = None) -> None:
+        """`origin`: provenance and ceilings of this run. `directory`: where the file lies; None: nothing is written."""
+        self.origin = origin
+        name = f"{str(origin['gpu']).lower().replace(' ', '-').removeprefix('nvidia-')}.jsonl"
+        self.file = None if directory is None else directory / name
         same = ("gpu", "sources", "torch", "triton")
-        every = records_of(file) if file is not None and origin is not None else ()
-        self.records = [r for r in every if all(r.get(name) == origin[name] for name in same)]
-        self.known = {key(r) for r in self.records}
-        self.held = {key(r) for r in self.records if _settled(r)}
-        self.tried = {key(r) for r in self.records if r["status"] == "failed"} - self.held
+        every = records_of(self.file) if self.file is not None else ()
+        self.earlier = [r for r in every if all(r.get(name) == origin[name] for name in same)]
+        self.records: list[Record] = []
 
-    def verdicts(self, tests: str) -> dict[str, str | None]:
-        """Test file -> why it is not green, or None, as found with these tests (their `digest`)."""
-        found = [r for r in self.records if r["suite"] == "tests" and r["tests"] == tests and _settled(r)]
-        return {r["case"]: r["error"] for r in found}
+    def settled(self) -> set[Key]:
+        """What another try gains nothing on: it was measured, or the memory is too small."""
+        return {key(r) for r in (*self.earlier, *self.records) if r["status"] == "measured" or out_of_memory(r)}
 
+    def tried(self) -> set[Key]:
+        """What failed in an earlier run, and may not again."""
+        return {key(r) for r in self.earlier if r["status"] == "failed"} - self.settled()
 
-def _settled(record: Record) -> bool:
-    """Nothing is gained by trying again: a figure, a memory too small, a verdict of tests that came to an end."""
-    full = str(record.get("error", "")).startswith(OUT_OF_MEMORY)
-    return record["status"] == "measured" or full or (record["suite"] == "tests" and record["finished"])
+    def add(self, record: Record) -> None:
+        """Keep a record, and write it at once: an interrupted run loses nothing. Its `table` becomes a file of its own.
+
+        What is skipped is not written where more is known already.
+        """
+        table = record.pop("table", None)
+        self.records.append(record)
+        if self.file is None or (record["status"] == "skipped" and key(record) in {key(r) for r in self.earlier}):
+            return
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.file, "a") as ledger:
+            ledger.write(json.dumps({**self.origin, **record}) + "\n")
+        if table is not None:
+            name = re.sub(r"[^A-Za-z0-9]+", "-", f"{record['case']} {record['provider']}")
+            profile = self.file.with_name(f"{self.file.stem}-profile-{name}.txt")
+            profile.write_text(f"{record['case']}, {record['provider']}: median {record['median_us']:.0f} us\n{table}")

@@ -1,103 +1,65 @@
-"""`python -m pmf.benchmarks plot`: a ledger's figures as pictures."""
+"""A ledger's figures as pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import tyro
-
+from pmf.atomic_files import write_atomically
 from pmf.benchmarks.ledger import RESULTS
-from pmf.benchmarks.report import Record, find_ledger, measured, read_ledger
-from pmf.checkpoint import write_atomically
+from pmf.benchmarks.tables import find_ledger, measured, read_ledger
+
+Bar = tuple[str, str, float | None]
+"""Group, provider and value; None is left out."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """Draw time and peak memory of the steps, the ops' share of their ceiling, and the largest batches."""
-
-    ledger: Path | None = None
-    """The file (default: the only one in benchmarks/results)."""
-    out: Path = RESULTS
-    """Folder of the pictures."""
-
-
-def _bars(groups: dict[str, dict[str, float]], unit: str, title: str, line: float | None = None):
-    """Grouped horizontal bars with their values: group -> series -> value."""
+def write_bars(file: Path, bars: list[Bar], unit: str, title: str) -> list[Path]:
+    """Write horizontal bars with their values, a colour for each provider; the file, if there is anything to draw."""
     from matplotlib.figure import Figure
 
-    series = list(dict.fromkeys(name for values in groups.values() for name in values))
-    height = 0.8 / len(series)
-    figure = Figure(figsize=(9, 1.2 + 0.22 * len(groups) * max(2, len(series))), layout="constrained")
-    axes = figure.add_subplot()
-    for i, name in enumerate(series):
-        places = [(j + i * height, values[name]) for j, values in enumerate(groups.values()) if name in values]
-        bars = axes.barh([y for y, _ in places], [value for _, value in places], height, label=name)
-        axes.bar_label(bars, fmt="%.3g", padding=2, fontsize=7)
-    axes.set_yticks([j + (0.8 - height) / 2 for j in range(len(groups))], list(groups), fontsize=8)
+    found = [bar for bar in bars if bar[2] is not None]
+    if not found:
+        return []
+    colours = {provider: f"C{i}" for i, provider in enumerate(dict.fromkeys(provider for _, provider, _ in found))}
+    figure = Figure(figsize=(9, 1.2 + 0.2 * len(found)), layout="constrained")
+    axes = figure.add_subplot(xlabel=unit, title=title)
+    labels = [f"{group}: {provider}" for group, provider, _ in found]
+    colour = [colours[provider] for _, provider, _ in found]
+    axes.bar_label(axes.barh(labels, [value for *_, value in found], color=colour), fmt="%.3g", fontsize=7)
+    axes.tick_params("y", labelsize=7)
     axes.invert_yaxis()
-    axes.margins(x=0.1)
-    axes.set_xlabel(unit)
-    axes.set_title(title)
-    if line is not None:
-        axes.axvline(line, color="black", linewidth=0.8)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
-    return figure
-
-
-def _grouped(records: list[Record], value: Callable[[Record], float | None]) -> dict[str, dict[str, float]]:
-    """Case -> provider -> value, where there is one."""
-    groups: dict[str, dict[str, float]] = {}
-    for record in records:
-        number = value(record)
-        if number is not None:
-            groups.setdefault(record["case"], {})[record["provider"]] = number
-    return groups
-
-
-def _peak(record: Record) -> float | None:
-    return None if record["peak_bytes"] is None else record["peak_bytes"] / 1e9
-
-
-def _largest(records: list[Record]) -> list[Record]:
-    """Measured where it was, else computed; the provider says which."""
-    bars = []
-    for r in records:
-        kind = "computed" if r["measured_batch"] is None else "measured"
-        series = {"provider": f"{r['provider']}, {kind}", "batch": r[f"{kind}_batch"]}
-        bars.append({"case": f"{r['size']}, {r['budget_gb']} GB", **series})
-    return bars
+    axes.margins(x=0.1, y=0.01)
+    write_atomically(file, partial(figure.savefig, dpi=150, format="png"))
+    return [file]
 
 
 def draw(file: Path, out: Path) -> list[Path]:
     """Write a PNG per kind of figure that the ledger holds; their paths."""
     records = read_ledger(file)
-    gpu = records[-1]["gpu"]
-    steps, ops, memory = (measured(records, suite) for suite in ("steps", "ops", "memory"))
-    copying = [r for r in ops if r["operations"] == 0]
-    kinds = {
-        "step-time": (
-            _grouped(steps, lambda r: r["median_us"] / 1e3 / r["batch"]),
-            "ms per image",
-            "Forward and backward of a step",
-        ),
-        "step-memory": (_grouped(steps, _peak), "GB above what rests", "Peak memory of a training step"),
-        "ops": (_grouped(copying, lambda r: r["of_copy_bandwidth"]), "of the copy bandwidth", "Memory-bound ops"),
-        "largest-batch": (_grouped(_largest(memory), lambda r: r["batch"]), "images", "Largest batch"),
+    gpu, steps, ops, memory = records[-1]["gpu"], *(measured(records, suite) for suite in ("steps", "ops", "memory"))
+    times: list[Bar] = [(r["case"], r["provider"], r["median_us"] / 1e3 / r["batch"]) for r in steps]
+    peaks: list[Bar] = [(r["case"], r["provider"], r["peak_bytes"] and r["peak_bytes"] / 1e9) for r in steps]
+    shares: list[Bar] = [(r["case"], r["provider"], r["of_copy_bandwidth"]) for r in ops if not r["operations"]]
+    kinds = ["computed" if r["measured_batch"] is None else "measured" for r in memory]
+    largest: list[Bar] = [
+        (f"{r['size']}, {r['budget_gb']} GB", f"{r['step']}, {kind}", r[f"{kind}_batch"])
+        for r, kind in zip(memory, kinds, strict=True)
+    ]
+    pictures = {
+        "step-time": (times, "ms per image", f"Forward and backward of a step, {gpu}"),
+        "step-memory": (peaks, "GB above what rests", f"Peak memory of a training step, {gpu}"),
+        "ops": (shares, "of the copy bandwidth", f"Memory-bound ops, {gpu}"),
+        "largest-batch": (largest, "images", f"Largest batch, {gpu}"),
     }
-    written = []
-    for name, (groups, unit, title) in kinds.items():
-        if groups:
-            figure = _bars(groups, unit, f"{title}, {gpu}", 1.0 if name == "ops" else None)
-            path = out / f"{file.stem}-{name}.png"
-            write_atomically(path, lambda temporary, figure=figure: figure.savefig(temporary, dpi=150, format="png"))
-            written.append(path)
-    return written
+    return [path for name, bars in pictures.items() for path in write_bars(out / f"{file.stem}-{name}.png", *bars)]
 
 
-def command(arguments: list[str]) -> None:
-    """Draw, and name the files."""
-    options = tyro.cli(Options, prog="python -m pmf.benchmarks plot", args=arguments)
-    for path in draw(find_ledger(options.ledger), options.out):
+def plot(ledger: Path | None = None, out: Path = RESULTS) -> None:
+    """Draw time and peak memory of the steps, the ops' share of their ceiling, and the largest batches.
+
+    Args:
+        ledger: The file (default: the only one in benchmarks/results).
+        out: Folder of the pictures.
+    """
+    for path in draw(find_ledger(ledger), out):
         print(path)

@@ -1,130 +1,127 @@
-"""Timing: cold L2, rivals interleaved, medians with spread, against ceilings of the same run."""
+"""Time providers in turns on a cold L2: medians with quartiles, peak memory, and the ceilings of the same run.
+
+`triton.testing` is no substitute: `do_bench` times one function after the other, so that clocks drift between rivals,
+and `do_bench_cudagraph` leaves L2 warm.
+"""
 
 from __future__ import annotations
 
 import math
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
-Run = Callable[[], object]
+from pmf.benchmarks.cases import Providers, Run
+from pmf.benchmarks.ledger import Record
+from pmf.benchmarks.processes import failed
+
 FEWEST = 3
-"""Repeats that a median and its quartiles need at the least."""
-
-
-@dataclass(frozen=True)
-class Ready:
-    """A provider after its warm-up: compilers and kernels are ready."""
-
-    run: Run
-    seconds: float
-    """What its last warm-up run took."""
-    peak_bytes: int | None
-    """Peak of the allocator above what was there before; None without a GPU."""
-    peak_from: str = "a warm run"
-    """What that peak is of, for a run that counts its own."""
-    reserved_bytes: int | None = None
-    """What PyTorch's allocator holds after the run, pools of CUDA graphs with it; None without a GPU."""
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """Times of one provider of one case."""
-
-    median_us: float
-    """Median time, in microseconds."""
-    quartiles_us: tuple[float, float]
-    """First and third quartile."""
-    repeats: int
-    """Timed runs."""
-    captured: bool
-    """Replayed as a CUDA graph."""
-    peak_bytes: int | None
-    """This and the next two as in `Ready`."""
-    peak_from: str
-    reserved_bytes: int | None
-
-
-def warm_up(run: Run, device: torch.device) -> Ready:
-    """Run three times; the last tells time and peak memory. A run with `peak_bytes()` counts its own."""
-    on_gpu = device.type == "cuda"
-    for _ in range(2):
-        run()
-    if on_gpu:
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-    began = time.perf_counter()
-    run()
-    peak = reserved = None
-    if on_gpu:
-        torch.cuda.synchronize(device)
-        peak, reserved = torch.cuda.max_memory_allocated(device) - before, torch.cuda.memory_reserved(device)
-    seconds = time.perf_counter() - began
-    own = getattr(run, "peak_bytes", None)
-    if own is None:
-        return Ready(run, seconds, peak, reserved_bytes=reserved)
-    return Ready(run, seconds, own(), getattr(run, "peak_from", "its own count"), reserved)
+"""Repeats that a median and its quartiles need."""
+PROFILE_ROWS = 25
+"""Operators that a record names; the whole table is a file of its own."""
 
 
 def measure(
-    providers: dict[str, Ready],
+    providers: Providers,
     device: torch.device,
     repeats: int = 30,
     seconds: float = math.inf,
-    capture: bool = True,
-) -> dict[str, Measurement]:
-    """Time every provider `repeats` times, in turns; fewer times where all would not fit into `seconds`.
+    graphs: bool = True,
+    detailed: bool = False,
+) -> Iterator[Record]:
+    """A record per provider: timed `repeats` times, in turns, fewer where all would not fit into `seconds`.
 
-    On CUDA, L2 is overwritten before each run; with `capture` each is a CUDA graph where it can be, so
-    that Python's launch cost does not count.
+    On CUDA, L2 is overwritten before each run. With `graphs` a run is replayed as a CUDA graph where it can be, so that
+    Python's launch cost does not count. `detailed` adds `details`. A provider that fails costs no other.
     """
-    once = sum(ready.seconds for ready in providers.values())
-    repeats = max(FEWEST, min(repeats, int(min(seconds / once, repeats)))) if once > 0 else repeats
-    if device.type != "cuda":
-        samples = _cpu_samples({name: ready.run for name, ready in providers.items()}, repeats)
-        return {name: _summary(samples[name], False, ready) for name, ready in providers.items()}
-    runs = {name: _captured(ready.run) if capture else (ready.run, False) for name, ready in providers.items()}
-    samples = _cuda_samples({name: run for name, (run, _) in runs.items()}, device, repeats)
-    return {name: _summary(samples[name], runs[name][1], ready) for name, ready in providers.items()}
-
-
-def _cpu_samples(providers: dict[str, Run], repeats: int) -> dict[str, list[float]]:
-    samples: dict[str, list[float]] = {name: [] for name in providers}
+    runs: dict[str, Run] = {}
+    records: dict[str, Record] = {}
+    once = 0.0
+    for name, prepare in providers.items():
+        try:
+            run = prepare()
+            memory, took = warm_up(run, device, "captured" in name)
+            replay = graph_of(run) if graphs and device.type == "cuda" else None
+            runs[name], once = replay or run, once + took
+            records[name] = {"provider": name, "status": "measured", **memory, "captured": replay is not None}
+        except Exception as error:
+            yield {"provider": name, **failed(error)}
+    repeats = max(FEWEST, int(min(repeats, seconds / max(once, 1e-9))))
+    clock = _cuda_clock(device) if device.type == "cuda" else _cpu_clock
+    ends: dict[str, list[Callable[[], float]]] = {name: [] for name in runs}
     for _ in range(repeats):
-        for name, run in providers.items():
-            began = time.perf_counter()
-            run()
-            samples[name].append(1e6 * (time.perf_counter() - began))
-    return samples
+        for name, run in runs.items():
+            ends[name].append(clock(run))
+    synchronize(device)
+    for name, run in runs.items():
+        first, median, third = statistics.quantiles((end() for end in ends[name]), n=4)
+        record = {**records[name], "median_us": median, "quartiles_us": (first, third), "repeats": repeats}
+        try:
+            yield {**record, **(details(run, device, min(repeats, 5)) if detailed else {})}
+        except Exception as error:
+            yield {**record, "note": failed(error)["error"]}
 
 
-def _cuda_samples(providers: dict[str, Run], device: torch.device, repeats: int) -> dict[str, list[float]]:
-    l2 = torch.cuda.get_device_properties(device).L2_cache_size
-    flush = torch.empty(4 * l2, dtype=torch.int8, device=device)
-    events: dict[str, list] = {name: [] for name in providers}
-    for _ in range(repeats):
-        for name, run in providers.items():
-            flush.zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            end.record()
-            events[name].append((start, end))
-    torch.cuda.synchronize(device)
-    return {name: [1e3 * start.elapsed_time(end) for start, end in pairs] for name, pairs in events.items()}
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
-def _captured(run: Run) -> tuple[Run, bool]:
-    """The run as a CUDA graph, and True; itself, and False, where it cannot be captured.
+def warm_up(run: Run, device: torch.device, captured: bool = False) -> tuple[Record, float]:
+    """Run three times; its memory, None without a GPU, and the seconds of the last run.
 
-    Captured on the current stream, no default one: backward runs where forward was recorded, and a capture that
-    fails leaves its stream as the current one.
+    peak_bytes: the allocator's peak above what was allocated before, in the last run. A replayed graph allocates
+    nothing, so that of a `captured` step is of the first; a run with a method `peak_bytes` counts its own.
+    reserved_bytes: what the allocator holds, pools of graphs included.
+    """
+    on_gpu, peaks, seconds = device.type == "cuda", [], 0.0
+    for _ in range(3):
+        synchronize(device)
+        before = torch.cuda.memory_allocated(device) if on_gpu else 0
+        torch.cuda.reset_peak_memory_stats(device) if on_gpu else None
+        began = time.perf_counter()
+        run()
+        synchronize(device)
+        seconds = time.perf_counter() - began
+        peaks.append(torch.cuda.max_memory_allocated(device) - before if on_gpu else None)
+    peak, source = (peaks[0], "warm-up and capture") if captured else (peaks[-1], "a warm run")
+    if hasattr(run, "peak_bytes"):
+        peak, source = run.peak_bytes(), "its own count"
+    reserved = torch.cuda.memory_reserved(device) if on_gpu else None
+    return {"peak_bytes": peak, "peak_from": source, "reserved_bytes": reserved}, seconds
+
+
+def _cpu_clock(run: Run) -> Callable[[], float]:
+    began = time.perf_counter()
+    run()
+    took = 1e6 * (time.perf_counter() - began)
+    return lambda: took
+
+
+def _cuda_clock(device: torch.device) -> Callable[[Run], Callable[[], float]]:
+    flush = torch.empty(4 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.int8, device=device)
+
+    def clock(run: Run) -> Callable[[], float]:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        start.record()
+        run()
+        end.record()
+        return lambda: 1e3 * start.elapsed_time(end)
+
+    return clock
+
+
+def graph_of(run: Run) -> Run | None:
+    """What replays the run as a CUDA graph; None where it cannot be captured.
+
+    Captured on the current stream, which must not be the default one: backward runs on the stream that forward was
+    recorded on, and a failed capture leaves its own stream current.
     """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
@@ -132,109 +129,45 @@ def _captured(run: Run) -> tuple[Run, bool]:
             run()
     except RuntimeError:
         torch.cuda.synchronize()
-        return run, False
-    return graph.replay, True
-
-
-def _summary(samples: list[float], captured: bool, ready: Ready) -> Measurement:
-    first, median, third = statistics.quantiles(samples, n=4)
-    memory = (ready.peak_bytes, ready.peak_from, ready.reserved_bytes)
-    return Measurement(median, (first, third), len(samples), captured, *memory)
+        return None
+    return graph.replay
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
-    """This machine's own limits: copy bandwidth in bytes/s, bfloat16 product in operations/s."""
-    on_gpu = device.type == "cuda"
-    size, n = (2**30, 8192) if on_gpu else (2**24, 512)
+    """This machine's own limits: copy bandwidth in bytes/s (read and written), bfloat16 product in operations/s."""
+    size, n = (2**30, 8192) if device.type == "cuda" else (2**24, 512)
     source = torch.empty(size, dtype=torch.int8, device=device)
-    target = torch.empty_like(source)
-    a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
-    runs = {"copy": lambda: target.copy_(source), "product": lambda: a @ a}
-    # Not as CUDA graphs: a graph copies by a copy engine, at two thirds of what kernels reach on an H200.
-    times = measure({name: warm_up(run, device) for name, run in runs.items()}, device, capture=False)
-    return {
-        "copy_bytes_per_s": 2 * size / times["copy"].median_us * 1e6,
-        "product_operations_per_s": 2 * n**3 / times["product"].median_us * 1e6,
-    }
+    target, a = torch.empty_like(source), torch.randn(n, n, device=device, dtype=torch.bfloat16)
+    runs: Providers = {"copy": lambda: lambda: target.copy_(source), "product": lambda: lambda: a @ a}
+    # Not as CUDA graphs: a graph copies with a copy engine, at two thirds of what kernels reach on an H200.
+    copy, product = (record["median_us"] / 1e6 for record in measure(runs, device, graphs=False))
+    return {"copy_bytes_per_s": 2 * size / copy, "product_operations_per_s": 2 * n**3 / product}
 
 
-def host_us(run: Run, device: torch.device, repeats: int = 5) -> float:
-    """What the host takes to enqueue a run, median in microseconds: it starts on an idle device and does not wait."""
-    samples = []
+def details(run: Run, device: torch.device, repeats: int = 5) -> Record:
+    """Of a whole step: what the host takes, and what its kernels and operators do.
+
+    host_us: median to enqueue a run, which starts on an idle device and does not wait. busy_us, launches: of all
+    kernels, None on the CPU. profile: operators by the time of what they launched. table: kernels and operators.
+    """
+    host = []
     for _ in range(repeats):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        began = time.perf_counter()
+        synchronize(device)
+        host.append(_cpu_clock(run)())
+    synchronize(device)
+    with profile() as profiler:
         run()
-        samples.append(1e6 * (time.perf_counter() - began))
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return statistics.median(samples)
-
-
-@dataclass(frozen=True)
-class Profile:
-    """What one run spends its time in: CUDA kernels and copies, or operators on the CPU."""
-
-    kernels: list[tuple[str, float, int]]
-    """Name, microseconds in all, calls; the largest first."""
-    span_us: float
-    """From the first start to the last end; the profiler itself slows the host."""
-
-    @property
-    def launches(self) -> int:
-        """Kernels and copies that ran."""
-        return sum(calls for _, _, calls in self.kernels)
-
-    @property
-    def busy_us(self) -> float:
-        """Sum of their times."""
-        return sum(took for _, took, _ in self.kernels)
-
-    def table(self, top: int | None = None) -> str:
-        """Aligned columns: microseconds, share, calls, name; the first `top`, or all."""
-        gaps = max(self.span_us - self.busy_us, 0.0)
-        head = f"{self.launches} launches, busy {self.busy_us:.0f} us of {self.span_us:.0f} us, gaps {gaps:.0f} us"
-        rows = (f"{took:11.1f} {took / self.busy_us:7.2%} {n:6}  {name}" for name, took, n in self.kernels[:top])
-        return "\n".join([head, f"{'us':>11} {'share':>7} {'calls':>6}  name", *rows]) + "\n"
-
-
-def profiled(run: Run, device: torch.device) -> Profile:
-    """Profile one run."""
-    on_gpu = device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities) as profiler:
-        run()
-        if on_gpu:
-            torch.cuda.synchronize(device)
-    if on_gpu:
-        return profile_of(profiler.events())
-    events = [event for event in profiler.events() if event.device_type == DeviceType.CPU]
-    return _profile([(event.name, float(event.self_cpu_time_total), event.time_range) for event in events])
-
-
-def profile_of(events) -> Profile:
-    """The kernels among a profiler's events; ours by the operator that launched them, for their names are alike."""
-    ran = [(event.name, event.time_range) for event in events if event.device_type == DeviceType.CUDA]
-    ours: dict[tuple[str, float], list[str]] = {}
-    for event in events:
-        if event.device_type == DeviceType.CPU and event.name.startswith("pmf::"):
-            for kernel in event.kernels:
-                ours.setdefault((kernel.name, float(kernel.duration)), []).append(f"{kernel.name} of {event.name}")
-    named = []
-    for name, times in ran:
-        took = float(times.elapsed_us())
-        operators = ours.get((name, took))
-        named.append((operators.pop() if operators else name, took, times))
-    return _profile(named)
-
-
-def _profile(ran: list) -> Profile:
-    """From names, microseconds and time ranges."""
-    spent: dict[str, tuple[float, int]] = {}
-    for name, took, _ in ran:
-        total, calls = spent.get(name, (0.0, 0))
-        spent[name] = (total + took, calls + 1)
-    kernels = sorted(((name, took, calls) for name, (took, calls) in spent.items()), key=lambda entry: -entry[1])
-    span = max(times.end for *_, times in ran) - min(times.start for *_, times in ran) if ran else 0.0
-    return Profile(kernels, float(span))
+        synchronize(device)
+    rows, on_gpu = profiler.key_averages(), device.type == "cuda"
+    spent = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    kernels = [row for row in rows if row.device_type == DeviceType.CUDA and not row.is_user_annotation]
+    operators = [(row.key[:120], getattr(row, spent), row.count) for row in rows if row.device_type == DeviceType.CPU]
+    total = max(sum(took for _, took, _ in operators), 1e-9)
+    operators.sort(key=lambda operator: -operator[1])
+    return {
+        "host_us": statistics.median(host),
+        "busy_us": sum(row.self_device_time_total for row in kernels) if on_gpu else None,
+        "launches": sum(row.count for row in kernels) if on_gpu else None,
+        "profile": [(name, took / total, count) for name, took, count in operators[:PROFILE_ROWS]],
+        "table": rows.table(sort_by=spent, row_limit=-1, max_name_column_width=100),
+    }

@@ -3,33 +3,70 @@
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what editors and type checkers read; at run time names load on first use, so that import is quick
+    from pmf import layers, ops, optim
+    from pmf.config import LOSSES, MODELS, SAMPLING, LossConfig, ModelConfig
+    from pmf.cuda_graphs import CapturedStep
+    from pmf.draws import Draws, sample_draws
+    from pmf.dual import Dual
+    from pmf.errors import InputError
+    from pmf.loss import LossOutput, pmf_loss
+    from pmf.model import PMFDiT, create_model
+    from pmf.perceptual import PerceptualLoss
+    from pmf.published_weights import convert_official_state_dict, export_official_state_dict, infer_config
+    from pmf.sampling import Sampler, generate
+    from pmf.weights import save_model
 
 __version__ = "0.1.0"
 
+__all__ = [
+    "LOSSES",
+    "MODELS",
+    "SAMPLING",
+    "CapturedStep",
+    "Draws",
+    "Dual",
+    "InputError",
+    "LossConfig",
+    "LossOutput",
+    "ModelConfig",
+    "PMFDiT",
+    "PerceptualLoss",
+    "Sampler",
+    "__version__",
+    "convert_official_state_dict",
+    "create_model",
+    "export_official_state_dict",
+    "generate",
+    "infer_config",
+    "layers",
+    "ops",
+    "optim",
+    "pmf_loss",
+    "sample_draws",
+    "save_model",
+]
+
 _HOMES = {
     "pmf.config": ("LOSSES", "MODELS", "SAMPLING", "LossConfig", "ModelConfig"),
-    "pmf.captured": ("CapturedStep",),
-    "pmf.checkpoint": (
-        "convert_official_state_dict",
-        "export_official_state_dict",
-        "infer_config",
-        "load_model",
-        "save_model",
-    ),
+    "pmf.cuda_graphs": ("CapturedStep",),
+    "pmf.draws": ("Draws", "sample_draws"),
     "pmf.dual": ("Dual",),
     "pmf.errors": ("InputError",),
-    "pmf.loss": ("Draws", "LossOutput", "pmf_loss", "sample_draws"),
+    "pmf.loss": ("LossOutput", "pmf_loss"),
     "pmf.model": ("PMFDiT", "create_model"),
+    "pmf.perceptual": ("PerceptualLoss",),
+    "pmf.published_weights": ("convert_official_state_dict", "export_official_state_dict", "infer_config"),
     "pmf.sampling": ("Sampler", "generate"),
+    "pmf.weights": ("save_model",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
-_SUBMODULES = ("layers", "ops")
-
-__all__ = ["__version__", *_HOME_OF, *_SUBMODULES]
+_SUBMODULES = ("layers", "ops", "optim")
 
 
-def __getattr__(name: str):
-    """Public names load on first use, so that `import pmf` is quick."""
+def __getattr__(name: str) -> object:
     if name in _HOME_OF:
         return getattr(importlib.import_module(_HOME_OF[name]), name)
     if name in _SUBMODULES:

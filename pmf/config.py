@@ -1,4 +1,4 @@
-"""What defines a pMF network and its loss: frozen dataclasses and the published presets.
+"""What defines a pMF network and its loss: frozen dataclasses, and one row for each published model.
 
 Source: arXiv 2601.22158 and the configurations its authors published.
 """
@@ -6,12 +6,14 @@ Source: arXiv 2601.22158 and the configurations its authors published.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from pmf.errors import require
 
 CONDITIONINGS = ("in_context", "adaln")
+PREFIX_TOKENS = {"y": "class", "omega": "omega", "t_min": "t_min", "t_max": "t_max", "h": "time"}
+"""The groups of prefix tokens, in order: the input that each carries, and its name in `ModelConfig` (class_tokens)."""
 
 
 @dataclass(frozen=True)
@@ -172,19 +174,85 @@ class LossConfig:
             require(value >= 0, f"LossConfig: {name} must not be negative, got {value}")
 
 
+@dataclass(frozen=True)
+class Guidance:
+    """The guidance that a network samples with."""
+
+    omega: float
+    """Guidance scale, at least 1; 1 is none."""
+    t_min: float = 0.0
+    """Start of the guidance interval: guidance acts for t in [t_min, t_max]."""
+    t_max: float = 1.0
+    """End of the guidance interval."""
+
+    def __post_init__(self) -> None:
+        require(self.omega >= 1, f"omega: expected a guidance scale >= 1, got {self.omega}")
+        ordered = 0 <= self.t_min <= self.t_max <= 1
+        require(ordered, f"t_min: expected 0 <= t_min <= t_max <= 1, got {self.t_min} and {self.t_max}")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Everything that belongs to one named model."""
+
+    network: ModelConfig
+    loss: LossConfig
+    guidance: Guidance
+    """What it samples with in one step."""
+    ema_half_life: float | None = None
+    """Half-life of the average that samples are drawn from, in thousands of images."""
+    guidance_torch: Guidance | None = None
+    """What the authors' PyTorch command samples with, where it differs from their JAX one."""
+
+
 _BASE: dict[str, Any] = dict(hidden_size=768, depth=16, num_heads=12)
 _LARGE: dict[str, Any] = dict(hidden_size=1024, depth=32, num_heads=16)
 _HUGE: dict[str, Any] = dict(hidden_size=1280, depth=48, num_heads=16, bottleneck=256)
-_FINE: dict[str, Any] = dict(image_size=512, patch_size=32)
+_512_PIXELS: dict[str, Any] = dict(image_size=512, patch_size=32)
 
-MODELS: dict[str, ModelConfig] = {
-    "pMF-B/16": ModelConfig(**_BASE),
-    "pMF-B/32": ModelConfig(**_BASE, **_FINE, noise_scale=2.0),
-    "pMF-L/16": ModelConfig(**_LARGE),
-    "pMF-L/32": ModelConfig(**_LARGE, **_FINE, noise_scale=4.0),
-    "pMF-H/16": ModelConfig(**_HUGE, noise_scale=2.0),
-    "pMF-H/32": ModelConfig(**_HUGE, **_FINE, noise_scale=4.0),
-    "pMF-digits": ModelConfig(
+PUBLISHED: dict[str, ModelSettings] = {
+    "pMF-B/16": ModelSettings(
+        network=ModelConfig(**_BASE),
+        loss=LossConfig(),
+        guidance=Guidance(omega=8.5, t_min=0.1, t_max=0.7),
+        ema_half_life=2000,
+        guidance_torch=Guidance(omega=7.5, t_min=0.1, t_max=0.8),
+    ),
+    "pMF-B/32": ModelSettings(
+        network=ModelConfig(**_BASE, **_512_PIXELS, noise_scale=2.0),
+        loss=LossConfig(),
+        guidance=Guidance(omega=6.5, t_min=0.1, t_max=0.7),
+        ema_half_life=2000,
+    ),
+    "pMF-L/16": ModelSettings(
+        network=ModelConfig(**_LARGE),
+        loss=LossConfig(cfg_beta=2.0),
+        guidance=Guidance(omega=7.0, t_min=0.2, t_max=0.7),
+        ema_half_life=1000,
+    ),
+    "pMF-L/32": ModelSettings(
+        network=ModelConfig(**_LARGE, **_512_PIXELS, noise_scale=4.0),
+        loss=LossConfig(p_mean=0.0, perceptual_max_t=0.6),
+        guidance=Guidance(omega=7.5, t_min=0.2, t_max=0.6),
+        ema_half_life=2000,
+    ),
+    "pMF-H/16": ModelSettings(
+        network=ModelConfig(**_HUGE, noise_scale=2.0),
+        loss=LossConfig(p_mean=0.0, perceptual_max_t=0.6, tr_uniform=True),
+        guidance=Guidance(omega=7.0, t_min=0.2, t_max=0.6),
+        ema_half_life=1000,
+    ),
+    "pMF-H/32": ModelSettings(
+        network=ModelConfig(**_HUGE, **_512_PIXELS, noise_scale=4.0),
+        loss=LossConfig(p_mean=0.0, perceptual_max_t=0.6, tr_uniform=True),
+        guidance=Guidance(omega=5.5, t_min=0.1, t_max=0.6),
+        ema_half_life=500,
+    ),
+}
+"""The authors' six models, as their published configurations have them."""
+
+DIGITS = ModelSettings(
+    network=ModelConfig(
         image_size=8,
         patch_size=2,
         hidden_size=64,
@@ -200,40 +268,28 @@ MODELS: dict[str, ModelConfig] = {
         t_max_tokens=1,
         time_tokens=1,
     ),
-}
+    loss=LossConfig(p_std=1.2, tr_uniform=True, norm_p=0.5),
+    guidance=Guidance(omega=1.1, t_min=0.0, t_max=1.0),
+)
+"""Our own model of handwritten digits, small enough for a CPU."""
 
-LOSSES: dict[str, LossConfig] = {
-    "pMF-B/16": LossConfig(),
-    "pMF-B/32": LossConfig(),
-    "pMF-L/16": LossConfig(cfg_beta=2.0),
-    "pMF-L/32": LossConfig(p_mean=0.0, perceptual_max_t=0.6),
-    "pMF-H/16": LossConfig(p_mean=0.0, perceptual_max_t=0.6, tr_uniform=True),
-    "pMF-H/32": LossConfig(p_mean=0.0, perceptual_max_t=0.6, tr_uniform=True),
-    "pMF-digits": LossConfig(p_std=1.2, tr_uniform=True, norm_p=0.5),
-}
+_NAMED = {**PUBLISHED, "pMF-digits": DIGITS}
 
+MODELS: dict[str, ModelConfig] = {name: settings.network for name, settings in _NAMED.items()}
+LOSSES: dict[str, LossConfig] = {name: settings.loss for name, settings in _NAMED.items()}
 SAMPLING: dict[str, dict[str, float]] = {
-    "pMF-B/16": dict(omega=8.5, t_min=0.1, t_max=0.7),
-    "pMF-B/16-torch": dict(
-        omega=7.5, t_min=0.1, t_max=0.8
-    ),  # of the authors' PyTorch command, in place of their JAX one
-    "pMF-B/32": dict(omega=6.5, t_min=0.1, t_max=0.7),
-    "pMF-L/16": dict(omega=7.0, t_min=0.2, t_max=0.7),
-    "pMF-L/32": dict(omega=7.5, t_min=0.2, t_max=0.6),
-    "pMF-H/16": dict(omega=7.0, t_min=0.2, t_max=0.6),
-    "pMF-H/32": dict(omega=5.5, t_min=0.1, t_max=0.6),
-    "pMF-digits": dict(omega=1.1, t_min=0.0, t_max=1.0),
+    f"{name}{suffix}": asdict(guidance)
+    for name, settings in _NAMED.items()
+    for suffix, guidance in (("", settings.guidance), ("-torch", settings.guidance_torch))
+    if guidance is not None
 }
+"""omega, t_min and t_max by the name of the model; "pMF-B/16-torch" is that of the authors' PyTorch command."""
 
-EMA_HALF_LIVES: dict[str, float] = {
-    "pMF-B/16": 2000,
-    "pMF-B/32": 2000,
-    "pMF-L/16": 1000,
-    "pMF-L/32": 2000,
-    "pMF-H/16": 1000,
-    "pMF-H/32": 500,
-}
-"""Half-life of the average that samples are drawn from, in thousands of images."""
+
+def published_guidance(name: str) -> Guidance:
+    """The setting of `SAMPLING` by that name. Errors: an unknown name."""
+    require(name in SAMPLING, f"guidance: expected one of {', '.join(SAMPLING)}, got {name!r}")
+    return Guidance(**SAMPLING[name])
 
 
 def model_config(name_or_config: str | ModelConfig) -> ModelConfig:

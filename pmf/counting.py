@@ -1,4 +1,4 @@
-"""What a computation keeps and does, counted exactly and without a GPU."""
+"""Operations, and bytes saved for backward: counted exactly, without a GPU."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from pmf.config import LossConfig, ModelConfig
+from pmf.config import ModelConfig
+from pmf.draws import Draws
 from pmf.dual import Dual
-from pmf.loss import Draws, StepPlan, pmf_loss
 from pmf.model import create_model
 from pmf.private import storage_id
+from pmf.step_plan import StepPlan
 
 
 def saved_bytes(run: Callable[[], object], parameters: Iterable[Tensor] = ()) -> int:
@@ -46,12 +47,12 @@ class RowOperations:
 
     def lean(self, draws: Draws) -> int:
         """Operations of the lean step on these draws."""
-        plan = StepPlan.of(draws, "lean")
+        plan = StepPlan.of(draws)
         guided = plan.tangent_rows + len(plan.padded_null_rows())
         return guided * self.guidance + len(draws.t) * self.main + plan.tangent_rows * self.tangent
 
     def naive(self, draws: Draws) -> int:
-        """Operations of the naive step: three guidance passes and a tangent on every row."""
+        """Operations of the published step: three guidance passes (the v head alone) and a tangent on every row."""
         return len(draws.t) * (3 * self.guidance + self.main + self.tangent)
 
     def flow_matching(self, draws: Draws) -> int:
@@ -60,26 +61,16 @@ class RowOperations:
 
 
 def operations(run: Callable[[], object]) -> int:
-    """Multiplications and additions of the matrix products that `run` calls, on any device, meta too."""
+    """Multiplications and additions of the matrix products in `run`, on any device including meta."""
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
 
 
-def meta_step(config: ModelConfig, draws: Draws, plan: str) -> Callable[[], None]:
-    """A whole step, forward and backward, on meta tensors: nothing is computed, everything is counted."""
-    model = create_model(config, device="meta", impl="reference")
-    batch = len(draws.t)
-    draws = replace(draws, noise=torch.empty(batch, *config.image_shape, device="meta"))
-    x = torch.empty(batch, *config.image_shape, device="meta")
-    y = torch.zeros(batch, dtype=torch.int64, device="meta")
-    return lambda: pmf_loss(model, x, y, draws, LossConfig(), plan=plan).loss.backward()
-
-
 def per_block(config: ModelConfig, count: Callable[[ModelConfig], list[int]]) -> tuple[list[int], list[int]]:
     """`count` of the network with one shared block and one a head, and what each further block adds.
 
-    Blocks are alike, so two shallow networks tell what a deep one costs: exactly, in a fraction of the time.
+    All blocks cost the same, so two shallow networks give the cost of a deep one: exactly, in a fraction of the time.
     """
     shallow, deeper = (count(replace(config, depth=depth, aux_head_depth=1)) for depth in (2, 3))
     return shallow, [b - a for a, b in zip(shallow, deeper, strict=True)]

@@ -1,11 +1,11 @@
-"""Random resized crops, as the authors of pMF take them: boxes drawn on the host, images cut and resized in batch.
+"""Random resized crops, as the authors of pMF take them: boxes drawn on the host, images cropped and resized in batch.
 
 A box of h x w pixels is resized to size x size with the antialiased bicubic filter (a = -1/2). The filter is
-separable, so that resizing is two products per image, y = W_y x W_x^T, whose weights hold the box as well:
+separable, so that cropping and resizing are two matrix products per image, y = W_y x W_x^T:
 
 W[i, j] = k((j + 1/2 - start - s (i + 1/2)) / max(s, 1)) over all pixels j of the image, rows summing to 1,
-s = length / size, k the cubic kernel. Near the edge of its box the filter reads what lies beyond; only at the edge of
-the image is it cut and normalised. There is no loop over rows and nothing is read back from the device.
+s = length / size, k the cubic kernel. Near the edge of its box the filter reads pixels outside the box; it is
+truncated and renormalised at the edge of the image alone. No loop over rows; nothing is read back from the device.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ def draw_crops(rows: int, height: int, width: int, generator: torch.Generator | 
 
 
 def resize_crops(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Every image's own crop, resized: [B, C, H, W] and boxes [B, 4] -> [B, C, size, size], channels last.
+    """Crop each image by its own box and resize it: [B, C, H, W], boxes [B, 4] -> [B, C, size, size], channels last.
 
     Antialiased bicubic as in the equation above (the authors' `jax.image.scale_and_translate`). Weights and products
     are in float32 (float64 for float64 images), outside autocast; the result has that dtype. Differentiable in
-    `images`; `boxes` may be on the CPU. Errors: `InputError` on shapes that do not belong together.
+    `images`; `boxes` may be on the CPU. Errors: `InputError` on shapes that do not match.
     """
     rows, _, height, width = images.shape
     require(list(boxes.shape) == [rows, 4], f"boxes: expected shape [{rows}, 4], got {list(boxes.shape)}")

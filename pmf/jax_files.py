@@ -19,17 +19,17 @@ from pmf.errors import InputError, first_line, require
 ORBAX_FILES = ("_METADATA", "manifest.ocdbt", "checkpoint")
 """Any of these makes a folder an orbax checkpoint."""
 DEPTH = 3
-"""How many folders down a checkpoint may lie."""
+"""How many folders deep a checkpoint may be."""
 Tree = dict[str, Any]
 
 
 def is_state(path: Path) -> bool:
-    """Whether `path` is a zip, a train state, or a folder of train states, by its look."""
+    """Whether `path` is a zip, a train state, or a folder of train states, judging by names alone."""
     return path.suffix == ".zip" or bool(_checkpoints(path))
 
 
 def _checkpoints(path: Path) -> list[Path]:
-    """The train states that lie uppermost in `path`, itself included."""
+    """The topmost train states in `path`, which may be one itself."""
     found = [path]
     for _ in range(DEPTH + 1):
         states = [entry for entry in found if _is_checkpoint(entry)]
@@ -46,13 +46,13 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _step(path: Path) -> int | None:
-    """flax calls a checkpoint `checkpoint_<step>`, and one that it has not finished otherwise."""
+    """The step in flax's name of a finished checkpoint, `checkpoint_<step>`; None for any other name."""
     match = re.fullmatch(r"checkpoint_(\d+)", path.name)
     return int(match[1]) if match else None
 
 
 def _latest(path: Path) -> Path:
-    """The train state in `path`: of several in one folder the last one, as flax takes it."""
+    """The train state in `path`: of several in one folder the last, as in flax."""
     found = _checkpoints(path)
     require(bool(found), f"source: {path} holds no JAX train state")
     steps = {state: _step(state) for state in found}
@@ -69,7 +69,7 @@ class StateFile:
     """
 
     def __init__(self, path: Path) -> None:
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX on a GPU leaves the memory to PyTorch
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX would claim most of the GPU's memory
         if path.is_dir():
             import numpy as np
             import orbax.checkpoint as ocp
@@ -105,7 +105,7 @@ class StateFile:
 
 
 def _map(tree: Any, leaf: Any) -> Any:
-    """The same nested dicts and lists with `leaf` at every end that is not None."""
+    """The same nested dicts and lists with `leaf` in place of every leaf that is not None."""
     if isinstance(tree, dict):
         return {name: _map(part, leaf) for name, part in tree.items()}
     if isinstance(tree, (list, tuple)):
@@ -115,7 +115,7 @@ def _map(tree: Any, leaf: Any) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """orbax warns of the way it is called, once for every array."""
+    """Silence orbax, which logs a warning for every array."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -147,7 +147,7 @@ def open_state(source: Path) -> Iterator[StateFile]:
                 f"source: {source} is a JAX train state, which needs pip install 'pixel-meanflow[jax-checkpoints]' "
                 f"({first_line(error)})"
             ) from error
-        except Exception as error:  # a torn checkpoint can make its reader fail in any way
+        except Exception as error:  # reading a torn checkpoint can raise anything
             raise InputError(f"source: {source} is not a readable JAX train state: {first_line(error)}") from error
 
 
@@ -167,8 +167,8 @@ def _unpack(source: Path, folder: Path) -> None:
 
 
 def _check_entries(source: Path, archive: zipfile.ZipFile) -> None:
-    """Every path stays inside, and there is something that may be a train state."""
-    paths = [PureWindowsPath(name) for name in archive.namelist()]  # which know both kinds of slashes, and drives
+    """Check that no path leaves the archive, and that some entry may be a train state."""
+    paths = [PureWindowsPath(name) for name in archive.namelist()]  # parses both kinds of slashes, and drives
     outside = [name for name, path in zip(archive.namelist(), paths, strict=True) if path.anchor or ".." in path.parts]
     require(not outside, f"source: {source} holds the path {next(iter(outside), '')!r}, which leads out of it")
     states = any(path.name in ORBAX_FILES or _step(Path(path.name)) is not None for path in paths)

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pmf.config import EMA_HALF_LIVES, MODELS, ModelConfig
-from pmf.errors import require
+from pmf.config import PUBLISHED, ModelConfig
+from pmf.errors import InputError, require
+from pmf.hub import locate
 from pmf.jax_files import StateFile, is_state, open_state
-from pmf.official import convert_official_state_dict, infer_config, name_pairs
-from pmf.sources import locate
+from pmf.published_weights import convert_official_state_dict, infer_config, published_names
 
 Leaves = dict[tuple[str, ...], Any]
 STATE_FIELDS = ("step", "params", "ema_params", "opt_state")
@@ -46,7 +46,7 @@ class TrainState:
     adam: dict[str, tuple[Tensor, Tensor]]
     """Adam's first and second moments, before their biases are corrected."""
     count: int
-    """Updates that the moments have seen."""
+    """Updates that went into the moments."""
 
 
 def load_weights(source: Path, name: str | None = None) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -58,9 +58,10 @@ def load_weights(source: Path, name: str | None = None) -> tuple[ModelConfig, di
     with open_state(source) as file:
         held = _held(file)
         config = infer_config(published_state_dict(file.tree["params"]))
-        name = name or _default(config, held)
         listed = ", ".join(held)
-        require(name is not None, f"weights: {source} holds several averages, expected one of {listed}")
+        name = name or _default(config, held)
+        if name is None:
+            raise InputError(f"weights: {source} holds several averages, expected one of {listed}")
         require(name in held, f"weights: {source} has no {name!r}, expected one of {listed}")
         return config, convert_official_state_dict(published_state_dict(file.read(*held[name])))
 
@@ -83,7 +84,10 @@ def load_train_state(source: Path) -> TrainState:
 
 
 def find_train_state(source: str, weights: str | None = None) -> TrainState:
-    """The whole train state that `source` and `weights` name, as `load_model` takes them; of weights only "model"."""
+    """The whole train state that `source` and `weights` name, as `PMFDiT.from_pretrained` takes them.
+
+    Errors: `InputError` as for `load_train_state`, and on weights other than "model".
+    """
     file, name = locate(source, weights)
     require(is_state(file), f"source: expected a train state of the authors, got {file}")
     require(name in (None, "model"), f'weights: a run goes on from "model", got {name!r}')
@@ -101,7 +105,7 @@ def _held(file: StateFile) -> dict[str, tuple[str, ...]]:
 
 def _default(config: ModelConfig, held: Mapping[str, object]) -> str | None:
     """The average that the preset of this network samples from, else the only one, if any."""
-    presets = [f"ema_{EMA_HALF_LIVES[name]:g}" for name in EMA_HALF_LIVES if MODELS[name] == config]
+    presets = [f"ema_{p.ema_half_life:g}" for p in PUBLISHED.values() if p.network == config]
     averages = [name for name in held if name != "model"] or ["model"]
     return next((name for name in presets if name in held), averages[0] if len(averages) == 1 else None)
 
@@ -109,7 +113,7 @@ def _default(config: ModelConfig, held: Mapping[str, object]) -> str | None:
 def _moments(
     source: Path, file: StateFile, config: ModelConfig
 ) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]], int]:
-    """(Muon's momentum, Adam's moments, their count). Each optimizer holds its own parameters and gaps for the rest."""
+    """(Muon's momentum, Adam's moments, their count). Each optimizer has placeholders for the other's parameters."""
     full = {(*prefix, "count") for prefix in (_MUON, _ADAM)} <= _leaves(file.tree["opt_state"]).keys()
     require(full, f"source: {source} holds no moments of Muon and Adam, expected a full training state")
     moments = _leaves(file.read("opt_state"))
@@ -122,15 +126,12 @@ def _moments(
     together = len(counts) == 1 and first.keys() == second.keys() and not muon.keys() & first.keys()
     require(together, f"source: {source} holds moments of Muon and Adam that do not belong together")
     first, second = (convert_official_state_dict(muon | adam) for adam in (first, second))  # names and shapes of all
-    published = dict(name_pairs(config, ("u", "v")))
+    published = published_names(config, ("u", "v"))
     return (
         {name: value for name, value in first.items() if published[name] in muon},
         {name: (value, second[name]) for name, value in first.items() if published[name] not in muon},
         counts.pop(),
     )
-
-
-# Names and values.
 
 
 def published_state_dict(params: Any) -> dict[str, Tensor]:
@@ -139,7 +140,7 @@ def published_state_dict(params: Any) -> dict[str, Tensor]:
 
 
 def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Leaves:
-    """The values at the ends of nested dicts and lists, by their path; gaps (None, empty dicts) are left out."""
+    """The leaves of nested dicts and lists by their path; empty nodes (None, {}) are left out."""
     if tree is None:
         return {}
     if isinstance(tree, (list, tuple)):

@@ -1,4 +1,4 @@
-"""The memory that training takes: expected, counted on fake tensors without computing anything."""
+"""Expected training memory, counted on fake tensors without computing anything."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pmf.private import FakeTensorMode
 
 EMA_COPIES = 3
 Pass = Callable[[PMFDiT, int], object]
-"""A forward pass of a network on so many rows, which records what backward needs."""
+"""(model, rows) -> a forward pass on that many rows, recorded for backward."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class TrainingMemory:
     state: int
     """float32 parameters, gradients, optimizer moments and averages: what sharding divides."""
     copies: int
-    """Low-precision copies of the weights, which autocast makes: whole in every process."""
+    """Low-precision copies of the weights that autocast makes; every process holds all of them."""
     per_row: int
-    """Activations that one more row of the device batch saves for backward."""
+    """Activations that each row of the device batch saves for backward."""
 
     @property
     def fixed(self) -> int:
@@ -37,15 +37,15 @@ class TrainingMemory:
         return self.state + self.copies
 
     def sharded(self, processes: int) -> TrainingMemory:
-        """The memory of each of so many processes that share the state between them."""
+        """The memory of each of `processes` processes that shard the state."""
         return replace(self, state=-(-self.state // processes))
 
     def expected(self, rows: int) -> int:
-        """Bytes at a device batch of so many rows: a lower bound, since buffers that come and go are not counted."""
+        """Bytes at a device batch of `rows` rows: a lower bound, since temporary buffers are not counted."""
         return self.fixed + rows * self.per_row
 
     def largest_batch(self, budget: float) -> int:
-        """Rows that fit into so many bytes beside what is fixed: an upper bound, as `expected` is a lower one."""
+        """Rows that fit into `budget` bytes beside the fixed part: an upper bound, since `expected` is a lower one."""
         return max(0, int((budget - self.fixed) // self.per_row))
 
 

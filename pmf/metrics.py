@@ -1,4 +1,4 @@
-"""Numbers for samples: Fréchet distance, Inception score, precision and recall.
+"""Quality of samples: Fréchet distance, Inception score, precision and recall.
 
 The metrics take features and logits, whatever computed them; `inception` is the usual extractor.
 """
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from pmf.checkpoint import write_atomically
+from pmf.atomic_files import write_atomically
 from pmf.errors import InputError, first_line, require
 
 Resize = Literal["tf1", "half_pixel"]
-"""How an image comes to Inception's 299 pixels, bilinearly and without antialias: output pixel i reads position i s
-(tf1, the original graph's) or (i + 1/2) s - 1/2 (half_pixel, align_corners=False), with s = size / 299."""
+"""How an image is resized to Inception's 299 pixels, bilinearly and without antialias: output pixel i reads position
+i s (tf1, the original graph's) or (i + 1/2) s - 1/2 (half_pixel, align_corners=False), with s = size / 299."""
 NAMES: dict[Resize, tuple[str, str]] = {"tf1": ("mu", "sigma"), "half_pixel": ("ref_mu", "ref_sigma")}
 """Statistics made with each are published under these names: by ADM and JiT, and by pMF's authors."""
 INCEPTION_SIZE = 299
@@ -32,7 +32,7 @@ class Statistics:
 
     mu float64 [d]; sigma float64 [d, d], unbiased (zero for one image); count, the number of images,
     where it is known; features float32 [count, d], where they were kept: precision and recall need them;
-    resize, the convention that Inception features were made with (None: not known, or of no matter).
+    resize, the convention that Inception features were made with (None: unknown or irrelevant).
     """
 
     mu: np.ndarray
@@ -60,7 +60,8 @@ class Statistics:
         or sets of different resizes.
         """
         _check_comparable(self, other)
-        require(None not in (self.count, other.count), "count: expected statistics that know it, got None")
+        if self.count is None or other.count is None:
+            raise InputError("count: expected statistics that know it, got None")
         count, difference = self.count + other.count, other.mu - self.mu
         squares = self.sigma * (self.count - 1) + other.sigma * (other.count - 1)
         squares += np.outer(difference, difference) * (self.count * other.count / count)
@@ -77,7 +78,7 @@ class Statistics:
         try:
             with np.load(path, allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in archive.files}
-        except Exception as error:  # what is no archive can fail in any way
+        except Exception as error:  # reading what is no archive can raise anything
             raise InputError(f"reference: {path} is not a readable npz archive: {first_line(error)}") from error
         named = {name for pair in NAMES.values() for name in pair if name in arrays}
         resize = next((resize for resize, pair in NAMES.items() if named == set(pair)), None)
@@ -194,13 +195,13 @@ class Inception(torch.nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Both outputs, on the network's device; a repetition gives the same bits."""
         images = images.to(next(self.network.parameters()).device)
-        # Neither TF32 nor an algorithm picked by timing.
+        # No TF32, and no algorithm chosen by timing.
         exact = dict(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
         with torch.backends.cudnn.flags(**exact):  # type: ignore[arg-type]
             return self.network(images) if self.resize == "tf1" else self._after(half_pixel(images))
 
     def _after(self, resized: Tensor) -> tuple[Tensor, Tensor]:
-        """What torch-fidelity's network does behind its own resize: its layers in turn, the last without its bias."""
+        """The part of torch-fidelity's network after its own resize: every layer in turn, the last without its bias."""
         *layers, last = self.network.children()
         x = (resized - 128) / 128
         for layer in layers:
@@ -224,7 +225,7 @@ def inception(
     """torch-fidelity's port of the Inception-v3 of 2015-12-05, which published FIDs are measured with.
 
     It brings images of any size to 299 px by `resize`: as the original did (tf1), or as the network of pMF's JAX
-    release does (half_pixel); behind that the two networks are one. `weights` is the file of its state dict;
+    release does (half_pixel); after that the two networks are the same. `weights` is the file of its state dict;
     by default torch-fidelity downloads it. Features and logits are those that torch-fidelity takes from
     this extractor: "2048" for FID, precision and recall, "logits_unbiased" for the Inception score.
     (Without a choice of extractor, torch-fidelity measures precision and recall on VGG-16 instead.)
@@ -234,7 +235,7 @@ def inception(
     require(resize in NAMES, f"resize: expected one of {', '.join(NAMES)}, got {resize!r}")
     try:
         from torch_fidelity import FeatureExtractorInceptionV3
-    except Exception as error:  # beside a torchvision made for another PyTorch it fails in any way
+    except Exception as error:  # beside a torchvision built for another PyTorch it can raise anything
         message = "inception: torch-fidelity does not import, expected pip install 'pixel-meanflow[eval]'"
         raise InputError(f"{message}: {first_line(error)}") from error
     try:
@@ -243,7 +244,7 @@ def inception(
         network = FeatureExtractorInceptionV3(
             "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights, verbose=False
         )
-    except Exception as error:  # a torn file can make its reader fail in any way, and so can a download
+    except Exception as error:  # reading a torn file, or a download, can raise anything
         source = "the download" if weights is None else weights
         raise InputError(f"inception: cannot take the weights from {source}: {first_line(error)}") from error
     return Inception(network, resize).to(device)

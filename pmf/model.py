@@ -4,52 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
-import itertools
 import math
-import types
-from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from pmf import dispatch, ops
-from pmf.checkpointing import checkpoint_values
-from pmf.config import ModelConfig, model_config
+from pmf.compiling import CompiledBlocks
+from pmf.config import PREFIX_TOKENS, ModelConfig, model_config
 from pmf.dual import ABSENT, Dual, tail, tangent_rows, total
 from pmf.errors import readable, require
 from pmf.layers import Block, FinalLayer, PatchEmbed, Residual, ScalarEmbedders
 from pmf.packing import held_weights, joined_weights
-from pmf.private import open_batch, tree_map_only
+from pmf.recompute import recompute_in_backward
+from pmf.weights import matching_weights, read_weights
 
 HEADS = ("u", "v")
-CHECKPOINTING = ("none", "block")
+CHECKPOINTING: tuple[Literal["none", "block"], ...] = ("none", "block")
 SCALARS = ("h", "omega", "t_min", "t_max")
-PREFIX = {"y": "class", "omega": "omega", "t_min": "t_min", "t_max": "t_max", "h": "time"}
-"""Order of the prefix tokens, and the name of each group in `ModelConfig` and the published files."""
-
-
-_compilations = itertools.count()
-
-
-def _block_pass(block: Block, stream: Residual, rope: tuple[Tensor, Tensor], vector: Dual) -> Residual:
-    """What `compile_blocks` compiles; the block is an argument, so that one graph serves all of them."""
-    return block.forward_residual(stream, rope, vector)
-
-
-def _copy_of(function: Callable, name: str) -> Callable:
-    """The same function with a code object of its own: compilers keep graphs, and bound their number, by that."""
-    return types.FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
-
-
-def _of_any_batch(x: Tensor) -> Tensor:
-    """x without gradient, its batch size left open to compilers."""
-    x = x.detach()
-    if x.ndim > 1:
-        open_batch(x)
-    return x
 
 
 class Conditioning(nn.Module):
@@ -70,7 +44,7 @@ class Conditioning(nn.Module):
             self.tokens = nn.ParameterDict(
                 {
                     name: torch.randn(getattr(config, f"{source}_tokens"), width) / math.sqrt(width)
-                    for name, source in PREFIX.items()
+                    for name, source in PREFIX_TOKENS.items()
                 }
             )
 
@@ -80,14 +54,14 @@ class Conditioning(nn.Module):
         embedded = dict(zip(SCALARS, scalars, strict=True))
         embedded["y"] = Dual(self.classes(y))
         if not self.in_context:
-            vector = Dual(sum(e.value for e in embedded.values()), embedded["h"].dot)
+            vector = Dual(functools.reduce(torch.add, (e.value for e in embedded.values())), embedded["h"].dot)
             return ops.silu(vector)
-        groups = [self.tokens[name] + embedded[name].value[:, None] for name in PREFIX]
+        groups = [self.tokens[name] + embedded[name].value[:, None] for name in PREFIX_TOKENS]
         prefix = torch.cat(groups, 1)
         return Dual(prefix, self._prefix_dot(embedded["h"].dot, prefix))
 
     def _prefix_dot(self, h_dot: Tensor | None, prefix: Tensor) -> Tensor | None:
-        """The time tokens, which come last, all move with the embedding of h."""
+        """The tangent of the prefix: the time tokens, which come last, all move with the embedding of h."""
         if h_dot is None:
             return None
         prefix_dot = torch.zeros_like(tail(prefix, h_dot.shape[0]))
@@ -100,9 +74,12 @@ class PMFDiT(nn.Module):
 
     It predicts the clean image, net, in pixels; the velocities are (z - net) / clip(t, t_clip, 1).
     Build one with `create_model`. Inputs of `forward`: z [B, c, H, W]; t in [0, 1], h = t - r in
-    [0, t], omega >= 1, t_min and t_max in [0, 1], all float [B]; y int64 [B], the null class being
-    num_classes.
+    [0, t], omega >= 1, t_min and t_max in [0, 1], all float [B]; y int64 [B], where num_classes is the
+    null class.
     """
+
+    rope_cos: Tensor
+    rope_sin: Tensor
 
     def __init__(
         self,
@@ -124,7 +101,7 @@ class PMFDiT(nn.Module):
             self.head_blocks[head] = nn.ModuleList(Block(config, impl) for _ in range(config.aux_head_depth))
             self.final_layers[head] = FinalLayer(config, impl)
         cos, sin = ops.rope_tables(config.grid_size, config.head_dim)
-        self._compiled: dict[bool, Callable] = {}
+        self._compiled: CompiledBlocks | None = None
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
 
@@ -151,7 +128,7 @@ class PMFDiT(nn.Module):
         prefix, vector = (condition, ABSENT) if self.conditioning.in_context else (ABSENT, condition)
         stream = Residual(self.patch_embed.forward_dual(z, prefix))
         for block in self.shared_blocks:
-            stream = self._block(block, stream, vector)
+            stream = self._block(cast(Block, block), stream, vector)
         return {head: self._head(head, stream, vector) for head in heads}
 
     @property
@@ -160,20 +137,13 @@ class PMFDiT(nn.Module):
 
     def _block(self, block: Block, stream: Residual, vector: Dual) -> Residual:
         """One block; under "block" checkpointing backward recomputes its values, never its tangents."""
-        compiled = bool(self._compiled) and not torch.compiler.is_compiling()
-        run = functools.partial(self._run_compiled, block) if compiled else block.forward_residual
+        compiled = None if torch.compiler.is_compiling() else self._compiled
+        run = block.forward_residual if compiled is None else functools.partial(compiled, block)
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             return run(stream, self._rope, vector)
-        return checkpoint_values(run, stream, self._rope, vector, compiled=compiled)
+        return recompute_in_backward(run, stream, self._rope, vector, compiled=compiled is not None)
 
-    def _run_compiled(self, block: Block, stream: Residual, rope: tuple[Tensor, Tensor], vector: Dual) -> Residual:
-        """One block on the compiled pass that records for backward, or on the one that does not."""
-        recorded = torch.is_grad_enabled()
-        if not recorded:
-            stream, vector = tree_map_only(Tensor, _of_any_batch, (stream, vector))
-        return self._compiled[recorded](block, stream, rope, vector)
-
-    def compile_blocks(self, **options) -> None:
+    def compile_blocks(self, **options: Any) -> None:
         """Compile the blocks, all of them by the same few graphs: `options` go to `torch.compile`.
 
         Passes that record for backward, and passes that do not (guidance, sampling), are compiled apart. The
@@ -181,21 +151,15 @@ class PMFDiT(nn.Module):
         from the start. A graph serves every block; a lean step takes five, whatever its draws: with and without
         pending branch, with and without tangents. Sizes of 1 are compiled apart. Call it again to change options.
         """
-        if "recompile_limit" in inspect.signature(torch.compile).parameters:  # else the global limit, 8, holds
-            options = {"recompile_limit": 32, **options}
-        options = {"fullgraph": True, **options}
-        self._compiled = {
-            recorded: torch.compile(_copy_of(_block_pass, f"{name}_{next(_compilations)}"), **options)
-            for recorded, name in ((True, "recorded"), (False, "unrecorded"))
-        }
+        self._compiled = CompiledBlocks(**options)
 
     def _head(self, head: str, stream: Residual, vector: Dual) -> Dual:
         if head == "v":
-            stream = Residual(*(None if part is None else Dual(part.value) for part in stream))
-            vector = Dual(vector.value)
-        for block in self.head_blocks[head]:
-            stream = self._block(block, stream, vector)
-        return self.final_layers[head].forward_residual(stream, vector)
+            branch, gate = (None if part is None else Dual(part.value) for part in stream[1:])
+            stream, vector = Residual(Dual(stream.x.value), branch, gate), Dual(vector.value)
+        for block in self.head_blocks[head].children():
+            stream = self._block(cast(Block, block), stream, vector)
+        return cast(FinalLayer, self.final_layers[head]).forward_residual(stream, vector)
 
     def forward(
         self, z: Tensor, t: Tensor, h: Tensor, omega: Tensor, t_min: Tensor, t_max: Tensor, y: Tensor
@@ -222,7 +186,7 @@ class PMFDiT(nn.Module):
         without any tangent, and never carries a gradient.
         """
         self.check_inputs(z, t, h, omega, t_min, t_max, y)
-        rows = tangent_rows((z_dot, t_dot, h_dot))
+        rows = tangent_rows((z_dot, t_dot, h_dot)) or 0
         for name, dot, primal in (("z_dot", z_dot, z), ("t_dot", t_dot, t), ("h_dot", h_dot, h)):
             if dot is not None:
                 wanted = [rows, *primal.shape[1:]]
@@ -233,12 +197,12 @@ class PMFDiT(nn.Module):
                 )
         nets = self.predict_dual(Dual(z, z_dot), Dual(h, h_dot), omega, t_min, t_max, y, heads=self.heads)
         images = {head: net.map(self.to_images) for head, net in nets.items()}
-        u = self.velocity_dual(Dual(z, z_dot), Dual(t, t_dot), images["u"], rows)
-        v = self.velocity_dual(Dual(z), Dual(t), images["v"], None).value if "v" in images else None
+        u = self._velocity(Dual(z, z_dot), Dual(t, t_dot), images["u"])
+        v = self._velocity(Dual(z), Dual(t), images["v"]).value if "v" in images else None
         return u.value, v, u.dot
 
     def held_weights(self, weights: list[tuple[Tensor, ...]] | None = None) -> contextlib.AbstractContextManager[None]:
-        """Joins the blocks' weights once for all passes inside, or holds those of `joined_weights`."""
+        """Join the blocks' weights once for all passes inside, or use those of `joined_weights`."""
         return held_weights(self, self.rope_cos.device.type, weights)
 
     def joined_weights(self) -> list[tuple[Tensor, ...]]:
@@ -249,20 +213,19 @@ class PMFDiT(nn.Module):
         """Tokens [B, N, p * p * c] as images [B, c, H, W]."""
         return ops.unpatchify(tokens, self.config.patch_size, self.config.in_channels)
 
-    def velocity_dual(self, z: Dual, t: Dual, net: Dual, rows: int | None) -> Dual:
+    def _velocity(self, z: Dual, t: Dual, net: Dual) -> Dual:
         """(z - net) / c with c = clip(t, t_clip, 1), and (z_dot - net_dot - u c_dot) / c, the quotient rule."""
         t_clip = self.config.t_clip
         c = t.value.clamp(t_clip, 1)[:, None, None, None]
         u = (z.value - net.value) / c
-        if rows is None:
-            return Dual(u)
         with torch.no_grad():
-            u_last, c, t_last = (tail(value, rows) for value in (u, c, t.value))
-            numerator = total(z.dot, None if net.dot is None else -net.dot)
+            terms = [z.dot, None if net.dot is None else -net.dot]
             if t.dot is not None:
-                c_dot = torch.where(t_last > t_clip, t.dot, 0)[:, None, None, None]
-                numerator = total(numerator, -u_last * c_dot)
-            return Dual(u, numerator / c)
+                rows = len(t.dot)
+                c_dot = torch.where(tail(t.value, rows) > t_clip, t.dot, 0)[:, None, None, None]
+                terms.append(-tail(u, rows) * c_dot)
+            numerator = total(*terms)
+            return Dual(u, None if numerator is None else numerator / tail(c, len(numerator)))
 
     def check_inputs(
         self, z: Tensor, t: Tensor, h: Tensor, omega: Tensor, t_min: Tensor, t_max: Tensor, y: Tensor
@@ -295,11 +258,37 @@ class PMFDiT(nn.Module):
             require(bool(((value >= 0) & (value <= 1)).all()), f"{name}: expected times in [0, 1]")
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, **options) -> PMFDiT:
-        """A network from a run directory, a checkpoint file or a hub id; see `pmf.checkpoint.load_model`."""
-        from pmf.checkpoint import load_model
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        weights: str | None = None,
+        aux_head: bool | None = None,
+        impl: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> PMFDiT:
+        """A network from a run directory, a checkpoint file, or a Hugging Face hub id ("owner/name").
 
-        return load_model(source, **options)
+        `weights` names a file of a directory or hub repository, with or without its suffix: "ema_500" for an average
+        of a run, "pMF-B-16" (or "pMF-B/16") for pMF-B-16.pt. Of a hub repository that file alone is downloaded. By
+        default it is the run's own choice for sampling, else model.safetensors, else the only one.
+
+        Files are ours (.safetensors), published state dicts (.safetensors, .pt, .pth, .bin), or train states of the
+        authors' JAX code (.zip, or the folder or file in it; they need the extra jax-checkpoints). A train state
+        holds several sets of weights: "pMF-B-16-full:ema_1000" names one of them ("model" the trained weights), and
+        "ema_1000" does where `source` is the state itself; by default it is the average that the published settings
+        sample from. `aux_head` is as in the file unless False is asked for; the rest is as in `create_model`.
+
+        Errors: `InputError` names what is missing, torn or misshapen, or lists what `weights` can be.
+        """
+        file, config, state = read_weights(source, weights)
+        if aux_head is None:
+            aux_head = any(name.startswith("final_layers.v") for name in state)
+        model = create_model(config, aux_head=aux_head, impl=impl, device=device, dtype=dtype)
+        wanted = {name: value.shape for name, value in model.state_dict().items()}
+        model.load_state_dict(matching_weights(file, state, wanted))
+        return model
 
 
 def create_model(

@@ -7,15 +7,15 @@ Thomas, "Parallel Generation of Gaussian Random Numbers Using the Table-Hadamard
     z = points[each 16 bits of w]            N / 2 points of the plane out of 65,536, two values each
     y = H z                                  z as four rows of N / 4 values; H_ij = +-1, H H' = 4
 
-`points` are halved, since H / 2 is orthogonal: 8 values come of four independent points, and are as uncorrelated as
-these and closer to normal. The points lie on 4,096 circles, 16 on each at even angles: turning a pair like that makes
-its mixed moments those of independent normals wherever its radius has the right ones. Half the squared radius has the
-moments 1 to 5 of Exp(1): its quantiles s = -ln(1 - (i + 1/2) / 4096), corrected by a polynomial.
+`points` are halved, since H / 2 is orthogonal: 8 values derive from four independent points, are as uncorrelated as
+these and closer to normal. The points lie on 4,096 circles, 16 on each at even angles: that gives a pair the mixed
+moments of independent normals, provided that its radius has the right moments. Half the squared radius has the moments
+1 to 5 of Exp(1): its quantiles s = -ln(1 - (i + 1/2) / 4096), corrected by a polynomial.
 
 Exactly, from the table (tests/test_noise.py): moments of a value and mixed moments of 8 agree with those of independent
 normals to 1e-6, up to order 10 and 4; the distribution function to 2e-7; the tail beyond 3, 4, 5 and 6 deviations to
-1e-5, 5e-5, 2e-4 and 2e-2 of itself. None lies beyond 8.9. What remains shows only where the mix is taken back: half the
-sum of the four values of a column is a coordinate of one point, whose distribution function is right to 6e-4.
+1e-5, 5e-5, 2e-4 and 2e-2 of itself. No value exceeds 8.9. The remaining error shows only when the mix is undone:
+half the sum of the four values of a column is a coordinate of one point, whose distribution function is right to 6e-4.
 
 Every coordinate is a multiple of 2^-20 and every sum is below 16, so that float32 rounds nothing: neither the order of
 sums nor the device changes a bit, given a matrix product that multiplies float32 as such, like numpy's.
@@ -39,7 +39,7 @@ _HADAMARD = np.array([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 
 _CIRCLES, _ANGLES = 4096, 16
 _CORRECTION = (2.266866939e-4, -3.334423014e-3, 1.517891459e-2, -2.368119168e-2, 9.469157533e-3)
 _WIDEST = 2**14  # columns of one matrix product
-_AT_ONCE = 2**24  # values on a device, which bounds the memory beside them
+_AT_ONCE = 2**24  # values per pass on a device, which bounds temporary memory
 
 
 def seeded_noise(
@@ -52,11 +52,12 @@ def seeded_noise(
     """Unit-variance noise [n, c, H, W], float32, on `device` (None: the CPU), each image from its own seed.
 
     An image depends on its seed, an integer >= 0, and on its number of values. The CPU draws the words, on as many
-    threads as PyTorch uses; a GPU is sent these, a quarter of the bytes, and makes the values. Nobody waits for it: the
-    words of the next batch are drawn while it works on this one.
+    threads as PyTorch uses; a GPU receives the words, a quarter of the bytes, and computes the values. The host does
+    not wait for it and can draw the words of the next batch meanwhile.
 
-    `out` is where to draw, instead of new memory on `device`, which can take a CPU a quarter of the time.
-    Errors: `InputError` on both, and on an `out` that is no contiguous float32 [n, c, H, W] or requires a gradient.
+    `out` receives the noise in place of new memory on `device`; on a CPU, allocating can take a quarter of the time.
+    Errors: `InputError` on both `out` and `device`, and on an `out` that is no contiguous float32 [n, c, H, W] or
+    requires a gradient.
     """
     n, count = len(seeds), math.prod(image_shape)
     shape = (n, *image_shape)
@@ -65,18 +66,18 @@ def seeded_noise(
         _check_out(out, shape)
     device = torch.device(device or "cpu") if out is None else out.device
     if count % 8 > 0:
-        whole = seeded_noise(seeds, (1, 1, count + -count % 8), device)  # the last word has values too many
+        whole = seeded_noise(seeds, (1, 1, count + -count % 8), device)  # the last word gives surplus values
         images = whole.flatten(1)[:, :count].reshape(shape).contiguous()
         return images if out is None else out.copy_(images)
     if device.type == "cpu":
-        values = np.empty(shape, np.float32) if out is None else out.numpy()  # numpy asks for large pages
+        values = np.empty(shape, np.float32) if out is None else out.numpy()  # numpy requests huge pages
         _on_cpu(seeds, values.reshape(n, 4, count // 4))
         images = torch.from_numpy(values) if out is None else out
     else:
         images = torch.empty(shape, device=device, dtype=torch.float32) if out is None else out
         _on_device(seeds, images.view(n, 4, count // 4))
     if out is not None:
-        torch.autograd.graph.increment_version(out)  # what autograd saved of it is gone
+        torch.autograd.graph.increment_version(out)  # invalidates what autograd saved of it
     return images
 
 
@@ -91,7 +92,7 @@ def _check_out(out: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def _on_cpu(seeds: Sequence[int], values: np.ndarray) -> None:
-    """Values [n, 4, N / 4], an image at a time, which a core's cache holds."""
+    """Values [n, 4, N / 4], an image at a time, so that it stays in a core's cache."""
     points, (_, _, columns) = _points(), values.shape
     pieces = (4, _pieces(columns), -1)
 
@@ -107,12 +108,12 @@ def _on_cpu(seeds: Sequence[int], values: np.ndarray) -> None:
 
 @functools.cache
 def _pieces(columns: int) -> int:
-    """How many matrix products of one width an image takes: OpenBLAS puts wider ones on threads of its own."""
+    """Equal matrix products per image: OpenBLAS would spread wider ones over threads of its own."""
     return next(pieces for pieces in itertools.count(max(-(-columns // _WIDEST), 1)) if columns % pieces == 0)
 
 
 def _on_device(seeds: Sequence[int], values: Tensor) -> None:
-    """The same bits in few launches."""
+    """The same bits as `_on_cpu`, in few launches."""
     device, columns = values.device, values.shape[2]
     points = torch.from_numpy(_points())
     points = (points.pin_memory() if device.type == "cuda" else points).to(device, non_blocking=True)
@@ -124,7 +125,7 @@ def _on_device(seeds: Sequence[int], values: Tensor) -> None:
 
 
 def _mix(words: Tensor, points: Tensor, out: Tensor) -> None:
-    """Words int64 [n, length] to values [n, 4, 2 length], by additions: matrix units might round a product."""
+    """Words int64 [n, length] to values [n, 4, 2 length], by additions, since matrix units could round a product."""
     index = words.view(torch.int16).int().bitwise_and_(0xFFFF)
     found = torch.view_as_real(points.index_select(0, index.flatten())).view_as(out)
     for half, operation in enumerate((torch.add, torch.sub)):
@@ -134,7 +135,7 @@ def _mix(words: Tensor, points: Tensor, out: Tensor) -> None:
 
 
 def _staged_words(seeds: Sequence[int], length: int, device: torch.device) -> Tensor:
-    """Words int64 [n, length], where a copy to `device` starts that nobody waits for."""
+    """Words int64 [n, length], in memory that can be copied to `device` without waiting."""
     words = torch.empty(len(seeds), length, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
     rows = words.numpy().view(np.uint64)
 
@@ -152,7 +153,7 @@ def _words(seed: int, length: int) -> np.ndarray:
 
 
 def _on_threads(draw: Callable[[slice], None], rows: int) -> None:
-    """`draw` on shares of all rows, the first by this thread: numpy lets go of the interpreter's lock meanwhile."""
+    """`draw` on shares of all rows, the first by this thread: numpy releases the interpreter's lock."""
     threads = max(1, min(torch.get_num_threads(), rows))
     cuts = [rows * i // threads for i in range(threads + 1)]
     with ThreadPoolExecutor(threads) as pool:
@@ -168,7 +169,7 @@ def _points() -> np.ndarray:
     i = np.arange(_CIRCLES)
     s = -np.log1p(-(i + 0.5) / _CIRCLES)
     s *= 1 + np.polyval(_CORRECTION, s)
-    golden = (math.sqrt(5) - 1) / 2  # the share of a turn that leaves neighbours far apart
+    golden = (math.sqrt(5) - 1) / 2  # of a turn: keeps the angles of neighbouring circles far apart
     turns = (i + 0.5) * golden % 1 + np.arange(_ANGLES // 4)[:, None]
     quarter = np.sqrt(2 * s) / 2 * np.exp(2j * np.pi / _ANGLES * turns)
     quarter = (np.rint(quarter.real * 2**20) + 1j * np.rint(quarter.imag * 2**20)) / 2**20

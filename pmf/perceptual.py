@@ -1,18 +1,19 @@
 """Perceptual distances of the pMF loss: LPIPS and ConvNeXt-V2 between paired random crops.
 
-Both images are cut and resized to 224 x 224 by the same box, a box of its own for every row (pmf/crops.py).
+Both images of a row are cropped by the same random box and resized to 224 x 224 (pmf/crops.py).
 LPIPS    = sum over five VGG-16 layers of mean over pixels of sum_c w_c (f_c / |f| - g_c / |g|)^2
 ConvNeXt = |n(f) - n(g)|^2, f and g pooled features of ConvNeXt-V2, n its final LayerNorm (eps 1e-6);
 images go in as they are, in [-1, 1].
 
-The networks are frozen, and a row's distance depends on that row alone. Hence the gradient is taken while
-the distance is computed, a few rows at a time: what a network records lives for those rows only, and
-nothing but an image per row and term waits for the backward pass.
+The networks are frozen, and a row's distance depends on that row alone. So the gradient is computed together
+with the distance, a few rows at a time: activations live for those rows only, and what is kept for the backward
+pass is one image per row and term.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ VECTOR_EPS = 1e-10
 class LPIPSDistance(nn.Module):
     """LPIPS per row, of images in [-1, 1], from a `lpips.LPIPS` network (version 0.1, VGG trunk).
 
-    The network is taken over. Its trunk runs in `dtype`; scaling the input and comparing features are in float32
+    Takes ownership of the network. Its trunk runs in `dtype`; scaling the input and comparing features are in float32
     at least. The value is the package's; a feature vector of zeros gets a zero gradient, where the package gives NaN.
     """
 
@@ -71,8 +72,8 @@ def _unit(features: Tensor) -> Tensor:
 class ConvNextDistance(nn.Module):
     """Squared distance per row of the pooled, normalised features of a `transformers.ConvNextV2Model`.
 
-    The network is taken over and runs in `dtype`; pooling, the final LayerNorm (eps 1e-6) and the distance are in
-    float32 at least.
+    Takes ownership of the network, which runs in `dtype`; pooling, the final LayerNorm (eps 1e-6) and the distance
+    are in float32 at least.
     """
 
     def __init__(self, network: Any, dtype: torch.dtype) -> None:
@@ -96,7 +97,7 @@ class ConvNextDistance(nn.Module):
 
 
 class _RowDistance(torch.autograd.Function):
-    """distance(a, b) [B] of rows that do not mix, with its gradient in a taken on the way."""
+    """distance(a, b) [B] of independent rows, with its gradient with respect to `a` computed in the same pass."""
 
     @staticmethod
     def forward(ctx, a: Tensor, b: Tensor, distance: Callable[[Tensor, Tensor], Tensor], rows_at_once: int) -> Tensor:
@@ -173,7 +174,7 @@ class PerceptualLoss(nn.Module):
         return super().train(False)
 
     def for_step(self, seed: int) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
-        """The function of (x_hat, x) whose crops are drawn from `seed` (32 bits are read), at every call anew."""
+        """The function of (x_hat, x) whose crops are drawn from `seed` (its low 32 bits), the same at every call."""
         return lambda x_hat, x: self(x_hat, x, torch.Generator().manual_seed(seed))
 
     def forward(self, x_hat: Tensor, x: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -200,7 +201,7 @@ class PerceptualLoss(nn.Module):
 
 @contextmanager
 def _loading(argument: str, source: str) -> Iterator[None]:
-    """What goes wrong while `argument` is loaded, as one line."""
+    """Turn whatever fails while `argument` is loaded into a one-line `InputError`."""
     try:
         yield
     except ImportError as error:
@@ -213,9 +214,10 @@ def _loading(argument: str, source: str) -> Iterator[None]:
 
 @contextmanager
 def _own_kernels_hidden() -> Iterator[None]:
-    """Keeps transformers, which looks for Hugging Face's package `kernels`, from finding the folder of a clone."""
-    found, own = importlib.util.find_spec("kernels"), importlib.util.find_spec("pmf.kernels")
-    shadowed = found is not None and found.origin == own.origin
+    """Hide a clone's folder `kernels` from transformers, which looks for Hugging Face's package of that name."""
+    found, own = (importlib.util.find_spec(name) for name in ("kernels", "pmf.kernels"))
+    files = [spec.origin for spec in (found, own) if spec is not None and spec.origin is not None]
+    shadowed = len(files) == 2 and os.path.samefile(*files)  # a clone reaches its folder by a link as well
     if shadowed:
         sys.modules["kernels"] = None  # type: ignore[assignment]
     try:
@@ -254,8 +256,8 @@ def _read_state_dict(file: Path) -> dict[str, Tensor]:
 
 
 def _with_biases(network: Any) -> Any:
-    """The same network, its biases drawn too: with none, a black image, which is what a new network draws, meets
-    a norm of zeros in every block, and its gradient overflows.
+    """The network with random biases: without any, a black image (what an untrained model predicts) stays zero in
+    every block, whose norm then has an overflowing gradient.
     """
     for name, parameter in network.named_parameters():
         if name.endswith("bias"):

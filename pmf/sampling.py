@@ -7,23 +7,26 @@ import numbers
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pmf.config import MODELS, SAMPLING
+from pmf.config import MODELS, SAMPLING, Guidance, ModelConfig
 from pmf.dual import Dual
 from pmf.errors import readable, require
 from pmf.noise import seeded_noise
+
+if TYPE_CHECKING:
+    from pmf.model import PMFDiT
 
 Result = TypeVar("Result")
 
 
 @torch.no_grad()
 def generate(
-    model,
+    model: PMFDiT,
     labels: Sequence[int] | Tensor,
     *,
     noise: Tensor | None = None,
@@ -48,7 +51,7 @@ def generate(
     _check_count("steps", steps)
     _check_count("batch_size", batch_size)
     request = _Request.of(model.config, labels, noise, seeds)
-    conditions = _conditions(model.config, omega, t_min, t_max)
+    guidance = _guidance(model.config, omega, t_min, t_max)
     device = next(model.parameters()).device
 
     images = []
@@ -56,24 +59,24 @@ def generate(
         for part in request.parts(batch_size, progress):
             z = model.config.noise_scale * request.noise_of(part, device)
             labels = request.labels[part].to(device, non_blocking=True)
-            images.append(_integrate(model, z, labels, steps, conditions))
+            images.append(_integrate(model, z, labels, steps, guidance))
     return torch.cat(images)
 
 
 class Sampler:
-    """`generate` at speed: batches of one size, in buffers that stay, with the blocks' weights joined once a call.
+    """`generate` made fast: batches of one size in fixed buffers, with the blocks' weights joined once per call.
 
-    On CUDA a batch is one CUDA graph, captured here, so that neither Python nor launches cost time; elsewhere
-    it runs as it is. Blocks compiled by `model.compile_blocks()` serve both. Everything runs in the model's
+    On CUDA a batch is one CUDA graph, captured here, without Python's overhead and that of launches; elsewhere
+    it runs as it is. Both take blocks compiled by `model.compile_blocks()`. Everything runs in the model's
     dtype (autocast is off): take a network of `dtype=torch.bfloat16`, built with `aux_head=False`, on a GPU.
 
     Args: as in `generate`. Errors: `InputError` on the same, and on a model whose parameters have been
-    replaced since (changed in place, in whatever way, they are followed).
+    replaced since (changes in place take effect).
     """
 
     def __init__(
         self,
-        model,
+        model: PMFDiT,
         batch_size: int = 64,
         *,
         steps: int = 1,
@@ -84,7 +87,7 @@ class Sampler:
         _check_count("steps", steps)
         _check_count("batch_size", batch_size)
         self.model, self.batch_size, self.steps = model, batch_size, steps
-        self._conditions = _conditions(model.config, omega, t_min, t_max)
+        self._guidance = _guidance(model.config, omega, t_min, t_max)
         self.device = next(model.parameters()).device
         self._places = self._parameter_places()
         with self._inference():
@@ -119,7 +122,7 @@ class Sampler:
 
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:
-        """What is made inside can be written to in any mode later: no inference tensors."""
+        """Tensors made inside are no inference tensors: they can be written to in any mode later."""
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             yield
 
@@ -127,13 +130,13 @@ class Sampler:
         return [p.data_ptr() for p in self.model.parameters()]
 
     def _batch(self) -> Tensor:
-        """The images of what lies in the buffers."""
+        """The images for the noise and labels in the buffers."""
         z = self.model.config.noise_scale * self._noise
         with self.model.held_weights(self._weights):
-            return _integrate(self.model, z, self._labels, self.steps, self._conditions)
+            return _integrate(self.model, z, self._labels, self.steps, self._guidance)
 
     def _prepared(self, work: Callable[[], Result]) -> Callable[[], Result]:
-        """`work` as a CUDA graph, whose results stay where they are; the runs before let compilers get ready."""
+        """`work` as a CUDA graph with fixed results. Runs before the capture let compilers and libraries initialise."""
         if self.device.type != "cuda":
             return work
         graph = torch.cuda.CUDAGraph()
@@ -144,7 +147,7 @@ class Sampler:
                 for _ in range(2):
                     work()
             torch.cuda.current_stream().wait_stream(stream)
-            # Other threads, which pin a loader's batches, may go on meanwhile.
+            # thread_local: other threads, which pin a loader's batches, may go on meanwhile.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 results = work()
 
@@ -157,7 +160,7 @@ class Sampler:
 
 @dataclass(frozen=True)
 class _Request:
-    """What to draw: checked labels, and noise as it is or from seeds."""
+    """A checked request: labels, and noise either given or made from seeds."""
 
     labels: Tensor
     noise: Tensor | None
@@ -216,23 +219,20 @@ def _integers(name: str, values: Sequence[int] | Tensor) -> Tensor:
     return tensor.to(torch.int64)
 
 
-def _conditions(config, omega: float | None, t_min: float | None, t_max: float | None) -> tuple[float, ...]:
-    """(omega, t_min, t_max): as given, else the published setting of the preset."""
+def _guidance(config: ModelConfig, omega: float | None, t_min: float | None, t_max: float | None) -> Guidance:
+    """As given, else the published setting of the preset."""
     preset = next((SAMPLING[name] for name, c in MODELS.items() if c == config), {})
-    given = {"omega": omega, "t_min": t_min, "t_max": t_max}
-    chosen = {name: preset.get(name) if value is None else value for name, value in given.items()}
-    for name, value in chosen.items():
-        require(value is not None, f"{name}: this network is no preset, so {name} must be given")
-    require(chosen["omega"] >= 1, f"omega: expected a guidance scale >= 1, got {chosen['omega']}")
-    require(
-        0 <= chosen["t_min"] <= chosen["t_max"] <= 1,
-        f"t_min: expected 0 <= t_min <= t_max <= 1, got {chosen['t_min']} and {chosen['t_max']}",
-    )
-    return tuple(chosen.values())
+
+    def chosen(name: str, given: float | None) -> float:
+        require(given is not None or name in preset, f"{name}: this network is no preset, so {name} must be given")
+        return preset[name] if given is None else given
+
+    return Guidance(chosen("omega", omega), chosen("t_min", t_min), chosen("t_max", t_max))
 
 
-def _integrate(model, z: Tensor, y: Tensor, steps: int, conditions: tuple[float, ...]) -> Tensor:
+def _integrate(model: PMFDiT, z: Tensor, y: Tensor, steps: int, guidance: Guidance) -> Tensor:
     """From z_1 to z_0 in equal steps; only the u head runs."""
+    conditions = (guidance.omega, guidance.t_min, guidance.t_max)
     omega, t_min, t_max = (z.new_full((len(z),), value, dtype=torch.float32) for value in conditions)
     times = torch.linspace(1, 0, steps + 1, device=z.device)
     for t, r in pairwise(times):

@@ -11,13 +11,15 @@ from torch import Tensor
 
 import pmf
 from pmf.metrics import Resize
-from pmf.train.evaluate import EvalConfig, Evaluation
-from pmf.train.features import Ranks, all_ranks
+from pmf.train.distributed import World, join, leave
+from pmf.train.evaluation import command
+from pmf.train.evaluation.command import EvalConfig
 from tests.networks import random_model
 
 COLOUR = pmf.ModelConfig(
     image_size=8, patch_size=4, hidden_size=32, depth=2, num_heads=2, aux_head_depth=1, num_classes=5, bottleneck=12
 )
+ALONE = World(torch.device("cpu"))
 SETTINGS = dict(omega=(1.5, 3.0), interval=("0,1", "0.1,0.7"), per_class=6, chunk=8, batch_size=3, device="cpu")
 
 
@@ -54,7 +56,7 @@ def checkpoint(path: Path) -> Path:
     return path
 
 
-def evaluate(config: EvalConfig, extractor: torch.nn.Module | None = None, ranks: Ranks | None = None) -> list[dict]:
+def evaluate(config: EvalConfig, extractor: torch.nn.Module | None = None, world: World = ALONE) -> list[dict]:
     """The lines of an evaluation on the CPU."""
     made = extractor or Toy()
 
@@ -62,11 +64,12 @@ def evaluate(config: EvalConfig, extractor: torch.nn.Module | None = None, ranks
         made.resize = resize
         return made
 
-    return Evaluation(config, extractor_of, ranks or Ranks(), torch.device("cpu")).run()
+    return command.evaluate(config, world, extractor_of)
 
 
 if __name__ == "__main__":
     source, reference, out, delay = sys.argv[1:]
-    with all_ranks() as ranks:
-        config = EvalConfig(source, reference=Path(reference), out=Path(out), **SETTINGS)
-        evaluate(config, Toy(float(delay)), ranks)
+    world = join("cpu")
+    config = EvalConfig(source=source, reference=Path(reference), out=Path(out), **SETTINGS)
+    evaluate(config, Toy(float(delay)), world)
+    leave(world)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
 import pmf
+from pmf.step_plan import StepPlan
 
 DATA = Path(__file__).parent / "data"
 
@@ -62,6 +67,29 @@ def model_inputs(config: pmf.ModelConfig, batch: int, *, seed: int = 1, dtype=to
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm of what was expected."""
     return ((actual - expected).norm() / expected.norm()).item()
+
+
+@contextlib.contextmanager
+def every_row_in_full() -> Iterator[None]:
+    """Inside, `pmf_loss` evaluates everything on every row, as its oracle does, through the same ops."""
+    lean = StepPlan.of
+
+    def full(draws: pmf.Draws) -> StepPlan:
+        batch = len(draws.t)
+        return StepPlan(batch, torch.arange(batch), lean(draws).guidance)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StepPlan, "of", full)
+        yield
+
+
+def meta_step(config: pmf.ModelConfig, draws: pmf.Draws, loss: Callable) -> Callable[[], None]:
+    """A whole step, forward and backward, on meta tensors: nothing is computed, everything is counted."""
+    model = pmf.create_model(config, device="meta", impl="reference")
+    x = torch.empty(len(draws.t), *config.image_shape, device="meta")
+    y = torch.zeros(len(draws.t), dtype=torch.int64, device="meta")
+    draws = dataclasses.replace(draws, noise=torch.empty_like(x))
+    return lambda: loss(model, x, y, draws, pmf.LossConfig()).backward()
 
 
 class Golden:

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 import pmf
-from pmf.checkpoint import save_model
 from pmf.crops import draw_crops
+from pmf.data import ImageSet
+from pmf.draws import step_seed
+from pmf.optim import OptimizerConfig
 from pmf.perceptual import PerceptualLoss
 from pmf.train.config import RunConfig
-from pmf.train.data import ImageSet, step_seed
 from pmf.train.loop import Trainer
-from pmf.train.optim import OptimizerConfig
+from pmf.weights import save_model
 from tests.networks import golden, relative_error
 
 pytestmark = pytest.mark.extras

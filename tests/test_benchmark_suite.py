@@ -1,7 +1,6 @@
 """A measurement within its time: what happens to what fails, and what is made of the figures."""
 
 import contextlib
-import dataclasses
 import json
 import subprocess
 import sys
@@ -10,15 +9,26 @@ import time
 import pytest
 import torch
 
-from pmf.benchmarks import cli, gate, jobs, ledger, order, plots, report, suite
-from pmf.benchmarks.cases import VALUE_ALONE, Case
-from pmf.benchmarks.gate import Verdict
-from pmf.benchmarks.jobs import Job, Settings, case_records, run_job
-from pmf.benchmarks.order import Part
+from pmf.benchmarks import cli, gate, ledger, measuring, plan, tables, worker
+from pmf.benchmarks.cases import Case
+from pmf.benchmarks.ledger import Ledger
+from pmf.benchmarks.op_cases import VALUE_ALONE
+from pmf.benchmarks.plan import Options
+from pmf.benchmarks.processes import isolated
+from pmf.benchmarks.worker import LONG_ATTENTION, Job, job_records
 from pmf.errors import InputError
 
 CPU = torch.device("cpu")
-SETTINGS = Settings("cpu", 2, "lean")
+ORIGIN = {"gpu": "card", "sources": "s", "torch": "t", "triton": "3"}
+ORIGIN |= {"copy_bytes_per_s": 1.0, "product_operations_per_s": 1.0}
+
+
+def job(suite, size, batch, *pairs):
+    return Job(suite, size, batch, pairs, "cpu", 2, "lean")
+
+
+def lines_of(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +45,7 @@ def measured(tmp_path_factory):
 
 
 def test_a_run_records_every_figure_with_its_origin(measured):
-    records = report.read_ledger(measured)
+    records = tables.read_ledger(measured)
     assert {r["suite"] for r in records} == {"steps", "sampling", "ops", "memory"}
     for r in records:
         assert r["status"] == "measured", r
@@ -43,22 +53,22 @@ def test_a_run_records_every_figure_with_its_origin(measured):
         assert r["attention"] == "cpu"
     lean = next(r for r in records if r["suite"] == "steps" and r["provider"] == "lean")
     assert lean["batch"] == 2 and lean["size"] == "pMF-digits" and lean["operations"] > 0
-    assert lean["of_product_rate"] > 0 and lean["peak_of_flow_matching"] is None
+    assert lean["of_product_rate"] > 0 and lean["peak_bytes"] is None
     assert lean["host_us"] > 0 and lean["busy_us"] is None and lean["launches"] is None
-    assert lean["images_per_s"] == pytest.approx(2e6 / lean["median_us"])
     table = (measured.parent / "cpu-profile-step-digits-batch-2-lean.txt").read_text()
     assert table.startswith("step digits batch 2, lean: median") and lean["profile"][0][0] in table
     assert 1 <= len(lean["profile"]) <= 25 and 0 < lean["profile"][0][1] <= 1
     assert not any("profile" in r for r in records if r["provider"] != "lean")
-    assert {r["provider"] for r in records if r["suite"] == "memory"} == {"lean", "lean, checkpointed", "joint jvp"}
+    assert {r["step"] for r in records if r["suite"] == "memory"} == {"lean", "lean, checkpointed", "joint jvp"}
 
 
 def test_report_prints_the_ledgers_figures(measured, capsys):
     cli.main(["report", "--ledger", str(measured)])
     out = capsys.readouterr().out
     assert out.startswith(f"From `{measured}`: cpu")
-    lean = next(r for r in report.read_ledger(measured) if r["provider"] == "lean")
+    lean = next(r for r in tables.read_ledger(measured) if r["provider"] == "lean")
     assert f"| step digits batch 2 | lean | {lean['median_us'] / 1e3:.4g} |" in out
+    assert f" | {2e6 / lean['median_us']:.4g} | " in out  # images per second
     assert "| swiglu forward digits |" in out and "| digits | joint jvp | reference |" in out
 
 
@@ -84,40 +94,44 @@ def test_a_ledger_without_figures_is_refused(tmp_path, capsys):
                 cli.main([reader, "--ledger", str(file)])
             assert message in capsys.readouterr().err
     with pytest.raises(InputError, match="ledger: no such file"):
-        report.find_ledger(tmp_path / "absent.jsonl")
+        tables.find_ledger(tmp_path / "absent.jsonl")
 
 
-def test_memory_columns_are_aligned(measured):
-    lines = suite.memory_table([r for r in report.read_ledger(measured) if r["suite"] == "memory"]).splitlines()
-    assert len(lines) == 4 and len({len(line) for line in lines}) == 1 and "141 GB" in lines[0]
+def test_the_end_of_a_measurement_shows_the_largest_batches(measured):
+    lines = tables.summary(tables.read_ledger(measured)).splitlines()
+    assert len(lines) == 5 and lines[0].endswith("| 40 GB | 80 GB | 141 GB |")
+    assert [line.split(" | ")[1] for line in lines[2:]] == ["lean", "lean, checkpointed", "joint jvp"]
 
 
-def test_one_provider_that_fails_loses_no_other():
-    def broken():
-        raise RuntimeError("first line\nsecond line")
+def test_published_tables_are_printed_from_the_ledger():
+    """Figures of README and h200.md, from the file that they name."""
+    out = tables.tables(ledger.RESULTS / "h200.jsonl")
+    assert out.startswith("From `benchmarks/results/h200.jsonl`: NVIDIA H200, in the latest run copy 4244 GB/s")
+    start = "| step B/16 batch 128 | lean | 123.5 | 123 to 123.9 | 1036 | 53.6% | 88.9 | GPU, busy 99% | 1534 | 29.94 "
+    assert f"{start}| 1.00 | 1.02 | 32.92 |" in out
+    assert "| swiglu dual B/16 | 1883 µs, 8% | 192.1 µs, 80% | 155.6 µs, 99% |" in out
+    assert "| step B/16 batch 128 | joint jvp | failed | OutOfMemoryError: CUDA out of memory." in out
 
-    providers = {"broken": broken, "fails when run": lambda: broken, "works": lambda: lambda: None}
-    records = list(case_records("case", providers, CPU, SETTINGS))
-    assert [r["status"] for r in records] == ["failed", "failed", "measured"]
-    assert records[0]["error"] == "RuntimeError: first line" and records[0]["provider"] == "broken"
 
+def test_a_step_that_does_not_fit_is_measured_at_half_the_batch(monkeypatch, tmp_path):
+    def fake(work, seconds, *arguments):
+        if work is worker.origin_records:
+            yield {**ORIGIN, "gpu": "card"}
+            return
+        (asked, _) = arguments
+        ((case, provider),) = asked.pairs
+        full = {"status": "failed", "error": "OutOfMemoryError: CUDA out of memory"}
+        times = {"status": "measured", "median_us": 1.0, "peak_bytes": None}
+        yield {"case": case, "provider": provider, **(full if asked.batch > 2 else times)}
 
-def test_a_step_that_does_not_fit_is_measured_at_half_the_batch(monkeypatch):
-    def prepare(batch):
-        def run():
-            if batch > 2:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-
-        return run
-
-    providers = lambda size, batch, device: {"lean": lambda: prepare(batch)}  # noqa: E731
-    monkeypatch.setattr(jobs, "step_providers", providers)
-    job = Job("steps", "pMF-digits", 8, ("step digits batch 8",), "lean")
-    records = list(jobs._step_records(job, SETTINGS, CPU, 1.0))
+    monkeypatch.setattr(measuring, "isolated", fake)
+    options = Options(("pMF-digits",), 8, providers=("lean",), record=tmp_path, device="cpu")
+    measuring.run("steps", options)
+    records = lines_of(tmp_path / "card.jsonl")
     assert [(r["batch"], r["status"]) for r in records] == [(8, "failed"), (4, "failed"), (2, "measured")]
     assert records[-1]["case"] == "step digits batch 2"
-    job = dataclasses.replace(job, held=frozenset({("step digits batch 4", "lean", 4, None)}))
-    assert [r["batch"] for r in jobs._step_records(job, SETTINGS, CPU, 1.0)] == [8]
+    measuring.run("steps", options)
+    assert lines_of(tmp_path / "card.jsonl") == records  # a memory that was too small is not tried again
 
 
 def test_every_case_is_compiled_anew(monkeypatch):
@@ -129,41 +143,35 @@ def test_every_case_is_compiled_anew(monkeypatch):
             work = torch.compile(torch.sin, backend=lambda graph, _: lambda *x: ran.append(rows) or graph(*x))
             return lambda: work(torch.ones(rows))
 
-        return Case(f"case {rows}", 0, 0, lambda device: {"compiled": prepare}, "")
+        return Case(f"case {rows}", {"compiled": prepare}, {})
 
-    cases = [case(rows) for rows in range(2, 14)]
-    monkeypatch.setattr(jobs, "suite_cases", lambda *a: cases)
-    job = Job("ops", "", 1, tuple(case.name for case in cases))
-    assert all(r["status"] == "measured" for r in jobs._records(job, SETTINGS, CPU, 1.0))
+    cases = {f"case {rows}": case(rows) for rows in range(2, 14)}
+    monkeypatch.setattr(Job, "cases", lambda self: cases)
+    pairs = [(name, "compiled") for name in cases]
+    assert all(r["status"] == "measured" for r in job_records(job("ops", "", 1, *pairs), 1.0))
     assert set(ran) == set(range(2, 14))
 
 
-def test_each_provider_is_rated_by_what_it_computes():
-    plan = suite.Plan.of([Part("steps", "pMF-digits", 2)], CPU)
-    (name, case) = next(iter(plan.cases.items()))
-    run = suite.Measurement(plan, SETTINGS, suite.Budget(1), None)
-    run.origin = {"copy_bytes_per_s": 1.0, "product_operations_per_s": 1.0}
-    record = {"case": name, "suite": "steps", "size": "pMF-digits", "batch": 2, "median_us": 1e6, "peak_bytes": None}
-    shares = {p: run._shares({**record, "provider": p})["operations"] for p in ("lean", "flow matching")}
-    assert shares == {"lean": case.operations, "flow matching": case.other_operations["flow matching"]}
-    assert shares["flow matching"] < shares["lean"]
+def test_figures_are_fractions_of_the_ceilings():
+    case = Case("c", {}, {}, bytes=30, operations={"": 70, "flow matching": 7})
+    record = {"provider": "lean", "median_us": 1e7}
+    shares = measuring.shares(record, case, {"copy_bytes_per_s": 2.0, "product_operations_per_s": 10.0})
+    assert shares == {"bytes": 30, "operations": 70, "of_copy_bandwidth": 1.5, "of_product_rate": 0.7}
+    record["provider"] = "flow matching"
+    assert measuring.shares(record, case, ORIGIN)["operations"] == 7
 
 
-def test_value_and_tangent_are_measured_by_the_value(tmp_path):
-    plan = suite.Plan.of([Part("ops", "pMF-digits", 2)], CPU, "attention dual")
-    record = {"suite": "ops", "case": "attention dual digits", "median_us": 10.0}
-    run = suite.Measurement(plan, SETTINGS, suite.Budget(1), None)
-    run.origin = {"copy_bytes_per_s": 1.0, "product_operations_per_s": 1.0}
-    assert run._shares({**record, "provider": "triton"})["of_value_alone"] is None
-    run.earlier.records = [{**record, "provider": VALUE_ALONE}]
-    shares = run._shares({**record, "provider": "triton", "median_us": 35.0})
-    assert shares["of_value_alone"] == 3.5
-    assert shares["operations"] == 3.5 * run._shares({**record, "provider": VALUE_ALONE})["operations"]
+def test_value_and_tangent_are_measured_by_the_value():
+    record = {"case": "attention dual digits", "of_copy_bandwidth": 0.0, "of_product_rate": 0.5}
+    records = [{**record, "provider": "triton", "median_us": 35.0}]
+    assert "| attention dual digits | 35 µs, 50% |" in tables.op_table(records)
+    records.append({**record, "provider": VALUE_ALONE, "median_us": 10.0})
+    assert "| attention dual digits | 35 µs, 50%, 3.50 x the value |" in tables.op_table(records)
 
 
 def test_the_report_tells_what_a_step_waits_for():
     record = {"median_us": 100.0}
-    found = [report._bound({**record, "busy_us": busy}) for busy in (None, 95.0, 120.0, 40.0)]
+    found = [tables._bound({**record, "busy_us": busy}) for busy in (None, 95.0, 120.0, 40.0)]
     assert found == ["-", "GPU, busy 95%", "GPU, busy 100%", "host, busy 40%"]
 
 
@@ -174,14 +182,19 @@ def test_a_run_without_time_leaves_earlier_figures(tmp_path):
     for statuses in (("measured", "skipped"), ("measured", "skipped", "failed"), ("skipped", "measured")):
         file.write_text("".join(json.dumps({**key, "status": status}) + "\n" for status in statuses))
         with contextlib.suppress(InputError):  # no figures
-            found[statuses] = report.read_ledger(file)[0]["status"]
+            found[statuses] = tables.read_ledger(file)[0]["status"]
     assert list(found.values()) == ["measured", "measured"]
 
 
-def test_pictures_say_which_batches_were_computed():
-    record = {"size": "L", "budget_gb": 40, "computed_batch": 9, "provider": "lean"}
-    bars = plots._largest([{**record, "measured_batch": None}, {**record, "measured_batch": 7}])
-    assert [(bar["provider"], bar["batch"]) for bar in bars] == [("lean, computed", 9), ("lean, measured", 7)]
+def test_a_case_that_was_measured_in_the_end_is_not_missing(tmp_path):
+    file = tmp_path / "gpu.jsonl"
+    origin = {**ORIGIN, "commit": "c", "dirty": False, "suite": "ops", "batch": 1, "case": "x"}
+    figures = {"median_us": 1.0, "of_copy_bandwidth": 1.0, "of_product_rate": 0.0}
+    late = {**origin, "provider": None, "status": "skipped", "error": "no time was left"}
+    file.write_text(
+        f"{json.dumps(late)}\n{json.dumps({**origin, 'provider': 'triton', 'status': 'measured', **figures})}\n"
+    )
+    assert "no time was left" not in tables.tables(file)
 
 
 class Action:
@@ -200,61 +213,85 @@ class Action:
 )
 def test_a_job_that_hangs_or_dies_is_a_record(source, seconds, error):
     began = time.monotonic()
-    (record,) = run_job(Job("steps", Action(source), 1, ("case",), "lean"), SETTINGS, seconds)
-    assert record["status"] == "failed" and error in record["error"] and record["provider"] == "lean"
+    asked = job("steps", Action(source), 1, ("case", "lean"))
+    (record,) = isolated(job_records, seconds, asked, seconds)
+    assert record["status"] == "failed" and error in record["error"]
     assert time.monotonic() - began < 30
+
+
+def test_what_ends_a_job_is_told_of_every_case_without_a_record():
+    known = Ledger(ORIGIN)
+    asked = job("ops", "B", 1, ("a", "x"), ("a", "y"), ("b", "x"), ("c", "x"))
+    known.add({"case": "a", "provider": "x", "batch": 1, "status": "measured"})
+    known.add({"case": "a", "provider": "y", "batch": 1, "status": "measured"})
+    found = list(measuring.completed({"status": "failed", "error": "gone"}, asked, known))
+    assert [(r["case"], r["provider"], r["batch"]) for r in found] == [("b", None, 1), ("c", None, 1)]
+    (one,) = measuring.completed({"status": "failed", "error": "gone"}, job("steps", "B", 1, ("a", "z")), known)
+    assert (one["case"], one["provider"]) == ("a", "z")
 
 
 def test_what_the_jobs_are_forked_from_touches_no_gpu():
     """A process that has asked CUDA for anything cannot fork others that use it."""
-    code = "import torch; torch._C._cuda_getDeviceCount = torch._C._cuda_init = None; import pmf.benchmarks.jobs"
+    code = "import torch; torch._C._cuda_getDeviceCount = torch._C._cuda_init = None; import pmf.benchmarks.worker"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
     assert result.returncode == 0, result.stderr
 
 
 def test_what_no_longer_fits_is_named(tmp_path, capsys, monkeypatch):
-    plan = suite.Plan.of([Part("steps", "pMF-digits", 2), Part("memory", "pMF-digits", 0)], CPU)
-    budget = suite.Budget(1.0)
-    monkeypatch.setattr(budget, "left", lambda: 3.0)
-    monkeypatch.setattr(budget, "largest_job", lambda: 60.0)
-    suite.Measurement(plan, SETTINGS, budget, tmp_path).run()
-    lines = [json.loads(line) for line in (tmp_path / "cpu.jsonl").read_text().splitlines()]
-    assert len(lines) == len(plan.jobs) and {r["status"] for r in lines} == {"skipped"}
+    monkeypatch.setattr(measuring, "LEAST_SECONDS", 1e9)
+    size = ["--sizes", "pMF-digits", "--batch", "2", "--device", "cpu", "--record", str(tmp_path)]
+    cli.main(["steps", *size])
+    cli.main(["memory", *size])
+    lines = lines_of(tmp_path / "cpu.jsonl")
+    assert len(lines) > 10 and {r["status"] for r in lines} == {"skipped"}
     out = capsys.readouterr().out
     assert "joint jvp, compiled" in out and "largest batch digits" in out and "no time was left" in out
+    cli.main(["steps", *size])
+    assert lines_of(tmp_path / "cpu.jsonl") == lines  # once is enough
 
 
 def test_a_job_takes_a_share_of_what_is_left():
-    budget = suite.Budget(20)
-    assert budget.largest_job() == pytest.approx(200, rel=0.01)
-    budget.end = time.monotonic() + 12
-    assert budget.largest_job() <= 12
+    assert measuring.largest_time(1200.0) == pytest.approx(200)
+    assert measuring.largest_time(1200.0, measuring.SECOND_SHARE) == 600
+    assert measuring.largest_time(60.0) == 30 and measuring.largest_time(12.0) == 12
     with pytest.raises(InputError, match="minutes: expected a positive time"):
-        suite.Budget(0)
+        measuring.run("ops", Options(minutes=0))
 
 
 def test_the_most_important_comes_first():
-    parts = order.parts_of("gpu", (), None)
-    places = {(part.suite, part.size, part.batch, part.group): i for i, part in enumerate(parts)}
+    parts = plan.parts_of("gpu", (), None)
+    places = {part: i for i, part in enumerate(parts)}
     assert list(places)[:2] == [("steps", "pMF-B/16", batch, "eager") for batch in (64, 128)]
     for size in ("pMF-L/16", "pMF-H/16"):
         assert places["steps", "pMF-B/16", 64, "compiled"] < places["steps", size, 64, "eager"]
         assert places["sampling", "pMF-B/16", 128, ""] < places["sampling", size, 128, ""]
-    assert ("ops", jobs.LONG_ATTENTION, 1, "") in places and ("ops", "pMF-B/32", 128, "") not in places
-    every = suite.Plan.of(parts, torch.device("cuda")).jobs
+    assert ("ops", LONG_ATTENTION, 1, "") in places and ("ops", "pMF-B/32", 128, "") not in places
+    every = plan.jobs_of("gpu", Options(device="cuda"))
     assert len(set(every)) == len(every)
 
 
-def test_the_groups_of_a_step_are_all_of_it():
+def test_the_groups_of_a_step_are_all_of_it(monkeypatch):
     def names(group, device="cuda"):
-        return [
-            job.provider for job in suite.Plan.of([Part("steps", "pMF-B/16", 64, group)], torch.device(device)).jobs
-        ]
+        monkeypatch.setattr(plan, "parts_of", lambda *a: [plan.Part("steps", "pMF-B/16", 64, group)])
+        return [provider for job in plan.jobs_of("steps", Options(device=device)) for _, provider in job.pairs]
 
     groups = [names(group) for group in ("eager", "compiled", "backends")]
     assert sorted(name for group in groups for name in group) == sorted(names(""))
     assert [group[0] for group in groups] == ["flow matching", "lean, compiled", "lean, captured, flash"]
     assert not set(groups[2]) & set(names("", "cpu"))
+
+
+def test_providers_are_grouped_into_processes():
+    """A step's each alone, an op's together, largest batches together."""
+    jobs = {s: plan.jobs_of(s, Options(("pMF-digits",), 2, device="cpu")) for s in ("steps", "ops", "memory")}
+    assert all(len(job.pairs) == 1 for job in jobs["steps"]) and len(jobs["memory"]) == 1
+    assert [job.pairs[0][0].split()[0] for job in jobs["ops"]] == [
+        *("norm_modulate", "residual_norm_modulate", "qk_norm_rope", "swiglu"),
+        *("patch_embed", "attention", "pmf_objective"),
+    ]
+    assert {case for case, _ in jobs["ops"][0].pairs} == {
+        f"norm_modulate {mode} digits" for mode in ("forward", "dual", "backward")
+    }
 
 
 @pytest.fixture
@@ -274,70 +311,73 @@ def few_tests(tmp_path, monkeypatch):
 
 def test_a_test_that_fails_keeps_figures_out(few_tests):
     found = gate.run_tests(["test_good.py", "test_bad.py", "test_broken.py"], 120.0)
-    assert found == {
-        "test_good.py": Verdict(None),
-        "test_bad.py": Verdict("test_bad.py fails: test_b; assert False"),
-        "test_broken.py": Verdict("test_broken.py fails: collection; ModuleNotFoundError: No module named 'nowhere'"),
-    }
+    assert found["test_good.py"] == ("passed", None)
+    assert found["test_bad.py"] == ("failed", "test_bad.py fails: test_b; assert False")
+    status, error = found["test_broken.py"]
+    assert status == "failed" and error.startswith("test_broken.py fails: collection; ImportError while importing")
 
 
 def test_tests_that_do_not_finish_keep_figures_out(few_tests, monkeypatch):
     began = time.monotonic()
     (verdict,) = gate.run_tests(["test_slow.py"], 15.0).values()
-    assert verdict == Verdict("test_slow.py did not finish in 15 s: 1 of 2 tests", finished=False)
+    assert verdict == ("skipped", "test_slow.py did not finish in 15 s")
     assert time.monotonic() - began < 40
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    (verdict,) = gate.run_tests(["test_good.py"], 15.0).values()
-    assert verdict.error.startswith("test_good.py did not run to its end") and not verdict.finished
+    ((status, error),) = gate.run_tests(["test_good.py"], 15.0).values()
+    assert status == "skipped" and error.startswith("test_good.py did not run to its end")
 
 
 def test_a_verdict_is_shared_between_parts(tmp_path, monkeypatch):
-    origin = {**ledger.provenance(CPU), "copy_bytes_per_s": 1.0, "product_operations_per_s": 1.0}
+    origin = {**ORIGIN, **ledger.provenance(CPU)}
     asked = []
 
     def check(tests, seconds):
         asked.append(tests)
-        answers = {"a": Verdict(None), "b": Verdict("b fails"), "c": Verdict("c did not finish", finished=False)}
+        answers = {"a": ("passed", None), "b": ("failed", "b fails"), "c": ("skipped", "c did not finish")}
         return {test: answers[test] for test in tests}
 
     def part():
-        run = suite.Measurement(suite.Plan([], {}, CPU), SETTINGS, suite.Budget(1), tmp_path)
-        run.origin, run.earlier = origin, ledger.Earlier(tmp_path / "cpu.jsonl", origin)
-        return run.gate(["a", "b", "c"], check)
+        return gate.failing(["a", "b", "c"], Ledger(origin, tmp_path), 1.0, check)
 
     assert part() == part() == {"b": "b fails", "c": "c did not finish"}
     assert asked == [["a", "b", "c"], ["c"]]
     origin = {**origin, "sources": "others"}
     part()
-    monkeypatch.setattr(suite, "digest", lambda *folders: "other tests")
+    monkeypatch.setattr(ledger, "digest", lambda *folders: "other tests")
     part()
     assert asked[2:] == [["a", "b", "c"]] * 2
     with pytest.raises(InputError, match="holds no figures"):  # verdicts are none
-        report.read_ledger(tmp_path / "cpu.jsonl")
+        tables.read_ledger(tmp_path / "cpu.jsonl")
+
+
+def test_no_figure_comes_before_a_green_test(tmp_path):
+    known = Ledger(ORIGIN, tmp_path)
+    asked = plan.jobs_of("steps", Options(("pMF-digits",), 2, providers=("lean", "lean, captured"), device="cpu"))
+    for one in asked:
+        measuring.measure_job(one, known, {"test_cuda_graphs.py": "red", "test_loss.py": "redder"}, 1e9)
+    assert [(r["provider"], r["status"], r["error"]) for r in known.records] == [
+        ("lean", "failed", "redder"),
+        ("lean, captured", "failed", "red"),
+    ]
 
 
 def test_a_second_part_measures_nothing_twice(tmp_path, capsys, monkeypatch):
     few = ["--only", "digits", "--repeats", "2", "--batch", "2", "--record", str(tmp_path), "--profile", ""]
     command = ["gpu", "--sizes", "pMF-digits", "--device", "cpu", *few, "--providers"]
 
-    def lines():
-        return [json.loads(line) for line in (tmp_path / "cpu.jsonl").read_text().splitlines()]
-
-    cli.main([*command, "eager"])
-    first = lines()
+    cli.main([*command, "eager", "lean, 40 GB"])
+    first = lines_of(tmp_path / "cpu.jsonl")
     assert {r["suite"] for r in first} == {"sampling", "memory"}
-    cli.main([*command, "eager"])
-    assert lines() == first and "2 of 2 jobs were measured before" in capsys.readouterr().out
+    cli.main([*command, "eager", "lean, 40 GB"])
+    assert lines_of(tmp_path / "cpu.jsonl") == first and "2 of 2 jobs were measured before" in capsys.readouterr().out
     cli.main([*command, "eager", "lean"])
-    new = lines()[len(first) :]
+    new = lines_of(tmp_path / "cpu.jsonl")[len(first) :]
     assert {(r["suite"], r["provider"]) for r in new} == {("steps", "lean")}
     monkeypatch.setattr(ledger, "MEASURED", ("kernels",))  # as other sources would, changes their hash
-    provenance = {**ledger.provenance(CPU), "copy_bytes_per_s": 1.0, "product_operations_per_s": 1.0}
-    assert not ledger.Earlier(tmp_path / "cpu.jsonl", provenance).records
+    assert not Ledger(ledger.provenance(CPU), tmp_path).earlier
 
 
-def test_a_ledger_says_what_is_held(tmp_path):
-    origin = {"gpu": "card", "sources": "s", "torch": "t", "triton": "3"}
+def test_a_ledger_says_what_is_settled(tmp_path):
     results = {
         "measured": {"status": "measured"},
         "full": {"status": "failed", "error": "OutOfMemoryError: CUDA out of memory"},
@@ -345,23 +385,24 @@ def test_a_ledger_says_what_is_held(tmp_path):
         "late": {"status": "skipped", "error": "no time was left"},
     }
     for case, result in results.items():
-        ledger.append({**origin, "suite": "steps", "case": case, "provider": "p", **result}, tmp_path)
-    ledger.append({**origin, "gpu": "card", "sources": "", "suite": "steps", "case": "old", "provider": "p",
-                   "status": "measured"}, tmp_path)  # fmt: skip
+        Ledger(ORIGIN, tmp_path).add({"suite": "steps", "case": case, "provider": "p", **result})
+    old = {"suite": "steps", "case": "old", "provider": "p", "status": "measured"}
+    Ledger({**ORIGIN, "sources": ""}, tmp_path).add(old)
     with open(tmp_path / "card.jsonl", "a") as file:
         file.write('{"case": "cut o')
-    found = ledger.Earlier(tmp_path / "card.jsonl", origin)
-    assert {case for case, *_ in found.held} == {"measured", "full"}
-    assert {case for case, *_ in found.tried} == {"slow"}
+    found = Ledger(ORIGIN, tmp_path)
+    assert {case for case, *_ in found.settled()} == {"measured", "full"}
+    assert {case for case, *_ in found.tried()} == {"slow"}
 
 
 def test_what_failed_before_comes_last(tmp_path):
-    plan = suite.Plan.of([Part("steps", "pMF-digits", 2)], CPU)
-    run = suite.Measurement(plan, SETTINGS, suite.Budget(1), None)
-    names = [job.provider for job in plan.jobs]
-    run.earlier.tried = {("step digits batch 2", names[0], 2, None)}
-    run.earlier.held = {("step digits batch 2", names[2], 2, None)}
-    assert [job.provider for job in run._jobs()] == [names[1], *names[3:], names[0]]
+    jobs = plan.jobs_of("steps", Options(("pMF-digits",), 2, device="cpu"))
+    names = [job.pairs[0][1] for job in jobs]
+    where = {"suite": "steps", "case": "step digits batch 2", "batch": 2}
+    Ledger(ORIGIN, tmp_path).add({**where, "provider": names[0], "status": "failed", "error": "slow"})
+    Ledger(ORIGIN, tmp_path).add({**where, "provider": names[2], "status": "measured"})
+    left = measuring.remaining(jobs, Ledger(ORIGIN, tmp_path))
+    assert [job.pairs[0][1] for job in left] == [names[1], *names[3:], names[0]]
 
 
 def test_a_commit_can_be_named_where_there_is_no_repository(tmp_path, monkeypatch):
@@ -393,27 +434,28 @@ def test_a_digest_tells_sources_apart(tmp_path, monkeypatch):
     monkeypatch.setattr(ledger, "ROOT", tmp_path)
     (tmp_path / "benchmarks").mkdir()
     found = [ledger.digest("benchmarks")]
-    for name, text in (("cases.py", "a"), ("cases.py", "b"), ("report.py", "c"), ("cases.py", "b")):
+    for name, text in (("cases.py", "a"), ("cases.py", "b"), ("tables.py", "c"), ("cases.py", "b")):
         (tmp_path / "benchmarks" / name).write_text(text)
         found.append(ledger.digest("benchmarks"))
     assert len(set(found)) == 3 and found[2] == found[3] == found[4]
 
 
 def test_ledger_appends_a_line_with_its_origin(tmp_path):
-    record = {**ledger.provenance(CPU), "case": "x", "median_us": 1.0}
+    known = Ledger(ledger.provenance(CPU), tmp_path)
     for _ in range(2):
-        file = ledger.append(record, tmp_path)
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert file.name == "cpu.jsonl" and len(lines) == 2
-    assert {"commit", "dirty", "torch", "triton", "gpu"} <= lines[0].keys()
+        known.add({"case": "x", "provider": "y", "status": "measured", "median_us": 1.0})
+    lines = lines_of(tmp_path / "cpu.jsonl")
+    assert known.file.name == "cpu.jsonl" and len(lines) == 2
+    assert {"commit", "dirty", "torch", "triton", "gpu", "median_us"} <= lines[0].keys()
 
 
-def test_without_a_gpu_nothing_is_recorded_unless_asked(capsys, monkeypatch):
-    monkeypatch.setattr(suite, "append", lambda *a: pytest.fail("recorded without a GPU"))
+def test_without_a_gpu_nothing_is_recorded_unless_asked(capsys):
+    before = sorted(ledger.RESULTS.iterdir())
     few = ["--only", "digits", "--repeats", "2", "--batch", "2", "--device", "cpu", "--providers", "eager"]
     cli.main(["sampling", "--sizes", "pMF-digits", *few])
     out = capsys.readouterr().out
     assert "eager" in out and "no GPU: nothing was recorded" in out
+    assert sorted(ledger.RESULTS.iterdir()) == before
 
 
 @pytest.mark.parametrize(

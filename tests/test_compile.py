@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import pmf
-from pmf.loss import StepPlan
+from pmf.step_plan import StepPlan
 from tests.kernel_checks import DEVICE
 from tests.networks import TINY, random_model, relative_error
 
@@ -49,7 +49,7 @@ def compare(plain, compiled, *arguments):
 
 
 def guidance_batch(draws):
-    plan = StepPlan.of(draws, "lean")
+    plan = StepPlan.of(draws)
     return plan.tangent_rows + len(plan.padded_null_rows())
 
 

@@ -26,7 +26,7 @@ from tests import test_kernels_patch as patch
 from tests import test_kernels_rotary as rotary
 from tests import test_kernels_swiglu as swiglu
 from tests.kernel_checks import DEVICE, check, evaluate, tf32x3, within_budget
-from tests.networks import golden, random_model, relative_error
+from tests.networks import every_row_in_full, golden, random_model, relative_error
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")]
 
@@ -201,7 +201,8 @@ def test_golden_numbers(impl):
     numbers = golden()
     model = numbers.model(impl=impl).to(DEVICE)
     x, y = numbers["in/x"].to(DEVICE), numbers["in/y"].to(DEVICE)
-    out = pmf.pmf_loss(model, x, y, numbers.draws, pmf.LossConfig(), plan="naive", return_fields=True)
+    with every_row_in_full():
+        out = pmf.pmf_loss(model, x, y, numbers.draws, pmf.LossConfig(), return_fields=True)
     out.loss.backward()
     for name, value in {"loss": out.loss.detach(), **out.fields}.items():
         assert relative_error(value.cpu(), numbers[f"out/{name}"]) < 1e-5, name
@@ -371,7 +372,7 @@ def test_a_step_takes_the_memory_that_was_counted():
 def test_a_run_on_digits_learns(tmp_path):
     """100 steps of the preset in bfloat16: nothing is skipped, and the loss falls by a third."""
     from pmf.train.config import RunConfig
-    from pmf.train.data import digits
+    from pmf.train.demo import digits
     from pmf.train.loop import Trainer
 
     with as_users_run():

@@ -9,8 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pmf
-from pmf.loss import _staged
-from pmf.train.optim import EMA, OptimizerConfig, build_optimizers
+from pmf.draws import _pinned
+from pmf.optim import EMA, OptimizerConfig, build_optimizers
 from tests.kernel_checks import DEVICE
 from tests.networks import TINY
 
@@ -41,7 +41,7 @@ def perceptual(x_hat, x):
     return {"lpips": (x_hat - x).square().mean((1, 2, 3))}
 
 
-def step_copies(order=slice(None), plan="lean", law=None, **options):
+def step_copies(order=slice(None), law=None, **options):
     """Two whole training steps on the stand-in; the copies of the second."""
     config = pmf.LossConfig(**(law or {}))
     x = torch.empty(BATCH, *TINY.image_shape, device="meta")
@@ -53,7 +53,7 @@ def step_copies(order=slice(None), plan="lean", law=None, **options):
     optimizers, ema = build_optimizers(model, OptimizerConfig()), EMA(model, 1.0)
     for _ in range(2):
         with Copies() as copies:
-            out = pmf.pmf_loss(model, x, y, draws, config, perceptual=perceptual, plan=plan)
+            out = pmf.pmf_loss(model, x, y, draws, config, perceptual=perceptual)
             out.loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers.values():
@@ -88,16 +88,15 @@ def test_the_stand_in_notices_a_copy_that_waits():
         dict(law=NO_FM, checkpointing="block"),
         dict(impl="triton"),
         dict(order=torch.arange(BATCH).flip(0)),
-        dict(plan="naive"),
     ],
-    ids=["lean", "only fm rows", "no fm rows, checkpointed", "triton", "mixed rows", "naive"],
+    ids=["lean", "only fm rows", "no fm rows, checkpointed", "triton", "mixed rows"],
 )
 def test_a_step_reads_nothing_and_waits_for_no_copy(case, monkeypatch):
     pmf.ops.swiglu(torch.zeros(1, 1, 2, device=DEVICE), impl="triton")  # kernels are those of this machine
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # meta tensors are not CUDA's, and launch nothing
     copies = step_copies(**case)
     assert all(asynchronous for _, asynchronous in copies)
-    assert [values for values, _ in copies[:2]] == [7 * BATCH, 4 * BATCH] and len(copies) == 3
+    assert [values for values, _ in copies[:2]] == [7 * BATCH, 3 * BATCH] and len(copies) == 3
 
 
 def test_copies_to_cuda_start_from_pinned_memory():
@@ -112,8 +111,8 @@ def test_copies_to_cuda_start_from_pinned_memory():
 
     pinned, host = [], torch.arange(3)
     with Pinning():
-        assert _staged(host, torch.device("cuda")) is pinned[0]
-        assert _staged(host, torch.device("cpu")) is host
+        assert _pinned(host, torch.device("cuda")) is pinned[0]
+        assert _pinned(host, torch.device("cpu")) is host
     assert len(pinned) == 1 and torch.equal(pinned[0], host)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pmf
-from pmf.checkpoint import save_model
+from pmf.weights import save_model
 from tests.hub_server import serve
 from tests.networks import TINY, golden, random_model
 

@@ -1,6 +1,7 @@
 """Who imports whom (CONTRIBUTING.md), and what `import pmf` costs."""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -23,10 +24,32 @@ RULES = {
     "pmf/ops.py": r"pmf\.(autocast|dispatch|dual|errors|inputs|reference)",
     "pmf/packing.py": r"pmf\.(autocast|private)",
     "pmf/layers.py": r"pmf\.(ops|autocast|config|dual|errors|packing|wide)",
-    "pmf/model.py": r"pmf\.(ops|dispatch|config|dual|errors|layers|packing|private|checkpoint|checkpointing)",
-    "pmf/loss.py": r"pmf\.(ops|config|dual|errors|layers)",
+    "pmf/config.py": r"pmf\.errors",
+    "pmf/atomic_files.py": r"pmf\.errors",
+    "pmf/jax_files.py": r"pmf\.errors",
+    "pmf/hub.py": r"pmf\.(errors|jax_files)",
+    "pmf/published_weights.py": r"pmf\.(reference.*|config|errors)",
+    "pmf/jax_states.py": r"pmf\.(config|errors|hub|jax_files|published_weights)",
+    "pmf/weights.py": r"pmf\.(atomic_files|config|errors|hub|jax_files|jax_states|published_weights)",
+    "pmf/compiling.py": r"pmf\.(dual|layers|private)",
+    "pmf/recompute.py": r"pmf\.(dual|private)",
+    "pmf/model.py": r"pmf\.(ops|dispatch|compiling|config|dual|errors|layers|packing|recompute|weights)",
+    "pmf/draws.py": r"pmf\.(config|errors)",
+    "pmf/step_plan.py": r"pmf\.(config|draws|dual|errors)",
+    "pmf/loss.py": r"pmf\.(ops|config|draws|dual|errors|step_plan)",
+    "pmf/cuda_graphs.py": r"pmf\.(autocast|config|draws|errors|loss|step_plan)",
     "pmf/sampling.py": r"pmf\.(config|dual|errors|noise)",
     "pmf/noise.py": r"pmf\.errors",
+    "pmf/crops.py": r"pmf\.(autocast|errors)",
+    "pmf/perceptual.py": r"pmf\.(autocast|crops|errors)",
+    "pmf/data": r"pmf\.(data.*|atomic_files|draws|errors|images)",
+    "pmf/images.py": r"pmf\.atomic_files",
+    "pmf/features.py": r"pmf\.(atomic_files|errors|metrics)",
+    "pmf/sharded.py": r"nothing",
+    "pmf/optim": r"pmf\.(optim.*|errors|jax_states|private|sharded)",
+    "pmf/fine_tuning.py": r"pmf\.(errors|model)",
+    "pmf/parallel.py": r"pmf\.(config|draws|layers|loss|model|sharded)",
+    "pmf/metrics.py": r"pmf\.(atomic_files|errors)",
     "pmf": r"pmf(?!\.(train|benchmarks|kernels)).*",
     "train": r"pmf(?!\.(benchmarks|kernels)).*",
     "benchmarks": r"pmf(?!\.train).*",
@@ -37,12 +60,23 @@ THIRD_PARTY = {
 }
 
 
+def import_statements(file):
+    """Every import in a file, those inside functions too; not those for type checkers alone."""
+    pending = [ast.parse(file.read_text())]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            pending += ast.iter_child_nodes(node)
+
+
 def imported(file):
     """Dotted names that a file imports; `from pmf import ops` counts as pmf.ops."""
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in import_statements(file):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
+        else:
             assert node.level == 0, f"{file}: relative import"
             if node.module == "pmf":
                 yield from (f"pmf.{alias.name}" for alias in node.names)
@@ -66,6 +100,29 @@ def test_rooms_import_only_what_they_may(room):
                 allowed = top in THIRD_PARTY[room] or top in sys.stdlib_module_names
                 assert allowed, f"{file.relative_to(ROOT)} imports {name}"
             assert name.split(".")[0] not in ("kernels", "train", "benchmarks", "tests")
+
+
+def modules():
+    """Our modules by their dotted names, and their files."""
+    found = {}
+    for room in ("pmf", "kernels", "train", "benchmarks"):
+        for file in files(room):
+            path = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            found[path if room == "pmf" else f"pmf.{path}"] = file
+    return found
+
+
+def test_no_import_circle():
+    """Imports inside functions count: a module never needs one that needs it."""
+    known = modules()
+    graph = {}
+    for name, file in known.items():
+        reached = {alias.name for node in import_statements(file) for alias in node.names}
+        for node in import_statements(file):
+            if isinstance(node, ast.ImportFrom):
+                reached |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        graph[name] = (reached & known.keys()) - {"pmf"}  # the package itself loads names when they are used
+    graphlib.TopologicalSorter(graph).prepare()
 
 
 def python(code):
@@ -92,6 +149,19 @@ def test_every_public_name_resolves():
         assert getattr(pmf, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = pmf.nothing
+
+
+def test_editors_see_the_public_names():
+    """What type checkers read in pmf/__init__.py is what loads at run time, and all of it."""
+    import pmf
+
+    (block,) = (node for node in ast.parse(Path(pmf.__file__).read_text()).body if isinstance(node, ast.If))
+    assert ast.unparse(block.test) == "TYPE_CHECKING"
+    seen = {alias.name: node.module for node in block.body for alias in node.names}
+    loaded = {name: module for module, names in pmf._HOMES.items() for name in names}
+    assert seen == loaded | dict.fromkeys(pmf._SUBMODULES, "pmf")
+    assert sorted(pmf.__all__) == sorted([*seen, "__version__"])
+    assert (Path(pmf.__file__).parent / "py.typed").exists()
 
 
 def test_kernels_refuse_another_name():

@@ -14,11 +14,12 @@ import pytest
 import torch
 
 import pmf
-from pmf.checkpoint import save_model
+from pmf.config import PUBLISHED
+from pmf.fine_tuning import copy_weights
 from pmf.jax_states import load_train_state, published_state_dict
 from pmf.train.config import load_run_config
-from pmf.train.initial import start_from
 from pmf.train.loop import Trainer
+from pmf.weights import save_model
 from tests.networks import DATA, TINY, model_inputs, relative_error
 from tests.test_train_distributed import config, data
 
@@ -210,7 +211,7 @@ def test_states_of_the_versions_that_the_authors_pin(how):
 def test_fine_tuning_has_a_real_v_head_and_the_weights_it_asks_for(full, state):
     model = pmf.create_model(TINY)
     for weights, params in (("model", state.params), ("ema_500", state.ema_params[500])):
-        assert start_from(model, str(full), weights) == []
+        assert copy_weights(model, str(full), weights) == []
         assert all(torch.equal(value, model.state_dict()[name]) for name, value in named(model, params).items())
 
 
@@ -277,7 +278,7 @@ def test_inference_states_have_no_v_head(tmp_path, how):
 
 def test_presets_sample_from_their_own_average(tmp_path, monkeypatch):
     """pMF-L/16 samples from the average of 1000 kimg; here a preset of its name is tiny."""
-    monkeypatch.setitem(pmf.MODELS, "pMF-L/16", TINY)
+    monkeypatch.setitem(PUBLISHED, "pMF-L/16", dataclasses.replace(PUBLISHED["pMF-L/16"], network=TINY))
     state = flax_network.inference_state(TINY, (500, 1000))
     save(tmp_path, state)
     got = pmf.PMFDiT.from_pretrained(tmp_path).patch_embed.proj1.bias

@@ -10,7 +10,7 @@ import pmf
 from pmf import dispatch
 from pmf.counting import saved_bytes
 from tests.kernel_checks import DEVICE, tf32x3, within_budget
-from tests.networks import golden, model_inputs, random_model, relative_error
+from tests.networks import every_row_in_full, golden, model_inputs, random_model, relative_error
 
 DIGITS = pmf.MODELS["pMF-digits"]
 
@@ -117,11 +117,12 @@ def test_loss_under_autocast(config):
 
 @pytest.fixture(scope="module")
 def golden_step():
-    """The golden loss on the kernels, with gradients and fields; the naive plan fills every row."""
+    """The golden loss on the kernels, with gradients and fields of every row."""
     numbers = golden()
     model = numbers.model(impl="triton").to(DEVICE)
     inputs = (numbers["in/x"].to(DEVICE), numbers["in/y"].to(DEVICE))
-    output = pmf.pmf_loss(model, *inputs, numbers.draws, pmf.LossConfig(), plan="naive", return_fields=True)
+    with every_row_in_full():
+        output = pmf.pmf_loss(model, *inputs, numbers.draws, pmf.LossConfig(), return_fields=True)
     output.loss.backward()
     return numbers, model, output
 

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import math
 
@@ -6,9 +7,9 @@ import torch
 
 import pmf
 from pmf.counting import saved_bytes
-from pmf.loss import StepPlan
-from tests.networks import TINY, golden, random_model, relative_error
-from tests.transcription import adaptive, squared_errors
+from pmf.reference import loss as reference
+from pmf.step_plan import StepPlan
+from tests.networks import TINY, every_row_in_full, golden, random_model, relative_error
 
 LOSS = pmf.LossConfig()
 
@@ -30,10 +31,28 @@ def gradients(model, *arguments, **options):
     return out, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("plan", ["naive", "lean"])
+def oracle(model, *arguments, **options):
+    """The loss as the paper writes it, and its gradients."""
+    model.zero_grad()
+    loss = reference.pmf_loss(model, *arguments, **options)
+    loss.backward()
+    return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+PLANS = {"lean": contextlib.nullcontext, "every row": every_row_in_full}
+
+
+def check_golden_gradients(grads):
+    for name, grad in pmf.export_official_state_dict(grads, golden().config).items():
+        if name != "net.rope_freqs":
+            assert relative_error(grad, golden()[f"grad/{name}"]) < 5e-6, name
+
+
+@pytest.mark.parametrize("plan", PLANS)
 def test_golden_loss_fields_and_gradients(plan):
     g = golden()
-    out, grads = gradients(g.model(), g["in/x"], g["in/y"], g.draws, LOSS, plan=plan, return_fields=True)
+    with PLANS[plan]():
+        out, grads = gradients(g.model(), g["in/x"], g["in/y"], g.draws, LOSS, return_fields=True)
     read = ~g.draws.fm_mask if plan == "lean" else slice(None)
     not_null = ~(g.draws.fm_mask & g.draws.drop_mask) if plan == "lean" else slice(None)
     rows = {"du_dt": read, "v_c": not_null}
@@ -43,30 +62,37 @@ def test_golden_loss_fields_and_gradients(plan):
     assert out.loss.item() == pytest.approx(g["out/loss"].item(), rel=1e-6)
     for name in ("loss_u", "loss_v"):
         assert out.terms[name].item() == pytest.approx(g[f"out/{name}"].item(), rel=1e-5)
-    published = pmf.export_official_state_dict(grads, g.config)
-    for name, grad in published.items():
-        if name != "net.rope_freqs":
-            assert relative_error(grad, g[f"grad/{name}"]) < 5e-6, name
+    check_golden_gradients(grads)
 
 
-def test_loss_is_the_one_written_down():
-    """Every equation of the method, transcribed on torch.func.jvp, against pmf_loss."""
+@pytest.mark.parametrize("differentiate", [reference.model_jvp, pmf.PMFDiT.forward_dual])
+def test_the_oracle_gives_the_golden_numbers(differentiate):
+    g = golden()
+    fields = reference.pmf_fields(g.model(), g["in/x"], g["in/y"], g.draws, differentiate)
+    for name in ("z_t", "v_c", "v_g", "u", "du_dt", "v"):
+        assert relative_error(getattr(fields, name), g[f"out/{name}"]) < 5e-6, name
+    loss, grads = oracle(g.model(), g["in/x"], g["in/y"], g.draws, LOSS, differentiate)
+    assert loss.item() == pytest.approx(g["out/loss"].item(), rel=1e-6)
+    for name, errors in zip(("loss_u", "loss_v"), reference.squared_errors(fields), strict=True):
+        assert errors.mean().item() / g["in/x"][0].numel() == pytest.approx(g[f"out/{name}"].item(), rel=1e-5)
+    check_golden_gradients(grads)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_loss_is_the_one_written_down(plan):
+    """Every equation of the method, on torch.func.jvp, against pmf_loss."""
     config = dataclasses.replace(LOSS, class_dropout=0.4, norm_p=0.7)
     x, y, d = step_inputs(8, config, seed=3)
     assert d.drop_mask.any() and (~d.fm_mask).any()
     model = random_model(dataclasses.replace(TINY, noise_scale=2.0))
-    loss_u, loss_v, _ = squared_errors(model, x, y, d)
-    loss = (adaptive(loss_u, config) + adaptive(loss_v, config)).mean()
-    model.zero_grad()
-    loss.backward()
-    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
-
-    for plan in ("naive", "lean"):
-        out, grads = gradients(model, x, y, d, config, plan=plan)
-        assert out.loss.item() == pytest.approx(loss.item(), rel=1e-12)
-        assert out.terms["loss_u"].item() == pytest.approx(loss_u.mean().item() / x[0].numel(), rel=1e-11)
-        for name, grad in grads.items():
-            assert relative_error(grad, expected[name]) < 1e-9, (plan, name)
+    loss, expected = oracle(model, x, y, d, config)
+    loss_u, _ = reference.squared_errors(reference.pmf_fields(model, x, y, d))
+    with PLANS[plan]():
+        out, grads = gradients(model, x, y, d, config)
+    assert out.loss.item() == pytest.approx(loss.item(), rel=1e-12)
+    assert out.terms["loss_u"].item() == pytest.approx(loss_u.mean().item() / x[0].numel(), rel=1e-11)
+    for name, grad in grads.items():
+        assert relative_error(grad, expected[name]) < 1e-9, name
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 7])
@@ -75,36 +101,37 @@ def test_loss_is_the_one_written_down():
     [{}, dict(data_proportion=0.0), dict(data_proportion=1.0), dict(class_dropout=1.0)],
     ids=["published", "no fm rows", "only fm rows", "all dropped"],
 )
-def test_lean_is_naive(batch, change):
+def test_the_lean_loss_is_the_oracle(batch, change):
     config = dataclasses.replace(LOSS, **change)
     x, y, draws = step_inputs(batch, config, seed=batch)
     model = random_model()
-    naive, expected = gradients(model, x, y, draws, config, plan="naive")
-    lean, grads = gradients(model, x, y, draws, config, plan="lean")
-    assert lean.loss.item() == pytest.approx(naive.loss.item(), rel=1e-12)
+    loss, expected = oracle(model, x, y, draws, config)
+    lean, grads = gradients(model, x, y, draws, config)
+    assert lean.loss.item() == pytest.approx(loss.item(), rel=1e-12)
     assert grads.keys() == expected.keys()
     for name, grad in grads.items():
         assert (grad - expected[name]).norm() <= 1e-9 * expected[name].norm(), name
 
 
-def test_lean_is_naive_outside_every_interval_and_in_float32():
+def test_the_lean_loss_is_the_oracle_outside_every_interval_and_in_float32():
     x, y, draws = step_inputs(6, seed=4)
     outside = step_inputs(6, dataclasses.replace(LOSS, data_proportion=0.0), seed=4)[2]
     outside = dataclasses.replace(outside, t_min=torch.ones_like(draws.t), t_max=torch.ones_like(draws.t))
-    assert StepPlan.of(outside, "lean").null_rows.numel() == 0
+    assert StepPlan.of(outside).null_rows.numel() == 0
     for dtype, bound in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
         model = random_model().to(dtype)
         for given in (draws, outside):
             floats = {n: v.to(dtype) if v.is_floating_point() else v for n, v in vars(given).items()}
             arguments = (x.to(dtype), y, pmf.Draws(**floats), LOSS)
-            naive, expected = gradients(model, *arguments, plan="naive", return_fields=True)
-            lean, grads = gradients(model, *arguments, plan="lean", return_fields=True)
+            _, expected = oracle(model, *arguments)
+            fields = reference.pmf_fields(model, *arguments[:3])
+            lean, grads = gradients(model, *arguments, return_fields=True)
             for name, grad in grads.items():
                 assert relative_error(grad, expected[name]) < bound, name
             for name in ("z_t", "v_g", "u", "v"):
-                assert relative_error(lean.fields[name], naive.fields[name]) < bound, name
+                assert relative_error(lean.fields[name], getattr(fields, name)) < bound, name
             read = ~given.fm_mask
-            assert relative_error(lean.fields["du_dt"][read], naive.fields["du_dt"][read]) < bound
+            assert relative_error(lean.fields["du_dt"][read], fields.du_dt[read]) < bound
 
 
 def test_rows_may_come_in_any_order():
@@ -130,7 +157,7 @@ def test_plan_gives_each_row_what_the_table_says():
         r=torch.zeros(5),
         noise=torch.zeros(5, 1),
     )
-    plan = StepPlan.of(pmf.Draws(**rows), "lean")
+    plan = StepPlan.of(pmf.Draws(**rows))
     assert plan.tangent_rows == 3
     assert plan.null_rows.tolist() == [0, 2]
     assert plan.guidance.tolist() == [0.75, 0, 0.75, 0, 0]
@@ -169,6 +196,8 @@ def test_perceptual_terms_see_early_rows_and_are_weighted():
     assert (out.loss - plain.loss).item() == pytest.approx(extra.item(), rel=1e-5)
     assert out.terms["lpips"].item() == pytest.approx(d.sum().item() / 8, rel=1e-6)
     assert x_hat.requires_grad
+    expected, _ = oracle(model, x, y, draws, LOSS, perceptual=perceptual)
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-12)
 
 
 def test_draws_follow_their_laws():
@@ -222,7 +251,6 @@ def test_draws_repeat_with_their_generator():
         (dict(draw=dict(omega=torch.full((4,), torch.nan))), "draws: expected omega >= 1 in every row"),
         (dict(draw=dict(noise=torch.full((4, 2, 8, 8), torch.nan))), "draws.noise: expected finite values"),
         (dict(perceptual=lambda a, b: {"vgg": a.sum((1, 2, 3))}), r"perceptual: expected terms .*, got 'vgg'"),
-        (dict(plan="quick"), r"plan: expected one of \('lean', 'naive'\), got 'quick'"),
         (dict(draw=dict(r=torch.ones(4, dtype=torch.float64))), "draws: expected r <= t in every row"),
         (dict(draw=dict(noise=torch.zeros(4, 2, 8, 9))), r"draws.noise: expected shape \[4, 2, 8, 8\]"),
         (
@@ -234,7 +262,7 @@ def test_draws_repeat_with_their_generator():
 def test_bad_input_is_one_line_that_names_the_argument(change, message):
     x, y, draws = step_inputs(4)
     draws = dataclasses.replace(draws, **change.get("draw", {}))
-    arguments = dict(x=x, y=y, plan="lean") | {k: v for k, v in change.items() if k != "draw"}
+    arguments = dict(x=x, y=y) | {k: v for k, v in change.items() if k != "draw"}
     with pytest.raises(pmf.InputError, match=message) as error:
         pmf.pmf_loss(random_model(), draws=draws, loss_config=LOSS, **arguments)
     assert "\n" not in str(error.value)

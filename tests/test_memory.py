@@ -8,7 +8,7 @@ import torch
 import pmf
 from pmf.counting import saved_bytes
 from pmf.memory import main_pass, saved_per_row, training_memory
-from pmf.train.data import digits
+from pmf.train.demo import digits
 from pmf.train.loop import Trainer
 from tests.networks import TINY
 from tests.test_train_loop import config as run_config

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from pmf.train.optim import OptimizerConfig, build_optimizers
+from pmf.optim import OptimizerConfig, build_optimizers
 from tests.networks import relative_error
 
 pytestmark = pytest.mark.extras

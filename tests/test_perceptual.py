@@ -14,9 +14,9 @@ from torch import nn
 import pmf
 from pmf.crops import draw_crops, resize_crops
 from pmf.perceptual import CONVNEXT_BASE, ConvNextDistance, LPIPSDistance, PerceptualLoss, _own_kernels_hidden
+from pmf.reference.loss import adaptive, pmf_fields, squared_errors
 from tests.networks import TINY, random_model, relative_error
 from tests.test_crops import resized_written_out
-from tests.transcription import adaptive, squared_errors
 
 LOSS = pmf.LossConfig()
 COLOUR = dataclasses.replace(TINY, in_channels=3)
@@ -159,12 +159,13 @@ def test_loss_with_both_terms_is_the_one_written_down():
     x, y, draws = colour_step([0.3, 0.9, 0.6])
     model, lpips, convnext = random_model(COLOUR), lpips_network("alex"), convnext_network()
 
-    loss_u, loss_v, x_hat = squared_errors(model, x, y, draws)
+    fields = pmf_fields(model, x, y, draws)
+    loss_u, loss_v = squared_errors(fields)
     early = [row for row in range(3) if draws.t[row] < LOSS.perceptual_max_t]
     boxes = draw_crops(len(early), 8, 8, torch.Generator().manual_seed(7)).split(1)
     total, distances = (adaptive(loss_u, LOSS) + adaptive(loss_v, LOSS)).sum(), []
     for row, box in zip(early, boxes, strict=True):
-        a, b = (resized_written_out(images[row : row + 1], box, 224) for images in (x_hat, x))
+        a, b = (resized_written_out(images[row : row + 1], box, 224) for images in (fields.x_hat, x))
         distances.append((package_lpips(lpips, a, b)[0], package_convnext(convnext, a, b)[0]))
         total = total + 0.4 * adaptive(distances[-1][0], LOSS) + 0.1 * adaptive(distances[-1][1], LOSS)
     expected = torch.autograd.grad(total / 3, list(model.parameters()))

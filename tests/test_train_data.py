@@ -1,6 +1,8 @@
 import torch
 
-from pmf.train.data import ImageSet, Loader, digits, step_seed
+from pmf.data import ImageSet, Loader
+from pmf.draws import step_seed
+from pmf.train.demo import digits
 
 
 def test_digits_are_split_by_class_and_scaled():

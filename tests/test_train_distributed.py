@@ -15,11 +15,11 @@ import torch.multiprocessing as mp
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import pmf
+from pmf.data import ImageSet
+from pmf.optim import OptimizerConfig, split_parameters
+from pmf.sharded import full
 from pmf.train.config import RunConfig
-from pmf.train.data import ImageSet
-from pmf.train.distributed import full
 from pmf.train.loop import Trainer
-from pmf.train.optim import OptimizerConfig, split_parameters
 from tests.networks import TINY
 
 ROWS = 8

@@ -1,14 +1,15 @@
-"""Reports of real runs on this machine."""
+"""`pmf doctor`: reports of real runs on this machine, and the advice for machines that are not here."""
 
+import dataclasses
 import re
-import sys
 
 import pytest
 import torch
 
-from pmf import dispatch
+from pmf.memory import TrainingMemory
 from pmf.train.cli import main
-from pmf.train.doctor import DoctorConfig, Report, _ops
+from pmf.train.config import RunConfig
+from pmf.train.doctor import HEADROOM, Doctor, DoctorConfig, data_change, memory_change
 
 SIZES = {"depth": 2, "aux-head-depth": 1, "hidden-size": 16, "num-heads": 2}
 TINY = [word for name, size in SIZES.items() for word in (f"--model.{name}", str(size))] + ["--batch-size", "8"]
@@ -35,14 +36,12 @@ def test_a_healthy_run_needs_no_change(capsys):
     found, changes = report(capsys, "digits", *QUICK)
     assert changes == "  nothing\n" and "\n!" not in found
     assert found.startswith("pixel-meanflow ") and f"torch {torch.__version__}" in found
-    assert value(found, "batch") == "1 process x 8 images = 8 a step"
-    assert value(found, "kernels") == "reference: no cuda"
+    assert value(found, "run") == "runs/digits on cpu: 1 x 8 images at a time, 8 a step, ddp"
+    assert value(found, "kernels") == "reference: no cuda; attention reference; products torch.float32"
     assert re.fullmatch(r"digits: 1,500 images of 10 classes; [\d,]+ images/s with 0 workers", value(found, "data"))
-    assert re.fullmatch(r"[\d.e-]+ s for 8 images: takes [\d,]+ images/s a process", value(found, "step"))
-    total, fixed, rows, row = re.match(
-        r"([\d.]+) MB expected \(([\d.]+) MB \+ (\d+) x ([\d.]+) MB\)", value(found, "memory")
-    ).groups()
-    assert float(total) == pytest.approx(float(fixed) + int(rows) * float(row), rel=0.02)
+    measured = r"[\d.e-]+ s for 8 images: [\d,]+ images/s a process; 1,600 steps take about [\d.]+ hours"
+    assert re.fullmatch(measured, value(found, "step"))
+    assert re.fullmatch(r"[\d.]+ GB expected, [\d.]+ GB there", value(found, "memory"))
 
 
 def test_a_finished_run_is_examined_by_its_directory_and_left_alone(capsys, tmp_path):
@@ -50,15 +49,14 @@ def test_a_finished_run_is_examined_by_its_directory_and_left_alone(capsys, tmp_
     main(["digits", "--out", str(out), "--device", "cpu", "--steps", "1", *TINY])
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     found, _ = report(capsys, "--resume", str(out), "--seconds", "0.1", "--workers", "1")
-    assert f"run {out}, on cpu" in found and "with 1 workers" in found
+    assert value(found, "run").startswith(f"{out} on cpu") and "with 1 workers" in found
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
 def test_missing_data_are_a_finding(capsys, tmp_path):
     found, changes = report(capsys, *QUICK, "--data", str(tmp_path / "none"), status=1)
-    assert value(found, "data") == f"{tmp_path}/none is not there" and "s for 8 images" in value(found, "step")
-    prepare = f"`pmf data prepare folder:PICTURES --out {tmp_path}/none --size 8`"
-    assert changes == f"  data: {tmp_path}/none is not there: {prepare}, or set --data\n"
+    assert changes == f"  data: expected digits, photographs or a prepared directory, got {tmp_path}/none\n"
+    assert "s for 8 images" in value(found, "step")
 
 
 def test_data_that_do_not_fit_the_network_are_a_finding(capsys, tmp_path):
@@ -71,51 +69,46 @@ def test_data_that_do_not_fit_the_network_are_a_finding(capsys, tmp_path):
 def test_a_large_network_on_a_cpu_is_counted_and_not_run(capsys):
     device = ("--device", "cpu", "--data", "/nowhere", "--workers", "0")
     found, changes = report(capsys, "pMF-H/16", *device, "--device-batch", "1024", status=1)
-    assert "not measured on a CPU; a GPU at 400 TFLOP/s takes" in value(found, "step")
-    assert re.search(r"memory: [\d.]+ GB expected, .* GB free: (set --|more GPUs)", changes)
-    assert "train on a GPU" in changes
+    assert "TFLOP for 1024 images, not timed on a CPU" in value(found, "step")
+    assert re.search(r"memory: (set --|more GPUs)", changes)
+    assert "step: train on a GPU" in changes
     assert set(re.findall(r"^! (\w+)", found, re.MULTILINE)) >= {"memory", "step", "data"}
 
 
-def test_processes_share_the_batch_the_state_and_the_cores(capsys):
-    quick = (*QUICK, "--batch-size", "16", "--data", "/nowhere")
-    alone, _ = report(capsys, *quick, status=1)
-    shared, _ = report(capsys, *quick, "--processes", "4", "--sharding", "fsdp", status=1)
-    assert value(shared, "batch") == "4 processes x 4 images = 16 a step, fsdp"
-    fixed = [float(re.search(r"\(([\d.]+) MB", value(text, "memory"))[1]) for text in (alone, shared)]
-    assert fixed[0] == pytest.approx(4 * fixed[1], rel=0.02)
-    _, changes = report(capsys, *quick, "--processes", "3", status=1)
-    assert "batch: batch_size: expected a multiple of 3 processes x 5 images" in changes
+def test_processes_share_the_batch_and_the_state(capsys):
+    big = ("--device", "cpu", "--data", "/nowhere", "--batch-size", "16", "--model.hidden-size", "512")
+    alone, _ = report(capsys, *big, status=1)
+    shared, _ = report(capsys, *big, "--processes", "4", "--sharding", "fsdp", status=1)
+    assert "on cpu: 4 x 4 images at a time, 16 a step, fsdp" in value(shared, "run")
+    expected = [float(value(text, "memory").split()[0]) for text in (alone, shared)]
+    assert expected[0] == pytest.approx(4 * expected[1], rel=0.05)
+    _, changes = report(capsys, *big, "--processes", "3", status=1)
+    assert "batch_size: expected a multiple of 3 processes x 5 images" in changes
 
 
 def test_kernels_that_cannot_run_here_are_a_finding(capsys, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     found, changes = report(capsys, *QUICK, "--impl", "triton", status=1)
-    assert changes.startswith('  kernels: norm_modulate: impl="triton" needs cuda tensors, got cpu')
+    assert changes.startswith('  kernels: attention: impl="triton" needs cuda tensors, got cpu')
     assert changes.count("\n") == 1 and "memory  " not in found and "step  " not in found
 
 
 def test_a_device_that_is_not_there_is_a_finding(capsys):
     found, changes = report(capsys, *QUICK, "--device", "cuda:99", status=1)
-    assert "device: cannot use 'cuda:99'" in changes and "on cpu" in found
+    assert "device: cannot use 'cuda:99'" in changes and "on cpu" in value(found, "run")
 
 
-def gpu_lines(capsys, **changes):
-    report = Report()
-    _ops(report, DoctorConfig(precision="float32", **changes), torch.device("cuda"))
-    return capsys.readouterr().out, "\n".join(report.changes)
+def kernels_on_a_gpu(**changes):
+    doctor = Doctor(DoctorConfig(precision="float32", **changes))
+    doctor.device = torch.device("cuda")
+    return doctor.kernels()
 
 
-def test_on_a_gpu_the_choices_are_the_dispatchers_own(capsys, monkeypatch):
-    found, changes = gpu_lines(capsys)
-    assert value(found, "kernels") == "triton: tensors are on cuda" and "kernels" not in changes
-    assert value(found, "attention") == "efficient: FlashAttention takes no float32; the tangent's: triton"
-    found, changes = gpu_lines(capsys, impl="reference")
-    assert value(found, "kernels") == "reference: requested" and "set --impl auto" in changes
-    monkeypatch.setattr(dispatch, "_kernels", {})  # as in a process that has loaded none
-    monkeypatch.setitem(sys.modules, "triton", None)
-    assert "triton is absent: pip install triton" in gpu_lines(capsys)[1]
-    assert 'kernels: norm_modulate: impl="triton" needs the triton package' in gpu_lines(capsys, impl="triton")[1]
+def test_on_a_gpu_the_choices_are_the_dispatchers_own():
+    found, change = kernels_on_a_gpu()
+    assert found == "triton: tensors are on cuda; attention efficient; products torch.float32" and change is None
+    found, change = kernels_on_a_gpu(impl="reference")
+    assert found.startswith("reference: requested") and "set --impl auto" in change
 
 
 def test_only_the_first_process_speaks(capsys, monkeypatch):
@@ -135,3 +128,73 @@ def test_bad_input_and_help(capsys):
         main(["doctor", "--help"])
     out = capsys.readouterr().out
     assert stop.value.code == 0 and all(flag in out for flag in ("--processes", "--seconds", "--device-batch"))
+
+
+# What to change about memory.
+
+GB = 10**9
+RUN = RunConfig(batch_size=1024, device_batch=128)
+
+
+# 10 GB of state; a row keeps 0.5 GB, or a tenth of it under checkpointing.
+COUNTED = {"none": TrainingMemory(9 * GB, 1 * GB, GB // 2), "block": TrainingMemory(9 * GB, 1 * GB, GB // 20)}
+
+
+def change(run, processes, rows, free):
+    shards = {"ddp": 1, "fsdp": processes, "hybrid": processes}
+    return memory_change(run, shards, rows, HEADROOM * free * GB, COUNTED)
+
+
+@pytest.mark.parametrize(
+    ("free", "expected"),
+    [
+        (83, None),
+        (79, "set --checkpointing block"),
+        (15, "set --checkpointing block --device-batch 64"),
+        (11.8, "set --checkpointing block --device-batch 8"),
+        (11, "more GPUs with --sharding fsdp, larger ones, or a smaller network"),
+    ],
+)
+def test_too_little_memory_names_the_least_change(free, expected):
+    assert change(RUN, 1, 128, free) == expected
+
+
+def test_sharding_is_advised_where_the_state_alone_does_not_fit():
+    assert change(RUN, 8, 128, 6) == "set --sharding fsdp --checkpointing block --device-batch 64"
+    assert change(dataclasses.replace(RUN, sharding="fsdp"), 8, 64, 6) == "set --checkpointing block"
+
+
+def test_device_batches_divide_every_process_share():
+    whole = RunConfig(batch_size=96)
+    assert change(whole, 3, 32, 17) == "set --checkpointing block"
+    assert change(dataclasses.replace(whole, checkpointing="block"), 3, 32, 12.5) == "set --device-batch 16"
+
+
+@pytest.mark.parametrize("free", [12, 20, 30, 60, 79])
+@pytest.mark.parametrize("checkpointing", ["none", "block"])
+def test_advice_on_memory_fits_and_satisfies_itself(free, checkpointing):
+    run = dataclasses.replace(RUN, checkpointing=checkpointing)
+    advice = change(run, 1, 128, free)
+    if advice is None:
+        assert COUNTED[checkpointing].expected(128) <= HEADROOM * free * GB
+        return
+    words = advice.split()[1:]
+    flags = dict(zip(words[::2], words[1::2], strict=True))
+    rows = int(flags.get("--device-batch", 128))
+    changed = dataclasses.replace(run, checkpointing=flags.get("--checkpointing", checkpointing), device_batch=rows)
+    assert change(changed, 1, rows, free) is None
+
+
+# What to change about data.
+
+
+def test_slow_data_ask_for_workers_while_there_are_cores():
+    assert data_change(1500, 1400, workers=8, cores=16) is None
+    assert data_change(900, 1400, workers=8, cores=16) == "the step takes 1,400 images/s: set --workers 15"
+    assert data_change(900, 1400, 8, cores=12).endswith("set --workers 12")
+    assert "a faster disk, more cores" in data_change(900, 1400, 8, 8)
+
+
+def test_without_workers_data_must_be_many_times_as_fast():
+    assert data_change(20_000, 1000, workers=0, cores=4) is None
+    assert data_change(10_000, 1000, workers=0, cores=4).endswith("set --workers 1")

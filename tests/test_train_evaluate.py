@@ -16,12 +16,14 @@ import torch
 from PIL import Image
 
 import pmf
+from pmf.config import Guidance
 from pmf.errors import InputError
+from pmf.images import to_bytes
 from pmf.metrics import Statistics, frechet_distance, inception_score, precision_recall
-from pmf.train.config import RunConfig, SamplingConfig, to_json
-from pmf.train.data import digits
-from pmf.train.evaluate import EvalConfig, Point, command, evaluate_digits, grid
-from pmf.train.images import to_bytes
+from pmf.train.config import RunConfig, to_json
+from pmf.train.demo import digits
+from pmf.train.demo.scores import evaluate_digits
+from pmf.train.evaluation.command import EvalConfig, Point, command, grid
 from tests.evaluation import COLOUR, SETTINGS, Toy, checkpoint, evaluate
 from tests.networks import random_model
 
@@ -70,12 +72,12 @@ def test_real_digits_are_close_and_named_rightly():
 
 
 def test_published_settings_are_measured_by_name():
-    config, model = EvalConfig("checkpoint.pt", guidance=("pMF-B/16", "pMF-B/16-torch")), pmf.MODELS["pMF-B/16"]
-    settings = [SamplingConfig(8.5, 0.1, 0.7), SamplingConfig(7.5, 0.1, 0.8)]
+    config, model = EvalConfig(source="checkpoint.pt", guidance=("pMF-B/16", "pMF-B/16-torch")), pmf.MODELS["pMF-B/16"]
+    settings = [Guidance(8.5, 0.1, 0.7), Guidance(7.5, 0.1, 0.8)]
     assert [point.sampling for point in grid(config, None, model)] == settings
     with pytest.raises(pmf.InputError, match="guidance: expected no omega and no interval beside it"):
         grid(dataclasses.replace(config, omega=(7.0,)), None, model)
-    with pytest.raises(pmf.InputError, match=r"guidance: expected one of pMF-B/16, pMF-B/16-torch, .* got 'B/16'"):
+    with pytest.raises(pmf.InputError, match=r"guidance: expected one of pMF-B/16, .*pMF-B/16-torch.*, got 'B/16'"):
         grid(dataclasses.replace(config, guidance=("B/16",)), None, model)
 
 
@@ -87,19 +89,19 @@ def test_a_digits_network_is_measured_over_the_grid(tmp_path, capsys):
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     points = [(line["omega"], line["steps"]) for line in lines]
     assert points == [(1.1, 1), (1.1, 2), (2.0, 1), (2.0, 2)]
-    expected = evaluate_digits(pmf.load_model(file), omega=2.0, t_min=0.1, t_max=0.7, steps=2)
+    expected = evaluate_digits(pmf.PMFDiT.from_pretrained(file), omega=2.0, t_min=0.1, t_max=0.7, steps=2)
     for name, value in expected.items():
         assert lines[-1][name] == round(value, 4)
 
 
 def test_guidance_is_that_of_the_flags_else_of_the_run_else_of_the_preset(tmp_path):
-    (preset,) = grid(EvalConfig("checkpoint.pt"), None, pmf.MODELS["pMF-B/16"])
-    assert preset == Point("checkpoint", SamplingConfig(8.5, 0.1, 0.7), 1)
-    run = RunConfig(sampling=SamplingConfig(2.0, 0.2, 0.6), sampling_weights="ema_2000")
+    (preset,) = grid(EvalConfig(source="checkpoint.pt"), None, pmf.MODELS["pMF-B/16"])
+    assert preset == Point("checkpoint", Guidance(8.5, 0.1, 0.7), 1)
+    run = RunConfig(sampling=Guidance(2.0, 0.2, 0.6), sampling_weights="ema_2000")
     (tmp_path / "config.json").write_text(to_json(run))
-    assert grid(EvalConfig(str(tmp_path)), None, run.model) == [Point("ema_2000", run.sampling, 1)]
-    flags = EvalConfig(str(tmp_path), omega=(3.0,), steps=(2, 4))
-    expected = [Point("ema_500", SamplingConfig(3.0, 0.2, 0.6), steps) for steps in (2, 4)]
+    assert grid(EvalConfig(source=str(tmp_path)), None, run.model) == [Point("ema_2000", run.sampling, 1)]
+    flags = EvalConfig(source=str(tmp_path), omega=(3.0,), steps=(2, 4))
+    expected = [Point("ema_500", Guidance(3.0, 0.2, 0.6), steps) for steps in (2, 4)]
     assert grid(flags, "ema_500", run.model) == expected
 
 
@@ -121,7 +123,7 @@ def reference(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(source, reference):
-    return EvalConfig(str(source), reference=reference, **SETTINGS)
+    return EvalConfig(source=str(source), reference=reference, **SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +138,7 @@ def results(out):
 
 def features_of(config, *, steps, omega, t_min, t_max):
     """Features and logits by the definition: every image from its own class and seed, in the same batches."""
-    model = pmf.load_model(config.source, aux_head=False)
+    model = pmf.PMFDiT.from_pretrained(config.source, aux_head=False)
     parts = []
     for start in range(0, 30, 8):
         for first in range(start, min(start + 8, 30), 3):
@@ -306,8 +308,8 @@ def test_what_changes_a_result_is_measured_anew_and_a_torn_line_is_passed_over(c
     ("change", "message"),
     [
         (dict(interval=("0.1",)), "interval: expected t_min,t_max such as 0.1,0.7, got '0.1'"),
-        (dict(interval=("0.7,0.1",)), "sampling.t_min: expected 0 <= t_min <= t_max <= 1, got 0.7 and 0.1"),
-        (dict(omega=(0.5,)), "sampling.omega: expected a guidance scale >= 1, got 0.5"),
+        (dict(interval=("0.7,0.1",)), "t_min: expected 0 <= t_min <= t_max <= 1, got 0.7 and 0.1"),
+        (dict(omega=(0.5,)), "omega: expected a guidance scale >= 1, got 0.5"),
         (dict(per_class=1), "per_class: expected at least 10 images in all, got 5"),
         (dict(omega=()), "omega: this network is no preset, so omega must be given"),
         (dict(reference=Path("/nowhere")), "reference: /nowhere is not a readable npz archive"),

@@ -4,9 +4,13 @@ import torch
 from PIL import Image
 
 from pmf.errors import InputError
+from pmf.features import Chunks, find_images, images_of
 from pmf.metrics import Statistics
-from pmf.train.features import Chunks, Ranks, all_ranks, folder_statistics, picture_source, pictures, weights_digest
-from tests.evaluation import Toy
+from pmf.train.config import ExtractionConfig
+from pmf.train.distributed import World, join, leave
+from pmf.train.evaluation.reference import compute_together, write_folder_statistics
+from pmf.train.evaluation.results import weights_digest
+from tests.evaluation import ALONE, Toy
 
 
 def picture(file, size, mode="RGB", seed=0):
@@ -21,14 +25,14 @@ def test_a_folder_is_read_to_the_bottom_in_order_and_hidden_files_are_not(tmp_pa
     for name in ("b/1.png", "a/2.JPEG", "a/1.webp", "c.bmp", "a/.hidden.png"):
         picture(tmp_path / name, (4, 4))
     (tmp_path / "notes.txt").write_text("no picture")
-    found = [file.relative_to(tmp_path).as_posix() for file in pictures(tmp_path)]
+    found = [file.relative_to(tmp_path).as_posix() for file in find_images(tmp_path)]
     assert found == ["a/1.webp", "a/2.JPEG", "b/1.png", "c.bmp"]
 
 
 def test_pictures_come_as_rgb_bytes_at_their_own_size(tmp_path):
     kinds = [((4, 4), "RGB"), ((4, 4), "L"), ((6, 5), "RGBA"), ((4, 4), "RGB")]
     expected = [picture(tmp_path / f"{i}.png", size, mode, i) for i, (size, mode) in enumerate(kinds)]
-    groups = list(picture_source(pictures(tmp_path))(range(4)))
+    groups = list(images_of(find_images(tmp_path))(range(4)))
     assert [tuple(group.shape) for group in groups] == [(2, 3, 4, 4), (1, 3, 6, 5), (1, 3, 4, 4)]
     got = [image for group in groups for image in group]
     for image, wanted in zip(got, expected, strict=True):
@@ -37,12 +41,12 @@ def test_pictures_come_as_rgb_bytes_at_their_own_size(tmp_path):
 
 def test_what_is_no_folder_and_no_picture_is_named(tmp_path):
     with pytest.raises(InputError, match=r"reference: .*nothing does not exist"):
-        pictures(tmp_path / "nothing")
+        find_images(tmp_path / "nothing")
     with pytest.raises(InputError, match=r"holds no \.png"):
-        pictures(tmp_path)
+        find_images(tmp_path)
     (tmp_path / "torn.png").write_bytes(b"\x89PNG")
     with pytest.raises(InputError, match=r"reference: .*torn.png is not a readable picture"):
-        list(picture_source(pictures(tmp_path))(range(1)))
+        list(images_of(find_images(tmp_path))(range(1)))
 
 
 def source(batch):
@@ -53,7 +57,7 @@ def source(batch):
 
 def test_chunks_hold_the_features_of_every_image_in_order(tmp_path):
     chunks = Chunks(tmp_path / "chunks", 23, 10)
-    chunks.compute(source, Toy(), Ranks(), batch_size=10)
+    chunks.compute(chunks.spans(), source, Toy(), batch_size=10)
     features, logits = (torch.cat(list(chunks.read(name))) for name in ("features", "logits"))
     expected = [Toy()(next(source(span))) for span in (range(10), range(10, 20), range(20, 23))]
     assert torch.equal(features, torch.cat([f for f, _ in expected]))
@@ -70,17 +74,17 @@ def test_chunks_hold_the_features_of_every_image_in_order(tmp_path):
 def test_the_processes_share_the_missing_chunks(tmp_path):
     chunks = Chunks(tmp_path, 23, 5)
 
-    class Second(Ranks):
-        def agree(self, value):
+    class Second(World):
+        def broadcast(self, value):
             return value
 
         def wait(self):
             pass
 
-    chunks.compute(source, Toy(), Second(rank=1, size=2), batch_size=5)
+    compute_together(chunks, chunks.missing(), source, Toy(), Second(torch.device("cpu"), rank=1, size=2), 5)
     assert [chunks.file(span).is_file() for span in chunks.spans()] == [False, True, False, True, False]
     extractor = Toy()
-    chunks.compute(source, extractor, Ranks(), batch_size=5)
+    compute_together(chunks, chunks.missing(), source, extractor, ALONE, 5)
     assert extractor.calls == 3 and all(chunks.file(span).is_file() for span in chunks.spans())
 
 
@@ -94,13 +98,13 @@ def test_statistics_of_a_folder_continue_where_they_were_interrupted(tmp_path):
                 raise KeyboardInterrupt
             return super().forward(images)
 
-    files, options = pictures(tmp_path / "in"), dict(batch_size=4, chunk=4, keep=True)
+    files, four = find_images(tmp_path / "in"), ExtractionConfig(batch_size=4, chunk=4)
     with pytest.raises(KeyboardInterrupt):
-        folder_statistics(files, tmp_path / "ref.npz", Interrupted(), Ranks(), **options)
+        write_folder_statistics(files, tmp_path / "ref.npz", Interrupted(), ALONE, four, keep=True)
     assert not (tmp_path / "ref.npz").exists()
     rest = Toy()
-    folder_statistics(files, tmp_path / "ref.npz", rest, Ranks(), **options)
-    folder_statistics(files, tmp_path / "whole.npz", Toy(), Ranks(), **options)
+    write_folder_statistics(files, tmp_path / "ref.npz", rest, ALONE, four, keep=True)
+    write_folder_statistics(files, tmp_path / "whole.npz", Toy(), ALONE, four, keep=True)
     assert rest.calls == 1
     assert (tmp_path / "ref.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
     assert Statistics.load(tmp_path / "ref.npz").features.shape == (11, 6)
@@ -115,6 +119,7 @@ def test_a_digest_names_weights_and_names():
 
 
 def test_one_process_is_alone():
-    with all_ranks() as ranks:
-        assert (ranks.rank, ranks.size, ranks.agree("mine")) == (0, 1, "mine")
-        ranks.wait()
+    world = join("cpu")
+    assert (world.rank, world.size, world.broadcast("mine"), world.main_first(lambda: "own")) == (0, 1, "mine", "own")
+    world.wait()
+    leave(world)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from pmf.train.config import load_run_config
-from pmf.train.data import digits
+from pmf.train.demo import digits
 from pmf.train.loop import Trainer
 from tests.test_train_distributed import free_port
 

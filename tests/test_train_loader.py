@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from pmf.data import CorruptImageError, ImageSet, Loader, epoch_order
 from pmf.errors import InputError
-from pmf.train.data import CorruptImageError, ImageSet, Loader, digits, order, to_float
+from pmf.images import to_float
+from pmf.train.demo import digits
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def test_each_index_comes_once_an_epoch_over_ranks_workers_and_interruptions():
     seen = torch.cat(seen)
     for epoch in range(epochs):
         part = seen[epoch * 10_000 : (epoch + 1) * 10_000]
-        assert torch.equal(part.long(), order(10_000, 4, epoch))
+        assert torch.equal(part.long(), epoch_order(10_000, 4, epoch))
         assert torch.equal(part.sort().values, torch.arange(10_000, dtype=torch.int32))
 
 
@@ -62,7 +64,7 @@ def test_digits_come_as_they_always_did():
     """The batch of a step, written out: the permutation of its epoch, run through without a gap."""
     train, _ = digits()
     loader = Loader(train, 64, seed=3, first_step=20)
-    both = torch.cat([order(1500, 3, 0), order(1500, 3, 1)])
+    both = torch.cat([epoch_order(1500, 3, 0), epoch_order(1500, 3, 1)])
     for step in range(20, 30):  # step 23 crosses the epochs
         x, y = next(loader)
         index = both[step * 64 : (step + 1) * 64]
@@ -73,7 +75,7 @@ def test_digits_come_as_they_always_did():
 
 def test_a_batch_may_be_larger_than_the_data():
     loader = Loader(Numbered(3), 8, seed=0)
-    assert torch.equal(numbers(loader, 3).flatten(), torch.cat([order(3, 0, e) for e in range(8)]).int())
+    assert torch.equal(numbers(loader, 3).flatten(), torch.cat([epoch_order(3, 0, e) for e in range(8)]).int())
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -118,15 +120,6 @@ def test_data_without_a_readable_image_is_an_error():
         next(Loader(Numbered(4, frozenset(range(4))), 2, seed=0))
 
 
-def test_what_was_served_and_waited_for_is_counted():
-    loader = Loader(Numbered(100), 10, seed=0)
-    assert loader.throughput.images_per_second == loader.throughput.waited_share == 0
-    numbers(loader, 5)
-    served = loader.throughput
-    assert served.images == 50 and 0 < served.waited <= served.elapsed
-    assert served.images_per_second == 50 / served.elapsed and served.waited_share == served.waited / served.elapsed
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -145,7 +138,7 @@ def test_impossible_loaders_are_refused(change, message):
 
 SIGNALLED = """
 import os, signal, torch
-from pmf.train.data import ImageSet, Loader
+from pmf.data import ImageSet, Loader
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, lambda *_: print("asked to stop", flush=True))
 data = ImageSet(torch.zeros(64, 1, 2, 2), torch.arange(64))

@@ -12,12 +12,13 @@ import torch
 from PIL import Image
 
 import pmf
-from pmf.train import directory as folder
+from pmf.draws import step_seed
+from pmf.optim import OptimizerConfig
+from pmf.train import run_directory
 from pmf.train.config import RunConfig, load_run_config
-from pmf.train.data import digits, step_seed
+from pmf.train.demo import digits
 from pmf.train.distributed import pick_device
 from pmf.train.loop import Trainer
-from pmf.train.optim import OptimizerConfig
 
 SMALL = dataclasses.replace(pmf.MODELS["pMF-digits"], depth=2, aux_head_depth=1, hidden_size=16, num_heads=2)
 
@@ -77,8 +78,8 @@ def test_a_checkpoint_from_before_muon_counted_its_steps_is_continued(tmp_path, 
     for values in state["optimizers"]["muon"]["state"].values():
         del values["step"]
     shutil.rmtree(tmp_path / "run/checkpoints")
-    trainer.checkpoints.save(3, state)
-    trainer.checkpoints.publish(wait=True)
+    trainer.snapshots.save(3, state)
+    trainer.snapshots.publish(wait=True)
     capsys.readouterr()
     resumed = Trainer(dataclasses.replace(config(tmp_path / "run", steps=6), resume=tmp_path / "run"), digits()[0])
     assert "resume: this checkpoint is of a version in which Muon counted no steps" in capsys.readouterr().out
@@ -153,7 +154,7 @@ def test_a_run_killed_while_it_stored_its_configuration_can_start_again(tmp_path
 
 def test_a_directory_killed_while_it_was_overwritten_is_still_a_runs(tmp_path):
     out = train(config(tmp_path / "run", steps=2))
-    folder.clear(out, overwrite=True)
+    run_directory.make_room(out, overwrite=True)
     assert set(os.listdir(out)) - {"tensorboard"} == {"config.json"}
     train(config(out, steps=2))
 

@@ -6,10 +6,12 @@ import torch
 from PIL import Image
 
 from pmf.errors import InputError
+from pmf.images import to_float
 from pmf.metrics import Statistics, frechet_distance
-from pmf.train.data import open_data, photographs, to_float
-from pmf.train.data.photographs import PHOTOGRAPHS, _file, _photographs
-from pmf.train.judge import areas, evaluate_photographs, photograph_judge, structure
+from pmf.train.data.by_name import open_data
+from pmf.train.demo import photographs
+from pmf.train.demo.image_sets import PHOTOGRAPHS, _file
+from pmf.train.demo.scores import area_colours, evaluate_photographs, grey_structure, photograph_classifier
 from tests.networks import random_model
 
 pytest.importorskip("skimage")
@@ -23,7 +25,7 @@ def test_photographs_are_ten_classes_split_without_a_shared_crop():
     assert torch.bincount(held_out.labels).tolist() == [135] * 10
     crops = torch.cat([train.images, held_out.images]).flatten(1)
     assert len(crops.unique(dim=0)) == len(crops)
-    _photographs.cache_clear()
+    photographs.cache_clear()
     assert torch.equal(photographs(32)[0].images, train.images)
 
 
@@ -61,23 +63,23 @@ def test_missing_files_are_named(monkeypatch):
         _file("cat")
 
 
-def test_the_judge_names_held_out_crops_whatever_their_colour():
+def test_the_classifier_names_held_out_crops_whatever_their_colour():
     _, held_out = photographs(32)
-    judge = photograph_judge(32)
-    assert judge.score(structure(held_out.images).numpy(), held_out.labels.numpy()) > 0.97
+    classifier = photograph_classifier(32)
+    assert classifier.score(grey_structure(held_out.images).numpy(), held_out.labels.numpy()) > 0.97
     grey = to_float(held_out.images).mean(1, keepdim=True).expand(-1, 3, -1, -1)
-    assert judge.score(structure(0.3 * grey + 0.5).numpy(), held_out.labels.numpy()) > 0.97
-    patches = areas(held_out.images).view(-1, 3, 64)[
+    assert classifier.score(grey_structure(0.3 * grey + 0.5).numpy(), held_out.labels.numpy()) > 0.97
+    patches = area_colours(held_out.images).view(-1, 3, 64)[
         :, :, torch.randperm(64, generator=torch.Generator().manual_seed(0))
     ]
-    assert judge.score(structure(patches.view(-1, 3, 8, 8)).numpy(), held_out.labels.numpy()) < 0.5
+    assert classifier.score(grey_structure(patches.view(-1, 3, 8, 8)).numpy(), held_out.labels.numpy()) < 0.5
 
 
 def test_the_scale_of_the_distances():
-    train, held_out = (areas(part.images) for part in photographs(32))
+    train, held_out = (area_colours(part.images) for part in photographs(32))
     some = train.view(10, 540, 192)[:, ::11].flatten(0, 1)
     means = train.view(10, 540, 192).mean(1).repeat_interleave(50, 0)
-    noise = areas(torch.randn(500, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    noise = area_colours(torch.randn(500, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
     real = Statistics.of(held_out)
     for features, distance, spread in ((some, 0.27, 0.03), (means, 5.2, 0.1), (noise, 51, 1)):
         assert frechet_distance(Statistics.of(features), real) == pytest.approx(distance, abs=spread)

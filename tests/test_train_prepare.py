@@ -1,6 +1,9 @@
+import dataclasses
 import io
 import os
 import pickle
+import shlex
+import subprocess
 import sys
 import tarfile
 
@@ -9,11 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
+from pmf.data import CorruptImageError, Loader
 from pmf.errors import InputError
-from pmf.train.data import CorruptImageError, Loader, PreparedShards, open_data, open_source
-from pmf.train.data.crop import centre_crop
-from pmf.train.data.prepare import PrepareConfig, command, prepare, verify
-from pmf.train.data.sources import HuggingFace
+from pmf.images import centre_crop
+from pmf.train.data.by_name import open_data
+
+datasets = pytest.importorskip("datasets")
+from pmf.data.shards import PreparedShards, open_shard  # noqa: E402
+from pmf.train.data.prepare import PrepareConfig, _row, command, prepare, verify  # noqa: E402
+from pmf.train.data.sources import Sample, open_source, row_samples  # noqa: E402
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -86,10 +93,8 @@ def test_a_folder_becomes_shards_that_read_back(prepared, folder):
     holds_all(data)
     holds_all(pickle.loads(pickle.dumps(data)))
     assert data.classes == CLASSES
-    assert sorted(contents(prepared)) == sorted(
-        ["dataset.json"] + [f"shard-{i:06d}.{kind}" for i in range(5) for kind in ("npz", "tar")]
-    )
-    assert verify(prepared) == (21, [])
+    assert sorted(contents(prepared)) == ["classes.txt"] + [f"shard-{i:06d}.arrow" for i in range(5)]
+    verify(prepared)
 
 
 @pytest.mark.parametrize(("encoding", "lossless"), [("png", True), ("jpg", False)])
@@ -97,7 +102,7 @@ def test_other_encodings(folder, tmp_path, encoding, lossless):
     data = prepare(config(folder, tmp_path / "out", encoding=encoding))
     if lossless:
         holds_all(data)
-    assert verify(tmp_path / "out") == (21, [])
+    verify(tmp_path / "out")
     error = (data.read(3)[0].float() - expected(3).float()).abs().mean()
     assert error == 0 if lossless else 0 < error < 8
 
@@ -110,7 +115,7 @@ def test_the_result_depends_neither_on_workers_nor_on_interruptions(folder, prep
 
     def stopping(source, target):
         calls.append(target)
-        if len(calls) in (4, 7):  # between a tar file and its index, and before a tar file
+        if len(calls) in (3, 5):  # before the third shard, and before the fourth
             raise KeyboardInterrupt
         replace(source, target)
 
@@ -122,8 +127,7 @@ def test_the_result_depends_neither_on_workers_nor_on_interruptions(folder, prep
             PreparedShards(out)
     holds_all(prepare(config(folder, out)))
     assert contents(out) == contents(prepared)
-    # Manifests of three runs and the last one, ten files, two stops, one tar file that had lost its index.
-    assert len(calls) == 4 + 10 + 2 + 1
+    assert len(calls) == 5 + 2 + 1  # every shard once, two stops, the classes
 
 
 def test_a_complete_directory_is_left_as_it_is(folder, prepared):
@@ -132,33 +136,68 @@ def test_a_complete_directory_is_left_as_it_is(folder, prepared):
     assert {file: file.stat().st_mtime_ns for file in prepared.glob("shard-*")} == before
 
 
+def flipped(file, number):
+    """A shard with one bit flipped in the middle of the image of that number."""
+    data, image = bytearray(file.read_bytes()), expected(number).numpy().tobytes()
+    data[data.index(image) + len(image) // 2] ^= 1
+    file.write_bytes(data)
+
+
 def test_torn_shards_are_named_and_made_again(folder, prepared, tmp_path):
     prepare(config(folder, tmp_path))
-    short, flipped = tmp_path / "shard-000003.tar", tmp_path / "shard-000001.tar"
-    short.write_bytes(short.read_bytes()[:700])
-    data = bytearray(flipped.read_bytes())
-    data[512 + 200] ^= 1
-    flipped.write_bytes(data)
-    images, wrong = verify(tmp_path)
-    assert images == 21 and len(wrong) == 2
-    assert "shard-000001.tar is torn at 000000005.npy (ant/5.png)" in wrong[0] and "shard-000003.tar" in wrong[1]
-    with pytest.raises(InputError, match=r"shard-000003.tar is missing or torn: 700 bytes, expected"):
-        PreparedShards(tmp_path)
-    with pytest.raises(InputError, match=r"shard-000001.tar is torn .*remove the shard's .npz and run"):
+    for number in (3, 4):
+        short = tmp_path / f"shard-{number:06d}.arrow"
+        short.write_bytes(short.read_bytes()[:700])
+    flipped(tmp_path / "shard-000001.arrow", 5)
+    for use in (PreparedShards, verify):
+        with pytest.raises(InputError, match=r"000003.arrow is missing or torn: .*000004.arrow is missing or torn: "):
+            use(tmp_path)
+    prepare(config(folder, tmp_path))
+    with pytest.raises(InputError, match=r"torn: shard-000001.arrow: ant/5.png: its checksum.*remove these shards and"):
         command(["verify", str(tmp_path)])
-    flipped.with_suffix(".npz").unlink()
+    (tmp_path / "shard-000001.arrow").unlink()
     prepare(config(folder, tmp_path))
     assert contents(tmp_path) == contents(prepared)
 
 
+def test_a_missing_last_shard_is_noticed(folder, prepared, tmp_path):
+    """Also where the shards are all full: then an empty one follows them."""
+    prepare(config(folder, tmp_path, shard_images=7))
+    assert [len(open_shard(file)) for file in sorted(tmp_path.glob("*.arrow"))] == [7, 7, 7, 0]
+    holds_all(PreparedShards(tmp_path))
+    (tmp_path / "shard-000003.arrow").unlink()
+    for use in (PreparedShards, verify):
+        with pytest.raises(InputError, match="lacks its last shard"):
+            use(tmp_path)
+    holds_all(prepare(config(folder, tmp_path, shard_images=7)))
+
+
+def test_no_flipped_bit_changes_what_is_read(folder, tmp_path):
+    """Any bit of a shard: it is refused, or or what is read stays as it was."""
+    prepare(config(folder, tmp_path))
+    file = tmp_path / "shard-000001.arrow"
+    whole = file.read_bytes()
+    read = [PreparedShards(tmp_path).read(index) for index in range(5, 10)]
+    generator = np.random.default_rng(0)
+    refused = 0
+    for place in generator.choice(len(whole), 300, replace=False):
+        data = bytearray(whole)
+        data[place] ^= 1 << generator.integers(8)
+        file.write_bytes(data)
+        try:
+            now = [PreparedShards(tmp_path).read(index) for index in range(5, 10)]
+        except (InputError, CorruptImageError):
+            refused += 1
+        else:
+            assert all(torch.equal(a[0], b[0]) and a[1] == b[1] for a, b in zip(read, now, strict=True))
+    assert refused > 50
+
+
 def test_a_flipped_bit_is_a_corrupt_image_that_the_loader_replaces(folder, tmp_path):
     prepare(config(folder, tmp_path))
-    file = tmp_path / "shard-000001.tar"
-    data = bytearray(file.read_bytes())
-    data[512 + 200] ^= 1
-    file.write_bytes(data)
+    flipped(tmp_path / "shard-000001.arrow", 5)
     shards = PreparedShards(tmp_path)
-    with pytest.raises(CorruptImageError, match=r"shard-000001.tar: ant/5.png: its checksum"):
+    with pytest.raises(CorruptImageError, match=r"shard-000001.arrow: ant/5.png: its checksum"):
         shards.read(5)
     x, _ = next(Loader(shards, 21, seed=0, workers=1))
     assert sum(torch.equal(image, expected(6).float() / 127.5 - 1) for image in x) == 2
@@ -197,40 +236,91 @@ def test_another_run_in_the_same_directory_is_refused(folder, prepared, tmp_path
         prepare(config(tmp_path / "in", tmp_path / "out"))
 
 
-def test_the_shards_are_webdataset_shards(prepared, tmp_path):
-    webdataset = pytest.importorskip("webdataset")
-    rows = list(webdataset.WebDataset([str(f) for f in sorted(prepared.glob("*.tar"))], shardshuffle=False).decode())
-    assert [row["cls"] for row in rows] == [n // 7 for n in range(21)]
-    assert all(np.array_equal(row["npy"], expected(n)) for n, row in enumerate(rows))
-
-
-def test_webdataset_shards_are_a_source(folder, tmp_path):
-    pytest.importorskip("webdataset")
+def test_the_shards_are_hugging_face_data(folder, prepared, tmp_path):
+    files = sorted(map(str, prepared.glob("*.arrow")))
+    rows = list(datasets.load_dataset("arrow", data_files=files, split="train", streaming=True))
+    assert [row["label"] for row in rows] == [n // 7 for n in range(21)]
+    assert all(row["image"] == expected(n).numpy().tobytes() for n, row in enumerate(rows))
     prepare(config(folder, tmp_path / "png", encoding="png", size=20))
-    pattern = f"wds:{tmp_path}/png/shard-{{000000..000004}}.tar"
+    data = prepare(config(None, tmp_path / "out", source=f"hf:{tmp_path}/png"))
+    assert torch.equal(data.read(20)[0], recropped(20))
+
+
+def recropped(number):
+    return torch.from_numpy(np.array(centre_crop(centre_crop(picture(number), 20), 8))).permute(2, 0, 1)
+
+
+def tar(file, entries):
+    with tarfile.open(file, "w") as archive:
+        for name, data in entries:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+
+
+def test_webdataset_shards_are_a_source(tmp_path):
+    pytest.importorskip("webdataset")
+    for shard in range(5):
+        numbers = range(5 * shard, min(5 * shard + 5, 21))
+        label = ("cls", lambda n: str(n // 7).encode()) if shard else ("json", lambda n: b'{"label": %d}' % (n // 7))
+        pairs = [[(f"{n:09d}.png", encoded(n)), (f"{n:09d}.{label[0]}", label[1](n))] for n in numbers]
+        tar(tmp_path / f"shard-{shard:06d}.tar", [entry for pair in pairs for entry in pair])
+    pattern = f"wds:{tmp_path}/shard-{{000000..000004}}.tar"
     names = tmp_path / "classes.txt"
     names.write_text("\n".join(CLASSES))
     data = prepare(config(None, tmp_path / "out", source=pattern, shard_images=8, classes=names))
-    assert data.classes == CLASSES and len(data) == 21
-    wanted = torch.from_numpy(np.array(centre_crop(centre_crop(picture(20), 20), 8))).permute(2, 0, 1)
-    assert torch.equal(data.read(20)[0], wanted)
+    assert data.classes == CLASSES
+    holds_all(data)
+    names.write_text("ant\nbee\n")
+    unnamed = config(None, tmp_path / "unnamed", source=pattern)
+    with pytest.raises(InputError, match="classes: expected names of 3 classes, got 2"):
+        prepare(dataclasses.replace(unnamed, classes=names))
+    assert prepare(unnamed).classes == ("0", "1", "2")
     assert [s.key for s in open_source(pattern).samples(19)] == ["000000019", "000000020"]
-    torn = tmp_path / "png/shard-000004.tar"
+    torn = tmp_path / "shard-000004.tar"
     torn.write_bytes(torn.read_bytes()[:900])
-    with pytest.raises(InputError, match="source: cannot read the shards"):
+    with pytest.raises(InputError, match="source: cannot be read to its end"):
         list(open_source(pattern).samples())
-    unlabelled = tmp_path / "bare.tar"
-    with tarfile.open(unlabelled, "w") as tar:
-        entry = tarfile.TarInfo("a.png")
-        entry.size = len(encoded(0))
-        tar.addfile(entry, io.BytesIO(encoded(0)))
+    tar(tmp_path / "bare.tar", [("a.png", encoded(0))])
     with pytest.raises(InputError, match="the last is a: it has no label"):
-        prepare(config(None, tmp_path / "bare", source=f"wds:{unlabelled}", max_corrupt=0))
+        prepare(config(None, tmp_path / "bare", source=f"wds:{tmp_path}/bare.tar", max_corrupt=0))
+
+
+@pytest.mark.parametrize("encoding", ["npy", "png", "jpg"])
+def test_shards_of_earlier_versions_are_refused_with_the_command_that_converts_them(tmp_path, encoding):
+    """Tar shards of npy, png or jpg entries beside a dataset.json; conversion keeps pixels, labels and class names."""
+    pytest.importorskip("webdataset")
+    old, entries = tmp_path / "old", []
+    old.mkdir()
+    for n in range(6):
+        buffer, square = io.BytesIO(), centre_crop(picture(n), 8)
+        if encoding == "npy":
+            np.save(buffer, np.asarray(square).transpose(2, 0, 1))
+        else:
+            square.save(buffer, {"png": "PNG", "jpg": "JPEG"}[encoding])
+        entries.append((buffer.getvalue(), n % 2))
+    for shard, part in enumerate((entries[:4], entries[4:])):
+        numbered = [(f"{4 * shard + i:09d}", *entry) for i, entry in enumerate(part)]
+        pairs = [[(f"{key}.{encoding}", data), (f"{key}.cls", str(label).encode())] for key, data, label in numbered]
+        tar(old / f"shard-{shard:06d}.tar", [entry for pair in pairs for entry in pair])
+    (old / "dataset.json").write_text('{"classes": ["ant", "bee"], "size": 8, "format": 1}')
+    with pytest.raises(InputError, match="prepared by an earlier version") as error:
+        open_data(str(old), 8)
+    said = shlex.split(str(error.value).split("`")[1])
+    assert said[:3] == ["pmf", "data", "prepare"] and said[-2:] == ["--out", "DIRECTORY"]
+    command(["prepare", said[3], "--out", str(tmp_path / "new"), "--size", "8", "--encoding", encoding])
+    data = PreparedShards(tmp_path / "new")
+    assert data.classes == ("ant", "bee") and len(data) == 6
+    for n, (stored, label) in enumerate(entries):
+        if encoding == "npy":
+            pixels = np.load(io.BytesIO(stored))
+        else:
+            pixels = np.array(Image.open(io.BytesIO(stored))).transpose(2, 0, 1)
+        assert np.array_equal(data.read(n)[0], pixels) and data.read(n)[1] == label
 
 
 @pytest.mark.parametrize("kind", ["parquet", "disk", "arrow"])
 def test_hugging_face_data_sets_are_a_source(folder, tmp_path, kind):
-    datasets = pytest.importorskip("datasets")
     columns = {"picture": datasets.Image(), "kind": datasets.ClassLabel(names=list(CLASSES))}
     rows = {"picture": [{"bytes": encoded(n), "path": None} for n in range(21)], "kind": [n // 7 for n in range(21)]}
     data = datasets.Dataset.from_dict(rows, features=datasets.Features(columns))
@@ -247,7 +337,7 @@ def test_hugging_face_data_sets_are_a_source(folder, tmp_path, kind):
     holds_all(prepare(config(None, out, source=spec)))
     assert PreparedShards(out).classes == CLASSES
     (last,) = open_source(spec).samples(20)
-    assert (last.key, last.data, last.label) == ("row 20", encoded(20), 2)
+    assert (last.key, last.picture, last.label) == ("row 20", encoded(20), 2)
     with pytest.raises(InputError, match=r"has no column 'image', its columns are \['kind', 'picture'\]"):
         open_source(f"hf:{place}")
     with pytest.raises(InputError, match="hf options are config, image, label, split, streaming; got 'x=1'"):
@@ -255,11 +345,12 @@ def test_hugging_face_data_sets_are_a_source(folder, tmp_path, kind):
 
 
 def test_rows_that_only_name_their_files_are_read_too(folder):
-    datasets = pytest.importorskip("datasets")
     rows = {"image": [str(folder / "bee/2.png"), str(folder / "bee/none.png"), None], "label": [1, 1, 1]}
     columns = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Value("int64")})
-    source = HuggingFace(datasets.Dataset.from_dict(rows, features=columns), "image", "label", None, "")
-    assert [sample.data for sample in source.samples()] == [encoded(9), None, None]
+    source = datasets.Dataset.from_dict(rows, features=columns)
+    made = [_row(20, "png", sample) for sample in row_samples(source, "image", "label", 0)]
+    assert made[0]["image"] == _row(20, "png", Sample("", encoded(9), 1))["image"]
+    assert "No such file" in made[1]["reason"] and made[2]["reason"] == "it has no bytes"
 
 
 @pytest.mark.parametrize(("package", "spec"), [("webdataset", "wds:a.tar"), ("datasets", "hf:owner/name")])
@@ -267,6 +358,27 @@ def test_a_missing_package_is_named_by_its_extra(monkeypatch, package, spec):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(InputError, match=r"pip install 'pixel-meanflow\[data\]'"):
         open_source(spec)
+
+
+@pytest.mark.parametrize("package", ["pyarrow", "xxhash"])
+def test_prepared_data_name_their_extra_and_embedded_data_do_without(package, tmp_path):
+    (tmp_path / "shard-000000.arrow").write_bytes(b"")
+    code = f"""
+import sys
+from pmf.train.cli import main
+from pmf.train.data.by_name import open_data
+assert len(open_data("digits", 8)) == 1500 and len(open_data("photographs", 32)) == 5400
+assert not {{"pmf.data.shards", "xxhash", "datasets", "webdataset"}} & set(sys.modules)
+sys.modules[{package!r}] = None
+for arguments in (["data", "verify", {str(tmp_path)!r}], ["train", "digits", "--data", {str(tmp_path)!r}]):
+    try:
+        main(arguments)
+    except SystemExit as end:
+        assert end.code == 2
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("pmf: data: prepared images need pip install 'pixel-meanflow[data]'") == 2
 
 
 def test_wrong_sources_are_refused(tmp_path):

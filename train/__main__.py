@@ -1,4 +1,4 @@
-"""`python -m pmf.train`: what torchrun starts, too."""
+"""`python -m pmf.train`, which torchrun starts too."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from pmf.train.cli import main
 
 
 def run() -> int:
-    """The command of the command line; its exit status."""
+    """Run the command line; its exit status."""
     try:
         main()
     except SystemExit as end:
@@ -22,7 +22,7 @@ if __name__ == "__main__":
     sys.stdout.flush()
     sys.stderr.flush()
     if "LOCAL_RANK" in os.environ:
-        # PyTorch's caches keep process groups beyond their destruction. Their threads and the end of Python can meet
-        # in an abort, after all work is done.
+        # PyTorch's caches keep process groups alive after they are destroyed, and their threads can abort Python's
+        # shutdown: exit without it.
         os._exit(status)
     sys.exit(status)

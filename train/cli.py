@@ -9,13 +9,13 @@ from pmf.errors import InputError
 from pmf.train.presets import PRESETS
 
 COMMANDS = {
-    "train": ("pmf.train.run", "train a preset, or continue a run; under torchrun on several GPUs"),
+    "train": ("pmf.train.loop", "train a preset, or continue a run; under torchrun on several GPUs"),
     "data": ("pmf.train.data.prepare", "prepare ImageNet, or pictures of your own, for training"),
     "sample": ("pmf.train.sample", "draw a PNG grid of images from a checkpoint"),
-    "eval": ("pmf.train.evaluate", "measure a checkpoint: FID, Inception score, precision and recall"),
-    "doctor": ("pmf.train.doctor", "what runs here, what fits, whether the data keep up, and what to change"),
+    "eval": ("pmf.train.evaluation.command", "measure a checkpoint: FID, Inception score, precision and recall"),
+    "doctor": ("pmf.train.doctor", "check before a long run: what runs here, memory, data, and what to change"),
 }
-"""Name -> where its `command(arguments)` lives, and what it does."""
+"""Name -> the module whose `command(arguments)` it runs, and what it does."""
 
 
 def _usage() -> str:

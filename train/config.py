@@ -3,42 +3,37 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Literal, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
 
-from pmf.config import LOSSES, MODELS, SAMPLING, LossConfig, ModelConfig
+import torch
+
+from pmf.config import DIGITS, Guidance, LossConfig, ModelConfig
 from pmf.errors import InputError, require
 from pmf.metrics import NAMES, Resize
 from pmf.model import CHECKPOINTING
+from pmf.optim import OptimizerConfig
 from pmf.train.distributed import SHARDINGS
-from pmf.train.optim import OptimizerConfig
 
 CONFIG_FILE = "config.json"
 PRECISIONS = ("auto", "bfloat16", "float32")
+DIGITS_OPTIMIZER = OptimizerConfig(learning_rate=4e-3, decay_share=1.0)
+Config = TypeVar("Config")
 
 
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How samples are drawn for grids and for evaluation."""
-
-    omega: float = 1.1
-    """Guidance scale, at least 1."""
-    t_min: float = 0.0
-    """Start of the guidance interval."""
-    t_max: float = 1.0
-    """End of the guidance interval."""
-
-    def __post_init__(self) -> None:
-        require(self.omega >= 1, f"sampling.omega: expected a guidance scale >= 1, got {self.omega}")
-        ordered = 0 <= self.t_min <= self.t_max <= 1
-        require(ordered, f"sampling.t_min: expected 0 <= t_min <= t_max <= 1, got {self.t_min} and {self.t_max}")
+def require_at_least(config: Any, least: Literal[0, 1], *names: str) -> None:
+    """Errors: `InputError` on the first of these values of a configuration that is less."""
+    for name in names:
+        value, expected = getattr(config, name), "a positive number" if least else "a number >= 0"
+        require(value >= least, f"{config.prefix}{name}: expected {expected}, got {value}")
 
 
-def published_guidance(name: str) -> SamplingConfig:
-    """The published setting of that name. Errors: an unknown name."""
-    require(name in SAMPLING, f"guidance: expected one of {', '.join(SAMPLING)}, got {name!r}")
-    return SamplingConfig(**SAMPLING[name])
+def require_choice(config: Any, name: str, choices: Sequence[str | None]) -> None:
+    """Errors: `InputError` unless that value of a configuration is one of the choices."""
+    value, listed = getattr(config, name), ", ".join(map(str, choices))
+    require(value in choices, f"{config.prefix}{name}: expected one of {listed}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -48,40 +43,64 @@ class PerceptualConfig:
     enabled: bool = False
     """Add LPIPS and ConvNeXt distances to the loss (needs the perceptual extra)."""
     lpips: str = "hub"
-    """LPIPS's VGG-16 trunk: hub (torchvision downloads it), a state dict, or random (for trying things out)."""
+    """The VGG-16 of LPIPS: hub (torchvision downloads it), a state dict, or random (for trying things out)."""
     convnext: str = "hub"
     """ConvNeXt-V2: hub (its base size), a hub id, a local directory, or random (for trying things out)."""
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
-    """What is measured while a run trains, and how: as by `pmf eval`, sampled in one step."""
+class ExtractionConfig:
+    """How features of images are computed, for evaluations and for the statistics of a reference."""
 
-    reference: Path | None = None
-    """Held-out statistics (npz) or folder of images that samples are held against (default, for digits and photographs
-    alone: numbers of their own)."""
-    weights: tuple[str, ...] = ()
-    """Which weights to measure: model, ema_500, ... (default: the run's sampling_weights)."""
-    per_class: int = 50
-    """Images per class."""
     resize: Resize | None = None
-    """How images come to Inception's 299 pixels (default: as the reference's names say; tf1 for a folder)."""
+    """How images are resized to Inception's 299 pixels: tf1, as published statistics mu and sigma have it, or
+    half_pixel, as ref_mu and ref_sigma of pMF's JAX release do (default: as the reference's names say; tf1 for a
+    folder)."""
     inception: Path | None = None
     """State dict of torch-fidelity's Inception-v3 (default: torch-fidelity downloads it)."""
-    precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Precision of the network that samples, weights and all (`pmf eval --dtype bfloat16` keeps weights in float32).
-    auto: the run's."""
     batch_size: int = 64
     """Images at a time, on each device."""
     chunk: int = 1000
     """Images between saves: what an interruption can cost."""
 
+    prefix: ClassVar[str] = ""
+    """How errors name these values."""
+
     def __post_init__(self) -> None:
-        for name in ("per_class", "batch_size", "chunk"):
-            require(getattr(self, name) > 0, f"evaluation.{name}: expected > 0, got {getattr(self, name)}")
-        for name, choices in (("precision", PRECISIONS), ("resize", (None, *NAMES))):
-            got = getattr(self, name)
-            require(got in choices, f"evaluation.{name}: expected one of {', '.join(map(str, choices))}, got {got!r}")
+        require_at_least(self, 1, "batch_size", "chunk")
+        require_choice(self, "resize", (None, *NAMES))
+
+
+@dataclass(frozen=True)
+class MeasurementConfig(ExtractionConfig):
+    """What is measured, and against what."""
+
+    reference: Path | None = None
+    """Folder of real images, or npz of statistics (mu and sigma, or ref_mu and ref_sigma). Precision and recall need a
+    folder, or an npz that also holds features. (Default, for digits and photographs alone: numbers of their own.)"""
+    weights: tuple[str, ...] = ()
+    """Which weights of a run to measure: model, ema_500, ... (default: the run's sampling_weights)."""
+    per_class: int = 50
+    """Images per class (digits and photographs: always 50)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least(self, 1, "per_class")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(MeasurementConfig):
+    """What is measured while a run trains, as by `pmf eval`, sampled in one step."""
+
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Precision of the network that samples, weights and all (`pmf eval --dtype bfloat16` keeps weights in float32).
+    auto: the run's."""
+
+    prefix: ClassVar[str] = "evaluation."
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice(self, "precision", PRECISIONS)
 
 
 @dataclass(frozen=True)
@@ -93,7 +112,7 @@ class RunConfig:
     resume: Path | None = None
     """Continue the run in this directory exactly where it was saved; flags beside it override its configuration."""
     overwrite: bool = False
-    """Replace the run that is in `out`; nothing else in there is touched."""
+    """Replace the run in `out`; other files there are kept."""
     data: str = "digits"
     """What to train on: digits, photographs, or a directory made by `pmf data prepare`."""
     workers: int = 0
@@ -103,38 +122,38 @@ class RunConfig:
     max_corrupt: int = 100
     """Unreadable images that each process may replace, named in warnings; one more is an error."""
     init: str | None = None
-    """Start from the weights of this run, checkpoint file, train state of the authors or hub id: fine-tuning."""
+    """Start from the weights of this run, checkpoint file, training state of the authors or hub id: fine-tuning."""
     init_weights: str | None = None
-    """Which weights of init: a file of a directory or hub id (pMF-B-16, ema_500), one of a train state (model,
+    """Which weights of init: a file of a directory or hub id (pMF-B-16, ema_500), a set in a training state (model,
     ema_1000), or both (pMF-B-16-full:ema_1000); default: those for sampling."""
     init_state: bool = False
-    """Go on with the run of the authors whose full train state init is: its trained weights, three averages, moments
-    of Muon and Adam, and step."""
+    """Continue the authors' run whose full training state init names: its trained weights, three averages, moments of
+    Muon and Adam, and step."""
     steps: int = 1600
     """Training steps."""
     batch_size: int = 64
     """Images per step, over all processes."""
     device_batch: int | None = None
-    """Images at a time on a device, each such batch with draws and a flow-matching half of its own; a step adds
-    their gradients (default: batch_size / processes, all at once)."""
+    """Images at a time on a device. Each such batch has its own draws and flow-matching half; a step adds up their
+    gradients (default: batch_size / processes, all at once)."""
     seed: int = 0
-    """Seed of initialisation, data order and draws; the number of processes changes none of them."""
+    """Seed of initialisation, data order and draws, which do not depend on the number of processes."""
     device: str = "auto"
-    """Device to train on: auto (cuda where there is one, else cpu), cpu, cuda, cuda:1, ..."""
+    """Device to train on: auto (cuda if available, else cpu), cpu, cuda, cuda:1, ..."""
     sharding: Literal["ddp", "fsdp", "hybrid"] = "ddp"
     """Under torchrun: ddp copies the network to every process, fsdp shards it over all of them, hybrid shards it
     within a machine and copies it to every machine."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """bfloat16: products and activations under autocast, weights in float32. auto: bfloat16 on CUDA."""
     checkpointing: Literal["none", "block"] = "none"
-    """block: keep the blocks' inputs alone for backward and recompute the rest."""
+    """block: keep only the inputs of the blocks for backward and recompute the rest."""
     captured: bool = False
     """Run forward and backward as CUDA graphs, captured once for each size of step (in a single process)."""
     compiled: bool = False
-    """Compile the blocks with torch.compile (the network must not be sharded)."""
+    """Compile the blocks with torch.compile (not for sharded networks)."""
     impl: str | None = None
     """Implementation of the ops: auto, triton or reference (default: PMF_IMPL, else auto)."""
-    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    perceptual: PerceptualConfig = PerceptualConfig()
     """The perceptual losses."""
     ema_half_lives: tuple[float, ...] = (500.0, 1000.0, 2000.0)
     """Half-lives of the EMA copies, in thousands of images."""
@@ -143,49 +162,61 @@ class RunConfig:
     save_every: int = 500
     """Steps between checkpoints (the last step always saves)."""
     keep_checkpoints: int = 2
-    """Checkpoints to keep, the latest ones."""
+    """Number of latest checkpoints to keep."""
     max_skipped: int = 10
-    """Steps in a row whose loss or gradient may be not finite; they change nothing, and one more stops the run."""
+    """Consecutive steps that may have a non-finite loss or gradient: they change nothing; one more stops the run."""
     sample_every: int = 500
     """Steps between exports: weights for sampling, sample grid, loss curve (the last step always exports)."""
     eval_every: int = 0
-    """Steps between evaluations, each behind a checkpoint (0: none; else the last step is evaluated too)."""
-    model: ModelConfig = field(default_factory=lambda: MODELS["pMF-digits"])
+    """Steps between evaluations, each after a checkpoint (0: none; otherwise the last step is evaluated too)."""
+    model: ModelConfig = DIGITS.network
     """The network."""
-    loss: LossConfig = field(default_factory=lambda: LOSSES["pMF-digits"])
+    loss: LossConfig = DIGITS.loss
     """The loss."""
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=4e-3, decay_share=1.0))
+    optimizer: OptimizerConfig = DIGITS_OPTIMIZER
     """The optimizer."""
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """The sampler."""
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    sampling: Guidance = DIGITS.guidance
+    """The guidance of samples, for grids and for evaluation."""
+    evaluation: EvaluationConfig = EvaluationConfig()
     """What `eval_every` measures."""
 
+    prefix: ClassVar[str] = ""
+
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "save_every", "sample_every", "keep_checkpoints"):
-            require(getattr(self, name) > 0, f"{name}: expected a positive number, got {getattr(self, name)}")
-        for name in ("workers", "max_corrupt", "max_skipped", "eval_every"):
-            require(getattr(self, name) >= 0, f"{name}: expected a number >= 0, got {getattr(self, name)}")
+        require_at_least(self, 1, "steps", "batch_size", "save_every", "sample_every", "keep_checkpoints")
+        require_at_least(self, 0, "workers", "max_corrupt", "max_skipped", "eval_every", "seed")
+        require_choice(self, "sharding", SHARDINGS)
+        require_choice(self, "precision", PRECISIONS)
+        require_choice(self, "checkpointing", CHECKPOINTING)
         whole = self.device_batch is None or (self.device_batch > 0 and self.batch_size % self.device_batch == 0)
         require(whole, f"device_batch: expected a divisor of batch_size {self.batch_size}, got {self.device_batch}")
-        for name, choices in (("sharding", SHARDINGS), ("precision", PRECISIONS), ("checkpointing", CHECKPOINTING)):
-            got = getattr(self, name)
-            require(got in choices, f"{name}: expected one of {', '.join(choices)}, got {got!r}")
         require(not self.compiled or self.sharding == "ddp", f"compiled: expected sharding ddp, got {self.sharding}")
         require(not self.init_state or self.init is not None, "init_state: expected a train state in init, got none")
-        require(self.seed >= 0, f"seed: expected a number >= 0, got {self.seed}")
         require(all(k > 0 for k in self.ema_half_lives), f"ema_half_lives: expected > 0, got {self.ema_half_lives}")
         known = ("model", *(f"ema_{k:g}" for k in self.ema_half_lives))
-        chosen = [
-            ("sampling_weights", self.sampling_weights),
-            *(("evaluation.weights", w) for w in self.evaluation.weights),
-        ]
-        for name, got in chosen:
-            require(got in known, f"{name}: expected one of {', '.join(known)}, got {got!r}")
+        require_choice(self, "sampling_weights", known)
+        for got in self.evaluation.weights:
+            require(got in known, f"evaluation.weights: expected one of {', '.join(known)}, got {got!r}")
+
+    def device_batch_on(self, processes: int) -> int:
+        """Images at a time on a device. Errors: `InputError` when the processes cannot share a step evenly."""
+        size = self.device_batch or self.batch_size // processes
+        require(
+            size > 0 and self.batch_size % (size * processes) == 0,
+            f"batch_size: expected a multiple of {processes} processes x {size} images at a time, "
+            f"got {self.batch_size}",
+        )
+        return size
+
+    def dtype_on(self, device: torch.device, precision: str = "auto") -> torch.dtype:
+        """The dtype of products on a device, in this precision; auto: in the run's."""
+        chosen = self.precision if precision == "auto" else precision
+        low = chosen == "bfloat16" or (chosen == "auto" and device.type == "cuda")
+        return torch.bfloat16 if low else torch.float32
 
 
 def to_json(config: RunConfig) -> str:
-    """The configuration as JSON, to the last value."""
+    """The whole configuration as JSON."""
     return json.dumps(asdict(config), indent=2, default=str)
 
 
@@ -199,16 +230,21 @@ def load_run_config(directory: Path) -> RunConfig:
         raise InputError(f"resume: {file} is not a readable run configuration: {error}") from error
 
 
-def _build(kind: type, values: dict):
+def find_run_config(source: str) -> RunConfig | None:
+    """The configuration of the run that `source` names; None where it names something else."""
+    return load_run_config(Path(source)) if (Path(source) / CONFIG_FILE).is_file() else None
+
+
+def _build(kind: type[Config], values: dict[str, Any]) -> Config:
     """A dataclass from its JSON. Errors: KeyError on a value that is no field, or where none is there."""
     hints = get_type_hints(kind)
     if not values or set(values) - set(hints):
         raise KeyError(f"expected the fields of {kind.__name__}")
-    return kind(**{f.name: _value(hints[f.name], values[f.name]) for f in fields(kind) if f.name in values})
+    return kind(**{name: _value(hints[name], value) for name, value in values.items()})
 
 
-def _value(hint, value):
-    if is_dataclass(hint):
+def _value(hint: Any, value: Any) -> Any:
+    if isinstance(hint, type) and is_dataclass(hint):
         return _build(hint, value)
     if isinstance(value, list):
         return tuple(value)

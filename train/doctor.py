@@ -1,49 +1,43 @@
-"""`pmf doctor`: this machine, its data and a run's configuration, in one report with what to change."""
+"""`pmf doctor`: before a long run, whether this machine can do it, how long it takes, and what to change."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib.metadata
-import importlib.util
+import itertools
+import math
 import os
-import platform
-import shutil
 import sys
-import tempfile
 import time
 import warnings
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
 import pmf
 from pmf import dispatch
 from pmf.counting import row_operations
-from pmf.errors import InputError, require
+from pmf.data import Loader
+from pmf.errors import first_line, require
 from pmf.memory import TrainingMemory, training_memory
+from pmf.model import CHECKPOINTING
 from pmf.train.config import RunConfig
-from pmf.train.data import ImageSet, Loader, TrainingData, open_data
-from pmf.train.diagnosis import (
-    HEADROOM,
-    data_advice,
-    duration,
-    gigabytes,
-    memory_advice,
-    precision_advice,
-    worker_advice,
-)
+from pmf.train.data.by_name import open_data
 from pmf.train.distributed import World, pick_device
-from pmf.train.loop import Trainer, check_data, device_batch_of, in_bfloat16
-from pmf.train.run import configured
+from pmf.train.learner import Learner
+from pmf.train.loop import check_data
+from pmf.train.presets import configured
 
+HEADROOM = 0.9
+"""Share of the memory that the counted memory may fill; the rest is for temporary buffers."""
+PATIENCE = 20
+"""Without workers, reading may take a twentieth of a step: the step waits for it."""
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+"""Cores that this process may use."""
 CPU_OPERATIONS = 1e11
-"""Operations of the largest step that is tried on a CPU, a few seconds' work."""
-ASSUMED_OPERATIONS = 400e12
-"""Operations per second of the GPU that is assumed where none is there: what an H100 sustains in large products."""
+"""Operations of the largest step that is timed on a CPU, where it takes seconds."""
+Finding = tuple[str, str | None]
+"""What was found, and what to change about it, if anything."""
 
 
 @dataclass(frozen=True)
@@ -61,271 +55,172 @@ class DoctorConfig(RunConfig):
         require(self.seconds > 0, f"seconds: expected a positive number, got {self.seconds}")
 
 
-class Report:
-    """Prints findings as they come, and collects what to change."""
-
-    def __init__(self) -> None:
-        self.changes: list[str] = []
-
-    def title(self, text: str) -> None:
-        """A part of the report begins."""
-        print(f"\n{text}", flush=True)
-
-    def line(self, name: str, text: str, change: str | None = None) -> None:
-        """A finding, and what to change about it; None: nothing."""
-        print(f"{' ' if change is None else '!'} {name:13}{text}", flush=True)
-        if change is not None:
-            self.changes.append(change)
-
-    @contextlib.contextmanager
-    def examining(self, name: str) -> Iterator[None]:
-        """What fails in here becomes a finding: all that goes wrong now would go wrong in the run."""
-        try:
-            yield
-        except Exception as error:
-            text = (str(error).strip() or type(error).__name__).splitlines()[0].removeprefix(f"{name}: ")
-            if not isinstance(error, (InputError, OSError)):
-                text = f"{type(error).__name__}: {text}"
-            self.line(name, text, f"{name}: {text}")
-
-
 def command(arguments: list[str]) -> None:
-    """Print the report on `pmf doctor [PRESET] [--resume DIRECTORY] [options]`; exit status 1 where it has advice."""
-    config = configured(arguments, "doctor", DoctorConfig, preset="digits")
+    """Report on the run that `[PRESET] [--resume DIRECTORY] [options]` describe; exit status 1 where it has advice."""
+    config = configured(arguments, "doctor", DoctorConfig, default="digits")
     if int(os.environ.get("RANK", 0)) > 0:
         return
-    report = Report()
+    doctor = Doctor(config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the report says it, once
-        device = _machine(report, config)
-        _run(report, config, device)
-    report.title("what to change")
-    for change in report.changes or ["nothing"]:
-        print(f"  {change}")
-    if report.changes:
+        doctor.examine()
+    print("\nwhat to change", *(doctor.changes or ["nothing"]), sep="\n  ")
+    if doctor.changes:
         sys.exit(1)
 
 
-def _machine(report: Report, config: DoctorConfig) -> torch.device:
-    """Versions, GPUs, cores; the device that the run would use."""
-    names = ("triton", "flash-attn", "flash-attn-4")
-    versions = [("python", platform.python_version()), ("torch", torch.__version__), ("CUDA", torch.version.cuda)]
-    versions += [(name, _version(name)) for name in names]
-    print(
-        f"pixel-meanflow {pmf.__version__}: " + ", ".join(f"{name} {version or 'none'}" for name, version in versions)
-    )
-    report.title("machine")
-    gpus = "; ".join(f"{n} x {gpu}" for gpu, n in Counter(map(_gpu, _gpus())).items())
-    unseen = not gpus and torch.version.cuda is None and torch.version.hip is None and shutil.which("nvidia-smi")
-    blind = f"torch: {torch.__version__} is built without CUDA, which this machine seems to have: install another build"
-    report.line("GPU", gpus or "none", blind if unseen else None)
-    report.line("CPU", f"{_cores()} cores, {gigabytes(_free(torch.device('cpu')))} of memory free")
-    device = torch.device("cpu")
-    with report.examining("device"):
-        device = pick_device(config.device)
-    return device
+class Doctor:
+    """Prints findings about a run as they come, and collects what to change."""
 
+    def __init__(self, config: DoctorConfig) -> None:
+        self.config, self.device = config, torch.device("cpu")
+        self.gpus, self.processes, self.local, self.rows = 0, 1, 1, config.device_batch or config.batch_size
+        self.fits, self.rate = False, 0.0
+        self.changes: list[str] = []
 
-def _run(report: Report, config: DoctorConfig, device: torch.device) -> None:
-    """The run: what computes it, whether it fits, whether its data keep up."""
-    report.title(f"run {config.resume or config.out}, on {device}")
-    processes = config.processes or int(os.environ.get("WORLD_SIZE", 0)) or len(_gpus(device)) or 1
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or min(processes, len(_gpus(device)) or processes)
-    rows = config.device_batch or config.batch_size
-    with report.examining("batch"):
-        rows = device_batch_of(config, World(device, size=processes))
-        times = config.batch_size // (rows * processes)
-        each = f"{processes} process{'es' * (processes > 1)} x {rows} images" + f" x {times} times" * (times > 1)
-        report.line("batch", f"{each} = {config.batch_size:,} a step" + f", {config.sharding}" * (processes > 1))
-    runs, fits, needed = _ops(report, config, device), None, None
-    _perceptual(report, config)
-    if runs:
-        with report.examining("memory"):
-            fits = _memory(report, config, device, processes, local, rows)
-    if fits is not None:
-        with report.examining("step"):
-            needed = _step(report, config, device, processes, rows, fits)
-    with report.examining("data"):
-        _data(report, config, device, rows, needed, local)
+    def examine(self) -> None:
+        """The machine, then what computes the run, whether it fits, how long it takes, and whether the data keep up."""
+        print(f"pixel-meanflow {pmf.__version__}: torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}")
+        self.check("device", self.find_device)
+        self.check("run", self.share)
+        if self.check("kernels", self.kernels) and self.check("memory", self.memory):
+            self.check("step", self.step)
+        self.check("data", self.data)
 
+    def check(self, name: str, examination: Callable[[], Finding]) -> bool:
+        """Print a finding. An error is one too, as the run would fail the same way; returns whether there was none."""
+        try:
+            (text, change), passed = examination(), True
+        except Exception as error:
+            text = change = first_line(error).removeprefix(f"{name}: ")
+            passed = False
+        print(f"{'!' if change else ' '} {name:9}{text}", flush=True)
+        self.changes += [f"{name}: {change}"] if change else []
+        return passed
 
-def _ops(report: Report, config: RunConfig, device: torch.device) -> bool:
-    """Which kernels and which attention run, and in which precision; whether they can run."""
-    model, half = config.model, in_bfloat16(config, device)
-    limits = {
-        "norm_modulate_dual": dispatch.width_limit(torch.empty(0, model.hidden_size)),
-        "residual_norm_modulate_dual": dispatch.width_limit(torch.empty(0, model.hidden_size)),
-        "attention_dual": dispatch.attention_limit(torch.empty(0, model.head_dim)),
-        "patch_embed_dual": dispatch.patch_limit(model.patch_size, model.bottleneck),
-    }
-    chosen: dict[tuple[str, str], list[str]] = {}
-    with report.examining("kernels"):
-        for op in dispatch.KERNEL_MODULES:
-            choice = dispatch.decide(op, config.impl, device.type, limits.get(op))
-            chosen.setdefault(choice, []).append(op.removesuffix("_dual"))
-    for (choice, reason), ops in chosen.items():
-        which = "" if len(chosen) == 1 else f" for {', '.join(ops)}"
-        slow = device.type == "cuda" and choice == "reference"
-        change = f"kernels: {', '.join(ops)}: the reference is slower: {_remedy(reason)}" if slow else None
-        report.line("kernels", f"{choice}{which}: {reason}", change)
-    if any(choice == "triton" and "attention" in ops for (choice, _), ops in chosen.items()):
-        backend, reason = dispatch.attention_backend(device, torch.bfloat16 if half else torch.float32, model.head_dim)
-        report.line("attention", f"{backend}: {reason}; the tangent's: triton")
-    elif chosen:
-        report.line("attention", "reference: softmax over all scores, kept for backward")
-    with report.examining("products"):
-        able = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-        report.line("products", "bfloat16" if half else "float32", precision_advice(half, able, device.type))
-    return bool(chosen)
+    def find_device(self) -> Finding:
+        """The device of a process, and the GPUs of its kind."""
+        self.device = pick_device(self.config.device)
+        self.gpus = torch.cuda.device_count() if self.device.type == "cuda" else 0
+        return f"{self.device} {', '.join(map(torch.cuda.get_device_name, range(self.gpus)))}".rstrip(), None
 
+    def share(self) -> Finding:
+        """How many processes share a step, in all and on this machine, and the share of each."""
+        config = self.config
+        self.processes = config.processes or int(os.environ.get("WORLD_SIZE", 0)) or self.gpus or 1
+        self.local = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or min(self.processes, self.gpus or self.processes)
+        self.rows = config.device_batch_on(self.processes)
+        images = f"{self.processes} x {self.rows} images at a time, {config.batch_size:,} a step"
+        return f"{config.resume or config.out} on {self.device}: {images}, {config.sharding}", None
 
-def _remedy(reason: str) -> str:
-    if "not installed" in reason:
-        return "triton is absent: pip install triton"
-    return "set --impl auto" if reason == "requested" else reason
+    def kernels(self) -> Finding:
+        """What computes the run."""
+        config, dtype = self.config, self.config.dtype_on(self.device)
+        choice, reason = dispatch.decide("attention_dual", config.impl, self.device.type)
+        attention = choice
+        if choice == "triton":
+            attention = dispatch.attention_backend(self.device, dtype, config.model.head_dim)[0]
+        slow = self.device.type == "cuda" and choice == "reference"
+        change = f"the reference is slow ({reason}): install triton, or set --impl auto" if slow else None
+        return f"{choice}: {reason}; attention {attention}; products {dtype}", change
 
+    def memory(self) -> Finding:
+        """The counted memory of a process against what it can have."""
+        config = self.config
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // self.local
+        if self.device.type == "cuda":
+            there = torch.cuda.mem_get_info(self.device)[0]
+        shards = {"ddp": 1, "fsdp": self.processes, "hybrid": self.local}
+        counted = counted_memory(config, self.device)
+        expected = counted[config.checkpointing].sharded(shards[config.sharding]).expected(self.rows)
+        self.fits = counted[config.checkpointing].expected(self.rows) <= HEADROOM * there
+        change = memory_change(config, shards, self.rows, HEADROOM * there, counted)
+        beside = " beside the perceptual networks" if config.perceptual.enabled else ""
+        return f"{expected / 1e9:.2f} GB expected{beside}, {there / 1e9:.2f} GB there", change
 
-def _perceptual(report: Report, config: RunConfig) -> None:
-    """The perceptual networks, and whether their packages are there."""
-    if config.perceptual.enabled:
-        absent = [name for name in ("lpips", "torchvision", "transformers") if importlib.util.find_spec(name) is None]
-        change = f"perceptual: {', '.join(absent)} absent: pip install 'pixel-meanflow[perceptual]'" if absent else None
-        report.line("perceptual", f"LPIPS {config.perceptual.lpips}, ConvNeXt {config.perceptual.convnext}", change)
-
-
-def _memory(report: Report, config: DoctorConfig, device: torch.device, processes: int, local: int, rows: int) -> bool:
-    """The memory of one process against what is free; whether one process alone, without sharding, fits too."""
-    free = _free(device) // (1 if device.type == "cuda" else local)
-    shards = {"ddp": 1, "fsdp": processes, "hybrid": local}[config.sharding]
-
-    @functools.cache
-    def whole(checkpointing: str) -> TrainingMemory:
-        dtype = torch.bfloat16 if in_bfloat16(config, device) else torch.float32
-        options = dict(device=device.type, dtype=dtype, ema_copies=len(config.ema_half_lives))
-        return training_memory(config.model, checkpointing, dispatch.checked_impl(config.impl), **options)
-
-    memory = whole(config.checkpointing).sharded(shards)
-    parts = f"{gigabytes(memory.fixed)} + {rows} x {gigabytes(memory.per_row)}"
-    beside = ", without the perceptual networks" if config.perceptual.enabled else ""
-    total, there = gigabytes(memory.expected(rows)), gigabytes(free)
-    advice = memory_advice(config, processes, rows, free, lambda way: whole(way).sharded(shards))
-    report.line("memory", f"{total} expected ({parts}{beside}), {there} free", advice)
-    return whole(config.checkpointing).expected(rows) <= HEADROOM * free
-
-
-def _step(
-    report: Report, config: DoctorConfig, device: torch.device, processes: int, rows: int, fits: bool
-) -> float | None:
-    """Images per second that a process trains on, measured; None where it is not."""
-    draws = pmf.sample_draws(rows, (1, 1, 1), config.loss, torch.Generator().manual_seed(config.seed))
-    work = row_operations(config.model).lean(draws)
-    cost = f"{work / 1e12:,.3g} TFLOP for {rows} images"
-    if device.type != "cuda" and work > CPU_OPERATIONS:
-        assumed = (
-            f"a GPU at {ASSUMED_OPERATIONS / 1e12:.0f} TFLOP/s takes {rows / work * ASSUMED_OPERATIONS:,.0f} images/s"
+    def step(self) -> Finding:
+        """How long a step takes, where one process alone can try it, and the whole run."""
+        config, rows = self.config, self.rows
+        draws = pmf.sample_draws(rows, (1, 1, 1), config.loss, torch.Generator().manual_seed(config.seed))
+        work = row_operations(config.model).lean(draws)
+        if self.device.type == "cpu" and work > CPU_OPERATIONS:
+            return f"{work / 1e12:,.3g} TFLOP for {rows} images, not timed on a CPU", "train on a GPU"
+        if not self.fits:
+            return f"{work / 1e12:,.3g} TFLOP for {rows} images, no room to time it here", None
+        learner = Learner(
+            replace(config, resume=None, init=None, batch_size=rows, device_batch=rows), World(self.device)
         )
-        advice = f"device: a step takes {cost}: train on a GPU"
-        report.line("step", f"{cost}, not measured on a CPU; {assumed}", advice)
+        x = torch.zeros(rows, *config.model.image_shape, device=self.device)
+        y = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        seconds = seconds_of(lambda: learner.train_step(x, y))
+        self.rate = rows / seconds
+        hours = config.steps * config.batch_size / (self.rate * self.processes) / 3600
+        whole = f"{config.steps:,} steps take about {hours:,.1f} hours"
+        return f"{seconds:.3g} s for {rows} images: {self.rate:,.0f} images/s a process; {whole}", None
+
+    def data(self) -> Finding:
+        """Images per second that the data deliver to one process, against what its steps need."""
+        config = self.config
+        data = open_data(config.data, config.model.image_size)
+        check_data(data, config)
+        loader = Loader(data, self.rows, seed=config.seed, workers=config.workers, device=self.device)
+        with contextlib.closing(loader):  # its first batches wait for the workers to start
+            served = self.rows / seconds_of(lambda: next(loader), max(1, config.workers), config.seconds)
+        what = f"{config.data}: {len(data):,} images of {data.num_classes} classes"
+        change = data_change(served, self.rate, config.workers, CORES // self.local)
+        return f"{what}; {served:,.0f} images/s with {config.workers} workers", change
+
+
+def counted_memory(config: RunConfig, device: torch.device) -> dict[str, TrainingMemory]:
+    """The memory of a process that shards nothing, by checkpointing."""
+    impl, averages = dispatch.checked_impl(config.impl), len(config.ema_half_lives)
+    place, dtype = device.type, config.dtype_on(device)
+    return {
+        kind: training_memory(config.model, kind, impl, device=place, dtype=dtype, ema_copies=averages)
+        for kind in CHECKPOINTING
+    }
+
+
+def memory_change(
+    config: RunConfig, shards: dict[str, int], rows: int, budget: float, counted: Mapping[str, TrainingMemory]
+) -> str | None:
+    """The least change of flags with which a step fits into so many bytes per process; None if it fits as it is.
+
+    `shards`: processes that share the state, by sharding; `counted`: see `counted_memory`.
+    """
+    processes = shards["fsdp"]
+    smaller = [2**power for power in range((rows - 1).bit_length() - 1, 0, -1)]  # half are flow-matching rows: >= 2
+    sizes = [rows, *(size for size in smaller if config.batch_size % (size * processes) == 0)]
+    shardings = dict.fromkeys((config.sharding, "fsdp" if processes > 1 else config.sharding))
+    for sharding, size, checkpointing in itertools.product(shardings, sizes, (config.checkpointing, "block")):
+        if counted[checkpointing].sharded(shards[sharding]).expected(size) <= budget:
+            flags = {"sharding": sharding, "checkpointing": checkpointing, "device-batch": size}
+            before = {"sharding": config.sharding, "checkpointing": config.checkpointing, "device-batch": rows}
+            changes = " ".join(f"--{name} {value}" for name, value in flags.items() if value != before[name])
+            return f"set {changes}" if changes else None
+    return "more GPUs with --sharding fsdp, larger ones, or a smaller network"
+
+
+def seconds_of(call: Callable[[], object], warm_up: int = 2, least: float = 0.0) -> float:
+    """Mean seconds of a call, over at least three calls and so many seconds, after some calls to warm up."""
+    for _ in range(warm_up):
+        call()
+    calls, began = 0, time.perf_counter()
+    while calls < 3 or time.perf_counter() - began < least:
+        call()
+        calls += 1
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    return (time.perf_counter() - began) / calls
+
+
+def data_change(served: float, needed: float, workers: int, cores: int) -> str | None:
+    """What to change so that data keep up with a step, in images per second of a process; None if they do.
+
+    `needed` is 0 where it is not known; `cores`: those of each process.
+    """
+    if served >= (needed if workers else PATIENCE * needed):
         return None
-    if not fits:
-        report.line("step", f"{cost}, not measured: a single process has no room for it here")
-        return None
-    try:
-        seconds, peak = _timed(config, device, rows)
-    except torch.OutOfMemoryError:
-        smaller = "--checkpointing block" if config.checkpointing == "none" else f"--device-batch {rows // 2}"
-        report.line("step", f"{cost}, out of memory", f"memory: a step of {rows} images ran out of it: set {smaller}")
-        return None
-    rate = rows / seconds
-    kept = f", {gigabytes(peak)} at its peak" if peak else ""
-    whole = duration(config.steps * config.batch_size / (rate * processes))
-    report.line("step", f"{seconds:.3g} s for {rows} images{kept}: takes {rate:,.0f} images/s a process")
-    report.line("whole run", f"{config.steps:,} steps, about {whole}")
-    return rate
-
-
-def _timed(config: DoctorConfig, device: torch.device, rows: int) -> tuple[float, int]:
-    """Seconds of a step of one device batch, update included, and its peak memory in bytes (0 on a CPU)."""
-    shape = config.model.image_shape
-    nothing = ImageSet(torch.zeros(1, *shape), torch.zeros(1, dtype=torch.int64))
-    on_gpu = device.type == "cuda"
-    with tempfile.TemporaryDirectory() as place:
-        alone = replace(config, out=Path(place), resume=None, init=None, batch_size=rows, device_batch=rows)
-        trainer = Trainer(alone, nothing, World(device))
-        x, y = torch.rand(rows, *shape, device=device) * 2 - 1, torch.zeros(rows, dtype=torch.int64, device=device)
-        taken = []
-        for _ in range(5):
-            began = time.perf_counter()
-            trainer.train_step(x, y)
-            if on_gpu:
-                torch.cuda.synchronize(device)
-            taken.append(time.perf_counter() - began)
-        return sum(taken[2:]) / len(taken[2:]), torch.cuda.max_memory_allocated(device) if on_gpu else 0
-
-
-def _data(
-    report: Report, config: DoctorConfig, device: torch.device, rows: int, needed: float | None, local: int
-) -> None:
-    """Images per second that the data deliver to one process, against what its steps take."""
-    size = config.model.image_size
-    if config.data not in ("digits", "photographs") and not Path(config.data).exists():
-        advice = f"`pmf data prepare folder:PICTURES --out {config.data} --size {size}`, or set --data"
-        report.line("data", f"{config.data} is not there", f"data: {config.data} is not there: {advice}")
-        return
-    data = open_data(config.data, size)
-    check_data(data, config)
-    served = _served(data, config, device, rows)
-    advice = worker_advice(config.workers, local, _cores())
-    if needed is not None:
-        advice = data_advice(served, needed, config.workers, max(1, _cores() // local)) or advice
-    what = f"{config.data}: {len(data):,} images of {data.num_classes} classes"
-    report.line("data", f"{what}; {served:,.0f} images/s with {config.workers} workers", advice)
-
-
-def _served(data: TrainingData, config: DoctorConfig, device: torch.device, rows: int) -> float:
-    options = dict(seed=config.seed, workers=config.workers, device=device, max_corrupt=config.max_corrupt)
-    loader = Loader(data, rows, **options)
-    try:
-        for _ in range(max(1, config.workers)):  # workers start, and answer together at first
-            next(loader)
-        images, began = 0, time.perf_counter()
-        while time.perf_counter() - began < config.seconds:
-            images += len(next(loader)[1])
-        return images / (time.perf_counter() - began)
-    finally:
-        loader.close()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _gpus(device: torch.device | None = None) -> list[int]:
-    """The GPUs here; those that a run on this device would use."""
-    there = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    return list(there) if device is None or device.type == "cuda" else []
-
-
-def _gpu(number: int) -> str:
-    properties = torch.cuda.get_device_properties(number)
-    size, capability = gigabytes(properties.total_memory), f"{properties.major}.{properties.minor}"
-    return f"{properties.name}, {size}, compute capability {capability}"
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _free(device: torch.device) -> int:
-    """Bytes that can be had on a device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # all there is, where no one says what is free
+    wanted = min(max(1, math.ceil(1.2 * needed / (served / max(workers, 1)))), cores)
+    faster = "a faster disk, more cores, or `pmf data prepare --encoding npy`, which needs no decoding"
+    return f"the step takes {needed:,.0f} images/s: {f'set --workers {wanted}' if wanted > workers else faster}"

@@ -3,54 +3,74 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
+import numpy as np
+import torch
 from torch import Tensor
 
 import pmf
-from pmf.checkpoint import save_model
-from pmf.train import directory as folder
+from pmf.atomic_files import write_atomically
+from pmf.images import save_grid
+from pmf.sharded import whole
 from pmf.train.config import RunConfig
-from pmf.train.distributed import World, whole
-from pmf.train.images import save_grid, save_loss_curve
+from pmf.train.distributed import World
+from pmf.train.run_directory import CURVE_FILE, SAMPLES_FILE
 
 PICTURE_ROWS = 8
 
 
-class Exporter:
-    """Writes into the directory of a run. Samples are drawn by `network`, where there is one to share already."""
+def export_weights(
+    directory: Path,
+    step: int,
+    weights: Mapping[str, dict[str, Tensor]],
+    config: RunConfig,
+    world: World,
+    network: pmf.PMFDiT | None,
+) -> None:
+    """Write all weights by name, and a grid of samples. Every process must call.
 
-    def __init__(self, config: RunConfig, world: World, directory: Path, network: pmf.PMFDiT | None) -> None:
-        self.config, self.world, self.directory, self.network = config, world, directory, network
-
-    def export(self, step: int, weights: Mapping[str, dict[str, Tensor]], metrics: list[dict]) -> None:
-        """All weights by name, samples of at most ten classes, the curve of all metrics. Every process must call."""
-        for name, tensors in weights.items():
-            gathered = whole(tensors, keep=self.world.main)
-            self.world.main_first(lambda name=name, gathered=gathered: self._weights(step, name, gathered))
-        self.world.main_first(lambda: self._curve(metrics))
-
-    def _weights(self, step: int, name: str, tensors: dict[str, Tensor]) -> None:
-        config = self.config
-        save_model(self.directory / f"{name}.safetensors", config.model, tensors, step=step)
+    Samples are drawn by `network` if given, else by a new one.
+    """
+    for name, tensors in weights.items():
+        gathered = whole(tensors, keep=world.main)
+        file = directory / f"{name}.safetensors"
+        world.main_first(partial(pmf.save_model, file, config.model, gathered, step=step))
         if name == config.sampling_weights:
-            network = self.network or pmf.create_model(
-                config.model, impl=config.impl, aux_head=False, device=self.world.device
-            )
-            network.load_state_dict(tensors, strict=False)  # the v head stays behind
-            columns = min(10, config.model.num_classes)
-            images = draw(network, config, list(range(columns)) * PICTURE_ROWS)
-            save_grid(self.directory / folder.SAMPLES_FILE, images, columns=columns)
+            world.main_first(partial(_samples, directory / SAMPLES_FILE, gathered, config, world.device, network))
 
-    def _curve(self, metrics: list[dict]) -> None:
-        kept = [record for record in metrics if record.get("loss") is not None]
-        if not kept:  # every step was skipped, or the file is lost
-            return
+
+def _samples(
+    file: Path, tensors: dict[str, Tensor], config: RunConfig, device: torch.device, network: pmf.PMFDiT | None
+) -> None:
+    """Samples of at most ten classes, a column each."""
+    network = network or pmf.create_model(config.model, impl=config.impl, aux_head=False, device=device)
+    network.load_state_dict(tensors, strict=False)  # the sampling network has no v head
+    columns = min(10, config.model.num_classes)
+    images = pmf.generate(network, list(range(columns)) * PICTURE_ROWS, **asdict(config.sampling))
+    save_grid(file, images, columns=columns)
+
+
+def export_curve(directory: Path, metrics: list[dict]) -> None:
+    """Write the loss curve of a run's metrics."""
+    kept = [record for record in metrics if record.get("loss") is not None]
+    if kept:  # none where every step was skipped, or metrics.jsonl is lost
         terms = {name: [record[name] for record in kept] for name in ("loss_u", "loss_v")}
-        save_loss_curve(self.directory / folder.CURVE_FILE, [record["step"] for record in kept], terms)
+        save_loss_curve(directory / CURVE_FILE, [record["step"] for record in kept], terms)
 
 
-def draw(network: pmf.PMFDiT, config: RunConfig, labels: list[int]) -> Tensor:
-    """One-step images of these classes, as the run is to be sampled."""
-    sampling = config.sampling
-    return pmf.generate(network, labels, omega=sampling.omega, t_min=sampling.t_min, t_max=sampling.t_max)
+def save_loss_curve(path: str | Path, steps: list[int], terms: dict[str, list[float]]) -> None:
+    """Write a PNG with one panel per reported term, over steps: the values and their running mean."""
+    from matplotlib.figure import Figure  # takes a second to import, and only this function needs it
+
+    figure = Figure(figsize=(4.5 * len(terms), 3.2), layout="constrained")
+    for axis, (name, values) in zip(np.atleast_1d(figure.subplots(1, len(terms))), terms.items(), strict=True):
+        width = max(1, len(values) // 20)
+        kernel = np.ones(width) / width
+        axis.plot(steps, values, color="0.8", linewidth=0.6, label="step")
+        axis.plot(steps[width - 1 :], np.convolve(values, kernel, "valid"), label=f"mean of {width}")
+        axis.set(xlabel="step", title=name, yscale="log")
+        axis.legend(frameon=False)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))

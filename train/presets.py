@@ -1,72 +1,67 @@
-"""Runs by name: the embedded data sets, and the six published models (arXiv 2601.22158, their published settings)."""
+"""Runs by name, and how the command line configures one.
+
+The names are the embedded data sets and the six published models with their published settings (arXiv 2601.22158).
+"""
 
 from __future__ import annotations
 
+import argparse
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
-from pmf.config import EMA_HALF_LIVES, LOSSES, MODELS, SAMPLING, ModelConfig
+import tyro
+
+from pmf.config import DIGITS, PUBLISHED, Guidance, ModelSettings
 from pmf.errors import require
-from pmf.train.config import PerceptualConfig, RunConfig, SamplingConfig
-from pmf.train.optim import OptimizerConfig
+from pmf.optim import OptimizerConfig
+from pmf.train.config import PerceptualConfig, RunConfig, load_run_config
 
+Config = TypeVar("Config", bound=RunConfig)
 IMAGENET_IMAGES = 1_281_167
 EPOCHS = 320
 BATCH = 1024
 
 
-def _published(name: str) -> RunConfig:
-    """ImageNet, batch 1024, 320 epochs, learning rate 1e-3 throughout, perceptual losses on.
+def _published(name: str, settings: ModelSettings) -> RunConfig:
+    """ImageNet, batch 1024, 320 epochs, constant learning rate 1e-3, perceptual losses on.
 
-    The draws belong to device batches of 128 images (L and H: 64, which fit beside the larger network in 80 GB), so
-    that any number of GPUs computes the same run. H is sharded.
+    Device batches have 128 images (L and H: 64, which fit beside the larger network in 80 GB) whatever the number of
+    GPUs, and each has its own draws: any number of GPUs computes the same run. H is sharded.
     """
     return RunConfig(
         out=Path("runs") / name.replace("/", "-"),
-        data=f"data/imagenet{MODELS[name].image_size}",
+        data=f"data/imagenet{settings.network.image_size}",
         workers=8,
         steps=EPOCHS * IMAGENET_IMAGES // BATCH,
         batch_size=BATCH,
         device_batch=128 if name.startswith("pMF-B") else 64,
         sharding="fsdp" if name.startswith("pMF-H") else "ddp",
         perceptual=PerceptualConfig(enabled=True),
-        sampling_weights=f"ema_{EMA_HALF_LIVES[name]:g}",
+        sampling_weights=f"ema_{settings.ema_half_life:g}",
         save_every=2500,
         sample_every=10_000,
-        model=MODELS[name],
-        loss=LOSSES[name],
+        model=settings.network,
+        loss=settings.loss,
         optimizer=OptimizerConfig(),
-        sampling=SamplingConfig(**SAMPLING[name]),
+        sampling=settings.guidance,
     )
 
 
-# Loss and optimizer are those of the digits, which are for runs of minutes.
+# Loss and optimizer are those of the digits, chosen for runs of minutes.
 PHOTOGRAPHS = RunConfig(
     out=Path("runs/photographs"),
     data="photographs",
     steps=1400,
     batch_size=32,
-    model=ModelConfig(
-        image_size=32,
-        patch_size=8,
-        hidden_size=128,
-        depth=6,
-        num_heads=4,
-        aux_head_depth=2,
-        num_classes=10,
-        bottleneck=96,
-        class_tokens=2,
-        omega_tokens=1,
-        t_min_tokens=1,
-        t_max_tokens=1,
-        time_tokens=1,
-    ),
-    sampling=SamplingConfig(omega=1.0),
+    model=replace(DIGITS.network, image_size=32, patch_size=8, hidden_size=128, in_channels=3, bottleneck=96),
+    sampling=Guidance(omega=1.0),
 )
 
 PRESETS: dict[str, RunConfig] = {
     "digits": RunConfig(),
     "photographs": PHOTOGRAPHS,
-    **{name: _published(name) for name in EMA_HALF_LIVES},
+    **{name: _published(name, settings) for name, settings in PUBLISHED.items()},
 }
 
 
@@ -74,3 +69,27 @@ def run_preset(name: str) -> RunConfig:
     """The preset of that name. Errors: `InputError` on an unknown one."""
     require(name in PRESETS, f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
     return PRESETS[name]
+
+
+def configured(arguments: list[str], command: str, kind: type[Config], default: str | None = None) -> Config:
+    """The configuration from `[PRESET] [--resume DIRECTORY] [options]`; without a preset, that named `default`.
+
+    The preset, or the stored configuration of the resumed run, supplies the defaults of all options.
+    """
+    preset = default
+    if arguments and not arguments[0].startswith("-"):
+        preset, arguments = arguments[0], arguments[1:]
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--resume", type=Path)
+    resumed = finder.parse_known_args(arguments)[0].resume
+    require(
+        preset is not None or resumed is not None or "--help" in arguments or "-h" in arguments,
+        f"preset: expected one of {', '.join(PRESETS)}, or --resume DIRECTORY",
+    )
+    stored = run_preset(preset or "digits") if resumed is None else load_run_config(resumed)
+    config = tyro.cli(kind, prog=f"pmf {command} {preset or 'PRESET'}", args=arguments, default=kind(**vars(stored)))
+    require(
+        resumed is None or config.out == stored.out,
+        f"out: expected none beside --resume, which continues in {resumed}, got {config.out}",
+    )
+    return config

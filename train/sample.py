@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
 import pmf
+from pmf.config import published_guidance
 from pmf.errors import require
-from pmf.train.config import CONFIG_FILE, load_run_config, published_guidance
+from pmf.images import save_grid
+from pmf.train.config import find_run_config
 from pmf.train.distributed import pick_device
-from pmf.train.images import save_grid
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class SampleConfig:
     labels: tuple[int, ...] = ()
     """Class of each column (default: the first ten)."""
     rows: int = 8
-    """Rows of the grid, each from noise of its own."""
+    """Rows of the grid, each from its own noise."""
     steps: int = 1
     """Network evaluations per image."""
     omega: float | None = None
@@ -46,15 +48,16 @@ class SampleConfig:
     """Device: auto, cpu, cuda, ..."""
 
 
-def _sampling(config: SampleConfig) -> dict[str, float]:
+def _guidance(config: SampleConfig) -> dict[str, Any]:
     """omega, t_min and t_max: by name, from the flags, else from the run's configuration where `source` is a run."""
     given = {name: getattr(config, name) for name in ("omega", "t_min", "t_max")}
     if config.guidance is not None:
         alone = all(value is None for value in given.values())
         require(alone, f"guidance: expected no omega, t_min or t_max beside it, got {given}")
         return asdict(published_guidance(config.guidance))
-    run = load_run_config(Path(config.source)).sampling if (Path(config.source) / CONFIG_FILE).is_file() else None
-    return {name: getattr(run, name, None) if value is None else value for name, value in given.items()}
+    run = find_run_config(config.source)
+    defaults = asdict(run.sampling) if run else {}
+    return {name: defaults.get(name) if value is None else value for name, value in given.items()}
 
 
 def command(arguments: list[str]) -> None:
@@ -71,7 +74,7 @@ def command(arguments: list[str]) -> None:
         steps=config.steps,
         batch_size=config.batch_size,
         progress=True,
-        **_sampling(config),
+        **_guidance(config),
     )
     save_grid(config.out, images, columns=len(labels))
     print(f"wrote {config.out}: columns {' '.join(map(str, labels))}")

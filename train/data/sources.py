@@ -7,46 +7,65 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qsl
 
+import fsspec
 from PIL import Image
 
-from pmf.errors import InputError, require
+from pmf.errors import InputError, first_line, require
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
 
 log = logging.getLogger(__name__)
 
 FORMS = "folder:PATH, hf:NAME or hf:PATH (with ?split=train&image=image&label=label), wds:PATTERN"
-WDS_IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm")
+HF_OPTIONS = dict(config="", image="image", label="label", split="train", streaming="")
+WDS_PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "npy")
 
 
 class Sample(NamedTuple):
     """One picture of a source, still encoded. None stands for what the source lacks."""
 
     key: str
-    data: bytes | None
+    picture: bytes | Path | str | None
+    """Its bytes, or the file or URL that holds them."""
     label: int | None
 
+    def read(self) -> bytes:
+        """The picture's bytes. Errors: `InputError` where there are none, and whatever reading raises."""
+        data = self.picture
+        if isinstance(data, Path):
+            data = data.read_bytes()
+        elif isinstance(data, str):
+            with fsspec.open(data) as file:
+                data = bytes(file.read())
+        if not data:
+            raise InputError("it has no bytes")
+        return data
 
-class Source(Protocol):
+
+@dataclass(frozen=True)
+class Source:
     """Labelled pictures in a fixed order."""
 
-    @property
-    def classes(self) -> tuple[str, ...] | None:
-        """The classes' names, where the source knows them."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes when the source no longer lists the same pictures."""
-        ...
+    read_from: Callable[[int], Iterator[Sample]]
+    fingerprint: str
+    """Changes when the source no longer lists the same pictures."""
+    classes: tuple[str, ...] = ()
+    """The classes' names; empty if the source does not know them."""
 
     def samples(self, start: int = 0) -> Iterator[Sample]:
-        """The pictures from position `start` on."""
-        ...
+        """The pictures from position `start` on. Errors: `InputError` where reading fails."""
+        try:
+            yield from self.read_from(start)
+        except Exception as error:  # packages raise whatever their readers raise
+            raise InputError(f"source: cannot be read to its end: {first_line(error)}") from error
 
 
 def open_source(spec: str) -> Source:
@@ -60,41 +79,40 @@ def open_source(spec: str) -> Source:
     Errors: `InputError` for an unknown form, a missing package, or a source that cannot be opened.
     """
     kind, _, rest = spec.partition(":")
-    require(kind in ("folder", "hf", "wds") and rest != "", f"source: expected {FORMS}; got {spec!r}")
-    if kind == "folder":
-        return Folder(Path(rest))
-    return _hugging_face(rest) if kind == "hf" else Shards(rest)
+    forms = {"folder": _folder, "hf": _hugging_face, "wds": _web_dataset}
+    require(kind in forms and rest != "", f"source: expected {FORMS}; got {spec!r}")
+    try:
+        return forms[kind](rest)
+    except ImportError as error:
+        raise InputError(f"source: {kind} needs pip install 'pixel-meanflow[data]': {first_line(error)}") from None
 
 
 def _digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-class Folder:
-    """One directory per class; the label is the place of its name among the sorted names."""
+def _folder(path: str) -> Source:
+    """One directory per class.
 
-    def __init__(self, path: Path) -> None:
-        require(path.is_dir(), f"source: {path} is no directory")
-        self.path = path
-        self.classes = tuple(sorted(entry.name for entry in path.iterdir() if entry.is_dir()))
-        require(len(self.classes) > 0, f"source: {path} holds no class directories")
-        known = Image.registered_extensions()
-        found = [(name, label) for label, part in enumerate(self.classes) for name in _files(path, part)]
-        self.files = [(name, label) for name, label in found if Path(name).suffix.lower() in known]
-        others = [name for name, _ in found if Path(name).suffix.lower() not in known]
-        if others:
-            log.warning("%s: %d files are no pictures by name and left out, %s first", path, len(others), others[0])
-        require(len(self.files) > 0, f"source: {path} holds no pictures in its class directories")
-        self.fingerprint = _digest(*(name for name, _ in self.files))
+    (`imagefolder` of datasets takes a class called train for a split and drops the other classes; where directories
+    differ in depth, it drops all labels.)
+    """
+    root = Path(path)
+    require(root.is_dir(), f"source: {root} is no directory")
+    classes = tuple(sorted(entry.name for entry in root.iterdir() if entry.is_dir()))
+    require(len(classes) > 0, f"source: {root} holds no class directories")
+    found = [(name, label) for label, part in enumerate(classes) for name in _files(root, part)]
+    known = Image.registered_extensions()
+    pictures = [(name, label) for name, label in found if Path(name).suffix.lower() in known]
+    others = [name for name, _ in found if Path(name).suffix.lower() not in known]
+    if others:
+        log.warning("%s: %d files are no pictures by name and left out, %s first", root, len(others), others[0])
+    require(len(pictures) > 0, f"source: {root} holds no pictures in its class directories")
 
-    def samples(self, start: int = 0) -> Iterator[Sample]:
-        """The pictures in order of class and path."""
-        for name, label in self.files[start:]:
-            try:
-                yield Sample(name, (self.path / name).read_bytes(), label)
-            except OSError as error:
-                log.warning("%s: %s", self.path / name, error.strerror)
-                yield Sample(name, None, label)
+    def read_from(start: int) -> Iterator[Sample]:
+        return (Sample(name, root / name, label) for name, label in pictures[start:])
+
+    return Source(read_from, _digest(*(name for name, _ in pictures)), classes)
 
 
 def _files(root: Path, part: str) -> list[str]:
@@ -103,111 +121,71 @@ def _files(root: Path, part: str) -> list[str]:
     return sorted(Path(place, name).relative_to(root).as_posix() for place, _, names in walk for name in names)
 
 
-@dataclass(frozen=True)
-class HuggingFace:
-    """A `datasets` data set (or its streaming kind) whose picture column gives undecoded bytes."""
+def _hugging_face(spec: str) -> Source:
+    from datasets import ClassLabel, Dataset, Image
 
-    data: Any
-    image: str
-    label: str
-    classes: tuple[str, ...] | None
-    fingerprint: str
-
-    def samples(self, start: int = 0) -> Iterator[Sample]:
-        """The rows in order."""
-        rows = self.data.skip(start) if start else self.data
-        for position, row in enumerate(rows, start):
-            image = row[self.image] or {}
-            named = image.get("path")
-            key = f"row {position}" + (f" ({named})" if named else "")
-            data = image.get("bytes")
-            yield Sample(key, _fetch(named) if data is None and named else data, row[self.label])
-
-
-def _fetch(path: str) -> bytes | None:
-    """The bytes of a local or remote file that a row only names; None where it cannot be read."""
-    import fsspec  # comes with datasets
-
-    try:
-        with fsspec.open(path) as file:
-            return file.read()
-    except OSError as error:
-        log.warning("%s: %s", path, error)
-        return None
-
-
-def _hugging_face(spec: str) -> HuggingFace:
     name, _, query = spec.partition("?")
-    options = dict(split="train", image="image", label="label", config="", streaming="") | dict(parse_qsl(query))
-    known = {"split", "image", "label", "config", "streaming"}
-    require(set(options) == known, f"source: hf options are {', '.join(sorted(known))}; got {query!r}")
-    try:
-        import datasets
-    except ImportError:
-        raise InputError("source: hf needs pip install 'pixel-meanflow[data]'") from None
+    options = HF_OPTIONS | dict(parse_qsl(query))
+    require(options.keys() == HF_OPTIONS.keys(), f"source: hf options are {', '.join(HF_OPTIONS)}; got {query!r}")
     try:
         data = _load(name, options)
     except Exception as error:  # the package raises whatever its readers raise
-        raise InputError(f"source: cannot open {name}: {str(error).strip().splitlines()[0]}") from error
-    features = data.features or {}
-    for column in (options["image"], options["label"]):
+        raise InputError(f"source: cannot open {name}: {first_line(error)}") from error
+    features, image, label = data.features or {}, options["image"], options["label"]
+    for column in (image, label):
         require(column in features, f"source: {name} has no column {column!r}, its columns are {sorted(features)}")
-    label = features[options["label"]]
-    classes = tuple(label.names) if isinstance(label, datasets.ClassLabel) else None
-    data = data.cast_column(options["image"], datasets.Image(decode=False))
-    rows = "" if options["streaming"] or not hasattr(data, "num_rows") else str(data.num_rows)
-    return HuggingFace(data, options["image"], options["label"], classes, _digest(spec, rows, str(features)))
+    names = features[label].names if isinstance(features[label], ClassLabel) else ()
+    rows = len(data) if isinstance(data, Dataset) else ""
+    undecoded = data.cast_column(image, Image(decode=False))
+    return Source(partial(row_samples, undecoded, image, label), _digest(spec, f"{rows}", f"{features}"), tuple(names))
 
 
-def _load(name: str, options: dict[str, str]) -> Any:
-    """What `datasets` opens: local files are streamed, since they lie where they can be read."""
-    import datasets
-
-    path = Path(name)
-    if path.is_dir() and any((path / mark).exists() for mark in ("state.json", "dataset_dict.json")):
-        data = datasets.load_from_disk(name)
-        return data[options["split"]] if isinstance(data, datasets.DatasetDict) else data
-    files = sorted(map(str, path.rglob("*.*"))) if path.is_dir() else [name]
-    for kind in ("parquet", "arrow"):
-        chosen = [file for file in files if file.endswith(f".{kind}")]
-        if path.exists() and chosen:
-            return datasets.load_dataset(kind, data_files=chosen, split="train", streaming=True)
-    require(not path.exists(), f"source: {name} holds neither Parquet nor Arrow files")
-    config = options["config"] or None
-    return datasets.load_dataset(name, config, split=options["split"], streaming=bool(options["streaming"]))
+def row_samples(data: Dataset | IterableDataset, image: str, label: str, start: int) -> Iterator[Sample]:
+    """The rows from `start` on of a data set whose pictures are undecoded: their bytes, or where these lie."""
+    for position, row in enumerate(data.skip(start), start):
+        picture = row[image] or {}
+        path = picture.get("path")
+        key = f"row {position}" + (f" ({path})" if path else "")
+        yield Sample(key, picture.get("bytes") or path, row[label])
 
 
-class Shards:
-    """WebDataset tar shards in the order of their expanded names."""
+def _load(name: str, options: dict[str, str]) -> Dataset | IterableDataset:
+    """The data set by that name. Local files are streamed, or `datasets` would copy them into its cache."""
+    from datasets import DatasetDict, load_dataset, load_from_disk
 
-    classes: tuple[str, ...] | None = None
-
-    def __init__(self, pattern: str) -> None:
-        try:
-            import braceexpand
-            import webdataset  # noqa: F401
-        except ImportError:
-            raise InputError("source: wds needs pip install 'pixel-meanflow[data]'") from None
-        self.urls = list(braceexpand.braceexpand(pattern))
-        for url in self.urls:
-            local = "://" not in url and not url.startswith("pipe:")
-            require(not local or Path(url).is_file(), f"source: there is no shard {url}")
-        self.fingerprint = _digest(*self.urls)
-
-    def samples(self, start: int = 0) -> Iterator[Sample]:
-        """The entries in order; what lies before `start` is read past."""
-        import webdataset
-
-        rows = webdataset.WebDataset(self.urls, shardshuffle=False, empty_check=False)
-        try:
-            for row in itertools.islice(rows, start, None):
-                data = next((row[kind] for kind in WDS_IMAGES if kind in row), None)
-                yield Sample(row["__key__"], data, _label(row))
-        except Exception as error:
-            raise InputError(f"source: cannot read the shards: {str(error).strip().splitlines()[0]}") from error
+    path, split = Path(name), options["split"]
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        saved = load_from_disk(name)
+        return saved[split] if isinstance(saved, DatasetDict) else saved
+    if path.is_file():
+        return load_dataset(path.suffix[1:], data_files=name, split=split, streaming=True)
+    streaming = path.is_dir() or bool(options["streaming"])
+    return load_dataset(name, options["config"] or None, split=split, streaming=streaming)
 
 
-def _label(row: dict) -> int | None:
+def _web_dataset(pattern: str) -> Source:
+    """Read by webdataset: `datasets` takes the columns of the first entries for all, so that jpg beside png is lost."""
+    import braceexpand
+    import webdataset
+
+    urls = list(braceexpand.braceexpand(pattern))
+    local = [Path(url) for url in urls if "://" not in url and not url.startswith("pipe:")]
+    for file in local:
+        require(file.is_file(), f"source: there is no shard {file}")
+
+    def read_from(start: int) -> Iterator[Sample]:
+        rows = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)
+        for row in itertools.islice(rows, start, None):
+            picture = next((row[kind] for kind in WDS_PICTURES if kind in row), None)
+            yield Sample(row["__key__"], picture, _label(row))
+
+    # Tar shards that earlier versions prepared have their classes' names beside them.
+    beside = [file.with_name("dataset.json") for file in local[:1]]
+    names = [json.loads(file.read_text())["classes"] for file in beside if file.is_file()]
+    return Source(read_from, _digest(*urls), tuple(*names))
+
+
+def _label(row: dict[str, Any]) -> int | None:
     """The label of a WebDataset entry: its cls, or "label" in its json; None where there is none."""
     try:
         return int(row["cls"]) if "cls" in row else int(json.loads(row["json"])["label"])

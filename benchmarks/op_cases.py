@@ -1,0 +1,244 @@
+"""Every op at the shapes of a block: inputs, bytes and operations by formula, and what else computes it.
+
+Bytes are the least that a case must move: every input read once, every output written once, in the precision pMF
+trains in (bfloat16 activations, float32 residual stream and parameters). Rows with a tangent are the last half of the
+batch, as with the published draws.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from pmf import ops
+from pmf.benchmarks.cases import Case, Run
+from pmf.config import LOSSES, MODELS, ModelConfig
+from pmf.draws import sample_draws
+from pmf.dual import Dual
+from pmf.private import reread_buffers
+from pmf.step_plan import StepPlan
+
+MODES = ("forward", "dual", "backward")
+VALUE_ALONE = "value alone"
+"""The provider that computes no tangent, on the same rows: what value and tangent together are compared with."""
+BACKENDS = ("flash", "cudnn", "flash_attn_4", "flash_attn")
+"""What else may compute attention's value and its gradients; see `pmf.kernels.flash`."""
+LONG = ((1024, 64), (4096, 64), (1024, 128), (4096, 128))
+"""(length, head_dim) of attention beyond pMF's own."""
+WIDE, SLIM = torch.float32, torch.bfloat16
+Primals = tuple[Tensor | None, ...]
+Way = Callable[..., Any]
+"""From primals and tangents to a value, or to value and tangent."""
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op at one shape; bytes and operations by mode."""
+
+    name: str
+    inputs: tuple[tuple[Any, ...] | None, ...]
+    """dtype and shape of each."""
+    moving: tuple[int, ...]
+    """Places of the inputs that carry a tangent."""
+    bytes: tuple[int, int, int]
+    test: str
+    operations: tuple[int, int, int] = (0, 0, 0)
+    constant: tuple[int, ...] = ()
+    """Places of the inputs that take no gradient."""
+    every_row: bool = False
+    """Tangents on every row, not on the last half alone."""
+    options: dict[str, Any] = field(default_factory=dict)
+    label: str = ""
+    """Tells apart two of one op."""
+
+    def cases(self, size: str, device: torch.device, **more: dict[str, Way]) -> list[Case]:
+        """One case per mode; `more`: by mode, further providers."""
+        found = []
+        for mode, moved, operations in zip(MODES, self.bytes, self.operations, strict=True):
+            ways: dict[str, Way] = {
+                "reference": partial(self.run, impl="reference"),
+                "compiled reference": partial(torch.compile(self.run), impl="reference"),
+                "triton": self.run,
+                **more.get(mode, {}),
+            }
+            providers = {name: partial(self.prepare, way, mode, device) for name, way in ways.items()}
+            rated = {"": operations, VALUE_ALONE: self.operations[0]}
+            found.append(Case(f"{self.name} {mode} {size}{self.label}", providers, {"": self.test}, moved, rated))
+        return found
+
+    def run(self, primals: Primals, tangents: Primals, impl: str = "triton") -> Dual | tuple[Dual, ...]:
+        """Value and tangent by our op, under bfloat16 autocast as in training."""
+        pairs = enumerate(zip(primals, tangents, strict=True))
+        inputs = [Dual(p, p_dot) if i in self.moving else p for i, (p, p_dot) in pairs]
+        with torch.autocast(primals[0].device.type, dtype=torch.bfloat16):
+            return getattr(ops, self.name)(*inputs, impl=impl, **self.options)
+
+    def prepare(self, way: Way, mode: str, device: torch.device) -> Run:
+        """Make the inputs; the function to time."""
+        made = (s if s is None else torch.randn(s[1:], dtype=s[0], device=device) for s in self.inputs)
+        primals: Primals = tuple(made)
+        still = (None,) * len(primals)
+        if mode == "forward":
+            return lambda: way(primals, still)
+        if mode == "dual":
+            rows = len(primals[0]) // (1 if self.every_row else 2)
+            tangents = tuple(torch.randn_like(p[-rows:]) if i in self.moving else None for i, p in enumerate(primals))
+            return lambda: way(primals, tangents)
+        leaves = [p.requires_grad_() for i, p in enumerate(primals) if p is not None and i not in self.constant]
+        reread_buffers()
+        results = way(primals, still)
+        duals = [results] if isinstance(results, Dual) else results
+        outputs = [dual.value for dual in duals if dual.value.requires_grad]
+        gradients = [torch.randn_like(y) for y in outputs]
+        return lambda: torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
+
+
+def with_tangents(forward: int, backward: int) -> tuple[int, int, int]:
+    """By mode: half of the rows carry a tangent, which moves and computes what the value does."""
+    return forward, forward * 3 // 2, backward
+
+
+def block_ops(config: ModelConfig, batch: int) -> list[Op]:
+    """The memory-bound ops of one transformer block."""
+    width, heads, head_dim, rows = (
+        config.hidden_size,
+        config.num_heads,
+        config.head_dim,
+        (batch, config.sequence_length),
+    )
+    hidden = -(-config.mlp_width // 8) * 8
+    stream, branch, vector, weight = (WIDE, *rows, width), (SLIM, *rows, width), (SLIM, batch, width), (WIDE, width)
+    head_weight, table = (WIDE, head_dim), (WIDE, config.num_patches, head_dim // 2)
+    qkv = ((SLIM, *rows, 3, heads, head_dim), head_weight, head_weight, table, table)
+
+    def per_token(forward: int, backward: int) -> tuple[int, int, int]:
+        return with_tangents(rows[0] * rows[1] * forward, rows[0] * rows[1] * backward)
+
+    norm, residual = per_token(6 * width, 10 * width), per_token(12 * width, 18 * width)
+    rotation, gating = per_token(8 * width, 16 * width), per_token(6 * hidden, 10 * hidden)
+    per_channel = (stream, branch, weight, weight, None, None)
+    per_sample = (stream, branch, vector, weight, vector, vector)
+    test, prefix = "test_kernels_norm.py", {"prefix_length": config.prefix_length}
+    return [
+        Op("norm_modulate", (stream, weight, None, None), (0,), norm, test),
+        Op("residual_norm_modulate", per_channel, (0, 1), residual, test),
+        Op("residual_norm_modulate", per_sample, (0, 1, 2, 4, 5), residual, test, label=" adaln"),
+        Op("qk_norm_rope", qkv, (0,), rotation, "test_kernels_rotary.py", constant=(3, 4), options=prefix),
+        Op("swiglu", ((SLIM, *rows, 2 * hidden),), (0,), gating, "test_kernels_swiglu.py"),
+    ]
+
+
+def patch_op(config: ModelConfig, batch: int) -> Op:
+    """Image to tokens: the image and the prefix are read once, the tokens are written once."""
+    width, inner, p, prefix = config.hidden_size, config.bottleneck, config.patch_size, config.prefix_length
+    first, second = (WIDE, inner, config.in_channels, p, p), (WIDE, width, inner, 1, 1)
+    images, positions = (WIDE, batch, *config.image_shape), (WIDE, config.sequence_length, width)
+    inputs = (images, first, (WIDE, inner), second, (WIDE, width), positions, (WIDE, batch, prefix, width))
+    moved = 4 * batch * (config.in_channels * config.image_size**2 + (config.sequence_length + prefix) * width)
+    products = 2 * batch * config.num_patches * inner * (config.patch_values + width)
+    operations, test = with_tangents(products, 2 * products), "test_kernels_patch.py"
+    return Op("patch_embed", inputs, (0, 6), with_tangents(moved, moved), test, operations, constant=(0,))
+
+
+def attention_cases(name: str, batch: int, length: int, heads: int, head_dim: int, device: torch.device) -> list[Case]:
+    """Attention with tangents on every row: on each backend and tile, and by what other scripts use."""
+    from pmf.kernels.attention import HOPPER_TILES, tangent_with
+
+    values, products = batch * length * heads * head_dim * 2, 2 * batch * heads * length**2 * head_dim
+    inputs, test = ((SLIM, batch, length, heads, head_dim),) * 3, "test_kernels_attention.py"
+    moved, operations = (4 * values, 8 * values, 8 * values), (2 * products, 7 * products, 5 * products)
+    op = Op("attention", inputs, (0, 1, 2), moved, test, operations, every_row=True)
+
+    def within(context: Callable[..., AbstractContextManager[None]], choice: Any) -> Way:
+        def way(primals: Primals, tangents: Primals) -> tuple:
+            with context(choice):
+                return op.run(primals, tangents)
+
+        return way
+
+    on_gpu = device.type == "cuda"
+    backends = {f"triton, {b}": within(ops.use_attention_backend, b) for b in BACKENDS if on_gpu}
+    tiles = {f"triton {t.queries}x{t.keys} w{t.warps} s{t.stages}": t for t in HOPPER_TILES if on_gpu}
+    dual: dict[str, Way] = {VALUE_ALONE: lambda primals, tangents: op.run(primals, (None,) * 3)}
+    dual |= {name: within(tangent_with, tile) for name, tile in tiles.items()}
+    dual["plain attention, torch.func.jvp"] = plain_attention
+    if importlib.util.find_spec("jvp_flash_attention") and length % 32 == 0 and head_dim in (16, 32, 64, 128):
+        dual["jvp_flash_attention"] = jvp_flash_attention
+    return op.cases(name, device, forward=backends, dual=dual, backward=backends)
+
+
+def plain_attention(primals: Primals, tangents: Primals) -> object:
+    """Products and a softmax under `torch.func.jvp`."""
+    return torch.func.jvp(partial(ops.attention, impl="reference"), primals, tangents)
+
+
+def jvp_flash_attention(primals: Primals, tangents: Primals) -> object:
+    """The dual forward of the package of that name."""
+    from jvp_flash_attention.jvp_attention import JVPAttn
+
+    with forward_ad.dual_level():
+        pairs = zip(primals, tangents, strict=True)
+        duals = [forward_ad.make_dual(heads_first(x), heads_first(x_dot)) for x, x_dot in pairs]
+        return forward_ad.unpack_dual(JVPAttn.fwd_dual(*duals))
+
+
+@lru_cache(maxsize=6)
+def heads_first(x: Tensor) -> Tensor:
+    """[B, S, H, D] -> [B, H, S, D], once for each input: it is not what is timed."""
+    return x.transpose(1, 2).contiguous()
+
+
+def objective_case(size: str, batch: int, device: torch.device) -> Case:
+    """The squared errors of a lean step and their gradients: tokens, tangent and guidance read once."""
+    config = MODELS[size]
+    draws = sample_draws(batch, (1, 1, 1), LOSSES[size], torch.Generator().manual_seed(0))
+    plan = StepPlan.of(draws)
+    values = config.num_patches * config.patch_values
+    # Forward: both heads in bfloat16, x in float32; on the last rows the tangent and net_c, on some net_n.
+    read = batch * values * (2 + 2 + 4) + values * 2 * (2 * plan.tangent_rows + len(plan.null_rows))
+    moved = 2 * read + batch * values * 4  # backward reads the same again and writes both gradients
+
+    def objective(*inputs: Tensor, impl: str = "triton") -> tuple[Tensor, Tensor]:
+        return ops.pmf_objective(*inputs, t_clip=config.t_clip, patch_size=config.patch_size, impl=impl)
+
+    def prepare(way: Way) -> Run:
+        rows = (batch, batch, plan.tangent_rows, plan.tangent_rows, len(plan.null_rows))
+        shape = (config.num_patches, config.patch_values)
+        tokens = [torch.randn(n, *shape, device=device, dtype=torch.bfloat16) for n in rows]
+        heads = [head.requires_grad_() for head in tokens[:2]]
+        z, x = (torch.randn(batch, *config.image_shape, device=device) for _ in range(2))
+        scalars = [v.to(device) for v in (draws.t, draws.t - draws.r, plan.guidance, plan.null_index())]
+
+        def run() -> tuple[Tensor, ...]:
+            loss_u, loss_v = way(*tokens, z, x, *scalars)
+            return torch.autograd.grad((loss_u + loss_v).sum(), heads)
+
+        return run
+
+    ways = {"reference": objective, "compiled reference": torch.compile(objective)}
+    providers = {name: partial(prepare, partial(way, impl="reference")) for name, way in ways.items()}
+    providers["triton"] = partial(prepare, objective)
+    name = f"pmf_objective step {size.removeprefix('pMF-')}"
+    return Case(name, providers, {"": "test_kernels_objective.py"}, moved)
+
+
+def op_cases(size: str, batch: int, device: torch.device) -> list[Case]:
+    """Every op at the shapes of a preset."""
+    config, name = MODELS[size], size.removeprefix("pMF-")
+    simple = [case for op in (*block_ops(config, batch), patch_op(config, batch)) for case in op.cases(name, device)]
+    attention = (batch, config.sequence_length, config.num_heads, config.head_dim, device)
+    return [*simple, *attention_cases(name, *attention), objective_case(size, batch, device)]
+
+
+def long_attention_cases(device: torch.device) -> list[Case]:
+    """Attention beyond pMF's own lengths and head widths, 16384 tokens at a time."""
+    shapes = ((f"S {length} D {d}", 16384 // length, length, 16, d, device) for length, d in LONG)
+    return [case for shape in shapes for case in attention_cases(*shape)]

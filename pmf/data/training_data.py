@@ -1,0 +1,66 @@
+"""What training data is: labelled images of one shape, read by index."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+class CorruptImageError(Exception):
+    """An image that cannot be read: `key` says which, `reason` why."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(key, reason)
+        self.key, self.reason = key, reason
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.reason}"
+
+
+class TrainingData(Protocol):
+    """Labelled images of one shape, read by index in any order and from any process."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        ...
+
+    @property
+    def num_classes(self) -> int:
+        """Labels lie in [0, num_classes)."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> tuple[Tensor, int]:
+        """(image, label): uint8 [c, H, W], or float32 in [-1, 1]. Errors: `CorruptImageError`."""
+        ...
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Training data in memory: images [n, c, H, W], float32 in [-1, 1] or uint8, labels int64 [n], class names."""
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
+    @property
+    def num_classes(self) -> int:
+        """One more than the largest label."""
+        return int(self.labels.max()) + 1
+
+    def read(self, index: int) -> tuple[Tensor, int]:
+        """(image, label)."""
+        return self.images[index], int(self.labels[index])

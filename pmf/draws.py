@@ -1,0 +1,168 @@
+"""The random numbers of a training step, and the laws they are drawn from (arXiv 2601.22158)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pmf.config import LossConfig, ModelConfig
+from pmf.errors import readable, require
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of one training step of B rows.
+
+    All but `noise` live on the CPU, so that rows are counted without waiting for a GPU.
+    """
+
+    t: Tensor
+    """float [B] in [0, 1]: the time of z_t; 0 is data, 1 is noise."""
+    r: Tensor
+    """float [B] in [0, t]: the time that the average velocity u leads to."""
+    fm_mask: Tensor
+    """bool [B]: flow-matching rows, t = r."""
+    omega: Tensor
+    """float [B], at least 1: the guidance scale w."""
+    t_min: Tensor
+    """float [B]: guidance acts for t in [t_min, t_max]; 0 on flow-matching rows."""
+    t_max: Tensor
+    """float [B]; 1 on flow-matching rows."""
+    drop_mask: Tensor
+    """bool [B]: rows that train the null class."""
+    noise: Tensor
+    """float [B, c, H, W] of unit variance, on any device; the loss multiplies it by noise_scale."""
+
+    def rows(self, index: Tensor) -> Draws:
+        """The draws of rows `index`, in that order."""
+        return Draws(**{f.name: _select(getattr(self, f.name), index) for f in fields(self)})
+
+    def scalars(self) -> dict[str, Tensor]:
+        """Everything but the noise, by name: vectors [B] on the CPU."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "noise"}
+
+
+def step_seed(seed: int, index: int, purpose: str) -> int:
+    """A seed of its own for each (run seed, step or epoch, purpose).
+
+    A generator seeded by it makes a step's draws a function of (seed, step), whatever came before. Hashed to 32 bits,
+    since PyTorch's CPU generator reads no more of a seed.
+    """
+    entropy = [seed, index, *purpose.encode()]
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
+
+def sample_draws(
+    batch: int,
+    image_shape: tuple[int, int, int],
+    loss_config: LossConfig,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Draws:
+    """The random draws of one step for a device batch of `batch` rows.
+
+    t and r are logit-normal (tr_uniform: sometimes uniform), r = t on the first flow-matching rows, sorted
+    so that t >= r; omega has density proportional to omega^-beta; t_min and t_max are uniform on the lower
+    and the upper half of [0, 1], 0 and 1 on flow-matching rows; the first Binomial(B, class_dropout) rows are
+    dropped. `generator` is a CPU generator (None: the default one). `noise` is drawn on `device`.
+    Errors: `InputError` on a batch without rows.
+    """
+    require(batch >= 1, f"batch: expected at least 1 row, got {batch}")
+    c, g = loss_config, generator
+
+    def uniform(low: float = 0.0, high: float = 1.0) -> Tensor:
+        return low + (high - low) * torch.rand(batch, generator=g)
+
+    def logit_normal() -> Tensor:
+        return torch.sigmoid(c.p_mean + c.p_std * torch.randn(batch, generator=g))
+
+    t, r = logit_normal(), logit_normal()
+    if c.tr_uniform:
+        replaced = uniform() < 0.1
+        t, r = torch.where(replaced, uniform(), t), torch.where(replaced, uniform(), r)
+    fm_mask = torch.arange(batch) < int(batch * c.data_proportion)
+    r = torch.where(fm_mask, t, r)
+    t, r = torch.maximum(t, r), torch.minimum(t, r)
+
+    dropped = int((uniform() < c.class_dropout).sum())  # Binomial(batch, class_dropout)
+    noise_generator = torch.Generator(device or "cpu")
+    noise_generator.manual_seed(int(torch.randint(2**62, (), generator=g)))
+    return Draws(
+        t=t,
+        r=r,
+        fm_mask=fm_mask,
+        omega=_omega(uniform(), c.cfg_max, c.cfg_beta),
+        t_min=torch.where(fm_mask, 0.0, uniform(0.0, 0.5)),
+        t_max=torch.where(fm_mask, 1.0, uniform(0.5, 1.0)),
+        drop_mask=torch.arange(batch) < dropped,
+        noise=torch.randn(batch, *image_shape, generator=noise_generator, device=device),
+    )
+
+
+def _omega(uniform: Tensor, cfg_max: float, beta: float) -> Tensor:
+    """The inverse of the distribution with density proportional to omega^-beta on [1, 1 + cfg_max]."""
+    span = math.log1p(cfg_max)
+    if beta == 1:
+        return torch.exp(uniform * span)
+    return torch.exp(torch.log1p(uniform * math.expm1((1 - beta) * span)) / (1 - beta))
+
+
+def check_batch(x: Tensor, y: Tensor, draws: Draws, config: ModelConfig) -> None:
+    """Check that images, labels and draws make a training step of a network.
+
+    Shapes always; values of images and labels where reading them is free. Errors: `InputError`; see `pmf_loss`.
+    """
+    shape = list(config.image_shape)
+    require(
+        x.ndim == 4 and list(x.shape[1:]) == shape and len(x) > 0,
+        f"x: expected shape [B, {', '.join(map(str, shape))}] with B > 0, got {list(x.shape)}",
+    )
+    require(list(y.shape) == [len(x)], f"y: expected shape [{len(x)}], got {list(y.shape)}")
+    require(y.dtype == torch.int64, f"y: expected int64 class labels, got {y.dtype}")
+    _check_draws(draws, x.shape)
+    if readable(x, y):
+        require(bool(torch.isfinite(x).all()), "x: expected finite images, got NaN or infinity")
+        finite = not readable(draws.noise) or bool(torch.isfinite(draws.noise).all())
+        require(finite, "draws.noise: expected finite values, got NaN or infinity")
+        require(
+            bool(((y >= 0) & (y < config.num_classes)).all()),
+            f"y: expected labels in [0, {config.num_classes - 1}], got {y.min().item()} to {y.max().item()}",
+        )
+
+
+def _check_draws(draws: Draws, shape: torch.Size) -> None:
+    """Check shapes, devices and ranges of the draws for images of that shape."""
+    got = list(draws.noise.shape)
+    require(got == list(shape), f"draws.noise: expected shape {list(shape)}, got {got}")
+    for name, value in draws.scalars().items():
+        wanted = list(shape[:1])
+        require(list(value.shape) == wanted, f"draws.{name}: expected shape {wanted}, got {list(value.shape)}")
+        message = f"draws.{name}: expected on the CPU, where rows are counted without waiting, got {value.device}"
+        require(value.device.type == "cpu", message)
+    require(bool((draws.omega >= 1).all()), "draws: expected omega >= 1 in every row")
+    require(bool((draws.r <= draws.t).all()), "draws: expected r <= t in every row (h = t - r >= 0)")
+    require(bool((draws.r >= 0).all() and (draws.t <= 1).all()), "draws: expected t and r in [0, 1]")
+    require(bool((draws.t == draws.r)[draws.fm_mask].all()), "draws: expected r = t where fm_mask is set")
+    whole = (draws.t_min == 0) & (draws.t_max == 1)
+    require(bool(whole[draws.fm_mask].all()), "draws: expected the interval [0, 1] where fm_mask is set")
+
+
+def _pinned(host: Tensor, device: torch.device) -> Tensor:
+    """A host tensor that can be copied to `device` without waiting: for CUDA, in pinned memory."""
+    return host.pin_memory() if device.type == "cuda" else host
+
+
+def to_device(device: torch.device, *vectors: Tensor) -> tuple[Tensor, ...]:
+    """Host vectors on `device`, by one copy that the host does not wait for."""
+    host = _pinned(torch.cat(vectors), device)
+    return host.to(device, non_blocking=True).split([len(vector) for vector in vectors])
+
+
+def _select(value: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` (on the CPU) of `value`, wherever it lives."""
+    (index,) = to_device(value.device, index)
+    return value[index]

@@ -1,0 +1,41 @@
+"""Fine-tuning: what a network takes from the weights of another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from pmf.errors import require
+from pmf.model import PMFDiT
+
+CLASSES = "conditioning.classes.weight"
+
+
+@torch.no_grad()
+def copy_weights(model: PMFDiT, source: str | Path, weights: str | None = None) -> list[str]:
+    """Copy the weights of a checkpoint into a network, which may have other classes; notes on what was not copied.
+
+    `source` and `weights` are as in `PMFDiT.from_pretrained`: our checkpoints, published ones, hub ids. If there is no
+    v head, as in most published ones, the v head starts as a copy of the u head: at h = 0 both fields are the
+    instantaneous velocity. A class table of another size keeps its random initial values. Errors: `InputError` on any
+    other weight that is missing, left over or of another shape; the network is then unchanged.
+    """
+    state = PMFDiT.from_pretrained(source, weights=weights).state_dict()
+    notes = []
+    if not any(".v." in name for name in state):
+        state |= {name.replace(".u.", ".v."): value for name, value in state.items() if ".u." in name}
+        notes.append("the v head starts as a copy of the u head")
+    wanted = dict(model.named_parameters())
+    surplus = sorted(set(state) - set(wanted))
+    require(not surplus, f"init: {source} holds {next(iter(surplus), '')!r}, which this network has no place for")
+    if CLASSES in state and len(state[CLASSES]) != len(wanted[CLASSES]):
+        theirs, ours = len(state.pop(CLASSES)) - 1, len(wanted.pop(CLASSES)) - 1
+        notes.append(f"the table of {ours} classes starts afresh: {source} has {theirs}")
+    for name, parameter in wanted.items():
+        require(name in state, f"init: {source} lacks the weight {name!r}")
+        got, shape = list(state[name].shape), list(parameter.shape)
+        require(got == shape, f"init: expected {name!r} of shape {shape}, got {got}")
+    for name, parameter in wanted.items():
+        parameter.copy_(state[name])
+    return notes

@@ -1,0 +1,125 @@
+"""Find the file of a network: in a run directory, on the hub, or in a JAX train state, and the weights in it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path, PurePath
+
+from pmf.errors import InputError, first_line, require
+from pmf.jax_files import is_state
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".zip")
+"""Types of files that hold networks, the preferred first where two share a name."""
+
+
+def locate(source: str, weights: str | None) -> tuple[Path, str | None]:
+    """The file (or folder of a JAX train state) that `source` and `weights` name, and which weights in it.
+
+    `weights` is a file's name with or without suffix, or "file:average" for a train state; where `source` is itself a
+    file or a train state, it is the average alone. Errors: `InputError` lists the choices.
+    """
+    path = Path(source)
+    if path.is_dir():
+        names = sorted(entry.name for entry in path.iterdir())
+        if _networks(names) or not is_state(path):
+            file, average = _split(weights)
+            return _with_average(path / _choose(names, file, str(path), path / "config.json"), average)
+    if path.exists():
+        return _in_one_file(path, weights)
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", source) and path.suffix not in SUFFIXES
+    require(
+        bool(is_hub_id) and not path.parent.is_dir(),
+        f"source: {source} does not exist, expected a run directory, a checkpoint file or a hub id",
+    )
+    return _download(source, weights)
+
+
+def _split(weights: str | None) -> tuple[str | None, str | None]:
+    """("file", "average") of "file:average"."""
+    file, _, average = (weights or "").partition(":")
+    return file or None, average or None
+
+
+def _in_one_file(path: Path, weights: str | None) -> tuple[Path, str | None]:
+    """Resolve `weights` where the source is itself a file or a train state: an average in it, or "file:average"."""
+    file, average = _split(weights)
+    own = (None, path.name, path.stem)
+    if average is None and file not in own:
+        file, average = None, file
+    require(file in own, f"weights: {path} has no {weights!r}, expected an average of it")
+    return _with_average(path, average)
+
+
+def _with_average(file: Path, average: str | None) -> tuple[Path, str | None]:
+    require(average is None or is_state(file), f"weights: {file} holds one network, got {average!r} of it")
+    return file, average
+
+
+def _networks(names: Iterable[str]) -> list[str]:
+    return sorted(name for name in names if PurePath(name).suffix in SUFFIXES)
+
+
+def _choose(names: Iterable[str], wanted: str | None, place: str, config: Path | None) -> str:
+    """The file among `names` that `wanted` names: in full, by its stem, or as we spell a preset ("pMF-B/16").
+
+    By default the configuration's choice for sampling, else model.safetensors, else the only one.
+    """
+    found = _networks(names)
+    require(bool(found), f"source: {place} holds no network, expected a file *{', *'.join(SUFFIXES)}")
+    held = f"expected one of {', '.join(found)}"
+    if wanted is None:
+        wanted = _sampling_weights(config) or ("model.safetensors" if "model.safetensors" in found else None)
+    if wanted is None:
+        require(len(found) == 1, f"weights: {place} holds several networks, {held}")
+        return found[0]
+    for name in (wanted, wanted.replace("/", "-")):
+        matches = [file for file in found if name in (file, PurePath(file).stem)]
+        if matches:
+            return min(matches, key=lambda file: (file != name, SUFFIXES.index(PurePath(file).suffix)))
+    raise InputError(f"weights: {place} has no {wanted!r}, {held}")
+
+
+def _sampling_weights(config: Path | None) -> str | None:
+    """The weights that a run's configuration samples with."""
+    if config is None or not config.is_file():
+        return None
+    try:
+        name = json.loads(config.read_text()).get("sampling_weights")
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"source: {config} is not a readable configuration: {first_line(error)}") from error
+    return None if name is None else str(name)
+
+
+def _download(hub_id: str, weights: str | None) -> tuple[Path, str | None]:
+    """Download the one file that is needed; where the hub cannot be reached, take it from the local cache."""
+    try:
+        from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+        from huggingface_hub.errors import RepositoryNotFoundError
+    except ImportError:
+        raise InputError(f"source: {hub_id} is no local path; hub ids need pip install 'pixel-meanflow[hub]'") from None
+    try:
+        names = [file.rfilename for file in HfApi().model_info(hub_id).siblings or ()]
+    except Exception as error:
+        try:
+            if isinstance(error, RepositoryNotFoundError):
+                raise
+            cached = snapshot_download(hub_id, local_files_only=True)
+        except Exception:
+            raise _not_served(hub_id, error) from error
+        return locate(cached, weights)
+    file, average = _split(weights)
+    try:
+        config = Path(hf_hub_download(hub_id, "config.json")) if file is None and "config.json" in names else None
+        chosen = _choose(names, file, hub_id, config)
+        path = Path(hf_hub_download(hub_id, chosen))
+    except InputError:
+        raise
+    except Exception as error:
+        raise _not_served(hub_id, error) from error
+    return _with_average(path, average)
+
+
+def _not_served(hub_id: str, error: Exception) -> InputError:
+    return InputError(f"source: {hub_id} is no local path and the hub did not serve it: {first_line(error)}")

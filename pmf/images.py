@@ -1,0 +1,63 @@
+"""Images on their way into and out of a network: ranges, the crop of published statistics, PNG files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import pad
+
+from pmf.atomic_files import write_atomically
+
+GAP = 2
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Images as float32 in [-1, 1]: uint8 is scaled, float32 is returned as it is."""
+    return images.float().div_(127.5).sub_(1) if images.dtype == torch.uint8 else images
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Images in [-1, 1] as uint8, as published code rounds them: round(clip((x + 1) / 2 * 255, 0, 255))."""
+    return ((images + 1) / 2 * 255).clamp(0, 255).round().to(torch.uint8)
+
+
+def save_png(path: str | Path, pixels: np.ndarray) -> None:
+    """Write pixels uint8 [H, W, c] (c 1 or 3). Errors: `InputError` when `path` cannot be written."""
+    picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
+
+
+def save_grid(path: str | Path, images: Tensor, *, columns: int, min_side: int = 64) -> None:
+    """Write images [n, c, H, W] in [-1, 1] (c 1 or 3) as one PNG, row by row.
+
+    Small images are enlarged by whole pixels until their side reaches `min_side`; a line two pixels wide
+    separates neighbours. Errors: `InputError` when `path` cannot be written.
+    """
+    pixels = to_bytes(images.float().cpu())
+    zoom = max(1, -(-min_side // pixels.shape[2]))
+    pixels = pad(pixels.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), (0, GAP, 0, GAP), value=255)
+    blank = pixels.new_full((-len(pixels) % columns, *pixels.shape[1:]), 255)
+    grid = rearrange(torch.cat([pixels, blank]), "(r columns) c h w -> (r h) (columns w) c", columns=columns)
+    save_png(path, grid[:-GAP, :-GAP].numpy())
+
+
+def centre_crop(picture: Image.Image, size: int) -> Image.Image:
+    """The central square of a picture at `size` x `size` pixels, RGB.
+
+    As ADM prepares ImageNet, which published statistics rest on: halve with a box filter while the short side is
+    at least twice `size`, bring the short side to `size` with a bicubic filter, cut out the middle. The
+    orientation that a camera may have noted is not applied.
+    """
+    picture = picture.convert("RGB")
+    while min(picture.size) >= 2 * size:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    scale = size / min(picture.size)
+    width, height = (round(side * scale) for side in picture.size)
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return picture.crop((left, top, left + size, top + size))

@@ -1,0 +1,19 @@
+"""The published optimizer: Muon on Linear weights, Nesterov Adam on the rest, and moving averages of the weights.
+
+All of it works on plain parameters, under DDP and on the DTensors of FSDP2.
+"""
+
+from pmf.optim.ema import EMA
+from pmf.optim.muon import Muon
+from pmf.optim.nesterov_adam import NesterovAdam
+from pmf.optim.optimizers import OptimizerConfig, build_optimizers, learning_rate, split_parameters
+
+__all__ = [
+    "EMA",
+    "Muon",
+    "NesterovAdam",
+    "OptimizerConfig",
+    "build_optimizers",
+    "learning_rate",
+    "split_parameters",
+]

@@ -1,0 +1,36 @@
+"""Exponential moving averages of the weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pmf.private import foreach_lerp_
+from pmf.sharded import local
+
+
+class EMA:
+    """An exponential moving average of a model's parameters with the published ramp (EDM, arXiv 2206.00364).
+
+    average = beta average + (1 - beta) p, beta = 0.5^(batch / max(half_life, 1e-8)),
+    half_life = min(1000 half_life_kimg, 0.05 images_seen), in images.
+
+    `average` holds it by parameter name, in the parameters' dtype and, under FSDP2, in their shards: construct it after
+    `fully_shard`.
+    """
+
+    def __init__(self, model: nn.Module, half_life_kimg: float) -> None:
+        self.half_life_kimg = half_life_kimg
+        self.average = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, batch: int, images_seen: int) -> None:
+        """Move towards the model after a step of `batch` images, which images_seen includes."""
+        half_life = min(self.half_life_kimg * 1000, 0.05 * images_seen)
+        beta = 0.5 ** (batch / max(half_life, 1e-8))
+        averages = [local(value) for value in self.average.values()]
+        foreach_lerp_(averages, [local(p.detach()) for p in model.parameters()], 1 - beta)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averaged parameters by name."""
+        return self.average

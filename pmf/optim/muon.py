@@ -1,0 +1,117 @@
+"""Muon (Jordan et al. 2024): orthogonalised momentum. Equal shapes are iterated together, and ranks share the work."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+from pmf.optim.moments import advance, nesterov
+from pmf.private import foreach_lerp_, foreach_sub_
+from pmf.sharded import local
+
+COEFFICIENTS = (3.4445, -4.775, 2.0315)
+"""a, b, c of the quintic a X + (b X X^T + c (X X^T)^2) X, which when iterated drives singular values to about 1."""
+EPS = 1e-8
+"""Added to a matrix's norm before dividing by it."""
+CHUNK_VALUES = 2**27
+"""Values orthogonalised at a time; the iteration takes about four times their memory."""
+
+
+def orthogonalise(x: Tensor, steps: int) -> Tensor:
+    """Newton-Schulz: each matrix of x [n, r, c] with its singular values moved to about 1.
+
+    Products are in bfloat16 on CUDA, which is accurate enough and several times faster, else in the dtype of x.
+    """
+    a, b, c = COEFFICIENTS
+    tall = x.shape[-2] > x.shape[-1]
+    y = x / (x.norm(dim=(-2, -1), keepdim=True) + EPS)
+    y = y.bfloat16() if x.is_cuda else y
+    y = y.mT if tall else y
+    for _ in range(steps):
+        gram = y @ y.mT
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    return (y.mT if tall else y).to(x.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon with Nesterov momentum over matrices: W -= lr sqrt(max(1, r / c)) orthogonalise(update).
+
+    m = lerp(m, g, 1 - beta); update = beta m / (1 - beta^(t + 1)) + (1 - beta) g / (1 - beta^t), where t counts a
+    matrix's steps from 1; as in optax, both terms are corrected for m having started at zero. State of a matrix:
+    momentum_buffer, shaped like it, and step, on the CPU. Matrices of one shape are orthogonalised in one batch of
+    `steps` iterations (`orthogonalise`).
+
+    `parameters` are matrices [r, c], as of `pmf.optim.split_parameters`. `mesh`: the device mesh that holds them,
+    replicated (DDP) or sharded (FSDP2). Each of its ranks orthogonalises its share of the matrices and sends the result
+    to the others; without a mesh every rank does all of it.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        *,
+        lr: float,
+        momentum: float = 0.95,
+        steps: int = 5,
+        mesh: DeviceMesh | None = None,
+    ) -> None:
+        super().__init__(parameters, dict(lr=lr, momentum=momentum, steps=steps))
+        self.mesh = mesh
+
+    def __getstate__(self) -> dict[str, object]:
+        """The state for copies and pickles; PyTorch's own omits the mesh."""
+        return {**super().__getstate__(), "mesh": self.mesh}
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Update every matrix that has a gradient."""
+        for group in self.param_groups:
+            matrices = [p for p in group["params"] if p.grad is not None]
+            updates = self._momentum(matrices, group["momentum"])
+            for places in _batches(matrices):
+                batch = [matrices[i] for i in places]
+                rows, columns = batch[0].shape
+                orthogonal = self._orthogonalised(batch, torch.stack([updates[i] for i in places]), group["steps"])
+                scale = group["lr"] * math.sqrt(max(1, rows / columns))
+                foreach_sub_([local(p) for p in batch], list(orthogonal.unbind()), alpha=scale)
+
+    def _momentum(self, matrices: list[nn.Parameter], beta: float) -> list[Tensor]:
+        """The local parts of the Nesterov updates; they are elementwise, so shards need no communication."""
+        if not matrices:
+            return []
+        counts, gradients, (means,) = advance(self.state, matrices, ("momentum_buffer",))
+        foreach_lerp_(means, gradients, 1 - beta)
+        return nesterov(means, gradients, beta, counts)
+
+    def _orthogonalised(self, matrices: list[nn.Parameter], update: Tensor, steps: int) -> Tensor:
+        """orthogonalise(update) for the local parts [n, r_local, c] of matrices with equal placements."""
+        if self.mesh is None:
+            return orthogonalise(update, steps)
+        # The placements of the matrices behind a batch dimension; then whole matrices, a share on every rank.
+        placements: list[Placement] = [Replicate()] * self.mesh.ndim
+        if isinstance(matrices[0], DTensor):
+            placements = [Shard(p.dim + 1) if isinstance(p, Shard) else p for p in matrices[0].placements]
+        shape = torch.Size((len(matrices), *matrices[0].shape))
+        shared = self._distributed(update, placements, shape).redistribute(placements=[Shard(0)] * self.mesh.ndim)
+        mine = orthogonalise(shared.to_local(), steps)
+        return self._distributed(mine, shared.placements, shape).redistribute(placements=placements).to_local()
+
+    def _distributed(self, part: Tensor, placements: Sequence[Placement], shape: torch.Size) -> DTensor:
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(part, self.mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def _batches(matrices: list[nn.Parameter]) -> Iterator[list[int]]:
+    """Indices of matrices with one shape, at most CHUNK_VALUES values together."""
+    by_shape: dict[torch.Size, list[int]] = defaultdict(list)
+    for i, matrix in enumerate(matrices):
+        by_shape[matrix.shape].append(i)
+    for shape, places in by_shape.items():
+        size = max(1, CHUNK_VALUES // shape.numel())
+        yield from (places[i : i + size] for i in range(0, len(places), size))

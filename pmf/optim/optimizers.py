@@ -1,0 +1,98 @@
+"""Which optimizer updates which parameter, the settings of both, and the learning rate over a run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from pmf.errors import require
+from pmf.optim.muon import Muon
+from pmf.optim.nesterov_adam import NesterovAdam
+
+DECAYS = ("linear", "cosine")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Muon and Adam, both with Nesterov momentum and one learning rate; the defaults are the published values."""
+
+    learning_rate: float = 1e-3
+    """Learning rate of both optimizers."""
+    momentum: float = 0.95
+    """Momentum of Muon (Nesterov)."""
+    newton_schulz_steps: int = 5
+    """Newton-Schulz iterations of Muon."""
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of Adam's moments."""
+    adam_eps: float = 1e-8
+    """Offset of Adam's denominator."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from zero, its value in the first (0: none, as published)."""
+    decay_share: float = 0.0
+    """Share of the run, at its end, over which the learning rate falls (0: constant, as published). It begins after
+    the warm-up."""
+    decay: Literal["linear", "cosine"] = "linear"
+    """How it falls: in a straight line, or along half a cosine."""
+    decay_to: float = 0.0
+    """What it falls to, as a share of the learning rate."""
+    clip_norm: float = 0.0
+    """Clip the norm of the whole gradient to this (0: never, as published)."""
+
+    def __post_init__(self) -> None:
+        within = {
+            "learning_rate": 0 < self.learning_rate < math.inf,
+            "momentum": 0 <= self.momentum < 1,
+            "newton_schulz_steps": 1 <= self.newton_schulz_steps < 100,
+            "adam_betas": all(0 <= beta < 1 for beta in self.adam_betas),
+            "adam_eps": 0 < self.adam_eps < math.inf,
+            "warmup_steps": self.warmup_steps >= 0,
+            "decay_share": 0 <= self.decay_share <= 1,
+            "decay": self.decay in DECAYS,
+            "decay_to": 0 <= self.decay_to <= 1,
+            "clip_norm": 0 <= self.clip_norm < math.inf,
+        }
+        for name, good in within.items():
+            require(good, f"optimizer.{name}: out of range, got {getattr(self, name)}")
+
+
+def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """(Muon's, Adam's) parameters: the weights of Linear layers, and all others.
+
+    Adam's are biases, norms, gates, tokens, positions, convolutions and the class table.
+    """
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    parameters = list(model.parameters())
+    return [p for p in parameters if id(p) in linear], [p for p in parameters if id(p) not in linear]
+
+
+def build_optimizers(
+    model: nn.Module, config: OptimizerConfig, mesh: DeviceMesh | None = None
+) -> dict[str, torch.optim.Optimizer]:
+    """{"muon": Muon, "adam": NesterovAdam} over the model's parameters, as the authors train.
+
+    `mesh`: the device mesh whose ranks share Muon's work (see `Muon`). Build them after wrapping the model with FSDP2.
+    """
+    muon, adam = split_parameters(model)
+    rate, iterations = config.learning_rate, config.newton_schulz_steps
+    return {
+        "muon": Muon(muon, lr=rate, momentum=config.momentum, steps=iterations, mesh=mesh),
+        "adam": NesterovAdam(adam, lr=rate, betas=config.adam_betas, eps=config.adam_eps),
+    }
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """The learning rate of step `step` (from 0) of `steps`.
+
+    It rises as step / warmup_steps. Over the decay, of which x is the share that has passed, it falls to decay_to by
+    the factor 1 - x (linear) or (1 + cos(pi x)) / 2 (cosine).
+    """
+    risen = min(1.0, step / config.warmup_steps) if config.warmup_steps else 1.0
+    begin = max(steps * (1 - config.decay_share), config.warmup_steps)
+    x = (step - begin) / (steps - begin) if step > begin else 0.0
+    left = 1 - x if config.decay == "linear" else (1 + math.cos(math.pi * x)) / 2
+    return config.learning_rate * risen * (config.decay_to + (1 - config.decay_to) * left)

@@ -1,0 +1,69 @@
+"""Training on several GPUs: the loss as one module, under DDP or FSDP2."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.nn.parallel import DistributedDataParallel
+
+from pmf.config import LossConfig
+from pmf.draws import Draws
+from pmf.layers import Block
+from pmf.loss import pmf_loss
+from pmf.model import PMFDiT
+
+
+class LossModule(nn.Module):
+    """`pmf_loss` of a network as a module: DDP and FSDP2 must see the whole forward pass as one call."""
+
+    def __init__(self, model: PMFDiT, config: LossConfig) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+
+    def forward(
+        self, x: Tensor, y: Tensor, draws: Draws, perceptual: Callable | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, reported terms) of one device batch; arguments as of `pmf_loss`."""
+        out = pmf_loss(self.model, x, y, draws, self.config, perceptual)
+        return out.loss, out.terms
+
+
+def wrap(loss: LossModule, mesh: DeviceMesh | None, sharding: Literal["ddp", "fsdp", "hybrid"] = "ddp") -> nn.Module:
+    """The loss module, its network replicated (ddp) or sharded block by block (fsdp, hybrid) over the ranks of `mesh`.
+
+    `mesh` has one dimension, or two (replicas, shards) for hybrid; None leaves the module as it is. Under sharding open
+    autocast with `cache_enabled=False`: its cache would keep casts of weights that FSDP2 has freed.
+    """
+    if mesh is None:
+        return loss
+    if sharding == "ddp":
+        return _replicated(loss)
+    for block in [m for m in loss.model.modules() if isinstance(m, Block)]:
+        fully_shard(block, mesh=mesh)
+        register_fsdp_forward_method(block, "forward_residual")
+    fully_shard(loss, mesh=mesh)
+    return loss
+
+
+def _replicated(loss: LossModule) -> DistributedDataParallel:
+    """DDP that does not synchronise buffers: they are rotary tables, equal on all ranks."""
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    if "forward_sync_buffers" in known:  # its name since PyTorch 2.13
+        return DistributedDataParallel(loss, gradient_as_bucket_view=True, forward_sync_buffers=False)
+    return DistributedDataParallel(loss, gradient_as_bucket_view=True, broadcast_buffers=False)
+
+
+def synchronise_gradients(wrapped: nn.Module, wanted: bool) -> None:
+    """Whether the next forward and backward add gradients over ranks, or leave them local.
+
+    They must in the last of the device batches whose gradients a step adds up.
+    """
+    if isinstance(wrapped, FSDPModule):
+        wrapped.set_requires_gradient_sync(wanted)
+    elif isinstance(wrapped, DistributedDataParallel):
+        wrapped.require_backward_grad_sync = wanted  # as its no_sync() does

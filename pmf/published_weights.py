@@ -1,0 +1,188 @@
+"""The authors' PyTorch checkpoints: names and shapes of their weights, and the way there and back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pmf.config import MODELS, PREFIX_TOKENS, ModelConfig
+from pmf.errors import require
+from pmf.reference import rope_tables
+from pmf.reference.embedding import FEATURES
+
+ROPE = "net.rope_freqs"
+Shape = tuple[int, ...]
+
+
+def _parameters(config: ModelConfig, heads: tuple[str, ...]) -> Iterator[tuple[str, str, Shape]]:
+    """(our name, the published name, the published shape) of every parameter."""
+    width, patch = config.hidden_size, config.patch_size
+    for ours, theirs in PREFIX_TOKENS.items():
+        yield f"conditioning.tokens.{ours}", f"net.{theirs}_tokens", (1, getattr(config, f"{theirs}_tokens"), width)
+    yield "patch_embed.positions", "net.pos_embed", (1, config.sequence_length, width)
+    first = (config.bottleneck, config.in_channels, patch, patch)
+    yield from _affine("patch_embed.proj1", "net.x_embedder.proj1", first)
+    yield from _affine("patch_embed.proj2", "net.x_embedder.proj2", (width, config.bottleneck, 1, 1))
+    for ours, theirs in {"h": "h", "omega": "omega", "t_min": "cfg_t_start", "t_max": "cfg_t_end"}.items():
+        for layer, index, inputs in (("fc1", 0, FEATURES), ("fc2", 2, width)):
+            names = f"conditioning.embedders.{ours}.{layer}", f"net.{theirs}_embedder.mlp.{index}._flax_linear"
+            yield from _affine(*names, (width, inputs))
+    classes = "net.y_embedder.embedding_table._flax_embedding.weight"
+    yield "conditioning.classes.weight", classes, (config.num_classes + 1, width)
+    stacks = [("shared_blocks", "shared_blocks", config.depth - config.aux_head_depth)]
+    stacks += [(f"head_blocks.{head}", f"{head}_heads", config.aux_head_depth) for head in heads]
+    for ours, theirs, depth in stacks:
+        for i in range(depth):
+            for name, published, shape in _block_parameters(config):
+                yield f"{ours}.{i}.{name}", f"net.{theirs}.{i}.{published}", shape
+    for head in heads:
+        yield f"final_layers.{head}.norm.weight", f"net.{head}_final_layer.norm.weight", (width,)
+        names = f"final_layers.{head}.linear", f"net.{head}_final_layer.linear._flax_linear"
+        yield from _affine(*names, (config.patch_values, width))
+
+
+def _affine(ours: str, theirs: str, shape: Shape) -> Iterator[tuple[str, str, Shape]]:
+    """Weight and bias."""
+    yield f"{ours}.weight", f"{theirs}.weight", shape
+    yield f"{ours}.bias", f"{theirs}.bias", shape[:1]
+
+
+def _block_parameters(config: ModelConfig) -> Iterator[tuple[str, str, Shape]]:
+    """Those of one block: vectors have the same name in both, Linear weights do not."""
+    width, mlp, head = config.hidden_size, config.mlp_width, config.head_dim
+    vectors = {"attn_scale": width, "mlp_scale": width, "norm1.weight": width, "norm2.weight": width}
+    vectors |= {"attn.q_norm.weight": head, "attn.k_norm.weight": head}
+    for name, size in vectors.items():
+        yield name, name, (size,)
+    matrices = {f"attn.{name}": (width, width) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
+    matrices |= {"mlp.w1": (mlp, width), "mlp.w3": (mlp, width), "mlp.w2": (width, mlp)}
+    for name, shape in matrices.items():
+        yield f"{name}.weight", f"{name}._flax_linear.weight", shape
+
+
+def published_names(config: ModelConfig, heads: tuple[str, ...]) -> dict[str, str]:
+    """Our name -> the published name of every parameter."""
+    return {ours: theirs for ours, theirs, _ in _parameters(config, heads)}
+
+
+def _to_official(name: str, value: Tensor) -> Tensor:
+    """Tokens and positions carry a leading dimension of one in the published files."""
+    return value[None] if name.startswith("conditioning.tokens") or name.endswith("positions") else value
+
+
+def _from_official(name: str, value: Tensor) -> Tensor:
+    return value[0] if name.startswith("conditioning.tokens") or name.endswith("positions") else value
+
+
+def _rope_freqs(config: ModelConfig) -> Tensor:
+    """The derived complex buffer of the published files: cos + i sin."""
+    return torch.complex(*rope_tables(config.grid_size, config.head_dim))
+
+
+def _prefixed(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The state dict of the authors' whole module; that of its network alone lacks the prefix "net."."""
+    bare = [key for key in state if not key.startswith("net.")]
+    if not bare:
+        return state
+    require(
+        len(bare) == len(state),
+        f'state dict: expected the prefix "net." on every key or on none, got {bare[0]!r} without it',
+    )
+    return {f"net.{key}": value for key, value in state.items()}
+
+
+def infer_config(state: Mapping[str, Tensor]) -> ModelConfig:
+    """The network that a published state dict belongs to, read off its shapes.
+
+    noise_scale is no weight: it comes from the preset of the same shapes, else it is 1.
+    Errors: a key that the shapes are read from is missing, or some keys start with "net." and others do not.
+    """
+    state = _prefixed(state)
+
+    def shape(key: str, ndim: int) -> tuple[int, ...]:
+        require(key in state, f"state dict: key {key!r} is missing, expected a published pMF checkpoint")
+        got = tuple(state[key].shape)
+        require(len(got) == ndim and all(got), f"state dict: {key!r} must have {ndim} dimensions, got {list(got)}")
+        return got
+
+    def depth(stack: str) -> int:
+        found = [re.match(rf"net\.{stack}\.(\d+)\.", key) for key in state]
+        return 1 + max((int(match[1]) for match in found if match), default=-1)
+
+    counts: dict[str, Any] = {f"{name}_tokens": shape(f"net.{name}_tokens", 3)[1] for name in PREFIX_TOKENS.values()}
+    bottleneck, channels, patch, _ = shape("net.x_embedder.proj1.weight", 4)
+    _, length, width = shape("net.pos_embed", 3)
+    head_depth = depth("u_heads")
+    require(head_depth > 0, "state dict: key 'net.u_heads.0.attn_scale' is missing, expected a u head")
+    read = ModelConfig(
+        image_size=patch * round((length - sum(counts.values())) ** 0.5),
+        patch_size=patch,
+        hidden_size=width,
+        depth=depth("shared_blocks") + head_depth,
+        num_heads=width // shape("net.u_heads.0.attn.q_norm.weight", 1)[0],
+        aux_head_depth=head_depth,
+        num_classes=shape("net.y_embedder.embedding_table._flax_embedding.weight", 2)[0] - 1,
+        in_channels=channels,
+        bottleneck=bottleneck,
+        **counts,
+    )
+    same = (c for c in MODELS.values() if _same_shapes(c, read))
+    return next(same, read)
+
+
+def _same_shapes(a: ModelConfig, b: ModelConfig) -> bool:
+    return {**a.__dict__, "noise_scale": 1.0} == {**b.__dict__, "noise_scale": 1.0}
+
+
+def convert_official_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A published state dict under our names; it strict-loads into `create_model(...)`.
+
+    All keys start with "net.", or none does. Inference checkpoints (no v head) load with `aux_head=False`. The
+    derived buffer `net.rope_freqs` is checked against our tables and left out. Errors: `InputError` names the
+    first key that is missing, unexpected or of a wrong shape.
+    """
+    state = _prefixed(state)
+    config = infer_config(state)
+    heads = ("u", "v") if any(key.startswith("net.v_") for key in state) else ("u",)
+    names = {}
+    for ours, theirs, shape in _parameters(config, heads):
+        require(theirs in state, f"state dict: key {theirs!r} is missing")
+        got = list(state[theirs].shape)
+        require(got == list(shape), f"state dict: {theirs!r} must have shape {list(shape)}, got {got}")
+        names[ours] = theirs
+    surplus = sorted(set(state) - set(names.values()) - {ROPE})
+    require(not surplus, f"state dict: unexpected key {surplus[0] if surplus else ''!r}")
+    if ROPE in state:
+        _check_rope(state[ROPE], _rope_freqs(config))
+    return {ours: _from_official(ours, state[theirs]) for ours, theirs in names.items()}
+
+
+def _check_rope(got: Tensor, wanted: Tensor) -> None:
+    require(
+        got.shape == wanted.shape,
+        f"state dict: {ROPE!r} must have shape {list(wanted.shape)}, got {list(got.shape)}",
+    )
+    if got.device.type != "meta":
+        close = torch.allclose(got.to("cpu", wanted.dtype), wanted, atol=1e-4)
+        require(close, f"state dict: {ROPE!r} holds other rotary angles than this network's")
+
+
+def export_official_state_dict(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The way back: our state dict under the published names, `net.rope_freqs` included.
+
+    Errors: `InputError` for an adaln network (the published format has none) or a missing key.
+    """
+    require(
+        config.conditioning == "in_context",
+        f'conditioning: the published format needs "in_context", got {config.conditioning!r}',
+    )
+    heads = ("u", "v") if any(key.startswith("final_layers.v") for key in state) else ("u",)
+    exported = {ROPE: _rope_freqs(config)}
+    for ours, theirs in published_names(config, heads).items():
+        require(ours in state, f"state dict: key {ours!r} is missing")
+        exported[theirs] = _to_official(ours, state[ours])
+    return exported

@@ -1,0 +1,94 @@
+"""Scores of the demos: does a classifier name the samples' classes, and how far are they from held-out real images?"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+
+import pmf
+from pmf.errors import require
+from pmf.images import to_float
+from pmf.metrics import Statistics, frechet_distance
+from pmf.train.demo.image_sets import digits, photographs
+
+CLASSES, PER_CLASS = 10, 50
+
+
+def evaluate_digits(
+    model: pmf.PMFDiT, *, steps: int = 1, omega: float, t_min: float, t_max: float, seed: int = 0
+) -> dict[str, float]:
+    """Fréchet distance and accuracy of 500 samples, 50 per class.
+
+    The distance is to the 297 held-out real digits (images in [-1, 1], 64 dimensions). The accuracy is that of a
+    logistic regression, trained on the 1,500 real training digits, in naming the samples' classes. For scale: real
+    training digits are at 0.46, the ten class means at 7.2, noise at 62.
+    """
+    train, held_out = digits()
+    shape, wanted = model.config.image_shape, train.image_shape
+    fits = shape == wanted and model.config.num_classes == CLASSES
+    require(fits, f"source: expected a network for {list(wanted)} images of 10 classes, got {list(shape)}")
+    samples = pmf.generate(
+        model, _labels(), seeds=_seeds(seed), batch_size=500, steps=steps, omega=omega, t_min=t_min, t_max=t_max
+    )
+    samples = samples.cpu().flatten(1)
+    classifier = LogisticRegression(max_iter=2000).fit(train.images.flatten(1).numpy(), train.labels.numpy())
+    return _scores(samples, held_out.images.flatten(1), classifier.predict(samples.numpy()))
+
+
+def evaluate_photographs(
+    model: pmf.PMFDiT, *, steps: int = 1, omega: float, t_min: float, t_max: float, seed: int = 0
+) -> dict[str, float]:
+    """Fréchet distance and accuracy of 500 samples, 50 per photograph.
+
+    The distance is to the 1,350 held-out real crops, in the 192 colours of `area_colours`. The accuracy is that of
+    `photograph_classifier` in naming the samples' photographs (it names 99.9 % of the held-out crops). For scale at
+    32 px: 500 real training crops are at 0.27, the ten class means at 5.2, noise at 51.
+    """
+    size, classes = model.config.image_size, model.config.num_classes
+    fits = model.config.in_channels == 3 and classes == CLASSES
+    require(fits, f"source: expected a network for colour images of 10 classes, got {classes} classes")
+    samples = pmf.generate(
+        model, _labels(), seeds=_seeds(seed), batch_size=100, steps=steps, omega=omega, t_min=t_min, t_max=t_max
+    )
+    named = photograph_classifier(size).predict(grey_structure(samples).numpy())
+    return _scores(area_colours(samples), area_colours(photographs(size)[1].images), named)
+
+
+def _labels() -> Tensor:
+    return torch.arange(CLASSES).repeat_interleave(PER_CLASS)
+
+
+def _seeds(seed: int) -> range:
+    return range(seed * CLASSES * PER_CLASS, (seed + 1) * CLASSES * PER_CLASS)
+
+
+def _scores(samples: Tensor, real: Tensor, named: np.ndarray) -> dict[str, float]:
+    distance = frechet_distance(Statistics.of(samples), Statistics.of(real))
+    return {"frechet_distance": distance, "accuracy": float((named == _labels().numpy()).mean())}
+
+
+def area_colours(images: Tensor) -> Tensor:
+    """Images uint8, or float32 in [-1, 1], [n, 3, H, W] -> float32 [n, 192]: the colours of 8 x 8 areas."""
+    return adaptive_avg_pool2d(to_float(images), 8).flatten(1).cpu()
+
+
+def grey_structure(images: Tensor) -> Tensor:
+    """Images as above -> float32 [n, 256]: the greys of 16 x 16 areas, at mean 0 and variance 1 in every image."""
+    grey = adaptive_avg_pool2d(to_float(images).mean(1), 16).flatten(1).cpu()
+    centred = grey - grey.mean(1, keepdim=True)
+    return centred / centred.std(1, keepdim=True).clamp(min=1e-3)
+
+
+@lru_cache(maxsize=2)
+def photograph_classifier(size: int) -> LogisticRegression:
+    """A logistic regression on the `grey_structure` of real training crops that names their photographs.
+
+    It does not see colour, brightness and contrast, or patches of the right colour would do.
+    """
+    train, _ = photographs(size)
+    return LogisticRegression(C=0.01, max_iter=500).fit(grey_structure(train.images).numpy(), train.labels.numpy())

@@ -1,0 +1,205 @@
+"""`pmf eval` measures a checkpoint over a grid of settings; `pmf eval statistics` a folder of reference images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+import pmf
+from pmf.config import MODELS, Guidance, ModelConfig, published_guidance
+from pmf.errors import InputError, require
+from pmf.features import find_images
+from pmf.metrics import inception
+from pmf.train.config import ExtractionConfig, MeasurementConfig, find_run_config
+from pmf.train.distributed import World, join, leave, pick_device
+from pmf.train.evaluation.measurement import MakeExtractor, Measurement, demo_score
+from pmf.train.evaluation.reference import write_folder_statistics
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(MeasurementConfig):
+    """Measure a checkpoint: FID, Inception score, precision and recall against a reference, over a grid of settings.
+
+    Images, features and metrics do not depend on how many processes torchrun starts. Every finished grid
+    point is a line of results.jsonl in `out`; an interrupted evaluation continues when it is called again.
+    `pmf eval statistics FOLDER` computes reference statistics. A network of digits or photographs without
+    a reference is measured by 500 samples, its own way.
+    """
+
+    source: tyro.conf.Positional[str]
+    """Run directory, checkpoint file or Hugging Face hub id."""
+    omega: tuple[float, ...] = ()
+    """Guidance scales to measure (default: the setting of the run or of the published preset)."""
+    interval: tuple[str, ...] = ()
+    """Guidance intervals to measure, each as t_min,t_max: 0.1,0.7 (default as for omega)."""
+    guidance: tuple[str, ...] = ()
+    """Published settings to measure by name, in place of omega and interval: pMF-B/16, pMF-B/16-torch, ..."""
+    steps: tuple[int, ...] = ()
+    """Numbers of network evaluations per image to measure (default: 1; for digits and photographs 1 and 2)."""
+    seed: int = 0
+    """Seed of the first image; image i has seed + i (without a reference: sample i has 500 seed + i)."""
+    out: Path | None = None
+    """Directory of the results and of what is unfinished (default: `eval` in the run directory, else eval/NAME)."""
+    images: Path | None = None
+    """Directory in which to keep the generated images, a folder of PNGs per grid point."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the network's matrix products."""
+    device: str = "auto"
+    """Device: auto (each process its own GPU), cpu, cuda, ..."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _settings(self, Guidance(1.0))  # refuse impossible settings before anything is loaded
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatisticsConfig(ExtractionConfig):
+    """Compute the reference statistics of a folder of images, including its subfolders.
+
+    Images are decoded to RGB bytes and enter the extractor at their own size: crop and scale them first to
+    the size of the samples that they will be compared with. An interrupted call continues when repeated.
+    """
+
+    folder: tyro.conf.Positional[Path]
+    """The folder."""
+    out: Path
+    """The npz to write: mu, sigma, count; with --resize half_pixel ref_mu, ref_sigma, count."""
+    features: bool = False
+    """Keep the features too (8 KB per image): precision and recall need them."""
+    device: str = "auto"
+    """Device: auto (each process its own GPU), cpu, cuda, ..."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of the grid."""
+
+    weights: str
+    sampling: Guidance
+    steps: int
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The sampling arguments of `pmf.generate`."""
+        return {"steps": self.steps, **asdict(self.sampling)}
+
+    @property
+    def name(self) -> str:
+        """The point as part of a path."""
+        s, weights = self.sampling, self.weights.replace("/", "-").replace(":", "-")
+        return f"{weights}-omega{s.omega:g}-{s.t_min:g}-{s.t_max:g}-steps{self.steps}"
+
+
+def command(arguments: list[str]) -> None:
+    """Print one JSON line per grid point and, of several points with an FID, the best."""
+    if arguments[:1] == ["statistics"]:
+        statistics_command(arguments[1:])
+        return
+    config = tyro.cli(EvalConfig, prog="pmf eval", args=arguments)
+    if config.reference is None:
+        evaluate_demo(config)
+        return
+    world = join(config.device)
+    lines = evaluate(config, world)
+    if len(lines) > 1:
+        world.say(json.dumps({"best": min(lines, key=lambda line: line["fid"])}))
+    leave(world)
+
+
+def statistics_command(arguments: list[str]) -> None:
+    """Write the statistics of a folder."""
+    config = tyro.cli(StatisticsConfig, prog="pmf eval statistics", args=arguments)
+    files, world = find_images(config.folder), join(config.device)
+    extractor = inception(config.inception, resize=config.resize or "tf1", device=world.device)
+    write_folder_statistics(files, config.out, extractor, world, config, keep=config.features)
+    world.say(f"wrote {config.out}: statistics of {len(files)} images, {extractor.resize} resize")
+    leave(world)
+
+
+def evaluate(config: EvalConfig, world: World, make_extractor: MakeExtractor | None = None) -> list[dict[str, Any]]:
+    """The result of every grid point, in order; each is printed and written as soon as it is known."""
+    run = Path(config.source)
+    out = config.out or (run / "eval" if run.is_dir() else Path("eval") / run.stem)
+    measurement = Measurement(config, out, world, make_extractor)
+    lines = []
+    for model, point in _grid_points(config, world.device):
+        draw = partial(_draw, model, point, config.dtype)
+        head = {"source": config.source, "weights": point.weights}
+        images = config.images and config.images / point.name
+        line = measurement.measure(
+            model, draw, head, point.settings, seed=config.seed, dtype=config.dtype, images=images
+        )
+        lines.append(line)
+        world.say(json.dumps(line))
+    return lines
+
+
+def evaluate_demo(config: EvalConfig) -> None:
+    """Print one JSON line per grid point of a network of digits or photographs, measured by numbers of their own.
+
+    Errors: another network, which needs a reference.
+    """
+    for model, point in _grid_points(config, pick_device(config.device), steps=(1, 2)):
+        result = demo_score(model.config)(model, seed=config.seed, **point.settings)
+        numbers = {name: round(value, 4) for name, value in result.items()}
+        print(json.dumps({"weights": point.weights, **point.settings, **numbers}), flush=True)
+
+
+def _draw(model: pmf.PMFDiT, point: Point, dtype: str, labels: list[int], seeds: list[int]) -> Tensor:
+    """A batch of images, under autocast for bfloat16."""
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        return pmf.generate(model, labels, seeds=seeds, batch_size=len(labels), **point.settings)
+
+
+def _grid_points(
+    config: EvalConfig, device: torch.device, steps: tuple[int, ...] = (1,)
+) -> Iterator[tuple[pmf.PMFDiT, Point]]:
+    """Every network to measure, with each of its grid points."""
+    for weights in config.weights or (None,):
+        model = pmf.PMFDiT.from_pretrained(config.source, weights=weights, aux_head=False, device=device).eval()
+        for point in grid(config, weights, model.config, steps):
+            yield model, point
+
+
+def grid(config: EvalConfig, weights: str | None, model: ModelConfig, steps: tuple[int, ...] = (1,)) -> list[Point]:
+    """Every point that the flags span for one choice of weights; `steps` is the default of that flag.
+
+    Guidance that no flag names is the run's, else that of the published preset. Errors: there is neither.
+    """
+    stored = find_run_config(config.source)
+    preset = next((published_guidance(name) for name, c in MODELS.items() if c == model), None)
+    settings = _settings(config, stored.sampling if stored else preset)
+    weights = weights or (stored.sampling_weights if stored else Path(config.source).stem)
+    return [Point(weights, sampling, n) for sampling, n in product(settings, config.steps or steps)]
+
+
+def _settings(config: EvalConfig, default: Guidance | None) -> list[Guidance]:
+    """The settings of guidance: those named, else every omega in every interval."""
+    if config.guidance:
+        both = bool(config.omega or config.interval)
+        require(not both, "guidance: expected no omega and no interval beside it, got both")
+        return [published_guidance(name) for name in config.guidance]
+    for flag in ("omega", "interval"):
+        known = getattr(config, flag) or default
+        require(bool(known), f"{flag}: this network is no preset, so {flag} must be given")
+    omegas = config.omega or (default.omega,)
+    intervals = [_interval(text) for text in config.interval] or [(default.t_min, default.t_max)]
+    return [Guidance(float(omega), *interval) for interval, omega in product(intervals, omegas)]
+
+
+def _interval(text: str) -> tuple[float, float]:
+    try:
+        t_min, t_max = map(float, text.split(","))
+    except ValueError:
+        raise InputError(f"interval: expected t_min,t_max such as 0.1,0.7, got {text!r}") from None
+    return t_min, t_max

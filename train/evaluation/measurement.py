@@ -1,0 +1,148 @@
+"""FID, Inception score, precision and recall of a network against a reference. No set of images is measured twice."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pmf
+from pmf.errors import require
+from pmf.features import SPLITS, Chunks, Extractor, Source, find_images, quality
+from pmf.images import save_png, to_bytes
+from pmf.metrics import Resize, Statistics, inception
+from pmf.train.config import MeasurementConfig
+from pmf.train.distributed import World
+from pmf.train.evaluation.reference import compute_together, folder_digest, write_folder_statistics
+from pmf.train.evaluation.results import Results, digest, extractor_digest, network_digest
+
+Draw = Callable[[list[int], list[int]], Tensor]
+"""Images [n, c, H, W] in [-1, 1] of these labels, from these seeds."""
+MakeExtractor = Callable[..., Extractor]
+"""An extractor for `resize`, its keyword argument."""
+
+
+def image_count(config: MeasurementConfig, network: pmf.ModelConfig, name: str) -> int:
+    """The number of images that measure a network. Errors: too few, or images without 1 or 3 channels."""
+    channels, count = network.in_channels, config.per_class * network.num_classes
+    require(channels in (1, 3), f"{name}: expected images of 1 or 3 channels, got {channels}")
+    require(count >= SPLITS, f"per_class: expected at least {SPLITS} images in all, got {count}")
+    return count
+
+
+def demo_score(network: pmf.ModelConfig) -> Callable[..., dict[str, float]]:
+    """How a network of digits or photographs is measured, by image shape and ten classes; see `pmf.train.demo.scores`.
+
+    Errors: another network, which needs a reference.
+    """
+    from pmf.train.demo.scores import evaluate_digits, evaluate_photographs
+
+    if network.num_classes == 10 and network.image_shape == (1, 8, 8):
+        return evaluate_digits
+    colour = network.num_classes == 10 and network.in_channels == 3 and network.image_size <= 64
+    require(colour, "reference: expected a folder of images or an npz of statistics, got none")
+    return evaluate_photographs
+
+
+class Measurement:
+    """What generated images are compared with: a reference, and an extractor with the resize that both share.
+
+    The resize is the configured one, else that of the reference's statistics, else (for a folder) tf1. Results, and
+    whatever is unfinished, are kept in `out`. `make_extractor`: another extractor than Inception.
+    Errors: `InputError` on a reference that is not there, cannot be read or has another number of features.
+    """
+
+    def __init__(
+        self, config: MeasurementConfig, out: Path, world: World, make_extractor: MakeExtractor | None = None
+    ) -> None:
+        self.config, self.out, self.world = config, out, world
+        self.results = Results(out)
+        path = config.reference
+        self._files = find_images(path) if path.is_dir() else []
+        given = None if self._files else Statistics.load(path)
+        self.resize: Resize = config.resize or (given and given.resize) or "tf1"
+        make_extractor = make_extractor or partial(inception, config.inception, device=world.device)
+        self.extractor = make_extractor(resize=self.resize)
+        self._extractor_digest = extractor_digest(self.extractor)
+        self._reference: tuple[Statistics, str] | None = None
+        if given is not None:
+            self._take(given, path)
+
+    def _take(self, statistics: Statistics, file: Path) -> None:
+        blank = torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=self.world.device)
+        width, got = self.extractor(blank)[0].shape[1], len(statistics.mu)
+        require(got == width, f"reference: expected statistics of {width} features, got {got}")
+        named = hashlib.sha256(file.read_bytes()).hexdigest()[:32]
+        self._reference = replace(statistics, resize=self.resize), named
+
+    def reference(self) -> tuple[Statistics, str]:
+        """The reference and a name for its content. A folder's statistics are computed once and kept in `out`."""
+        if self._reference is None:
+            file = self.out / f"reference-{folder_digest(self._files, self.extractor)}.npz"
+            if not self.world.broadcast(file.is_file()):
+                write_folder_statistics(self._files, file, self.extractor, self.world, self.config, keep=True)
+            self._take(Statistics.load(file), file)
+        assert self._reference is not None
+        return self._reference
+
+    def measure(
+        self,
+        network: pmf.PMFDiT,
+        draw: Draw,
+        head: dict[str, Any],
+        settings: dict[str, Any],
+        *,
+        seed: int,
+        dtype: str,
+        images: Path | None = None,
+    ) -> dict[str, Any]:
+        """The result for images of a network, drawn with these settings: read if it is known, else computed.
+
+        The same in all processes; interrupted, it continues when called again. The line begins with `head`.
+        `images`: a directory in which to keep the images as PNGs, one folder per key; missing ones are drawn again.
+        """
+        count = image_count(self.config, network.config, "source")
+        per_class, named = self.config.per_class, (self._extractor_digest, self.reference()[1])
+        key = digest(network_digest(network), settings, per_class, seed, dtype, *named)
+        folder = images and images.with_name(f"{images.name}-{key[:8]}")
+
+        def drawn(span: range) -> bool:
+            return folder is None or all(_png(folder, i).is_file() for i in span)
+
+        line = self.world.broadcast(self.results.find(key))
+        chunks = Chunks(self.out / f".{key}-{self.config.chunk}", count, self.config.chunk)
+        if line is None or not self.world.broadcast(drawn(range(count))):
+            source, size = self._source(draw, seed, folder), self.config.batch_size
+            compute_together(chunks, chunks.missing(drawn), source, self.extractor, self.world, size)
+        head = {**head, **settings, "images": count, "seed": seed, "dtype": dtype}
+        if self.world.main:
+            if line is None:
+                against = {"reference": str(self.config.reference), "resize": self.resize}
+                reference, _ = self.reference()
+                line = {**head, **against, **quality(chunks, reference, self.world.device), "key": key}
+                self.results.append(line)
+            chunks.remove()
+        return self.world.broadcast(line) | head  # equal weights share a result, each under its own name
+
+    def _source(self, draw: Draw, seed: int, folder: Path | None) -> Source:
+        """Image i shows class i // per_class and has seed `seed` + i."""
+
+        def images(batch: range) -> Iterator[Tensor]:
+            labels, seeds = [i // self.config.per_class for i in batch], [seed + i for i in batch]
+            pixels = to_bytes(draw(labels, seeds).float()).expand(-1, 3, -1, -1)
+            if folder is not None:
+                for i, image in zip(batch, pixels.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
+                    save_png(_png(folder, i), image)
+            yield pixels
+
+        return images
+
+
+def _png(folder: Path, index: int) -> Path:
+    return folder / f"{index:06d}.png"

@@ -1,0 +1,107 @@
+"""Evaluations while a run trains: every `eval_every` steps its weights are measured as `pmf eval` would."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pmf
+from pmf.sharded import whole
+from pmf.train.config import RunConfig
+from pmf.train.distributed import World
+from pmf.train.evaluation.measurement import Measurement, demo_score, image_count
+from pmf.train.evaluation.results import Results, digest, network_digest
+from pmf.train.run_directory import EVALUATION_FOLDER
+
+SEED = 0  # of the first image, as in `pmf eval`
+REPORTED = ("fid", "inception_score", "precision", "recall", "frechet_distance", "accuracy")
+
+
+class PeriodicEvaluation:
+    """Measures the weights that `config.evaluation` names, sampled in one step with the run's guidance.
+
+    One network, and one sampler of it, serve all weights, which are loaded in place. Each result is a line of
+    eval/results.jsonl with a key of what was measured, so nothing is measured twice; unfinished features are kept
+    beside it. The random state is left unchanged.
+    Errors: `InputError` on a reference, an extractor or a network with which nothing can be measured.
+    """
+
+    def __init__(self, config: RunConfig, world: World, directory: Path) -> None:
+        self.config, self.world, self.directory, self.settings = config, world, directory, config.evaluation
+        self.sampling = {"steps": 1, **asdict(config.sampling)}
+        self.results = Results(directory / EVALUATION_FOLDER)
+        demo = self.settings.reference is None
+        self.dtype = torch.float32 if demo else config.dtype_on(world.device, self.settings.precision)
+        with _random_state_kept(world.device):
+            self.network = pmf.create_model(
+                config.model, impl=config.impl, aux_head=False, device=world.device, dtype=self.dtype
+            )
+            if demo:
+                self.measurement, self.score = None, demo_score(config.model)
+            else:
+                image_count(self.settings, config.model, "model.in_channels")
+                self.measurement = Measurement(self.settings, directory / EVALUATION_FOLDER, world)
+                self.sampler = pmf.Sampler(self.network, self.settings.batch_size, **self.sampling)
+
+    def due(self, step: int) -> bool:
+        """Whether the weights after this step are to be measured."""
+        return step > 0 and (step % self.config.eval_every == 0 or step == self.config.steps)
+
+    def prepare(self) -> None:
+        """Compute the statistics of a reference that is a folder of images. Every process must call."""
+        if self.measurement is not None:
+            with _random_state_kept(self.world.device):
+                self.measurement.reference()
+
+    def measure(self, step: int, weights: Mapping[str, dict[str, Tensor]]) -> dict[str, float]:
+        """The reported numbers of the chosen weights: {"fid/ema_500": ...}. Every process must call."""
+        found: dict[str, float] = {}
+        with _random_state_kept(self.world.device):
+            for name in self.settings.weights or (self.config.sampling_weights,):
+                tensors = whole(weights[name], keep=self.world.main or self.measurement is not None)
+                self.network.load_state_dict(tensors, strict=False)  # it has no v head
+                line = self._line({"source": str(self.directory), "weights": name, "step": step})
+                self.world.main_first(partial(self._record, line))
+                found |= {f"{metric}/{name}": line[metric] for metric in REPORTED if line.get(metric) is not None}
+        return found
+
+    def _line(self, head: dict[str, Any]) -> dict[str, Any]:
+        """The result for the weights that the network holds."""
+        if self.measurement is None:
+            return self.world.main_first(lambda: self._demo_line(head | self.sampling))
+        dtype = str(self.dtype).removeprefix("torch.")
+        return self.measurement.measure(
+            self.network,
+            lambda labels, seeds: self.sampler(labels, seeds=seeds),
+            head,
+            self.sampling,
+            seed=SEED,
+            dtype=dtype,
+        )
+
+    def _demo_line(self, head: dict[str, Any]) -> dict[str, Any]:
+        """The result for digits and photographs, in the main process alone."""
+        key = digest(network_digest(self.network), self.sampling, SEED)
+        line = self.results.find(key)
+        if line is None:
+            line = {**head, **self.score(self.network, seed=SEED, **self.sampling), "key": key}
+            self.results.append(line)
+        return line | head
+
+    def _record(self, line: dict[str, Any]) -> None:
+        """Add a line under the name of these weights where others, equal to them, were measured."""
+        if self.results.find(line["key"], weights=line["weights"], step=line["step"]) is None:
+            self.results.append(line)
+
+
+@contextmanager
+def _random_state_kept(device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield

@@ -1,0 +1,70 @@
+"""Results of evaluations: the lines of results.jsonl, each found again by the key of what was measured."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import pmf
+from pmf.errors import InputError
+from pmf.features import Extractor
+from pmf.train.run_directory import read_json_lines
+
+
+class Results:
+    """The results in a directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.file = directory / "results.jsonl"
+
+    def find(self, key: str, **values: object) -> dict[str, Any] | None:
+        """The last line of that key that has these values; None if there is none."""
+        wanted = {"key": key, **values}
+        found = [line for line in read_json_lines(self.file) if wanted.items() <= line.items()]
+        return found[-1] if found else None
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Append a line in one write, behind the lines of others, and flush it to the disk.
+
+        Errors: `InputError` when it cannot be written.
+        """
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.file, "ab+") as file:
+                file.seek(max(0, file.tell() - 1))
+                torn = file.read() not in (b"", b"\n")  # by a crash: leave it on a line of its own
+                file.write(b"\n" * torn + json.dumps(line).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise InputError(f"out: cannot write {self.file}: {error.strerror}") from error
+
+
+def digest(*parts: object) -> str:
+    """A name, 32 hexadecimal digits, for these values, by their repr."""
+    return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()[:32]
+
+
+def weights_digest(module: torch.nn.Module | Extractor) -> str:
+    """A name for all weights and buffers of a network."""
+    total = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        total.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        total.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return total.hexdigest()[:32]
+
+
+def network_digest(network: pmf.PMFDiT) -> str:
+    """A name for a network: its configuration and its weights."""
+    return digest(asdict(network.config), weights_digest(network))
+
+
+def extractor_digest(extractor: Extractor) -> str:
+    """A name for what an extractor computes."""
+    return digest(weights_digest(extractor), extractor.resize)

@@ -1,0 +1,238 @@
+"""The training step, and what it changes: the network, its averages and its optimizers."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+import pmf
+from pmf.draws import step_seed
+from pmf.errors import require
+from pmf.fine_tuning import copy_weights
+from pmf.jax_states import find_train_state
+from pmf.optim import EMA, build_optimizers, learning_rate
+from pmf.optim.authors_state import check_fits, fill_run
+from pmf.parallel import LossModule, synchronise_gradients, wrap
+from pmf.perceptual import PerceptualLoss
+from pmf.sharded import full, give
+from pmf.train.config import RunConfig
+from pmf.train.distributed import World
+from pmf.train.snapshots import Snapshots
+
+
+class Learner:
+    """Everything that changes from step to step. Each process of a run holds one.
+
+    Draws are functions of (seed, step), so the whole state is the weights, averages, optimizers and counts of steps.
+    A new learner starts from config.init; one with config.resume is filled by `load`.
+    """
+
+    def __init__(self, config: RunConfig, world: World) -> None:
+        self.config, self.world = config, world
+        self.device_batch = config.device_batch_on(world.size)
+        self.dtype = config.dtype_on(world.device)
+        torch.manual_seed(config.seed)
+        self.model = pmf.create_model(
+            config.model, impl=config.impl, checkpointing=config.checkpointing, device=world.device
+        )
+        pmf.generate(self.model, [0], **asdict(config.sampling))  # refuse now what cannot be sampled later
+        self.perceptual = _perceptual(config, world.device, self.dtype)
+        new = config.init is not None and config.resume is None
+        if new and not config.init_state:
+            self._start_from_weights()
+        if config.compiled:
+            self.model.compile_blocks()
+        self.wrapped = wrap(LossModule(self.model, config.loss), world.mesh, config.sharding)
+        self.captured = None
+        if config.captured:
+            require(world.size == 1, f"captured: expected a single process, got {world.size}")
+            share = self.device_batch / config.batch_size
+            self.captured = pmf.CapturedStep(self.model, config.loss, scale=share)
+        self.optimizers = build_optimizers(self.model, config.optimizer, world.mesh)
+        self.emas = {f"ema_{k:g}": EMA(self.model, k) for k in config.ema_half_lives}
+        self.step = self.skipped = 0
+        if new and config.init_state:
+            self.step = self._continue_authors_run()
+
+    def _start_from_weights(self) -> None:
+        """Copy the weights that config.init names: the main process reads them for all."""
+        init, weights = self.config.init, self.config.init_weights
+        self.world.say(*self.world.main_first(lambda: copy_weights(self.model, init, weights)))
+        for p in self.model.parameters():
+            give(p, p)
+
+    def _continue_authors_run(self) -> int:
+        """Take over the authors' training state that config.init names, read likewise; returns the step it is at."""
+        config, parts, state = self.config, (self.model, self.emas, self.optimizers), None
+
+        def read() -> tuple[int, int]:
+            nonlocal state
+            state = find_train_state(config.init, config.init_weights)
+            message = f"steps: init is at step {state.step}, expected at least that, got {config.steps}"
+            require(state.step <= config.steps, message)
+            check_fits(state, *parts)
+            return state.step, state.count
+
+        step, count = self.world.main_first(read)
+        fill_run(state, count, *parts)
+        self.world.say(f"goes on from step {step} of {config.init}")
+        return step
+
+    def fix_bucket_order(self) -> None:
+        """Run a dummy backward: DDP fixes its bucket order in its first one, and a resumed run must reduce in the same.
+
+        Call before the first step, at the step that the run begins or resumes from.
+        """
+        if self.world.sharding == "ddp":
+            x = torch.zeros(1, *self.config.model.image_shape, device=self.world.device)
+            self._loss(x, torch.zeros(1, dtype=torch.int64, device=self.world.device), 0)[0].backward()
+            self.model.zero_grad()
+
+    # One step.
+
+    def train_step(self, x: Tensor, y: Tensor, stop: bool = False) -> dict[str, float]:
+        """One step on this process's images: draws, loss, gradients, Muon and Adam, averages.
+
+        Returns what to report, the same on every process: also "stop", positive if any process asked for it. Loss and
+        gradient norm are read once, between backward and update; if either is not finite, the step changes nothing
+        but the count of such steps.
+        """
+        terms = self._gradients(x, y)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        terms["gradient_norm"] = full(norm)
+        terms["stop"] = torch.tensor(float(stop), device=self.world.device)
+        record = dict(zip(terms, self.world.mean(torch.stack([*terms.values()]).float()).tolist(), strict=True))
+        if all(map(math.isfinite, record.values())):
+            if self.config.optimizer.clip_norm:
+                torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.optimizer.clip_norm, norm)
+            self._update(record)
+            self.skipped = 0
+        else:
+            self._skip(record)
+        for part in self.optimizers.values():
+            part.zero_grad()
+        self.step += 1
+        return record
+
+    def _gradients(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Gradients of the mean loss over this process's images, a device batch at a time; the mean terms."""
+        batches = list(zip(x.split(self.device_batch), y.split(self.device_batch), strict=True))
+        totals: dict[str, Tensor] = {}
+        for i, (images, labels) in enumerate(batches):
+            number = self.world.rank * len(batches) + i
+            synchronise_gradients(self.wrapped, wanted=i == len(batches) - 1)
+            loss, terms = self._loss(images, labels, number)
+            if loss.requires_grad:  # else the captured step has run backward already
+                (loss / len(batches)).backward()
+            for name, value in ({"loss": loss.detach()} | terms).items():
+                totals[name] = totals.get(name, 0) + value / len(batches)
+        return totals
+
+    def _loss(self, x: Tensor, y: Tensor, number: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and terms of the step's device batch of that number, counted over all processes."""
+        config, device = self.config, self.world.device
+
+        def seed(purpose: str) -> int:
+            return step_seed(config.seed, self.step, f"{purpose} {number}")
+
+        generator = torch.Generator().manual_seed(seed("draws"))
+        draws = pmf.sample_draws(len(x), config.model.image_shape, config.loss, generator, device)
+        perceptual = None if self.perceptual is None else self.perceptual.for_step(seed("crops"))
+        # Under FSDP autocast must not cache casts: those of the guidance pass belong to weights that were freed since.
+        kept = self.world.sharding in (None, "ddp")
+        with torch.autocast(device.type, torch.bfloat16, self.dtype == torch.bfloat16, cache_enabled=kept):
+            if self.captured is not None:
+                out = self.captured(x, y, draws, perceptual)
+                return out.loss, out.terms
+            return self.wrapped(x, y, draws, perceptual)
+
+    def _update(self, record: dict[str, float]) -> None:
+        config = self.config
+        record["learning_rate"] = learning_rate(config.optimizer, self.step, config.steps)
+        for part in self.optimizers.values():
+            for group in part.param_groups:
+                group["lr"] = record["learning_rate"]
+            part.step()
+        for ema in self.emas.values():
+            ema.update(self.model, config.batch_size, (self.step + 1) * config.batch_size)
+
+    def _skip(self, record: dict[str, float]) -> None:
+        """Count a step that is not finite. Errors: `InputError` on more of them in a row than the run allows."""
+        self.skipped += 1
+        bad = ", ".join(name for name, value in record.items() if not math.isfinite(value))
+        require(
+            self.skipped <= self.config.max_skipped,
+            f"loss: not finite at step {self.step + 1} and {self.skipped - 1} before it ({bad}"
+            f"{_first_bad_gradient(self.model)}), expected a lower learning rate or clip_norm; the last checkpoint "
+            f"in {self.config.resume or self.config.out} is untouched",
+        )
+
+    # What a run resumes from.
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next steps depend on; its tensors are those of the run."""
+        return {
+            "step": self.step,
+            "skipped": self.skipped,
+            "model": self.model.state_dict(),
+            "emas": {name: ema.state_dict() for name, ema in self.emas.items()},
+            "optimizers": {name: self._optimizer_state(part) for name, part in self.optimizers.items()},
+        }
+
+    def _optimizer_state(self, part: torch.optim.Optimizer) -> dict[str, Any]:
+        """Before the first update, PyTorch creates the state by a step that moves nothing and must not be counted."""
+        created = not part.state
+        state = get_optimizer_state_dict(self.model, part)
+        for values in part.state.values() if created else ():
+            values["step"].zero_()
+        return state
+
+    def load(self, snapshots: Snapshots) -> None:
+        """Resume from the latest snapshot; settings of the optimizers stay those of the configuration."""
+        steps, directory = self.world.broadcast(snapshots.steps()), self.config.resume
+        require(bool(steps), f"resume: {directory} has no complete checkpoint, nothing was saved there yet")
+        latest, last = steps[-1], self.config.steps
+        require(latest <= last, f"steps: {directory} is already at step {latest}, expected at least that, got {last}")
+        state, known = self.state(), snapshots.names(latest)
+        settings = {name: copy.deepcopy(part["param_groups"]) for name, part in state["optimizers"].items()}
+        muon = state["optimizers"]["muon"]["state"]
+        # Snapshots of an earlier version do not count Muon's steps: leave them out, and take the run's.
+        uncounted = [values for name, values in muon.items() if f"optimizers.muon.state.{name}.step" not in known]
+        for values in uncounted:
+            del values["step"]
+        if uncounted:
+            note = "this checkpoint is of a version in which Muon counted no steps"
+            self.world.say(f"resume: {note}, it goes on from {latest}")
+        snapshots.load(latest, state)
+        self.step, self.skipped = state["step"], state["skipped"]
+        for values in uncounted:
+            values["step"] = torch.tensor(self.step, dtype=torch.float32)
+        for name, part in self.optimizers.items():
+            stored = {**state["optimizers"][name], "param_groups": settings[name]}
+            set_optimizer_state_dict(self.model, part, stored)
+
+
+def _perceptual(config: RunConfig, device: torch.device, dtype: torch.dtype) -> PerceptualLoss | None:
+    """The perceptual networks of the configuration; terms of weight zero are left out."""
+    if not config.perceptual.enabled:
+        return None
+    return PerceptualLoss.load(
+        lpips=config.perceptual.lpips if config.loss.lpips_weight else None,
+        convnext=config.perceptual.convnext if config.loss.convnext_weight else None,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def _first_bad_gradient(model: pmf.PMFDiT) -> str:
+    """The first parameter whose gradient is not finite, as a part of a message."""
+    for name, p in model.named_parameters():
+        if p.grad is not None and not bool(torch.isfinite(full(p.grad)).all()):
+            return f"; the gradient of {name}"
+    return ""

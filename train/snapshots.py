@@ -1,0 +1,138 @@
+"""What a run resumes from: PyTorch's distributed checkpoints, written in the background, each complete or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from pmf.errors import InputError, first_line
+from pmf.train.distributed import World
+
+FOLDER = "checkpoints"
+FAILURES = (Exception, dcp.CheckpointException)  # the latter is a BaseException
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+
+class Snapshots:
+    """The rotating set `checkpoints/step-<number>` of a run directory.
+
+    A snapshot is written under a hidden name and renamed once every process's part is on the disk, so a visible one
+    can always be read, whenever the run is killed.
+    """
+
+    def __init__(self, directory: Path, world: World, keep: int) -> None:
+        self.folder, self.world, self.keep = directory / FOLDER, world, keep
+        # The writing thread communicates during training, so it needs a process group of its own.
+        self.group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self.pending: tuple[int, Future] | None = None
+
+    def steps(self) -> list[int]:
+        """The steps of the complete snapshots, in order."""
+        found = (re.fullmatch(r"step-(\d+)", path.name) for path in self.folder.glob("step-*"))
+        return sorted(int(match[1]) for match in found if match)
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Copy the state and start writing it; training may go on at once.
+
+        Errors: `InputError` when this or the previous snapshot cannot be written; earlier ones stay.
+        """
+        self.publish(wait=True)
+        if self.world.broadcast(self._path(step).exists()):
+            return
+        partial = self._partial(step)
+        self.world.main_first(lambda: _make_room(partial))
+        try:
+            future = dcp.async_save(
+                state, checkpoint_id=str(partial), process_group=self.group, no_dist=self.group is None
+            )
+        except FAILURES as error:
+            raise self._failure(step, error) from error
+        assert isinstance(future, Future)  # what it returns unless asked for a staging future too
+        self.pending = (step, future)
+
+    def publish(self, wait: bool) -> None:
+        """Publish the pending snapshot once it is on the disk, and remove the oldest beyond `keep`.
+
+        Errors: `InputError` when it could not be written; earlier ones stay.
+        """
+        if self.pending is None or not (wait or self.pending[1].done()):
+            return
+        (step, future), self.pending = self.pending, None
+        try:
+            future.result()
+            if self.world.main:
+                _synchronise(self._partial(step))
+                os.replace(self._partial(step), self._path(step))
+                _synchronise(self.folder)
+                for old in self.steps()[: -self.keep]:  # hidden first: a visible one is always complete
+                    shutil.rmtree(self._path(old).replace(self._partial(old)))
+        except FAILURES as error:
+            raise self._failure(step, error) from error
+
+    def load(self, step: int, state: dict[str, Any]) -> None:
+        """Read that snapshot into the tensors of `state`, in place.
+
+        Errors: `InputError` when it does not fit the state or cannot be read.
+        """
+        with self._reading(step) as path:
+            dcp.load(state, checkpoint_id=path, no_dist=self.group is None, process_group=self.group)
+
+    def names(self, step: int) -> set[str]:
+        """The names of all values in that snapshot, keys joined by dots. Errors: it cannot be read."""
+        with self._reading(step) as path:
+            return set(dcp.FileSystemReader(path).read_metadata().state_dict_metadata)
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[str]:
+        try:
+            yield str(self._path(step))
+        except FAILURES as error:
+            raise InputError(f"resume: cannot continue from {self._path(step)}: {_reason(error)}") from error
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def _partial(self, step: int) -> Path:
+        return self.folder / f".step-{step:08d}"
+
+    def _failure(self, step: int, error: BaseException) -> InputError:
+        if self.world.main:
+            shutil.rmtree(self._partial(step), ignore_errors=True)
+        kept = self.steps()
+        last = f"the last complete checkpoint is that of step {kept[-1]}" if kept else "no checkpoint is complete"
+        return InputError(f"path: cannot write {self._path(step)}: {_reason(error)}; {last}")
+
+
+def _make_room(partial: Path) -> None:
+    """Create the folder of a new snapshot, and delete unfinished ones."""
+    for torn in partial.parent.glob(".step-*"):
+        shutil.rmtree(torn)
+    partial.mkdir(parents=True)
+
+
+def _synchronise(folder: Path) -> None:
+    """Flush the folder's entries to the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, dcp.CheckpointException) and error.failures:  # one per rank
+        error = next(iter(error.failures.values()))[0]
+    return first_line(error)
