@@ -38,7 +38,7 @@ def taken_apart(arguments: tuple) -> tuple[list, list]:
         elif kind is int or argument is None:
             key.append(argument)
             plain.append(argument)
-        elif isinstance(argument, tuple):
+        elif kind is tuple or isinstance(argument, tuple):
             inner, places = taken_apart(argument)
             key.append((kind, *inner))  # kernels read named tuples by their fields
             plain.append(tuple(places))

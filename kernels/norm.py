@@ -47,18 +47,19 @@ MAX_WIDTH = 8192
 """The widest row that a program keeps in registers."""
 
 
-class Moving(NamedTuple):
-    """What may have a tangent, or the tangents of it; in kernels, pointers."""
+class Modulations(NamedTuple):
+    """Vectors per channel or per sample, and tangents; pointers to them, or their steps from sample to sample."""
 
-    x: Any
-    branch: Any
     gate: Any
     scale: Any
     shift: Any
+    gate_dot: Any = None
+    scale_dot: Any = None
+    shift_dot: Any = None
 
 
 class Parameters(NamedTuple):
-    """Vectors per channel or per sample, sums for their gradients, or steps from sample to sample; or pointers."""
+    """Parameters, or sums for their gradients; in kernels, pointers."""
 
     gate: Any
     weight: Any
@@ -108,11 +109,11 @@ def backward_tile(width: int, alone: bool, row_bytes: int, chip: Chip) -> tuple[
 
 @triton.jit
 def _forward(
-    p, p_dot, p_weight, p_x_new, p_y, p_x_new_dot, p_y_dot, p_stats, length, first_dot, eps,
-    STEPS: tl.constexpr, DOT_STEPS: tl.constexpr,
-    C: tl.constexpr, LAYER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    p_x, p_branch, p_x_dot, p_branch_dot, p, p_weight, p_x_new, p_y, p_x_new_dot, p_y_dot, p_stats,
+    length, first_dot, eps,
+    STEPS: tl.constexpr, C: tl.constexpr, LAYER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ROWS tokens of one sample. p and p_dot: `Moving`. STEPS and DOT_STEPS: `Parameters` of theirs."""
+    """ROWS tokens of one sample. p, STEPS: `Modulations`, where they are and their steps from sample to sample."""
     tiles = tl.cdiv(length, ROWS)
     i_b = (tl.program_id(0) // tiles).to(tl.int64)
     i_s = tl.program_id(0) % tiles * ROWS
@@ -128,23 +129,23 @@ def _forward(
     i_b_dot = i_b - first_dot
     i_row_dot = i_row - first_dot * length
     m_dot = mask & (i_b_dot >= 0)
-    b_x = tl.load(p.x + i_row * C + i_tile, mask=mask, other=0.0).to(tl.float32)
+    b_x = tl.load(p_x + i_row * C + i_tile, mask=mask, other=0.0).to(tl.float32)
     b_x_dot = tl.zeros([ROWS, BLOCK], tl.float32)
-    if p.branch is not None:
-        b_branch = tl.load(p.branch + i_row * C + i_tile, mask=mask, other=0.0)
-    if p_dot.x is not None:
-        b_x_dot = tl.load(p_dot.x + i_row_dot * C + i_tile, mask=m_dot, other=0.0).to(tl.float32)
-    if p_dot.branch is not None:
-        b_branch_dot = tl.load(p_dot.branch + i_row_dot * C + i_tile, mask=m_dot, other=0.0)
-    if p.branch is not None:
+    if p_branch is not None:
+        b_branch = tl.load(p_branch + i_row * C + i_tile, mask=mask, other=0.0)
+    if p_x_dot is not None:
+        b_x_dot = tl.load(p_x_dot + i_row_dot * C + i_tile, mask=m_dot, other=0.0).to(tl.float32)
+    if p_branch_dot is not None:
+        b_branch_dot = tl.load(p_branch_dot + i_row_dot * C + i_tile, mask=m_dot, other=0.0)
+    if p_branch is not None:
         b_gate = load_vector(p.gate + i_b * STEPS.gate, i_c, C)
         b_x_new = (b_x + b_gate * b_branch.to(tl.float32)).to(p_x_new.dtype.element_ty)
         tl.store(p_x_new + i_row * C + i_tile, b_x_new, mask=mask)
         b_x = b_x_new.to(tl.float32)
-        if p_dot.branch is not None:
+        if p_branch_dot is not None:
             b_x_dot += b_gate * b_branch_dot.to(tl.float32)
-        if p_dot.gate is not None:
-            p_vector = p_dot.gate + i_b_dot * DOT_STEPS.gate + i_c
+        if p.gate_dot is not None:
+            p_vector = p.gate_dot + i_b_dot * STEPS.gate_dot + i_c
             b_gate_dot = tl.load(p_vector, mask=(i_c < C) & (i_b_dot >= 0), other=0.0).to(tl.float32)
             b_x_dot += b_gate_dot[None, :] * b_branch.to(tl.float32)
 
@@ -176,12 +177,12 @@ def _forward(
                 b_x_new_dot = b_x_dot.to(p_x_new_dot.dtype.element_ty)
                 tl.store(p_x_new_dot + i_row_dot * C + i_tile, b_x_new_dot, mask=mask)
                 b_x_dot = b_x_new_dot.to(tl.float32)
-            if (p_dot.x is not None) or (p_x_new_dot is not None):
+            if (p_x_dot is not None) or (p_x_new_dot is not None):
                 b_y_dot = normalise_dot(b_n, b_rstd, b_x_dot, m_c, C, LAYER) * b_factor
-            if p_dot.scale is not None:
-                b_y_dot += b_weighted * load_vector(p_dot.scale + i_b_dot * DOT_STEPS.scale, i_c, C)
-            if p_dot.shift is not None:
-                b_y_dot += load_vector(p_dot.shift + i_b_dot * DOT_STEPS.shift, i_c, C)
+            if p.scale_dot is not None:
+                b_y_dot += b_weighted * load_vector(p.scale_dot + i_b_dot * STEPS.scale_dot, i_c, C)
+            if p.shift_dot is not None:
+                b_y_dot += load_vector(p.shift_dot + i_b_dot * STEPS.shift_dot, i_c, C)
             tl.store(p_y_dot + i_row_dot * C + i_tile, b_y_dot.to(p_y_dot.dtype.element_ty), mask=mask)
 
 
@@ -193,7 +194,7 @@ def _backward(
 ):  # fmt: skip
     """A share of the tokens, ROWS at a time; the sums of every segment go to its row of the partial buffers.
 
-    p, STEPS: `Parameters`; p_d: `Parameters` of partial sums.
+    p: `Parameters`; p_d: those of partial sums; STEPS: `Modulations`, from sample to sample.
     """
     i_program = tl.program_id(0)
     start = i_program * share
@@ -269,12 +270,7 @@ def _backward(
 
 
 def _step(modulation: Tensor | None) -> int:
-    """From sample to sample: 0 where there is one vector for all."""
     return 0 if modulation is None or modulation.ndim == 1 else modulation.stride(0)
-
-
-def _steps(gate: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> Parameters:
-    return Parameters(_step(gate), 0, _step(scale), _step(shift))
 
 
 @registration.operator
@@ -296,43 +292,29 @@ def norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """x_new, y, x_new_dot, y_dot and the statistics [B, S, 1 or 2]."""
     samples, length, width = x.shape
-    p = _contiguous(x, branch, gate, scale, shift)
-    p_dot = _contiguous(x_dot, branch_dot, gate_dot, scale_dot, shift_dot)
-    first_dot = registration.first_dot(samples, *p_dot)
+    first_dot = registration.first_dot(samples, x_dot, branch_dot, gate_dot, scale_dot, shift_dot)
     moves = x_dot is not None or branch_dot is not None or gate_dot is not None
     x_new = x_new_dot = y_dot = None
     if branch is not None:
-        x_new = torch.empty_like(p.x)
+        x_new = x.new_empty(samples, length, width)
         if moves:
             x_new_dot = x.new_empty(samples - first_dot, length, width)
     if moves or scale_dot is not None or shift_dot is not None:
         y_dot = x.new_empty(samples - first_dot, length, width, dtype=out_dtype)
-    y = torch.empty_like(p.x, dtype=out_dtype)
+    y = x.new_empty(samples, length, width, dtype=out_dtype)
     stats = x.new_empty(samples, length, 2 if layer else 1, dtype=torch.float32)
-    outputs = x_new, y, x_new_dot, y_dot, stats
     if registration.shapes_only(x):
-        return outputs
+        return x_new, y, x_new_dot, y_dot, stats
+    streams = [None if s is None else s.contiguous() for s in (x, branch, x_dot, branch_dot)]
+    modulations = [registration.unit_step(m) for m in (gate, scale, shift, gate_dot, scale_dot, shift_dot)]
     tile = forward_tile(width, branch is None and x_dot is None, registration.chip(x.device))
     registration.launch(
         _forward, samples * registration.cdiv(length, tile.rows),
-        p, p_dot, weight, *outputs, length, first_dot, eps,
-        STEPS=_steps(p.gate, p.scale, p.shift), DOT_STEPS=_steps(p_dot.gate, p_dot.scale, p_dot.shift),
-        C=width, LAYER=layer, ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps,
+        *streams, Modulations(*modulations), weight, x_new, y, x_new_dot, y_dot, stats, length, first_dot, eps,
+        STEPS=Modulations(*[_step(m) for m in modulations]), C=width, LAYER=layer, ROWS=tile.rows, BLOCK=tile.block,
+        num_warps=tile.warps,
     )  # fmt: skip
-    return outputs
-
-
-def _contiguous(
-    x: Tensor | None, branch: Tensor | None, gate: Tensor | None, scale: Tensor | None, shift: Tensor | None
-) -> Moving:
-    """Streams as contiguous tensors, modulations with unit stride along their channels."""
-    return Moving(
-        None if x is None else x.contiguous(),
-        None if branch is None else branch.contiguous(),
-        registration.unit_step(gate),
-        registration.unit_step(scale),
-        registration.unit_step(shift),
-    )
+    return x_new, y, x_new_dot, y_dot, stats
 
 
 @registration.operator
@@ -371,7 +353,8 @@ def norm_backward(
         dy, dx_new, x_new, branch, Parameters(gate, weight, scale, None), stats, dx, dbranch,
         _placed(partials, needs),
         shares.samples, shares.length, shares.share,
-        STEPS=_steps(gate, scale, None), C=width, LAYER=layer, ROWS=tile.rows, BLOCK=tile.block, STAGES=stages,
+        STEPS=Modulations(_step(gate), _step(scale), 0), C=width, LAYER=layer,
+        ROWS=tile.rows, BLOCK=tile.block, STAGES=stages,
         num_warps=tile.warps, maxnreg=128,  # else some chips take 157, and fewer programs reside than are launched
     )  # fmt: skip
     return dx, dbranch, *_placed(sums.add_up(partials, shares, trained), needs)
@@ -384,22 +367,20 @@ def _placed(tensors: Sequence[Tensor], needs: list[bool]) -> Parameters:
 
 
 def _save(ctx, inputs, outputs):
-    x, branch, gate, weight, scale, shift = inputs[:6]
-    ctx.layer, _, ctx.out_dtype = inputs[11:]
-    ctx.branch_dtype = x.dtype if branch is None else branch.dtype
-    ctx.needs = needs = list(ctx.needs_input_grad[2:6])
-    x_new = x if branch is None else outputs[0]
-    ctx.save_for_backward(x_new, branch if needs[0] else None, gate, weight, scale, shift, outputs[4])
+    x, branch, gate, weight, scale, shift, _, _, _, _, _, layer, _, out_dtype = inputs
+    ctx.options = layer, x.dtype if branch is None else branch.dtype, out_dtype
+    x_new, needs_dgate = x if branch is None else outputs[0], ctx.needs_input_grad[2]
+    ctx.save_for_backward(x_new, branch if needs_dgate else None, gate, weight, scale, shift, outputs[4])
 
 
 def _gradients(ctx, dx_new, dy, *_):
-    saved = ctx.saved_tensors
+    saved, (layer, branch_dtype, out_dtype) = ctx.saved_tensors, ctx.options
     x_new, _, gate, *_ = saved
     if gate is None:
         dx_new = None  # compilers hand in an empty tensor for the absent x_new
     if dy is None:
-        dy = torch.zeros_like(x_new, dtype=ctx.out_dtype)
-    return norm_backward(dy, dx_new, *saved, ctx.branch_dtype, ctx.layer, ctx.needs)
+        dy = torch.zeros_like(x_new, dtype=out_dtype)
+    return norm_backward(dy, dx_new, *saved, branch_dtype, layer, list(ctx.needs_input_grad[2:6]))
 
 
 _norm = registration.differentiable("Norm", norm_forward, _save, _gradients, inputs=6, outputs=2)
@@ -409,8 +390,10 @@ def norm_modulate(
     x: Dual, weight: Tensor | None, scale: Dual, shift: Dual, *, kind: str, eps: float, out_dtype: torch.dtype
 ) -> Dual:
     """`pmf.reference.norm_modulate` by Triton."""
-    values = (x.value, None, None, weight, scale.value, shift.value)
-    _, y, _, y_dot, _ = _norm(*values, x.dot, None, None, scale.dot, shift.dot, kind == "layer", eps, out_dtype)
+    _, y, _, y_dot, _ = _norm(
+        x.value, None, None, weight, scale.value, shift.value, x.dot, None, None, scale.dot, shift.dot,
+        kind == "layer", eps, out_dtype,
+    )  # fmt: skip
     return Dual(y, y_dot)
 
 
@@ -427,7 +410,8 @@ def residual_norm_modulate(
     out_dtype: torch.dtype,
 ) -> tuple[Dual, Dual]:
     """`pmf.reference.residual_norm_modulate` by Triton."""
-    values = (x.value, branch.value, gate.value, weight, scale.value, shift.value)
-    dots = (x.dot, branch.dot, gate.dot, scale.dot, shift.dot)
-    x_new, y, x_new_dot, y_dot, _ = _norm(*values, *dots, kind == "layer", eps, out_dtype)
+    x_new, y, x_new_dot, y_dot, _ = _norm(
+        x.value, branch.value, gate.value, weight, scale.value, shift.value,
+        x.dot, branch.dot, gate.dot, scale.dot, shift.dot, kind == "layer", eps, out_dtype,
+    )  # fmt: skip
     return Dual(x_new, x_new_dot), Dual(y, y_dot)

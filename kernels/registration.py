@@ -199,7 +199,7 @@ class Differentiable:
             results = complete(arguments, function(*arguments))
             save(ctx, arguments, results)
             ctx.set_materialize_grads(False)
-            return results if isinstance(results, Tensor) else (*results[:outputs], results[outputs:])
+            return (*results[:outputs], results[outputs:]) if type(results) is tuple else results
 
         def gradients(ctx, *gradients):
             return *backward(ctx, *gradients), None
@@ -226,7 +226,7 @@ def differentiable(name: str, forward: Operator, save: Callable, backward: Calla
         if not torch.is_grad_enabled():
             return complete(arguments, function(*arguments))
         results = short_way(*arguments[:inputs], arguments[inputs:])
-        return results if isinstance(results, Tensor) else results[:outputs] + results[outputs]
+        return results[:outputs] + results[outputs] if type(results) is tuple else results
 
     return call
 

@@ -78,10 +78,12 @@ class Inputs:
         self.dtypes = dtypes
         """Of all tensors that are there, tangents too."""
         for tensor in tensors:
-            is_tensor = type(tensor) is Tensor or isinstance(tensor, Tensor)  # the first test is the quicker one
-            if not is_tensor or tensor.device != device or not tensor.dtype.is_floating_point:
+            if type(tensor) is not Tensor and not isinstance(tensor, Tensor):  # the first test is the quicker one
                 self._refuse()
-            dtypes.append(tensor.dtype)
+            dtype = tensor.dtype
+            if tensor.device != device or not dtype.is_floating_point:
+                self._refuse()
+            dtypes.append(dtype)
         if moves:
             self._check_tangents()
 

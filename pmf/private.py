@@ -101,17 +101,17 @@ def watched() -> bool:
     )
 
 
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _PLAIN = frozenset((type(None), bool, int, float, torch.dtype, list))
 
 
 def ordinary(arguments: Iterable[Any]) -> bool:
     """Whether all tensors among the arguments hold values that lie in memory as they are: no wrapper, no lazy sign."""
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    tensors = []
     for x in arguments:
         kind = type(x)
         if kind is Tensor or kind is nn.Parameter:
-            if x.is_neg() or wrapped(x):
-                return False
+            tensors.append(x)
         elif kind not in _PLAIN and isinstance(x, Tensor):
             return False
-    return True
+    return not (any(map(Tensor.is_neg, tensors)) or any(map(_is_wrapped, tensors)))
