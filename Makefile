@@ -23,7 +23,7 @@ test: .venv/dev
 # What only a GPU shows; then every kernel on it, compiled by many processes.
 test-gpu: .venv/dev
 	$(BIN)/python -m pytest -m gpu -rs tests/test_gpu.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 12 --dist worksteal tests/test_kernels_*.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 12 --dist worksteal tests/kernels
 
 # Every test on the lowest versions that pyproject.toml declares: several GB.
 test-oldest: .venv-oldest/ready

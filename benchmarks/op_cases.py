@@ -126,13 +126,13 @@ def block_ops(config: ModelConfig, batch: int) -> list[Op]:
     rotation, gating = per_token(8 * width, 16 * width), per_token(6 * hidden, 10 * hidden)
     per_channel = (stream, branch, weight, weight, None, None)
     per_sample = (stream, branch, vector, weight, vector, vector)
-    test, prefix = "test_kernels_norm.py", {"prefix_length": config.prefix_length}
+    test, prefix = "kernels/test_norm.py", {"prefix_length": config.prefix_length}
     return [
         Op("norm_modulate", (stream, weight, None, None), (0,), norm, test),
         Op("residual_norm_modulate", per_channel, (0, 1), residual, test),
         Op("residual_norm_modulate", per_sample, (0, 1, 2, 4, 5), residual, test, label=" adaln"),
-        Op("qk_norm_rope", qkv, (0,), rotation, "test_kernels_rotary.py", constant=(3, 4), options=prefix),
-        Op("swiglu", ((SLIM, *rows, 2 * hidden),), (0,), gating, "test_kernels_swiglu.py"),
+        Op("qk_norm_rope", qkv, (0,), rotation, "kernels/test_rotary.py", constant=(3, 4), options=prefix),
+        Op("swiglu", ((SLIM, *rows, 2 * hidden),), (0,), gating, "kernels/test_swiglu.py"),
     ]
 
 
@@ -144,7 +144,7 @@ def patch_op(config: ModelConfig, batch: int) -> Op:
     inputs = (images, first, (WIDE, inner), second, (WIDE, width), positions, (WIDE, batch, prefix, width))
     moved = 4 * batch * (config.in_channels * config.image_size**2 + (config.sequence_length + prefix) * width)
     products = 2 * batch * config.num_patches * inner * (config.patch_values + width)
-    operations, test = with_tangents(products, 2 * products), "test_kernels_patch.py"
+    operations, test = with_tangents(products, 2 * products), "kernels/test_patch.py"
     return Op("patch_embed", inputs, (0, 6), with_tangents(moved, moved), test, operations, constant=(0,))
 
 
@@ -153,7 +153,7 @@ def attention_cases(name: str, batch: int, length: int, heads: int, head_dim: in
     from pmf.kernels.attention import HOPPER_TILES, tangent_with
 
     values, products = batch * length * heads * head_dim * 2, 2 * batch * heads * length**2 * head_dim
-    inputs, test = ((SLIM, batch, length, heads, head_dim),) * 3, "test_kernels_attention.py"
+    inputs, test = ((SLIM, batch, length, heads, head_dim),) * 3, "kernels/test_attention.py"
     moved, operations = (4 * values, 8 * values, 8 * values), (2 * products, 7 * products, 5 * products)
     op = Op("attention", inputs, (0, 1, 2), moved, test, operations, every_row=True)
 
@@ -227,7 +227,7 @@ def objective_case(size: str, batch: int, device: torch.device) -> Case:
     providers = {name: partial(prepare, partial(way, impl="reference")) for name, way in ways.items()}
     providers["triton"] = partial(prepare, objective)
     name = f"pmf_objective step {size.removeprefix('pMF-')}"
-    return Case(name, providers, {"": "test_kernels_objective.py"}, moved)
+    return Case(name, providers, {"": "kernels/test_objective.py"}, moved)
 
 
 def op_cases(size: str, batch: int, device: torch.device) -> list[Case]:

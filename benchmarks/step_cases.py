@@ -128,7 +128,7 @@ def step_case(size: str, batch: int, device: torch.device) -> Case:
     """The pMF step of one preset. Operations are those of the lean plan, whatever a provider of this loss spends."""
     draws, counted = step_draws(size, batch), _counted(MODELS[size])
     operations = {"": counted.lean(draws), "flow matching": counted.flow_matching(draws)}
-    tests = {"": "test_loss.py", "captured": "test_cuda_graphs.py"}
+    tests = {"": "pmf/test_loss.py", "captured": "pmf/test_cuda_graphs.py"}
     name = f"step {size.removeprefix('pMF-')} batch {batch}"
     return Case(name, step_providers(size, batch, device), tests, operations=operations)
 
@@ -153,4 +153,4 @@ def sampling_case(size: str, batch: int, device: torch.device) -> Case:
     # The guidance pass runs as many blocks as sampling does: the shared ones and one head.
     operations = {"": batch * _counted(MODELS[size]).guidance}
     name = f"sampling {size.removeprefix('pMF-')} batch {batch}"
-    return Case(name, providers, {"": "test_sampling.py"}, operations=operations)
+    return Case(name, providers, {"": "pmf/test_sampling.py"}, operations=operations)

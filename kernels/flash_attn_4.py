@@ -18,7 +18,7 @@ that is no multiple of 32: 8, 16, 40, 48, 72, 80, 104, 112. The backward kernel 
 head_dim rounded up to 16; what clears these sums before it, and reads them after it, rounds to 32. So from the second
 tile on (from 65 queries on) dq is made of sums that belong to other channels and queries. Their fix is proposed:
 https://github.com/Dao-AILab/flash-attention/pull/2896. `limit` refuses those head_dims whatever the release, until
-tests/test_flash.py finds one whose kernels agree.
+tests/kernels/test_flash.py finds one whose kernels agree.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from tests.interpreter import interpret
+from tests.kernels.interpreter import interpret
 
 if torch.cuda.is_available():
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # equal products are equal bit for bit

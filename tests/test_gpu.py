@@ -18,14 +18,14 @@ from pmf.kernels import flash
 from pmf.memory import saved_per_row
 from pmf.noise import seeded_noise
 from pmf.wide import wide_linear
-from tests import test_kernels_attention as attention
-from tests import test_kernels_model as networks
-from tests import test_kernels_norm as norm
-from tests import test_kernels_objective as objective
-from tests import test_kernels_patch as patch
-from tests import test_kernels_rotary as rotary
-from tests import test_kernels_swiglu as swiglu
-from tests.kernel_checks import DEVICE, check, evaluate, tf32x3, within_budget
+from tests.kernels import test_attention as attention
+from tests.kernels import test_model as networks
+from tests.kernels import test_norm as norm
+from tests.kernels import test_objective as objective
+from tests.kernels import test_patch as patch
+from tests.kernels import test_rotary as rotary
+from tests.kernels import test_swiglu as swiglu
+from tests.kernels.checks import DEVICE, check, evaluate, tf32x3, within_budget
 from tests.networks import every_row_in_full, golden, random_model, relative_error
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")]

@@ -1,0 +1,473 @@
+"""A measurement within its time: what happens to what fails, and what is made of the figures."""
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from pmf.benchmarks import cli, gate, ledger, measuring, plan, tables, worker
+from pmf.benchmarks.cases import Case
+from pmf.benchmarks.ledger import Ledger
+from pmf.benchmarks.op_cases import VALUE_ALONE
+from pmf.benchmarks.plan import Options
+from pmf.benchmarks.processes import isolated
+from pmf.benchmarks.worker import LONG_ATTENTION, Job, job_records
+from pmf.errors import InputError
+
+CPU = torch.device("cpu")
+ORIGIN = {"gpu": "card", "sources": "s", "torch": "t", "triton": "3"}
+ORIGIN |= {"copy_bytes_per_s": 1.0, "product_operations_per_s": 1.0}
+
+
+def job(suite, size, batch, *pairs):
+    return Job(suite, size, batch, pairs, "cpu", 2, "lean")
+
+
+def lines_of(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A real run of every suite on the digits, recorded into a folder of its own."""
+    folder = tmp_path_factory.mktemp("ledger")
+    few = ["--only", "digits", "--repeats", "2", "--providers"]
+    size = ["--sizes", "pMF-digits", "--batch", "2", "--device", "cpu", "--record", str(folder)]
+    cli.main(["steps", *size, *few, "flow matching", "lean"])
+    cli.main(["sampling", *size, *few, "eager"])
+    cli.main(["ops", *size, *few, "triton", "--only", "swiglu forward"])
+    cli.main(["memory", *size])
+    return folder / "cpu.jsonl"
+
+
+def test_a_run_records_every_figure_with_its_origin(measured):
+    records = tables.read_ledger(measured)
+    assert {r["suite"] for r in records} == {"steps", "sampling", "ops", "memory"}
+    for r in records:
+        assert r["status"] == "measured", r
+        assert {"commit", "dirty", "torch", "triton", "gpu", "copy_bytes_per_s"} <= r.keys()
+        assert r["attention"] == "cpu"
+    lean = next(r for r in records if r["suite"] == "steps" and r["provider"] == "lean")
+    assert lean["batch"] == 2 and lean["size"] == "pMF-digits" and lean["operations"] > 0
+    assert lean["of_product_rate"] > 0 and lean["peak_bytes"] is None
+    assert lean["host_us"] > 0 and lean["busy_us"] is None and lean["launches"] is None
+    table = (measured.parent / "cpu-profile-step-digits-batch-2-lean.txt").read_text()
+    assert table.startswith("step digits batch 2, lean: median") and lean["profile"][0][0] in table
+    assert 1 <= len(lean["profile"]) <= 25 and 0 < lean["profile"][0][1] <= 1
+    assert not any("profile" in r for r in records if r["provider"] != "lean")
+    assert {r["step"] for r in records if r["suite"] == "memory"} == {"lean", "lean, checkpointed", "joint jvp"}
+
+
+def test_report_prints_the_ledgers_figures(measured, capsys):
+    cli.main(["report", "--ledger", str(measured)])
+    out = capsys.readouterr().out
+    assert out.startswith(f"From `{measured}`: cpu")
+    lean = next(r for r in tables.read_ledger(measured) if r["provider"] == "lean")
+    assert f"| step digits batch 2 | lean | {lean['median_us'] / 1e3:.4g} |" in out
+    assert f" | {2e6 / lean['median_us']:.4g} | " in out  # images per second
+    assert "| swiglu forward digits |" in out and "| digits | joint jvp | reference |" in out
+
+
+def test_plot_draws_each_kind_of_figure(measured, tmp_path, capsys):
+    cli.main(["plot", "--ledger", str(measured), "--out", str(tmp_path)])
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {"cpu-step-time.png", "cpu-ops.png", "cpu-largest-batch.png"}  # no peak memory without a GPU
+    assert capsys.readouterr().out.count(".png") == 3
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
+
+
+def test_a_ledger_without_figures_is_refused(tmp_path, capsys):
+    file = tmp_path / "empty.jsonl"
+    for text, message in (
+        ("", "holds no figures"),
+        ('{"case": "x", "provider": "y", "status": "failed", "error": "z"}\n', "holds no figures"),
+        ("nonsense\n", "line 1 of"),
+        ('{"a": 1}\n', "line 1 of"),
+    ):
+        file.write_text(text)
+        for reader in ("plot", "report"):
+            with pytest.raises(SystemExit):
+                cli.main([reader, "--ledger", str(file)])
+            assert message in capsys.readouterr().err
+    with pytest.raises(InputError, match="ledger: no such file"):
+        tables.find_ledger(tmp_path / "absent.jsonl")
+
+
+def test_the_end_of_a_measurement_shows_the_largest_batches(measured):
+    lines = tables.summary(tables.read_ledger(measured)).splitlines()
+    assert len(lines) == 5 and lines[0].endswith("| 40 GB | 80 GB | 141 GB |")
+    assert [line.split(" | ")[1] for line in lines[2:]] == ["lean", "lean, checkpointed", "joint jvp"]
+
+
+def test_published_tables_are_printed_from_the_ledger():
+    """Figures of README and h200.md, from the file that they name."""
+    out = tables.tables(ledger.RESULTS / "h200.jsonl")
+    assert out.startswith("From `benchmarks/results/h200.jsonl`: NVIDIA H200, in the latest run copy 4244 GB/s")
+    start = "| step B/16 batch 128 | lean | 123.5 | 123 to 123.9 | 1036 | 53.6% | 88.9 | GPU, busy 99% | 1534 | 29.94 "
+    assert f"{start}| 1.00 | 1.02 | 32.92 |" in out
+    assert "| swiglu dual B/16 | 1883 µs, 8% | 192.1 µs, 80% | 155.6 µs, 99% |" in out
+    assert "| step B/16 batch 128 | joint jvp | failed | OutOfMemoryError: CUDA out of memory." in out
+
+
+def test_a_step_that_does_not_fit_is_measured_at_half_the_batch(monkeypatch, tmp_path):
+    def fake(work, seconds, *arguments):
+        if work is worker.origin_records:
+            yield {**ORIGIN, "gpu": "card"}
+            return
+        (asked, _) = arguments
+        ((case, provider),) = asked.pairs
+        full = {"status": "failed", "error": "OutOfMemoryError: CUDA out of memory"}
+        times = {"status": "measured", "median_us": 1.0, "peak_bytes": None}
+        yield {"case": case, "provider": provider, **(full if asked.batch > 2 else times)}
+
+    monkeypatch.setattr(measuring, "isolated", fake)
+    options = Options(("pMF-digits",), 8, providers=("lean",), record=tmp_path, device="cpu")
+    measuring.run("steps", options)
+    records = lines_of(tmp_path / "card.jsonl")
+    assert [(r["batch"], r["status"]) for r in records] == [(8, "failed"), (4, "failed"), (2, "measured")]
+    assert records[-1]["case"] == "step digits batch 2"
+    measuring.run("steps", options)
+    assert lines_of(tmp_path / "card.jsonl") == records  # a memory that was too small is not tried again
+
+
+def test_every_case_is_compiled_anew(monkeypatch):
+    """A compiler that has met many shapes of one function leaves the next ones uncompiled."""
+    ran = []
+
+    def case(rows):
+        def prepare():
+            work = torch.compile(torch.sin, backend=lambda graph, _: lambda *x: ran.append(rows) or graph(*x))
+            return lambda: work(torch.ones(rows))
+
+        return Case(f"case {rows}", {"compiled": prepare}, {})
+
+    cases = {f"case {rows}": case(rows) for rows in range(2, 14)}
+    monkeypatch.setattr(Job, "cases", lambda self: cases)
+    pairs = [(name, "compiled") for name in cases]
+    assert all(r["status"] == "measured" for r in job_records(job("ops", "", 1, *pairs), 1.0))
+    assert set(ran) == set(range(2, 14))
+
+
+def test_figures_are_fractions_of_the_ceilings():
+    case = Case("c", {}, {}, bytes=30, operations={"": 70, "flow matching": 7})
+    record = {"provider": "lean", "median_us": 1e7}
+    shares = measuring.shares(record, case, {"copy_bytes_per_s": 2.0, "product_operations_per_s": 10.0})
+    assert shares == {"bytes": 30, "operations": 70, "of_copy_bandwidth": 1.5, "of_product_rate": 0.7}
+    record["provider"] = "flow matching"
+    assert measuring.shares(record, case, ORIGIN)["operations"] == 7
+
+
+def test_value_and_tangent_are_measured_by_the_value():
+    record = {"case": "attention dual digits", "of_copy_bandwidth": 0.0, "of_product_rate": 0.5}
+    records = [{**record, "provider": "triton", "median_us": 35.0}]
+    assert "| attention dual digits | 35 µs, 50% |" in tables.op_table(records)
+    records.append({**record, "provider": VALUE_ALONE, "median_us": 10.0})
+    assert "| attention dual digits | 35 µs, 50%, 3.50 x the value |" in tables.op_table(records)
+
+
+def test_the_report_tells_what_a_step_waits_for():
+    record = {"median_us": 100.0}
+    found = [tables._bound({**record, "busy_us": busy}) for busy in (None, 95.0, 120.0, 40.0)]
+    assert found == ["-", "GPU, busy 95%", "GPU, busy 100%", "host, busy 40%"]
+
+
+def test_a_run_without_time_leaves_earlier_figures(tmp_path):
+    file = tmp_path / "gpu.jsonl"
+    key = {"case": "x", "provider": "y"}
+    found = {}
+    for statuses in (("measured", "skipped"), ("measured", "skipped", "failed"), ("skipped", "measured")):
+        file.write_text("".join(json.dumps({**key, "status": status}) + "\n" for status in statuses))
+        with contextlib.suppress(InputError):  # no figures
+            found[statuses] = tables.read_ledger(file)[0]["status"]
+    assert list(found.values()) == ["measured", "measured"]
+
+
+def test_a_case_that_was_measured_in_the_end_is_not_missing(tmp_path):
+    file = tmp_path / "gpu.jsonl"
+    origin = {**ORIGIN, "commit": "c", "dirty": False, "suite": "ops", "batch": 1, "case": "x"}
+    figures = {"median_us": 1.0, "of_copy_bandwidth": 1.0, "of_product_rate": 0.0}
+    late = {**origin, "provider": None, "status": "skipped", "error": "no time was left"}
+    file.write_text(
+        f"{json.dumps(late)}\n{json.dumps({**origin, 'provider': 'triton', 'status': 'measured', **figures})}\n"
+    )
+    assert "no time was left" not in tables.tables(file)
+
+
+class Action:
+    """Unpickled in the job's process, it acts there."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def __reduce__(self):
+        return (eval, (self.source,))
+
+
+@pytest.mark.parametrize(
+    ("source", "seconds", "error"),
+    [("__import__('time').sleep(60)", 2, "did not finish in 2 s"), ("__import__('os')._exit(3)", 60, "with code 3")],
+)
+def test_a_job_that_hangs_or_dies_is_a_record(source, seconds, error):
+    began = time.monotonic()
+    asked = job("steps", Action(source), 1, ("case", "lean"))
+    (record,) = isolated(job_records, seconds, asked, seconds)
+    assert record["status"] == "failed" and error in record["error"]
+    assert time.monotonic() - began < 30
+
+
+def test_what_ends_a_job_is_told_of_every_case_without_a_record():
+    known = Ledger(ORIGIN)
+    asked = job("ops", "B", 1, ("a", "x"), ("a", "y"), ("b", "x"), ("c", "x"))
+    known.add({"case": "a", "provider": "x", "batch": 1, "status": "measured"})
+    known.add({"case": "a", "provider": "y", "batch": 1, "status": "measured"})
+    found = list(measuring.completed({"status": "failed", "error": "gone"}, asked, known))
+    assert [(r["case"], r["provider"], r["batch"]) for r in found] == [("b", None, 1), ("c", None, 1)]
+    (one,) = measuring.completed({"status": "failed", "error": "gone"}, job("steps", "B", 1, ("a", "z")), known)
+    assert (one["case"], one["provider"]) == ("a", "z")
+
+
+def test_what_the_jobs_are_forked_from_touches_no_gpu():
+    """A process that has asked CUDA for anything cannot fork others that use it."""
+    code = "import torch; torch._C._cuda_getDeviceCount = torch._C._cuda_init = None; import pmf.benchmarks.worker"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    assert result.returncode == 0, result.stderr
+
+
+def test_what_no_longer_fits_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(measuring, "LEAST_SECONDS", 1e9)
+    size = ["--sizes", "pMF-digits", "--batch", "2", "--device", "cpu", "--record", str(tmp_path)]
+    cli.main(["steps", *size])
+    cli.main(["memory", *size])
+    lines = lines_of(tmp_path / "cpu.jsonl")
+    assert len(lines) > 10 and {r["status"] for r in lines} == {"skipped"}
+    out = capsys.readouterr().out
+    assert "joint jvp, compiled" in out and "largest batch digits" in out and "no time was left" in out
+    cli.main(["steps", *size])
+    assert lines_of(tmp_path / "cpu.jsonl") == lines  # once is enough
+
+
+def test_a_job_takes_a_share_of_what_is_left():
+    assert measuring.largest_time(1200.0) == pytest.approx(200)
+    assert measuring.largest_time(1200.0, measuring.SECOND_SHARE) == 600
+    assert measuring.largest_time(60.0) == 30 and measuring.largest_time(12.0) == 12
+    with pytest.raises(InputError, match="minutes: expected a positive time"):
+        measuring.run("ops", Options(minutes=0))
+
+
+def test_the_most_important_comes_first():
+    parts = plan.parts_of("gpu", (), None)
+    places = {part: i for i, part in enumerate(parts)}
+    assert list(places)[:2] == [("steps", "pMF-B/16", batch, "eager") for batch in (64, 128)]
+    for size in ("pMF-L/16", "pMF-H/16"):
+        assert places["steps", "pMF-B/16", 64, "compiled"] < places["steps", size, 64, "eager"]
+        assert places["sampling", "pMF-B/16", 128, ""] < places["sampling", size, 128, ""]
+    assert ("ops", LONG_ATTENTION, 1, "") in places and ("ops", "pMF-B/32", 128, "") not in places
+    every = plan.jobs_of("gpu", Options(device="cuda"))
+    assert len(set(every)) == len(every)
+
+
+def test_the_groups_of_a_step_are_all_of_it(monkeypatch):
+    def names(group, device="cuda"):
+        monkeypatch.setattr(plan, "parts_of", lambda *a: [plan.Part("steps", "pMF-B/16", 64, group)])
+        return [provider for job in plan.jobs_of("steps", Options(device=device)) for _, provider in job.pairs]
+
+    groups = [names(group) for group in ("eager", "compiled", "backends")]
+    assert sorted(name for group in groups for name in group) == sorted(names(""))
+    assert [group[0] for group in groups] == ["flow matching", "lean, compiled", "lean, captured, flash"]
+    assert not set(groups[2]) & set(names("", "cpu"))
+
+
+def test_providers_are_grouped_into_processes():
+    """A step's each alone, an op's together, largest batches together."""
+    jobs = {s: plan.jobs_of(s, Options(("pMF-digits",), 2, device="cpu")) for s in ("steps", "ops", "memory")}
+    assert all(len(job.pairs) == 1 for job in jobs["steps"]) and len(jobs["memory"]) == 1
+    assert [job.pairs[0][0].split()[0] for job in jobs["ops"]] == [
+        *("norm_modulate", "residual_norm_modulate", "qk_norm_rope", "swiglu"),
+        *("patch_embed", "attention", "pmf_objective"),
+    ]
+    assert {case for case, _ in jobs["ops"][0].pairs} == {
+        f"norm_modulate {mode} digits" for mode in ("forward", "dual", "backward")
+    }
+
+
+@pytest.fixture
+def few_tests(tmp_path, monkeypatch):
+    """A repository of a few test files."""
+    monkeypatch.setattr(ledger, "ROOT", tmp_path)
+    (tmp_path / "tests").mkdir()
+    texts = {
+        "good": "import pytest\n@pytest.mark.parametrize('n', range(3))\ndef test(n):\n    pass\n",
+        "bad": "def test_a():\n    pass\ndef test_b():\n    assert False\n",
+        "broken": "import nowhere\n",
+        "slow": "import time\ndef test_a():\n    pass\ndef test_b():\n    time.sleep(60)\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / f"tests/test_{name}.py").write_text(text)
+
+
+def test_a_test_that_fails_keeps_figures_out(few_tests):
+    found = gate.run_tests(["test_good.py", "test_bad.py", "test_broken.py"], 120.0)
+    assert found["test_good.py"] == ("passed", None)
+    assert found["test_bad.py"] == ("failed", "test_bad.py fails: test_b; assert False")
+    status, error = found["test_broken.py"]
+    assert status == "failed" and error.startswith("test_broken.py fails: collection; ImportError while importing")
+
+
+def test_tests_that_do_not_finish_keep_figures_out(few_tests, monkeypatch):
+    began = time.monotonic()
+    (verdict,) = gate.run_tests(["test_slow.py"], 15.0).values()
+    assert verdict == ("skipped", "test_slow.py did not finish in 15 s")
+    assert time.monotonic() - began < 40
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    ((status, error),) = gate.run_tests(["test_good.py"], 15.0).values()
+    assert status == "skipped" and error.startswith("test_good.py did not run to its end")
+
+
+def test_a_verdict_is_shared_between_parts(tmp_path, monkeypatch):
+    origin = {**ORIGIN, **ledger.provenance(CPU)}
+    asked = []
+
+    def check(tests, seconds):
+        asked.append(tests)
+        answers = {"a": ("passed", None), "b": ("failed", "b fails"), "c": ("skipped", "c did not finish")}
+        return {test: answers[test] for test in tests}
+
+    def part():
+        return gate.failing(["a", "b", "c"], Ledger(origin, tmp_path), 1.0, check)
+
+    assert part() == part() == {"b": "b fails", "c": "c did not finish"}
+    assert asked == [["a", "b", "c"], ["c"]]
+    origin = {**origin, "sources": "others"}
+    part()
+    monkeypatch.setattr(ledger, "digest", lambda *folders: "other tests")
+    part()
+    assert asked[2:] == [["a", "b", "c"]] * 2
+    with pytest.raises(InputError, match="holds no figures"):  # verdicts are none
+        tables.read_ledger(tmp_path / "cpu.jsonl")
+
+
+def test_no_figure_comes_before_a_green_test(tmp_path):
+    known = Ledger(ORIGIN, tmp_path)
+    asked = plan.jobs_of("steps", Options(("pMF-digits",), 2, providers=("lean", "lean, captured"), device="cpu"))
+    for one in asked:
+        measuring.measure_job(one, known, {"pmf/test_cuda_graphs.py": "red", "pmf/test_loss.py": "redder"}, 1e9)
+    assert [(r["provider"], r["status"], r["error"]) for r in known.records] == [
+        ("lean", "failed", "redder"),
+        ("lean, captured", "failed", "red"),
+    ]
+
+
+def test_a_second_part_measures_nothing_twice(tmp_path, capsys, monkeypatch):
+    few = ["--only", "digits", "--repeats", "2", "--batch", "2", "--record", str(tmp_path), "--profile", ""]
+    command = ["gpu", "--sizes", "pMF-digits", "--device", "cpu", *few, "--providers"]
+
+    cli.main([*command, "eager", "lean, 40 GB"])
+    first = lines_of(tmp_path / "cpu.jsonl")
+    assert {r["suite"] for r in first} == {"sampling", "memory"}
+    cli.main([*command, "eager", "lean, 40 GB"])
+    assert lines_of(tmp_path / "cpu.jsonl") == first and "2 of 2 jobs were measured before" in capsys.readouterr().out
+    cli.main([*command, "eager", "lean"])
+    new = lines_of(tmp_path / "cpu.jsonl")[len(first) :]
+    assert {(r["suite"], r["provider"]) for r in new} == {("steps", "lean")}
+    monkeypatch.setattr(ledger, "MEASURED", ("kernels",))  # as other sources would, changes their hash
+    assert not Ledger(ledger.provenance(CPU), tmp_path).earlier
+
+
+def test_a_ledger_says_what_is_settled(tmp_path):
+    results = {
+        "measured": {"status": "measured"},
+        "full": {"status": "failed", "error": "OutOfMemoryError: CUDA out of memory"},
+        "slow": {"status": "failed", "error": "did not finish in 90 s"},
+        "late": {"status": "skipped", "error": "no time was left"},
+    }
+    for case, result in results.items():
+        Ledger(ORIGIN, tmp_path).add({"suite": "steps", "case": case, "provider": "p", **result})
+    old = {"suite": "steps", "case": "old", "provider": "p", "status": "measured"}
+    Ledger({**ORIGIN, "sources": ""}, tmp_path).add(old)
+    with open(tmp_path / "card.jsonl", "a") as file:
+        file.write('{"case": "cut o')
+    found = Ledger(ORIGIN, tmp_path)
+    assert {case for case, *_ in found.settled()} == {"measured", "full"}
+    assert {case for case, *_ in found.tried()} == {"slow"}
+
+
+def test_what_failed_before_comes_last(tmp_path):
+    jobs = plan.jobs_of("steps", Options(("pMF-digits",), 2, device="cpu"))
+    names = [job.pairs[0][1] for job in jobs]
+    where = {"suite": "steps", "case": "step digits batch 2", "batch": 2}
+    Ledger(ORIGIN, tmp_path).add({**where, "provider": names[0], "status": "failed", "error": "slow"})
+    Ledger(ORIGIN, tmp_path).add({**where, "provider": names[2], "status": "measured"})
+    left = measuring.remaining(jobs, Ledger(ORIGIN, tmp_path))
+    assert [job.pairs[0][1] for job in left] == [names[1], *names[3:], names[0]]
+
+
+def test_a_commit_can_be_named_where_there_is_no_repository(tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger, "ROOT", tmp_path)
+    monkeypatch.delenv("PMF_COMMIT", raising=False)
+    assert ledger.commit() == ("unknown", True)
+    for given, found in (("abc", ("abc", False)), ("abc-dirty", ("abc", True))):
+        monkeypatch.setenv("PMF_COMMIT", given)
+        assert ledger.commit() == found
+
+
+def test_what_is_not_measured_makes_no_commit_dirty(tmp_path, monkeypatch):
+    def git(*arguments):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", tmp_path, *arguments], check=True)
+
+    monkeypatch.setattr(ledger, "ROOT", tmp_path)
+    monkeypatch.delenv("PMF_COMMIT", raising=False)
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "nothing")
+    found = []
+    for name in ("wheels/a.whl", "benchmarks/results/card.jsonl", "kernels/norm.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("a")
+        found.append(ledger.commit()[1])
+    assert found == [False, False, True] and len(ledger.commit()[0]) == 40
+
+
+def test_a_digest_tells_sources_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger, "ROOT", tmp_path)
+    (tmp_path / "benchmarks").mkdir()
+    found = [ledger.digest("benchmarks")]
+    for name, text in (("cases.py", "a"), ("cases.py", "b"), ("tables.py", "c"), ("cases.py", "b")):
+        (tmp_path / "benchmarks" / name).write_text(text)
+        found.append(ledger.digest("benchmarks"))
+    assert len(set(found)) == 3 and found[2] == found[3] == found[4]
+
+
+def test_ledger_appends_a_line_with_its_origin(tmp_path):
+    known = Ledger(ledger.provenance(CPU), tmp_path)
+    for _ in range(2):
+        known.add({"case": "x", "provider": "y", "status": "measured", "median_us": 1.0})
+    lines = lines_of(tmp_path / "cpu.jsonl")
+    assert known.file.name == "cpu.jsonl" and len(lines) == 2
+    assert {"commit", "dirty", "torch", "triton", "gpu", "median_us"} <= lines[0].keys()
+
+
+def test_without_a_gpu_nothing_is_recorded_unless_asked(capsys):
+    before = sorted(ledger.RESULTS.iterdir())
+    few = ["--only", "digits", "--repeats", "2", "--batch", "2", "--device", "cpu", "--providers", "eager"]
+    cli.main(["sampling", "--sizes", "pMF-digits", *few])
+    out = capsys.readouterr().out
+    assert "eager" in out and "no GPU: nothing was recorded" in out
+    assert sorted(ledger.RESULTS.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["gpu", "--sizes", "pMF-Q"], "sizes: unknown preset 'pMF-Q'"),
+        (["ops", "--sizes", "pMF-digits", "--only", "nothing"], "only: 'nothing' fits no case"),
+        (["steps", "--sizes", "pMF-digits", "--providers", "lean,eager"], "providers: expected some of ["),
+        (["steps", "--minutes", "-1"], "minutes: expected a positive time"),
+    ],
+)
+def test_bad_options_are_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
+    assert capsys.readouterr().err.startswith(f"pmf.benchmarks: {message}")

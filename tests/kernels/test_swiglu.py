@@ -1,0 +1,72 @@
+"""`swiglu` in Triton against the float64 reference."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pmf import ops
+from pmf.errors import InputError
+from tests.kernels.checks import DEVICE, check, check_compiles, check_forward_mode, generator, randn, strided
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def inputs(batch, length, width, rows, dtype):
+    gen = generator(batch, length, width, rows)
+    x = randn(batch, length, 2 * width, gen=gen, dtype=dtype)
+    return (x,), (randn(rows, length, 2 * width, gen=gen, dtype=dtype) if rows else None,)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("width", (171, 2048, 2730))
+@pytest.mark.parametrize("length", (1, 17, 276))
+def test_shapes(length, width, dtype):
+    for rows in (0, 1, 2) if length < 276 else (1,):
+        check("swiglu", *inputs(2, length, width, rows, dtype))
+
+
+def test_views():
+    (x,), (x_dot,) = inputs(3, 17, 40, 2, torch.float32)
+    check("swiglu", (strided(x),), (strided(x_dot),))
+    check("swiglu", (x.mT.contiguous().mT,), (x_dot.mT.contiguous().mT,))
+    check("swiglu", (x[:, 3:],), (x_dot[:, 3:],))
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    batch=st.integers(0, 3),
+    length=st.integers(0, 70),
+    width=st.integers(1, 90),
+    share=st.floats(0, 1),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_any_shape(batch, length, width, share, dtype):
+    check("swiglu", *inputs(batch, length, width, round(share * batch), dtype))
+
+
+def test_large_inputs():
+    """Where exp overflows, silu is its limit and the gradient no NaN."""
+    x = torch.tensor([-1e4, -100.0, 0.0, 100.0, 1e4, 1.0, 1.0, 1.0, 1.0, 1.0])
+    check("swiglu", (x.reshape(1, 1, -1).to(DEVICE),), (torch.ones(1, 1, 10, device=DEVICE),))
+
+
+def test_compilers_checkpointing_and_forward_mode():
+    primals, tangents = inputs(3, 5, 24, 2, torch.bfloat16)
+    check_compiles("swiglu", primals, tangents)
+    check_forward_mode("swiglu", primals, (0,))
+
+
+def test_registered_operators():
+    (x,), (x_dot,) = inputs(3, 5, 24, 2, torch.bfloat16)
+    ops.swiglu(x, impl="triton")
+    utils = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.pmf.swiglu_forward.default, (x, x_dot), test_utils=utils)
+    torch.library.opcheck(torch.ops.pmf.swiglu_backward.default, (x[..., :24], x), test_utils=utils)
+
+
+def test_bad_input():
+    with pytest.raises(InputError, match=r"^swiglu: x must have an even last dimension, got 7"):
+        ops.swiglu(torch.ones(2, 5, 7), impl="triton")
+    with pytest.raises(InputError, match=r"^swiglu: dtype must be float32, bfloat16 or float16"):
+        ops.swiglu(torch.ones(2, 5, 8, dtype=torch.float64), impl="triton")

@@ -1,0 +1,103 @@
+"""The numbers a step is judged by without a GPU: operations and bytes saved, exact, with bounds."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import pmf
+from pmf.benchmarks.baselines import flow_matching_loss, joint_jvp_loss
+from pmf.benchmarks.steps import lean_loss
+from pmf.counting import operations, row_operations, saved_bytes
+from pmf.reference.loss import pmf_loss as reference_loss
+from tests.networks import TINY, meta_step, random_model
+from tests.pmf.test_loss import LOSS, step_inputs
+
+DIGITS = pmf.MODELS["pMF-digits"]
+
+
+def draws_of(config, loss, batch, seed):
+    return pmf.sample_draws(batch, (1, 1, 1), loss, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_row_costs_add_up_to_the_counted_step(seed):
+    draws = draws_of(DIGITS, LOSS, 8, seed)
+    assert row_operations(DIGITS).lean(draws) == operations(meta_step(DIGITS, draws, lean_loss))
+
+
+class VHeadGuidance:
+    """A network for the oracle whose guidance runs the v head alone: what XLA makes of the authors' script."""
+
+    def __init__(self, model):
+        self.model, self.config = model, model.config
+
+    def __call__(self, z, t, h, *conditions):
+        net = self.model.predict_dual(pmf.Dual(z), pmf.Dual(h), *conditions, heads=("v",))["v"].value
+        return None, (z - self.model.to_images(net)) / t.clamp(self.config.t_clip, 1)[:, None, None, None]
+
+
+def naive_loss(model, *arguments):
+    """The oracle on every row, its tangent through the u head alone."""
+    return reference_loss(VHeadGuidance(model), *arguments, lambda guided, *inputs: guided.model.forward_dual(*inputs))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_row_costs_add_up_to_the_naive_step(seed):
+    draws = draws_of(DIGITS, LOSS, 8, seed)
+    assert row_operations(DIGITS).naive(draws) == operations(meta_step(DIGITS, draws, naive_loss))
+
+
+def test_a_linear_layer_is_counted_by_its_formula():
+    linear, x = torch.nn.Linear(5, 7, device="meta"), torch.empty(3, 5, device="meta", requires_grad=True)
+    assert operations(lambda: linear(x)) == 2 * 3 * 5 * 7
+    assert operations(lambda: linear(x).sum().backward()) == 3 * 2 * 3 * 5 * 7
+
+
+@pytest.mark.parametrize(("name", "bound"), [("pMF-B/16", 0.74), ("pMF-L/16", 0.72), ("pMF-H/16", 0.72)])
+def test_a_lean_step_counts_a_third_less(name, bound):
+    costs = row_operations(pmf.MODELS[name])
+    draws = [draws_of(None, pmf.LOSSES[name], 256, seed) for seed in range(200)]
+    share = sum(map(costs.lean, draws)) / sum(map(costs.naive, draws))
+    floor = sum(map(costs.lean, draws)) / sum(map(costs.flow_matching, draws))
+    print(f"{name}: lean / naive {share:.3f}, lean / flow matching {floor:.3f}")
+    assert 0.6 < share <= bound
+    assert 1.3 < floor < 1.55
+
+
+def test_a_lean_step_of_b16_at_batch_8():
+    draws = draws_of(None, pmf.LOSSES["pMF-B/16"], 8, 0)
+    config = pmf.MODELS["pMF-B/16"]
+    lean, naive = (operations(meta_step(config, draws, loss)) for loss in (lean_loss, naive_loss))
+    assert naive == pytest.approx(4.57e12, rel=0.01)
+    assert lean <= 0.74 * naive
+
+
+def saved_by(model, x, y, draws):
+    """Bytes that a lean, a flow-matching and a joint-jvp step keep for backward."""
+    steps = dict(
+        lean=lambda: pmf.pmf_loss(model, x, y, draws, LOSS).loss,
+        flow_matching=lambda: flow_matching_loss(model, x, y, draws, LOSS),
+        joint=lambda: joint_jvp_loss(model, x, y, draws, LOSS),
+    )
+    return {name: saved_bytes(step, model.parameters()) for name, step in steps.items()}
+
+
+@pytest.mark.parametrize("conditioning", ["in_context", "adaln"])
+def test_a_lean_step_saves_the_bytes_of_flow_matching(conditioning):
+    x, y, draws = step_inputs(8)
+    saved = saved_by(random_model(dataclasses.replace(TINY, conditioning=conditioning)), x, y, draws)
+    assert saved["lean"] <= 1.01 * saved["flow_matching"]
+    assert saved["lean"] < 0.5 * saved["joint"]
+
+
+def test_bytes_saved_by_b16_at_batch_8():
+    config = pmf.MODELS["pMF-B/16"]
+    model = pmf.create_model(config, device="meta", impl="reference")
+    draws = draws_of(None, pmf.LOSSES["pMF-B/16"], 8, 0)
+    x = torch.empty(8, *config.image_shape, device="meta")
+    draws = dataclasses.replace(draws, noise=torch.empty_like(x))
+    saved = saved_by(model, x, torch.zeros(8, dtype=torch.int64, device="meta"), draws)
+    print({name: f"{value / 1e9:.2f} GB" for name, value in saved.items()})
+    assert saved["lean"] <= 1.01 * saved["flow_matching"]
+    assert saved["lean"] <= 0.35 * saved["joint"]
