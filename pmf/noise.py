@@ -13,9 +13,10 @@ moments of independent normals, provided that its radius has the right moments. 
 1 to 5 of Exp(1): its quantiles s = -ln(1 - (i + 1/2) / 4096), corrected by a polynomial.
 
 Exactly, from the table (tests/pmf/test_noise.py): moments of a value and mixed moments of 8 agree with those of
-independent normals to 1e-6, up to order 10 and 4; the distribution function to 2e-7; the tail beyond 3, 4, 5 and 6 deviations to
-1e-5, 5e-5, 2e-4 and 2e-2 of itself. No value exceeds 8.9. The remaining error shows only when the mix is undone:
-half the sum of the four values of a column is a coordinate of one point, whose distribution function is right to 6e-4.
+independent normals to 1e-6, up to order 10 and 4; the distribution function to 2e-7; the tail beyond 3, 4, 5 and 6
+deviations to 1e-5, 5e-5, 2e-4 and 2e-2 of itself. No value exceeds 8.9. The remaining error shows only when the mix is
+undone: half the sum of the four values of a column is a coordinate of one point, whose distribution function is right
+to 6e-4.
 
 Every coordinate is a multiple of 2^-20 and every sum is below 16, so that float32 rounds nothing: neither the order of
 sums nor the device changes a bit, given a matrix product that multiplies float32 as such, like numpy's.
