@@ -30,3 +30,10 @@ def test_the_wheel_holds_every_module_under_pmf_and_nothing_else(tmp_path):
     for room in ROOMS[1:]:
         expected |= {f"pmf/{file.relative_to(ROOT)}" for file in (ROOT / room).rglob("*.py")}
     assert held == expected | {"pmf/py.typed"}
+
+
+def test_the_version_is_the_same_everywhere():
+    import pmf
+
+    assert f"\nversion: {pmf.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {pmf.__version__} (" in (ROOT / "CHANGELOG.md").read_text()
