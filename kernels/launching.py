@@ -1,11 +1,11 @@
-"""Launches: what Triton does anew on each of them, done once.
+"""Launches of compiled kernels without the work that Triton repeats on each of them.
 
-Triton binds and classifies the arguments of every launch, and looks for the compiled kernel under a text made of
-all that: more than twice the time of the launch itself. Here a compiled kernel is kept under a key that tells apart
-at least what Triton tells apart, and launched as it is, with addresses for tensors: of every tensor its launcher asks
-the driver what lies behind it. Triton 3.6 and 3.7 go by a pointer's dtype and by whether it is a multiple of 16, by
-integers' values (1, multiples of 16, 32 bits or more) and by the types of everything else. Other versions launch as
-usual, and so does everything while a profiler hangs on Triton's launches.
+On every launch Triton binds and classifies the arguments and looks the kernel up under a string made of all of them:
+more than twice the time of the launch itself. Here compiled kernels are kept under a key that distinguishes at least
+what Triton distinguishes, and are launched directly, with addresses in place of tensors (for a tensor, Triton's
+launcher asks the driver about its pointer). Triton 3.6 and 3.7 distinguish a pointer's dtype and whether it is a
+multiple of 16; an integer that is 1, a multiple of 16, or too large for 32 bits; and the type of anything else. Other
+versions launch as usual, and so does everything while a profiler hooks into Triton's launches.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from triton.runtime import driver
 
 KNOWN = triton.__version__.startswith(("3.6.", "3.7."))
 LIMIT = 4096
-"""Keys that are kept. Integers count by their value here, and numbers of tokens can take many."""
+"""How many keys are kept. Integers are in them by value, and numbers of tokens can take many values."""
 
 _compiled: dict[tuple, tuple] = {}
 
 
 def taken_apart(arguments: tuple) -> tuple[list, list]:
-    """A key that tells apart the kernels that Triton compiles from one source with one set of options, and the
-    arguments with addresses for tensors.
+    """A key for the kernel that Triton compiles for these arguments, among those of one source and one set of options;
+    and the arguments with addresses for tensors.
     """
     key: list = []
     plain: list = []
@@ -48,8 +48,8 @@ def taken_apart(arguments: tuple) -> tuple[list, list]:
     return key, plain
 
 
-def _watched() -> bool:
-    """Whether somebody wants to know of launches."""
+def _hooked() -> bool:
+    """Whether anything is hooked into Triton's launches."""
     runtime = knobs.runtime
     return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
 
@@ -61,7 +61,7 @@ def launch(kernel, grid: int, *arguments, **options) -> None:
     """
     if grid <= 0:
         return
-    if not (KNOWN and isinstance(kernel, triton.JITFunction)) or _watched():  # not in Triton's interpreter
+    if not (KNOWN and isinstance(kernel, triton.JITFunction)) or _hooked():  # not in Triton's interpreter
         kernel[(grid,)](*arguments, **options)
         return
     active = driver.active

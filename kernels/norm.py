@@ -95,7 +95,7 @@ def backward_tile(width: int, alone: bool, row_bytes: int, chip: Chip) -> tuple[
 
     Every program writes up to four rows of partial sums, so there should be few: as many as reside at
     once, in one wave. Registers (up to 128 a thread) admit 16 warps a multiprocessor, too few to hide
-    the latency of HBM by themselves: rows of `row_bytes` are loaded ahead. Scratch changes layouts.
+    the latency of HBM by themselves: rows of `row_bytes` are loaded ahead, next to scratch for layout conversions.
     """
     tile = forward_tile(width, alone, chip)
     if chip.interpreted:
@@ -103,7 +103,7 @@ def backward_tile(width: int, alone: bool, row_bytes: int, chip: Chip) -> tuple[
     resident = 16 // tile.warps
     values = tile.rows * tile.block
     stages = chip.stages(resident, values * row_bytes // width, 4 * values)
-    # Where branch and gradients are float32 too, one row is as much as two, and a third stage costs registers.
+    # Float32 branches and gradients double a row: a third stage would cost registers and is not needed.
     return tile, chip.processors * resident, min(stages, 2) if row_bytes > 12 * width else stages
 
 
@@ -275,21 +275,12 @@ def _step(modulation: Tensor | None) -> int:
 
 @registration.operator
 def norm_forward(
-    x: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    weight: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    x_dot: Tensor | None,
-    branch_dot: Tensor | None,
-    gate_dot: Tensor | None,
-    scale_dot: Tensor | None,
-    shift_dot: Tensor | None,
-    layer: bool,
-    eps: float,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, branch: Tensor | None,
+    gate: Tensor | None, weight: Tensor | None, scale: Tensor | None, shift: Tensor | None,
+    x_dot: Tensor | None, branch_dot: Tensor | None,
+    gate_dot: Tensor | None, scale_dot: Tensor | None, shift_dot: Tensor | None,
+    layer: bool, eps: float, out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """x_new, y, x_new_dot, y_dot and the statistics [B, S, 1 or 2]."""
     samples, length, width = x.shape
     first_dot = registration.first_dot(samples, x_dot, branch_dot, gate_dot, scale_dot, shift_dot)
@@ -319,19 +310,10 @@ def norm_forward(
 
 @registration.operator
 def norm_backward(
-    dy: Tensor,
-    dx_new: Tensor | None,
-    x_new: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    weight: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    stats: Tensor,
-    branch_dtype: torch.dtype,
-    layer: bool,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dy: Tensor, dx_new: Tensor | None, x_new: Tensor, branch: Tensor | None,
+    gate: Tensor | None, weight: Tensor | None, scale: Tensor | None, shift: Tensor | None,
+    stats: Tensor, branch_dtype: torch.dtype, layer: bool, needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dbranch, dgate, dweight, dscale, dshift; `needs` says which of the last four to compute."""
     parameters = Parameters(gate, weight, scale, shift)
     samples, length, width = x_new.shape
@@ -377,7 +359,7 @@ def _gradients(ctx, dx_new, dy, *_):
     saved, (layer, branch_dtype, out_dtype) = ctx.saved_tensors, ctx.options
     x_new, _, gate, *_ = saved
     if gate is None:
-        dx_new = None  # compilers hand in an empty tensor for the absent x_new
+        dx_new = None  # compilers pass an empty tensor for the x_new that is not there
     if dy is None:
         dy = torch.zeros_like(x_new, dtype=out_dtype)
     return norm_backward(dy, dx_new, *saved, branch_dtype, layer, list(ctx.needs_input_grad[2:6]))
@@ -398,17 +380,9 @@ def norm_modulate(
 
 
 def residual_norm_modulate(
-    x: Dual,
-    branch: Dual,
-    gate: Dual,
-    weight: Tensor | None,
-    scale: Dual,
-    shift: Dual,
-    *,
-    kind: str,
-    eps: float,
-    out_dtype: torch.dtype,
-) -> tuple[Dual, Dual]:
+    x: Dual, branch: Dual, gate: Dual, weight: Tensor | None, scale: Dual, shift: Dual,
+    *, kind: str, eps: float, out_dtype: torch.dtype,
+) -> tuple[Dual, Dual]:  # fmt: skip
     """`pmf.reference.residual_norm_modulate` by Triton."""
     x_new, y, x_new_dot, y_dot, _ = _norm(
         x.value, branch.value, gate.value, weight, scale.value, shift.value,

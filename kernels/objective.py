@@ -41,7 +41,7 @@ from pmf.kernels.tiles import transposed
 
 
 class Nets(NamedTuple):
-    """Tokens; in kernels, pointers to them."""
+    """Predictions as tokens, and u's tangent; in kernels, pointers."""
 
     u: Tensor
     v: Tensor
@@ -51,7 +51,7 @@ class Nets(NamedTuple):
 
 
 class Scalars(NamedTuple):
-    """One value a row; in kernels, pointers to them."""
+    """One value per row; in kernels, pointers."""
 
     t: Tensor
     h: Tensor
@@ -72,7 +72,7 @@ def tile_of(patch_size: int, channels: int, dtype: torch.dtype, chip: Chip) -> P
     """A group of pixels a thread: as many as 16 bytes of tokens hold, and as lie side by side.
 
     8 pixels of 3 channels are three 16-byte loads of an operand, 24 values a thread. More channels take fewer
-    pixels: at most 32 values of an operand wait in registers. A program is one warp, so that none waits for another.
+    pixels: at most 32 values of an operand wait in registers. A program is one warp, so that no warp waits for another.
     """
     side_by_side = patch_size & -patch_size  # the largest power of two that divides it
     few = min(side_by_side, 8 if dtype.itemsize == 2 else 4, max(32 // registration.power_of_two(channels), 1))

@@ -201,18 +201,10 @@ def _forward(
 
 @registration.operator
 def patch_forward(
-    images: Tensor,
-    images_dot: Tensor | None,
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    positions: Tensor,
-    prefix: Tensor | None,
-    prefix_dot: Tensor | None,
-    dtype: torch.dtype,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    images: Tensor, images_dot: Tensor | None,
+    weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, positions: Tensor,
+    prefix: Tensor | None, prefix_dot: Tensor | None, dtype: torch.dtype, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """tokens, tokens_dot and, with `keep`, hidden [B, N, E]."""
     out_dtype = torch.promote_types(dtype, positions.dtype)
     shape, samples, bottleneck = Shape.of(images, weight1), len(images), len(weight1)

@@ -10,7 +10,7 @@ Compilers see the operators as opaque calls. There is no forward-mode rule on pu
 `pmf.inputs` takes dual tensors apart, in eager mode only.
 
 Host time. An operator costs 20 us on its way through PyTorch, `Function.apply` 50 us more, most of it to bind
-arguments to names: more than a launch. Where nothing intercepts operators (`pmf.private.watched`), the function
+arguments to names: more than a launch. Where nothing intercepts operators (`pmf.private.intercepted`), the function
 behind the operator is called directly, and a Function runs whose `forward` takes the context itself, or none.
 """
 
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from pmf.kernels.launching import launch as launch
-from pmf.private import FakeTensor, apply_without_transforms, ordinary, watched
+from pmf.private import FakeTensor, apply_without_transforms, intercepted, ordinary
 
 _LIBRARY = torch.library.Library("pmf", "FRAGMENT")
 
@@ -93,7 +93,7 @@ def _elsewhere(x: Tensor) -> bool:
 def _direct(arguments: tuple) -> bool:
     """Whether a function may run in place of its operator: nothing intercepts operators, all tensors are ordinary."""
     first = arguments[0]
-    return (first.is_cuda or first.is_cpu) and not watched() and ordinary(arguments)
+    return (first.is_cuda or first.is_cpu) and not intercepted() and ordinary(arguments)
 
 
 def _asked_for(outputs: Any) -> Any:
@@ -242,7 +242,7 @@ def unit_step(x: Tensor | None) -> Tensor | None:
 
 
 def first_dot(samples: int, *tangents: Tensor | None) -> int:
-    """The first sample that carries a tangent; tangents cover the last ones."""
+    """The first sample that carries a tangent: tangents cover the last samples."""
     for tangent in tangents:
         if tangent is not None:
             return samples - tangent.shape[0]
@@ -250,10 +250,10 @@ def first_dot(samples: int, *tangents: Tensor | None) -> int:
 
 
 def cdiv(size: int, part: int) -> int:
-    """The parts of that size that cover `size`. Triton's own costs a microsecond outside kernels, as does its power."""
+    """How many parts of that size cover `size`. (Outside kernels, Triton's own functions take a microsecond.)"""
     return -(-size // part)
 
 
 def power_of_two(size: int) -> int:
-    """The smallest power of two that is at least `size`: tiles have such sides."""
+    """The smallest power of two that is at least `size`, as the sides of tiles are."""
     return 1 << max(size - 1, 0).bit_length()

@@ -9,12 +9,12 @@ Backward: g = R^-1(dq), dq_weight = sum of g n, and g q_weight goes through the 
 symmetric: dx = rstd (g q_weight - n mean(n g q_weight)). Weight gradients are summed in registers by
 every program, written to its row of a partial buffer, and summed over rows in a fixed order.
 
-Saved: the packed qkv alone. A head lies in the registers of a few threads, so taking its rstd again
-costs less than keeping it.
+Saved: the packed qkv alone. A head is in the registers of a few threads, so recomputing its rstd
+costs less than storing it.
 
 v and its tangent are views of qkv and qkv_dot. Attention takes strides, so a copy would only cost: 2 e of
-6 e bytes a value of forward traffic, and the memory of v (backward has kept qkv anyway). The gradient of v
-is written into its place in dqkv, next to those of q and k, so that no third pass adds them up.
+6 e bytes a value of forward traffic, and the memory of v (qkv is saved for backward anyway). The gradient of v
+is written into its place in dqkv, next to those of q and k, so that no third pass has to add them up.
 
 Bytes moved a token of H D values of e bytes a part, the minimum but for the tables, which H heads share:
 forward 4 H D e, twice that with a tangent, backward 8 H D e (q, k, three gradients; three gradients out).
@@ -300,15 +300,9 @@ def _token_rows(qkv: Tensor) -> Tensor:
 
 @registration.operator
 def qk_norm_rope_forward(
-    qkv: Tensor,
-    qkv_dot: Tensor | None,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    prefix: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    qkv: Tensor, qkv_dot: Tensor | None,
+    q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, prefix: int, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """q, k, q_dot, k_dot."""
     samples, length, _, heads, head_dim = qkv.shape
     q, k = (qkv.new_empty(samples, length, heads, head_dim) for _ in range(2))
@@ -336,18 +330,9 @@ def qk_norm_rope_forward(
 
 @registration.operator
 def qk_norm_rope_backward(
-    qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    prefix: int,
-    eps: float,
-    need_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
+    dq: Tensor, dk: Tensor, dv: Tensor, prefix: int, eps: float, need_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dqkv, dq_weight, dk_weight."""
     samples, length, _, heads, head_dim = qkv.shape
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)

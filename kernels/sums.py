@@ -1,4 +1,4 @@
-"""Sums over tokens, for gradients of parameters: equal shares of work, and one launch that adds up what they leave.
+"""Sums over tokens, for gradients of parameters: equal shares of work, and one launch that adds up the partial sums.
 
 A backward kernel divides all tokens into shares of `share` tokens, one a program. Where a parameter differs from
 sample to sample, so do its sums: a program closes a segment at the end of every sample and of its share. Program p
@@ -22,7 +22,7 @@ from pmf.kernels import registration
 
 @dataclass(frozen=True)
 class Shares:
-    """`samples` of `length` tokens, `share` tokens a program. One sample holds all where none has sums of its own."""
+    """`samples` of `length` tokens, `share` tokens a program; one sample of all tokens where no sums are per sample."""
 
     samples: int
     length: int
@@ -30,7 +30,7 @@ class Shares:
 
     @property
     def programs(self) -> int:
-        """The backward kernel's."""
+        """Programs of the backward kernel."""
         return registration.cdiv(self.samples * self.length, self.share)
 
     @property

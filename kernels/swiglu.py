@@ -2,8 +2,8 @@
 
     y = silu(a) b for x = [a, b]          y_dot = silu'(a) a_dot b + silu(a) b_dot
 
-Backward: da = dy silu'(a) b, db = dy silu(a). Saved: x, which the product in front wrote anyway; silu is
-computed again. Nothing is saved for tangents. Computed in float32.
+Backward: da = dy silu'(a) b, db = dy silu(a). Saved: x, which the product before it wrote anyway; silu is
+recomputed. Nothing is saved for tangents. Computed in float32.
 
 Bytes moved a token of 2 F values of e bytes, all of it the minimum: forward 3 F e, twice that with a
 tangent, backward 5 F e. Rows of x may be any step apart. Where F is no multiple of 8, rows lose their

@@ -22,12 +22,12 @@ def require(condition: bool, message: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says in one line; its kind where it says nothing."""
+    """The first line of an error's message, or its type where the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def readable(*tensors: Tensor) -> bool:
-    """True on real CPU tensors outside compilers: a look neither waits for a GPU nor breaks a graph."""
+    """Whether reading values waits for no GPU and breaks no graph: real CPU tensors, outside compilers."""
     if torch.compiler.is_compiling():
         return False
     return all(t.device.type == "cpu" and not isinstance(t, FakeTensor) for t in tensors)

@@ -120,7 +120,7 @@ class Residual(NamedTuple):
 
 
 def _last(value: Tensor, like: Tensor) -> Tensor:
-    """The samples of `value` that `like` covers; a per-channel value serves every sample."""
+    """The samples of `value` that `like` covers; a value per channel is the same for all."""
     return value if value.ndim == 1 else tail(value, like.shape[0])
 
 
@@ -174,7 +174,7 @@ class ScalarEmbedders(PackedModule, nn.ModuleDict):
 
     def forward_dual(self, *scalars: Dual) -> tuple[Dual, ...]:
         """The embeddings, in the order of the names. Only the first scalar may have a tangent."""
-        # A tangent covers the last rows: so the first scalar comes last.
+        # Tangents cover the last rows, so the scalar that may have one comes last.
         weight1, bias1, weight2, bias2 = self.packed()
         values, dot = torch.cat([s.value for s in reversed(scalars)]), scalars[0].dot
         features = ops.scalar_features(Dual(values, dot)).map(lambda x: x.to(weight1.dtype))
@@ -294,7 +294,7 @@ class Block(DualModule):
     def _modulations(self, condition: Dual) -> tuple[Dual, ...]:
         """(shift, scale, gate) of attention and of the MLP."""
         if condition.value is None:
-            # The pending branch leaves the block with its gate; where FSDP may free it behind the block, with a copy.
+            # The pending branch leaves the block with its gate. FSDP may free the parameter then, so pass on a copy.
             gate = self.mlp_scale if self.mlp.held else self.mlp_scale.clone()
             return ABSENT, ABSENT, Dual(self.attn_scale), ABSENT, ABSENT, Dual(gate)
         return _chunk(self.modulation.forward_dual(condition), 6)

@@ -270,22 +270,10 @@ def silu(x):
 
 
 def pmf_objective(
-    net_u: Tensor,
-    net_v: Tensor,
-    net_u_dot: Tensor | None,
-    net_c: Tensor | None,
-    net_n: Tensor | None,
-    z: Tensor,
-    x: Tensor,
-    t: Tensor,
-    h: Tensor,
-    guidance: Tensor,
-    null_index: Tensor,
-    *,
-    t_clip: float = 0.05,
-    patch_size: int,
-    impl: str | None = None,
-) -> tuple[Tensor, Tensor]:
+    net_u: Tensor, net_v: Tensor, net_u_dot: Tensor | None, net_c: Tensor | None, net_n: Tensor | None,
+    z: Tensor, x: Tensor, t: Tensor, h: Tensor, guidance: Tensor, null_index: Tensor,
+    *, t_clip: float = 0.05, patch_size: int, impl: str | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """L_u, L_v per row: sums over pixels of (V - v_g)^2 and (v - v_g)^2 (arXiv 2601.22158).
 
     The equations stand at the top of `pmf/reference/objective.py`.

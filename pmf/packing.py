@@ -20,23 +20,23 @@ from pmf.private import foreach_copy_, foreach_zero_, transforming
 
 
 class Join(NamedTuple):
-    """Parameters [n, ...] below each other in one weight, each filled up with zeros to `shape`."""
+    """Parameters [n, ...] stacked along their first dimension in one weight, each zero-padded to `shape`."""
 
     parts: tuple[Tensor, ...]
     shape: tuple[int, ...]
 
     @classmethod
     def of(cls, *parts: Tensor) -> Join:
-        """Parameters of one shape, without zeros."""
+        """Parameters of one shape, without padding."""
         return cls(parts, tuple(parts[0].shape))
 
     @property
     def padded(self) -> bool:
-        """Whether there are zeros."""
+        """Whether the parts are padded."""
         return self.parts[0].shape != self.shape
 
     def copied(self, dtype: torch.dtype | None) -> bool:
-        """Whether the joined weight, cast to `dtype`, is more than its one part as it is."""
+        """Whether the joined weight in `dtype` is a copy, not its only part itself."""
         return len(self.parts) > 1 or self.padded or dtype not in (None, self.parts[0].dtype)
 
     def recorded(self) -> Tensor:
@@ -54,14 +54,14 @@ class Join(NamedTuple):
         return self.parts[0].new_empty((rows * len(self.parts), *rest), dtype=dtype)
 
     def places(self, joined: Tensor) -> list[Tensor]:
-        """Where the parts lie in the joined weight, or their gradients in its gradient."""
+        """Views of the joined weight where its parts are, or of its gradient where theirs are."""
         places = [joined] if len(self.parts) == 1 else list(joined.chunk(len(self.parts)))
         if not self.padded:
             return places
         return [place[tuple(map(slice, part.shape))] for place, part in zip(places, self.parts, strict=True)]
 
     def gaps(self, joined: Tensor) -> list[Tensor]:
-        """What to fill with zeros, in one piece each: the rows between parts, or everything."""
+        """Views to fill with zeros: the rows between parts, or the whole weight where columns are padded."""
         if not self.padded:
             return []
         rows = len(self.parts[0])
@@ -80,7 +80,7 @@ class PackedModule(nn.Module):
 
     @property
     def held(self) -> bool:
-        """Whether a `held_weights` around this holds the weights: the parameters are whole and stay."""
+        """Whether an enclosing `held_weights` holds the weights: the parameters are then whole and do not change."""
         return self._held is not None
 
     def packed(self) -> tuple[Tensor, ...]:
@@ -92,10 +92,9 @@ Joins = list[tuple[PackedModule, tuple[Join, ...]]]
 
 
 def _joins(module: nn.Module) -> Joins:
-    """The layers whose weights lie here as they are, and what they join.
+    """Every layer with plain weights, and what it joins.
 
-    Weights that are sharded (FSDP) are there only while their block runs, and are joined then, as are those in a
-    format of their own.
+    Sharded weights (FSDP) exist only while their block runs and are joined then, as are those of other tensor types.
     """
     if isinstance(module, PackedModule):
         joins = module.joins()
@@ -116,7 +115,7 @@ def _filled(joins: list[Join], dtype: torch.dtype | None) -> list[Tensor]:
             if place.stride() == part.stride():
                 together[0].append(place)
                 together[1].append(part)
-            else:  # one such pair would make the pass over all of them a loop
+            else:  # a single such pair makes foreach loop over all pairs
                 place.copy_(part)
     if together[0]:
         foreach_copy_(*together)
@@ -124,7 +123,7 @@ def _filled(joins: list[Join], dtype: torch.dtype | None) -> list[Tensor]:
 
 
 class _Recorded(torch.autograd.Function):
-    """(joins, their joined weights, all of their parts) -> the joined weights, recorded as made of the parts."""
+    """(joins, joined weights, parts of all) -> the joined weights, recorded as functions of their parts."""
 
     @staticmethod
     def forward(ctx, joins, joined, *parts):

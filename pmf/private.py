@@ -1,6 +1,6 @@
-"""What is private in PyTorch, in one place: each name as it was seen in torch 2.11.0 and 2.13.0.
+"""Every private name of PyTorch that we use, in one place, as of torch 2.11.0 and 2.13.0.
 
-What is private in Triton stands in `pmf.kernels.launching`. tests/test_private.py finds whatever stands elsewhere.
+Those of Triton are in `pmf.kernels.launching`. test_private.py finds private names anywhere else.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-__all__ = [  # no public name: torch.utils.pytree knows no leaves of our own, fake tensors have no other home
+__all__ = [  # without public equivalents: torch.utils.pytree takes no is_leaf, fake tensors are private as a whole
     "FakeTensor",
     "FakeTensorMode",
     "tree_flatten",
@@ -42,11 +42,11 @@ SCALED_DOT_PRODUCT = {
     "efficient": _ATEN._scaled_dot_product_efficient_attention,
     "cpu": _ATEN._scaled_dot_product_flash_attention_for_cpu,
 }
-"""Attention that also gives the log-sum-exp: the public function keeps it to itself."""
+"""Attention that also returns the log-sum-exp; the public function does not."""
 
 
 def constant(function: Callable) -> Callable:
-    """Compilers call `function` once, while they trace, and take what it returned for a constant.
+    """Compilers call `function` once, while tracing, and treat its result as a constant.
 
     `torch.compiler.assume_constant_result` sets the same mark, but importing the compiler takes a second.
     """
@@ -55,24 +55,24 @@ def constant(function: Callable) -> Callable:
 
 
 def open_batch(x: Tensor) -> None:
-    """Leave the batch size of x open to compilers; `torch.compiler` can only insist on it."""
+    """Let compilers treat the batch size of x as dynamic; the public function fails where it turns out static."""
     torch._dynamo.maybe_mark_dynamic(x, 0)
 
 
 def reread_buffers() -> None:
-    """Compiled functions keep what backward reads, so that it can run again."""
-    import torch._functorch.config  # takes the second that the compiler takes
+    """Make compiled functions keep their buffers after backward, so that it can run again."""
+    import torch._functorch.config  # importing the compiler takes a second
 
     torch._functorch.config.donated_buffer = False
 
 
 def storage_id(x: Tensor) -> int:
-    """What tells storages apart where they have no memory, as those of fake and meta tensors."""
+    """Identifies a storage, also where it has no memory, as those of fake and meta tensors."""
     return x.untyped_storage()._cdata
 
 
 def forward_mode() -> bool:
-    """Whether forward-mode differentiation is at work. Read, not asked: Dynamo traces no call that tells."""
+    """Whether forward-mode differentiation is active. Reads a variable, because Dynamo traces no call that tells."""
     return forward_ad._current_level >= 0
 
 
@@ -83,14 +83,14 @@ def apply_without_transforms(function: type[torch.autograd.Function]) -> Callabl
 
 
 def transforming() -> bool:
-    """Whether torch.func transforms, or forward-mode differentiation, are at work."""
+    """Whether torch.func transforms or forward-mode differentiation are active."""
     return torch._C._are_functorch_transforms_active() or forward_mode()
 
 
-def watched() -> bool:
-    """Whether, outside compilers, something comes between the call of an operator and its kernel.
+def intercepted() -> bool:
+    """Whether anything but a compiler intercepts calls of operators.
 
-    Transforms, tracers, and modes: fake tensors, operation counters, selective checkpoints, default devices.
+    That is: transforms, tracers, and modes (fake tensors, operation counters, selective checkpoints, default devices).
     """
     return bool(
         forward_ad._current_level >= 0
@@ -106,7 +106,7 @@ _PLAIN = frozenset((type(None), bool, int, float, torch.dtype, list))
 
 
 def ordinary(arguments: Iterable[Any]) -> bool:
-    """Whether all tensors among the arguments hold values that lie in memory as they are: no wrapper, no lazy sign."""
+    """Whether all tensors among the arguments are plain: no subclass, no wrapper of torch.func, no lazy negation."""
     tensors = []
     for x in arguments:
         kind = type(x)

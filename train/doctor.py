@@ -116,7 +116,7 @@ class Doctor:
     def kernels(self) -> Finding:
         """What computes the run."""
         config, dtype = self.config, self.config.dtype_on(self.device)
-        choice, reason = dispatch.decide("attention_dual", config.impl, self.device.type)
+        choice, reason = dispatch.decide("attention", config.impl, self.device.type, (dtype,), (config.model.head_dim,))
         attention = choice
         if choice == "triton":
             attention = dispatch.attention_backend(self.device, dtype, config.model.head_dim)[0]
