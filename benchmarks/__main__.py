@@ -1,5 +1,50 @@
-"""`python -m pmf.benchmarks`."""
+"""`python -m pmf.benchmarks SUITE`: measure; `report` and `plot` show what a ledger holds.
 
-from pmf.benchmarks.cli import main
+Figures of a GPU enter benchmarks/results behind a green test.
+"""
 
-main()
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import tyro
+
+from pmf.benchmarks.figures import plot, report
+from pmf.benchmarks.measuring import run
+from pmf.benchmarks.plan import Options
+from pmf.errors import InputError
+
+SUITES = {
+    "ops": "Measure each op at the shapes of a block.",
+    "steps": "Measure forward and backward of training steps, no optimizer.",
+    "sampling": "Measure one-step sampling.",
+    "memory": "Find the largest batch: counted anywhere, measured on a GPU.",
+    "gpu": "Measure everything, the most important first, as benchmarks/plan.py lists it.",
+}
+
+
+def command(suite: str) -> Callable[..., None]:
+    """What measures a suite."""
+
+    def measure(options: Options) -> None:
+        run(suite, options)
+
+    measure.__doc__ = SUITES[suite]
+    return measure
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, report or plot. Bad input is one line on stderr and exit status 2."""
+    commands = {**{suite: command(suite) for suite in SUITES}, "report": report, "plot": plot}
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            commands, prog="python -m pmf.benchmarks", args=arguments, config=(tyro.conf.OmitArgPrefixes,)
+        )
+    except InputError as error:
+        print(f"pmf.benchmarks: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-Run = Callable[[], Any]
-Providers = Mapping[str, Callable[[], Run]]
+from pmf.timing import Providers
 
 
 @dataclass(frozen=True)
@@ -19,7 +16,6 @@ class Case:
 
     name: str
     providers: Providers
-    """Name -> what puts its inputs on the device and returns the function to time."""
     tests: dict[str, str]
     """The test files that must pass before a figure is recorded."""
     bytes: int = 0

@@ -1,7 +1,12 @@
-"""The ledger of figures: one JSON line per measurement in `benchmarks/results/<gpu>.jsonl`."""
+"""The ledger of figures: one JSON line per measurement in `benchmarks/results/<gpu>.jsonl`.
+
+A line holds suite, size, batch, case, provider, status (measured, failed, skipped; of tests passed), error, the
+figures, and where they come from.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,19 +18,19 @@ from datetime import datetime, timezone
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from pmf.dispatch import attention_backend
+from pmf.timing import Record
 
-Record = dict[str, Any]
-"""suite, size, batch, case, provider, status (measured, failed, skipped; of tests passed), error, figures, origin."""
+Key = tuple[str, str | None, int | None]
+"""Case, provider and batch."""
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MEASURED = ("pmf", "kernels", "benchmarks")
 """The folders whose code a figure depends on."""
-UNMEASURED = {"cli.py", "plan.py", "plots.py", "tables.py", "__main__.py"}
+UNMEASURED = {"__main__.py", "figures.py", "plan.py"}
 """Of the benchmarks, what only chooses and shows figures."""
 OUT_OF_MEMORY = ("OutOfMemoryError", "XlaRuntimeError: RESOURCE_EXHAUSTED", "JaxRuntimeError: RESOURCE_EXHAUSTED")
 """How the errors of PyTorch's and JAX's allocators begin."""
@@ -62,10 +67,6 @@ def provenance(device: torch.device) -> Record:
     backend of attention's value where none is named.
     """
     head, dirty = commit()
-    try:
-        triton = metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        triton = "absent"
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -73,7 +74,7 @@ def provenance(device: torch.device) -> Record:
         "dirty": dirty,
         "sources": digest(*MEASURED),
         "torch": torch.__version__,
-        "triton": triton,
+        "triton": next((found.version for found in metadata.distributions(name="triton")), "absent"),
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "attention": attention_backend(device, torch.bfloat16, 64)[0],
@@ -83,17 +84,13 @@ def provenance(device: torch.device) -> Record:
 def records_of(file: Path) -> Iterator[Record]:
     """The records of a file, in order; none where there is no such file. A line that was cut off is left out."""
     for line in file.read_text().splitlines() if file.is_file() else ():
-        try:
-            yield json.loads(line)
-        except ValueError:
-            continue
-
-
-Key = tuple[str, str | None, int | None]
+        with contextlib.suppress(ValueError):
+            if {"case", "status"} <= (record := json.loads(line)).keys():
+                yield record
 
 
 def key(record: Record) -> Key:
-    """What a record is about: case, provider and batch."""
+    """What a record is about."""
     return record["case"], record["provider"], record.get("batch")
 
 

@@ -9,13 +9,13 @@ from dataclasses import replace
 
 import torch
 
-from pmf.benchmarks import gate, tables
+from pmf.benchmarks import figures, gate
 from pmf.benchmarks.cases import Case
-from pmf.benchmarks.ledger import RESULTS, Ledger, Record, key, out_of_memory
-from pmf.benchmarks.plan import Options, jobs_of
-from pmf.benchmarks.processes import failed, isolated
-from pmf.benchmarks.worker import Job, job_records, origin_records
+from pmf.benchmarks.ledger import RESULTS, Ledger, key, out_of_memory
+from pmf.benchmarks.plan import Job, Options, jobs_of
+from pmf.benchmarks.processes import isolated, job_records, origin_records
 from pmf.errors import require
+from pmf.timing import Record, failed
 
 TEST_SHARE = 1 / 3
 """Of the time that is left, what the tests may take."""
@@ -43,7 +43,7 @@ def run(suite: str, options: Options) -> None:
     queue = deque(remaining(jobs, ledger))
     if len(queue) < len(jobs):
         print(f"{len(jobs) - len(queue)} of {len(jobs)} jobs were measured before", flush=True)
-    tests = sorted({test for job in queue for test in tests_of(job)}) if on_gpu else []
+    tests = sorted({test for job in queue for test in job.tests()}) if on_gpu else []
     red = gate.failing(tests, ledger, TEST_SHARE * (deadline - time.monotonic()))
     while queue:
         job = queue.popleft()
@@ -52,7 +52,7 @@ def run(suite: str, options: Options) -> None:
             half = replace(job, batch=job.batch // 2)
             pairs = tuple((name, provider) for name in half.cases() for _, provider in job.pairs)
             queue.extendleft(remaining([replace(half, pairs=pairs)], ledger))
-    print(tables.summary(ledger.records), end="")
+    print(figures.summary(ledger.records), end="")
     if ledger.file is None:
         print("no GPU: nothing was recorded")
 
@@ -64,16 +64,10 @@ def remaining(jobs: list[Job], ledger: Ledger) -> list[Job]:
     return sorted((job for job in left if job.pairs), key=lambda job: bool(job.keys() & tried))
 
 
-def tests_of(job: Job) -> set[str]:
-    """The test files that stand before a job."""
-    cases = job.cases()
-    return {test for case, provider in job.pairs for test in cases[case].tests_of(provider)}
-
-
 def measure_job(job: Job, ledger: Ledger, red: dict[str, str], left: float) -> None:
     """Record what becomes of a job with so many seconds left, behind tests of which some are red."""
     outcome: Iterable[Record]
-    if broken := tests_of(job) & red.keys():
+    if broken := job.tests() & red.keys():
         outcome = [failed(red[min(broken)])]
     elif left < LEAST_SECONDS:
         outcome = [{"status": "skipped", "error": "no time was left"}]
@@ -87,7 +81,7 @@ def measure_job(job: Job, ledger: Ledger, red: dict[str, str], left: float) -> N
                 record |= shares(record, cases[record["case"]], ledger.origin)
             ledger.add(record)
             if record["status"] != "skipped":
-                print(tables.line(record), flush=True)
+                print(figures.line(record), flush=True)
 
 
 def completed(record: Record, job: Job, ledger: Ledger) -> Iterator[Record]:

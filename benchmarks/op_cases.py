@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pmf import ops
-from pmf.benchmarks.cases import Case, Run
+from pmf.benchmarks.cases import Case
 from pmf.config import LOSSES, MODELS, ModelConfig
 from pmf.draws import sample_draws
 from pmf.dual import Dual
 from pmf.private import reread_buffers
 from pmf.step_plan import StepPlan
+from pmf.timing import Run
 
 MODES = ("forward", "dual", "backward")
 VALUE_ALONE = "value alone"

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
-from pmf.benchmarks.step_cases import group_of
-from pmf.benchmarks.worker import LONG_ATTENTION, Job
+from pmf.benchmarks.cases import Case
+from pmf.benchmarks.ledger import Key
+from pmf.benchmarks.op_cases import long_attention_cases, op_cases
+from pmf.benchmarks.step_cases import group_of, largest_batch_case, sampling_case, step_case
 from pmf.config import MODELS
 from pmf.errors import require
+
+LONG_ATTENTION = "attention beyond pMF"
+"""Stands for a preset: attention at other lengths."""
 
 
 @dataclass(frozen=True)
@@ -39,40 +44,69 @@ class Options:
     """Device to measure on."""
 
 
-class Part(NamedTuple):
-    """A suite of one preset; of a step's providers those of one group (`group_of`)."""
+@dataclass(frozen=True)
+class Job:
+    """What one process measures: pairs of case and provider, of one suite and preset."""
 
+    options: Options
     suite: str
     size: str
     batch: int = 128
     group: str = ""
+    """Of a step's providers those of one group (`group_of`)."""
+    pairs: tuple[tuple[str, str], ...] = ()
+
+    def keys(self) -> set[Key]:
+        """Its records, as the ledger names them."""
+        return {(case, provider, self.batch) for case, provider in self.pairs}
+
+    def cases(self) -> dict[str, Case]:
+        """All cases of the suite and preset, by name; the device is not touched."""
+        device = torch.device(self.options.device)
+        if self.suite == "ops":
+            found = op_cases(self.size, self.batch, device) if self.size in MODELS else long_attention_cases(device)
+        else:
+            make = {"steps": step_case, "sampling": sampling_case, "memory": largest_batch_case}[self.suite]
+            found = [make(self.size, self.batch, device)]
+        return {case.name: case for case in found}
+
+    def tests(self) -> set[str]:
+        """The test files that stand before it."""
+        cases = self.cases()
+        return {test for case, provider in self.pairs for test in cases[case].tests_of(provider)}
 
 
 COARSE = B16, L16, H16 = "pMF-B/16", "pMF-L/16", "pMF-H/16"
 FINE = ("pMF-B/32", "pMF-L/32", "pMF-H/32")
-EVERYTHING = (
-    *(Part("steps", B16, 64, "eager"), Part("steps", B16, 128, "eager"), Part("ops", B16), Part("sampling", B16)),
-    *(Part("steps", B16, 128, "backends"), Part("steps", B16, 64, "compiled")),
-    *(Part("steps", L16, 64, "eager"), Part("steps", H16, 64, "eager")),
-    *(Part("ops", H16), Part("ops", LONG_ATTENTION, 1), Part("memory", B16, 0), Part("steps", B16, 128, "compiled")),
-    *(Part("sampling", H16), Part("memory", H16, 0), Part("ops", L16), Part("sampling", L16), Part("memory", L16, 0)),
-    *(Part("steps", L16, 64, "compiled"), Part("steps", H16, 64, "compiled")),
-    # An op has the same shapes at 32 pixels a patch, but for the two that touch images.
-    *(Part("steps", size, 64, "eager") for size in FINE),
-    *(Part("sampling", size) for size in FINE),
-    *(Part("memory", size, 0) for size in FINE),
-)
-"""What `gpu` measures."""
 
 
-def parts_of(suite: str, sizes: tuple[str, ...], batch: int | None) -> list[Part]:
+def everything(options: Options) -> list[Job]:
+    """What `gpu` measures."""
+    job = partial(Job, options)
+    return [
+        *(job("steps", B16, 64, "eager"), job("steps", B16, 128, "eager"), job("ops", B16), job("sampling", B16)),
+        *(job("steps", B16, 128, "backends"), job("steps", B16, 64, "compiled")),
+        *(job("steps", L16, 64, "eager"), job("steps", H16, 64, "eager")),
+        *(job("ops", H16), job("ops", LONG_ATTENTION, 1), job("memory", B16, 0), job("steps", B16, 128, "compiled")),
+        *(job("sampling", H16), job("memory", H16, 0), job("ops", L16), job("sampling", L16), job("memory", L16, 0)),
+        *(job("steps", L16, 64, "compiled"), job("steps", H16, 64, "compiled")),
+        # An op has the same shapes at 32 pixels a patch, but for the two that touch images.
+        *(job("steps", size, 64, "eager") for size in FINE),
+        *(job("sampling", size) for size in FINE),
+        *(job("memory", size, 0) for size in FINE),
+    ]
+
+
+def parts_of(suite: str, options: Options) -> list[Job]:
     """What a command asks for: a suite, or everything ("gpu": of a preset that is named, what it is of B/16)."""
-    usual = sizes or (*COARSE, *((LONG_ATTENTION,) if suite == "ops" else FINE))
-    parts = [Part(suite, size, 0 if suite == "memory" else 128) for size in usual]
-    if suite == "gpu":
-        named = [Part(p.suite, size, p.batch, p.group) for size in sizes for p in EVERYTHING if p.size == B16]
-        parts = named or list(EVERYTHING)
-    return list(dict.fromkeys(Part(p.suite, p.size, batch or p.batch, p.group) for p in parts))
+    if suite != "gpu":
+        usual = options.sizes or (*COARSE, *((LONG_ATTENTION,) if suite == "ops" else FINE))
+        parts = [Job(options, suite, size, 0 if suite == "memory" else 128) for size in usual]
+    else:
+        parts = everything(options)
+        if options.sizes:
+            parts = [replace(part, size=size) for size in options.sizes for part in parts if part.size == B16]
+    return list(dict.fromkeys(replace(part, batch=options.batch or part.batch) for part in parts))
 
 
 def jobs_of(suite: str, options: Options) -> list[Job]:
@@ -82,19 +116,17 @@ def jobs_of(suite: str, options: Options) -> list[Job]:
     """
     jobs: list[Job] = []
     known: set[str] = set()
-    for part in parts_of(suite, options.sizes, options.batch):
-        there = part.size in MODELS or part.size == LONG_ATTENTION
+    for part in parts_of(suite, options):
+        there = part.size in (*MODELS, LONG_ATTENTION)
         require(there, f"sizes: unknown preset {part.size!r}, expected one of {', '.join(MODELS)}")
-        whole = Job(*part[:3], (), options.device, options.repeats, options.profile)
-        groups: dict[str, list[tuple[str, str]]] = {}
-        for case in whole.cases().values():
-            if options.only in case.name:
-                known |= case.providers.keys()
-                for name in case.providers:
-                    if name in (options.providers or case.providers) and part.group in ("", group_of(name)):
-                        together = {"ops": case.name.split()[0], "memory": ""}.get(part.suite, name)
-                        groups.setdefault(together, []).append((case.name, name))
-        jobs += [replace(whole, pairs=tuple(pairs)) for pairs in groups.values()]
+        processes: dict[str, list[tuple[str, str]]] = {}
+        chosen = [case for case in part.cases().values() if options.only in case.name]
+        for case, name in [(c, provider) for c in chosen for provider in c.providers]:
+            known.add(name)
+            if name in (options.providers or case.providers) and part.group in ("", group_of(name)):
+                process = {"ops": case.name.split()[0], "memory": ""}.get(part.suite, name)
+                processes.setdefault(process, []).append((case.name, name))
+        jobs += [replace(part, pairs=tuple(pairs)) for pairs in processes.values()]
     require(bool(known), f"only: {options.only!r} fits no case")
     unknown = sorted(set(options.providers) - known)
     require(not unknown, f"providers: expected some of {sorted(known)}, got {next(iter(unknown), '')!r}")

@@ -11,16 +11,16 @@ from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
-from pmf.benchmarks.ledger import Record
-from pmf.errors import first_line
+import torch
+
+from pmf.benchmarks.ledger import provenance
+from pmf.benchmarks.plan import Job
+from pmf.benchmarks.step_cases import CHECKPOINTED, counted_memory
+from pmf.timing import Record, ceilings, failed, measure
 
 Work = Callable[..., Iterable[Record]]
-
-
-def failed(error: Exception | str) -> Record:
-    """A record of what could not be measured, and why."""
-    reason = error if isinstance(error, str) else f"{type(error).__name__}: {first_line(error)[:300]}"
-    return {"status": "failed", "error": reason}
+TIMING_SHARE = 0.1
+"""Share of a job's time that its timed runs may take; the rest is for building, compiling and warming up."""
 
 
 def isolated(work: Work, seconds: float, *arguments: Any) -> Iterator[Record]:
@@ -29,7 +29,7 @@ def isolated(work: Work, seconds: float, *arguments: Any) -> Iterator[Record]:
     The process is forked from a server that has imported PyTorch and never touches the GPU: it starts at once.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([work.__module__])
+    context.set_forkserver_preload([__name__])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(work, arguments, sender), daemon=False)
     deadline = time.monotonic() + seconds
@@ -57,3 +57,41 @@ def _send(work: Work, arguments: tuple, sender: Connection) -> None:
             sender.send(record)
     except Exception as error:
         sender.send(failed(error))
+
+
+def origin_records(device: str) -> Iterator[Record]:
+    """The one record of where a run measures, and that machine's ceilings."""
+    yield {**provenance(torch.device(device)), **ceilings(torch.device(device))}
+
+
+def job_records(job: Job, seconds: float) -> Iterator[Record]:
+    """A record per pair."""
+    device, cases = torch.device(job.options.device), job.cases()
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream(device))  # CUDA graphs cannot be captured on the default one
+    names = dict.fromkeys(case for case, _ in job.pairs)
+    for name in names:
+        torch.compiler.reset()  # otherwise earlier cases count against the limit of recompilations
+        providers = {provider: cases[name].providers[provider] for case, provider in job.pairs if case == name}
+        if job.suite == "memory":
+            yield from ({"case": name, "provider": p, **prepare()()} for p, prepare in providers.items())
+            continue
+        share, whole = TIMING_SHARE * seconds / len(names), job.suite != "ops"  # whole: timed as a script runs it
+        replaying = [provider for provider in providers if "captured" in provider]
+        for record in measure(
+            providers, device, job.options.repeats, share, graphs=not whole, detailed=whole, replaying=replaying
+        ):
+            yield {"case": name, **finished(record, job, device)}
+
+
+def finished(record: Record, job: Job, device: torch.device) -> Record:
+    """A record without the profile that nobody asked for, and with the counted bytes that its peak compares with."""
+    if record["provider"] != job.options.profile:
+        record = {field: value for field, value in record.items() if field not in ("profile", "table")}
+    if job.suite == "steps" and record["provider"] in CHECKPOINTED and record.get("peak_bytes"):
+        try:
+            memory = counted_memory(job.size, record["provider"], device)
+            record["counted_bytes"] = memory.copies + job.batch * memory.per_row
+        except Exception as error:
+            record["note"] = failed(error)["error"]
+    return record

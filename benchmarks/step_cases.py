@@ -1,27 +1,48 @@
-"""Whole training steps and one-step sampling: ours against what a script would otherwise do."""
+"""Training steps, the largest batch they fit, and one-step sampling: ours against what a script would otherwise do."""
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
+import os
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 import pmf
-from pmf.benchmarks.baselines import flow_matching_draws, flow_matching_loss, joint_jvp_loss, two_pass_loss
-from pmf.benchmarks.cases import Case, Providers, Run
-from pmf.benchmarks.jax_step import available, jax_step
+from pmf.benchmarks.cases import Case
 from pmf.benchmarks.op_cases import BACKENDS
-from pmf.config import LOSSES, MODELS
+from pmf.config import LOSSES, MODELS, LossConfig
 from pmf.counting import row_operations
-from pmf.memory import training_memory
+from pmf.memory import TrainingMemory, joint_pass, main_pass, measured_largest_batch, optimizer_bytes, training_memory
+from pmf.reference.jvp import two_pass_jvp
+from pmf.reference.loss import pmf_loss as joint_jvp_loss
+from pmf.timing import Providers, Record, Run
 
 CPU = torch.device("cpu")
-COUNTED: dict[str, Literal["none", "block"]] = {"lean": "none", "lean, checkpointed": "block"}
+JOINT = "joint jvp"
+CHECKPOINTED: dict[str, Literal["none", "block"]] = {"lean": "none", "lean, checkpointed": "block", JOINT: "none"}
 """Steps whose memory is counted, and their checkpointing."""
+BUDGETS_GB = (40, 80, 141)
 _counted = cache(row_operations)
+
+
+def lean_loss(model: pmf.PMFDiT, x: Tensor, y: Tensor, draws: pmf.Draws, config: LossConfig) -> Tensor:
+    """The library's own loss."""
+    return pmf.pmf_loss(model, x, y, draws, config).loss
+
+
+def flow_matching_loss(model: pmf.PMFDiT, x: Tensor, y: Tensor, draws: pmf.Draws, config: LossConfig) -> Tensor:
+    """Plain flow matching of the same network: the floor of time and memory."""
+    return lean_loss(model, x, y, draws.flow_matching(), config)
+
+
+def two_pass_loss(model: pmf.PMFDiT, x: Tensor, y: Tensor, draws: pmf.Draws, config: LossConfig) -> Tensor:
+    """The pMF loss by a jvp without gradient and a second, recorded forward pass."""
+    return joint_jvp_loss(model, x, y, draws, config, two_pass_jvp)
 
 
 def step_draws(size: str, batch: int, shape: tuple[int, int, int] = (1, 1, 1), device: torch.device = CPU) -> pmf.Draws:
@@ -36,11 +57,6 @@ def step_inputs(size: str, batch: int, device: torch.device) -> tuple[Tensor, Te
     return torch.rand(batch, *shape, device=device) * 2 - 1, y.to(device), step_draws(size, batch, shape, device)
 
 
-def lean_loss(model, x, y, draws, config) -> Tensor:
-    """The library's own loss."""
-    return pmf.pmf_loss(model, x, y, draws, config).loss
-
-
 def training_step(
     loss: Callable[..., Tensor],
     size: str,
@@ -50,17 +66,17 @@ def training_step(
     compiled: bool = False,
     captured: bool = False,
     backend: str | None = None,
-    impl: str | None = None,
-    checkpointing: Literal["none", "block"] = "none",
+    **options: Any,
 ) -> Run:
     """Forward and backward of one batch, under bfloat16 autocast on CUDA; the gradients are dropped.
 
     `captured`: by `pmf.CapturedStep`, on CUDA two graphs. `backend`: computes attention's value; None: the usual.
+    `options`: of the network.
     """
-    model = pmf.create_model(size, device=device, impl=impl, checkpointing=checkpointing)
+    model = pmf.create_model(size, device=device, **options)
     x, y, draws = step_inputs(size, batch, device)
     if captured and loss is flow_matching_loss:
-        draws = flow_matching_draws(draws)
+        draws = draws.flow_matching()
     if compiled and loss is lean_loss:
         model.compile_blocks()
     elif compiled:  # as a whole: around a compiled network, `torch.func.jvp` would run it uncompiled
@@ -70,19 +86,21 @@ def training_step(
     def run() -> None:
         autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
         with autocast, pmf.ops.use_attention_backend(backend):
-            value = None if step else loss(model, x, y, draws, LOSSES[size])
-            if step:
-                step(x, y, draws)
-        if value is not None:
-            value.backward()
+            output = step(x, y, draws) if step else loss(model, x, y, draws, LOSSES[size])
+        if isinstance(output, Tensor):
+            output.backward()
         model.zero_grad()
 
     return run
 
 
-def jax_rival(size: str, batch: int, device: torch.device) -> Run:
-    """The JAX step on the same parameters and draws, handed over through the CPU."""
-    return jax_step(partial(pmf.create_model, size, device=CPU), *step_inputs(size, batch, CPU), LOSSES[size], device)
+def jax_step(size: str, batch: int, device: torch.device) -> Run:
+    """The step in JAX on the same parameters and draws, in bfloat16 on a GPU; the PyTorch network is dropped."""
+    from pmf.benchmarks.jax_step import JaxStep
+
+    compute = "bfloat16" if device.type == "cuda" else "float32"
+    model, inputs = pmf.create_model(size, device=CPU), step_inputs(size, batch, CPU)
+    return JaxStep(model, *inputs, LOSSES[size], compute, device.type)
 
 
 def step_providers(size: str, batch: int, device: torch.device) -> Providers:
@@ -91,23 +109,25 @@ def step_providers(size: str, batch: int, device: torch.device) -> Providers:
     def step(loss: Callable[..., Tensor], **options) -> partial[Run]:
         return partial(training_step, loss, size, batch, device, **options)
 
-    joint, two_pass = step(joint_jvp_loss, impl="reference"), step(two_pass_loss, impl="reference")
+    joint, two_pass = (partial(step, loss, impl="reference") for loss in (joint_jvp_loss, two_pass_loss))
     backends = BACKENDS if device.type == "cuda" else ()
     providers: dict[str, Callable[[], Run]] = {
         "flow matching": step(flow_matching_loss),
         "lean": step(lean_loss),
         "lean, captured": step(lean_loss, captured=True),
         "flow matching, captured": step(flow_matching_loss, captured=True),
-        "joint jvp": joint,
-        "jvp without gradient, second forward": two_pass,
+        JOINT: joint(),
+        "jvp without gradient, second forward": two_pass(),
         "lean, checkpointed": step(lean_loss, checkpointing="block"),
         **{f"lean, captured, {name}": step(lean_loss, captured=True, backend=name) for name in backends},
         "lean, compiled": step(lean_loss, compiled=True),
         "lean, captured, compiled": step(lean_loss, captured=True, compiled=True),
-        "joint jvp, compiled": partial(joint, compiled=True),
-        "jvp without gradient, second forward, compiled": partial(two_pass, compiled=True),
+        "joint jvp, compiled": joint(compiled=True),
+        "jvp without gradient, second forward, compiled": two_pass(compiled=True),
     }
-    return providers | ({"JAX": partial(jax_rival, size, batch, device)} if available() else {})
+    if importlib.util.find_spec("jax"):
+        providers["JAX"] = partial(jax_step, size, batch, device)
+    return providers
 
 
 def group_of(provider: str) -> str:
@@ -117,13 +137,6 @@ def group_of(provider: str) -> str:
     return "compiled" if provider.endswith("compiled") or provider == "JAX" else "eager"
 
 
-def counted_bytes(size: str, batch: int, provider: str, device: torch.device) -> int:
-    """What a step in `COUNTED` keeps for backward and as low-precision weights: a lower bound of its peak."""
-    impl = "triton" if device.type == "cuda" else "reference"
-    memory = training_memory(size, COUNTED[provider], impl, device=device.type)
-    return memory.copies + batch * memory.per_row
-
-
 def step_case(size: str, batch: int, device: torch.device) -> Case:
     """The pMF step of one preset. Operations are those of the lean plan, whatever a provider of this loss spends."""
     draws, counted = step_draws(size, batch), _counted(MODELS[size])
@@ -131,6 +144,46 @@ def step_case(size: str, batch: int, device: torch.device) -> Case:
     tests = {"": "pmf/test_loss.py", "captured": "pmf/test_cuda_graphs.py"}
     name = f"step {size.removeprefix('pMF-')} batch {batch}"
     return Case(name, step_providers(size, batch, device), tests, operations=operations)
+
+
+def counted_on(step: str, device: torch.device) -> str:
+    """The ops that a step is counted on: Triton's where they can run (a GPU, or TRITON_INTERPRET=1)."""
+    triton = step != JOINT and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
+    return "triton" if triton else "reference"
+
+
+@cache
+def counted_memory(size: str, step: str, device: torch.device) -> TrainingMemory:
+    """The memory of a step in `CHECKPOINTED`."""
+    forward, impl = joint_pass if step == JOINT else main_pass, counted_on(step, device)
+    return training_memory(size, CHECKPOINTED[step], impl, device=device.type, forward=forward)
+
+
+def step_beside_optimizer(size: str, step: str, device: torch.device, batch: int) -> None:
+    """Run a step while what the optimizer and the averages keep is held beside it, as `training_memory` counts."""
+    kept = torch.empty(optimizer_bytes(pmf.create_model(size, device="meta")), dtype=torch.int8, device=device)
+    step_providers(size, batch, device)[step]()()
+    del kept
+
+
+def largest_batch(size: str, step: str, budget_gb: int, device: torch.device) -> Record:
+    """The computed largest batch, and on a GPU that has the memory the measured."""
+    memory = counted_memory(size, step, device)
+    computed, measured = memory.largest_batch(budget_gb * 1e9), None
+    # A card of 80 GB has a little less, or more, than 80e9 bytes.
+    if device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory / 1e9 > 0.95 * budget_gb:
+        run = partial(step_beside_optimizer, size, step, device)
+        measured = measured_largest_batch(run, budget_gb * 1e9, computed * 3 // 4, device)
+    found = {"status": "measured", "computed_batch": computed, "measured_batch": measured}
+    counted = {"impl": counted_on(step, device), "bytes_per_image": memory.per_row}
+    return {"step": step, "budget_gb": budget_gb, **counted, **found}
+
+
+def largest_batch_case(size: str, batch: int, device: torch.device) -> Case:
+    """The largest batches of a preset, a provider for each step and budget: its run gives a record."""
+    asked = itertools.product(CHECKPOINTED, BUDGETS_GB)
+    found = {f"{step}, {gb} GB": partial(partial, largest_batch, size, step, gb, device) for step, gb in asked}
+    return Case(f"largest batch {size.removeprefix('pMF-')}", found, {})
 
 
 def sampler(size: str, batch: int, device: torch.device, graph: bool = False, compiled: bool = False) -> Run:

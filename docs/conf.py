@@ -11,7 +11,9 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinxcontrib.mermaid"]
 html_theme = "furo"
 # A name that the reference does not hold is an error; types of other packages are not looked up.
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(torch|numpy|pathlib|collections|contextlib|PIL|pa|pyarrow|pmf\.packing)\..*|Tensor")]
+nitpick_ignore_regex = [
+    ("py:.*", r"(torch|numpy|pathlib|collections|contextlib|PIL|pa|pyarrow|pmf\.packing)\..*|Tensor")
+]
 
 myst_fence_as_directive = ["mermaid"]
 myst_heading_anchors = 3

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -40,6 +40,12 @@ class Draws:
     def rows(self, index: Tensor) -> Draws:
         """The draws of rows `index`, in that order."""
         return Draws(**{f.name: _select(getattr(self, f.name), index) for f in fields(self)})
+
+    def flow_matching(self) -> Draws:
+        """The same with r = t in every row, no guidance and the null class: draws of plain flow matching."""
+        every = torch.ones_like(self.fm_mask)
+        whole = {"t_min": torch.zeros_like(self.t), "t_max": torch.ones_like(self.t)}
+        return replace(self, r=self.t, fm_mask=every, drop_mask=every, **whole)
 
     def scalars(self) -> dict[str, Tensor]:
         """Everything but the noise, by name: vectors [B] on the CPU."""

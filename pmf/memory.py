@@ -1,4 +1,4 @@
-"""Expected training memory, counted on fake tensors without computing anything."""
+"""Training memory: expected, counted on fake tensors without computing anything, or tried on a GPU."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pmf.config import ModelConfig, model_config
 from pmf.counting import per_block, saved_bytes
 from pmf.dual import Dual
 from pmf.model import PMFDiT, create_model
 from pmf.private import FakeTensorMode
+from pmf.reference.jvp import model_jvp
 
 EMA_COPIES = 3
 Pass = Callable[[PMFDiT, int], object]
@@ -56,12 +57,23 @@ def optimizer_bytes(model: nn.Module, ema_copies: int = EMA_COPIES) -> int:
     return 4 * (ema_copies * total + muon + 2 * (total - muon))
 
 
+def _pass_inputs(model: PMFDiT, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Images, a scalar and labels for a pass on that many rows."""
+    device = next(model.parameters()).device
+    z = torch.empty(rows, *model.config.image_shape, device=device)
+    return z, torch.ones(rows, device=device), torch.zeros(rows, dtype=torch.int64, device=device)
+
+
 def main_pass(model: PMFDiT, rows: int) -> object:
     """The recorded pass of a lean step: both heads, without tangents, which record nothing."""
-    device = next(model.parameters()).device
-    one, y = torch.ones(rows, device=device), torch.zeros(rows, dtype=torch.int64, device=device)
-    z = torch.empty(rows, *model.config.image_shape, device=device)
+    z, one, y = _pass_inputs(model, rows)
     return model.predict_dual(Dual(z), Dual(one), one, one, one, y)
+
+
+def joint_pass(model: PMFDiT, rows: int) -> object:
+    """The recorded pass of a step by one `torch.func.jvp`, which records the tangents too."""
+    z, one, y = _pass_inputs(model, rows)
+    return model_jvp(model, z, one, one, one, one, one, y, z, one, one)
 
 
 def saved_per_row(
@@ -122,3 +134,37 @@ def training_memory(
     values = sum(p.numel() for p in model.parameters())
     copies = 0 if dtype == torch.float32 else dtype.itemsize * values
     return TrainingMemory(2 * 4 * values + optimizer_bytes(model, ema_copies), copies, saved)
+
+
+def measured_largest_batch(run: Callable[[int], object], budget: float, guess: int, device: torch.device) -> int:
+    """The largest batch, to a sixteenth, that `run(batch)` computes on this GPU within `budget` bytes; 0 for none.
+
+    `guess`: where to begin. The allocator's limit is the budget meanwhile, and none afterwards.
+    """
+
+    def fits(batch: int) -> bool:
+        torch.cuda.empty_cache()
+        try:
+            run(batch)
+            torch.cuda.synchronize(device)
+            return True
+        except torch.cuda.OutOfMemoryError:
+            return False
+
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
+    try:
+        return largest(fits, guess)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def largest(fits: Callable[[int], bool], guess: int) -> int:
+    """The largest number that fits, to a sixteenth; 0 where 1 does not. A good guess saves tries."""
+    low, high = 0, max(1, guess)
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > max(1, low // 16):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -1,4 +1,4 @@
-"""The oracle: `torch.func.jvp` of a network's plain forward pass."""
+"""The oracle: `torch.func.jvp` of a network's plain forward pass, recorded or not."""
 
 from __future__ import annotations
 
@@ -29,3 +29,11 @@ def model_jvp(model, z, t, h, omega, t_min, t_max, y, z_dot, t_dot, h_dot) -> tu
     jvp: Any = torch.func.jvp
     u, u_dot, v = jvp(u_of, primals, tangents, has_aux=True)
     return u, v, u_dot[u_dot.shape[0] - rows :]
+
+
+def two_pass_jvp(model, *inputs: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The same with a tangent that is not recorded, and u and v from a second, recorded forward pass."""
+    with torch.no_grad():
+        _, _, u_dot = model_jvp(model, *inputs)
+    u, v = model(*inputs[:7])
+    return u, v, u_dot

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Differentiate = Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
 """(model, z, t, h, omega, t_min, t_max, y, z_dot, t_dot, h_dot) -> u, v and du/dt: how du/dt is taken.
 
-`pmf.reference.jvp.model_jvp` records the tangent too, `pmf.PMFDiT.forward_dual` does not.
+`pmf.reference.jvp.model_jvp` records the tangent too; `two_pass_jvp` there and `pmf.PMFDiT.forward_dual` do not.
 """
 
 

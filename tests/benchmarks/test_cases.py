@@ -13,12 +13,15 @@ import torch
 from torch.autograd import DeviceType
 
 import pmf
-from pmf.benchmarks import largest_batch, op_cases, step_cases, timing
-from pmf.benchmarks.baselines import joint_jvp_loss, two_pass_loss
-from pmf.benchmarks.timing import ceilings, details, measure
+from pmf import timing
+from pmf.benchmarks import op_cases, step_cases
+from pmf.benchmarks.plan import Job, Options
+from pmf.benchmarks.processes import finished
+from pmf.benchmarks.step_cases import joint_jvp_loss, two_pass_loss
 from pmf.counting import operations, row_operations
 from pmf.kernels.attention import HOPPER_TILES
-from pmf.memory import saved_per_row, training_memory
+from pmf.memory import joint_pass, largest, saved_per_row, training_memory
+from pmf.timing import ceilings, details, measure
 from tests.networks import TINY, meta_step, random_model, relative_error
 from tests.pmf.test_loss import LOSS, gradients, step_inputs
 
@@ -36,10 +39,10 @@ def case_of(op, mode, device=CPU):
     return cases[op_cases.MODES.index(mode)]
 
 
-def measured(runs, repeats=30, seconds=math.inf):
+def measured(runs, repeats=30, seconds=math.inf, **options):
     """Provider -> its times."""
     providers = {name: lambda run=run: run for name, run in runs.items()}
-    return {r["provider"]: r for r in measure(providers, CPU, repeats, seconds)}
+    return {r["provider"]: r for r in measure(providers, CPU, repeats, seconds, **options)}
 
 
 @pytest.fixture(autouse=True)
@@ -202,7 +205,7 @@ def test_on_a_gpu_l2_is_cold_and_providers_take_turns(monkeypatch):
     gpu = FakeGPU()
     monkeypatch.setattr(timing, "torch", gpu)
     runs = {"a": lambda: gpu.run("a"), "b": lambda: gpu.run("b", True), "captured": lambda: gpu.run("captured")}
-    found = list(measure({name: lambda run=run: run for name, run in runs.items()}, GPU, repeats=4))
+    found = list(measure({name: lambda run=run: run for name, run in runs.items()}, GPU, 4, replaying=["captured"]))
     warming = ["a"] * 4 + ["b"] * 3 + ["captured"] * 4  # three times, and once into a graph where that works
     turn = [x for ran in ("replay", "b", "replay") for x in ("flush 40", "event", ran, "event")]
     assert gpu.log == warming + turn * 4
@@ -222,11 +225,12 @@ def test_a_measurement_says_what_its_peak_is_of():
         def peak_bytes(self):
             return 7
 
-    found = measured({"counted": Counted(), "lean, captured": lambda: None, "plain": lambda: None}, repeats=3)
+    runs = {"counted": Counted(), "captured": lambda: None, "plain": lambda: None}
+    found = measured(runs, repeats=3, replaying=["captured"])
     memory = {name: (r["peak_bytes"], r["peak_from"], r["reserved_bytes"]) for name, r in found.items()}
     assert memory == {
         "counted": (7, "its own count", None),
-        "lean, captured": (None, "warm-up and capture", None),
+        "captured": (None, "warm-up and capture", None),
         "plain": (None, "a warm run", None),
     }
 
@@ -291,9 +295,13 @@ def test_host_time_is_that_of_the_call():
 
 
 def test_a_step_that_is_counted_tells_what_it_must_keep():
-    plain, checkpointed = (step_cases.counted_bytes("small", 4, name, CPU) for name in ("lean", "lean, checkpointed"))
-    more = step_cases.counted_bytes("small", 8, "lean", CPU)
-    assert checkpointed < plain < more < 2 * plain  # weights do not grow with the batch
+    def counted(provider, batch):
+        record = {"provider": provider, "peak_bytes": 1}
+        return finished(record, Job(Options(device="cpu"), "steps", "small", batch), CPU)["counted_bytes"]
+
+    plain, more = counted("lean", 4), counted("lean", 8)
+    assert counted("lean, checkpointed", 4) < plain < more < 2 * plain  # weights do not grow with the batch
+    assert counted("joint jvp", 4) > 2 * plain
 
 
 def test_ceilings_are_positive():
@@ -347,20 +355,20 @@ def test_baselines_are_the_same_loss(baseline):
 @pytest.mark.parametrize("guess", [0, 1, 70, 449, 1000])
 def test_the_largest_batch_is_found_from_any_guess(limit, guess):
     tries = []
-    found = largest_batch.largest(lambda n: tries.append(n) or n <= limit, guess)
+    found = largest(lambda n: tries.append(n) or n <= limit, guess)
     assert found <= limit <= found + max(1, found // 16) and len(set(tries)) == len(tries) <= 16
     assert (limit, guess) != (599, 449) or len(tries) <= 7
 
 
 def test_the_joint_step_needs_more_memory():
-    joint = training_memory("small", impl="reference", forward=largest_batch.joint_pass)
+    joint = training_memory("small", impl="reference", forward=joint_pass)
     assert joint.per_row > 2 * training_memory("small", impl="reference").per_row
 
 
 def test_the_joint_step_of_a_deep_network_is_counted_on_shallow_ones():
     deep = dataclasses.replace(SMALL, depth=6, aux_head_depth=2)
-    whole = saved_per_row(deep, "reference", forward=largest_batch.joint_pass)
-    assert training_memory(deep, impl="reference", forward=largest_batch.joint_pass).per_row == whole
+    whole = saved_per_row(deep, "reference", forward=joint_pass)
+    assert training_memory(deep, impl="reference", forward=joint_pass).per_row == whole
 
 
 def test_a_lean_step_is_much_faster_than_a_joint_jvp_step():

@@ -6,16 +6,23 @@ import pytest
 import torch
 
 import pmf
-from pmf.benchmarks import jax_step
+from pmf.benchmarks import step_cases
 from pmf.errors import InputError
 from tests.networks import TINY, every_row_in_full, golden, random_model, relative_error
 from tests.pmf.test_loss import LOSS, oracle, step_inputs
 
 pytestmark = pytest.mark.extras
-needs_jax = pytest.mark.skipif(not jax_step.available(), reason="JAX is not installed")
 
 
-def check(model, x, y, draws, config):
+@pytest.fixture
+def jax_step():
+    pytest.importorskip("jax", reason="JAX is not installed")
+    from pmf.benchmarks import jax_step
+
+    return jax_step
+
+
+def check(jax_step, model, x, y, draws, config):
     loss, grads = jax_step.JaxStep(model, x, y, draws, config)()
     wanted, expected = oracle(model, x, y, draws, config)
     assert float(loss) == pytest.approx(wanted.item(), rel=1e-5)
@@ -24,21 +31,18 @@ def check(model, x, y, draws, config):
         assert relative_error(torch.from_numpy(grad.__array__().copy()), expected[name]) < 1e-5, name
 
 
-@needs_jax
-def test_loss_and_gradients_on_the_golden_draws():
+def test_loss_and_gradients_on_the_golden_draws(jax_step):
     g = golden()
-    check(g.model(), g["in/x"], g["in/y"], g.draws, LOSS)
+    check(jax_step, g.model(), g["in/x"], g["in/y"], g.draws, LOSS)
 
 
-@needs_jax
-def test_every_setting_of_the_loss_is_read():
+def test_every_setting_of_the_loss_is_read(jax_step):
     config = dataclasses.replace(LOSS, norm_p=0.5, norm_eps=0.1, class_dropout=0.5)
     x, y, draws = step_inputs(6, config, dtype=torch.float32)
-    check(random_model(dataclasses.replace(TINY, noise_scale=2.0), dtype=torch.float32), x, y, draws, config)
+    check(jax_step, random_model(dataclasses.replace(TINY, noise_scale=2.0), dtype=torch.float32), x, y, draws, config)
 
 
-@needs_jax
-def test_bfloat16_errs_no_more_than_twice_autocast():
+def test_bfloat16_errs_no_more_than_twice_autocast(jax_step):
     """Both against float64: all gradients as one vector, and one rounding step."""
     x, y, draws = step_inputs(6)
     truth = oracle(random_model(), x, y, draws, LOSS)[1]
@@ -57,13 +61,12 @@ def test_bfloat16_errs_no_more_than_twice_autocast():
     assert 1e-4 < error(ours) < 2 * error(autocast) + 2**-8
 
 
-@needs_jax
-def test_the_other_conditioning_is_refused():
+def test_the_other_conditioning_is_refused(jax_step):
     with pytest.raises(InputError, match="config: the JAX step"):
-        jax_step.JaxNetwork(dataclasses.replace(TINY, conditioning="adaln"))
+        jax_step.JaxNetwork(dataclasses.replace(TINY, conditioning="adaln"), {})
 
 
-def test_without_jax_the_error_names_it(monkeypatch):
-    monkeypatch.setattr(jax_step, "available", lambda: False)
-    with pytest.raises(InputError, match="pip install jax"):
-        jax_step.JaxNetwork(pmf.MODELS["pMF-digits"])
+def test_without_jax_the_other_steps_are_measured(monkeypatch):
+    monkeypatch.setattr(step_cases.importlib.util, "find_spec", lambda name: None)
+    providers = step_cases.step_providers("pMF-digits", 2, torch.device("cpu"))
+    assert "JAX" not in providers and "lean" in providers

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import pmf
-from pmf.benchmarks.baselines import flow_matching_loss, joint_jvp_loss
-from pmf.benchmarks.step_cases import lean_loss
+from pmf.benchmarks.step_cases import flow_matching_loss, joint_jvp_loss, lean_loss
 from pmf.counting import operations, row_operations, saved_bytes
 from pmf.reference.loss import pmf_loss as reference_loss
 from tests.networks import TINY, meta_step, random_model

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pmf
-from pmf.benchmarks.jax_step import BATCH_FIELDS, JaxNetwork, adaptive, jax_fields
+from pmf.benchmarks.jax_step import JaxNetwork, adaptive, arrays, jax_fields
 
 CROP_SIZE = 224
 
@@ -130,7 +130,7 @@ class AuthorsTraining:
     ) -> None:
         self.loss_config, self.distances, self.half_lives = loss, distances, half_lives
         dtype = next(model.parameters()).dtype
-        self.network = JaxNetwork(model.config, str(dtype).removeprefix("torch."))
+        self.network = functools.partial(JaxNetwork, model.config, compute=str(dtype).removeprefix("torch."))
         self.optimizer = optax.contrib.muon(optax.constant_schedule(learning_rate), adam_b2=0.95)
         params = {name: to_flax(name, as_jax(p)) for name, p in model.named_parameters()}
         self.state = {
@@ -144,11 +144,11 @@ class AuthorsTraining:
     def loss(self, params: dict, batch: dict[str, jax.Array], boxes: jax.Array):
         """The mean loss; perceptual terms count on rows with t < perceptual_max_t."""
         config = self.loss_config
-        adp = functools.partial(adaptive, self.network, config)
+        adp = functools.partial(adaptive, config=config)
         ours = {name: from_flax(name, value) for name, value in params.items()}
-        fields = jax_fields(self.network, ours, batch)
-        rows = sum(adp(jnp.square(fields[name] - fields["v_g"]).sum((1, 2, 3))) for name in ("average", "v"))
-        x_hat = fields["z"] - batch["t"][:, None, None, None] * fields["u"]
+        fields = jax_fields(self.network(ours), batch)
+        rows = sum(adp(jnp.square(fields[name] - fields["v_g"]).sum((1, 2, 3))) for name in ("V", "v"))
+        x_hat = fields["z_t"] - batch["t"][:, None, None, None] * fields["u"]
         a, b = (jax.vmap(crop)(images.transpose(0, 2, 3, 1), boxes) for images in (x_hat, batch["x"]))
         seen = batch["t"] < config.perceptual_max_t
         for name, weight in (("lpips", config.lpips_weight), ("convnext", config.convnext_weight)):
@@ -167,7 +167,7 @@ class AuthorsTraining:
 
     def step(self, x: Tensor, y: Tensor, draws: pmf.Draws, boxes: Tensor) -> float:
         """One step on images x, labels y and the given draws and boxes (top, left, height, width); its loss."""
-        batch = {name: as_jax(getattr(draws, name)) for name in BATCH_FIELDS} | {"x": as_jax(x), "y": as_jax(y)}
+        batch = arrays({"x": x, "y": y, **vars(draws)})
         self.state, loss = self._jitted(self.state, batch, as_jax(boxes.to(x.dtype)))
         return float(loss)
 

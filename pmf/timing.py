@@ -1,4 +1,7 @@
-"""Time providers in turns on a cold L2: medians with quartiles, peak memory, and the ceilings of the same run.
+"""Time functions fairly: in turn, on a cold L2; medians with quartiles, peak memory, and the machine's own ceilings.
+
+    for record in measure({"mine": lambda: my_step, "pmf": lambda: pmf_step}, torch.device("cuda")):
+        print(record)
 
 `triton.testing` is no substitute: `do_bench` times one function after the other, so that clocks drift between rivals,
 and `do_bench_cudagraph` leaves L2 warm.
@@ -9,20 +12,29 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import profile
 
-from pmf.benchmarks.cases import Providers, Run
-from pmf.benchmarks.ledger import Record
-from pmf.benchmarks.processes import failed
+from pmf.errors import first_line
 
+Run = Callable[[], Any]
+Providers = Mapping[str, Callable[[], Run]]
+"""Name -> what puts its inputs on the device and returns the function to time."""
+Record = dict[str, Any]
 FEWEST = 3
 """Repeats that a median and its quartiles need."""
 PROFILE_ROWS = 25
 """Operators that a record names; the whole table is a file of its own."""
+
+
+def failed(error: Exception | str) -> Record:
+    """A record of what could not be measured, and why."""
+    reason = error if isinstance(error, str) else f"{type(error).__name__}: {first_line(error)[:300]}"
+    return {"status": "failed", "error": reason}
 
 
 def measure(
@@ -30,13 +42,18 @@ def measure(
     device: torch.device,
     repeats: int = 30,
     seconds: float = math.inf,
+    *,
     graphs: bool = True,
     detailed: bool = False,
+    replaying: Collection[str] = (),
 ) -> Iterator[Record]:
-    """A record per provider: timed `repeats` times, in turns, fewer where all would not fit into `seconds`.
+    """A record per provider: timed `repeats` times, in turn, fewer where all would not fit into `seconds`.
 
     On CUDA, L2 is overwritten before each run. With `graphs` a run is replayed as a CUDA graph where it can be, so that
-    Python's launch cost does not count. `detailed` adds `details`. A provider that fails costs no other.
+    Python's launch cost does not count; then the current stream must not be the default one. `detailed` adds
+    `details`. `replaying`: providers that replay graphs of their own; see `warm_up`. A provider that fails costs no
+    other: its record has the status "failed" and an `error`. The others have `median_us`, `quartiles_us`, `repeats`,
+    `captured` (whether a graph was timed), and the memory that `warm_up` names.
     """
     runs: dict[str, Run] = {}
     records: dict[str, Record] = {}
@@ -44,7 +61,7 @@ def measure(
     for name, prepare in providers.items():
         try:
             run = prepare()
-            memory, took = warm_up(run, device, "captured" in name)
+            memory, took = warm_up(run, device, name in replaying)
             replay = graph_of(run) if graphs and device.type == "cuda" else None
             runs[name], once = replay or run, once + took
             records[name] = {"provider": name, "status": "measured", **memory, "captured": replay is not None}
@@ -72,11 +89,11 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def warm_up(run: Run, device: torch.device, captured: bool = False) -> tuple[Record, float]:
+def warm_up(run: Run, device: torch.device, replays: bool = False) -> tuple[Record, float]:
     """Run three times; its memory, None without a GPU, and the seconds of the last run.
 
     peak_bytes: the allocator's peak above what was allocated before, in the last run. A replayed graph allocates
-    nothing, so that of a `captured` step is of the first; a run with a method `peak_bytes` counts its own.
+    nothing, so where the run `replays` one, in the first; a run with a method `peak_bytes` counts its own.
     reserved_bytes: what the allocator holds, pools of graphs included.
     """
     on_gpu, peaks, seconds = device.type == "cuda", [], 0.0
@@ -89,7 +106,7 @@ def warm_up(run: Run, device: torch.device, captured: bool = False) -> tuple[Rec
         synchronize(device)
         seconds = time.perf_counter() - began
         peaks.append(torch.cuda.max_memory_allocated(device) - before if on_gpu else None)
-    peak, source = (peaks[0], "warm-up and capture") if captured else (peaks[-1], "a warm run")
+    peak, source = (peaks[0], "warm-up and capture") if replays else (peaks[-1], "a warm run")
     if hasattr(run, "peak_bytes"):
         peak, source = run.peak_bytes(), "its own count"
     reserved = torch.cuda.memory_reserved(device) if on_gpu else None

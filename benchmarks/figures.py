@@ -1,0 +1,226 @@
+"""A ledger's figures as Markdown and pictures: README's tables come from here, and their figures from nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+from pmf.atomic_files import write_atomically
+from pmf.benchmarks.ledger import RESULTS, ROOT, Key, key, records_of
+from pmf.benchmarks.op_cases import VALUE_ALONE
+from pmf.benchmarks.step_cases import BUDGETS_GB
+from pmf.errors import require
+from pmf.timing import Record
+
+BUSY = 0.9
+"""From this share of a step's time on, its kernels are what it waits for."""
+Bar = tuple[str, str, float | None]
+"""Group, provider and value; None is left out."""
+
+
+def find_ledger(given: Path | None) -> Path:
+    """The file given, or the only one in benchmarks/results. Errors: `InputError` where there is none, or several."""
+    found = [given] if given is not None else sorted(RESULTS.glob("*.jsonl"))
+    require(bool(found), "ledger: benchmarks/results holds none yet; measure first, or name a file")
+    require(len(found) == 1, f"ledger: name one of {', '.join(file.name for file in found)}")
+    require(found[0].is_file(), f"ledger: no such file: {found[0]}")
+    return found[0]
+
+
+def read_ledger(file: Path) -> list[Record]:
+    """The latest record of each case, provider and batch, in the order of their first.
+
+    What a later run had no time for keeps its figure. Errors: `InputError` on a file that holds no figures.
+    """
+    latest: dict[Key, Record] = {}
+    for record in records_of(file):
+        if record.get("suite") != "tests" and (record["status"] != "skipped" or key(record) not in latest):
+            latest[key(record)] = record
+    require(any(r["status"] == "measured" for r in latest.values()), f"ledger: {file} holds no figures")
+    return list(latest.values())
+
+
+def measured(records: Iterable[Record], suite: str) -> list[Record]:
+    """The figures of a suite."""
+    return [r for r in records if r["suite"] == suite and r["status"] == "measured"]
+
+
+def markdown(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
+    columns = list(columns)
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def number(value: float | None, form: str, unit: float = 1) -> str:
+    """A figure in a unit; "-" where there is none."""
+    return "-" if value is None else format(value / unit, form)
+
+
+def ratio(mine: float | None, theirs: float | None) -> float | None:
+    """Of two figures, where there are both."""
+    return mine / theirs if mine and theirs else None
+
+
+def bound(record: Record) -> str:
+    """What a step waits for: the GPU where its kernels fill most of the time, else the host that launches them."""
+    share = ratio(record.get("busy_us"), record["median_us"])
+    return "-" if share is None else f"{'GPU' if share >= BUSY else 'host'}, busy {min(share, 1.0):.0%}"
+
+
+def whole_table(records: list[Record]) -> str:
+    """Steps and samplers. Host: what enqueueing takes; the GPU's share of the time: of kernels, from a profile."""
+    floors = {r["case"]: r["peak_bytes"] for r in records if r["provider"] == "flow matching"}
+    rows = [
+        {
+            "": r["case"],
+            "provider": r["provider"],
+            "ms": number(r["median_us"], ".4g", 1e3),
+            "quartiles": " to ".join(number(us, ".4g", 1e3) for us in r["quartiles_us"]),
+            "images/s": number(r["batch"] / r["median_us"] * 1e6, ".4g"),
+            "of bf16 product": number(r["of_product_rate"], ".1%"),
+            "host ms": number(r.get("host_us"), ".4g", 1e3),
+            "bound by": bound(r),
+            "launches": number(r.get("launches"), ".0f"),
+            "peak GB": number(r["peak_bytes"], ".2f", 1e9),
+            "of flow matching's": number(ratio(r["peak_bytes"], floors.get(r["case"])), ".2f"),
+            "of counted": number(ratio(r["peak_bytes"], r.get("counted_bytes")), ".2f"),
+            "reserved GB": number(r.get("reserved_bytes"), ".2f", 1e9),
+        }
+        for r in records
+    ]
+    return markdown(rows[0], (row.values() for row in rows))
+
+
+def op_table(records: list[Record]) -> str:
+    """A row per case, a column per provider: time, and the larger of both fractions of a ceiling."""
+    providers = list(dict.fromkeys(r["provider"] for r in records))
+    alone = {r["case"]: r["median_us"] for r in records if r["provider"] == VALUE_ALONE}
+    cells: dict[str, dict[str, str]] = {}
+    for r in records:
+        times = ratio(r["median_us"], alone.get(r["case"]))
+        beside = "" if times is None else f", {times:.2f} x the value"
+        share = max(r["of_copy_bandwidth"], r["of_product_rate"])
+        cells.setdefault(r["case"], {})[r["provider"]] = f"{r['median_us']:.4g} µs, {share:.0%}{beside}"
+    rows = [[case, *(row.get(provider, "-") for provider in providers)] for case, row in cells.items()]
+    return markdown(["op", *providers], rows)
+
+
+def memory_table(records: list[Record]) -> str:
+    """Largest batches: computed, and measured in brackets."""
+    cells: dict[tuple[str, ...], dict[int, str]] = {}
+    for r in records:
+        found = "" if r["measured_batch"] is None else f" [{r['measured_batch']}]"
+        row = (r["size"].removeprefix("pMF-"), r["step"], r["impl"], f"{r['bytes_per_image'] / 1e6:.0f}")
+        cells.setdefault(row, {})[r["budget_gb"]] = f"{r['computed_batch']}{found}"
+    rows = [[*row, *(batches.get(gb, "-") for gb in BUDGETS_GB)] for row, batches in cells.items()]
+    return markdown(["size", "step", "ops", "MB per image", *(f"{gb} GB" for gb in BUDGETS_GB)], rows)
+
+
+def origin(file: Path, records: list[Record]) -> str:
+    """Where the figures of a ledger come from."""
+    last, path = records[-1], file.resolve()
+    name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else file
+    rates = last["copy_bytes_per_s"] / 1e9, last["product_operations_per_s"] / 1e12
+    backends = ", ".join(dict.fromkeys(r["attention"] for r in records if "attention" in r))
+    origins = [f"attention's value by {backends}"] if backends else []
+    origins += dict.fromkeys(f"PyTorch {r['torch']}, Triton {r['triton']}" for r in records)
+    commits = ", ".join(dict.fromkeys(f"{r['commit'][:10]}{' (changed)' if r['dirty'] else ''}" for r in records))
+    limits = f"copy {rates[0]:.0f} GB/s, bf16 product {rates[1]:.4g} TFLOP/s"
+    return f"From `{name}`: {last['gpu']}, in the latest run {limits}; {'; '.join([*origins, f'commit {commits}'])}.\n"
+
+
+def tables(file: Path) -> str:
+    """Every table of the ledger, where its figures come from, and what could not be measured."""
+    records = read_ledger(file)
+    kinds = {"steps": whole_table, "sampling": whole_table, "ops": op_table, "memory": memory_table}
+    parts = [table(found) for suite, table in kinds.items() if (found := measured(records, suite))]
+    known = {r["case"] for r in records if r["status"] == "measured"}
+    missing = [r for r in records if r["status"] != "measured" and (r["provider"] or r["case"] not in known)]
+    if missing:
+        rows = ([r["case"], r["provider"] or "all", r["status"], r["error"].replace("|", "\\|")] for r in missing)
+        parts.append(markdown(["", "provider", "", "why"], rows))
+    return "\n".join([origin(file, records), *parts])
+
+
+def summary(records: list[Record]) -> str:
+    """What the end of a measurement prints: largest batches, and what no time was left for."""
+    largest = measured(records, "memory")
+    late = [f"{r['case']}: {r['provider'] or 'all'}" for r in records if r["status"] == "skipped"]
+    return (memory_table(largest) if largest else "") + (f"no time was left for {'; '.join(late)}\n" if late else "")
+
+
+def line(record: Record) -> str:
+    """A record as it is shown while it comes."""
+    start = f"{record['case']:48}{record['provider'] or '':48}"
+    if record["status"] != "measured":
+        return f"{start}{record['status']}: {record['error']}"
+    if record["suite"] == "memory":
+        return f"{start}{record['computed_batch']} computed, {record['measured_batch'] or 'none'} measured"
+    share = max(record["of_copy_bandwidth"], record["of_product_rate"])
+    peak = f"{record['peak_bytes'] / 1e9:8.2f} GB" if record["peak_bytes"] else ""
+    host = f"  host {record['host_us'] / 1e3:.1f} ms" if "host_us" in record else ""
+    return f"{start}{record['median_us']:12.1f} us{share:8.1%}{peak}{host}"
+
+
+def report(ledger: Path | None = None) -> None:
+    """Print a ledger's figures as Markdown tables that name the file.
+
+    Args:
+        ledger: The file (default: the only one in benchmarks/results).
+    """
+    print(tables(find_ledger(ledger)))
+
+
+def plot(ledger: Path | None = None, out: Path = RESULTS) -> None:
+    """Draw time and peak memory of the steps, the ops' share of their ceiling, and the largest batches.
+
+    Args:
+        ledger: The file (default: the only one in benchmarks/results).
+        out: Folder of the pictures.
+    """
+    file = find_ledger(ledger)
+    records = read_ledger(file)
+    steps, ops, memory = (measured(records, suite) for suite in ("steps", "ops", "memory"))
+    pictures: dict[str, tuple[list[Bar], str, str]] = {
+        "step-time": (
+            [(r["case"], r["provider"], r["median_us"] / 1e3 / r["batch"]) for r in steps],
+            *("ms per image", "Forward and backward of a step"),
+        ),
+        "step-memory": (
+            [(r["case"], r["provider"], r["peak_bytes"] and r["peak_bytes"] / 1e9) for r in steps],
+            *("GB above what rests", "Peak memory of a training step"),
+        ),
+        "ops": (
+            [(r["case"], r["provider"], r["of_copy_bandwidth"]) for r in ops if not r["operations"]],
+            *("of the copy bandwidth", "Memory-bound ops"),
+        ),
+        "largest-batch": ([largest_bar(r) for r in memory], "images", "Largest batch"),
+    }
+    for name, (bars, unit, title) in pictures.items():
+        if drawn := [bar for bar in bars if bar[2] is not None]:
+            write_bars(out / f"{file.stem}-{name}.png", drawn, unit, f"{title}, {records[-1]['gpu']}")
+
+
+def largest_bar(record: Record) -> Bar:
+    """A largest batch: as measured, or else as computed."""
+    kind = "computed" if record["measured_batch"] is None else "measured"
+    return f"{record['size']}, {record['budget_gb']} GB", f"{record['step']}, {kind}", record[f"{kind}_batch"]
+
+
+def write_bars(file: Path, bars: list[Bar], unit: str, title: str) -> None:
+    """Write horizontal bars with their values, a colour for each provider, and print the file's name."""
+    from matplotlib.figure import Figure
+
+    providers = list(dict.fromkeys(provider for _, provider, _ in bars))
+    figure = Figure(figsize=(9, 1.2 + 0.2 * len(bars)), layout="constrained")
+    axes = figure.add_subplot(xlabel=unit, title=title)
+    labels, values = [f"{group}: {provider}" for group, provider, _ in bars], [value for *_, value in bars]
+    colours = [f"C{providers.index(provider)}" for _, provider, _ in bars]
+    axes.bar_label(axes.barh(labels, values, color=colours), fmt="%.3g", fontsize=7)
+    axes.tick_params("y", labelsize=7)
+    axes.invert_yaxis()
+    axes.margins(x=0.1, y=0.01)
+    write_atomically(file, partial(figure.savefig, dpi=150, format="png"))
+    print(file)
