@@ -15,8 +15,8 @@ from pmf.timing import Record
 
 BUSY = 0.9
 """From this share of a step's time on, its kernels are what it waits for."""
-Bar = tuple[str, str, float | None]
-"""Group, provider and value; None is left out."""
+Bar = tuple[str, str, float]
+"""Group, provider and value."""
 
 
 def find_ledger(given: Path | None) -> Path:
@@ -182,25 +182,20 @@ def plot(ledger: Path | None = None, out: Path = RESULTS) -> None:
     """
     file = find_ledger(ledger)
     records = read_ledger(file)
-    steps, ops, memory = (measured(records, suite) for suite in ("steps", "ops", "memory"))
-    pictures: dict[str, tuple[list[Bar], str, str]] = {
-        "step-time": (
-            [(r["case"], r["provider"], r["median_us"] / 1e3 / r["batch"]) for r in steps],
-            *("ms per image", "Forward and backward of a step"),
-        ),
-        "step-memory": (
-            [(r["case"], r["provider"], r["peak_bytes"] and r["peak_bytes"] / 1e9) for r in steps],
-            *("GB above what rests", "Peak memory of a training step"),
-        ),
-        "ops": (
-            [(r["case"], r["provider"], r["of_copy_bandwidth"]) for r in ops if not r["operations"]],
-            *("of the copy bandwidth", "Memory-bound ops"),
-        ),
+    gpu, steps, memory = records[-1]["gpu"], measured(records, "steps"), measured(records, "memory")
+    ops = [r for r in measured(records, "ops") if not r["operations"]]
+    times = [(r["case"], r["provider"], r["median_us"] / 1e3 / r["batch"]) for r in steps]
+    peaks = [(r["case"], r["provider"], r["peak_bytes"] / 1e9) for r in steps if r["peak_bytes"]]
+    rates = [(r["case"], r["provider"], r["of_copy_bandwidth"]) for r in ops]
+    pictures = {
+        "step-time": (times, "ms per image", "Forward and backward of a step"),
+        "step-memory": (peaks, "GB above what rests", "Peak memory of a training step"),
+        "ops": (rates, "of the copy bandwidth", "Memory-bound ops"),
         "largest-batch": ([largest_bar(r) for r in memory], "images", "Largest batch"),
     }
     for name, (bars, unit, title) in pictures.items():
-        if drawn := [bar for bar in bars if bar[2] is not None]:
-            write_bars(out / f"{file.stem}-{name}.png", drawn, unit, f"{title}, {records[-1]['gpu']}")
+        if bars:
+            write_bars(out / f"{file.stem}-{name}.png", bars, unit, f"{title}, {gpu}")
 
 
 def largest_bar(record: Record) -> Bar:

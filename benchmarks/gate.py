@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from pmf.benchmarks import ledger
@@ -24,14 +23,10 @@ def run_test(test: str, seconds: float) -> Verdict:
     command = [sys.executable, "-m", "pytest", "-rfE", "--tb=no", "-p", "no:cacheprovider", f"tests/{test}"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(max(1, len(os.sched_getaffinity(0)) // AT_ONCE))]
+    env = {"OMP_NUM_THREADS": "1", **os.environ, "COLUMNS": "400"}  # the processes share the processors
+    out, err = subprocess.PIPE, subprocess.STDOUT
     process = subprocess.Popen(
-        command,
-        cwd=ledger.ROOT,
-        env={"OMP_NUM_THREADS": "1", **os.environ, "COLUMNS": "400"},  # the processes share the processors
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
+        command, cwd=ledger.ROOT, env=env, text=True, stdout=out, stderr=err, start_new_session=True
     )
     try:
         lines = process.communicate(timeout=seconds)[0].strip().splitlines()
@@ -55,12 +50,7 @@ def run_tests(tests: list[str], seconds: float) -> dict[str, Verdict]:
         return dict(zip(tests, found, strict=True))
 
 
-def failing(
-    tests: list[str],
-    known: ledger.Ledger,
-    seconds: float,
-    check: Callable[[list[str], float], dict[str, Verdict]] = run_tests,
-) -> dict[str, str]:
+def failing(tests: list[str], known: ledger.Ledger, seconds: float) -> dict[str, str]:
     """Test file -> why no figure may be recorded behind it.
 
     A verdict on these very sources and tests, on this machine, is not asked for twice.
@@ -68,7 +58,7 @@ def failing(
     origin = ledger.digest("tests")
     held = [r for r in known.earlier if r["suite"] == "tests" and r["tests"] == origin and r["status"] != "skipped"]
     errors = {r["case"]: r["error"] for r in held if r["case"] in tests}
-    for test, (status, error) in check([test for test in tests if test not in errors], seconds).items():
+    for test, (status, error) in run_tests([test for test in tests if test not in errors], seconds).items():
         print(error or f"{test} passes", file=sys.stderr)
         known.add({"suite": "tests", "case": test, "provider": None, "status": status, "error": error, "tests": origin})
         errors[test] = error

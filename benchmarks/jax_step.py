@@ -28,6 +28,8 @@ from pmf.reference.loss import image
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # otherwise JAX takes most of the GPU at once
 NORM_EPS = 1e-6
 Arrays = dict[str, Any]
+Inputs = tuple[Tensor, Tensor, Draws]
+"""Images, labels and draws."""
 
 
 @dataclass(frozen=True)
@@ -174,23 +176,10 @@ def arrays(tensors: dict[str, Tensor]) -> Arrays:
 
 
 class JaxStep:
-    """Forward and backward of one batch, compiled once; called, it waits for loss and gradients.
+    """Forward and backward of one batch on JAX's default device, compiled once; it waits for loss and gradients."""
 
-    `device`: what the figures are asked of. Errors: `InputError` where that is a GPU that JAX does not see.
-    """
-
-    def __init__(
-        self,
-        model: PMFDiT,
-        x: Tensor,
-        y: Tensor,
-        draws: Draws,
-        config: LossConfig,
-        compute: str = "float32",
-        device: str = "cpu",
-    ) -> None:
-        seen = device != "cuda" or jax.default_backend() == "gpu"
-        require(seen, "jax: installed without support for this GPU")
+    def __init__(self, model: PMFDiT, inputs: Inputs, config: LossConfig, compute: str = "float32") -> None:
+        x, y, draws = inputs
         self.params, self.batch = arrays(model.state_dict()), arrays({"x": x, "y": y, **vars(draws)})
         self.step = jax.jit(jax.value_and_grad(partial(jax_loss, model.config, config, compute)))
 

@@ -109,13 +109,8 @@ def with_tangents(forward: int, backward: int) -> tuple[int, int, int]:
 
 def block_ops(config: ModelConfig, batch: int) -> list[Op]:
     """The memory-bound ops of one transformer block."""
-    width, heads, head_dim, rows = (
-        config.hidden_size,
-        config.num_heads,
-        config.head_dim,
-        (batch, config.sequence_length),
-    )
-    hidden = -(-config.mlp_width // 8) * 8
+    width, heads, head_dim = config.hidden_size, config.num_heads, config.head_dim
+    rows, hidden = (batch, config.sequence_length), -(-config.mlp_width // 8) * 8
     stream, branch, vector, weight = (WIDE, *rows, width), (SLIM, *rows, width), (SLIM, batch, width), (WIDE, width)
     head_weight, table = (WIDE, head_dim), (WIDE, config.num_patches, head_dim // 2)
     qkv = ((SLIM, *rows, 3, heads, head_dim), head_weight, head_weight, table, table)

@@ -17,6 +17,7 @@ from pmf.benchmarks.cases import Case
 from pmf.benchmarks.op_cases import BACKENDS
 from pmf.config import LOSSES, MODELS, LossConfig
 from pmf.counting import row_operations
+from pmf.errors import require
 from pmf.memory import TrainingMemory, joint_pass, main_pass, measured_largest_batch, optimizer_bytes, training_memory
 from pmf.reference.jvp import two_pass_jvp
 from pmf.reference.loss import pmf_loss as joint_jvp_loss
@@ -33,11 +34,6 @@ _counted = cache(row_operations)
 def lean_loss(model: pmf.PMFDiT, x: Tensor, y: Tensor, draws: pmf.Draws, config: LossConfig) -> Tensor:
     """The library's own loss."""
     return pmf.pmf_loss(model, x, y, draws, config).loss
-
-
-def flow_matching_loss(model: pmf.PMFDiT, x: Tensor, y: Tensor, draws: pmf.Draws, config: LossConfig) -> Tensor:
-    """Plain flow matching of the same network: the floor of time and memory."""
-    return lean_loss(model, x, y, draws.flow_matching(), config)
 
 
 def two_pass_loss(model: pmf.PMFDiT, x: Tensor, y: Tensor, draws: pmf.Draws, config: LossConfig) -> Tensor:
@@ -63,6 +59,7 @@ def training_step(
     batch: int,
     device: torch.device,
     *,
+    flow_matching: bool = False,
     compiled: bool = False,
     captured: bool = False,
     backend: str | None = None,
@@ -70,13 +67,13 @@ def training_step(
 ) -> Run:
     """Forward and backward of one batch, under bfloat16 autocast on CUDA; the gradients are dropped.
 
+    `flow_matching`: plain flow matching of the same network, the floor of time and memory.
     `captured`: by `pmf.CapturedStep`, on CUDA two graphs. `backend`: computes attention's value; None: the usual.
     `options`: of the network.
     """
     model = pmf.create_model(size, device=device, **options)
     x, y, draws = step_inputs(size, batch, device)
-    if captured and loss is flow_matching_loss:
-        draws = draws.flow_matching()
+    draws = draws.flow_matching() if flow_matching else draws
     if compiled and loss is lean_loss:
         model.compile_blocks()
     elif compiled:  # as a whole: around a compiled network, `torch.func.jvp` would run it uncompiled
@@ -96,11 +93,14 @@ def training_step(
 
 def jax_step(size: str, batch: int, device: torch.device) -> Run:
     """The step in JAX on the same parameters and draws, in bfloat16 on a GPU; the PyTorch network is dropped."""
+    from jax import default_backend
+
     from pmf.benchmarks.jax_step import JaxStep
 
-    compute = "bfloat16" if device.type == "cuda" else "float32"
+    on_gpu = device.type == "cuda"
+    require(not on_gpu or default_backend() == "gpu", "jax: installed without support for this GPU")
     model, inputs = pmf.create_model(size, device=CPU), step_inputs(size, batch, CPU)
-    return JaxStep(model, *inputs, LOSSES[size], compute, device.type)
+    return JaxStep(model, inputs, LOSSES[size], "bfloat16" if on_gpu else "float32")
 
 
 def step_providers(size: str, batch: int, device: torch.device) -> Providers:
@@ -112,10 +112,10 @@ def step_providers(size: str, batch: int, device: torch.device) -> Providers:
     joint, two_pass = (partial(step, loss, impl="reference") for loss in (joint_jvp_loss, two_pass_loss))
     backends = BACKENDS if device.type == "cuda" else ()
     providers: dict[str, Callable[[], Run]] = {
-        "flow matching": step(flow_matching_loss),
+        "flow matching": step(lean_loss, flow_matching=True),
         "lean": step(lean_loss),
         "lean, captured": step(lean_loss, captured=True),
-        "flow matching, captured": step(flow_matching_loss, captured=True),
+        "flow matching, captured": step(lean_loss, flow_matching=True, captured=True),
         JOINT: joint(),
         "jvp without gradient, second forward": two_pass(),
         "lean, checkpointed": step(lean_loss, checkpointing="block"),

@@ -20,7 +20,7 @@ from pmf.benchmarks.processes import finished
 from pmf.benchmarks.step_cases import joint_jvp_loss, two_pass_loss
 from pmf.counting import operations, row_operations
 from pmf.kernels.attention import HOPPER_TILES
-from pmf.memory import joint_pass, largest, saved_per_row, training_memory
+from pmf.memory import joint_pass, largest, measured_largest_batch, saved_per_row, training_memory
 from pmf.timing import ceilings, details, measure
 from tests.networks import TINY, meta_step, random_model, relative_error
 from tests.pmf.test_loss import LOSS, gradients, step_inputs
@@ -358,6 +358,23 @@ def test_the_largest_batch_is_found_from_any_guess(limit, guess):
     found = largest(lambda n: tries.append(n) or n <= limit, guess)
     assert found <= limit <= found + max(1, found // 16) and len(set(tries)) == len(tries) <= 16
     assert (limit, guess) != (599, 449) or len(tries) <= 7
+
+
+def test_a_largest_batch_is_measured_within_its_budget(monkeypatch):
+    limits = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(total_memory=100))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda limit, device: limits.append(limit))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+
+    def run(batch):
+        if batch > 100 * limits[-1]:
+            raise torch.cuda.OutOfMemoryError
+
+    assert measured_largest_batch(run, 40, 30, GPU) in range(38, 41) and limits == [0.4, 1.0]
+    with pytest.raises(ZeroDivisionError):
+        measured_largest_batch(lambda batch: 1 / 0, 200, 30, GPU)
+    assert limits[2:] == [1.0, 1.0]
 
 
 def test_the_joint_step_needs_more_memory():

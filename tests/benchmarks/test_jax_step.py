@@ -23,7 +23,7 @@ def jax_step():
 
 
 def check(jax_step, model, x, y, draws, config):
-    loss, grads = jax_step.JaxStep(model, x, y, draws, config)()
+    loss, grads = jax_step.JaxStep(model, (x, y, draws), config)()
     wanted, expected = oracle(model, x, y, draws, config)
     assert float(loss) == pytest.approx(wanted.item(), rel=1e-5)
     assert grads.keys() == expected.keys()
@@ -52,7 +52,7 @@ def test_bfloat16_errs_no_more_than_twice_autocast(jax_step):
         loss = pmf.pmf_loss(model, x, y, draws, LOSS).loss
     loss.backward()
     autocast = {name: p.grad for name, p in model.named_parameters()}
-    ours = jax_step.JaxStep(model, x, y, draws, LOSS, "bfloat16")()[1]
+    ours = jax_step.JaxStep(model, (x, y, draws), LOSS, "bfloat16")()[1]
     ours = {name: torch.from_numpy(grad.__array__().copy()) for name, grad in ours.items()}
 
     def error(grads):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pmf
-from pmf.benchmarks.step_cases import flow_matching_loss, joint_jvp_loss, lean_loss
+from pmf.benchmarks.step_cases import joint_jvp_loss, lean_loss
 from pmf.counting import operations, row_operations, saved_bytes
 from pmf.reference.loss import pmf_loss as reference_loss
 from tests.networks import TINY, meta_step, random_model
@@ -76,7 +76,7 @@ def saved_by(model, x, y, draws):
     """Bytes that a lean, a flow-matching and a joint-jvp step keep for backward."""
     steps = dict(
         lean=lambda: pmf.pmf_loss(model, x, y, draws, LOSS).loss,
-        flow_matching=lambda: flow_matching_loss(model, x, y, draws, LOSS),
+        flow_matching=lambda: lean_loss(model, x, y, draws.flow_matching(), LOSS),
         joint=lambda: joint_jvp_loss(model, x, y, draws, LOSS),
     )
     return {name: saved_bytes(step, model.parameters()) for name, step in steps.items()}
