@@ -75,10 +75,9 @@ class Op:
             found.append(Case(f"{self.name} {mode} {size}{self.label}", providers, {"": self.test}, moved, rated))
         return found
 
-    def run(self, primals: Primals, tangents: Primals, impl: str = "triton") -> Dual | tuple[Dual, ...]:
-        """Value and tangent by our op, under bfloat16 autocast as in training."""
-        pairs = enumerate(zip(primals, tangents, strict=True))
-        inputs = [Dual(p, p_dot) if i in self.moving else p for i, (p, p_dot) in pairs]
+    def run(self, primals: Primals, tangents: Primals, impl: str = "triton") -> Any:
+        """Values by our op, or values and tangents, under bfloat16 autocast as in training."""
+        inputs = [p if p_dot is None else Dual(p, p_dot) for p, p_dot in zip(primals, tangents, strict=True)]
         with torch.autocast(primals[0].device.type, dtype=torch.bfloat16):
             return getattr(ops, self.name)(*inputs, impl=impl, **self.options)
 
@@ -95,9 +94,8 @@ class Op:
             return lambda: way(primals, tangents)
         leaves = [p.requires_grad_() for i, p in enumerate(primals) if p is not None and i not in self.constant]
         reread_buffers()
-        results = way(primals, still)
-        duals = [results] if isinstance(results, Dual) else results
-        outputs = [dual.value for dual in duals if dual.value.requires_grad]
+        values = way(primals, still)
+        outputs = [y for y in (values if isinstance(values, tuple) else (values,)) if y.requires_grad]
         gradients = [torch.randn_like(y) for y in outputs]
         return lambda: torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
 

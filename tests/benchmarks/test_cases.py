@@ -71,8 +71,8 @@ def test_bytes_are_those_of_inputs_and_outputs():
     """What the formula says a forward pass moves, counted on real tensors (parameters are negligible)."""
     for op in BLOCK:
         primals = tuple(spec and torch.randn(spec[1:], dtype=spec[0]) for spec in op.inputs)
-        value = op.run(primals, (None,) * len(primals))[0]
-        rows = [x for x in (*primals, *tensors([value])) if x is not None and x.ndim >= 3]
+        results = op.run(primals, (None,) * len(primals))
+        rows = [x for x in (*primals, *tensors([results])) if x is not None and x.ndim >= 3]
         moved = sum(x.numel() * x.element_size() for x in rows)
         if op.name == "qk_norm_rope":  # v is neither read nor written
             moved = moved * 2 // 3
