@@ -205,11 +205,10 @@ def _loading(argument: str, source: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{argument}: needs pip install 'pixel-meanflow[perceptual]': {reason}") from error
+        extra = "needs pip install 'pixel-meanflow[perceptual]'"
+        raise InputError(f"{argument}: {extra}: {first_line(error)}") from error
     except Exception as error:
-        reason = first_line(error)
-        raise InputError(f"{argument}: cannot load {source!r}: {reason}") from error
+        raise InputError(f"{argument}: cannot load {source!r}: {first_line(error)}") from error
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pmf.benchmarks import __main__ as cli
-from pmf.benchmarks import figures, gate, ledger, measuring, plan, processes
+from pmf.benchmarks import figures, ledger, measuring, plan, processes
 from pmf.benchmarks.cases import Case
 from pmf.benchmarks.ledger import Ledger
 from pmf.benchmarks.op_cases import VALUE_ALONE
@@ -294,66 +294,6 @@ def test_providers_are_grouped_into_processes():
     }
 
 
-@pytest.fixture
-def few_tests(tmp_path, monkeypatch):
-    """A repository of a few test files."""
-    monkeypatch.setattr(ledger, "ROOT", tmp_path)
-    (tmp_path / "tests").mkdir()
-    texts = {
-        "good": "import pytest\n@pytest.mark.parametrize('n', range(3))\ndef test(n):\n    pass\n",
-        "bad": "def test_a():\n    pass\ndef test_b():\n    assert False\n",
-        "broken": "import nowhere\n",
-        "slow": "import time\ndef test_a():\n    pass\ndef test_b():\n    time.sleep(60)\n",
-    }
-    for name, text in texts.items():
-        (tmp_path / f"tests/test_{name}.py").write_text(text)
-
-
-def test_a_test_that_fails_keeps_figures_out(few_tests):
-    found = gate.run_tests(["test_good.py", "test_bad.py", "test_broken.py"], 120.0)
-    assert found["test_good.py"] == ("passed", None)
-    assert found["test_bad.py"] == ("failed", "test_bad.py fails: FAILED tests/test_bad.py::test_b - assert False")
-    status, error = found["test_broken.py"]
-    assert status == "failed" and error.startswith(
-        "test_broken.py fails: ERROR tests/test_broken.py - ImportError while importing"
-    )
-
-
-def test_tests_that_do_not_finish_keep_figures_out(few_tests, monkeypatch):
-    began = time.monotonic()
-    (verdict,) = gate.run_tests(["test_slow.py"], 15.0).values()
-    assert verdict == ("skipped", "test_slow.py did not finish in 15 s")
-    assert time.monotonic() - began < 40
-    monkeypatch.setattr(sys, "executable", "/bin/false")
-    ((status, error),) = gate.run_tests(["test_good.py"], 15.0).values()
-    assert status == "skipped" and error.startswith("test_good.py did not run to its end")
-
-
-def test_a_verdict_is_shared_between_parts(tmp_path, monkeypatch):
-    origin = {**ORIGIN, **ledger.provenance(CPU)}
-    asked = []
-
-    def check(tests, seconds):
-        asked.append(tests)
-        answers = {"a": ("passed", None), "b": ("failed", "b fails"), "c": ("skipped", "c did not finish")}
-        return {test: answers[test] for test in tests}
-
-    def part():
-        return gate.failing(["a", "b", "c"], Ledger(origin, tmp_path), 1.0)
-
-    monkeypatch.setattr(gate, "run_tests", check)
-
-    assert part() == part() == {"b": "b fails", "c": "c did not finish"}
-    assert asked == [["a", "b", "c"], ["c"]]
-    origin = {**origin, "sources": "others"}
-    part()
-    monkeypatch.setattr(ledger, "digest", lambda *folders: "other tests")
-    part()
-    assert asked[2:] == [["a", "b", "c"]] * 2
-    with pytest.raises(InputError, match="holds no figures"):  # verdicts are none
-        figures.read_ledger(tmp_path / "cpu.jsonl")
-
-
 def test_no_figure_comes_before_a_green_test(tmp_path):
     known = Ledger(ORIGIN, tmp_path)
     asked = plan.jobs_of("steps", Options(("pMF-digits",), 2, providers=("lean", "lean, captured"), device="cpu"))
@@ -381,24 +321,6 @@ def test_a_second_part_measures_nothing_twice(tmp_path, capsys, monkeypatch):
     assert not Ledger(ledger.provenance(CPU), tmp_path).earlier
 
 
-def test_a_ledger_says_what_is_settled(tmp_path):
-    results = {
-        "measured": {"status": "measured"},
-        "full": {"status": "failed", "error": "OutOfMemoryError: CUDA out of memory"},
-        "slow": {"status": "failed", "error": "did not finish in 90 s"},
-        "late": {"status": "skipped", "error": "no time was left"},
-    }
-    for case, result in results.items():
-        Ledger(ORIGIN, tmp_path).add({"suite": "steps", "case": case, "provider": "p", **result})
-    old = {"suite": "steps", "case": "old", "provider": "p", "status": "measured"}
-    Ledger({**ORIGIN, "sources": ""}, tmp_path).add(old)
-    with open(tmp_path / "card.jsonl", "a") as file:
-        file.write('{"case": "cut o')
-    found = Ledger(ORIGIN, tmp_path)
-    assert {case for case, *_ in found.settled()} == {"measured", "full"}
-    assert {case for case, *_ in found.tried()} == {"slow"}
-
-
 def test_what_failed_before_comes_last(tmp_path):
     jobs = plan.jobs_of("steps", Options(("pMF-digits",), 2, device="cpu"))
     names = [job.pairs[0][1] for job in jobs]
@@ -407,50 +329,6 @@ def test_what_failed_before_comes_last(tmp_path):
     Ledger(ORIGIN, tmp_path).add({**where, "provider": names[2], "status": "measured"})
     left = measuring.remaining(jobs, Ledger(ORIGIN, tmp_path))
     assert [job.pairs[0][1] for job in left] == [names[1], *names[3:], names[0]]
-
-
-def test_a_commit_can_be_named_where_there_is_no_repository(tmp_path, monkeypatch):
-    monkeypatch.setattr(ledger, "ROOT", tmp_path)
-    monkeypatch.delenv("PMF_COMMIT", raising=False)
-    assert ledger.commit() == ("unknown", True)
-    for given, found in (("abc", ("abc", False)), ("abc-dirty", ("abc", True))):
-        monkeypatch.setenv("PMF_COMMIT", given)
-        assert ledger.commit() == found
-
-
-def test_what_is_not_measured_makes_no_commit_dirty(tmp_path, monkeypatch):
-    def git(*arguments):
-        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", tmp_path, *arguments], check=True)
-
-    monkeypatch.setattr(ledger, "ROOT", tmp_path)
-    monkeypatch.delenv("PMF_COMMIT", raising=False)
-    git("init", "-q")
-    git("commit", "-q", "--allow-empty", "-m", "nothing")
-    found = []
-    for name in ("wheels/a.whl", "benchmarks/results/card.jsonl", "kernels/norm.py"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("a")
-        found.append(ledger.commit()[1])
-    assert found == [False, False, True] and len(ledger.commit()[0]) == 40
-
-
-def test_a_digest_tells_sources_apart(tmp_path, monkeypatch):
-    monkeypatch.setattr(ledger, "ROOT", tmp_path)
-    (tmp_path / "benchmarks").mkdir()
-    found = [ledger.digest("benchmarks")]
-    for name, text in (("cases.py", "a"), ("cases.py", "b"), ("figures.py", "c"), ("cases.py", "b")):
-        (tmp_path / "benchmarks" / name).write_text(text)
-        found.append(ledger.digest("benchmarks"))
-    assert len(set(found)) == 3 and found[2] == found[3] == found[4]
-
-
-def test_ledger_appends_a_line_with_its_origin(tmp_path):
-    known = Ledger(ledger.provenance(CPU), tmp_path)
-    for _ in range(2):
-        known.add({"case": "x", "provider": "y", "status": "measured", "median_us": 1.0})
-    lines = lines_of(tmp_path / "cpu.jsonl")
-    assert known.file.name == "cpu.jsonl" and len(lines) == 2
-    assert {"commit", "dirty", "torch", "triton", "gpu", "median_us"} <= lines[0].keys()
 
 
 def test_without_a_gpu_nothing_is_recorded_unless_asked(capsys):

@@ -1,12 +1,7 @@
-"""The primal of attention: which library computes it, how heads reach it, and flash-attn-4 as operators."""
+"""The primal of attention: which library computes it, and how heads reach it."""
 
-import importlib
-import inspect
 import logging
-import os
-import subprocess
 import sys
-import textwrap
 
 import pytest
 import torch
@@ -14,7 +9,7 @@ import torch
 from pmf import dispatch, ops
 from pmf.errors import InputError
 from pmf.kernels import flash, flash_attn_4
-from tests.kernels.checks import DEVICE, check, check_compiles, check_forward_mode, close, dual_op, evaluate, strided
+from tests.kernels.checks import DEVICE, close, dual_op, evaluate, strided
 from tests.kernels.test_attention import inputs
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -364,126 +359,3 @@ def test_every_primal_gives_what_the_tangent_needs(monkeypatch, backend):
     found = dual_op("attention", primals, tangents, impl="triton", scale=0.3)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
-
-
-# flash-attn-4.
-
-
-def forward(q, k, v, softmax_scale, return_lse, out, lse):
-    """By PyTorch's FlashAttention for CPUs, which takes what the package takes."""
-    assert return_lse and out.is_contiguous() and lse.dtype == F32
-    heads = (x.transpose(1, 2) for x in (q, k, v))
-    o, found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, scale=softmax_scale)
-    out.copy_(o.transpose(1, 2))
-    lse.copy_(found)
-    return out, lse, None, None, None
-
-
-def backward(q, k, v, out, dout, lse, softmax_scale, deterministic, dq, dk, dv):
-    heads = (x.transpose(1, 2) for x in (dout, q, k, v, out))
-    gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *heads, lse.float(), 0.0, False, scale=softmax_scale
-    )
-    for into, gradient in zip((dq, dk, dv), gradients, strict=True):
-        into.copy_(gradient.transpose(1, 2))
-
-
-NO_GPU = pytest.mark.skipif(DEVICE == "cuda", reason="where there is a GPU, test_gpu.py runs the package")
-
-
-@pytest.fixture
-def on_flash_attn_4(monkeypatch):
-    if DEVICE == "cuda":
-        pytest.skip("the stand-in computes on CPUs; test_gpu.py runs the package")
-    monkeypatch.setattr(flash, "choose", lambda *_: "flash_attn_4")
-    monkeypatch.setattr(flash_attn_4, "library", lambda: (forward, backward))
-
-
-def test_flash_attn_4_as_an_operator(on_flash_attn_4):
-    """Values, tangents, gradients; compilers, checkpointing and forward mode: as with every other kernel."""
-    primals, tangents = inputs(3, 20, 33, 16, 2, BF16)
-    check("attention", primals, tangents)
-    check("attention", *inputs(2, 276, 276, 80, None, BF16))
-    check_compiles("attention", primals, tangents)
-    check_forward_mode("attention", primals, (0, 1, 2))
-    assert ops.attention(primals[0][:0], primals[1][:0], primals[2][:0], impl="triton").shape == (0, 20, 2, 16)
-
-
-def test_flash_attn_4_saves_no_more_than_it_needs(on_flash_attn_4):
-    leaves, saved = [p.detach().requires_grad_() for p in inputs(2, 20, 20, 16, None, BF16)[0]], []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
-        o, lse = flash_attn_4.attention(*leaves, 0.25)
-    assert sorted(saved) == [(2, 2, 20)] + 4 * [(2, 20, 2, 16)]
-    assert o.requires_grad and not lse.requires_grad
-
-
-def test_flash_attn_4_s_fake_functions(on_flash_attn_4):
-    (q, k, v), _ = inputs(2, 20, 33, 16, None, BF16)
-    o, lse = torch.ops.pmf.flash_attn_4_forward(q, k, v, 0.25)
-    utils = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.pmf.flash_attn_4_forward.default, (q, k, v, 0.25), test_utils=utils)
-    arguments = (q, k, v, o, lse, torch.ones_like(o), 0.25)
-    torch.library.opcheck(torch.ops.pmf.flash_attn_4_backward.default, arguments, test_utils=utils)
-
-
-@pytest.mark.extras
-@NO_GPU
-def test_the_installed_flash_attn_4_takes_our_calls():
-    """Its own signatures, and those of the stand-ins above."""
-    pytest.importorskip("flash_attn.cute")
-    true = [inspect.signature(function) for function in flash_attn_4.library()]
-    for signature, stand_in in zip(true, (forward, backward), strict=True):
-        names = list(inspect.signature(stand_in).parameters)
-        bound = signature.bind(*names[:3], **{name: name for name in names[3:]})
-        assert all(name == value for name, value in bound.arguments.items())
-    positional = list(true[1].parameters)[:6]
-    assert positional == list(inspect.signature(backward).parameters)[:6]
-
-
-@pytest.mark.extras
-@NO_GPU
-def test_the_installed_flash_attn_4_is_refused_where_its_kernels_disagree():
-    """On Hopper the sums of dq have one width in the kernel that adds them up and in those that clear and read them.
-
-    Where this fails for a new release, see whether it is right at last, and let `limit` say so.
-    """
-    pytest.importorskip("flash_attn.cute")
-    cutlass = importlib.import_module("cutlass")
-    add, clear, read = (
-        getattr(importlib.import_module(f"flash_attn.cute.flash_bwd_{name}"), f"FlashAttentionBackward{kind}")
-        for name, kind in (("sm90", "Sm90"), ("preprocess", "Preprocess"), ("postprocess", "Postprocess"))
-    )
-    for head_dim in range(8, 129, 8):
-        half = cutlass.BFloat16, head_dim
-        widths = add(*half).tile_hdim, clear(*half, head_dim).head_dim_padded, read(*half, 90).tile_hdim
-        refused = flash_attn_4.limit(90, head_dim) is not None
-        assert refused == (len(set(widths)) > 1), (head_dim, widths)
-
-
-@pytest.mark.extras
-@NO_GPU
-def test_the_installed_flash_attn_4_compiles_for_hopper():
-    """Its compiler takes our calls, at pMF's widths and the edges of `limit`; fake tensors, so nothing is launched."""
-    pytest.importorskip("flash_attn.cute")
-    code = """
-        import torch
-        from torch._subclasses.fake_tensor import FakeTensorMode
-        from pmf.kernels import flash_attn_4, registration
-        registration.shapes_only = lambda x: False  # the package itself is called, with fake tensors
-        forward, backward = (getattr(flash_attn_4, f"flash_attn_4_{way}").function for way in ("forward", "backward"))
-        for head_dim in (24, 64, 96, 120, 128):
-            assert flash_attn_4.limit(90, head_dim) is None
-            with FakeTensorMode():
-                q, k = (torch.empty(2, s, 12, head_dim, dtype=torch.bfloat16, device="cuda") for s in (276, 276))
-                o, lse = forward(q, k, k, 0.125)
-                assert [x.shape for x in backward(q, k, k, o, lse, o, 0.125)] == [q.shape] * 3
-        print("compiled")
-    """
-    target = {"FLASH_ATTENTION_ARCH": "sm_90", "CUTE_DSL_ARCH": "sm_90a", "FLASH_ATTENTION_NUM_SMS": "132"}
-    found = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        env=os.environ | target,
-    )
-    assert found.returncode == 0 and "compiled" in found.stdout, found.stderr[-2000:]

@@ -1,3 +1,7 @@
+import subprocess
+import sys
+
+import pytest
 import torch
 
 from pmf.data import ImageSet, Loader
@@ -28,3 +32,24 @@ def test_an_epoch_shows_every_image_once_across_batch_borders():
 def test_seeds_differ_by_run_step_and_purpose():
     seeds = {step_seed(s, i, p) for s in range(3) for i in range(3) for p in ("epoch", "draws")}
     assert len(seeds) == 18
+
+
+@pytest.mark.parametrize("package", ["pyarrow", "xxhash"])
+def test_prepared_data_name_their_extra_and_embedded_data_do_without(package, tmp_path):
+    (tmp_path / "shard-000000.arrow").write_bytes(b"")
+    code = f"""
+import sys
+from pmf.train.cli import main
+from pmf.train.data.by_name import open_data
+assert len(open_data("digits", 8)) == 1500 and len(open_data("photographs", 32)) == 5400
+assert not {{"pmf.data.shards", "xxhash", "datasets", "webdataset"}} & set(sys.modules)
+sys.modules[{package!r}] = None
+for arguments in (["data", "verify", {str(tmp_path)!r}], ["train", "digits", "--data", {str(tmp_path)!r}]):
+    try:
+        main(arguments)
+    except SystemExit as end:
+        assert end.code == 2
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("pmf: data: prepared images need pip install 'pixel-meanflow[data]'") == 2

@@ -3,7 +3,6 @@ import io
 import os
 import pickle
 import shlex
-import subprocess
 import sys
 import tarfile
 
@@ -358,27 +357,6 @@ def test_a_missing_package_is_named_by_its_extra(monkeypatch, package, spec):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(InputError, match=r"pip install 'pixel-meanflow\[data\]'"):
         open_source(spec)
-
-
-@pytest.mark.parametrize("package", ["pyarrow", "xxhash"])
-def test_prepared_data_name_their_extra_and_embedded_data_do_without(package, tmp_path):
-    (tmp_path / "shard-000000.arrow").write_bytes(b"")
-    code = f"""
-import sys
-from pmf.train.cli import main
-from pmf.train.data.by_name import open_data
-assert len(open_data("digits", 8)) == 1500 and len(open_data("photographs", 32)) == 5400
-assert not {{"pmf.data.shards", "xxhash", "datasets", "webdataset"}} & set(sys.modules)
-sys.modules[{package!r}] = None
-for arguments in (["data", "verify", {str(tmp_path)!r}], ["train", "digits", "--data", {str(tmp_path)!r}]):
-    try:
-        main(arguments)
-    except SystemExit as end:
-        assert end.code == 2
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.count("pmf: data: prepared images need pip install 'pixel-meanflow[data]'") == 2
 
 
 def test_wrong_sources_are_refused(tmp_path):
