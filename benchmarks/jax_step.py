@@ -1,184 +1,33 @@
-"""The pMF step in JAX, written for the benchmark: what a script like the published one costs on this machine.
-
-The published in-context network and the naive step: three guidance passes, `jax.jvp` of u with v as
-auxiliary output, `jax.value_and_grad` over it. Nothing else in the library imports JAX.
-
-`jax.nn.dot_product_attention` takes every softmax in float32, which the float64 checks of this step rule out.
-"""
+"""The pMF step in JAX, compiled: what a script like the authors' costs on this machine."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from torch import Tensor
 
-from pmf import ops
-from pmf.config import PREFIX_TOKENS, LossConfig, ModelConfig
+from pmf.config import LossConfig
 from pmf.draws import Draws
 from pmf.errors import require
 from pmf.model import PMFDiT
-from pmf.reference.embedding import FEATURES, MAX_PERIOD
-from pmf.reference.loss import image
+from pmf.reference.jax_loss import jax_loss
+from pmf.reference.jax_network import Arrays, arrays
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # otherwise JAX takes most of the GPU at once
-NORM_EPS = 1e-6
-Arrays = dict[str, Any]
-Inputs = tuple[Tensor, Tensor, Draws]
-"""Images, labels and draws."""
-
-
-@dataclass(frozen=True)
-class JaxNetwork:
-    """The in-context network; `params` are named as in `PMFDiT.state_dict`.
-
-    Matrix products run in `compute`; norms, softmax and the residual stream in float32, as autocast does, or in
-    float64 where that is computed in.
-    """
-
-    config: ModelConfig
-    params: Arrays
-    compute: str = "float32"
-
-    def __post_init__(self) -> None:
-        require(self.config.conditioning == "in_context", "config: the JAX step has the published conditioning alone")
-
-    @property
-    def wide(self) -> Any:
-        """The precision of all but the matrix products."""
-        return jnp.promote_types(self.compute, jnp.float32)
-
-    def linear(self, name: str, x):
-        """x W^T, and b where there is one; convolutions take flattened patches."""
-        weight, bias = self.params[f"{name}.weight"], self.params.get(f"{name}.bias")
-        y = x.astype(self.compute) @ weight.reshape(len(weight), -1).T.astype(self.compute)
-        return y if bias is None else y + bias.astype(y.dtype)
-
-    def norm(self, name: str, x):
-        """RMSNorm over the last dimension."""
-        x = x.astype(self.wide)
-        return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + NORM_EPS) * self.params[f"{name}.weight"]
-
-    def scalar(self, name: str, s):
-        """A scalar [B] as [B, C]: sinusoids, Linear, SiLU, Linear."""
-        angle = s[:, None] * MAX_PERIOD ** (-jnp.arange(FEATURES // 2) / (FEATURES // 2))
-        features = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)
-        return self.linear(f"{name}.fc2", jax.nn.silu(self.linear(f"{name}.fc1", features)))
-
-    def prefix(self, h, omega, t_min, t_max, y):
-        """The prefix tokens [B, P, C]."""
-        scalars = {"h": h, "omega": 1 - 1 / omega, "t_min": t_min, "t_max": t_max}
-        embedded = {name: self.scalar(f"conditioning.embedders.{name}", s) for name, s in scalars.items()}
-        embedded["y"] = self.params["conditioning.classes.weight"][y]
-        groups = [self.params[f"conditioning.tokens.{name}"] + embedded[name][:, None] for name in PREFIX_TOKENS]
-        return jnp.concatenate(groups, 1)
-
-    def embed(self, z, prefix):
-        """[prefix, patches] + positions."""
-        c, p = self.config, self.config.patch_size
-        patches = z.reshape(-1, c.in_channels, c.grid_size, p, c.grid_size, p).transpose(0, 2, 4, 1, 3, 5)
-        patches = patches.reshape(-1, c.num_patches, c.patch_values)
-        tokens = self.linear("patch_embed.proj2", self.linear("patch_embed.proj1", patches))
-        return jnp.concatenate([prefix, tokens.astype(prefix.dtype)], 1) + self.params["patch_embed.positions"]
-
-    def rotate(self, x):
-        """Turn adjacent pairs of the patch tokens' heads [B, S, H, D]."""
-        prefix, patches = jnp.split(x, [self.config.prefix_length], 1)
-        tables = ops.rope_tables(self.config.grid_size, self.config.head_dim)
-        cos, sin = (table.numpy()[:, None] for table in tables)
-        a, b = patches[..., 0::2], patches[..., 1::2]
-        turned = jnp.stack([a * cos - b * sin, a * sin + b * cos], -1)
-        return jnp.concatenate([prefix, turned.reshape(patches.shape)], 1)
-
-    def attention(self, name: str, x):
-        """Softmax attention with normalised, rotated q and k."""
-        heads = (*x.shape[:2], self.config.num_heads, -1)
-        q, k, v = (self.linear(f"{name}.{part}_proj", x).reshape(heads) for part in "qkv")
-        q, k = self.rotate(self.norm(f"{name}.q_norm", q)), self.rotate(self.norm(f"{name}.k_norm", k))
-        q, k, v = (x.astype(self.compute) for x in (q, k, v))
-        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=self.wide)
-        weights = jax.nn.softmax(scores * self.config.head_dim**-0.5).astype(self.compute)
-        return self.linear(f"{name}.out_proj", jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape))
-
-    def block(self, name: str, x):
-        """One transformer block on the residual stream."""
-        x = x + self.params[f"{name}.attn_scale"] * self.attention(f"{name}.attn", self.norm(f"{name}.norm1", x))
-        y = self.norm(f"{name}.norm2", x)
-        gated = jax.nn.silu(self.linear(f"{name}.mlp.w1", y)) * self.linear(f"{name}.mlp.w3", y)
-        return x + self.params[f"{name}.mlp_scale"] * self.linear(f"{name}.mlp.w2", gated)
-
-    def head(self, name: str, x):
-        """One head's clean-image prediction."""
-        c, p = self.config, self.config.patch_size
-        for i in range(c.aux_head_depth):
-            x = self.block(f"head_blocks.{name}.{i}", x)
-        y = self.norm(f"final_layers.{name}.norm", x[:, c.prefix_length :])
-        tokens = self.linear(f"final_layers.{name}.linear", y).astype(self.wide)
-        images = tokens.reshape(-1, c.grid_size, c.grid_size, p, p, c.in_channels)
-        return images.transpose(0, 5, 1, 3, 2, 4).reshape(-1, *c.image_shape)
-
-    def velocities(self, heads: str, z, t, h, omega, t_min, t_max, y) -> list:
-        """The velocities of the heads asked for, "u", "v" or "uv": images [B, c, H, W]."""
-        x = self.embed(z, self.prefix(h, omega, t_min, t_max, y))
-        for i in range(self.config.depth - self.config.aux_head_depth):
-            x = self.block(f"shared_blocks.{i}", x)
-        return [(z - self.head(head, x)) / image(jnp.clip(t, self.config.t_clip, 1)) for head in heads]
-
-
-def jax_fields(network: JaxNetwork, batch: Arrays) -> Arrays:
-    """z_t, u, V, v and v_g of one batch as images, everything on every row; named as in `pmf.reference.loss`.
-
-    `batch` holds x, y and the fields of `Draws` as arrays.
-    """
-    t, r, omega, t_min, t_max = (batch[name] for name in ("t", "r", "omega", "t_min", "t_max"))
-    x, y, dropped, zero, one = batch["x"], batch["y"], batch["drop_mask"], jnp.zeros_like(t), jnp.ones_like(t)
-    null = jnp.full_like(y, network.config.num_classes)
-    still = JaxNetwork(network.config, jax.lax.stop_gradient(network.params), network.compute)
-
-    z_t = image(1 - t) * x + image(t) * network.config.noise_scale * batch["noise"]
-    v_t = (z_t - x) / image(jnp.clip(t, network.config.t_clip, 1))
-
-    def v_of(w, y):
-        return still.velocities("v", z_t, t, zero, w, zero, one, y)[0]
-
-    w = jnp.where((t_min <= t) & (t <= t_max), omega, 1.0)
-    v_c = jnp.where(image(batch["fm_mask"]), v_of(omega, y), v_of(w, y))
-    v_u = v_of(one, null)
-    v_g = jnp.where(image(dropped), v_t, v_t + image(1 - 1 / w) * (v_c - v_u))
-    y = jnp.where(dropped, null, y)
-
-    def u_and_v(z, t, r):
-        return tuple(network.velocities("uv", z, t, t - r, omega, t_min, t_max, y))
-
-    u, du_dt, v = jax.jvp(u_and_v, (z_t, t, r), (v_c, one, zero), has_aux=True)
-    return {"z_t": z_t, "u": u, "V": u + image(t - r) * jax.lax.stop_gradient(du_dt), "v": v, "v_g": v_g}
-
-
-def adaptive(loss, config: LossConfig):
-    """adp(L) = L / stopgrad(L + norm_eps)^norm_p."""
-    return loss / (jax.lax.stop_gradient(loss) + config.norm_eps) ** config.norm_p
-
-
-def jax_loss(model: ModelConfig, config: LossConfig, compute: str, params: Arrays, batch: Arrays):
-    """The pMF loss of one batch without perceptual terms; the objective is in float32 at least."""
-    images = jax_fields(JaxNetwork(model, params, compute), batch)
-    losses = (jnp.square(images[name] - images["v_g"]).sum((1, 2, 3)) for name in ("V", "v"))
-    return sum(adaptive(loss, config) for loss in losses).mean()
-
-
-def arrays(tensors: dict[str, Tensor]) -> Arrays:
-    """Tensors on JAX's default device, by way of the CPU."""
-    return {name: jnp.asarray(value.detach().cpu().numpy()) for name, value in tensors.items()}
 
 
 class JaxStep:
     """Forward and backward of one batch on JAX's default device, compiled once; it waits for loss and gradients."""
 
-    def __init__(self, model: PMFDiT, inputs: Inputs, config: LossConfig, compute: str = "float32") -> None:
+    def __init__(
+        self, model: PMFDiT, inputs: tuple[Tensor, Tensor, Draws], config: LossConfig, compute: str = "float32"
+    ) -> None:
+        """`inputs`: images, labels and draws. `compute`: the dtype of matrix products."""
+        published = model.config.conditioning == "in_context"
+        require(published, "config: the JAX step has the published conditioning alone")
         x, y, draws = inputs
         self.params, self.batch = arrays(model.state_dict()), arrays({"x": x, "y": y, **vars(draws)})
         self.step = jax.jit(jax.value_and_grad(partial(jax_loss, model.config, config, compute)))

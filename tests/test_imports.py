@@ -56,7 +56,7 @@ RULES = {
 }
 THIRD_PARTY = {
     "kernels": {"torch", "triton"},
-    "pmf/reference": {"torch", "einops"},
+    "pmf/reference": {"torch", "einops", "jax"},
 }
 
 
@@ -100,6 +100,13 @@ def test_rooms_import_only_what_they_may(room):
                 allowed = top in THIRD_PARTY[room] or top in sys.stdlib_module_names
                 assert allowed, f"{file.relative_to(ROOT)} imports {name}"
             assert name.split(".")[0] not in ("kernels", "train", "benchmarks", "tests")
+
+
+def test_only_its_own_modules_import_the_jax_reference():
+    for room in ("pmf", "train"):
+        for file in files(room):
+            names = set(imported(file)) & {"jax", "pmf.reference.jax_loss", "pmf.reference.jax_network"}
+            assert not names or file.name.startswith("jax_"), f"{file.relative_to(ROOT)} imports {names}"
 
 
 def modules():

@@ -63,7 +63,7 @@ def test_bfloat16_errs_no_more_than_twice_autocast(jax_step):
 
 def test_the_other_conditioning_is_refused(jax_step):
     with pytest.raises(InputError, match="config: the JAX step"):
-        jax_step.JaxNetwork(dataclasses.replace(TINY, conditioning="adaln"), {})
+        jax_step.JaxStep(random_model(dataclasses.replace(TINY, conditioning="adaln")), step_inputs(2), LOSS)
 
 
 def test_without_jax_the_other_steps_are_measured(monkeypatch):

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pmf
-from pmf.benchmarks.jax_step import JaxNetwork, adaptive, arrays, jax_fields
+from pmf.reference.jax_loss import adaptive, jax_fields
+from pmf.reference.jax_network import JaxNetwork, arrays
 
 CROP_SIZE = 224
 
