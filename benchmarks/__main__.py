@@ -1,6 +1,6 @@
-"""`python -m pmf.benchmarks SUITE`: measure; `report` and `plot` show what a ledger holds.
+"""`python -m pmf.benchmarks SUITE` measures; `report` and `plot` show a ledger.
 
-Figures of a GPU enter benchmarks/results behind a green test.
+Figures from a GPU are recorded in benchmarks/results, and only where the tests of the measured code pass.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from pmf.errors import InputError
 
 SUITES = {
     "ops": "Measure each op at the shapes of a block.",
-    "steps": "Measure forward and backward of training steps, no optimizer.",
+    "steps": "Measure forward and backward of training steps, without the optimizer.",
     "sampling": "Measure one-step sampling.",
-    "memory": "Find the largest batch: counted anywhere, measured on a GPU.",
-    "gpu": "Measure everything, the most important first, as benchmarks/plan.py lists it.",
+    "memory": "Find the largest batch: computed on any machine, also measured on a GPU.",
+    "gpu": "Measure everything, most important first, in the order of benchmarks/plan.py.",
 }
 
 
 def command(suite: str) -> Callable[..., None]:
-    """What measures a suite."""
+    """Return the subcommand that measures a suite."""
 
     def measure(options: Options) -> None:
         run(suite, options)

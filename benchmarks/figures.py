@@ -1,8 +1,8 @@
-"""A ledger's figures as Markdown and pictures: README's tables come from here, and their figures from nowhere else."""
+"""Show a ledger as Markdown tables and pictures. Every measured figure in README comes from here."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -14,13 +14,11 @@ from pmf.errors import require
 from pmf.timing import Record
 
 BUSY = 0.9
-"""From this share of a step's time on, its kernels are what it waits for."""
-Bar = tuple[str, str, float]
-"""Group, provider and value."""
+"""A step whose kernels fill at least this share of its time is bound by the GPU."""
 
 
 def find_ledger(given: Path | None) -> Path:
-    """The file given, or the only one in benchmarks/results. Errors: `InputError` where there is none, or several."""
+    """The file given, or the only one in benchmarks/results. Raises `InputError` if there is none, or several."""
     found = [given] if given is not None else sorted(RESULTS.glob("*.jsonl"))
     require(bool(found), "ledger: benchmarks/results holds none yet; measure first, or name a file")
     require(len(found) == 1, f"ledger: name one of {', '.join(file.name for file in found)}")
@@ -29,9 +27,9 @@ def find_ledger(given: Path | None) -> Path:
 
 
 def read_ledger(file: Path) -> list[Record]:
-    """The latest record of each case, provider and batch, in the order of their first.
+    """The latest record of each key, in the order of their first; a skipped one does not replace a figure.
 
-    What a later run had no time for keeps its figure. Errors: `InputError` on a file that holds no figures.
+    Raises `InputError` if the file holds no figures.
     """
     latest: dict[Key, Record] = {}
     for record in records_of(file):
@@ -54,23 +52,23 @@ def markdown(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def number(value: float | None, form: str, unit: float = 1) -> str:
-    """A figure in a unit; "-" where there is none."""
+    """Format a figure in a unit; "-" if there is none."""
     return "-" if value is None else format(value / unit, form)
 
 
 def ratio(mine: float | None, theirs: float | None) -> float | None:
-    """Of two figures, where there are both."""
+    """mine / theirs; None unless both exist."""
     return mine / theirs if mine and theirs else None
 
 
 def bound(record: Record) -> str:
-    """What a step waits for: the GPU where its kernels fill most of the time, else the host that launches them."""
+    """Whether the GPU or the host, which launches the kernels, limits a step."""
     share = ratio(record.get("busy_us"), record["median_us"])
     return "-" if share is None else f"{'GPU' if share >= BUSY else 'host'}, busy {min(share, 1.0):.0%}"
 
 
 def whole_table(records: list[Record]) -> str:
-    """Steps and samplers. Host: what enqueueing takes; the GPU's share of the time: of kernels, from a profile."""
+    """Steps and samplers. "host ms" is the time to enqueue a run; "bound by" is from a profile's kernel times."""
     floors = {r["case"]: r["peak_bytes"] for r in records if r["provider"] == "flow matching"}
     rows = [
         {
@@ -94,7 +92,7 @@ def whole_table(records: list[Record]) -> str:
 
 
 def op_table(records: list[Record]) -> str:
-    """A row per case, a column per provider: time, and the larger of both fractions of a ceiling."""
+    """A row per case, a column per provider: time, and the larger of its two fractions of a ceiling."""
     providers = list(dict.fromkeys(r["provider"] for r in records))
     alone = {r["case"]: r["median_us"] for r in records if r["provider"] == VALUE_ALONE}
     cells: dict[str, dict[str, str]] = {}
@@ -108,7 +106,7 @@ def op_table(records: list[Record]) -> str:
 
 
 def memory_table(records: list[Record]) -> str:
-    """Largest batches: computed, and measured in brackets."""
+    """Largest batches: computed, with the measured ones in brackets."""
     cells: dict[tuple[str, ...], dict[int, str]] = {}
     for r in records:
         found = "" if r["measured_batch"] is None else f" [{r['measured_batch']}]"
@@ -119,7 +117,7 @@ def memory_table(records: list[Record]) -> str:
 
 
 def origin(file: Path, records: list[Record]) -> str:
-    """Where the figures of a ledger come from."""
+    """The provenance of a ledger's figures."""
     last, path = records[-1], file.resolve()
     name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else file
     rates = last["copy_bytes_per_s"] / 1e9, last["product_operations_per_s"] / 1e12
@@ -132,7 +130,7 @@ def origin(file: Path, records: list[Record]) -> str:
 
 
 def tables(file: Path) -> str:
-    """Every table of the ledger, where its figures come from, and what could not be measured."""
+    """The ledger's provenance, all of its tables, and what could not be measured."""
     records = read_ledger(file)
     kinds = {"steps": whole_table, "sampling": whole_table, "ops": op_table, "memory": memory_table}
     parts = [table(found) for suite, table in kinds.items() if (found := measured(records, suite))]
@@ -145,14 +143,14 @@ def tables(file: Path) -> str:
 
 
 def summary(records: list[Record]) -> str:
-    """What the end of a measurement prints: largest batches, and what no time was left for."""
+    """The last lines of a measurement: the largest batches, and what no time was left for."""
     largest = measured(records, "memory")
     late = [f"{r['case']}: {r['provider'] or 'all'}" for r in records if r["status"] == "skipped"]
     return (memory_table(largest) if largest else "") + (f"no time was left for {'; '.join(late)}\n" if late else "")
 
 
 def line(record: Record) -> str:
-    """A record as it is shown while it comes."""
+    """One line for a new record."""
     start = f"{record['case']:48}{record['provider'] or '':48}"
     if record["status"] != "measured":
         return f"{start}{record['status']}: {record['error']}"
@@ -174,7 +172,7 @@ def report(ledger: Path | None = None) -> None:
 
 
 def plot(ledger: Path | None = None, out: Path = RESULTS) -> None:
-    """Draw time and peak memory of the steps, the ops' share of their ceiling, and the largest batches.
+    """Draw time and peak memory of the steps, the ops' share of copy bandwidth, and the largest batches.
 
     Args:
         ledger: The file (default: the only one in benchmarks/results).
@@ -182,40 +180,28 @@ def plot(ledger: Path | None = None, out: Path = RESULTS) -> None:
     """
     file = find_ledger(ledger)
     records = read_ledger(file)
-    gpu, steps, memory = records[-1]["gpu"], measured(records, "steps"), measured(records, "memory")
-    ops = [r for r in measured(records, "ops") if not r["operations"]]
-    times = [(r["case"], r["provider"], r["median_us"] / 1e3 / r["batch"]) for r in steps]
-    peaks = [(r["case"], r["provider"], r["peak_bytes"] / 1e9) for r in steps if r["peak_bytes"]]
-    rates = [(r["case"], r["provider"], r["of_copy_bandwidth"]) for r in ops]
-    pictures = {
-        "step-time": (times, "ms per image", "Forward and backward of a step"),
-        "step-memory": (peaks, "GB above what rests", "Peak memory of a training step"),
-        "ops": (rates, "of the copy bandwidth", "Memory-bound ops"),
-        "largest-batch": ([largest_bar(r) for r in memory], "images", "Largest batch"),
+    kinds: dict[str, tuple[str, str, Callable[[Record], float | None]]] = {
+        "step-time": ("steps", "ms per image", lambda r: r["median_us"] / 1e3 / r["batch"]),
+        "step-memory": ("steps", "GB at the peak of a step", lambda r: ratio(r["peak_bytes"], 1e9)),
+        "ops": ("ops", "of the copy bandwidth", lambda r: None if r["operations"] else r["of_copy_bandwidth"]),
+        "largest-batch": ("memory", "images, computed", lambda r: r["computed_batch"]),
     }
-    for name, (bars, unit, title) in pictures.items():
-        if bars:
-            write_bars(out / f"{file.stem}-{name}.png", bars, unit, f"{title}, {gpu}")
+    for name, (suite, unit, value) in kinds.items():
+        found = {f"{r['case']}: {r['provider']}": value(r) for r in measured(records, suite)}
+        if bars := {label: height for label, height in found.items() if height is not None}:
+            picture = out / f"{file.stem}-{name}.png"
+            write_atomically(picture, partial(write_bars, bars, f"{unit}, {records[-1]['gpu']}"))
+            print(picture)
 
 
-def largest_bar(record: Record) -> Bar:
-    """A largest batch: as measured, or else as computed."""
-    kind = "computed" if record["measured_batch"] is None else "measured"
-    return f"{record['size']}, {record['budget_gb']} GB", f"{record['step']}, {kind}", record[f"{kind}_batch"]
-
-
-def write_bars(file: Path, bars: list[Bar], unit: str, title: str) -> None:
-    """Write horizontal bars with their values, a colour for each provider, and print the file's name."""
+def write_bars(bars: dict[str, float], unit: str, file: Path) -> None:
+    """Write horizontal bars with their values as a PNG."""
     from matplotlib.figure import Figure
 
-    providers = list(dict.fromkeys(provider for _, provider, _ in bars))
     figure = Figure(figsize=(9, 1.2 + 0.2 * len(bars)), layout="constrained")
-    axes = figure.add_subplot(xlabel=unit, title=title)
-    labels, values = [f"{group}: {provider}" for group, provider, _ in bars], [value for *_, value in bars]
-    colours = [f"C{providers.index(provider)}" for _, provider, _ in bars]
-    axes.bar_label(axes.barh(labels, values, color=colours), fmt="%.3g", fontsize=7)
+    axes = figure.add_subplot(xlabel=unit)
+    axes.bar_label(axes.barh(list(bars), list(bars.values())), fmt="%.3g", fontsize=7)
     axes.tick_params("y", labelsize=7)
     axes.invert_yaxis()
     axes.margins(x=0.1, y=0.01)
-    write_atomically(file, partial(figure.savefig, dpi=150, format="png"))
-    print(file)
+    figure.savefig(file, dpi=150, format="png")

@@ -1,4 +1,4 @@
-"""The tests that stand before every figure, run on this machine."""
+"""The tests that must pass on this machine before a figure is recorded."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pmf.benchmarks import ledger
 
 AT_ONCE = 3
-"""Test files that run side by side, on a share of the processors each: the start of one hides behind the others."""
+"""Test files run side by side, each on a share of the processors, so that their start-up times overlap."""
 Verdict = tuple[str, str | None]
-"""passed, failed or skipped (it did not end: another try may change it), and why."""
+"""passed, failed or skipped (it did not finish, so another run tries again), and the reason."""
 
 
 def run_test(test: str, seconds: float) -> Verdict:
-    """The verdict on a test file within so many seconds; on several processors where pytest-xdist is installed."""
+    """Run a test file with a time limit, on several processors if pytest-xdist is installed."""
     command = [sys.executable, "-m", "pytest", "-rfE", "--tb=no", "-p", "no:cacheprovider", f"tests/{test}"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(max(1, len(os.sched_getaffinity(0)) // AT_ONCE))]
@@ -43,7 +43,7 @@ def run_test(test: str, seconds: float) -> Verdict:
 
 
 def run_tests(tests: list[str], seconds: float) -> dict[str, Verdict]:
-    """The verdict on each test file, all of them within so many seconds."""
+    """Run test files; the time limit is for all of them together."""
     deadline = time.monotonic() + seconds
     with ThreadPoolExecutor(AT_ONCE) as pool:
         found = pool.map(lambda test: run_test(test, max(0.0, deadline - time.monotonic())), tests)
@@ -51,9 +51,9 @@ def run_tests(tests: list[str], seconds: float) -> dict[str, Verdict]:
 
 
 def failing(tests: list[str], known: ledger.Ledger, seconds: float) -> dict[str, str]:
-    """Test file -> why no figure may be recorded behind it.
+    """Map each test file that does not pass to the reason.
 
-    A verdict on these very sources and tests, on this machine, is not asked for twice.
+    A recorded verdict on the same sources and tests, on this machine, is reused.
     """
     origin = ledger.digest("tests")
     held = [r for r in known.earlier if r["suite"] == "tests" and r["tests"] == origin and r["status"] != "skipped"]

@@ -1,7 +1,7 @@
 """The ledger of figures: one JSON line per measurement in `benchmarks/results/<gpu>.jsonl`.
 
-A line holds suite, size, batch, case, provider, status (measured, failed, skipped; of tests passed), error, the
-figures, and where they come from.
+A line holds suite, size, batch, case, provider, status (measured, failed or skipped; passed for tests), error, the
+figures, and their provenance.
 """
 
 from __future__ import annotations
@@ -29,18 +29,17 @@ Key = tuple[str, str | None, int | None]
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MEASURED = ("pmf", "kernels", "benchmarks")
-"""The folders whose code a figure depends on."""
+"""The folders whose code affects a figure."""
 UNMEASURED = {"__main__.py", "figures.py", "plan.py"}
-"""Of the benchmarks, what only chooses and shows figures."""
+"""Files of the benchmarks that only choose or show figures."""
 OUT_OF_MEMORY = ("OutOfMemoryError", "XlaRuntimeError: RESOURCE_EXHAUSTED", "JaxRuntimeError: RESOURCE_EXHAUSTED")
 """How the errors of PyTorch's and JAX's allocators begin."""
 
 
 def commit() -> tuple[str, bool]:
-    """The commit of this code, and whether the files that are measured differ from it; else ("unknown", True).
+    """The commit, and whether the measured files differ from it; ("unknown", True) outside a repository.
 
-    PMF_COMMIT, the output of `git describe --always --abbrev=40 --dirty`, stands in for the repository on a machine
-    that has only the files.
+    On a machine without the repository, set PMF_COMMIT to the output of `git describe --always --abbrev=40 --dirty`.
     """
     if given := os.environ.get("PMF_COMMIT"):
         return given.removesuffix("-dirty"), given.endswith("-dirty")
@@ -53,7 +52,7 @@ def commit() -> tuple[str, bool]:
 
 
 def digest(*folders: str) -> str:
-    """A hash of the Python files in these folders: trees that agree in it measure, or test, the same."""
+    """Hash the Python files of these folders, to tell whether two trees measure, or test, the same code."""
     found = hashlib.sha256()
     for folder in folders:
         for file in sorted((ROOT / folder).rglob("*.py")):
@@ -63,9 +62,7 @@ def digest(*folders: str) -> str:
 
 
 def provenance(device: torch.device) -> Record:
-    """Where and with what a figure is measured: machine, commit, dirty flag, hash of the sources, versions, and the
-    backend of attention's value where none is named.
-    """
+    """Machine, commit, dirty flag, hash of the sources, versions, and the default backend of attention's value."""
     head, dirty = commit()
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -82,7 +79,7 @@ def provenance(device: torch.device) -> Record:
 
 
 def records_of(file: Path) -> Iterator[Record]:
-    """The records of a file, in order; none where there is no such file. A line that was cut off is left out."""
+    """The records of a file, in order; none if the file does not exist. A truncated line is skipped."""
     for line in file.read_text().splitlines() if file.is_file() else ():
         with contextlib.suppress(ValueError):
             if {"case", "status"} <= (record := json.loads(line)).keys():
@@ -90,20 +87,20 @@ def records_of(file: Path) -> Iterator[Record]:
 
 
 def key(record: Record) -> Key:
-    """What a record is about."""
+    """The key of a record."""
     return record["case"], record["provider"], record.get("batch")
 
 
 def out_of_memory(record: Record) -> bool:
-    """Whether that is why there is no figure."""
+    """Whether a record failed for want of memory."""
     return str(record.get("error", "")).startswith(OUT_OF_MEMORY)
 
 
 class Ledger:
-    """What is known of this very code on this machine, from earlier runs and from this one."""
+    """The records of the same code on the same machine, from earlier runs and from this one."""
 
     def __init__(self, origin: Record, directory: Path | None = None) -> None:
-        """`origin`: provenance and ceilings of this run. `directory`: where the file lies; None: nothing is written."""
+        """`origin`: provenance and ceilings of this run. `directory`: the file's folder; None writes nothing."""
         self.origin = origin
         name = f"{str(origin['gpu']).lower().replace(' ', '-').removeprefix('nvidia-')}.jsonl"
         self.file = None if directory is None else directory / name
@@ -113,17 +110,17 @@ class Ledger:
         self.records: list[Record] = []
 
     def settled(self) -> set[Key]:
-        """What another try gains nothing on: it was measured, or the memory is too small."""
+        """Keys that need no other try: measured, or out of memory."""
         return {key(r) for r in (*self.earlier, *self.records) if r["status"] == "measured" or out_of_memory(r)}
 
     def tried(self) -> set[Key]:
-        """What failed in an earlier run, and may not again."""
+        """Keys that failed in an earlier run and are worth another try."""
         return {key(r) for r in self.earlier if r["status"] == "failed"} - self.settled()
 
     def add(self, record: Record) -> None:
-        """Keep a record, and write it at once: an interrupted run loses nothing. Its `table` becomes a file of its own.
+        """Keep a record and write it at once, so that an interrupted run loses nothing; `table` gets its own file.
 
-        What is skipped is not written where more is known already.
+        A skipped record is not written if the file already holds one with its key.
         """
         table = record.pop("table", None)
         self.records.append(record)

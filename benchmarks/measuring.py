@@ -1,4 +1,4 @@
-"""A whole measurement within its time: what each job may take, and what becomes of its figures."""
+"""Run a whole measurement within its time limit: share out the time, run the jobs, record their figures."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from pmf.errors import require
 from pmf.timing import Record, failed
 
 TEST_SHARE = 1 / 3
-"""Of the time that is left, what the tests may take."""
+"""Share of the remaining time for the tests."""
 JOB_SHARE, SECOND_SHARE = 1 / 6, 1 / 2
-"""The same for a job, so that a slow compiler leaves time to others; for one that an earlier run could not end."""
+"""The same for a job, so that a slow compiler leaves time for others, and for a job that failed in an earlier run."""
 LEAST_SECONDS = 5.0
-"""Jobs do not begin with less time left."""
+"""No job starts with less time left."""
 
 
 def largest_time(left: float, share: float = JOB_SHARE) -> float:
-    """Seconds that the next job may take of those that are left."""
+    """Time limit of the next job, in seconds."""
     return min(left, max(30.0, share * left))
 
 
 def run(suite: str, options: Options) -> None:
-    """Measure every job that fits into the time; each figure enters the ledger at once. Others are named."""
+    """Measure every job that fits into the time, record each figure at once, and list what did not fit."""
     require(options.minutes > 0, f"minutes: expected a positive time, got {options.minutes:g}")
     deadline = time.monotonic() + 60 * options.minutes
     jobs, on_gpu = jobs_of(suite, options), torch.device(options.device).type == "cuda"
@@ -58,14 +58,14 @@ def run(suite: str, options: Options) -> None:
 
 
 def remaining(jobs: list[Job], ledger: Ledger) -> list[Job]:
-    """What is left to do: first what was never tried, in order of importance, then what failed before."""
+    """The jobs without a figure: first those never tried, by importance, then those that failed before."""
     settled, tried = ledger.settled(), ledger.tried()
     left = [replace(job, pairs=tuple(p for p in job.pairs if (*p, job.batch) not in settled)) for job in jobs]
     return sorted((job for job in left if job.pairs), key=lambda job: bool(job.keys() & tried))
 
 
 def measure_job(job: Job, ledger: Ledger, red: dict[str, str], left: float) -> None:
-    """Record what becomes of a job with so many seconds left, behind tests of which some are red."""
+    """Run a job with `left` seconds remaining and record the outcome; `red` maps failing tests to the reason."""
     outcome: Iterable[Record]
     if broken := job.tests() & red.keys():
         outcome = [failed(red[min(broken)])]
@@ -85,7 +85,7 @@ def measure_job(job: Job, ledger: Ledger, red: dict[str, str], left: float) -> N
 
 
 def completed(record: Record, job: Job, ledger: Ledger) -> Iterator[Record]:
-    """A record with what its job knows; one that names no case stands for every case without a record."""
+    """Add the job's fields to a record; a record that names no case is repeated for every case without one."""
     where = {"suite": job.suite, "size": job.size, "batch": job.batch}
     if "case" in record:
         yield {**where, **record}
@@ -97,7 +97,7 @@ def completed(record: Record, job: Job, ledger: Ledger) -> Iterator[Record]:
 
 
 def shares(record: Record, case: Case, origin: Record) -> Record:
-    """What a figure is as fractions of the ceilings."""
+    """A figure's bytes and operations, and its rates as fractions of the ceilings."""
     operations, seconds = case.operations_of(record["provider"]), record["median_us"] / 1e6
     return {
         "bytes": case.bytes,

@@ -1,15 +1,13 @@
-"""Every op at the shapes of a block: inputs, bytes and operations by formula, and what else computes it.
+"""Every op at the shapes of a block: inputs, bytes and operations by formula, and the rival implementations.
 
-Bytes are the least that a case must move: every input read once, every output written once, in the precision pMF
-trains in (bfloat16 activations, float32 residual stream and parameters). Rows with a tangent are the last half of the
-batch, as with the published draws.
+Bytes count every input read once and every output written once, in pMF's training precision (bfloat16 activations,
+float32 residual stream and parameters). The last half of the batch carries a tangent, as with the published draws.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
@@ -29,15 +27,15 @@ from pmf.timing import Run
 
 MODES = ("forward", "dual", "backward")
 VALUE_ALONE = "value alone"
-"""The provider that computes no tangent, on the same rows: what value and tangent together are compared with."""
+"""The provider that computes no tangent: the denominator for the cost of value and tangent together."""
 BACKENDS = ("flash", "cudnn", "flash_attn_4", "flash_attn")
-"""What else may compute attention's value and its gradients; see `pmf.kernels.flash`."""
+"""The backends of attention's value and gradients; see `pmf.kernels.flash`."""
 LONG = ((1024, 64), (4096, 64), (1024, 128), (4096, 128))
 """(length, head_dim) of attention beyond pMF's own."""
 WIDE, SLIM = torch.float32, torch.bfloat16
 Primals = tuple[Tensor | None, ...]
 Way = Callable[..., Any]
-"""From primals and tangents to a value, or to value and tangent."""
+"""Maps primals and tangents to a value, or to value and tangent."""
 
 
 @dataclass(frozen=True)
@@ -46,22 +44,22 @@ class Op:
 
     name: str
     inputs: tuple[tuple[Any, ...] | None, ...]
-    """dtype and shape of each."""
+    """(dtype, *shape) of each."""
     moving: tuple[int, ...]
-    """Places of the inputs that carry a tangent."""
+    """Indices of the inputs that carry a tangent."""
     bytes: tuple[int, int, int]
     test: str
     operations: tuple[int, int, int] = (0, 0, 0)
     constant: tuple[int, ...] = ()
-    """Places of the inputs that take no gradient."""
+    """Indices of the inputs that take no gradient."""
     every_row: bool = False
-    """Tangents on every row, not on the last half alone."""
+    """Tangents on every row, not only on the last half."""
     options: dict[str, Any] = field(default_factory=dict)
     label: str = ""
-    """Tells apart two of one op."""
+    """Tells apart two entries of the same op."""
 
     def cases(self, size: str, device: torch.device, **more: dict[str, Way]) -> list[Case]:
-        """One case per mode; `more`: by mode, further providers."""
+        """One case per mode; `more`: further providers, by mode."""
         found = []
         for mode, moved, operations in zip(MODES, self.bytes, self.operations, strict=True):
             ways: dict[str, Way] = {
@@ -76,13 +74,13 @@ class Op:
         return found
 
     def run(self, primals: Primals, tangents: Primals, impl: str = "triton") -> Any:
-        """Values by our op, or values and tangents, under bfloat16 autocast as in training."""
+        """Call our op under bfloat16 autocast, as in training; with tangents it also gives tangents."""
         inputs = [p if p_dot is None else Dual(p, p_dot) for p, p_dot in zip(primals, tangents, strict=True)]
         with torch.autocast(primals[0].device.type, dtype=torch.bfloat16):
             return getattr(ops, self.name)(*inputs, impl=impl, **self.options)
 
     def prepare(self, way: Way, mode: str, device: torch.device) -> Run:
-        """Make the inputs; the function to time."""
+        """Make the inputs and return the function to time."""
         made = (s if s is None else torch.randn(s[1:], dtype=s[0], device=device) for s in self.inputs)
         primals: Primals = tuple(made)
         still = (None,) * len(primals)
@@ -101,7 +99,7 @@ class Op:
 
 
 def with_tangents(forward: int, backward: int) -> tuple[int, int, int]:
-    """By mode: half of the rows carry a tangent, which moves and computes what the value does."""
+    """Counts by mode: half of the rows carry a tangent, which costs as much as its value."""
     return forward, forward * 3 // 2, backward
 
 
@@ -131,7 +129,7 @@ def block_ops(config: ModelConfig, batch: int) -> list[Op]:
 
 
 def patch_op(config: ModelConfig, batch: int) -> Op:
-    """Image to tokens: the image and the prefix are read once, the tokens are written once."""
+    """Image to tokens: reads the image and the prefix once, writes the tokens once."""
     width, inner, p, prefix = config.hidden_size, config.bottleneck, config.patch_size, config.prefix_length
     first, second = (WIDE, inner, config.in_channels, p, p), (WIDE, width, inner, 1, 1)
     images, positions = (WIDE, batch, *config.image_shape), (WIDE, config.sequence_length, width)
@@ -143,7 +141,7 @@ def patch_op(config: ModelConfig, batch: int) -> Op:
 
 
 def attention_cases(name: str, batch: int, length: int, heads: int, head_dim: int, device: torch.device) -> list[Case]:
-    """Attention with tangents on every row: on each backend and tile, and by what other scripts use."""
+    """Attention with tangents on every row: on each backend and tile, and by rivals."""
     from pmf.kernels.attention import HOPPER_TILES, tangent_with
 
     values, products = batch * length * heads * head_dim * 2, 2 * batch * heads * length**2 * head_dim
@@ -151,31 +149,19 @@ def attention_cases(name: str, batch: int, length: int, heads: int, head_dim: in
     moved, operations = (4 * values, 8 * values, 8 * values), (2 * products, 7 * products, 5 * products)
     op = Op("attention", inputs, (0, 1, 2), moved, test, operations, every_row=True)
 
-    def within(context: Callable[..., AbstractContextManager[None]], choice: Any) -> Way:
-        def way(primals: Primals, tangents: Primals) -> tuple:
-            with context(choice):
-                return op.run(primals, tangents)
-
-        return way
-
     on_gpu = device.type == "cuda"
-    backends = {f"triton, {b}": within(ops.use_attention_backend, b) for b in BACKENDS if on_gpu}
+    backends = {f"triton, {b}": ops.use_attention_backend(b)(op.run) for b in BACKENDS if on_gpu}
     tiles = {f"triton {t.queries}x{t.keys} w{t.warps} s{t.stages}": t for t in HOPPER_TILES if on_gpu}
     dual: dict[str, Way] = {VALUE_ALONE: lambda primals, tangents: op.run(primals, (None,) * 3)}
-    dual |= {name: within(tangent_with, tile) for name, tile in tiles.items()}
-    dual["plain attention, torch.func.jvp"] = plain_attention
+    dual |= {name: tangent_with(tile)(op.run) for name, tile in tiles.items()}
+    dual["plain attention, torch.func.jvp"] = partial(torch.func.jvp, partial(ops.attention, impl="reference"))
     if importlib.util.find_spec("jvp_flash_attention") and length % 32 == 0 and head_dim in (16, 32, 64, 128):
         dual["jvp_flash_attention"] = jvp_flash_attention
     return op.cases(name, device, forward=backends, dual=dual, backward=backends)
 
 
-def plain_attention(primals: Primals, tangents: Primals) -> object:
-    """Products and a softmax under `torch.func.jvp`."""
-    return torch.func.jvp(partial(ops.attention, impl="reference"), primals, tangents)
-
-
 def jvp_flash_attention(primals: Primals, tangents: Primals) -> object:
-    """The dual forward of the package of that name."""
+    """The dual forward pass of the package jvp_flash_attention."""
     from jvp_flash_attention.jvp_attention import JVPAttn
 
     with forward_ad.dual_level():
@@ -186,19 +172,19 @@ def jvp_flash_attention(primals: Primals, tangents: Primals) -> object:
 
 @lru_cache(maxsize=6)
 def heads_first(x: Tensor) -> Tensor:
-    """[B, S, H, D] -> [B, H, S, D], once for each input: it is not what is timed."""
+    """[B, S, H, D] -> [B, H, S, D], cached so that it is not timed."""
     return x.transpose(1, 2).contiguous()
 
 
 def objective_case(size: str, batch: int, device: torch.device) -> Case:
-    """The squared errors of a lean step and their gradients: tokens, tangent and guidance read once."""
+    """The squared errors of a lean step and their gradients; tokens, tangent and guidance are read once."""
     config = MODELS[size]
     draws = sample_draws(batch, (1, 1, 1), LOSSES[size], torch.Generator().manual_seed(0))
     plan = StepPlan.of(draws)
     values = config.num_patches * config.patch_values
-    # Forward: both heads in bfloat16, x in float32; on the last rows the tangent and net_c, on some net_n.
+    # Forward reads both heads in bfloat16 and x in float32, the tangent and net_c on the last rows, net_n on some.
     read = batch * values * (2 + 2 + 4) + values * 2 * (2 * plan.tangent_rows + len(plan.null_rows))
-    moved = 2 * read + batch * values * 4  # backward reads the same again and writes both gradients
+    moved = 2 * read + batch * values * 4  # backward reads the same and writes both gradients
 
     def objective(*inputs: Tensor, impl: str = "triton") -> tuple[Tensor, Tensor]:
         return ops.pmf_objective(*inputs, t_clip=config.t_clip, patch_size=config.patch_size, impl=impl)
@@ -233,6 +219,6 @@ def op_cases(size: str, batch: int, device: torch.device) -> list[Case]:
 
 
 def long_attention_cases(device: torch.device) -> list[Case]:
-    """Attention beyond pMF's own lengths and head widths, 16384 tokens at a time."""
+    """Attention at lengths and head widths that pMF does not use, 16384 tokens at a time."""
     shapes = ((f"S {length} D {d}", 16384 // length, length, 16, d, device) for length, d in LONG)
     return [case for shape in shapes for case in attention_cases(*shape)]

@@ -1,4 +1,4 @@
-"""What is measured, the most important first: time ends a measurement somewhere."""
+"""What to measure, most important first, because time may run out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pmf.config import MODELS
 from pmf.errors import require
 
 LONG_ATTENTION = "attention beyond pMF"
-"""Stands for a preset: attention at other lengths."""
+"""Used in place of a preset: attention at other lengths."""
 
 
 @dataclass(frozen=True)
@@ -24,44 +24,44 @@ class Options:
     """What to measure, and for how long."""
 
     sizes: tuple[str, ...] = ()
-    """Presets whose shapes are measured (default: all published; for ops those of 16 pixels a patch)."""
+    """Presets whose shapes are measured (default: all published ones; for ops, those with patches of 16)."""
     batch: int | None = None
-    """Images in a batch (default: 128; in gpu, steps 64 too)."""
+    """Batch size (default: 128; `gpu` also measures steps at 64)."""
     only: str = ""
     """Measure only cases whose name contains this."""
     providers: tuple[str, ...] = ()
-    """Measure only these of what is compared (default: all)."""
+    """Measure only these providers (default: all)."""
     repeats: int = 30
-    """Runs of each provider, fewer where time is short; the median is reported."""
+    """Runs of each provider, fewer if time is short; the median is reported."""
     minutes: float = 19.0
-    """The whole measurement ends within this, start-up aside; what no longer fits is named. Called again, it goes on
-    where it ended: what the ledger holds of this very code on this card is not measured twice."""
+    """Time limit of the whole measurement, start-up excluded; cases that no longer fit are listed. A second call
+    resumes: figures that the ledger holds for the same code on the same card are not measured again."""
     profile: str = "lean"
-    """Steps and samplers of this name are profiled too, the whole table in a file beside the ledger."""
+    """The provider of steps and samplers to profile; the full table is written beside the ledger."""
     record: Path | None = None
-    """Folder of the ledger (default: benchmarks/results on a GPU; without one, nothing is recorded)."""
+    """Folder of the ledger (default: benchmarks/results on a GPU; on a CPU, nothing is recorded)."""
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
     """Device to measure on."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one process measures: pairs of case and provider, of one suite and preset."""
+    """The work of one process: pairs of case and provider, all from one suite and preset."""
 
     options: Options
     suite: str
     size: str
     batch: int = 128
     group: str = ""
-    """Of a step's providers those of one group (`group_of`)."""
+    """Restricts a step to one group of providers; see `group_of`."""
     pairs: tuple[tuple[str, str], ...] = ()
 
     def keys(self) -> set[Key]:
-        """Its records, as the ledger names them."""
+        """The ledger keys of its records."""
         return {(case, provider, self.batch) for case, provider in self.pairs}
 
     def cases(self) -> dict[str, Case]:
-        """All cases of the suite and preset, by name; the device is not touched."""
+        """Every case of the suite and preset, by name. Does not touch the device."""
         device = torch.device(self.options.device)
         if self.suite == "ops":
             found = op_cases(self.size, self.batch, device) if self.size in MODELS else long_attention_cases(device)
@@ -71,7 +71,7 @@ class Job:
         return {case.name: case for case in found}
 
     def tests(self) -> set[str]:
-        """The test files that stand before it."""
+        """The test files that must pass first."""
         cases = self.cases()
         return {test for case, provider in self.pairs for test in cases[case].tests_of(provider)}
 
@@ -81,7 +81,7 @@ FINE = ("pMF-B/32", "pMF-L/32", "pMF-H/32")
 
 
 def everything(options: Options) -> list[Job]:
-    """What `gpu` measures."""
+    """The parts of the suite `gpu`."""
     job = partial(Job, options)
     return [
         *(job("steps", B16, 64, "eager"), job("steps", B16, 128, "eager"), job("ops", B16), job("sampling", B16)),
@@ -90,7 +90,7 @@ def everything(options: Options) -> list[Job]:
         *(job("ops", H16), job("ops", LONG_ATTENTION, 1), job("memory", B16, 0), job("steps", B16, 128, "compiled")),
         *(job("sampling", H16), job("memory", H16, 0), job("ops", L16), job("sampling", L16), job("memory", L16, 0)),
         *(job("steps", L16, 64, "compiled"), job("steps", H16, 64, "compiled")),
-        # An op has the same shapes at 32 pixels a patch, but for the two that touch images.
+        # Patches of 32 are left out of ops: only the two ops that touch images have other shapes there.
         *(job("steps", size, 64, "eager") for size in FINE),
         *(job("sampling", size) for size in FINE),
         *(job("memory", size, 0) for size in FINE),
@@ -98,7 +98,7 @@ def everything(options: Options) -> list[Job]:
 
 
 def parts_of(suite: str, options: Options) -> list[Job]:
-    """What a command asks for: a suite, or everything ("gpu": of a preset that is named, what it is of B/16)."""
+    """The parts of a suite. For `gpu`, a preset named in `sizes` gets the parts that B/16 has."""
     if suite != "gpu":
         usual = options.sizes or (*COARSE, *((LONG_ATTENTION,) if suite == "ops" else FINE))
         parts = [Job(options, suite, size, 0 if suite == "memory" else 128) for size in usual]
@@ -110,9 +110,9 @@ def parts_of(suite: str, options: Options) -> list[Job]:
 
 
 def jobs_of(suite: str, options: Options) -> list[Job]:
-    """Steps and samplers: a job per provider. Ops: a job per op. Largest batches: one job.
+    """Split a suite into jobs: one per provider of a step or sampler, one per op, one for all largest batches.
 
-    Errors: `InputError` on an unknown preset or provider, and on a pattern that fits no case.
+    Raises `InputError` for an unknown preset or provider, and for a pattern that matches no case.
     """
     jobs: list[Job] = []
     known: set[str] = set()
@@ -127,7 +127,7 @@ def jobs_of(suite: str, options: Options) -> list[Job]:
                 process = {"ops": case.name.split()[0], "memory": ""}.get(part.suite, name)
                 processes.setdefault(process, []).append((case.name, name))
         jobs += [replace(part, pairs=tuple(pairs)) for pairs in processes.values()]
-    require(bool(known), f"only: {options.only!r} fits no case")
+    require(bool(known), f"only: {options.only!r} matches no case")
     unknown = sorted(set(options.providers) - known)
     require(not unknown, f"providers: expected some of {sorted(known)}, got {next(iter(unknown), '')!r}")
     return jobs

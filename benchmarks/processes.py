@@ -1,4 +1,4 @@
-"""Work in a process of its own, so that a crash, a hang or a full memory costs that work alone."""
+"""Run work in its own process, so that a crash, a hang or an exhausted memory costs only that work."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from pmf.timing import Record, ceilings, failed, measure
 
 Work = Callable[..., Iterable[Record]]
 TIMING_SHARE = 0.1
-"""Share of a job's time that its timed runs may take; the rest is for building, compiling and warming up."""
+"""Share of a job's time for its timed runs; the rest is for building, compiling and warming up."""
 
 
 def isolated(work: Work, seconds: float, *arguments: Any) -> Iterator[Record]:
-    """What `work(*arguments)` yields, as it comes; a last record says why where it does not end within its time.
+    """Yield the records of `work(*arguments)` as they arrive; if it crashes or times out, a last record says why.
 
-    The process is forked from a server that has imported PyTorch and never touches the GPU: it starts at once.
+    The process is forked from a server that has imported PyTorch and never touches the GPU, so it starts at once.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -45,7 +45,7 @@ def isolated(work: Work, seconds: float, *arguments: Any) -> Iterator[Record]:
             yield failed(f"the process ended with code {process.exitcode}")
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # what it started too: compilers have workers
+            os.killpg(process.pid, signal.SIGKILL)  # with its children: compilers start workers
         process.kill()
         process.join()
 
@@ -60,23 +60,23 @@ def _send(work: Work, arguments: tuple, sender: Connection) -> None:
 
 
 def origin_records(device: str) -> Iterator[Record]:
-    """The one record of where a run measures, and that machine's ceilings."""
+    """Yield one record: the machine and software of this run, and the machine's ceilings."""
     yield {**provenance(torch.device(device)), **ceilings(torch.device(device))}
 
 
 def job_records(job: Job, seconds: float) -> Iterator[Record]:
-    """A record per pair."""
+    """Measure a job: one record per pair."""
     device, cases = torch.device(job.options.device), job.cases()
     if device.type == "cuda":
-        torch.cuda.set_stream(torch.cuda.Stream(device))  # CUDA graphs cannot be captured on the default one
+        torch.cuda.set_stream(torch.cuda.Stream(device))  # the default stream cannot be captured
     names = dict.fromkeys(case for case, _ in job.pairs)
     for name in names:
-        torch.compiler.reset()  # otherwise earlier cases count against the limit of recompilations
+        torch.compiler.reset()  # or earlier cases count against the recompile limit
         providers = {provider: cases[name].providers[provider] for case, provider in job.pairs if case == name}
         if job.suite == "memory":
             yield from ({"case": name, "provider": p, **prepare()()} for p, prepare in providers.items())
             continue
-        share, whole = TIMING_SHARE * seconds / len(names), job.suite != "ops"  # whole: timed as a script runs it
+        share, whole = TIMING_SHARE * seconds / len(names), job.suite != "ops"  # whole: as a script runs it
         replaying = [provider for provider in providers if "captured" in provider]
         for record in measure(
             providers, device, job.options.repeats, share, graphs=not whole, detailed=whole, replaying=replaying
@@ -85,7 +85,7 @@ def job_records(job: Job, seconds: float) -> Iterator[Record]:
 
 
 def finished(record: Record, job: Job, device: torch.device) -> Record:
-    """A record without the profile that nobody asked for, and with the counted bytes that its peak compares with."""
+    """Drop a profile that was not asked for; add the counted bytes to compare the peak with."""
     if record["provider"] != job.options.profile:
         record = {field: value for field, value in record.items() if field not in ("profile", "table")}
     if job.suite == "steps" and record["provider"] in CHECKPOINTED and record.get("peak_bytes"):

@@ -1,4 +1,4 @@
-"""Training steps, the largest batch they fit, and one-step sampling: ours against what a script would otherwise do."""
+"""Training steps, their largest batches, and one-step sampling: ours against the alternatives."""
 
 from __future__ import annotations
 
@@ -26,9 +26,11 @@ from pmf.timing import Providers, Record, Run
 CPU = torch.device("cpu")
 JOINT = "joint jvp"
 CHECKPOINTED: dict[str, Literal["none", "block"]] = {"lean": "none", "lean, checkpointed": "block", JOINT: "none"}
-"""Steps whose memory is counted, and their checkpointing."""
+"""The steps whose memory is counted, and their activation checkpointing."""
 BUDGETS_GB = (40, 80, 141)
 _counted = cache(row_operations)
+two_pass_loss = partial(joint_jvp_loss, differentiate=two_pass_jvp)
+"""The pMF loss by a jvp without gradient and a second, recorded forward pass."""
 
 
 def lean_loss(model: pmf.PMFDiT, x: Tensor, y: Tensor, draws: pmf.Draws, config: LossConfig) -> Tensor:
@@ -36,13 +38,8 @@ def lean_loss(model: pmf.PMFDiT, x: Tensor, y: Tensor, draws: pmf.Draws, config:
     return pmf.pmf_loss(model, x, y, draws, config).loss
 
 
-def two_pass_loss(model: pmf.PMFDiT, x: Tensor, y: Tensor, draws: pmf.Draws, config: LossConfig) -> Tensor:
-    """The pMF loss by a jvp without gradient and a second, recorded forward pass."""
-    return joint_jvp_loss(model, x, y, draws, config, two_pass_jvp)
-
-
 def step_draws(size: str, batch: int, shape: tuple[int, int, int] = (1, 1, 1), device: torch.device = CPU) -> pmf.Draws:
-    """The draws of a step, with the published laws; for images of another shape they name the same rows."""
+    """The draws of a step by the published laws; they choose the same rows for images of any shape."""
     return pmf.sample_draws(batch, shape, LOSSES[size], torch.Generator().manual_seed(0), device)
 
 
@@ -67,16 +64,16 @@ def training_step(
 ) -> Run:
     """Forward and backward of one batch, under bfloat16 autocast on CUDA; the gradients are dropped.
 
-    `flow_matching`: plain flow matching of the same network, the floor of time and memory.
-    `captured`: by `pmf.CapturedStep`, on CUDA two graphs. `backend`: computes attention's value; None: the usual.
-    `options`: of the network.
+    `flow_matching`: plain flow matching of the same network, the lower bound on time and memory.
+    `captured`: by `pmf.CapturedStep` (two graphs on CUDA). `backend`: of attention's value; None is the default.
+    `options`: for the network.
     """
     model = pmf.create_model(size, device=device, **options)
     x, y, draws = step_inputs(size, batch, device)
     draws = draws.flow_matching() if flow_matching else draws
     if compiled and loss is lean_loss:
         model.compile_blocks()
-    elif compiled:  # as a whole: around a compiled network, `torch.func.jvp` would run it uncompiled
+    elif compiled:  # the whole loss: `torch.func.jvp` of a compiled network would run it uncompiled
         loss = torch.compile(loss, fullgraph=True)
     step = pmf.CapturedStep(model, LOSSES[size]) if captured else None
 
@@ -92,7 +89,7 @@ def training_step(
 
 
 def jax_step(size: str, batch: int, device: torch.device) -> Run:
-    """The step in JAX on the same parameters and draws, in bfloat16 on a GPU; the PyTorch network is dropped."""
+    """The step in JAX with the same parameters and draws, in bfloat16 on a GPU."""
     from jax import default_backend
 
     from pmf.benchmarks.jax_step import JaxStep
@@ -104,7 +101,7 @@ def jax_step(size: str, batch: int, device: torch.device) -> Run:
 
 
 def step_providers(size: str, batch: int, device: torch.device) -> Providers:
-    """The steps that are compared; flow matching first, the measure of memory; compilers last."""
+    """The steps to compare: flow matching first, as the measure of memory; compiled ones last."""
 
     def step(loss: Callable[..., Tensor], **options) -> partial[Run]:
         return partial(training_step, loss, size, batch, device, **options)
@@ -131,14 +128,14 @@ def step_providers(size: str, batch: int, device: torch.device) -> Providers:
 
 
 def group_of(provider: str) -> str:
-    """backends: ours on one named attention; compiled: what a compiler may take minutes for; else eager."""
+    """backends: ours on a named attention backend; compiled: may compile for minutes; else eager."""
     if provider.rpartition(", ")[2] in BACKENDS:
         return "backends"
     return "compiled" if provider.endswith("compiled") or provider == "JAX" else "eager"
 
 
 def step_case(size: str, batch: int, device: torch.device) -> Case:
-    """The pMF step of one preset. Operations are those of the lean plan, whatever a provider of this loss spends."""
+    """The pMF step of one preset. Every provider of this loss is rated by the operations of the lean plan."""
     draws, counted = step_draws(size, batch), _counted(MODELS[size])
     operations = {"": counted.lean(draws), "flow matching": counted.flow_matching(draws)}
     tests = {"": "pmf/test_loss.py", "captured": "pmf/test_cuda_graphs.py"}
@@ -147,7 +144,7 @@ def step_case(size: str, batch: int, device: torch.device) -> Case:
 
 
 def counted_on(step: str, device: torch.device) -> str:
-    """The ops that a step is counted on: Triton's where they can run (a GPU, or TRITON_INTERPRET=1)."""
+    """The implementation to count a step on: Triton where it runs (a GPU, or TRITON_INTERPRET=1)."""
     triton = step != JOINT and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
     return "triton" if triton else "reference"
 
@@ -160,14 +157,14 @@ def counted_memory(size: str, step: str, device: torch.device) -> TrainingMemory
 
 
 def step_beside_optimizer(size: str, step: str, device: torch.device, batch: int) -> None:
-    """Run a step while what the optimizer and the averages keep is held beside it, as `training_memory` counts."""
+    """Run a step beside an allocation as large as optimizer and averages, as `training_memory` counts it."""
     kept = torch.empty(optimizer_bytes(pmf.create_model(size, device="meta")), dtype=torch.int8, device=device)
     step_providers(size, batch, device)[step]()()
     del kept
 
 
 def largest_batch(size: str, step: str, budget_gb: int, device: torch.device) -> Record:
-    """The computed largest batch, and on a GPU that has the memory the measured."""
+    """The computed largest batch; on a GPU with enough memory also the measured one."""
     memory = counted_memory(size, step, device)
     computed, measured = memory.largest_batch(budget_gb * 1e9), None
     # A card of 80 GB has a little less, or more, than 80e9 bytes.
@@ -180,14 +177,14 @@ def largest_batch(size: str, step: str, budget_gb: int, device: torch.device) ->
 
 
 def largest_batch_case(size: str, batch: int, device: torch.device) -> Case:
-    """The largest batches of a preset, a provider for each step and budget: its run gives a record."""
+    """The largest batches of a preset: a provider, whose run returns a record, per step and budget."""
     asked = itertools.product(CHECKPOINTED, BUDGETS_GB)
     found = {f"{step}, {gb} GB": partial(partial, largest_batch, size, step, gb, device) for step, gb in asked}
     return Case(f"largest batch {size.removeprefix('pMF-')}", found, {})
 
 
 def sampler(size: str, batch: int, device: torch.device, graph: bool = False, compiled: bool = False) -> Run:
-    """One-step sampling, bfloat16, the u head alone: `pmf.generate`, or `pmf.Sampler`, on CUDA a graph."""
+    """One-step sampling in bfloat16 with only the u head: `pmf.generate`, or `pmf.Sampler` (a graph on CUDA)."""
     model = pmf.create_model(size, aux_head=False, device=device, dtype=torch.bfloat16)
     noise = torch.randn(batch, *model.config.image_shape, device=device)
     labels = torch.zeros(batch, dtype=torch.int64)
@@ -199,11 +196,11 @@ def sampler(size: str, batch: int, device: torch.device, graph: bool = False, co
 
 
 def sampling_case(size: str, batch: int, device: torch.device) -> Case:
-    """Sampling of one preset: eager, as a graph, and as a graph of compiled blocks."""
+    """Sampling of one preset: eager, as a graph, as a graph of compiled blocks."""
     eager = partial(sampler, size, batch, device)
     graph = partial(eager, graph=True)
     providers = {"eager": eager, "sampler": graph, "sampler, compiled": partial(graph, compiled=True)}
-    # The guidance pass runs as many blocks as sampling does: the shared ones and one head.
+    # Sampling runs the same blocks as the guidance pass: the shared ones and one head.
     operations = {"": batch * _counted(MODELS[size]).guidance}
     name = f"sampling {size.removeprefix('pMF-')} batch {batch}"
     return Case(name, providers, {"": "pmf/test_sampling.py"}, operations=operations)

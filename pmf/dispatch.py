@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import operator
 import os
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
@@ -107,7 +108,8 @@ def attention_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -
     return flash.backend_of(device.type, device.index, str(dtype), head_dim)
 
 
-def use_attention_backend(backend: str | None) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def use_attention_backend(backend: str | None) -> Iterator[None]:
     """Compute the value of the Triton attention, and its gradients, by this one backend inside the context.
 
     Args: backend "flash_attn_4", "flash_attn", "flash", "cudnn" or "efficient" (`pmf.kernels.flash` describes
@@ -115,4 +117,5 @@ def use_attention_backend(backend: str | None) -> contextlib.AbstractContextMana
     compiled functions are recompiled for each backend.
     Errors: `InputError` here for another name, and at the call of attention where the backend cannot run.
     """
-    return importlib.import_module("pmf.kernels.flash").use(backend)
+    with importlib.import_module("pmf.kernels.flash").use(backend):
+        yield

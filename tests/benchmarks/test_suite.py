@@ -344,7 +344,7 @@ def test_without_a_gpu_nothing_is_recorded_unless_asked(capsys):
     ("arguments", "message"),
     [
         (["gpu", "--sizes", "pMF-Q"], "sizes: unknown preset 'pMF-Q'"),
-        (["ops", "--sizes", "pMF-digits", "--only", "nothing"], "only: 'nothing' fits no case"),
+        (["ops", "--sizes", "pMF-digits", "--only", "nothing"], "only: 'nothing' matches no case"),
         (["steps", "--sizes", "pMF-digits", "--providers", "lean,eager"], "providers: expected some of ["),
         (["steps", "--minutes", "-1"], "minutes: expected a positive time"),
     ],
