@@ -33,7 +33,8 @@ BACKENDS = ("flash", "cudnn", "flash_attn_4", "flash_attn")
 LONG = ((1024, 64), (4096, 64), (1024, 128), (4096, 128))
 """(length, head_dim) of attention beyond pMF's own."""
 WIDE, SLIM = torch.float32, torch.bfloat16
-Primals = tuple[Tensor | None, ...]
+Primals = tuple[Any, ...]
+"""Tensors; None for an input that is left out, and for a tangent of zero."""
 Way = Callable[..., Any]
 """Maps primals and tangents to a value, or to value and tangent."""
 
@@ -81,8 +82,7 @@ class Op:
 
     def prepare(self, way: Way, mode: str, device: torch.device) -> Run:
         """Make the inputs and return the function to time."""
-        made = (s if s is None else torch.randn(s[1:], dtype=s[0], device=device) for s in self.inputs)
-        primals: Primals = tuple(made)
+        primals = tuple(spec and torch.randn(spec[1:], dtype=spec[0], device=device) for spec in self.inputs)
         still = (None,) * len(primals)
         if mode == "forward":
             return lambda: way(primals, still)

@@ -31,7 +31,7 @@ def isolated(work: Work, seconds: float, *arguments: Any) -> Iterator[Record]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(work, arguments, sender), daemon=False)
+    process: Any = context.Process(target=_send, args=(work, arguments, sender), daemon=False)
     deadline = time.monotonic() + seconds
     process.start()
     sender.close()
