@@ -82,7 +82,7 @@ class Op:
 
     def prepare(self, way: Way, mode: str, device: torch.device) -> Run:
         """Make the inputs and return the function to time."""
-        primals = tuple(spec and torch.randn(spec[1:], dtype=spec[0], device=device) for spec in self.inputs)
+        primals: Primals = tuple(s and torch.randn(s[1:], dtype=s[0], device=device) for s in self.inputs)
         still = (None,) * len(primals)
         if mode == "forward":
             return lambda: way(primals, still)
