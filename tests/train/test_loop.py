@@ -82,7 +82,7 @@ def test_a_checkpoint_from_before_muon_counted_its_steps_is_continued(tmp_path, 
     trainer.snapshots.publish(wait=True)
     capsys.readouterr()
     resumed = Trainer(dataclasses.replace(config(tmp_path / "run", steps=6), resume=tmp_path / "run"), digits()[0])
-    assert "resume: this checkpoint is of a version in which Muon counted no steps" in capsys.readouterr().out
+    assert "resume: this checkpoint is from a version in which Muon counted no steps" in capsys.readouterr().out
     a, b = (t.state()["optimizers"]["muon"]["state"] for t in (trainer, resumed))
     assert a.keys() == b.keys() and {v["step"].item() for v in b.values()} == {3.0}
     assert all(torch.equal(a[key]["momentum_buffer"], b[key]["momentum_buffer"]) for key in a)
