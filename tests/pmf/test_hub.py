@@ -1,4 +1,4 @@
-"""Hub repositories, through huggingface_hub's own client and a hub on this machine."""
+"""Hub repositories, through huggingface_hub's client and a local hub."""
 
 import json
 import os

@@ -188,7 +188,7 @@ def _settings(config: EvalConfig, default: Guidance | None) -> list[Guidance]:
     """The guidance settings: by name, else every omega in every interval."""
     if config.guidance:
         both = bool(config.omega or config.interval)
-        require(not both, "guidance: expected no omega and no interval beside it, got both")
+        require(not both, "guidance: expected no omega and no interval beside it, got at least one")
         return [published_guidance(name) for name in config.guidance]
     for flag in ("omega", "interval"):
         known = getattr(config, flag) or default
