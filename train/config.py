@@ -53,8 +53,8 @@ class ExtractionConfig:
     """How to compute features of images, for evaluations and for reference statistics."""
 
     resize: Resize | None = None
-    """Resizing to Inception's 299 pixels: tf1, as for published statistics (mu, sigma), or half_pixel, as for those of
-    pMF's JAX release (ref_mu, ref_sigma). Default: by the names in the reference; tf1 for a folder."""
+    """Resize to Inception's 299 pixels: tf1 (for statistics mu, sigma) or half_pixel (for pMF's ref_mu, ref_sigma).
+    Default: by the names in the reference; tf1 for a folder."""
     inception: Path | None = None
     """State dict file of torch-fidelity's Inception-v3 (default: torch-fidelity downloads it)."""
     batch_size: int = 64
@@ -75,8 +75,8 @@ class MeasurementConfig(ExtractionConfig):
     """The weights to measure, and the reference."""
 
     reference: Path | None = None
-    """Folder of real images, or npz of statistics (mu and sigma, or ref_mu and ref_sigma). Precision and recall need a
-    folder, or an npz with features. Only digits and photographs can do without: they have scores of their own."""
+    """Folder of real images, or npz of statistics (mu and sigma, or ref_mu and ref_sigma).
+    Precision and recall need a folder or an npz with features. Digits and photographs can do without a reference."""
     weights: tuple[str, ...] = ()
     """Weights of a run to measure: model, ema_500, ... (default: the run's sampling_weights)."""
     per_class: int = 50
@@ -123,28 +123,28 @@ class RunConfig:
     init: str | None = None
     """Fine-tune from these weights: a run directory, checkpoint file, training state of the authors, or hub id."""
     init_weights: str | None = None
-    """Which weights of init: a file of a directory or hub id (pMF-B-16, ema_500), a set in a training state (model,
-    ema_1000), or both (pMF-B-16-full:ema_1000); default: the weights for sampling."""
+    """Weights of init: a file of a directory or hub id (pMF-B-16, ema_500), a set in a training state (ema_1000),
+    or both (pMF-B-16-full:ema_1000). Default: the weights for sampling."""
     init_state: bool = False
-    """Continue the authors' run from the full training state in init: weights, three averages, moments of Muon and
-    Adam, and step."""
+    """Continue the authors' run from the full training state in init:
+    weights, three averages, moments of Muon and Adam, and step."""
     steps: int = 1600
     """Training steps."""
     batch_size: int = 64
     """Images per step, over all processes."""
     device_batch: int | None = None
-    """Images per forward pass on a device. Each such batch has its own draws and flow-matching half; a step
-    accumulates their gradients (default: batch_size / processes, without accumulation)."""
+    """Images per forward pass on a device (default: batch_size / processes, without accumulation).
+    Each such batch has its own draws and flow-matching half; a step accumulates their gradients."""
     seed: int = 0
     """Seed of initialisation, data order and draws: the same on any number of processes at a given device_batch."""
     device: str = "auto"
     """Device to train on: auto (cuda if available, else cpu), cpu, cuda, cuda:1, ..."""
     sharding: Literal["ddp", "fsdp", "hybrid"] = "ddp"
-    """Under torchrun: ddp replicates the network in every process, fsdp shards it over all of them, hybrid shards it
-    within each machine and replicates it across machines."""
+    """Under torchrun: ddp replicates the network in every process, fsdp shards it over all of them,
+    hybrid shards it within each machine and replicates it across machines."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    """bfloat16: matrix products and activations under autocast, weights in float32. auto: bfloat16 on CUDA, else
-    float32."""
+    """bfloat16: matrix products and activations under autocast, weights in float32.
+    auto: bfloat16 on CUDA, else float32."""
     checkpointing: Literal["none", "block"] = "none"
     """block: save only the inputs of the blocks for backward and recompute the rest."""
     captured: bool = False

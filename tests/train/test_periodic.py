@@ -301,9 +301,7 @@ def test_a_run_is_measured_by_inception_and_goes_on_where_it_was_killed(referenc
         trainer.run()
     assert len(lines(tmp_path / "run")) == 1 and len(list((tmp_path / "run" / "eval").glob(".*/chunk-*"))) == 1
     resumed = Trainer(dataclasses.replace(load_run_config(tmp_path / "run"), resume=tmp_path / "run"), digits()[0])
-    resumed.evaluation.measurement.extractor = Dies(
-        resumed.evaluation.measurement.extractor, 3
-    )  # the remaining batches
+    resumed.evaluation.measurement.extractor = Dies(resumed.evaluation.measurement.extractor, 3)  # the rest
     resumed.run()
     assert numbers(tmp_path / "run") == numbers(whole) and records(tmp_path / "run") == records(whole)
 

@@ -43,8 +43,8 @@ class PrepareConfig:
     size: int = 256
     """Side of the images, in pixels."""
     encoding: Literal["npy", "png", "jpg"] = "npy"
-    """Format of stored images. npy: raw bytes, read without decoding; png: lossless too, about 0.6 of the size, far
-    slower to read; jpg: quality 95, lossy, about 0.2 of the size."""
+    """Format of stored images. npy: raw bytes, read without decoding;
+    png: lossless, about 0.6 of the size, far slower to read; jpg: quality 95, lossy, about 0.2 of the size."""
     shard_images: int = 2048
     """Pictures of the source per shard."""
     max_corrupt: int = 100

@@ -44,8 +44,8 @@ class EvalConfig(MeasurementConfig):
     guidance: tuple[str, ...] = ()
     """Published settings to measure, by name, instead of omega and interval: pMF-B/16, pMF-B/16-torch, ..."""
     steps: tuple[int, ...] = ()
-    """Numbers of sampling steps to measure, each a network evaluation per image (default: 1; without a reference 1
-    and 2)."""
+    """Numbers of sampling steps to measure, each a network evaluation per image
+    (default: 1; without a reference 1 and 2)."""
     seed: int = 0
     """Seed of the first image; image i has seed + i (without a reference: 500 * seed + i)."""
     out: Path | None = None
