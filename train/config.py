@@ -80,7 +80,7 @@ class MeasurementConfig(ExtractionConfig):
     weights: tuple[str, ...] = ()
     """Weights of a run to measure: model, ema_500, ... (default: the run's sampling_weights)."""
     per_class: int = 50
-    """Images per class (digits and photographs: always 50)."""
+    """Images per class (without a reference: always 50)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -199,7 +199,7 @@ class RunConfig:
             require(got in known, f"evaluation.weights: expected one of {', '.join(known)}, got {got!r}")
 
     def device_batch_on(self, processes: int) -> int:
-        """Return the device batch on so many processes. Errors: `InputError` if they cannot share a step evenly."""
+        """Return the device batch on this many processes. Errors: `InputError` if they cannot share a step evenly."""
         size = self.device_batch or self.batch_size // processes
         require(
             size > 0 and self.batch_size % (size * processes) == 0,

@@ -61,7 +61,7 @@ class World:
         return self.rank == 0
 
     def say(self, *lines: str) -> None:
-        """Print from the main process alone."""
+        """Print from the main process only."""
         for line in lines if self.main else ():
             print(line, flush=True)
 
@@ -102,7 +102,7 @@ class World:
 
 
 def join(device: str, sharding: str | None = None) -> World:
-    """Join the world that torchrun's environment variables describe, or else one of this process alone.
+    """Join the world that torchrun's environment variables describe, or else a world of this process only.
 
     Without `sharding` there is no device mesh: evaluations only exchange objects.
     Errors: `InputError` on an unknown device or sharding, or on hybrid sharding without several processes on each of

@@ -135,8 +135,8 @@ class Doctor:
         expected = counted[config.checkpointing].sharded(shards[config.sharding]).expected(self.rows)
         self.fits = counted[config.checkpointing].expected(self.rows) <= HEADROOM * there
         change = memory_change(config, shards, self.rows, HEADROOM * there, counted)
-        beside = " beside the perceptual networks" if config.perceptual.enabled else ""
-        return f"{expected / 1e9:.2f} GB expected{beside}, {there / 1e9:.2f} GB there", change
+        beside = " besides the perceptual networks" if config.perceptual.enabled else ""
+        return f"{expected / 1e9:.2f} GB expected{beside}, {there / 1e9:.2f} GB available", change
 
     def step(self) -> Finding:
         """The time of a step, measured if one process can run it alone, and of the whole run."""
@@ -146,7 +146,7 @@ class Doctor:
         if self.device.type == "cpu" and work > CPU_OPERATIONS:
             return f"{work / 1e12:,.3g} TFLOP for {rows} images, not timed on a CPU", "train on a GPU"
         if not self.fits:
-            return f"{work / 1e12:,.3g} TFLOP for {rows} images, no room to time it here", None
+            return f"{work / 1e12:,.3g} TFLOP for {rows} images, not timed: it does not fit here", None
         learner = Learner(
             replace(config, resume=None, init=None, batch_size=rows, device_batch=rows), World(self.device)
         )

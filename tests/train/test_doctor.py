@@ -41,7 +41,7 @@ def test_a_healthy_run_needs_no_change(capsys):
     assert re.fullmatch(r"digits: 1,500 images of 10 classes; [\d,]+ images/s with 0 workers", value(found, "data"))
     measured = r"[\d.e-]+ s for 8 images: [\d,]+ images/s a process; 1,600 steps take about [\d.]+ hours"
     assert re.fullmatch(measured, value(found, "step"))
-    assert re.fullmatch(r"[\d.]+ GB expected, [\d.]+ GB there", value(found, "memory"))
+    assert re.fullmatch(r"[\d.]+ GB expected, [\d.]+ GB available", value(found, "memory"))
 
 
 def test_a_finished_run_is_examined_by_its_directory_and_left_alone(capsys, tmp_path):

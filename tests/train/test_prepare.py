@@ -362,7 +362,7 @@ def test_a_missing_package_is_named_by_its_extra(monkeypatch, package, spec):
 def test_wrong_sources_are_refused(tmp_path):
     for spec, message in (
         ("zip:a", "source: expected folder:PATH, hf:NAME"),
-        (f"folder:{tmp_path}/none", "is no directory"),
+        (f"folder:{tmp_path}/none", "is not a directory"),
         (f"folder:{tmp_path}", "holds no class directories"),
         (f"wds:{tmp_path}/{{0..1}}.tar", "there is no shard"),
     ):

@@ -126,7 +126,7 @@ def _begun(directory: Path, settings: Settings) -> dict[Path, pa.Table]:
         try:
             there[file] = shards.open_shard(file)
         except InputError as error:
-            log.warning("%s; it is made again", error)
+            log.warning("%s; making it again", error)
     for shard in there.values():
         for name, now in asdict(settings).items():
             before = getattr(shards.settings_of(shard), name)

@@ -98,7 +98,7 @@ def _folder(path: str) -> Source:
     it drops all labels where directories differ in depth.
     """
     root = Path(path)
-    require(root.is_dir(), f"source: {root} is no directory")
+    require(root.is_dir(), f"source: {root} is not a directory")
     classes = tuple(sorted(entry.name for entry in root.iterdir() if entry.is_dir()))
     require(len(classes) > 0, f"source: {root} holds no class directories")
     found = [(name, label) for label, part in enumerate(classes) for name in _files(root, part)]
