@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# The lowest Python found that we support, pyenv's among them.
+# The oldest supported Python on this machine, pyenv's included.
 OLDEST_PYTHON ?= $(shell for v in 3.10 3.11 3.12 3.13; do \
 	for p in python$$v $${PYENV_ROOT:-$$HOME/.pyenv}/versions/$$v.*/bin/python; do \
 	$$p -c 'import venv' 2>/dev/null && echo $$p && exit; done; done)
@@ -13,14 +13,14 @@ demo: .venv/core
 	$(BIN)/pmf digits --out runs/digits --overwrite
 	$(BIN)/pmf eval runs/digits
 
-# Lint, formatting, types and every test, a file at a time on each core; on the CPU, also where there is a GPU.
+# Lint, formatting, types and every test, one file at a time per core; on the CPU even if there is a GPU.
 test: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-# What only a GPU shows; then every kernel on it, compiled by many processes.
+# The tests that need a GPU, then every kernel test on it; many processes compile the kernels.
 test-gpu: .venv/dev
 	$(BIN)/python -m pytest -m gpu -rs tests/test_gpu.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 12 --dist worksteal tests/kernels
@@ -29,7 +29,7 @@ test-gpu: .venv/dev
 test-oldest: .venv-oldest/ready
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest --numprocesses auto --dist loadfile
 
-# The tests of the optional packages (perceptual networks, FID, JAX, flash-attn-4), beside a newer PyTorch: several GB.
+# The tests of the optional packages (perceptual networks, FID, JAX, flash-attn-4), with a newer PyTorch: several GB.
 test-extras: .venv-extras/ready
 	OMP_NUM_THREADS=1 .venv-extras/bin/python -m pytest -m extras --numprocesses auto --dist loadfile
 

@@ -9,7 +9,7 @@ version = release = pmf.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinxcontrib.mermaid"]
 html_theme = "furo"
-# A name that the reference does not hold is an error; types of other packages are not looked up.
+# An unknown name in a reference is an error; types of other packages are not looked up.
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|numpy|pathlib|collections|contextlib|PIL|pa|pyarrow|pmf\.packing)\..*|Tensor")
@@ -22,11 +22,11 @@ default_role = "code"  # single backticks in docstrings are code, as in Markdown
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_default_options = {"members": True}
-autodoc_mock_imports = ["pyarrow", "xxhash"]  # of the extra data
+autodoc_mock_imports = ["pyarrow", "xxhash"]  # packages of the extra `data`
 
 
 def keep_tables_and_equations(app, what, name, obj, options, lines: list[str]) -> None:
-    """Show paragraphs of docstrings that are laid out by columns as they are: tables, and equations side by side."""
+    """Show paragraphs of docstrings in columns (tables, equations side by side) verbatim."""
     paragraphs = "\n".join(lines).split("\n\n")
     for i, paragraph in enumerate(paragraphs):
         rows = paragraph.splitlines()

@@ -1,1 +1,1 @@
-# A package, so that no installed package called tests (torch-fidelity brings one) is imported in its place.
+# This is a package so that an installed package called tests (torch-fidelity ships one) is not imported instead.

@@ -8,15 +8,15 @@ import torch
 from tests.kernels.interpreter import interpret
 
 if torch.cuda.is_available():
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # equal products are equal bit for bit
-    torch.backends.cudnn.allow_tf32 = False  # the reference's float32 convolutions are float32, as its products are
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # makes cuBLAS products deterministic
+    torch.backends.cudnn.allow_tf32 = False  # full float32 convolutions, as products are by default
 else:
     interpret()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def poisoned_allocations():
-    """torch.empty and its kin return NaN, in fixtures too: a value that a kernel forgets to write shows."""
+    """Make torch.empty and the like return NaN, in fixtures too: exposes values that a kernel forgets to write."""
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -28,7 +28,7 @@ def poisoned_allocations():
 
 @pytest.fixture(scope="session")
 def fidelity():
-    """torch-fidelity, where it imports."""
+    """The package torch_fidelity; skips the test if it cannot be imported."""
     try:
         import torch_fidelity
     except Exception as error:
@@ -38,8 +38,8 @@ def fidelity():
 
 @pytest.fixture(scope="session")
 def inception_weights(fidelity, tmp_path_factory):
-    """A random state dict of torch-fidelity's network: pictures still differ behind its last layer."""
-    with pytest.MonkeyPatch.context() as patch:  # its constructor loads a file, and there is none yet
+    """File of a random state dict for torch-fidelity's network, scaled so that its features differ between pictures."""
+    with pytest.MonkeyPatch.context() as patch:  # its constructor loads weights, which do not exist yet
         patch.setattr(fidelity.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
         patch.setattr(torch, "load", lambda *args, **kwargs: {})
         network = fidelity.FeatureExtractorInceptionV3("random", ["2048"], feature_extractor_weights_path="none")

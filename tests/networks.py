@@ -49,7 +49,7 @@ def random_model(config: pmf.ModelConfig = TINY, *, seed: int = 0, dtype=torch.f
 
 
 def model_inputs(config: pmf.ModelConfig, batch: int, *, seed: int = 1, dtype=torch.float64) -> dict[str, Tensor]:
-    """z, t, h, omega, t_min, t_max and y; the first time lies below the clip at 0.05."""
+    """z, t, h, omega, t_min, t_max and y; the first t is below the clip at 0.05."""
     torch.manual_seed(seed)
     t = torch.rand(batch, dtype=dtype)
     t[0] = 0.03
@@ -65,13 +65,13 @@ def model_inputs(config: pmf.ModelConfig, batch: int, *, seed: int = 1, dtype=to
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of what was expected."""
+    """Norm of the difference divided by the norm of `expected`."""
     return ((actual - expected).norm() / expected.norm()).item()
 
 
 @contextlib.contextmanager
 def every_row_in_full() -> Iterator[None]:
-    """Inside, `pmf_loss` evaluates everything on every row, as its oracle does, through the same ops."""
+    """Make `pmf_loss` evaluate everything on every row, as its oracle does, through the same ops."""
     lean = StepPlan.of
 
     def full(draws: pmf.Draws) -> StepPlan:
@@ -84,7 +84,7 @@ def every_row_in_full() -> Iterator[None]:
 
 
 def meta_step(config: pmf.ModelConfig, draws: pmf.Draws, loss: Callable) -> Callable[[], None]:
-    """A whole step, forward and backward, on meta tensors: nothing is computed, everything is counted."""
+    """A whole step, forward and backward, on meta tensors: for counting without computing."""
     model = pmf.create_model(config, device="meta", impl="reference")
     x = torch.empty(len(draws.t), *config.image_shape, device="meta")
     y = torch.zeros(len(draws.t), dtype=torch.int64, device="meta")
@@ -116,7 +116,7 @@ class Golden:
 
 @cache
 def golden() -> Golden:
-    """The golden numbers, read once."""
+    """The golden numbers, cached."""
     return Golden()
 
 

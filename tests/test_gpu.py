@@ -1,7 +1,7 @@
-"""What only a GPU can show: `pytest -m gpu` is the first command of anyone with a card. Skipped elsewhere.
+"""Tests that need a GPU, skipped elsewhere: run `pytest -m gpu` first on a machine with one.
 
-Every op at the sizes of the published networks, every attention library that runs here, whole steps, the Sampler's
-graph, memory, and a short training run. The kernels' own files (test_kernels_*.py) sweep all the rest.
+They cover every op at the sizes of the published networks, every attention library that runs here, whole steps, the
+Sampler's graph, memory, and a short training run. tests/kernels covers the other sizes and options.
 """
 
 import contextlib
@@ -38,14 +38,14 @@ TOKENS, PREFIX = 276, 20
 NARROW = dataclasses.replace(
     pmf.MODELS["pMF-H/16"], hidden_size=160, num_heads=2, depth=2, aux_head_depth=1, num_classes=10, bottleneck=64
 )
-"""A network of the published sequence and head width, few and narrow blocks, and an MLP whose width needs padding."""
+"""A network with the published sequence length and head width, few narrow blocks, and an MLP width to pad."""
 SHALLOW = dataclasses.replace(networks.DIGITS, depth=2, aux_head_depth=1)
 SETTING = dict(omega=2.0, t_min=0.1, t_max=0.9)
 
 
 @contextlib.contextmanager
 def as_users_run():
-    """Allocations are not filled with NaN, and PyTorch picks the operators that it picks by itself."""
+    """Undo the tests' deterministic mode: no NaN in allocations, and PyTorch's default choice of operators."""
     torch.use_deterministic_algorithms(False)
     try:
         yield
@@ -62,20 +62,20 @@ def as_users_run():
 @pytest.mark.parametrize("layout", ("channel", "sample"))
 @BLOCKS
 def test_norms(width, head_dim, layout, dtypes):
-    """The published block's norms and adaLN's; mixed: a float32 stream under bfloat16 autocast."""
+    """The norms of the published block and of adaLN; mixed: a float32 stream under bfloat16 autocast."""
     modulation = "absent" if layout == "channel" else "sample"
     autocast = BF16 if dtypes[:2] == (F32, BF16) else None
     for residual, mode in ((True, "partial"), (False, "full"), (True, "none")):
         layouts = (layout, "channel", modulation, modulation)
         primals, tangents = norm.inputs(residual, 2, TOKENS, width, layouts, mode, dtypes, 0)
         check(norm.op_of(residual), primals, tangents, autocast=autocast)
-        if mode == "partial":  # of the branch alone
+        if mode == "partial":  # a tangent of the branch only
             check(norm.op_of(True), primals, (None, tangents[1], *[None] * 4), autocast=autocast)
 
 
 @pytest.mark.parametrize(("width", "values"), ((768, 768), (1280, 3072)), ids=("B/16", "H/32"))
 def test_products_that_give_float32(width, values):
-    """The final Linear under autocast: operands in bfloat16, sums as exact as float32's; gradients rounded once."""
+    """The final Linear under autocast: bfloat16 operands, float32 sums and result; gradients rounded once."""
     torch.manual_seed(0)
     x = torch.randn(3, 256, width, device=DEVICE, dtype=BF16, requires_grad=True)
     weight = (torch.randn(values, width, device=DEVICE) / width**0.5).requires_grad_()
@@ -122,7 +122,7 @@ def test_objective(size, side, dtype):
         objective.check(objective.inputs(4, rows, guided, size, side, nets=dtype), size)
 
 
-# Attention: every library that computes its value here.
+# Attention: every library for its value that runs here.
 
 
 def heads(head_dim, dtype, rows=1, length=TOKENS):
@@ -131,7 +131,7 @@ def heads(head_dim, dtype, rows=1, length=TOKENS):
 
 @pytest.fixture(params=flash.BACKENDS)
 def backend(request, head_dim):
-    """Each one of the table, where it can run."""
+    """Every known backend that can run here."""
     major, minor = torch.cuda.get_device_capability()
     reason = flash.obstacle(request.param, "cuda", "torch.bfloat16", 10 * major + minor, head_dim)
     if reason is not None:
@@ -142,7 +142,7 @@ def backend(request, head_dim):
 
 @pytest.mark.parametrize("head_dim", (64, 80))
 def test_every_attention_library(backend, head_dim):
-    """Value, tangent and gradients; some, no and single tangents; lengths of no whole tile and of several."""
+    """Value, tangent and gradients; with some, none and single tangents; lengths below and above one tile."""
     primals, tangents = heads(head_dim, BF16)
     check("attention", primals, tangents)
     check("attention", primals, (None, tangents[1], None))
@@ -152,7 +152,7 @@ def test_every_attention_library(backend, head_dim):
 
 @pytest.mark.parametrize("head_dim", (64, 80))
 def test_the_log_sum_exp_of_every_attention_library(backend, head_dim):
-    """Its error is a relative one of the probabilities that the tangent makes of it: far below their rounding."""
+    """Its error becomes a relative error of the tangent's probabilities: it must be far below their rounding."""
     q, k, v = heads(head_dim, BF16)[0]
     lse = flash.attention(q, k, v, 0.1)[1]
     truth = torch.logsumexp(0.1 * torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()), -1)
@@ -162,10 +162,10 @@ def test_the_log_sum_exp_of_every_attention_library(backend, head_dim):
 
 @pytest.mark.parametrize("head_dim", (64, 80))
 def test_attention_in_float32(head_dim):
-    """Its own budget: products of PyTorch's memory-efficient attention are three TF32 products.
+    """Its own budget: PyTorch's memory-efficient attention computes a product as three TF32 products.
 
-    The value takes two of them. The tangent reads the value and the log-sum-exp, another one. A gradient takes three,
-    and is made from the difference of two sums.
+    The value takes two products. The tangent also reads the log-sum-exp, a third. A gradient takes three, and is the
+    difference of two sums.
     """
     primals, tangents = heads(head_dim, F32)
     run = [evaluate("attention", primals, tangents, None, impl=impl) for impl in ("triton", "reference")]
@@ -183,7 +183,7 @@ def test_attention_in_float32(head_dim):
 @pytest.mark.parametrize("conditioning", ("in_context", "adaln"))
 @pytest.mark.parametrize("autocast", (False, True), ids=("float32", "autocast"))
 def test_loss(conditioning, autocast):
-    """The loss and every gradient on both implementations: under autocast within the budget, in float32 to 1e-4."""
+    """Loss and every gradient on both implementations: under autocast within the budget, in float32 to 1e-4."""
     config = dataclasses.replace(NARROW, conditioning=conditioning)
     kernel, reference = (networks.loss_gradients(impl, config, F32, autocast) for impl in ("triton", "reference"))
     truth = networks.loss_gradients("reference", config, F64, False)
@@ -216,7 +216,7 @@ def test_golden_numbers(impl):
 
 
 def same_step(prepare, **options):
-    """A step of a network that was prepared costs no accuracy: in float32, against the plain one and float64."""
+    """Check that a step is as accurate with `prepare` and options as without, in float32 against float64."""
     plain = networks.loss_gradients("triton", SHALLOW, F32, False)
     truth = networks.loss_gradients("reference", SHALLOW, F64, False)
     networks.compare(networks.loss_gradients("triton", SHALLOW, F32, False, prepare, **options), plain, truth)
@@ -233,7 +233,7 @@ def test_block_checkpointing():
 @pytest.mark.parametrize(("shape", "at_once"), (((3, 256, 256), 2**24), ((3, 5, 7), 2**10)))
 def test_seeded_noise_has_the_bits_of_the_cpu(shape, at_once, monkeypatch):
     monkeypatch.setattr(noise, "_AT_ONCE", at_once)
-    seeds = [0, 7, 2**32 - 1] * 30  # more than are made at once
+    seeds = [0, 7, 2**32 - 1] * 30  # more than one chunk
     seeded_noise(seeds, shape, DEVICE)
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
@@ -248,7 +248,7 @@ def test_seeded_noise_has_the_bits_of_the_cpu(shape, at_once, monkeypatch):
 @pytest.mark.parametrize("steps", (1, 2))
 @pytest.mark.parametrize(("dtype", "bound"), ((F32, 1e-5), (BF16, 2e-2)), ids=("float32", "bfloat16"))
 def test_the_samplers_graph_draws_the_images_of_generate(dtype, bound, steps):
-    """The same for several batches, one of them not full, for other weights and for another sampler beside it."""
+    """Also for several batches, one of them not full, with changed weights and next to another sampler."""
     model = random_model(SHALLOW, dtype=dtype, aux_head=False).to(DEVICE)
     samplers = [pmf.Sampler(model, size, steps=steps, **SETTING) for size in (3, 4)]
     labels, seeds = [3, 1, 4, 1, 5, 9, 2], range(10, 17)
@@ -268,7 +268,7 @@ def judge(x_hat, x):
 
 @pytest.mark.parametrize("perceptual", (None, judge), ids=("alone", "perceptual"))
 def test_captured_steps_are_the_plain_ones(perceptual):
-    """Several sizes of step in turn, weights changed between calls: loss and gradients, in float32."""
+    """Loss and gradients in float32, for several step sizes in turn and weights changed between calls."""
     model, config = random_model(SHALLOW, dtype=F32).to(DEVICE), pmf.LOSSES["pMF-digits"]
     captured = pmf.CapturedStep(model, config)
     generator = torch.Generator().manual_seed(0)
@@ -292,7 +292,7 @@ def test_captured_steps_are_the_plain_ones(perceptual):
 
 
 def test_captured_steps_of_all_sizes_share_their_memory():
-    """What is reserved once two sizes of step were captured is what a plain step reserves, and a tenth more."""
+    """After captures of two step sizes, the reserved memory is at most 1.1 times that of a plain step."""
     with as_users_run():
         model, config = pmf.create_model("pMF-B/16", device=DEVICE), pmf.LOSSES["pMF-B/16"]
 
@@ -316,11 +316,11 @@ def test_captured_steps_of_all_sizes_share_their_memory():
     assert taken <= 1.1 * plain
 
 
-# What a step costs, and whether it trains.
+# Cost of a step, and a short training run.
 
 
 def ready_step(size, batch):
-    """A function that runs one training step of a published network under autocast, on images that are there."""
+    """A function that runs one training step of a network under autocast, on images that are on the GPU already."""
     model, config = pmf.create_model(size, device=DEVICE), pmf.LOSSES[size]
     x = torch.rand(batch, *model.config.image_shape, device=DEVICE) * 2 - 1
     y = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
@@ -351,7 +351,7 @@ def test_no_step_waits_for_the_gpu():
 
 
 def peak(size, batch):
-    """Bytes that a warm step allocates at the most."""
+    """Peak bytes allocated by a warm step."""
     step = ready_step(size, batch)
     step()
     torch.cuda.synchronize()
@@ -361,7 +361,7 @@ def peak(size, batch):
 
 
 def test_a_step_takes_the_memory_that_was_counted():
-    """Of what grows with the batch, at most a twentieth are buffers that come and go."""
+    """Temporary buffers are at most a twentieth of the memory that grows with the batch."""
     with as_users_run():
         few, many = (peak("pMF-B/16", batch) for batch in (16, 64))
     counted = 48 * saved_per_row(pmf.MODELS["pMF-B/16"], device="cuda")

@@ -1,4 +1,4 @@
-"""Who imports whom (CONTRIBUTING.md), and what `import pmf` costs."""
+"""Which module may import which (see CONTRIBUTING.md), and the cost of `import pmf`."""
 
 import ast
 import graphlib
@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# For each room: what its files may import of ours.
+# For each folder or file: which of our modules it may import.
 RULES = {
     "kernels": r"pmf\.kernels.*|pmf\.(dual|errors|private)",
     "pmf/private.py": r"nothing",
@@ -61,7 +61,7 @@ THIRD_PARTY = {
 
 
 def import_statements(file):
-    """Every import in a file, those inside functions too; not those for type checkers alone."""
+    """Every import statement in a file, also inside functions, except those under TYPE_CHECKING."""
     pending = [ast.parse(file.read_text())]
     while pending:
         node = pending.pop()
@@ -110,7 +110,7 @@ def test_only_its_own_modules_import_the_jax_reference():
 
 
 def modules():
-    """Our modules by their dotted names, and their files."""
+    """Dotted name -> file of each of our modules."""
     found = {}
     for room in ("pmf", "kernels", "train", "benchmarks"):
         for file in files(room):
@@ -120,7 +120,7 @@ def modules():
 
 
 def test_no_import_circle():
-    """Imports inside functions count: a module never needs one that needs it."""
+    """Imports inside functions count too."""
     known = modules()
     graph = {}
     for name, file in known.items():
@@ -128,7 +128,7 @@ def test_no_import_circle():
         for node in import_statements(file):
             if isinstance(node, ast.ImportFrom):
                 reached |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-        graph[name] = (reached & known.keys()) - {"pmf"}  # the package itself loads names when they are used
+        graph[name] = (reached & known.keys()) - {"pmf"}  # pmf/__init__.py imports lazily
     graphlib.TopologicalSorter(graph).prepare()
 
 
@@ -159,7 +159,7 @@ def test_every_public_name_resolves():
 
 
 def test_editors_see_the_public_names():
-    """What type checkers read in pmf/__init__.py is what loads at run time, and all of it."""
+    """The imports in pmf/__init__.py for type checkers are exactly the names that load at run time."""
     import pmf
 
     (block,) = (node for node in ast.parse(Path(pmf.__file__).read_text()).body if isinstance(node, ast.If))

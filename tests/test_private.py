@@ -1,4 +1,4 @@
-"""What is private in PyTorch stands in pmf/private.py, what is private in Triton in kernels/launching.py."""
+"""Private names of PyTorch are used only in pmf/private.py, of Triton only in kernels/launching.py."""
 
 import ast
 import re
@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 HOMES = {"torch": {"pmf/private.py"}, "triton": {"kernels/launching.py"}}
-PUBLIC = {"os._exit"}  # documented, for all its underscore
+PUBLIC = {"os._exit"}  # documented in spite of its underscore
 HIDDEN = r"(.+\.)?_(?!_)\w+(\..+)?|triton\.(runtime|backends|compiler|_C)(\..+)?"
 FILES = [
     file.relative_to(ROOT).as_posix()
@@ -18,7 +18,7 @@ FILES = [
 
 
 def dotted(node):
-    """ "a.b.c" of nested attributes; None where they do not start with a name."""
+    """ "a.b.c" for nested attributes; None if they do not start with a name."""
     names = []
     while isinstance(node, ast.Attribute):
         names.append(node.attr)
@@ -27,7 +27,7 @@ def dotted(node):
 
 
 def names_of(tree):
-    """Whatever a file reaches in other packages, in full: imports, and attributes behind them."""
+    """Yield the full dotted name of every import in a file and of every attribute read from one."""
     known = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -1,1 +1,1 @@
-"""Training pMF: command line, loop, data, optimizers."""
+"""Training pMF: command line, training loop, data preparation, evaluation."""

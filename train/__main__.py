@@ -1,4 +1,4 @@
-"""`python -m pmf.train`, which torchrun starts too."""
+"""`python -m pmf.train`: the entry point for torchrun too."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from pmf.train.cli import main
 
 
 def run() -> int:
-    """Run the command line; its exit status."""
+    """Run the command line and return its exit status."""
     try:
         main()
     except SystemExit as end:
@@ -22,7 +22,7 @@ if __name__ == "__main__":
     sys.stdout.flush()
     sys.stderr.flush()
     if "LOCAL_RANK" in os.environ:
-        # PyTorch's caches keep process groups alive after they are destroyed, and their threads can abort Python's
-        # shutdown: exit without it.
+        # PyTorch's caches keep process groups alive after they are destroyed, and the groups' threads can abort
+        # Python's shutdown: skip it.
         os._exit(status)
     sys.exit(status)

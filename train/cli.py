@@ -9,13 +9,13 @@ from pmf.errors import InputError
 from pmf.train.presets import PRESETS
 
 COMMANDS = {
-    "train": ("pmf.train.loop", "train a preset, or continue a run; under torchrun on several GPUs"),
-    "data": ("pmf.train.data.prepare", "prepare ImageNet, or pictures of your own, for training"),
+    "train": ("pmf.train.loop", "train a preset or resume a run; start it with torchrun for several GPUs"),
+    "data": ("pmf.train.data.prepare", "prepare ImageNet or your own pictures for training"),
     "sample": ("pmf.train.sample", "draw a PNG grid of images from a checkpoint"),
     "eval": ("pmf.train.evaluation.command", "measure a checkpoint: FID, Inception score, precision and recall"),
-    "doctor": ("pmf.train.doctor", "check before a long run: what runs here, memory, data, and what to change"),
+    "doctor": ("pmf.train.doctor", "check a run before it starts: kernels, memory, speed, data, and what to change"),
 }
-"""Name -> the module whose `command(arguments)` it runs, and what it does."""
+"""Command name -> (module whose `command(arguments)` runs, help line)."""
 
 
 def _usage() -> str:

@@ -24,47 +24,46 @@ Config = TypeVar("Config")
 
 
 def require_at_least(config: Any, least: Literal[0, 1], *names: str) -> None:
-    """Errors: `InputError` on the first of these values of a configuration that is less."""
+    """Raise `InputError` for the first of these values of `config` that is below `least`."""
     for name in names:
         value, expected = getattr(config, name), "a positive number" if least else "a number >= 0"
         require(value >= least, f"{config.prefix}{name}: expected {expected}, got {value}")
 
 
 def require_choice(config: Any, name: str, choices: Sequence[str | None]) -> None:
-    """Errors: `InputError` unless that value of a configuration is one of the choices."""
+    """Raise `InputError` unless the value `name` of `config` is one of the choices."""
     value, listed = getattr(config, name), ", ".join(map(str, choices))
     require(value in choices, f"{config.prefix}{name}: expected one of {listed}, got {value!r}")
 
 
 @dataclass(frozen=True)
 class PerceptualConfig:
-    """The perceptual losses; their weights in the loss are loss.lpips_weight and loss.convnext_weight."""
+    """The perceptual losses, weighted by loss.lpips_weight and loss.convnext_weight."""
 
     enabled: bool = False
     """Add LPIPS and ConvNeXt distances to the loss (needs the perceptual extra)."""
     lpips: str = "hub"
-    """The VGG-16 of LPIPS: hub (torchvision downloads it), a state dict, or random (for trying things out)."""
+    """VGG-16 weights for LPIPS: hub (torchvision downloads them), a state dict file, or random (for trial runs)."""
     convnext: str = "hub"
-    """ConvNeXt-V2: hub (its base size), a hub id, a local directory, or random (for trying things out)."""
+    """ConvNeXt-V2 weights: hub (the base size), a hub id, a local directory, or random (for trial runs)."""
 
 
 @dataclass(frozen=True)
 class ExtractionConfig:
-    """How features of images are computed, for evaluations and for the statistics of a reference."""
+    """How to compute features of images, for evaluations and for reference statistics."""
 
     resize: Resize | None = None
-    """How images are resized to Inception's 299 pixels: tf1, as published statistics mu and sigma have it, or
-    half_pixel, as ref_mu and ref_sigma of pMF's JAX release do (default: as the reference's names say; tf1 for a
-    folder)."""
+    """Resize to Inception's 299 pixels: tf1 (for statistics mu, sigma) or half_pixel (for pMF's ref_mu, ref_sigma).
+    Default: by the names in the reference; tf1 for a folder."""
     inception: Path | None = None
-    """State dict of torch-fidelity's Inception-v3 (default: torch-fidelity downloads it)."""
+    """State dict file of torch-fidelity's Inception-v3 (default: torch-fidelity downloads it)."""
     batch_size: int = 64
-    """Images at a time, on each device."""
+    """Images per batch on each device."""
     chunk: int = 1000
-    """Images between saves: what an interruption can cost."""
+    """Images between saves of the features; an interruption costs each process at most this many."""
 
     prefix: ClassVar[str] = ""
-    """How errors name these values."""
+    """Prefix of these values' names in error messages."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "batch_size", "chunk")
@@ -73,15 +72,15 @@ class ExtractionConfig:
 
 @dataclass(frozen=True)
 class MeasurementConfig(ExtractionConfig):
-    """What is measured, and against what."""
+    """The weights to measure, and the reference."""
 
     reference: Path | None = None
-    """Folder of real images, or npz of statistics (mu and sigma, or ref_mu and ref_sigma). Precision and recall need a
-    folder, or an npz that also holds features. (Default, for digits and photographs alone: numbers of their own.)"""
+    """Folder of real images, or npz of statistics (mu and sigma, or ref_mu and ref_sigma).
+    Precision and recall need a folder or an npz with features. Digits and photographs can do without a reference."""
     weights: tuple[str, ...] = ()
-    """Which weights of a run to measure: model, ema_500, ... (default: the run's sampling_weights)."""
+    """Weights of a run to measure: model, ema_500, ... (default: the run's sampling_weights)."""
     per_class: int = 50
-    """Images per class (digits and photographs: always 50)."""
+    """Images per class (without a reference: always 50)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,11 +89,11 @@ class MeasurementConfig(ExtractionConfig):
 
 @dataclass(frozen=True)
 class EvaluationConfig(MeasurementConfig):
-    """What is measured while a run trains, as by `pmf eval`, sampled in one step."""
+    """Evaluations during training: as by `pmf eval`, of one-step samples."""
 
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Precision of the network that samples, weights and all (`pmf eval --dtype bfloat16` keeps weights in float32).
-    auto: the run's."""
+    """Precision of the sampling network, weights included (`pmf eval --dtype bfloat16` keeps weights in float32).
+    auto: the precision of the run."""
 
     prefix: ClassVar[str] = "evaluation."
 
@@ -110,47 +109,48 @@ class RunConfig:
     out: Path = Path("runs/digits")
     """Directory of the run: configuration, metrics, checkpoints, pictures."""
     resume: Path | None = None
-    """Continue the run in this directory exactly where it was saved; flags beside it override its configuration."""
+    """Resume the run in this directory exactly where it was saved; other flags override its stored configuration."""
     overwrite: bool = False
     """Replace the run in `out`; other files there are kept."""
     data: str = "digits"
-    """What to train on: digits, photographs, or a directory made by `pmf data prepare`."""
+    """Training data: digits, photographs, or a directory made by `pmf data prepare`."""
     workers: int = 0
-    """Processes that read images ahead, per training process (0: the training process itself)."""
+    """Processes that read images ahead, per training process (0: the training process reads them itself)."""
     flip: bool = False
-    """Mirror each image, left to right, with probability 1/2 (off, as published)."""
+    """Mirror each image left to right with probability 1/2 (off in the published runs)."""
     max_corrupt: int = 100
-    """Unreadable images that each process may replace, named in warnings; one more is an error."""
+    """Number of unreadable images that each process may replace, with a warning; one more is an error."""
     init: str | None = None
-    """Start from the weights of this run, checkpoint file, training state of the authors or hub id: fine-tuning."""
+    """Fine-tune from these weights: a run directory, checkpoint file, training state of the authors, or hub id."""
     init_weights: str | None = None
-    """Which weights of init: a file of a directory or hub id (pMF-B-16, ema_500), a set in a training state (model,
-    ema_1000), or both (pMF-B-16-full:ema_1000); default: those for sampling."""
+    """Weights of init: a file of a directory or hub id (pMF-B-16, ema_500), a set in a training state (ema_1000),
+    or both (pMF-B-16-full:ema_1000). Default: the weights for sampling."""
     init_state: bool = False
-    """Continue the authors' run whose full training state init names: its trained weights, three averages, moments of
-    Muon and Adam, and step."""
+    """Continue the authors' run from the full training state in init:
+    weights, three averages, moments of Muon and Adam, and step."""
     steps: int = 1600
     """Training steps."""
     batch_size: int = 64
     """Images per step, over all processes."""
     device_batch: int | None = None
-    """Images at a time on a device. Each such batch has its own draws and flow-matching half; a step adds up their
-    gradients (default: batch_size / processes, all at once)."""
+    """Images per forward pass on a device (default: batch_size / processes, without accumulation).
+    Each such batch has its own draws and flow-matching half; a step accumulates their gradients."""
     seed: int = 0
-    """Seed of initialisation, data order and draws, which do not depend on the number of processes."""
+    """Seed of initialisation, data order and draws: the same on any number of processes at a given device_batch."""
     device: str = "auto"
     """Device to train on: auto (cuda if available, else cpu), cpu, cuda, cuda:1, ..."""
     sharding: Literal["ddp", "fsdp", "hybrid"] = "ddp"
-    """Under torchrun: ddp copies the network to every process, fsdp shards it over all of them, hybrid shards it
-    within a machine and copies it to every machine."""
+    """Under torchrun: ddp replicates the network in every process, fsdp shards it over all of them,
+    hybrid shards it within each machine and replicates it across machines."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    """bfloat16: products and activations under autocast, weights in float32. auto: bfloat16 on CUDA."""
+    """bfloat16: matrix products and activations under autocast, weights in float32.
+    auto: bfloat16 on CUDA, else float32."""
     checkpointing: Literal["none", "block"] = "none"
-    """block: keep only the inputs of the blocks for backward and recompute the rest."""
+    """block: save only the inputs of the blocks for backward and recompute the rest."""
     captured: bool = False
-    """Run forward and backward as CUDA graphs, captured once for each size of step (in a single process)."""
+    """Run forward and backward as CUDA graphs, captured once per combination of row counts (single process only)."""
     compiled: bool = False
-    """Compile the blocks with torch.compile (not for sharded networks)."""
+    """Compile the blocks with torch.compile (not with fsdp or hybrid)."""
     impl: str | None = None
     """Implementation of the ops: auto, triton or reference (default: PMF_IMPL, else auto)."""
     perceptual: PerceptualConfig = PerceptualConfig()
@@ -158,17 +158,17 @@ class RunConfig:
     ema_half_lives: tuple[float, ...] = (500.0, 1000.0, 2000.0)
     """Half-lives of the EMA copies, in thousands of images."""
     sampling_weights: str = "ema_500"
-    """Weights that sampling and evaluation use: model, or ema_ and a half-life."""
+    """Weights for sampling and evaluation: model, or ema_ and a half-life."""
     save_every: int = 500
     """Steps between checkpoints (the last step always saves)."""
     keep_checkpoints: int = 2
-    """Number of latest checkpoints to keep."""
+    """Number of checkpoints to keep, the latest ones."""
     max_skipped: int = 10
-    """Consecutive steps that may have a non-finite loss or gradient: they change nothing; one more stops the run."""
+    """Number of consecutive steps that may be skipped for a non-finite loss or gradient; one more stops the run."""
     sample_every: int = 500
     """Steps between exports: weights for sampling, sample grid, loss curve (the last step always exports)."""
     eval_every: int = 0
-    """Steps between evaluations, each after a checkpoint (0: none; otherwise the last step is evaluated too)."""
+    """Steps between evaluations; each saves a checkpoint first (0: never; otherwise the last step is evaluated too)."""
     model: ModelConfig = DIGITS.network
     """The network."""
     loss: LossConfig = DIGITS.loss
@@ -176,9 +176,9 @@ class RunConfig:
     optimizer: OptimizerConfig = DIGITS_OPTIMIZER
     """The optimizer."""
     sampling: Guidance = DIGITS.guidance
-    """The guidance of samples, for grids and for evaluation."""
+    """Guidance of samples, in grids and evaluations."""
     evaluation: EvaluationConfig = EvaluationConfig()
-    """What `eval_every` measures."""
+    """The evaluations of `eval_every`."""
 
     prefix: ClassVar[str] = ""
 
@@ -199,7 +199,7 @@ class RunConfig:
             require(got in known, f"evaluation.weights: expected one of {', '.join(known)}, got {got!r}")
 
     def device_batch_on(self, processes: int) -> int:
-        """Images at a time on a device. Errors: `InputError` when the processes cannot share a step evenly."""
+        """Return the device batch on this many processes. Errors: `InputError` if they cannot share a step evenly."""
         size = self.device_batch or self.batch_size // processes
         require(
             size > 0 and self.batch_size % (size * processes) == 0,
@@ -209,7 +209,7 @@ class RunConfig:
         return size
 
     def dtype_on(self, device: torch.device, precision: str = "auto") -> torch.dtype:
-        """The dtype of products on a device, in this precision; auto: in the run's."""
+        """The dtype of matrix products on `device` in this precision; "auto" means the precision of the run."""
         chosen = self.precision if precision == "auto" else precision
         low = chosen == "bfloat16" or (chosen == "auto" and device.type == "cuda")
         return torch.bfloat16 if low else torch.float32
@@ -221,7 +221,7 @@ def to_json(config: RunConfig) -> str:
 
 
 def load_run_config(directory: Path) -> RunConfig:
-    """The configuration of the run in `directory`. Errors: no run there, or an unreadable file."""
+    """Load the configuration of the run in `directory`. Errors: `InputError` if there is none or it is unreadable."""
     file = directory / CONFIG_FILE
     require(file.is_file(), f"resume: {directory} holds no run, expected a directory with {CONFIG_FILE}")
     try:
@@ -231,12 +231,12 @@ def load_run_config(directory: Path) -> RunConfig:
 
 
 def find_run_config(source: str) -> RunConfig | None:
-    """The configuration of the run that `source` names; None where it names something else."""
+    """Load the configuration of the run in directory `source`; None if `source` is something else."""
     return load_run_config(Path(source)) if (Path(source) / CONFIG_FILE).is_file() else None
 
 
 def _build(kind: type[Config], values: dict[str, Any]) -> Config:
-    """A dataclass from its JSON. Errors: KeyError on a value that is no field, or where none is there."""
+    """Build a dataclass from its JSON. Errors: `KeyError` on an unknown field or an empty object."""
     hints = get_type_hints(kind)
     if not values or set(values) - set(hints):
         raise KeyError(f"expected the fields of {kind.__name__}")

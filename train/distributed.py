@@ -1,4 +1,4 @@
-"""Several processes, as torchrun starts them: what each knows of the others, and how it joins and leaves them."""
+"""The processes that torchrun starts: joining and leaving them, and exchanging values between them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from pmf.errors import InputError, first_line, require
 
 SHARDINGS = ("ddp", "fsdp", "hybrid")
 PATIENCE = timedelta(days=30)
-"""How long processes wait for one that evaluates or writes."""
+"""Timeout of processes that wait for one that evaluates or writes."""
 T = TypeVar("T")
 
 
 def pick_device(name: str) -> torch.device:
     """ "auto" is cuda if available, else cpu; "cuda" under torchrun is this process's own GPU.
 
-    Errors: `InputError` on a device that is not there.
+    Errors: `InputError` on an unavailable device.
     """
     require(name.split(":")[0] != "meta", f"device: cannot use {name!r}: it computes nothing")
     if name == "auto":
@@ -40,20 +40,20 @@ def pick_device(name: str) -> torch.device:
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run or an evaluation, as one of them sees them."""
+    """The processes of a run or an evaluation, as seen by one of them."""
 
     device: torch.device
     """This process's device."""
     rank: int = 0
-    """This process's number, from 0."""
+    """This process's rank."""
     size: int = 1
     """Number of processes."""
     sharding: str | None = None
     """How the network is distributed: ddp, fsdp or hybrid; None in a single process and in evaluations."""
     mesh: DeviceMesh | None = None
-    """Their devices: one dimension, or (replicas, shards) under hybrid; None where nothing is sharded."""
+    """The processes' devices: one dimension, or (replicate, shard) for hybrid; None where `sharding` is."""
     group: dist.ProcessGroup | None = None
-    """The gloo group over which they exchange objects and wait for each other; None in a single process."""
+    """The gloo group for exchanging objects and for barriers; None in a single process."""
 
     @property
     def main(self) -> bool:
@@ -61,34 +61,34 @@ class World:
         return self.rank == 0
 
     def say(self, *lines: str) -> None:
-        """Print from the main process alone."""
+        """Print from the main process only."""
         for line in lines if self.main else ():
             print(line, flush=True)
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean over all processes; a value that is not finite in one of them is not finite in the result."""
+        """Mean over all processes (overwrites `values`); not finite where any process's value is not finite."""
         if self.size > 1:
             dist.all_reduce(values)
         return values / self.size
 
     def broadcast(self, value: T) -> T:
-        """The main process's value, on every process."""
+        """Return the main process's value on every process."""
         box = [value]
         if self.size > 1:
             dist.broadcast_object_list(box, group=self.group)
         return box[0]
 
     def share(self, items: list[T]) -> list[T]:
-        """This process's part of the main process's list."""
+        """Return this process's share of the main process's list."""
         return self.broadcast(items)[self.rank :: self.size]
 
     def wait(self) -> None:
-        """Return once every process is here."""
+        """Wait until every process has called this."""
         if self.size > 1:
             dist.barrier(group=self.group)
 
     def main_first(self, work: Callable[[], T]) -> T:
-        """`work()` on the main process alone; its result, or its error, on every process."""
+        """Run `work` on the main process only; return its result, or raise its error, on every process."""
         result, message = None, None
         if self.main:
             try:
@@ -102,10 +102,10 @@ class World:
 
 
 def join(device: str, sharding: str | None = None) -> World:
-    """This process's world: the one torchrun's environment variables describe, else this process alone.
+    """Join the world that torchrun's environment variables describe, or else a world of this process only.
 
-    Without `sharding` the processes only exchange objects, as evaluations do.
-    Errors: `InputError` on an unknown device or sharding, or on hybrid sharding without several GPUs on
+    Without `sharding` there is no device mesh: evaluations only exchange objects.
+    Errors: `InputError` on an unknown device or sharding, or on hybrid sharding without several processes on each of
     several machines.
     """
     known = sharding is None or sharding in SHARDINGS
@@ -124,7 +124,7 @@ def join(device: str, sharding: str | None = None) -> World:
 
 
 def leave(world: World) -> None:
-    """Part from the other processes."""
+    """Destroy the process groups."""
     if world.size > 1:
         dist.destroy_process_group()
 

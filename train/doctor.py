@@ -1,4 +1,4 @@
-"""`pmf doctor`: before a long run, whether this machine can do it, how long it takes, and what to change."""
+"""`pmf doctor` checks before a long run whether this machine can do it, how long it takes, and what to change."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ from pmf.train.loop import check_data
 from pmf.train.presets import configured
 
 HEADROOM = 0.9
-"""Share of the memory that the counted memory may fill; the rest is for temporary buffers."""
+"""Share of the available memory that the counted memory may fill; the rest is for temporary buffers."""
 PATIENCE = 20
-"""Without workers, reading may take a twentieth of a step: the step waits for it."""
+"""Without workers every step waits for its images: reading must be this many times as fast as the step."""
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 """Cores that this process may use."""
 CPU_OPERATIONS = 1e11
-"""Operations of the largest step that is timed on a CPU, where it takes seconds."""
+"""Operations of the largest step to time on a CPU, where it takes seconds."""
 Finding = tuple[str, str | None]
-"""What was found, and what to change about it, if anything."""
+"""(what was found, what to change or None)."""
 
 
 @dataclass(frozen=True)
 class DoctorConfig(RunConfig):
-    """Examine this machine and a run before it starts; nothing is written. Exit status 1: something must change."""
+    """Check this machine and a run before it starts. Writes nothing; exits with status 1 if something must change."""
 
     processes: int | None = None
-    """Processes of the run (default: those of torchrun where it started this, else one per GPU)."""
+    """Number of processes of the run (default: torchrun's if it started this command, else one per GPU)."""
     seconds: float = 5.0
-    """How long to read data for."""
+    """Seconds to spend on reading data."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,13 +56,13 @@ class DoctorConfig(RunConfig):
 
 
 def command(arguments: list[str]) -> None:
-    """Report on the run that `[PRESET] [--resume DIRECTORY] [options]` describe; exit status 1 where it has advice."""
+    """Report on the run that `[PRESET] [--resume DIRECTORY] [options]` describes; exit with 1 if it has advice."""
     config = configured(arguments, "doctor", DoctorConfig, default="digits")
     if int(os.environ.get("RANK", 0)) > 0:
         return
     doctor = Doctor(config)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the report says it, once
+        warnings.simplefilter("ignore")  # the report names each problem once
         doctor.examine()
     print("\nwhat to change", *(doctor.changes or ["nothing"]), sep="\n  ")
     if doctor.changes:
@@ -70,7 +70,7 @@ def command(arguments: list[str]) -> None:
 
 
 class Doctor:
-    """Prints findings about a run as they come, and collects what to change."""
+    """Prints findings about a run as it makes them, and collects the changes to advise."""
 
     def __init__(self, config: DoctorConfig) -> None:
         self.config, self.device = config, torch.device("cpu")
@@ -79,7 +79,7 @@ class Doctor:
         self.changes: list[str] = []
 
     def examine(self) -> None:
-        """The machine, then what computes the run, whether it fits, how long it takes, and whether the data keep up."""
+        """Check the device, the processes, the kernels, the memory, the time of a step and the speed of the data."""
         print(f"pixel-meanflow {pmf.__version__}: torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}")
         self.check("device", self.find_device)
         self.check("run", self.share)
@@ -88,7 +88,7 @@ class Doctor:
         self.check("data", self.data)
 
     def check(self, name: str, examination: Callable[[], Finding]) -> bool:
-        """Print a finding. An error is one too, as the run would fail the same way; returns whether there was none."""
+        """Print an examination's finding, or its error (the run would fail the same way); return whether it passed."""
         try:
             (text, change), passed = examination(), True
         except Exception as error:
@@ -99,13 +99,13 @@ class Doctor:
         return passed
 
     def find_device(self) -> Finding:
-        """The device of a process, and the GPUs of its kind."""
+        """A process's device, and the names of all GPUs."""
         self.device = pick_device(self.config.device)
         self.gpus = torch.cuda.device_count() if self.device.type == "cuda" else 0
         return f"{self.device} {', '.join(map(torch.cuda.get_device_name, range(self.gpus)))}".rstrip(), None
 
     def share(self) -> Finding:
-        """How many processes share a step, in all and on this machine, and the share of each."""
+        """The number of processes that share a step, in all and on this machine, and the images of each."""
         config = self.config
         self.processes = config.processes or int(os.environ.get("WORLD_SIZE", 0)) or self.gpus or 1
         self.local = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or min(self.processes, self.gpus or self.processes)
@@ -114,7 +114,7 @@ class Doctor:
         return f"{config.resume or config.out} on {self.device}: {images}, {config.sharding}", None
 
     def kernels(self) -> Finding:
-        """What computes the run."""
+        """The implementation of the ops and of attention, and the dtype of matrix products."""
         config, dtype = self.config, self.config.dtype_on(self.device)
         choice, reason = dispatch.decide("attention", config.impl, self.device.type, (dtype,), (config.model.head_dim,))
         attention = choice
@@ -125,7 +125,7 @@ class Doctor:
         return f"{choice}: {reason}; attention {attention}; products {dtype}", change
 
     def memory(self) -> Finding:
-        """The counted memory of a process against what it can have."""
+        """The counted memory of a process against the memory available to it."""
         config = self.config
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // self.local
         if self.device.type == "cuda":
@@ -135,18 +135,18 @@ class Doctor:
         expected = counted[config.checkpointing].sharded(shards[config.sharding]).expected(self.rows)
         self.fits = counted[config.checkpointing].expected(self.rows) <= HEADROOM * there
         change = memory_change(config, shards, self.rows, HEADROOM * there, counted)
-        beside = " beside the perceptual networks" if config.perceptual.enabled else ""
-        return f"{expected / 1e9:.2f} GB expected{beside}, {there / 1e9:.2f} GB there", change
+        beside = " besides the perceptual networks" if config.perceptual.enabled else ""
+        return f"{expected / 1e9:.2f} GB expected{beside}, {there / 1e9:.2f} GB available", change
 
     def step(self) -> Finding:
-        """How long a step takes, where one process alone can try it, and the whole run."""
+        """The time of a step, measured if one process can run it alone, and of the whole run."""
         config, rows = self.config, self.rows
         draws = pmf.sample_draws(rows, (1, 1, 1), config.loss, torch.Generator().manual_seed(config.seed))
         work = row_operations(config.model).lean(draws)
         if self.device.type == "cpu" and work > CPU_OPERATIONS:
             return f"{work / 1e12:,.3g} TFLOP for {rows} images, not timed on a CPU", "train on a GPU"
         if not self.fits:
-            return f"{work / 1e12:,.3g} TFLOP for {rows} images, no room to time it here", None
+            return f"{work / 1e12:,.3g} TFLOP for {rows} images, not timed: it does not fit here", None
         learner = Learner(
             replace(config, resume=None, init=None, batch_size=rows, device_batch=rows), World(self.device)
         )
@@ -159,12 +159,12 @@ class Doctor:
         return f"{seconds:.3g} s for {rows} images: {self.rate:,.0f} images/s a process; {whole}", None
 
     def data(self) -> Finding:
-        """Images per second that the data deliver to one process, against what its steps need."""
+        """Images per second that the data deliver to one process, against the number that its steps need."""
         config = self.config
         data = open_data(config.data, config.model.image_size)
         check_data(data, config)
         loader = Loader(data, self.rows, seed=config.seed, workers=config.workers, device=self.device)
-        with contextlib.closing(loader):  # its first batches wait for the workers to start
+        with contextlib.closing(loader):  # the warm-up batches wait for the workers to start
             served = self.rows / seconds_of(lambda: next(loader), max(1, config.workers), config.seconds)
         what = f"{config.data}: {len(data):,} images of {data.num_classes} classes"
         change = data_change(served, self.rate, config.workers, CORES // self.local)
@@ -172,7 +172,7 @@ class Doctor:
 
 
 def counted_memory(config: RunConfig, device: torch.device) -> dict[str, TrainingMemory]:
-    """The memory of a process that shards nothing, by checkpointing."""
+    """Checkpointing -> memory of a process that shards nothing."""
     impl, averages = dispatch.checked_impl(config.impl), len(config.ema_half_lives)
     place, dtype = device.type, config.dtype_on(device)
     return {
@@ -184,12 +184,12 @@ def counted_memory(config: RunConfig, device: torch.device) -> dict[str, Trainin
 def memory_change(
     config: RunConfig, shards: dict[str, int], rows: int, budget: float, counted: Mapping[str, TrainingMemory]
 ) -> str | None:
-    """The least change of flags with which a step fits into so many bytes per process; None if it fits as it is.
+    """The smallest change of flags that makes a step fit into `budget` bytes per process; None if it fits already.
 
-    `shards`: processes that share the state, by sharding; `counted`: see `counted_memory`.
+    `shards`: sharding -> number of processes that share the state; `counted`: see `counted_memory`.
     """
     processes = shards["fsdp"]
-    smaller = [2**power for power in range((rows - 1).bit_length() - 1, 0, -1)]  # half are flow-matching rows: >= 2
+    smaller = [2**power for power in range((rows - 1).bit_length() - 1, 0, -1)]  # >= 2: half are flow-matching rows
     sizes = [rows, *(size for size in smaller if config.batch_size % (size * processes) == 0)]
     shardings = dict.fromkeys((config.sharding, "fsdp" if processes > 1 else config.sharding))
     for sharding, size, checkpointing in itertools.product(shardings, sizes, (config.checkpointing, "block")):
@@ -202,7 +202,7 @@ def memory_change(
 
 
 def seconds_of(call: Callable[[], object], warm_up: int = 2, least: float = 0.0) -> float:
-    """Mean seconds of a call, over at least three calls and so many seconds, after some calls to warm up."""
+    """Mean seconds per call, over at least three calls and `least` seconds, after `warm_up` calls."""
     for _ in range(warm_up):
         call()
     calls, began = 0, time.perf_counter()
@@ -215,9 +215,9 @@ def seconds_of(call: Callable[[], object], warm_up: int = 2, least: float = 0.0)
 
 
 def data_change(served: float, needed: float, workers: int, cores: int) -> str | None:
-    """What to change so that data keep up with a step, in images per second of a process; None if they do.
+    """Advice if the data do not keep up with the steps, else None.
 
-    `needed` is 0 where it is not known; `cores`: those of each process.
+    `served`, `needed`: images per second of a process (`needed` is 0 if unknown); `cores`: cores of each process.
     """
     if served >= (needed if workers else PATIENCE * needed):
         return None

@@ -1,4 +1,4 @@
-"""What people look at while a run trains: the weights for sampling, one-step samples, the loss curve."""
+"""A run's exports: weights for sampling, a grid of one-step samples, the loss curve."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def export_weights(
     world: World,
     network: pmf.PMFDiT | None,
 ) -> None:
-    """Write all weights by name, and a grid of samples. Every process must call.
+    """Write each set of weights to a file of its name, and a grid of samples. Every process must call.
 
-    Samples are drawn by `network` if given, else by a new one.
+    `network` draws the samples (default: a new one).
     """
     for name, tensors in weights.items():
         gathered = whole(tensors, keep=world.main)
@@ -45,7 +45,7 @@ def export_weights(
 def _samples(
     file: Path, tensors: dict[str, Tensor], config: RunConfig, device: torch.device, network: pmf.PMFDiT | None
 ) -> None:
-    """Samples of at most ten classes, a column each."""
+    """Write a grid of samples: a column for each of the first ten classes."""
     network = network or pmf.create_model(config.model, impl=config.impl, aux_head=False, device=device)
     network.load_state_dict(tensors, strict=False)  # the sampling network has no v head
     columns = min(10, config.model.num_classes)
@@ -56,7 +56,7 @@ def _samples(
 def export_curve(directory: Path, metrics: list[dict]) -> None:
     """Write the loss curve of a run's metrics."""
     kept = [record for record in metrics if record.get("loss") is not None]
-    if kept:  # none where every step was skipped, or metrics.jsonl is lost
+    if kept:  # none if every step was skipped or metrics.jsonl is lost
         terms = {name: [record[name] for record in kept] for name in ("loss_u", "loss_v")}
         save_loss_curve(directory / CURVE_FILE, [record["step"] for record in kept], terms)
 

@@ -1,4 +1,4 @@
-"""The training step, and what it changes: the network, its averages and its optimizers."""
+"""The training step and its state: the network, its averages and its optimizers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from pmf.train.snapshots import Snapshots
 class Learner:
     """Everything that changes from step to step. Each process of a run holds one.
 
-    Draws are functions of (seed, step), so the whole state is the weights, averages, optimizers and counts of steps.
+    Draws are functions of (seed, step), so the whole state is the weights, averages, optimizers and step counts.
     A new learner starts from config.init; one with config.resume is filled by `load`.
     """
 
@@ -41,7 +41,7 @@ class Learner:
         self.model = pmf.create_model(
             config.model, impl=config.impl, checkpointing=config.checkpointing, device=world.device
         )
-        pmf.generate(self.model, [0], **asdict(config.sampling))  # refuse now what cannot be sampled later
+        pmf.generate(self.model, [0], **asdict(config.sampling))  # fail now if exports could not sample
         self.perceptual = _perceptual(config, world.device, self.dtype)
         new = config.init is not None and config.resume is None
         if new and not config.init_state:
@@ -61,14 +61,14 @@ class Learner:
             self.step = self._continue_authors_run()
 
     def _start_from_weights(self) -> None:
-        """Copy the weights that config.init names: the main process reads them for all."""
+        """Copy the weights of config.init; the main process reads them and sends them to the others."""
         init, weights = self.config.init, self.config.init_weights
         self.world.say(*self.world.main_first(lambda: copy_weights(self.model, init, weights)))
         for p in self.model.parameters():
             give(p, p)
 
     def _continue_authors_run(self) -> int:
-        """Take over the authors' training state that config.init names, read likewise; returns the step it is at."""
+        """Take over the authors' training state in config.init, which the main process reads; return its step."""
         config, parts, state = self.config, (self.model, self.emas, self.optimizers), None
 
         def read() -> tuple[int, int]:
@@ -81,13 +81,13 @@ class Learner:
 
         step, count = self.world.main_first(read)
         fill_run(state, count, *parts)
-        self.world.say(f"goes on from step {step} of {config.init}")
+        self.world.say(f"continuing from step {step} of {config.init}")
         return step
 
     def fix_bucket_order(self) -> None:
-        """Run a dummy backward: DDP fixes its bucket order in its first one, and a resumed run must reduce in the same.
+        """Run a dummy backward: DDP fixes its bucket order in its first one, and a resumed run must use the same order.
 
-        Call before the first step, at the step that the run begins or resumes from.
+        Call it before the first step of a new or resumed run.
         """
         if self.world.sharding == "ddp":
             x = torch.zeros(1, *self.config.model.image_shape, device=self.world.device)
@@ -97,11 +97,11 @@ class Learner:
     # One step.
 
     def train_step(self, x: Tensor, y: Tensor, stop: bool = False) -> dict[str, float]:
-        """One step on this process's images: draws, loss, gradients, Muon and Adam, averages.
+        """Take one step on this process's images: draws, loss, gradients, Muon and Adam, averages.
 
-        Returns what to report, the same on every process: also "stop", positive if any process asked for it. Loss and
-        gradient norm are read once, between backward and update; if either is not finite, the step changes nothing
-        but the count of such steps.
+        Return the values to report, equal on every process; among them "stop", positive if any process asked for it.
+        Loss and gradient norm are read once, between backward and update; if any value is not finite, the step changes
+        neither weights nor optimizers and counts as skipped.
         """
         terms = self._gradients(x, y)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
@@ -121,7 +121,7 @@ class Learner:
         return record
 
     def _gradients(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        """Gradients of the mean loss over this process's images, a device batch at a time; the mean terms."""
+        """Accumulate gradients of the mean loss over this process's images by device batches; return the mean terms."""
         batches = list(zip(x.split(self.device_batch), y.split(self.device_batch), strict=True))
         totals: dict[str, Tensor] = {}
         for i, (images, labels) in enumerate(batches):
@@ -135,7 +135,7 @@ class Learner:
         return totals
 
     def _loss(self, x: Tensor, y: Tensor, number: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and terms of the step's device batch of that number, counted over all processes."""
+        """Loss and terms of device batch `number` of the step, counted over all processes."""
         config, device = self.config, self.world.device
 
         def seed(purpose: str) -> int:
@@ -144,7 +144,7 @@ class Learner:
         generator = torch.Generator().manual_seed(seed("draws"))
         draws = pmf.sample_draws(len(x), config.model.image_shape, config.loss, generator, device)
         perceptual = None if self.perceptual is None else self.perceptual.for_step(seed("crops"))
-        # Under FSDP autocast must not cache casts: those of the guidance pass belong to weights that were freed since.
+        # Under FSDP autocast must not cache casts: the guidance pass's casts belong to weights that are freed after it.
         kept = self.world.sharding in (None, "ddp")
         with torch.autocast(device.type, torch.bfloat16, self.dtype == torch.bfloat16, cache_enabled=kept):
             if self.captured is not None:
@@ -163,7 +163,7 @@ class Learner:
             ema.update(self.model, config.batch_size, (self.step + 1) * config.batch_size)
 
     def _skip(self, record: dict[str, float]) -> None:
-        """Count a step that is not finite. Errors: `InputError` on more of them in a row than the run allows."""
+        """Count a non-finite step. Errors: `InputError` on more than max_skipped of them in a row."""
         self.skipped += 1
         bad = ", ".join(name for name, value in record.items() if not math.isfinite(value))
         require(
@@ -173,10 +173,10 @@ class Learner:
             f"in {self.config.resume or self.config.out} is untouched",
         )
 
-    # What a run resumes from.
+    # Saving and resuming.
 
     def state(self) -> dict[str, Any]:
-        """Everything that the next steps depend on; its tensors are those of the run."""
+        """Everything that later steps depend on. Its tensors are the run's own, not copies."""
         return {
             "step": self.step,
             "skipped": self.skipped,
@@ -186,7 +186,7 @@ class Learner:
         }
 
     def _optimizer_state(self, part: torch.optim.Optimizer) -> dict[str, Any]:
-        """Before the first update, PyTorch creates the state by a step that moves nothing and must not be counted."""
+        """An optimizer's state. Before the first update PyTorch creates it by a dummy step, which must not count."""
         created = not part.state
         state = get_optimizer_state_dict(self.model, part)
         for values in part.state.values() if created else ():
@@ -194,7 +194,7 @@ class Learner:
         return state
 
     def load(self, snapshots: Snapshots) -> None:
-        """Resume from the latest snapshot; settings of the optimizers stay those of the configuration."""
+        """Resume from the latest snapshot, with the optimizer settings of the configuration."""
         steps, directory = self.world.broadcast(snapshots.steps()), self.config.resume
         require(bool(steps), f"resume: {directory} has no complete checkpoint, nothing was saved there yet")
         latest, last = steps[-1], self.config.steps
@@ -202,13 +202,13 @@ class Learner:
         state, known = self.state(), snapshots.names(latest)
         settings = {name: copy.deepcopy(part["param_groups"]) for name, part in state["optimizers"].items()}
         muon = state["optimizers"]["muon"]["state"]
-        # Snapshots of an earlier version do not count Muon's steps: leave them out, and take the run's.
+        # Snapshots of earlier versions lack Muon's step count: do not load it, use the run's step.
         uncounted = [values for name, values in muon.items() if f"optimizers.muon.state.{name}.step" not in known]
         for values in uncounted:
             del values["step"]
         if uncounted:
-            note = "this checkpoint is of a version in which Muon counted no steps"
-            self.world.say(f"resume: {note}, it goes on from {latest}")
+            note = "this checkpoint is from a version in which Muon counted no steps"
+            self.world.say(f"resume: {note}; its count starts at {latest}")
         snapshots.load(latest, state)
         self.step, self.skipped = state["step"], state["skipped"]
         for values in uncounted:
@@ -219,7 +219,7 @@ class Learner:
 
 
 def _perceptual(config: RunConfig, device: torch.device, dtype: torch.dtype) -> PerceptualLoss | None:
-    """The perceptual networks of the configuration; terms of weight zero are left out."""
+    """Load the perceptual networks of the configuration, except those of weight zero."""
     if not config.perceptual.enabled:
         return None
     return PerceptualLoss.load(

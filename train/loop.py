@@ -1,4 +1,4 @@
-"""`pmf train`: the training loop, with its data, snapshots, metrics, pictures and evaluations; resumed bit for bit."""
+"""`pmf train`: the training loop with data, snapshots, metrics, pictures and evaluations. Runs resume bit for bit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pmf.train.stop_signals import StopRequest
 
 
 class Trainer(Learner):
-    """A run: a learner with data and a directory. Every process holds one; the main one writes.
+    """A run: a learner with data and a directory. Every process holds one; all write snapshots, the main one the rest.
 
     The order of the data is a function of (seed, step), so the learner's state is the state of the run.
     """
@@ -53,13 +53,13 @@ class Trainer(Learner):
         """Train to the last step. Ctrl-C, SIGTERM and SIGUSR1 save and stop; a full disk stops without saving."""
         if self.evaluation is not None:
             self.evaluation.prepare()
-        if self.step == self.config.steps:  # stopped while it exported the last step
+        if self.step == self.config.steps:  # it stopped while exporting the last step
             self._export()
         batches, main = self._loader(), self.world.main
         reports = Progress(self.directory, self.metrics, self.step, self.config.steps) if main else nullcontext()
         stopped = False
         with StopRequest() as stop, self._pending_snapshot_kept(), reports as progress:
-            self._evaluate_when_due(progress)  # if the step that is resumed was not measured to the end
+            self._evaluate_when_due(progress)  # the run may have stopped during this step's evaluation
             while self.step < self.config.steps and not stopped:
                 began = time.perf_counter()
                 record = self.train_step(*next(batches), stop.requested)
@@ -118,12 +118,12 @@ class Trainer(Learner):
                 progress.note(self.step, values)
 
     def _weights(self) -> dict[str, dict[str, Tensor]]:
-        """The weights and their averages by name, each where it lives."""
+        """The weights and their averages by name: the run's own tensors, whole or in shards."""
         return {"model": self.model.state_dict(), **{name: ema.state_dict() for name, ema in self.emas.items()}}
 
 
 def check_data(data: TrainingData, config: RunConfig) -> None:
-    """Errors: `InputError` when the network does not fit the images and their classes."""
+    """Raise `InputError` if the network does not fit the images and their classes."""
     shape, wanted = tuple(data.image_shape), config.model.image_shape
     require(shape == wanted, f"model: expected a network for images of shape {list(shape)}, got {list(wanted)}")
     got, classes = config.model.num_classes, data.num_classes
@@ -131,7 +131,7 @@ def check_data(data: TrainingData, config: RunConfig) -> None:
 
 
 def command(arguments: list[str]) -> None:
-    """Train a preset, `pmf train PRESET [options]`, or continue a run, `pmf train --resume DIRECTORY [options]`."""
+    """Train a preset, `pmf train PRESET [options]`, or resume a run, `pmf train --resume DIRECTORY [options]`."""
     config = configured(arguments, "train", RunConfig)
     world = join(config.device, config.sharding)
     trainer = Trainer(config, open_data(config.data, config.model.image_size), world)

@@ -1,6 +1,6 @@
-"""Runs by name, and how the command line configures one.
+"""Presets, and the configuration of a run from the command line.
 
-The names are the embedded data sets and the six published models with their published settings (arXiv 2601.22158).
+The presets are the two demos and the six published models with their published settings (arXiv 2601.22158).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ BATCH = 1024
 def _published(name: str, settings: ModelSettings) -> RunConfig:
     """ImageNet, batch 1024, 320 epochs, constant learning rate 1e-3, perceptual losses on.
 
-    Device batches have 128 images (L and H: 64, which fit beside the larger network in 80 GB) whatever the number of
-    GPUs, and each has its own draws: any number of GPUs computes the same run. H is sharded.
+    Device batches have 128 images (L and H: 64, to fit beside the larger network in 80 GB) on any number of GPUs, and
+    each has its own draws: any number of GPUs computes the same run. H is sharded.
     """
     return RunConfig(
         out=Path("runs") / name.replace("/", "-"),
@@ -48,7 +48,7 @@ def _published(name: str, settings: ModelSettings) -> RunConfig:
     )
 
 
-# Loss and optimizer are those of the digits, chosen for runs of minutes.
+# Loss and optimizer are those of digits, chosen for runs of minutes.
 PHOTOGRAPHS = RunConfig(
     out=Path("runs/photographs"),
     data="photographs",
@@ -66,13 +66,13 @@ PRESETS: dict[str, RunConfig] = {
 
 
 def run_preset(name: str) -> RunConfig:
-    """The preset of that name. Errors: `InputError` on an unknown one."""
+    """Return the preset of that name. Errors: `InputError` on an unknown name."""
     require(name in PRESETS, f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
     return PRESETS[name]
 
 
 def configured(arguments: list[str], command: str, kind: type[Config], default: str | None = None) -> Config:
-    """The configuration from `[PRESET] [--resume DIRECTORY] [options]`; without a preset, that named `default`.
+    """Parse `[PRESET] [--resume DIRECTORY] [options]` into a configuration; without a preset, that named `default`.
 
     The preset, or the stored configuration of the resumed run, supplies the defaults of all options.
     """

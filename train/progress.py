@@ -1,4 +1,4 @@
-"""What a run reports while it trains: metrics.jsonl, a progress bar, and TensorBoard if it is installed."""
+"""Reports during training: metrics.jsonl, a progress bar, and TensorBoard if it is installed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Progress:
         self.bar.update()
 
     def note(self, step: int, values: dict[str, float]) -> None:
-        """Record and print what was measured after a step, unless it is the last record already."""
+        """Print values measured after a step, and record them unless they are the last record already."""
         record = {"step": step, **values}
         if _finite(record) not in self.metrics[-1:]:
             self._write(record)
@@ -59,7 +59,7 @@ def _finite(record: dict[str, float]) -> dict[str, float | None]:
 
 
 def _tensorboard(directory: Path, done: int):
-    """TensorBoard's writer, which hides records of steps after `done` (they were not saved)."""
+    """TensorBoard's writer, or None without it; it hides records of steps after `done`, which were not saved."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

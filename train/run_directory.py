@@ -1,4 +1,4 @@
-"""A run's directory: which files are a run's, and its configuration and metrics."""
+"""A run's directory: its files, configuration and metrics."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ EVALUATION_FOLDER = "eval"
 
 
 def make_room(directory: Path, overwrite: bool) -> None:
-    """Prepare a directory for a new run: empty or new, or with a run that saved nothing or is to be overwritten.
+    """Clear a directory for a new run; only files of a run are ever removed.
 
-    Errors: `InputError` otherwise. Only files of a run are ever removed.
+    It may be missing or empty, or hold a run without checkpoints or, with `overwrite`, any run. Errors: `InputError`
+    otherwise.
     """
     if not directory.is_dir():
         return
@@ -50,7 +51,7 @@ def write_config(directory: Path, config: RunConfig) -> None:
 
 
 def metrics_until(directory: Path, step: int) -> list[dict]:
-    """The metrics up to this step. Later ones, of steps that were not saved, are removed from the file."""
+    """Return the metrics up to `step`; remove later ones, of steps that were not saved, from the file."""
     file = directory / METRICS_FILE
     kept = list(itertools.takewhile(lambda record: record["step"] <= step, read_json_lines(file)))
     text = "".join(json.dumps(record) + "\n" for record in kept)
@@ -59,7 +60,7 @@ def metrics_until(directory: Path, step: int) -> list[dict]:
 
 
 def read_json_lines(file: Path) -> list[dict[str, Any]]:
-    """The records of a file of JSON lines, none if it does not exist. Lines torn by a crash are skipped."""
+    """Read the records of a file of JSON lines: none if it does not exist; lines torn by a crash are skipped."""
     records = []
     for line in file.read_text().splitlines() if file.is_file() else ():
         with contextlib.suppress(json.JSONDecodeError):
@@ -80,5 +81,5 @@ def _run_files(directory: Path) -> list[Path]:
     pictures = (SAMPLES_FILE, CURVE_FILE)
     patterns = [FOLDER, "tensorboard/events.*", f"{EVALUATION_FOLDER}/results.jsonl", f"{EVALUATION_FOLDER}/.*"]
     for name in (METRICS_FILE, *pictures, "model.safetensors", "ema_*.safetensors"):
-        patterns += [name, f".{name}.*"]  # and what a killed run left of them
+        patterns += [name, f".{name}.*"]  # and temporary files of a killed run
     return [path for pattern in patterns for path in directory.glob(pattern)]

@@ -27,23 +27,23 @@ class SampleConfig:
     labels: tuple[int, ...] = ()
     """Class of each column (default: the first ten)."""
     rows: int = 8
-    """Rows of the grid, each from its own noise."""
+    """Rows of the grid; every image has its own noise."""
     steps: int = 1
     """Network evaluations per image."""
     omega: float | None = None
-    """Guidance scale (default: the setting of the run or of the published preset)."""
+    """Guidance scale (default: that of the run or of the published preset)."""
     t_min: float | None = None
-    """Start of the guidance interval (default as for omega)."""
+    """Start of the guidance interval (default: as for omega)."""
     t_max: float | None = None
-    """End of the guidance interval (default as for omega)."""
+    """End of the guidance interval (default: as for omega)."""
     guidance: str | None = None
-    """A published setting by name, in place of these three: pMF-B/16, pMF-B/16-torch, ..."""
+    """A published setting, by name, instead of omega, t_min and t_max: pMF-B/16, pMF-B/16-torch, ..."""
     seed: int = 0
     """Seed of the first image; image i has seed + i."""
     weights: str | None = None
-    """Which weights of a run: model, ema_500, ... (default: the run's choice)."""
+    """Weights of a run: model, ema_500, ... (default: the run's sampling_weights)."""
     batch_size: int = 64
-    """Images at a time."""
+    """Images per batch."""
     device: str = "auto"
     """Device: auto, cpu, cuda, ..."""
 

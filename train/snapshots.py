@@ -1,4 +1,4 @@
-"""What a run resumes from: PyTorch's distributed checkpoints, written in the background, each complete or absent."""
+"""Snapshots to resume from: PyTorch's distributed checkpoints, written in the background, each complete or absent."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Snapshots:
             )
         except FAILURES as error:
             raise self._failure(step, error) from error
-        assert isinstance(future, Future)  # what it returns unless asked for a staging future too
+        assert isinstance(future, Future)  # async_save returns one unless asked for a staging future
         self.pending = (step, future)
 
     def publish(self, wait: bool) -> None:
@@ -74,7 +74,7 @@ class Snapshots:
                 _synchronise(self._partial(step))
                 os.replace(self._partial(step), self._path(step))
                 _synchronise(self.folder)
-                for old in self.steps()[: -self.keep]:  # hidden first: a visible one is always complete
+                for old in self.steps()[: -self.keep]:  # hide before deleting: a visible one is complete
                     shutil.rmtree(self._path(old).replace(self._partial(old)))
         except FAILURES as error:
             raise self._failure(step, error) from error
@@ -88,7 +88,7 @@ class Snapshots:
             dcp.load(state, checkpoint_id=path, no_dist=self.group is None, process_group=self.group)
 
     def names(self, step: int) -> set[str]:
-        """The names of all values in that snapshot, keys joined by dots. Errors: it cannot be read."""
+        """The names of all values in that snapshot, keys joined by dots. Errors: `InputError` if it cannot be read."""
         with self._reading(step) as path:
             return set(dcp.FileSystemReader(path).read_metadata().state_dict_metadata)
 

@@ -1,4 +1,4 @@
-"""The benchmark's cases run in small on the CPU, with the kernels in the interpreter."""
+"""The benchmarks' cases run at small sizes on the CPU, with the kernels in the interpreter."""
 
 import contextlib
 import dataclasses
@@ -25,7 +25,7 @@ from pmf.timing import ceilings, details, measure
 from tests.networks import TINY, meta_step, random_model, relative_error
 from tests.pmf.test_loss import LOSS, gradients, step_inputs
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda")  # cases are named for a GPU without one
+CPU, GPU = torch.device("cpu"), torch.device("cuda")  # cases for a GPU can be listed without one
 SMALL = dataclasses.replace(TINY, image_size=8, hidden_size=32)
 BLOCK = op_cases.block_ops(SMALL, batch=2)
 OPS = {f"{op.name}{op.label}": op for op in (*BLOCK, op_cases.patch_op(SMALL, 2))}
@@ -40,7 +40,7 @@ def case_of(op, mode, device=CPU):
 
 
 def measured(runs, repeats=30, seconds=math.inf, **options):
-    """Provider -> its times."""
+    """Provider -> record of its times."""
     providers = {name: lambda run=run: run for name, run in runs.items()}
     return {r["provider"]: r for r in measure(providers, CPU, repeats, seconds, **options)}
 
@@ -68,7 +68,7 @@ def test_every_case_runs(benchmark, op, mode):
 
 
 def test_bytes_are_those_of_inputs_and_outputs():
-    """What the formula says a forward pass moves, counted on real tensors (parameters are negligible)."""
+    """The formula's bytes of a forward pass equal those of its real tensors (parameters are negligible)."""
     for op in BLOCK:
         primals = tuple(spec and torch.randn(spec[1:], dtype=spec[0]) for spec in op.inputs)
         results = op.run(primals, (None,) * len(primals))
@@ -87,7 +87,7 @@ def test_the_objective_case_runs():
 
 
 def test_attention_is_measured_on_every_backend_and_tile():
-    """Those meant for a GPU are named for one alone; the tiles compute the same in the interpreter."""
+    """Backends and tiles are listed only for a GPU; the tiles give the same results in the interpreter."""
     for mode in ("forward", "backward"):
         assert {f"triton, {name}" for name in op_cases.BACKENDS} <= case_of("attention", mode, GPU).providers.keys()
     here, there = (case_of("attention", "dual", device).providers for device in (CPU, GPU))
@@ -114,7 +114,7 @@ def test_each_provider_is_rated_by_what_it_computes():
     assert attention.operations_of("triton") == 3.5 * attention.operations_of(op_cases.VALUE_ALONE) > 0
 
 
-def test_tests_stand_before_providers():
+def test_every_provider_names_existing_tests():
     every = [*op_cases.op_cases("small", 2, CPU), step_cases.sampling_case("pMF-digits", 2, CPU)]
     files = {test for case in (*every, step_cases.step_case("small", 2, CPU)) for test in case.tests.values()}
     assert len(files) == 9 and all((pathlib.Path(__file__).parents[1] / file).is_file() for file in files)
@@ -134,7 +134,7 @@ def test_every_published_shape_has_a_case():
 
 @pytest.mark.parametrize("size", ["pMF-B/32", "pMF-L/32", "pMF-H/32"])  # test_counting.py counts the others
 def test_every_preset_has_a_step(size):
-    """Its providers are named, its operations counted, and forward and backward run through on meta tensors."""
+    """It lists providers, counts their operations, and runs forward and backward on meta tensors."""
     case = step_cases.step_case(size, 4, CPU)
     assert {"lean", "flow matching", "joint jvp, compiled"} <= case.providers.keys()
     draws = pmf.sample_draws(4, (1, 1, 1), pmf.LOSSES[size], torch.Generator().manual_seed(0))
@@ -150,7 +150,7 @@ def test_measure_takes_turns_and_gives_quartiles():
 
 
 class FakeGPU:
-    """`torch` as timing.py sees it on a GPU: says what is asked of it, in order; every run takes a millisecond."""
+    """Stands in for `torch` in timing.py as if on a GPU: logs calls in order; every run takes a millisecond."""
 
     int8 = torch.int8
 
@@ -206,7 +206,7 @@ def test_on_a_gpu_l2_is_cold_and_providers_take_turns(monkeypatch):
     monkeypatch.setattr(timing, "torch", gpu)
     runs = {"a": lambda: gpu.run("a"), "b": lambda: gpu.run("b", True), "captured": lambda: gpu.run("captured")}
     found = list(measure({name: lambda run=run: run for name, run in runs.items()}, GPU, 4, replaying=["captured"]))
-    warming = ["a"] * 4 + ["b"] * 3 + ["captured"] * 4  # three times, and once into a graph where that works
+    warming = ["a"] * 4 + ["b"] * 3 + ["captured"] * 4  # three times, then once in capture if that works
     turn = [x for ran in ("replay", "b", "replay") for x in ("flush 40", "event", ran, "event")]
     assert gpu.log == warming + turn * 4
     kept = ("provider", "captured", "peak_bytes", "peak_from", "reserved_bytes", "median_us", "repeats")
@@ -251,7 +251,7 @@ def test_one_provider_that_fails_loses_no_other():
     assert records[0]["error"] == "RuntimeError: first line" and records[0]["provider"] == "broken"
 
 
-def test_a_figure_is_kept_without_its_details(monkeypatch):
+def test_a_figure_is_kept_if_its_details_fail(monkeypatch):
     monkeypatch.setattr(timing, "details", lambda *a: 1 / 0)
     (record,) = measure({"lean": lambda: lambda: None}, CPU, 3, detailed=True)
     assert record["status"] == "measured" and record["note"] == "ZeroDivisionError: division by zero"
@@ -268,7 +268,7 @@ def test_a_profile_names_what_takes_the_time():
 
 
 def test_kernels_are_named_by_the_operator_that_launched_them(monkeypatch):
-    """Our kernels' names are alike. On a GPU the time of an operator is that of the kernels it launched itself."""
+    """Our kernels' names are too alike. On a GPU an operator's time is that of the kernels it launched itself."""
 
     class Rows(list):
         def table(self, **options):
@@ -319,7 +319,7 @@ def test_step_and_sampling_cases_run(case, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["joint jvp, compiled", "jvp without gradient, second forward, compiled"])
-def test_a_compiled_rival_runs_compiled(name, monkeypatch):
+def test_compiled_baselines_run_compiled(name, monkeypatch):
     ran, compiler = [], torch.compile
 
     def backend(graph, _):
@@ -389,7 +389,7 @@ def test_the_joint_step_of_a_deep_network_is_counted_on_shallow_ones():
 
 
 def test_a_lean_step_is_much_faster_than_a_joint_jvp_step():
-    """On the digits network, in one run, in turns; only the ratio counts."""
+    """On the digits network, interleaved in one run; only the ratio counts."""
     case = step_cases.step_case("pMF-digits", 64, CPU)
     chosen = {name: case.providers[name]() for name in ("joint jvp", "lean")}
     times = measured(chosen, repeats=12)

@@ -1,4 +1,4 @@
-"""The tests that stand before every figure."""
+"""The tests that must pass before a figure is recorded."""
 
 import sys
 import time
@@ -13,7 +13,7 @@ from tests.benchmarks.test_suite import CPU, ORIGIN
 
 @pytest.fixture
 def few_tests(tmp_path, monkeypatch):
-    """A repository of a few test files."""
+    """A repository with a few test files."""
     monkeypatch.setattr(ledger, "ROOT", tmp_path)
     (tmp_path / "tests").mkdir()
     texts = {
@@ -67,5 +67,5 @@ def test_a_verdict_is_shared_between_parts(tmp_path, monkeypatch):
     monkeypatch.setattr(ledger, "digest", lambda *folders: "other tests")
     part()
     assert asked[2:] == [["a", "b", "c"]] * 2
-    with pytest.raises(InputError, match="holds no figures"):  # verdicts are none
+    with pytest.raises(InputError, match="holds no figures"):  # verdicts are not figures
         figures.read_ledger(tmp_path / "cpu.jsonl")

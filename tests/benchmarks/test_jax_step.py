@@ -1,4 +1,4 @@
-"""The benchmark's JAX step computes the loss of the library, and every gradient."""
+"""The benchmarks' JAX step computes the library's loss and every gradient."""
 
 import dataclasses
 
@@ -43,7 +43,7 @@ def test_every_setting_of_the_loss_is_read(jax_step):
 
 
 def test_bfloat16_errs_no_more_than_twice_autocast(jax_step):
-    """Both against float64: all gradients as one vector, and one rounding step."""
+    """Errors against float64 of all gradients as one vector, plus one rounding step."""
     x, y, draws = step_inputs(6)
     truth = oracle(random_model(), x, y, draws, LOSS)[1]
     floats = {n: v.float() if v.is_floating_point() else v for n, v in vars(draws).items()}

@@ -1,4 +1,4 @@
-"""The ledger: what a record says of its origin, and what is known of earlier ones."""
+"""The ledger: the origin in each record, and which earlier results still count."""
 
 import subprocess
 
@@ -34,7 +34,7 @@ def test_a_commit_can_be_named_where_there_is_no_repository(tmp_path, monkeypatc
         assert ledger.commit() == found
 
 
-def test_what_is_not_measured_makes_no_commit_dirty(tmp_path, monkeypatch):
+def test_files_outside_the_measured_folders_leave_a_commit_clean(tmp_path, monkeypatch):
     def git(*arguments):
         subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", tmp_path, *arguments], check=True)
 

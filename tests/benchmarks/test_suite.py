@@ -1,4 +1,4 @@
-"""A measurement within its time: what happens to what fails, and what is made of the figures."""
+"""Runs of the benchmarks: jobs, failures, time limits, and the reports of recorded figures."""
 
 import contextlib
 import json
@@ -33,7 +33,7 @@ def lines_of(file):
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """A real run of every suite on the digits, recorded into a folder of its own."""
+    """A real run of every suite on digits, recorded in a folder of its own."""
     folder = tmp_path_factory.mktemp("ledger")
     few = ["--only", "digits", "--repeats", "2", "--providers"]
     size = ["--sizes", "pMF-digits", "--batch", "2", "--device", "cpu", "--record", str(folder)]
@@ -104,7 +104,7 @@ def test_the_end_of_a_measurement_shows_the_largest_batches(measured):
 
 
 def test_published_tables_are_printed_from_the_ledger():
-    """Figures of README and h200.md, from the file that they name."""
+    """The figures of README and docs/performance.md come from the file that they name."""
     out = figures.tables(ledger.RESULTS / "h200.jsonl")
     assert out.startswith("From `benchmarks/results/h200.jsonl`: NVIDIA H200, in the latest run copy 4244 GB/s")
     start = "| step B/16 batch 128 | lean | 123.5 | 123 to 123.9 | 1036 | 53.6% | 88.9 | GPU, busy 99% | 1534 | 29.94 "
@@ -131,11 +131,11 @@ def test_a_step_that_does_not_fit_is_measured_at_half_the_batch(monkeypatch, tmp
     assert [(r["batch"], r["status"]) for r in records] == [(8, "failed"), (4, "failed"), (2, "measured")]
     assert records[-1]["case"] == "step digits batch 2"
     measuring.run("steps", options)
-    assert lines_of(tmp_path / "card.jsonl") == records  # a memory that was too small is not tried again
+    assert lines_of(tmp_path / "card.jsonl") == records  # out of memory is final: not tried again
 
 
 def test_every_case_is_compiled_anew(monkeypatch):
-    """A compiler that has met many shapes of one function leaves the next ones uncompiled."""
+    """Without a reset the compiler leaves a function uncompiled after it has met many shapes of it."""
     ran = []
 
     def case(rows):
@@ -161,7 +161,7 @@ def test_figures_are_fractions_of_the_ceilings():
     assert measuring.shares(record, case, ORIGIN)["operations"] == 7
 
 
-def test_value_and_tangent_are_measured_by_the_value():
+def test_a_dual_pass_is_reported_as_a_multiple_of_the_value():
     record = {"case": "attention dual digits", "of_copy_bandwidth": 0.0, "of_product_rate": 0.5}
     records = [{**record, "provider": "triton", "median_us": 35.0}]
     assert "| attention dual digits | 35 µs, 50% |" in figures.op_table(records)
@@ -198,7 +198,7 @@ def test_a_case_that_was_measured_in_the_end_is_not_missing(tmp_path):
 
 
 class Action:
-    """Unpickled in the job's process, it acts there."""
+    """Runs its source when it is unpickled in the job's process."""
 
     def __init__(self, source):
         self.source = source
@@ -219,7 +219,7 @@ def test_a_job_that_hangs_or_dies_is_a_record(source, seconds, error):
     assert time.monotonic() - began < 30
 
 
-def test_what_ends_a_job_is_told_of_every_case_without_a_record():
+def test_the_error_of_a_job_is_recorded_for_every_case_without_a_record():
     known = Ledger(ORIGIN)
     asked = job("ops", "B", 1, ("a", "x"), ("a", "y"), ("b", "x"), ("c", "x"))
     known.add({"case": "a", "provider": "x", "batch": 1, "status": "measured"})
@@ -230,14 +230,14 @@ def test_what_ends_a_job_is_told_of_every_case_without_a_record():
     assert (one["case"], one["provider"]) == ("a", "z")
 
 
-def test_what_the_jobs_are_forked_from_touches_no_gpu():
-    """A process that has asked CUDA for anything cannot fork others that use it."""
+def test_the_process_that_forks_jobs_touches_no_gpu():
+    """A process that has initialised CUDA cannot fork processes that use it."""
     code = "import torch; torch._C._cuda_getDeviceCount = torch._C._cuda_init = None; import pmf.benchmarks.processes"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
     assert result.returncode == 0, result.stderr
 
 
-def test_what_no_longer_fits_is_named(tmp_path, capsys, monkeypatch):
+def test_jobs_without_time_left_are_recorded_as_skipped(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(measuring, "LEAST_SECONDS", 1e9)
     size = ["--sizes", "pMF-digits", "--batch", "2", "--device", "cpu", "--record", str(tmp_path)]
     cli.main(["steps", *size])
@@ -247,7 +247,7 @@ def test_what_no_longer_fits_is_named(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "joint jvp, compiled" in out and "largest batch digits" in out and "no time was left" in out
     cli.main(["steps", *size])
-    assert lines_of(tmp_path / "cpu.jsonl") == lines  # once is enough
+    assert lines_of(tmp_path / "cpu.jsonl") == lines  # recorded only once
 
 
 def test_a_job_takes_a_share_of_what_is_left():
@@ -270,7 +270,7 @@ def test_the_most_important_comes_first():
     assert len(set(every)) == len(every)
 
 
-def test_the_groups_of_a_step_are_all_of_it(monkeypatch):
+def test_the_groups_of_a_step_cover_all_providers(monkeypatch):
     def names(group, device="cuda"):
         monkeypatch.setattr(plan, "parts_of", lambda suite, options: [Job(options, "steps", "pMF-B/16", 64, group)])
         return [provider for job in plan.jobs_of("steps", Options(device=device)) for _, provider in job.pairs]
@@ -282,7 +282,7 @@ def test_the_groups_of_a_step_are_all_of_it(monkeypatch):
 
 
 def test_providers_are_grouped_into_processes():
-    """A step's each alone, an op's together, largest batches together."""
+    """One process for each provider of a step, for all of an op's, and for all largest batches."""
     jobs = {s: plan.jobs_of(s, Options(("pMF-digits",), 2, device="cpu")) for s in ("steps", "ops", "memory")}
     assert all(len(job.pairs) == 1 for job in jobs["steps"]) and len(jobs["memory"]) == 1
     assert [job.pairs[0][0].split()[0] for job in jobs["ops"]] == [
@@ -294,7 +294,7 @@ def test_providers_are_grouped_into_processes():
     }
 
 
-def test_no_figure_comes_before_a_green_test(tmp_path):
+def test_no_figure_is_recorded_if_its_tests_fail(tmp_path):
     known = Ledger(ORIGIN, tmp_path)
     asked = plan.jobs_of("steps", Options(("pMF-digits",), 2, providers=("lean", "lean, captured"), device="cpu"))
     for one in asked:
@@ -317,7 +317,7 @@ def test_a_second_part_measures_nothing_twice(tmp_path, capsys, monkeypatch):
     cli.main([*command, "eager", "lean"])
     new = lines_of(tmp_path / "cpu.jsonl")[len(first) :]
     assert {(r["suite"], r["provider"]) for r in new} == {("steps", "lean")}
-    monkeypatch.setattr(ledger, "MEASURED", ("kernels",))  # as other sources would, changes their hash
+    monkeypatch.setattr(ledger, "MEASURED", ("kernels",))  # changes the digest, as changed sources do
     assert not Ledger(ledger.provenance(CPU), tmp_path).earlier
 
 

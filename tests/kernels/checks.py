@@ -1,7 +1,7 @@
-"""The correctness budget of the kernels, and what every op must do besides: compile, forward mode, errors.
+"""The error budget of the kernels, and checks for every op under compilers, checkpointing and forward mode.
 
-Truth is the reference in float64 on the same (already rounded) inputs. A kernel may be off by twice
-the error of the reference in the kernel's own precision, plus one rounding step.
+Truth is the reference in float64 on the same (already rounded) inputs. A kernel's error may be twice
+that of the reference in the kernel's own precision, plus one rounding step.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def generator(*seed) -> torch.Generator:
-    """A generator that depends on nothing but `seed`."""
+    """A generator that depends only on `seed`."""
     return torch.Generator().manual_seed(zlib.crc32(repr(seed).encode()))
 
 
 def randn(*shape: int, gen: torch.Generator, dtype=torch.float32, mean=0.0) -> Tensor:
-    """Normal values rounded to dtype."""
+    """Normal values, rounded to `dtype`."""
     return (torch.randn(*shape, generator=gen) + mean).to(DEVICE, dtype)
 
 
@@ -36,7 +36,7 @@ def strided(x: Tensor) -> Tensor:
 
 
 def tf32x3(products: int) -> int:
-    """Rounding steps of float32 that so many products after one another may take in PyTorch's attention.
+    """Float32 rounding steps to allow for a chain of `products` products in PyTorch's attention.
 
     On GPUs its memory-efficient kernels, the only ones for float32, compute a product as three TF32 products, which
     keep 22 of 24 bits: four steps each. Our kernels multiply float32 exactly.
@@ -47,7 +47,7 @@ def tf32x3(products: int) -> int:
 def within_budget(
     name: str, kernel: Tensor, reference: Tensor, truth: Tensor, *, peak: bool = True, steps: int = 1
 ) -> None:
-    """Assert the budget, in the mean square and, for single ops, in the maximum norm; `steps`: of rounding."""
+    """Assert the budget in the root mean square and, if `peak`, in the maximum norm, with `steps` rounding steps."""
     assert kernel.dtype == reference.dtype and kernel.shape == reference.shape, name
     if kernel.numel() == 0:
         return
@@ -57,7 +57,7 @@ def within_budget(
     for norm in norms:
         error, allowed = norm(kernel.double() - truth), norm(reference.double() - truth)
         bound = 2 * allowed + step * norm(truth)
-        # Written so that NaN fails.
+        # This comparison fails on NaN.
         assert error <= bound, f"{name}: error {error:.3g}, reference's {allowed:.3g}, bound {bound:.3g}"
 
 
@@ -66,7 +66,7 @@ def _flat(outputs) -> list[Tensor | None]:
 
 
 def dual_op(op: str, primals, tangents, **options) -> tuple[tuple, tuple]:
-    """The op's values, and their tangents. Its first input is a Dual; others are where they have a tangent."""
+    """The op's values and their tangents. The first input is passed as a Dual, others only if they have a tangent."""
     given = (p if i and t is None else Dual(p, t) for i, (p, t) in enumerate(zip(primals, tangents, strict=True)))
     results = getattr(ops, op)(*given, **options)
     duals = (results,) if isinstance(results, Dual) else results
@@ -74,7 +74,7 @@ def dual_op(op: str, primals, tangents, **options) -> tuple[tuple, tuple]:
 
 
 def _leaves(primals, fixed=(), dtype=None) -> tuple:
-    """The primals as leaves that require gradients, but for the fixed ones; strides stay as they are."""
+    """The primals as leaves that require gradients, except the fixed ones; strides are kept."""
     return tuple(
         None if p is None else p.detach().to(dtype or p.dtype).requires_grad_(i not in fixed)
         for i, p in enumerate(primals)
@@ -101,10 +101,10 @@ def evaluate(op, primals, tangents, cotangents, *, impl, dtype=None, autocast=No
 
 
 def check(op: str, primals, tangents, *, autocast=None, products=(), steps=1, **options) -> None:
-    """Values, tangents and every gradient of the Triton op within the budget; see `evaluate`.
+    """Assert that values, tangents and every gradient of the Triton op are within the budget; see `evaluate`.
 
-    products: gradients that are a matrix product of PyTorch's own and no kernel of ours. How it adds differs from
-    machine to machine; they are held to the mean square alone.
+    products: gradients computed by a matrix product of PyTorch, not by our kernels. Its order of summation differs
+    between machines, so they are checked in the root mean square only.
     """
     low = evaluate(op, primals, tangents, None, impl="reference", autocast=autocast, **options)
     true = evaluate(op, primals, tangents, low[3], impl="reference", dtype=torch.float64, **options)
@@ -119,13 +119,13 @@ def check(op: str, primals, tangents, *, autocast=None, products=(), steps=1, **
 
 
 def close(kernel, expected) -> None:
-    """The same computation on another path: equal bit for bit, None for None."""
+    """Assert that two paths of the same computation agree bit for bit, with None in the same places."""
     for a, b in zip(_flat(kernel), _flat(expected), strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
 
 
 def check_compiles(op: str, primals, tangents, *, fixed=(), **options) -> None:
-    """fullgraph compilation and activation checkpointing change no value, tangent or gradient."""
+    """Assert that fullgraph compilation and activation checkpointing change no value, tangent or gradient."""
 
     def run(*tensors):
         n = len(primals)
@@ -148,9 +148,9 @@ def check_compiles(op: str, primals, tangents, *, fixed=(), **options) -> None:
 
 
 def check_forward_mode(op: str, primals, moving: tuple[int, ...], *, own_backward=False, **options) -> None:
-    """torch.func.jvp and forward_ad of the op on tensors give its tangent on Duals; compilers must raise.
+    """Assert that torch.func.jvp and forward_ad give the op's tangent on Duals, and that compilers raise.
 
-    own_backward: the value's gradient is that of PyTorch's operators, which no compiler loses.
+    own_backward: PyTorch's own operators give the value's gradient, so that compilers keep it.
     """
     import pytest
     from torch.autograd import forward_ad
@@ -182,7 +182,7 @@ def check_forward_mode(op: str, primals, moving: tuple[int, ...], *, own_backwar
     torch._dynamo.reset()
     with pytest.raises(Exception, match=r"explicit tangents|Observed exception"):
         torch.compile(tangent_of, backend="aot_eager", fullgraph=True)(*parts)
-    # Without fullgraph the compiler may give up and run it in eager mode, with the right tangent.
+    # Without fullgraph the compiler may fall back to eager mode, with the right tangent.
     close(torch.compile(tangent_of, backend="aot_eager")(*parts), expected)
     with pytest.raises(Exception, match=r"jvp|forward AD"):
         torch.func.jvp(tangent_of, parts, dots)
@@ -191,6 +191,6 @@ def check_forward_mode(op: str, primals, moving: tuple[int, ...], *, own_backwar
     if own_backward:
         close(compiled(*parts), gradient(*parts))
         return
-    # Dynamo drops the backward rule here, with an error of its own or ours; never a wrong gradient.
+    # Dynamo drops the backward rule here: it or we must raise, never return a wrong gradient.
     with pytest.raises(Exception, match=r"gradient was lost|AutogradFunctionContextVariable|setup_context"):
         compiled(*parts)

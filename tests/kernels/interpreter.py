@@ -1,4 +1,4 @@
-"""Triton's interpreter as the tests run it: on machines without a GPU, rounding and adding as GPUs do."""
+"""Triton's interpreter for tests on machines without a GPU, patched to round and add as GPUs do."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 
 
 def round_to_nearest() -> None:
-    """Make the interpreter round float32 to the nearest bfloat16, as GPUs do; Triton 3.7 cuts the digits off.
+    """Make the interpreter round float32 to the nearest bfloat16, as GPUs do; Triton 3.7 truncates.
 
-    Cutting off doubles the largest error and is biased: over a network its errors add up.
+    Truncation doubles the largest error and is biased: over a network its errors add up.
     """
     import triton.language as tl
     from triton.runtime import interpreter
@@ -27,10 +27,10 @@ def round_to_nearest() -> None:
 
 
 def add_in_pairs() -> None:
-    """Make the interpreter add a tile's values in pairs, pairs of pairs and so on, much as a GPU does: of a column's
-    values a thread adds a few one after the other, then threads add in pairs.
+    """Make the interpreter sum a tile's values pairwise, much as a GPU does: each thread adds a few of a column's
+    values one after another, then threads add in pairs.
 
-    numpy adds all rows one after the other, whose error grows with their number.
+    numpy adds all rows one after another, so that the error grows with their number.
     """
     from triton.runtime import interpreter
 
@@ -48,7 +48,7 @@ def add_in_pairs() -> None:
 
 
 def interpret() -> None:
-    """Run kernels in the interpreter from here on."""
+    """Run kernels in the interpreter from now on."""
     os.environ["TRITON_INTERPRET"] = "1"
     if importlib.util.find_spec("triton") is not None:
         round_to_nearest()

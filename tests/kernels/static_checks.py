@@ -1,8 +1,8 @@
 """Compile every shipped kernel configuration without a GPU and read the machine code.
 
 Run as `python -m tests.kernels.static_checks [family ...]`, outside Triton's interpreter; prints one JSON line
-a kernel and chip. The launchers run on meta tensors with their launches recorded, so what is compiled
-is what ships: the same arguments, specialised as Triton's own launcher would.
+per kernel and chip. The launchers run on meta tensors and their launches are recorded, so it compiles
+what ships: the same arguments, specialised as Triton's own launcher does.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from pathlib import Path
 SIZES = {"digits": (64, 4, 176), "B": (768, 12, 2048), "L": (1024, 16, 2736), "H": (1280, 16, 3416)}
 """Width, heads, (padded) MLP width of pMF-digits and the published networks."""
 DTYPES = {"digits": ["float16"], "B": ["bfloat16"], "L": ["bfloat16"], "H": ["bfloat16", "float32"]}
-"""What products are in; the stream is float32. float32 for the widest, which needs most registers."""
+"""Dtypes of the matrix products; the stream is float32. float32 only for the widest, which needs most registers."""
 BATCH, LENGTH, PREFIX = 64, 276, 20
 CHIPS = {80: (108, 163), 86: (108, 99), 89: (108, 99), 90: (132, 227), 100: (148, 227), 120: (170, 99)}
-"""Capability; multiprocessors, and KB of shared memory that a program can have: A100, A10 and RTX 30, L40 and RTX 40,
-H100, B200, RTX 50. sm_86 and sm_89 have A100's number, so that launches are equal where tiles are."""
+"""Capability -> (multiprocessors, KB of shared memory per program): A100, A10 and RTX 30, L40 and RTX 40, H100, B200,
+RTX 50. sm_86 and sm_89 get A100's number of multiprocessors, so that launches with equal tiles are equal."""
 TYPES = {
     "torch.float32": "fp32",
     "torch.bfloat16": "bf16",
@@ -241,7 +241,7 @@ def compile_one(launch) -> dict:
     signature, constants, attributes = {}, {}, {}
 
     def specialise(value, place: tuple, given=True):
-        """The type of an argument; `place` says which it is, and where in a tuple."""
+        """The type of an argument; `place`: its index, and its indices in tuples."""
         if not given or value is None or (isinstance(value, int) and value == 1):
             constants[place] = value
             return "constexpr"
@@ -262,7 +262,7 @@ def compile_one(launch) -> dict:
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=compile_options)
     found = dict(label=label, capability=capability, kernel=name, **compile_options)
     found |= _read(compiled.asm["cubin"])
-    # What is allocated at launch does not show in the machine code.
+    # The machine code does not show memory that is allocated at launch.
     return found | dict(shared=max(found["shared"], compiled.metadata.shared))
 
 
@@ -292,25 +292,25 @@ def _read(cubin: bytes) -> dict:
 
 
 def _as_compiled(launch) -> str:
-    """What tells launches apart, as far as compiling them can.
+    """A key that is equal for launches that compile to equal code.
 
-    Triton allots shared memory by a chip's generation (sm_86 and sm_89 differ from sm_80 in float8 alone), so what
-    sm_80 launches too is not compiled again for them.
+    Triton allots shared memory by a chip's generation (sm_86 and sm_89 differ from sm_80 only in float8), so launches
+    that sm_80 has too are not compiled again for them.
     """
     _, capability, *rest = launch
     return repr((capability // 10 if capability < 90 else capability, *rest))
 
 
 def _worth_compiling(launch) -> bool:
-    """For sm_120, kernels of products alone: they come close to its limit. The others launch what sm_86 does there.
+    """For sm_120, only kernels with matrix products, which come close to its limit. The others launch as on sm_86.
 
-    (Every configuration took as much shared memory on both, but for the 1 KB that chips since sm_90 keep.)
+    (Every configuration took as much shared memory on both, except the 1 KB that chips since sm_90 reserve.)
     """
     return launch[1] != 120 or "num_stages" in launch[4]
 
 
 def main() -> None:
-    """Compile on all cores, in processes of their own; identical launches once."""
+    """Compile on all cores, in separate processes; identical launches once."""
     families = sys.argv[1:] or list(FAMILIES)
     launches = [launch for launch in recorded_launches(families) if _worth_compiling(launch)]
     distinct = {_as_compiled(launch): launch for launch in reversed(launches)}

@@ -1,4 +1,4 @@
-"""`attention` in Triton against the float64 reference: the tangent kernel."""
+"""`attention` with the Triton tangent kernel against the float64 reference."""
 
 import dataclasses
 import itertools
@@ -34,7 +34,7 @@ HEAD_DIMS = (16, 40, 64, 80, 128)
 
 
 def inputs(batch, length_q, length_k, head_dim, rows, dtype, heads=2, seed=0):
-    """Heads and tangents; v and its tangent are parts of packed q, k, v."""
+    """Heads and their tangents; v and its tangent are views of packed q, k, v."""
     gen = generator(seed, batch, length_q, length_k, head_dim, rows)
     lengths = (length_q, length_k, length_k)
 
@@ -48,10 +48,10 @@ def inputs(batch, length_q, length_k, head_dim, rows, dtype, heads=2, seed=0):
 
 
 def check_within(primals, tangents):
-    """Value and tangent within the budget; in low precision the gradients too.
+    """Check that value and tangent are within the budget; in low precision the gradients too.
 
-    Gradients are those of the library that computes the value (`test_gradients_are_the_library_s`). In
-    float32 its rounding is not ours to answer for: PyTorch's on CPUs is up to 2.5 times the reference's.
+    The library that computes the value computes the gradients (`test_gradients_are_the_library_s`). In
+    float32 its rounding is outside our control: on CPUs PyTorch's error is up to 2.5 times the reference's.
     """
     if primals[0].dtype != F32:
         return check("attention", primals, tangents)
@@ -59,9 +59,9 @@ def check_within(primals, tangents):
 
 
 def check_tangent(primals, tangents):
-    """Value and tangent within the budget.
+    """Check that value and tangent are within the budget.
 
-    In float32 the value takes two products of a library; the tangent reads it and the log-sum-exp, a third.
+    In float32 the value takes two products of a library; the tangent also reads the log-sum-exp, a third.
     """
     steps = (tf32x3(2), tf32x3(3)) if primals[0].dtype == F32 else (1, 1)
     runs = [evaluate("attention", primals, tangents, None, impl=impl) for impl in ("triton", "reference")]
@@ -74,7 +74,7 @@ def check_tangent(primals, tangents):
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("length", LENGTHS)
 def test_shapes(length, head_dim, dtype):
-    """Values, tangents and gradients; B_dot in {0, 1, B} and lengths of keys vary along."""
+    """Values, tangents and gradients; B_dot in {0, 1, B} and the lengths of keys vary with the case."""
     case = LENGTHS.index(length) + HEAD_DIMS.index(head_dim)
     others = {1: 20, 20: 70, 276: 276, 300: 33}
     primals, tangents = inputs(2, length, others[length], head_dim, case % 3, dtype)
@@ -83,7 +83,7 @@ def test_shapes(length, head_dim, dtype):
 
 @pytest.mark.parametrize("tile", attention.HOPPER_TILES, ids=str)
 def test_other_tiles(tile, monkeypatch):
-    """A tile forced for a benchmark gives the same tangent, and is taken inside the context alone."""
+    """A tile forced for a benchmark gives the same tangent, and applies only inside its context and thread."""
     if registration.chip(torch.device(DEVICE)).capability not in (0, 90):
         pytest.skip("other chips need not have room for them")
     taken = []
@@ -99,7 +99,7 @@ def test_other_tiles(tile, monkeypatch):
     usual = ops.attention(*pairs, impl="triton").dot
     with pytest.raises(LookupError, match="left early"), attention.tangent_with(tile):
         check_tangent(primals, tangents)
-        with ThreadPoolExecutor(1) as pool:  # another thread's
+        with ThreadPoolExecutor(1) as pool:  # another thread, outside the context
             pool.submit(ops.attention, *pairs, impl="triton").result()
         raise LookupError("left early")
     assert torch.equal(ops.attention(*pairs, impl="triton").dot, usual)
@@ -108,7 +108,7 @@ def test_other_tiles(tile, monkeypatch):
 
 
 def test_tiles_on_hopper():
-    """At D 64 no tile that a short sequence leaves mostly empty; 32 keys up to D 96."""
+    """At D 64 short sequences do not get tiles that stay mostly empty; 32 keys up to D 96."""
     hopper = registration.Chip(90, 132)
     queries = [attention.tangent_tile(64, length, BF16, hopper).queries for length in (20, 128, 276, 1044, 4096)]
     assert queries == [64, 128, 64, 128, 128]
@@ -118,7 +118,7 @@ def test_tiles_on_hopper():
 @pytest.mark.parametrize("dtype", (F32, BF16), ids=str)
 @pytest.mark.parametrize("head_dim", (16, 80))
 def test_one_key(head_dim, dtype):
-    """P is one: the tangent is that of v. (The gradients of q and k vanish, but for libraries' rounding.)"""
+    """P is one, so the tangent is that of v. (The gradients of q and k vanish, up to the libraries' rounding.)"""
     primals, tangents = inputs(2, 20, 1, head_dim, 1, dtype)
     check_tangent(primals, tangents)
     _, (o_dot,) = dual_op("attention", primals, (*tangents[:2], None), impl="triton")
@@ -126,7 +126,7 @@ def test_one_key(head_dim, dtype):
 
 
 def test_gradients_are_the_library_s():
-    """Bit for bit; on GPUs to rounding, for there sums of the backward come in any order."""
+    """Bit for bit on CPUs; up to rounding on GPUs, where the backward sums in no fixed order."""
     primals, tangents = inputs(2, 20, 33, 40, 1, F32)
     _, _, found, (do,) = evaluate("attention", primals, tangents, None, impl="triton")
     leaves = [p.detach().requires_grad_() for p in primals]
@@ -148,7 +148,7 @@ def test_no_tangent():
 
 
 def test_views():
-    """Any strides: other orders of dimensions, gaps, odd steps, starts that are not aligned."""
+    """Any strides: other orders of dimensions, gaps, odd steps, unaligned offsets."""
     primals, tangents = inputs(3, 17, 33, 24, 2, F32)
     check_within(tuple(strided(p) for p in primals), tuple(strided(t) for t in tangents))
 
@@ -174,7 +174,7 @@ def test_any_shape(batch, length_q, length_k, heads, head_dim, share, dtype):
 
 
 def tangent_error(primals, tangents):
-    """Root mean square error of the bf16 tangent, and of the reference's."""
+    """Root mean square errors of the bf16 tangents of the kernel and of the reference."""
     truth = evaluate("attention", primals, tangents, None, impl="reference", dtype=torch.float64)[1][0]
     runs = (evaluate("attention", primals, tangents, None, impl=impl)[1][0] for impl in ("triton", "reference"))
     return [(run.double() - truth).square().mean().sqrt().item() for run in runs]
@@ -183,10 +183,10 @@ def tangent_error(primals, tangents):
 @pytest.mark.parametrize("sharpness", (1.0, 4.0))
 @pytest.mark.parametrize("head_dim", (64, 80))
 def test_common_mode(head_dim, sharpness):
-    """k_dot with a common part 64 times its spread: o_dot does not depend on it, nor does its error.
+    """Neither o_dot nor its error depends on a part common to all keys of k_dot, here 64 times its spread.
 
-    The common part is made of few bits and the spread rounded to a grid, so that both cases are the same
-    problem exactly.
+    The common part has few bits and the spread is rounded to a grid, so that both cases are exactly the same
+    problem.
     """
     (q, k, v), (q_dot, k_dot, v_dot) = inputs(2, 276, 276, head_dim, 2, BF16)
     q = q * sharpness
@@ -198,20 +198,20 @@ def test_common_mode(head_dim, sharpness):
     assert ((k_dot + common).double() == k_dot.double() + common.double()).all()
     assert shifted <= 2 * plain
     assert plain <= 2 * reference
-    # Without the shift the error is many times larger: the case does stress it.
+    # Without the row shift the error is many times larger: the case does test it.
     assert reference_shifted > 8 * reference
 
 
 def test_compilers_checkpointing_and_forward_mode():
     primals, tangents = inputs(3, 20, 33, 16, 2, BF16)
     check_compiles("attention", primals, tangents)
-    own = dispatch.attention_backend(torch.device(DEVICE), BF16, 16)[0] != "flash_attn_4"  # that one is behind ours
+    own = dispatch.attention_backend(torch.device(DEVICE), BF16, 16)[0] != "flash_attn_4"  # it has our operator
     check_forward_mode("attention", primals, (0, 1, 2), own_backward=own)
     check_forward_mode("attention", primals, (1,), own_backward=own)
 
 
 def test_tangent_of_a_tangent_raises():
-    """Explicit tangents that are dual tensors: nothing is dropped silently."""
+    """An explicit tangent that is a dual tensor raises; its tangent is not dropped silently."""
     primals, tangents = inputs(2, 5, 7, 16, 2, F32)
 
     def tangent(k_dot):
@@ -237,7 +237,7 @@ def test_nothing_is_recorded_for_the_tangent():
 
 
 def test_autocast():
-    """Under autocast float32 heads are rounded, as products round their factors."""
+    """Under autocast float32 heads are rounded to bfloat16, as the factors of products are."""
     primals, tangents = inputs(2, 20, 33, 16, 1, F32)
     check("attention", primals, tangents, autocast=BF16)
 

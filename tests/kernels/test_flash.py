@@ -1,4 +1,4 @@
-"""The primal of attention: which library computes it, and how heads reach it."""
+"""The primal of attention: the choice of library, and the layout of the heads it gets."""
 
 import logging
 import sys
@@ -22,7 +22,7 @@ FLASH_ATTN_4 = {
 
 
 CACHED = (flash_attn_4.library, flash.flash_attn_2, flash._missing, flash._report)
-"""What was imported, found missing or reported."""
+"""Caches of imported libraries, missing ones, and reported choices."""
 
 
 def forget():
@@ -42,7 +42,7 @@ def clean(monkeypatch):
 
 @pytest.fixture
 def installed(monkeypatch, tmp_path):
-    """A function that puts files of packages where imports find them, and hides those of this machine."""
+    """A function that installs files of packages where imports find them, and hides this machine's flash_attn."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
         monkeypatch.delitem(sys.modules, name)
 
@@ -85,7 +85,7 @@ NONE = "is not installed"
     ],
 )
 def test_the_first_that_can_run(installed, files, capability, backend, reason):
-    """Either, both and none of the packages, which share the name flash_attn."""
+    """With either, both or neither of the packages, which share the name flash_attn."""
     installed(files)
     found = flash.decide("cuda", HALF, capability, 64)
     assert found[0] == backend and found[1].startswith(reason)
@@ -142,11 +142,11 @@ def test_each_choice_is_reported_once(installed, monkeypatch, caplog):
     ]
 
 
-# By name.
+# Backends requested by name.
 
 
 def test_requests(installed, monkeypatch):
-    """The context before the environment, the inner context before the outer; nothing is left behind."""
+    """The context overrides the environment, the inner context the outer; both are restored on exit."""
     installed(FLASH_ATTN_2 | FLASH_ATTN_4)
     monkeypatch.setattr(flash, "_capability", lambda _: 90)
 
@@ -229,7 +229,7 @@ def test_sizes_that_compilers_keep_open():
         close(compiled(*primals), ops.attention(*primals, impl="triton"))
 
 
-# Heads as the libraries take them.
+# Heads in the layout that the libraries need.
 
 
 def plain(*shape, dtype=BF16):
@@ -237,7 +237,7 @@ def plain(*shape, dtype=BF16):
 
 
 def at_odd_address(*shape):
-    """An offset that storage_offset does not tell."""
+    """A tensor at an odd address whose storage_offset is zero."""
     buffer = bytearray(2 * torch.Size(shape).numel() + 64)
     start = -torch.frombuffer(buffer, dtype=torch.uint8).data_ptr() % 16 + 2
     count = torch.Size(shape).numel()
@@ -295,7 +295,7 @@ def test_unaligned_heads_under_transforms_and_gradients():
 @pytest.mark.skipif(DEVICE == "cuda", reason="sums of backward passes on GPUs come in any order")
 @pytest.mark.parametrize("name", [name for name, (_, fits) in VIEWS.items() if not fits])
 def test_attention_of_unaligned_heads(monkeypatch, name):
-    """Bit for bit what copies give, value, tangent and gradients; nothing unaligned reaches a library."""
+    """Value, tangent and gradients equal those of aligned copies bit for bit; no library gets unaligned heads."""
     compute, seen = flash.attention, []
     monkeypatch.setattr(flash, "attention", lambda *heads: seen.append(heads[:3]) or compute(*heads))
     x = VIEWS[name][0]
@@ -308,7 +308,7 @@ def test_attention_of_unaligned_heads(monkeypatch, name):
 
 @pytest.mark.parametrize("dtype", (F32, BF16), ids=str)
 def test_one_key_is_exact(dtype):
-    """o is v, the log-sum-exp the score, and q and k have no gradient."""
+    """With one key, o is v, the log-sum-exp is the score, and the gradients of q and k are zero."""
     (q, k, v), _ = inputs(2, 20, 1, 16, None, dtype)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     o, lse = flash.attention(*leaves, 0.3)
@@ -319,7 +319,7 @@ def test_one_key_is_exact(dtype):
     assert not dq.any() and not dk.any()
 
 
-# The libraries' calls, played by a formula with their signatures: layouts, padding, scale.
+# Stand-ins with the libraries' signatures compute by formula: layouts, padding, scale.
 
 
 def formula(q, k, v, scale):

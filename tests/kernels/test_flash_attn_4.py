@@ -1,4 +1,4 @@
-"""flash-attn-4 as operators, played by PyTorch's FlashAttention for CPUs; and the installed package (extras)."""
+"""flash-attn-4 as operators, with PyTorch's CPU FlashAttention as a stand-in; and the installed package (extras)."""
 
 import importlib
 import inspect
@@ -20,7 +20,7 @@ F32, BF16 = torch.float32, torch.bfloat16
 
 
 def forward(q, k, v, softmax_scale, return_lse, out, lse):
-    """By PyTorch's FlashAttention for CPUs, which takes what the package takes."""
+    """The package's forward, computed by PyTorch's FlashAttention for CPUs."""
     assert return_lse and out.is_contiguous() and lse.dtype == F32
     heads = (x.transpose(1, 2) for x in (q, k, v))
     o, found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, scale=softmax_scale)
@@ -50,7 +50,7 @@ def on_flash_attn_4(monkeypatch):
 
 
 def test_flash_attn_4_as_an_operator(on_flash_attn_4):
-    """Values, tangents, gradients; compilers, checkpointing and forward mode: as with every other kernel."""
+    """The checks of every kernel: values, tangents, gradients, compilers, checkpointing, forward mode."""
     primals, tangents = inputs(3, 20, 33, 16, 2, BF16)
     check("attention", primals, tangents)
     check("attention", *inputs(2, 276, 276, 80, None, BF16))
@@ -79,7 +79,7 @@ def test_flash_attn_4_s_fake_functions(on_flash_attn_4):
 @pytest.mark.extras
 @NO_GPU
 def test_the_installed_flash_attn_4_takes_our_calls():
-    """Its own signatures, and those of the stand-ins above."""
+    """Its signatures accept our calls and match those of the stand-ins above."""
     pytest.importorskip("flash_attn.cute")
     true = [inspect.signature(function) for function in flash_attn_4.library()]
     for signature, stand_in in zip(true, (forward, backward), strict=True):
@@ -93,9 +93,9 @@ def test_the_installed_flash_attn_4_takes_our_calls():
 @pytest.mark.extras
 @NO_GPU
 def test_the_installed_flash_attn_4_is_refused_where_its_kernels_disagree():
-    """On Hopper the sums of dq have one width in the kernel that adds them up and in those that clear and read them.
+    """On Hopper the kernel that sums dq must use the same padded width as those that clear and read the sums.
 
-    Where this fails for a new release, see whether it is right at last, and let `limit` say so.
+    If this fails for a new release, check whether the bug is fixed there, and update `limit`.
     """
     pytest.importorskip("flash_attn.cute")
     cutlass = importlib.import_module("cutlass")
@@ -113,7 +113,7 @@ def test_the_installed_flash_attn_4_is_refused_where_its_kernels_disagree():
 @pytest.mark.extras
 @NO_GPU
 def test_the_installed_flash_attn_4_compiles_for_hopper():
-    """Its compiler takes our calls, at pMF's widths and the edges of `limit`; fake tensors, so nothing is launched."""
+    """It compiles our calls at pMF's widths and the edges of `limit`; on fake tensors, so nothing is launched."""
     pytest.importorskip("flash_attn.cute")
     code = """
         import torch

@@ -1,4 +1,4 @@
-"""The keys that compiled kernels are kept under tell apart all that Triton compiles apart."""
+"""The keys of the cache of compiled kernels differ wherever Triton compiles different code."""
 
 import importlib
 import itertools
@@ -72,7 +72,7 @@ def test_keys_tell_equal_numbers_of_other_types_apart():
 
 
 def test_keys_tell_named_tuples_apart():
-    """A kernel that reads a field by its name compiles to other code for another type of the same values."""
+    """A kernel that reads a field by name compiles to different code for another type with the same values."""
     assert len({key_of(x) for x in ((16, 16), Steps(16, 16), Others(16, 16), Steps(16, 17))}) == 4
 
 
@@ -83,7 +83,7 @@ def test_launchers_are_given_addresses():
 
 @pytest.mark.parametrize(("grad", "bound"), [(True, 13), (False, 12)])
 def test_few_frames_lie_between_the_network_and_the_first_norm_s_launch(monkeypatch, grad, bound):
-    """Ours, both ends included; from the op on five with gradients, four without."""
+    """Counts our own frames, both ends included; from the op on, five with gradients and four without."""
     stacks, launch = [], registration.launch
 
     def recorded(kernel, *arguments, **options):

@@ -1,4 +1,4 @@
-"""The whole network and its loss on the kernels, against the reference and the authors' numbers."""
+"""The whole network and its loss on the kernels against the reference and the authors' numbers."""
 
 import dataclasses
 import re
@@ -25,7 +25,7 @@ def on_device(values: dict) -> dict:
 
 
 def network(impl: str, config=DIGITS, rounded=F32, dtype=None, **options):
-    """Every parameter is random, gates and heads too; drawn in `rounded`, then cast: the same values in `dtype`."""
+    """A network whose parameters are all random, gates and heads too; drawn in `rounded`, then cast to `dtype`."""
     return random_model(config, dtype=rounded, impl=impl, **options).to(DEVICE, dtype)
 
 
@@ -44,7 +44,7 @@ def dual_inputs(config=DIGITS, rounded=F32, dtype=None, batch=3, rows=2) -> dict
 
 
 def gradients(model) -> dict:
-    """Every parameter's gradient; all must have one."""
+    """The gradient of every parameter; fails if one has none."""
     assert all(p.grad is not None for p in model.parameters())
     return {name: p.grad for name, p in model.named_parameters()}
 
@@ -60,10 +60,10 @@ def outcome(impl: str, config=DIGITS, rounded=F32, dtype=None, autocast=None) ->
 
 
 def by_kind(values: dict) -> dict:
-    """Gradients of one kind of parameter, over all blocks and both heads, as one vector.
+    """Join the gradients of one kind of parameter, over all blocks and both heads, into one vector.
 
-    Rounding runs through the whole network, so the reference's own error in one entry or one small parameter
-    is a matter of chance; in the mean over a kind it is not, and a kernel that is wrong is wrong in every block.
+    Rounding errors pass through the whole network, so the reference's error in one entry or one small parameter
+    is a matter of chance. Its mean over a kind is not, and a wrong kernel is wrong in every block.
     """
     kinds: dict[str, list] = {}
     for name, value in values.items():
@@ -73,11 +73,11 @@ def by_kind(values: dict) -> dict:
 
 
 def compare(kernel: dict, reference: dict, truth: dict, steps: int = 1) -> None:
-    """Every value and every kind of gradient within the budget of a single op; `steps`: of rounding."""
+    """Check every value and every kind of gradient against the budget of a single op with `steps` rounding steps."""
     assert kernel.keys() == reference.keys() == truth.keys()
     kernel, reference, truth = (by_kind(values) for values in (kernel, reference, truth))
     for name in kernel:
-        # A truth of other parameters or inputs would allow any error.
+        # Guards against a truth computed from other parameters or inputs, which would allow any error.
         assert relative_error(reference[name].double(), truth[name]) < 0.1, name
         within_budget(name, kernel[name], reference[name], truth[name], peak=False, steps=steps)
 
@@ -89,7 +89,7 @@ def compare(kernel: dict, reference: dict, truth: dict, steps: int = 1) -> None:
 def test_network(config, rounded, autocast):
     """Values, the tangent and every parameter's gradient: in float32, under autocast, and cast as a whole."""
     kernel, reference = (outcome(impl, config, rounded, None, autocast) for impl in ("triton", "reference"))
-    steps = tf32x3(2) if rounded == F32 else 1  # those of attention
+    steps = tf32x3(2) if rounded == F32 else 1  # attention's
     compare(kernel, reference, outcome("reference", config, rounded, F64), steps)
 
 
@@ -143,7 +143,7 @@ def test_golden_gradients(golden_step):
 
 
 def kept(impl: str, dual: bool) -> int:
-    """Bytes that a pass under bfloat16 autocast keeps for backward, parameters aside."""
+    """Bytes that a pass under bfloat16 autocast saves for backward, without parameters."""
     model, inputs = network(impl), dual_inputs()
     if not dual:
         inputs = {k: v for k, v in inputs.items() if not k.endswith("_dot")}

@@ -23,13 +23,13 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 LAYOUTS = ("absent", "channel", "sample")
 MODULATIONS = list(itertools.product(("absent", "channel"), LAYOUTS, LAYOUTS))
 DTYPES = ((F32, F32, F32), (F32, BF16, F32), (BF16, BF16, F32), (F16, F16, F16), (BF16, BF16, BF16))
-"""Of x, branch and parameters; the second is a float32 stream under bfloat16 autocast."""
+"""Dtypes of x, branch and parameters; the second row is a float32 stream under bfloat16 autocast."""
 MODES = ("none", "partial", "full")
 SHAPES = list(itertools.product((1, 17, 276), (64, 96, 768, 1280)))
 
 
 def parameter(layout: str, batch: int, width: int, gen, dtype, name: str):
-    """A weight, gate, scale or shift of one layout; per sample it is a slice of a wider row, as adaLN's."""
+    """A weight, gate, scale or shift in one layout; per sample it is a slice of a wider row, as in adaLN."""
     if layout == "absent":
         return None
     mean = 1.0 if name == "weight" else 0.0
@@ -70,7 +70,7 @@ def op_of(residual: bool) -> str:
 )
 @pytest.mark.parametrize(("length", "width"), SHAPES)
 def test_shapes(length, width, dtypes, mode, residual):
-    """Every length and width in every dtype, without tangents, with some samples' and with all; layouts vary along."""
+    """Every length and width in every dtype, with tangents of no, some and all samples; layouts vary with the case."""
     case = SHAPES.index((length, width)) + MODES.index(mode)
     layout, other = LAYOUTS[case % 3], LAYOUTS[(case + case // 3) % 3]
     layouts = ("channel" if layout == "absent" else layout, "channel", layout, other)
@@ -102,7 +102,7 @@ def test_each_tangent_alone(residual):
 
 @pytest.mark.parametrize("residual", (False, True))
 def test_views(residual):
-    """Inputs that are views with gaps, and tangents too."""
+    """Inputs and tangents that are views with gaps."""
     layouts = ("sample", "channel", "sample", "sample")
     primals, tangents = inputs(residual, 3, 17, 40, layouts, "partial", (F32, BF16, F32), 0)
     primals = tuple(strided(p) for p in primals)
@@ -156,17 +156,17 @@ def test_forward_mode_per_channel():
 
 
 def test_one_over_the_root_is_rounded_to_nearest():
-    """Bit for bit, on every device: squares of few bits add up exactly, and both operations are IEEE's."""
+    """Bit for bit on every device: squares of few bits sum exactly, and root and division round as IEEE requires."""
     x = (1 + torch.arange(300.0)[None, :, None].expand(1, 300, 64)) / 32
     x = x.to(DEVICE)
-    ops.norm_modulate(x, impl="triton")  # the operator is there from the first call on
+    ops.norm_modulate(x, impl="triton")  # registers the operator
     stats = torch.ops.pmf.norm_forward(x, *(None,) * 10, False, 1e-6, F32)[4]
     root = (x.cpu()[0, :, 0].square() + 1e-6).double().sqrt().float()
     assert torch.equal(stats[0, :, 0].cpu(), (1 / root.double()).float())
 
 
 def test_registered_operators():
-    """Schemas and fake functions agree with what the operators do."""
+    """Schemas and fake functions agree with the operators."""
     layouts = ("sample", "channel", "sample", "sample")
     primals, tangents = inputs(True, 3, 5, 24, layouts, "partial", (F32, BF16, F32), 0)
     dots = tuple(t for i, t in enumerate(tangents) if i != 3)

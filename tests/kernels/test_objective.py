@@ -17,9 +17,9 @@ NAMES = ["net_u", "net_v", "net_u_dot", "net_c", "net_n", "z", "x", "t", "h", "g
 
 
 def inputs(batch, rows, guided, patch, size=32, channels=3, nets=F32, images=F32, seed=0):
-    """Everything the op takes: `rows` rows with a tangent, `guided` rows with a null-class prediction.
+    """All inputs of the op: `rows` rows with a tangent, `guided` rows with a null-class prediction.
 
-    rows or guided None: the tensors are absent. The first and the last time lie below the clip.
+    rows or guided None: the tensors are absent. The first and the last t are below the clip.
     """
     gen = generator(seed, batch, rows, guided, patch, size, channels)
     tokens = ((size // patch) ** 2, patch * patch * channels)
@@ -38,7 +38,7 @@ def inputs(batch, rows, guided, patch, size=32, channels=3, nets=F32, images=F32
 
 
 def outcome(values, patch, impl, dtype=None):
-    """L_u, L_v and the gradients of both heads for weights that differ from row to row."""
+    """L_u, L_v and the gradients of both heads, for weights that differ between rows."""
     if dtype is not None:
         values = {k: v if v is None or k == "null_index" else v.to(dtype) for k, v in values.items()}
     values = dict(values)
@@ -69,19 +69,19 @@ def test_patch_sizes(patch, dtypes):
 @pytest.mark.parametrize("guided", (None, 0, 1, 5))
 @pytest.mark.parametrize("rows", (None, 0, 1, 5))
 def test_rows(rows, guided):
-    """No, some and all rows with a tangent and with a null-class prediction; sizes of no power of two."""
+    """Tangents and null-class predictions of no, some and all rows; sizes that are not powers of two."""
     check(inputs(5, rows, guided, 4, size=20, channels=2), 4)
 
 
 @pytest.mark.parametrize("channels", (1, 4, 5, 17))
 @pytest.mark.parametrize("patch", (3, 6, 8))
 def test_channels(channels, patch):
-    """Any number of channels, and lines of a patch that no power of two fills."""
+    """Any number of channels, and patch widths that are not powers of two."""
     check(inputs(2, 1, 1, patch, size=24, channels=channels, nets=BF16), patch)
 
 
 def test_published_shape_and_views():
-    """256 x 256, patches of 16, several programs a row; inputs that are views."""
+    """256 x 256 with patches of 16, several programs per row; inputs that are views."""
     values = inputs(2, 1, 1, 16, size=256, nets=BF16)
     check(values, 16)
     for name in ("net_u", "net_v", "net_c"):
@@ -113,7 +113,7 @@ def test_an_index_out_of_range_reads_nothing_and_shows():
 
 
 def test_no_temporaries_of_an_image_s_size(monkeypatch):
-    """Launchers allocate partial sums and the two gradients (the interpreter, copies: it does not run here)."""
+    """Launchers allocate only partial sums and the two gradients. (The interpreter makes copies; it does not run.)"""
     monkeypatch.setattr("pmf.kernels.registration.launch", lambda *_, **__: None)
     values, sizes = inputs(4, 2, 2, 16, size=64), []
     new_empty = torch.Tensor.new_empty
@@ -160,7 +160,7 @@ def test_registered_operators():
 
 @pytest.mark.parametrize("plan", (every_row_in_full, contextlib.nullcontext))
 def test_golden(monkeypatch, plan):
-    """On the heads' outputs of the golden network: the errors of the golden fields, and the gradients."""
+    """On the golden network's outputs: the squared errors of the golden fields, and gradients within the budget."""
     numbers, calls, options = golden(), [], {}
     objective = ops.pmf_objective
 
@@ -186,7 +186,7 @@ def test_golden(monkeypatch, plan):
 
 
 def test_bad_input(monkeypatch):
-    for module in ("tests.kernels.checks", __name__):  # refused wherever the tensors are
+    for module in ("tests.kernels.checks", __name__):  # refused on any device
         monkeypatch.setattr(f"{module}.DEVICE", "cpu")
     values = inputs(2, 1, 1, 4)
     short = values | dict(net_c=None)

@@ -1,4 +1,4 @@
-"""`patch_embed` in Triton against convolution, convolution, concatenation and addition in float64."""
+"""`patch_embed` in Triton against the float64 reference: two convolutions, concatenation and addition."""
 
 import math
 import types
@@ -55,7 +55,7 @@ def test_patch_sizes(patch, side, images):
 
 @pytest.mark.parametrize("images", (F32, BF16), ids=str)
 def test_autocast(images):
-    """Products in bfloat16, tokens in the positions' float32."""
+    """Matrix products are in bfloat16, tokens in the positions' float32."""
     check("patch_embed", *inputs(2, 4, (16, 16), images=images), autocast=BF16)
 
 
@@ -66,14 +66,14 @@ def test_rows(prefix, rows):
 
 
 def test_each_tangent_alone():
-    """Without a tangent of the images the patches' is zero, and the other way round."""
+    """A missing tangent, of the images or of the prefix, is zero."""
     primals, tangents = inputs(3, 4, (8, 12), rows=2)
     for i in (0, 6):
         check("patch_embed", primals, tuple(t if i == j else None for j, t in enumerate(tangents)))
 
 
 def test_published_shape():
-    """256 px, patches of 16, bottleneck 128, a prefix of 20; a width cut short."""
+    """256 px, patches of 16, bottleneck 128, a prefix of 20; with a smaller width."""
     check("patch_embed", *inputs(1, 16, (256, 256), bottleneck=128, width=96, prefix=20, dtype=BF16))
     check("patch_embed", *inputs(1, 32, (64, 96), bottleneck=256, width=80, prefix=20, dtype=BF16))
 
@@ -105,7 +105,7 @@ def test_any_shape(batch, patch, rows, columns, channels, bottleneck, width, pre
 
 
 def test_some_gradients_only():
-    """What is not asked for is not computed, and what is, is the same."""
+    """A gradient is the same whether it is asked for alone or with the others."""
     primals, _ = inputs(2, 4, (16, 16))
 
     def gradients(wanted):
@@ -143,14 +143,14 @@ def test_registered_operators():
 
 
 class Traffic(TorchDispatchMode):
-    """Bytes that PyTorch's operators and the kernels' launches read and write: every tensor of one once."""
+    """Counts the bytes that operators and kernel launches read and write: once for every tensor of each."""
 
     def __init__(self):
         super().__init__()
         self.bytes = 0
 
     def count(self, *tensors):
-        """Views of a tensor count for what they show, places beside each other (expanded ones) once."""
+        """Add the bytes of the tensors; views count by their own shape, expanded dimensions once."""
         for x in tree_leaves(tensors):
             if isinstance(x, torch.Tensor):
                 self.bytes += x.itemsize * math.prod(n for n, step in zip(x.shape, x.stride(), strict=True) if step)
@@ -168,7 +168,7 @@ class Traffic(TorchDispatchMode):
 
 @pytest.mark.parametrize(("width", "bottleneck"), ((768, 128), (1280, 256)), ids=("B", "H"))
 def test_backward_moves_little_more_than_it_must(width, bottleneck, monkeypatch):
-    """At B/16 and H/16, 128 samples: all inputs read once, all gradients written once, and at most 0.3 of that more."""
+    """At most 1.3 times the bytes of all inputs and gradients once, at B/16 and H/16 with 128 samples."""
 
     def meta(*shape, dtype=F32):
         return torch.empty(*shape, dtype=dtype, device="meta")
@@ -189,7 +189,7 @@ def test_backward_moves_little_more_than_it_must(width, bottleneck, monkeypatch)
         gradients = patch._gradients(context, dtokens)
     assert [g is not None for g in gradients] == list(needs)[:8]
     *written, dprefix = gradients[:8]
-    assert dprefix._base is dtokens  # nobody writes it
+    assert dprefix._base is dtokens  # a view: not written
     least = sum(x.nbytes for x in (dtokens, *saved, *written) if x is not None)
     assert least < traffic.bytes <= 1.3 * least, f"{traffic.bytes / 1e6:.0f} MB against {least / 1e6:.0f}"
 
@@ -203,7 +203,7 @@ def test_backward_moves_little_more_than_it_must(width, bottleneck, monkeypatch)
     ],
 )
 def test_bad_input(monkeypatch, options, message):
-    monkeypatch.setattr("tests.kernels.checks.DEVICE", "cpu")  # refused wherever the tensors are
+    monkeypatch.setattr("tests.kernels.checks.DEVICE", "cpu")  # refused on any device
     primals, _ = inputs(2, **options)
     with pytest.raises(InputError, match=f"^patch_embed: .*{message}") as error:
         ops.patch_embed(*primals, impl="triton")

@@ -1,4 +1,4 @@
-"""Allocations hold NaN until they are written: in tests, and in fixtures of any scope."""
+"""Allocations hold NaN until they are written, in tests and in fixtures of any scope."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Operators by their short way and by PyTorch's: the same results, and nobody who watches operators is passed by."""
+"""Operators called directly and through PyTorch's dispatcher give equal results, and modes see every operator."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from pmf.kernels import norm, registration
 
 
 def rms(x, branch, gate, x_dot=None, branch_dot=None):
-    """One op of each kind behind the other: a value, and its tangent."""
+    """Two ops in sequence; their value and tangent."""
     _, y = ops.residual_norm_modulate(Dual(x, x_dot), Dual(branch, branch_dot), gate, impl="triton")
     return ops.swiglu(y, impl="triton")
 
@@ -26,7 +26,7 @@ def inputs(**options):
 
 
 class Watcher(TorchDispatchMode):
-    """Names of the library's operators that pass."""
+    """Records the names of our operators that are dispatched."""
 
     def __init__(self):
         super().__init__()
@@ -55,7 +55,7 @@ def test_modes_see_every_operator():
 
 
 def test_arguments_are_examined_once_a_pass(monkeypatch):
-    """Once for each Function of a forward pass, with gradients and without, and for each operator of a backward."""
+    """Once per Function of a forward pass, with or without gradients, and once per operator of a backward."""
     x, branch, gate = inputs(requires_grad=True)
     examined = []
     ordinary = registration.ordinary
@@ -70,15 +70,15 @@ def test_arguments_are_examined_once_a_pass(monkeypatch):
 
 
 @pytest.mark.parametrize("grad", (True, False))
-def test_tensors_without_values_get_shapes_alone(grad):
+def test_meta_tensors_get_only_shapes(grad):
     x, branch, gate = (x.detach().to("meta").requires_grad_(grad) for x in inputs())
     y, y_dot = rms(x, branch, gate, x.detach()[1:], None)
     assert y.is_meta and y.shape == (2, 3, 4) and y.requires_grad == grad
     assert y_dot.is_meta and y_dot.shape == (1, 3, 4)
 
 
-def test_an_error_leaves_nobody_unexamined():
-    """After an operator has failed, the next one looks again who watches."""
+def test_modes_are_checked_again_after_an_error():
+    """After an operator has failed, the next one checks for modes again."""
     x, branch, gate = inputs()
 
     def fails(*arguments, **options):
@@ -93,7 +93,7 @@ def test_an_error_leaves_nobody_unexamined():
 
 
 def test_outputs_not_asked_for_are_none_and_to_operators_empty_tensors():
-    """A function returns None for them; an operator returns tensors, each a different one."""
+    """A function returns None for them; an operator returns empty tensors, each a different one."""
     x, branch, gate = inputs()
     arguments = (x, branch, gate, *(None,) * 8, False, 1e-6, torch.float32)
     with torch.no_grad():
@@ -137,7 +137,7 @@ def test_tensors_with_a_lazy_sign():
 
 
 def test_subclasses_are_dispatched():
-    """A tensor that answers operators itself is asked."""
+    """The __torch_dispatch__ of a tensor subclass is called."""
 
     class Answer(torch.Tensor):
         @classmethod
@@ -167,8 +167,8 @@ def test_forward_mode_of_torch_func():
     assert torch.equal(value, explicit[0]) and torch.equal(dot, explicit[1])
 
 
-def test_what_a_finished_transform_left_behind():
-    """A wrapper that outlives its transform stands for the tensor inside."""
+def test_wrappers_of_finished_transforms():
+    """A wrapper tensor that outlives its transform acts as the tensor inside it."""
     x, branch, gate = inputs()
     left = []
     torch.func.grad(lambda x: left.append(x) or x.sum())(x)

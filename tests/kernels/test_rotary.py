@@ -32,7 +32,7 @@ def inputs(batch, length, heads, head_dim, rows, dtypes, prefix, table=F32):
 @pytest.mark.parametrize("dtypes", ((F32, F32), (BF16, F32)), ids=("float32", "bfloat16"))
 @pytest.mark.parametrize(("length", "head_dim"), list(itertools.product((1, 17, 276), (16, 48, 64, 80, 128))))
 def test_shapes(length, head_dim, dtypes, share):
-    """Every length and head dimension in both dtypes, with a tangent of some samples and of all; prefixes vary."""
+    """Every length and head dimension in both dtypes, with tangents of some and of all samples; prefixes vary."""
     heads = 3 if length < 276 else 2
     prefix = 20 if length == 276 else length * (head_dim % 3) // 2
     primals, tangents = inputs(2, length, heads, head_dim, 1 if share == "partial" else 2, dtypes, prefix)
@@ -81,7 +81,7 @@ def test_views():
 
 
 def test_v_is_a_view():
-    """v and its tangent cost no memory."""
+    """v and its tangent share the memory of qkv and its tangent."""
     primals, tangents = inputs(2, 5, 2, 16, 1, (F32, F32), 0)
     _, _, (v, v_dot) = ops.qk_norm_rope(Dual(primals[0], tangents[0]), *primals[1:], impl="triton")
     assert v.untyped_storage().data_ptr() == primals[0].untyped_storage().data_ptr()
@@ -89,7 +89,7 @@ def test_v_is_a_view():
 
 
 def test_gradients_of_any_layout():
-    """Attention may hand back gradients laid out [B, H, S, D] in memory."""
+    """Attention may return gradients laid out as [B, H, S, D] in memory."""
     primals, _ = inputs(2, 7, 3, 16, 0, (F32, F32), 2)
     qkv = primals[0].requires_grad_()
     outputs = ops.qk_norm_rope(*primals, prefix_length=2, impl="triton")
@@ -102,7 +102,7 @@ def test_gradients_of_any_layout():
 
 @pytest.mark.parametrize("missing", (0, 1, 2))
 def test_missing_gradients(missing):
-    """A loss that does not read q, k or v: its gradient is zero."""
+    """The gradient of q, k or v is zero if the loss does not read it."""
     primals, _ = inputs(2, 7, 3, 16, 0, (F32, F32), 2)
     leaves = [p.detach().requires_grad_() for p in primals[:3]]
     outputs = ops.qk_norm_rope(*leaves, *primals[3:], prefix_length=2, impl="triton")
@@ -114,7 +114,7 @@ def test_missing_gradients(missing):
 
 
 def test_no_zeros_for_tangents():
-    """Backward allocates no zeros in place of gradients of the tangents, which have none."""
+    """Backward allocates no zeros for the missing gradients of the tangents."""
 
     class Zeros(TorchDispatchMode):
         count = 0

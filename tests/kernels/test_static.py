@@ -1,4 +1,4 @@
-"""What the compilers make of the kernels on A100, H100, B200 and RTX 30, 40 and 50, read off the machine code."""
+"""Machine code of the kernels for A100, H100, B200 and RTX 30, 40 and 50: spills, memory, access widths, units."""
 
 import json
 import os
@@ -18,7 +18,7 @@ UNITS = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "
 
 
 def compiled(family: str) -> list[dict]:
-    """One entry for every shipped configuration; a process of its own, outside the interpreter."""
+    """One entry per shipped configuration, compiled in a separate process outside the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.kernels.static_checks", family]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -35,7 +35,7 @@ def fits(entry: dict) -> bool:
 
 
 def check_units(entry: dict) -> None:
-    """The chip's matrix units compute the products, but for those of float32, which none computes exactly."""
+    """The chip's matrix units compute the products, except in float32, which no unit computes exactly."""
     found = {unit for unit in ("HMMA", "HGMMA", "UTCHMMA") if entry[unit]}
     assert found == ({UNITS[entry["capability"]]} if "bfloat16" in entry["label"] else set()), entry
 
@@ -49,19 +49,19 @@ def test_machine_code(family):
         assert entry["registers"] * 32 * 16 <= 65536, entry
         assert entry["LDG.128"], entry
         if entry["kernel"] == "_add_up":
-            # Sums are stored as wide as there are threads for; they are a thousandth of what is read.
+            # The width of stores depends on the number of threads; they are a thousandth of the bytes read.
             assert entry.get("LDG.32", 0) == 0, entry
             continue
         assert entry["STG.128"], entry
-        # Statistics are single floats: one access for each a tile. So are sums over tokens, up to four a
-        # program, where a row has fewer values than the program has threads.
+        # Statistics are single floats: one access each per tile. So are sums over tokens, up to four per
+        # program, if a row has fewer values than the program has threads.
         sums = 4 if "digits" in entry["label"] and entry["kernel"] == "_backward" else 0
         assert entry.get("LDG.32", 0) <= 2 and entry.get("STG.32", 0) <= 2 + sums, entry
         narrow = {f"{access}.{width}" for access in ("LDG", "STG") for width in ("64", "U16", "S16", "U8")}
         if family == "rotary" and "float32" in entry["label"]:
             narrow.remove("LDG.64")  # the tables: a thread's 4 values have 2 angles
         assert not narrow & entry.keys(), entry
-        # Loads ahead, in code for three tiles: rows 16 bytes at a time, two statistics or tables narrower.
+        # Prefetches, unrolled for three tiles: rows 16 bytes at a time, two statistics or tables narrower.
         assert sum(n for name, n in entry.items() if name.startswith("LDGSTS") and name != "LDGSTS.128") <= 6, entry
 
 
@@ -75,13 +75,13 @@ def test_machine_code_of_attention():
 
 
 def test_machine_code_of_the_objective():
-    """No spills; tokens, images and gradients in 16-byte accesses, few scalars a program."""
+    """No spills; 16-byte accesses for tokens, images and gradients; few scalars per program."""
     entries = compiled("objective")
     for entry in entries:
         assert fits(entry), entry
-        # Three channels of a thread's pixels: 8 in bfloat16 tokens and 4 in float32 ones. Images are float32.
+        # A thread loads three channels of its pixels; 16 bytes hold 8 bfloat16 or 4 float32. Images are float32.
         assert entry["LDG.128"] == 5 * 3 + 2 * 3 * (2 if "bfloat16" in entry["label"] else 1), entry
-        # t, h, guidance, the null index, the two scales.
+        # t, h, guidance, the null index and the two scales.
         assert entry["LDG.32"] + entry["LDG.64"] <= 6, entry
         stores = {"STG.32": 2} if "forward" in entry["label"] else {"STG.128": 2 * 3}
         assert stores == {name: count for name, count in entry.items() if name.startswith("STG")}, entry

@@ -1,4 +1,4 @@
-"""Shares of tokens, and the sums over them."""
+"""The division of tokens into shares, and the sums over them."""
 
 import itertools
 
@@ -11,11 +11,11 @@ from pmf.kernels import sums
 from tests.kernels.checks import DEVICE, generator, randn, within_budget
 
 SHAPES = list(itertools.product((1, 2, 3, 7), (1, 5, 8, 16), (1, 3, 6, 16)))
-"""Samples, tokens, programs: samples that end inside a share, with it, and many in one share."""
+"""Samples, tokens, programs: samples that end inside a share or at its end, and many samples in one share."""
 
 
 def segments_of(shares: sums.Shares) -> list[tuple[int, int, int]]:
-    """(row of the partial buffer, first token, last token + 1) as programs walk them."""
+    """(row of the partial buffer, first token, last token + 1) in the order of the programs."""
     found = []
     for program in range(shares.programs):
         start = program * shares.share
@@ -39,7 +39,7 @@ def test_segments(samples, length, programs, per_sample):
 
 @pytest.mark.parametrize(("samples", "processors"), list(itertools.product((1, 8, 63, 128, 140, 257), (108, 132, 148))))
 def test_work_is_even(samples, processors):
-    """Whatever the batch, no program walks a token more than the mean, rounded up."""
+    """At any batch size, no program takes more tokens than the mean, rounded up."""
     for per_sample in (False, True):
         shares = sums.divide(samples, 276, per_sample, 2 * processors, 1)
         assert shares.share == -(-samples * 276 // (2 * processors))
@@ -48,7 +48,7 @@ def test_work_is_even(samples, processors):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize(("samples", "length", "programs"), SHAPES[::3])
 def test_add_up(samples, length, programs, dtype):
-    """Sums per sample and over all, of one buffer each, in one launch."""
+    """Sums per sample and over all samples, of one buffer each, in one launch."""
     shares = sums.divide(samples, length, True, programs, 1)
     terms = randn(samples * length, 40, gen=generator(samples, length, programs))
     partials = torch.full((2, shares.segments, 40), float("nan"), device=DEVICE)

@@ -46,7 +46,7 @@ def test_any_shape(batch, length, width, share, dtype):
 
 
 def test_large_inputs():
-    """Where exp overflows, silu is its limit and the gradient no NaN."""
+    """Where exp overflows, silu takes its limit and the gradient is not NaN."""
     x = torch.tensor([-1e4, -100.0, 0.0, 100.0, 1e4, 1.0, 1.0, 1.0, 1.0, 1.0])
     check("swiglu", (x.reshape(1, 1, -1).to(DEVICE),), (torch.ones(1, 1, 10, device=DEVICE),))
 

@@ -28,7 +28,7 @@ TINY_DIGITS = pmf.ModelConfig(
 
 
 def losses(impl: str, dtype: torch.dtype) -> torch.Tensor:
-    """The loss of every step of one short run; the same weights, images and draws in every precision."""
+    """The loss of every step of a short run, with the same weights, images and draws in every precision."""
     torch.manual_seed(0)
     model = pmf.create_model(TINY_DIGITS, impl=impl).to(DEVICE, dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
@@ -51,7 +51,7 @@ def losses(impl: str, dtype: torch.dtype) -> torch.Tensor:
 
 
 def test_training_follows_the_reference():
-    """Both curves drift from float64 by rounding alone, the kernels' by at most twice the reference's."""
+    """Both curves drift from float64 only by rounding, the kernels' by at most twice as much as the reference's."""
     truth = losses("reference", torch.float64)
     kernel, reference = (losses(impl, torch.float32) for impl in ("triton", "reference"))
     within_budget("losses", kernel, reference, truth, steps=tf32x3(2))

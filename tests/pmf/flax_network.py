@@ -1,4 +1,4 @@
-"""The authors' network as flax modules: parameters under their names, and a forward pass to compare with."""
+"""The authors' network as flax modules: their parameter names, and a forward pass to compare with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pmf
 
 
 class TrainState(train_state.TrainState):
-    """What the authors' checkpoints hold."""
+    """The content of the authors' checkpoints."""
 
     ema_params: dict[float, Any]
 
@@ -98,7 +98,7 @@ class Attention(nn.Module):
         return self.out_proj(jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape))
 
     def rotate(self, x):
-        """Adjacent elements of the patch tokens turn: half of the pairs by the row, half by the column."""
+        """Rotate adjacent elements of the patch tokens: half of the pairs by the row, half by the column."""
         grid, pairs = self.config.grid_size, self.config.head_dim // 2
         speeds = 10000.0 ** (-jnp.arange(0, pairs, 2) / pairs)
         rows, columns = jnp.divmod(jnp.arange(grid**2), grid)
@@ -205,7 +205,7 @@ class PixelMeanFlow(nn.Module):
 
 @functools.cache
 def shapes(config: pmf.ModelConfig, eval: bool):
-    """What the module's parameters look like."""
+    """Shapes and dtypes of the module's parameters."""
     one = jnp.ones(1)
     z = jnp.ones((1, config.image_size, config.image_size, config.in_channels))
     inputs = (z, one, one, one, one, one, one.astype(int))
@@ -213,7 +213,7 @@ def shapes(config: pmf.ModelConfig, eval: bool):
 
 
 def random_params(config: pmf.ModelConfig, seed: int, *, eval: bool = False):
-    """Parameters of the module, all of them random: gates do not start at zero."""
+    """Parameters of the module, all random: gates do not start at zero."""
     rng = np.random.default_rng(seed)
 
     def draw(leaf):
@@ -231,7 +231,7 @@ def update(state: TrainState, grads) -> TrainState:
 
 @functools.cache
 def trained_state(config: pmf.ModelConfig, *, updates: int = 3) -> TrainState:
-    """A state after a few updates of the authors' optimizer by random gradients, with averages of their own."""
+    """A state after a few steps of the authors' optimizer on random gradients, with random averages."""
     state = TrainState.create(
         apply_fn=None,
         params=random_params(config, 0),
@@ -244,7 +244,7 @@ def trained_state(config: pmf.ModelConfig, *, updates: int = 3) -> TrainState:
 
 
 def inference_state(config: pmf.ModelConfig, half_lives=(2000,)) -> TrainState:
-    """What the authors' evaluation holds: no v head, no optimizer."""
+    """A state of the authors' evaluation: no v head, no optimizer."""
     return jax.device_get(
         TrainState.create(
             apply_fn=None,

@@ -1,4 +1,4 @@
-"""A Hugging Face hub on this machine: the answers that huggingface_hub's own client needs to list and load files."""
+"""A local Hugging Face hub: the responses that huggingface_hub's client needs to list and load files."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def log_message(self, *_: object) -> None:
-        """Says nothing."""
+        """Log nothing."""
 
 
 @contextlib.contextmanager
 def serve(root: Path) -> Iterator[tuple[str, list[str]]]:
-    """(address, names of the files that were loaded) of a hub with the repositories in `root`."""
+    """Serve the repositories in `root`; yields (address, names of the files loaded so far)."""
     loaded: list[str] = []
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("OwnHandler", (Handler,), dict(root=root, loaded=loaded)))
     thread = threading.Thread(target=server.serve_forever, daemon=True)

@@ -1,4 +1,4 @@
-"""Crops are drawn and resampled as the authors do in JAX; test_crops.py holds them to definitions without it."""
+"""Crops are drawn and resampled as in the authors' JAX code; test_crops.py checks them without JAX."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ from pmf.crops import draw_crops, resize_crops
 
 pytestmark = pytest.mark.extras
 
-EDGES = [(0, 0), (0, 1), (1, 0), (1, 1), (0.5, 0.5)]  # corners of the image, then its middle
-CASES = [  # image, side of the crop, of the result
+EDGES = [(0, 0), (0, 1), (1, 0), (1, 1), (0.5, 0.5)]  # the image's corners and middle
+CASES = [  # image, sizes of crops, side of the result
     ((256, 256), [(256, 256), (224, 224), (73, 190), (1, 1), (255, 3)], 224),
     ((32, 32), [(32, 32), (9, 20), (28, 31)], 224),
     ((45, 130), [(45, 130), (45, 33), (17, 129)], 24),  # shrunk, up to five times
@@ -25,7 +25,7 @@ def authors():
 
 
 def boxes_of(image, sides):
-    """A box of each size at each edge."""
+    """Boxes of each size at each place of EDGES."""
     rows = [
         (*(int(e * (n - s)) for e, n, s in zip(edge, image, side, strict=True)), *side)
         for side in sides
@@ -69,7 +69,7 @@ def test_resampling_and_its_gradient_are_those_of_jax(authors, image, sides, siz
 
 @pytest.mark.parametrize("image", [(256, 256), (48, 20)])
 def test_boxes_are_distributed_as_the_authors(authors, image):
-    """Kolmogorov-Smirnov on 200,000 boxes of either side: every margin, areas and places."""
+    """Kolmogorov-Smirnov tests on 200,000 boxes of each: every coordinate, areas and places."""
     stats = pytest.importorskip("scipy.stats")
     theirs = authors.as_torch(authors.draw_boxes(0, 200_000, *image)).numpy()
     ours = draw_crops(200_000, *image, torch.Generator().manual_seed(0)).numpy()

@@ -1,4 +1,4 @@
-"""`compile_blocks`: few graphs, none of them broken, however the batches turn out; the same loss and gradients."""
+"""`compile_blocks`: few graphs without breaks for batches of any size; the same loss and gradients."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ def fresh_compiler():
 
 
 def pair(backend="aot_eager", config=TINY, device="cpu", **options):
-    """The same network twice, the second with compiled blocks, and the count of its graphs."""
+    """The same network twice, the second with compiled blocks, and the counter of its graphs."""
     plain, compiled = (random_model(config, dtype=F32, **options).to(device) for _ in range(2))
     counter = CompileCounterWithBackend(backend)
     compiled.compile_blocks(backend=counter)
@@ -89,10 +89,10 @@ def test_sampling_compiles_two_graphs_for_every_batch_size():
         setting = dict(omega=2.0, t_min=0.1, t_max=0.9, batch_size=4, steps=2)
         images, expected = (pmf.generate(model, [1] * n, **setting) for model in (compiled, plain))
         assert relative_error(images, expected) < 1e-6
-    assert counter.frame_count == 4  # a last batch of one image has graphs of its own
+    assert counter.frame_count == 4  # batches of one image have graphs of their own
 
 
-def test_kernels_compile_where_nothing_is_recorded():
+def test_kernels_compile_without_gradients():
     config = dataclasses.replace(TINY, depth=2, conditioning="adaln")
     plain, compiled, counter = pair(config=config, device=DEVICE, impl="triton", aux_head=False)
     images, expected = (pmf.generate(m, [1, 2], omega=2.0, t_min=0.1, t_max=0.9) for m in (compiled, plain))

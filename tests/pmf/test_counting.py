@@ -1,4 +1,4 @@
-"""The numbers a step is judged by without a GPU: operations and bytes saved, exact, with bounds."""
+"""Exact counts of a step's operations and saved bytes, without a GPU, against bounds."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ def test_row_costs_add_up_to_the_counted_step(seed):
 
 
 class VHeadGuidance:
-    """A network for the oracle whose guidance runs the v head alone: what XLA makes of the authors' script."""
+    """A network for the oracle whose guidance runs only the v head, as in the authors' script compiled by XLA."""
 
     def __init__(self, model):
         self.model, self.config = model, model.config
@@ -37,7 +37,7 @@ class VHeadGuidance:
 
 
 def naive_loss(model, *arguments):
-    """The oracle on every row, its tangent through the u head alone."""
+    """The oracle on every row, with a tangent only through the u head."""
     return reference_loss(VHeadGuidance(model), *arguments, lambda guided, *inputs: guided.model.forward_dual(*inputs))
 
 
@@ -73,7 +73,7 @@ def test_a_lean_step_of_b16_at_batch_8():
 
 
 def saved_by(model, x, y, draws):
-    """Bytes that a lean, a flow-matching and a joint-jvp step keep for backward."""
+    """Bytes that a lean, a flow-matching and a joint-jvp step save for backward."""
     steps = dict(
         lean=lambda: pmf.pmf_loss(model, x, y, draws, LOSS).loss,
         flow_matching=lambda: lean_loss(model, x, y, draws.flow_matching(), LOSS),

@@ -10,7 +10,7 @@ from scipy import stats
 import pmf
 from pmf.crops import draw_crops, resize_crops
 
-# (height, width, boxes): crops shrunk, enlarged and kept, at every edge, inside, of one pixel and of everything.
+# (height, width, boxes): to shrink, enlarge or keep; at every edge and inside; of one pixel and of the whole image.
 CASES = [
     (32, 32, [(0, 0, 32, 32), (3, 5, 9, 20), (31, 0, 1, 1), (20, 20, 12, 12)]),
     (256, 256, [(0, 0, 256, 256), (10, 3, 224, 224), (100, 7, 80, 249), (255, 255, 1, 1)]),
@@ -28,7 +28,7 @@ def cubic(x):
 
 
 def filter_written_out(pixels, start, length, size):
-    """[size, pixels]: output i sees every pixel j of the image by its distance; each row of weights sums to one."""
+    """Weights [size, pixels] of output i on pixel j, by their distance; each row sums to one."""
     matrix = []
     scale = length / size  # pixels an output covers
     for i in range(size):
@@ -39,7 +39,7 @@ def filter_written_out(pixels, start, length, size):
 
 
 def resized_written_out(images, boxes, size):
-    """Every crop on its own, in float64, differentiable."""
+    """Resize the crops one by one, in float64, differentiably."""
     height, width = images.shape[2:]
     rows = []
     for image, (top, left, tall, wide) in zip(images.double(), boxes.int().tolist(), strict=True):
@@ -49,11 +49,11 @@ def resized_written_out(images, boxes, size):
 
 
 def rounding_bound(images, boxes, size, dtype):
-    """What crops computed in `dtype` may be off by, at most.
+    """Upper bound on the error of crops computed in `dtype`.
 
-    A coordinate of up to `pixels` pixels is rounded to eps pixels, twice, and divided by max(scale, 1); the kernel
-    is no steeper than 1.39 and itself rounded to 8 eps; an output sums so many weights per axis, and those of the
-    other axis sum to 1.25 in absolute value. The sum that normalises them errs as much, and there are two axes.
+    A coordinate is rounded twice, by eps times the image's side, and divided by max(scale, 1); the kernel's slope is at
+    most 1.39 and its own rounding 8 eps; an output sums 4 scale + 2 weights per axis, and those of the other axis sum
+    to 1.25 in absolute value. The normalising sum errs as much, and there are two axes.
     """
     scale = max((boxes[:, 2:].max() / size).item(), 1)
     weight = (2 * 1.39 * max(images.shape[2:]) / scale + 8) * torch.finfo(dtype).eps
@@ -74,7 +74,7 @@ def test_crops_are_filtered_as_written_out(height, width, boxes, dtype):
 
 @pytest.mark.parametrize(("image", "length", "size"), [(64, 32, 16), (24, 8, 32), (40, 20, 20)])
 def test_a_crop_is_a_part_of_the_resized_image(image, length, size):
-    """Where the box's edges fall on outputs of the whole image resized as much, PyTorch's filter gives the same."""
+    """PyTorch's filter gives the same if the box is aligned with the outputs of the whole image at the same scale."""
     torch.manual_seed(0)
     step = max(length // size, 1)
     starts = range(0, image - length + 1, step)
@@ -95,7 +95,7 @@ def test_gradient_is_the_transposed_filter(height, width, boxes):
     d_crops = torch.randn(len(boxes), 3, 24, 24, dtype=torch.float64)
     (ours,) = torch.autograd.grad(resize_crops(images, boxes, 24), images, d_crops)
     (theirs,) = torch.autograd.grad(resized_written_out(images, boxes, 24), images, d_crops)
-    outputs_per_pixel = 24**2  # a one-pixel crop gathers the whole output in one sum
+    outputs_per_pixel = 24**2  # a one-pixel crop sums the gradients of all outputs
     assert (ours - theirs).abs().max() <= outputs_per_pixel * rounding_bound(d_crops, boxes, 24, torch.float64)
 
 
@@ -110,7 +110,7 @@ def test_autocast_and_low_precision_images_leave_the_arithmetic_in_float32():
 
 
 def box_of(height, width, area, ratio, top, left):
-    """The authors' law on four numbers of [0, 1): one draw of area and ratio, sides clipped, any corner that fits."""
+    """The authors' box from four numbers in [0, 1): one draw of area and ratio, clipped sides, any corner that fits."""
     area = height * width * (0.08 + (1 - 0.08) * area)
     ratio = math.exp(math.log(3 / 4) + ratio * (math.log(4 / 3) - math.log(3 / 4)))
     w = min(max(round(math.sqrt(area * ratio)), 1), width)
@@ -140,7 +140,7 @@ def boxes_of_256():
 
 
 def test_share_of_full_sides_and_mean_area_are_the_laws(boxes_of_256):
-    """The law's own figures, by the midpoints of a fine grid: 14.6 % span a whole side; the mean area is 0.534."""
+    """Exact values by the midpoints of a fine grid: 14.6 % span a whole side; the mean area is 0.534."""
     grid = (np.arange(2000) + 0.5) / 2000
     area, ratio = np.meshgrid(0.08 + 0.92 * grid, (3 / 4) ** (1 - 2 * grid), indexing="ij")
     sides = [np.clip(np.rint(256 * np.sqrt(a)), 1, 256) for a in (area / ratio, area * ratio)]
@@ -153,7 +153,7 @@ def test_share_of_full_sides_and_mean_area_are_the_laws(boxes_of_256):
 
 
 def test_every_margin_has_the_laws_distribution(boxes_of_256):
-    """Kolmogorov-Smirnov against as many boxes of the law, drawn from other numbers."""
+    """Kolmogorov-Smirnov tests against as many boxes of `box_of`, from other random numbers."""
     numbers = np.random.default_rng(1).random((DRAWS, 4)).tolist()
     law = np.array([box_of(256, 256, *row) for row in numbers], dtype=float)
     ours = boxes_of_256.numpy()

@@ -1,4 +1,4 @@
-"""`CapturedStep` against `pmf_loss` and backward. Here its halves run uncaptured, over the same fixed buffers."""
+"""`CapturedStep` against `pmf_loss` and backward. On the CPU its halves run uncaptured, in the same fixed buffers."""
 
 import contextlib
 
@@ -25,7 +25,7 @@ def perceptual(x_hat, x):
 
 
 def plain(model, inputs, judge=None):
-    """Loss, terms and gradients of the step as a script writes it."""
+    """Loss, terms and gradients of a plain step."""
     model.zero_grad()
     out = pmf.pmf_loss(model, *inputs, CONFIG, perceptual=judge)
     out.loss.backward()
@@ -33,7 +33,7 @@ def plain(model, inputs, judge=None):
 
 
 def captured(step, model, inputs, judge=None):
-    """The same of the captured step; gradients scaled back."""
+    """The same of the captured step, with the scale of the gradients undone."""
     model.zero_grad()
     out = step(*inputs, judge)
     assert not out.loss.requires_grad
@@ -47,7 +47,7 @@ def agree(found, expected):
 
 @pytest.mark.parametrize("judge", (None, perceptual))
 def test_steps_of_many_sizes_equal_the_plain_step(judge):
-    """Twelve draws: several numbers of null rows, two batch sizes, buffers used again by each."""
+    """Twelve draws: several numbers of null rows and two batch sizes, which share buffers."""
     model = random_model()
     step = pmf.CapturedStep(model, CONFIG, scale=0.25)
     for seed in range(12):
@@ -59,7 +59,7 @@ def test_steps_of_many_sizes_equal_the_plain_step(judge):
 
 @pytest.mark.parametrize("autocast", (False, True))
 def test_weights_are_those_of_the_call(autocast):
-    """Weights changed between calls count, under autocast too, whose kept casts must not outlive a call."""
+    """A call uses weights as changed since the last one, also under autocast, whose cached casts must not survive."""
     model = random_model(dtype=torch.float32)
     step = pmf.CapturedStep(model, CONFIG)
     inputs = batch(0, dtype=torch.float32)
@@ -74,7 +74,7 @@ def test_weights_are_those_of_the_call(autocast):
 
 
 def test_gradients_are_added_as_backward_adds_them():
-    """To none, to those of the last call, to others, and to a mixture of these."""
+    """Added to missing gradients, to those of the last call, and to a mixture of missing and other ones."""
     model = random_model()
     step = pmf.CapturedStep(model, CONFIG)
     first, second = batch(0), batch(1)

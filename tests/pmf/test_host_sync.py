@@ -1,6 +1,6 @@
-"""On a GPU the host runs ahead of it: no step reads a value back, and every copy to it is one nobody waits for.
+"""The host runs ahead of the GPU: no step reads a value back, and every copy to the GPU is asynchronous.
 
-Meta tensors stand for a GPU's: they have shapes and no values, so that reading one raises.
+Meta tensors stand in for the GPU's: they have shapes but no values, so that reading one raises.
 """
 
 import pytest
@@ -21,7 +21,7 @@ NO_FM = dict(data_proportion=0.0, class_dropout=0.5)
 
 
 class Copies(TorchDispatchMode):
-    """Records what is copied from the host to the stand-in: (number of values, whether nobody waits)."""
+    """Records copies from the host to the stand-in: (number of values, whether asynchronous)."""
 
     def __init__(self):
         super().__init__()
@@ -42,7 +42,7 @@ def perceptual(x_hat, x):
 
 
 def step_copies(order=slice(None), law=None, **options):
-    """Two whole training steps on the stand-in; the copies of the second."""
+    """Run two whole training steps on the stand-in; return the copies of the second."""
     config = pmf.LossConfig(**(law or {}))
     x = torch.empty(BATCH, *TINY.image_shape, device="meta")
     y = torch.zeros(BATCH, dtype=torch.int64, device="meta")
@@ -92,8 +92,8 @@ def test_the_stand_in_notices_a_copy_that_waits():
     ids=["lean", "only fm rows", "no fm rows, checkpointed", "triton", "mixed rows"],
 )
 def test_a_step_reads_nothing_and_waits_for_no_copy(case, monkeypatch):
-    pmf.ops.swiglu(torch.zeros(1, 1, 2, device=DEVICE), impl="triton")  # kernels are those of this machine
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # meta tensors are not CUDA's, and launch nothing
+    pmf.ops.swiglu(torch.zeros(1, 1, 2, device=DEVICE), impl="triton")  # load the kernels as on this machine
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # else meta tensors, not on CUDA, are refused; they launch nothing
     copies = step_copies(**case)
     assert all(asynchronous for _, asynchronous in copies)
     assert [values for values, _ in copies[:2]] == [7 * BATCH, 3 * BATCH] and len(copies) == 3
@@ -101,7 +101,7 @@ def test_a_step_reads_nothing_and_waits_for_no_copy(case, monkeypatch):
 
 def test_copies_to_cuda_start_from_pinned_memory():
     class Pinning(FakeTensorMode):
-        """Remembers what was asked to be pinned, on a machine that cannot pin."""
+        """Records the tensors to pin, also on a machine that cannot pin."""
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func is ATEN._pin_memory.default:

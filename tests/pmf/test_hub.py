@@ -1,4 +1,4 @@
-"""Hub repositories, through huggingface_hub's own client and a hub on this machine."""
+"""Hub repositories, through huggingface_hub's client and a local hub."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from tests.pmf.hub_server import serve
 pytest.importorskip("huggingface_hub")
 ROOT = Path(__file__).parents[2]
 
-# In a process of its own: the client reads its settings when it is imported.
+# Runs in a separate process: the client reads its settings when it is imported.
 CODE = """
 import json, sys
 import pmf
@@ -31,7 +31,7 @@ for source, weights in json.loads(sys.argv[1]):
 
 
 def load(cache, address, *calls):
-    """For each call of from_pretrained: the sum of a parameter of what was loaded, or the error."""
+    """Result of each call of from_pretrained: the sum of one loaded parameter, or the error."""
     environment = dict(os.environ, HF_ENDPOINT=address, HF_HOME=str(cache), HF_HUB_DISABLE_PROGRESS_BARS="1")
     environment.pop("HF_HUB_OFFLINE", None)
     command = [sys.executable, "-c", CODE, json.dumps(calls)]
@@ -42,7 +42,7 @@ def load(cache, address, *calls):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Repositories like those of the authors and of a run of ours."""
+    """Repositories like the authors' and like a run of ours."""
     root = tmp_path_factory.mktemp("hub")
     theirs, ours = root / "someone" / "pMF", root / "someone" / "run"
     for folder in (theirs, ours):
@@ -62,7 +62,7 @@ def root(tmp_path_factory):
 
 
 def shifted(place):
-    """The golden state dict, another for each place, some without the prefix."""
+    """The golden state dict plus `place`; for place 1 without the prefix of names."""
     state = {name: value + place for name, value in golden().state.items()}
     return {name.removeprefix("net."): value for name, value in state.items()} if place == 1 else state
 

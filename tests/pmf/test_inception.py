@@ -1,4 +1,4 @@
-"""Inception's features under both resizes, against torch-fidelity's network and the formula of the JAX release."""
+"""Inception's features with both resizes, against torch-fidelity's network and the formula of the JAX release."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def random_images(size, count=2):
 
 
 def weights_between(size):
-    """Output pixel i of 299 lies at (i + 1/2) size / 299 - 1/2 between two neighbours; beyond the edge both are it."""
+    """Weights of output pixel i of 299, at (i + 1/2) size / 299 - 1/2 between two neighbours, clipped to the image."""
     matrix = np.zeros((299, size))
     for i in range(299):
         place = (i + 0.5) * size / 299 - 0.5
@@ -36,7 +36,7 @@ def test_the_half_pixel_resize_is_its_formula_to_the_edge(size):
     images = random_images(size)
     got, expected = half_pixel(images), resized_by_formula(images)
     assert got.dtype == torch.float32 and got.shape == (2, 3, 299, 299)
-    # One rounding to float32 of values up to 255, which float64 may have brought to another side.
+    # One rounding to float32 of values up to 255; float64 errors can tip it either way.
     assert (got.double() - expected).abs().max() <= 256 * torch.finfo(torch.float32).eps
 
 
@@ -48,7 +48,7 @@ def theirs(fidelity, inception_weights):
 
 
 def behind_its_resize(network, resized):
-    """What torch-fidelity's network makes of images that are at 299 pixels, in float32, already."""
+    """The output of torch-fidelity's network for float32 images that are 299 pixels wide already."""
     hook = network.Conv2d_1a_3x3.register_forward_pre_hook(lambda module, inputs: ((resized - 128) / 128,))
     with hook, torch.no_grad():
         return network(torch.zeros(resized.shape, dtype=torch.uint8))

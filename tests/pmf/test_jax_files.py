@@ -1,4 +1,4 @@
-"""Zips and folders of JAX train states, up to where flax and orbax read them."""
+"""Zips and folders of JAX train states, before flax or orbax read them."""
 
 import shutil
 import sys
@@ -58,7 +58,7 @@ def test_zips_that_do_not_fit_are_not_begun(tmp_path, monkeypatch):
 
 
 def test_states_need_an_extra(tmp_path, monkeypatch):
-    """A folder of orbax's, a file of flax's, and both in zips."""
+    """A folder written by orbax, a file written by flax, and both in zips."""
     for name in ("flax", "flax.serialization", "orbax", "orbax.checkpoint"):
         monkeypatch.setitem(sys.modules, name, None)
     (tmp_path / "flax" / "checkpoint_7").parent.mkdir()

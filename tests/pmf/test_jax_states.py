@@ -1,4 +1,4 @@
-"""Train states that flax, optax and orbax write are read under our names, bit for bit."""
+"""Train states written by flax, optax and orbax are read under our names, bit for bit."""
 
 import dataclasses
 import functools
@@ -41,7 +41,7 @@ def state():
 
 
 def save(folder, state, how="orbax", step=7):
-    """The authors' way, flax's save_checkpoint_multiprocess, in each of its formats."""
+    """Save a state as the authors do, with flax's save_checkpoint_multiprocess, in one of its formats."""
     if how == "orbax without ocdbt":
         ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)).save(folder / f"checkpoint_{step}", state)
         return folder
@@ -67,13 +67,13 @@ def full(request, state, tmp_path_factory):
 
 
 def flat(tree):
-    """Leaves by their names, joined by slashes."""
+    """The leaves of a tree by name, joined by slashes."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
 
 
 def outputs(params, inputs, eval=False):
-    """u, and v with its head, as flax computes them."""
+    """u, and v if there is a v head, as flax computes them."""
     values = {name: value.numpy() for name, value in inputs.items()}
     z = values.pop("z").transpose(0, 2, 3, 1)
     images = flax_network.PixelMeanFlow(TINY, eval).apply({"params": params}, z, *values.values())
@@ -108,7 +108,7 @@ def test_step_averages_and_moments(full, state):
     for name, weights in {"model": read.model, **read.averages}.items():
         expected = pmf.PMFDiT.from_pretrained(full, weights=name).state_dict()
         assert weights.keys() == expected.keys() and all(torch.equal(weights[n], expected[n]) for n in expected)
-    # The moments, put where the weights lie, are read by the way that the outputs above have shown to be right.
+    # Moments are read by the same code as weights, which the test of outputs above has checked.
     muon, adam = (state.opt_state.inner_states[kind].inner_state[0] for kind in ("muon", "adam"))
     assert read.muon.keys() | read.adam.keys() == read.model.keys() and not read.muon.keys() & read.adam.keys()
     chosen = {name for name, module in pmf.create_model(TINY).named_modules() if isinstance(module, torch.nn.Linear)}
@@ -126,7 +126,7 @@ def test_step_averages_and_moments(full, state):
 
 
 def test_a_run_goes_on_as_flax_and_optax_do(full, state, tmp_path):
-    """Two more steps by the same gradients, ours and theirs; then the run as a user starts it."""
+    """Two more steps on the same gradients, ours and theirs; then a run as a user starts it."""
     changes = dict(steps=8, init=str(full), ema_half_lives=(500.0, 1000.0, 2000.0))
     trainer = Trainer(config(tmp_path / "run", init_state=True, **changes), data())
     assert trainer.step == 3
@@ -153,7 +153,7 @@ def test_a_run_goes_on_as_flax_and_optax_do(full, state, tmp_path):
 
 
 def named(model, tree):
-    """A tree of flax parameters by our names, in the order of the model's."""
+    """A tree of flax parameters by our names, in the model's order."""
     ours = pmf.convert_official_state_dict(published_state_dict(tree))
     return {name: ours[name] for name, _ in model.named_parameters()}
 
@@ -177,7 +177,7 @@ NANO = pmf.ModelConfig(
 
 
 def numbers(seed):
-    """The parameters of NANO in the files below: place by name, plus seed, counted up modulo 7."""
+    """The parameters of NANO in the files below: counted up modulo 7, from the name's position plus `seed`."""
     names, tree = flat(flax_network.shapes(NANO, False)), {}
     for place, name in enumerate(sorted(names)):
         *path, last = name.split("/")
@@ -191,10 +191,10 @@ def numbers(seed):
 
 @pytest.mark.parametrize("how", ["orbax", "msgpack"])
 def test_states_of_the_versions_that_the_authors_pin(how):
-    """tests/data holds what jax 0.4.34, flax 0.10.4, orbax-checkpoint 0.6.4, tensorstore 0.1.78 and optax 0.2.5 wrote:
+    """Files in tests/data, by jax 0.4.34, flax 0.10.4, orbax-checkpoint 0.6.4, tensorstore 0.1.78 and optax 0.2.5.
 
-    params of numbers(0), averages of numbers(500), numbers(1000) and numbers(2000), and the moments after one
-    update by numbers(1), saved by save_checkpoint_multiprocess in each of its formats.
+    They hold the params numbers(0), the averages numbers(500), numbers(1000) and numbers(2000), and the moments after
+    one update by numbers(1), saved by save_checkpoint_multiprocess in each of its formats.
     """
     file, model = DATA / f"train_state_{how}.zip", pmf.create_model(NANO)
     read, grads = load_train_state(file), named(model, numbers(1))
@@ -290,7 +290,7 @@ def test_presets_sample_from_their_own_average(tmp_path, monkeypatch):
         pmf.PMFDiT.from_pretrained(tmp_path, weights="ema_7")
 
 
-def test_states_lie_beside_other_files_under_their_names(full, state, tmp_path):
+def test_states_are_found_by_name_beside_other_files(full, state, tmp_path):
     shutil.copy(full, tmp_path / "pMF-B-16-full.zip")
     torch.save({}, tmp_path / "pMF-B-16.pt")
     names = ("pMF-B/16-full:ema_500", "pMF-B-16-full.zip:ema_500")
@@ -302,7 +302,7 @@ def test_states_lie_beside_other_files_under_their_names(full, state, tmp_path):
 
 
 def test_a_state_of_many_devices_is_read_on_one(tmp_path):
-    """The authors' sharded training saves jax arrays of a mesh that is not here."""
+    """The authors' sharded training saves jax arrays for a device mesh that this machine does not have."""
     code = f"""
 import os
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
@@ -362,7 +362,7 @@ def test_parts_of_different_networks_are_refused(state, tmp_path):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("how", FORMATS)
 def test_torn_states_are_one_line_errors(state, tmp_path, how):
-    """Where one array cannot be read, orbax leaves the reading of others to report to nobody: hence the mark."""
+    """The warnings filter is needed because orbax abandons the other reads if one array cannot be read."""
 
     def refused(source):
         with pytest.raises(pmf.InputError, match="is not a readable JAX train state: ") as error:

@@ -16,7 +16,7 @@ from pmf.train.demo import digits
 
 @dataclass(frozen=True)
 class Numbered:
-    """Image i holds the bytes of i and has label i % 7; some are corrupt."""
+    """Image i holds the bytes of i and has label i % 7; those in `corrupt` cannot be read."""
 
     length: int
     corrupt: frozenset = frozenset()
@@ -33,7 +33,7 @@ class Numbered:
 
 
 def numbers(loader, steps):
-    """The indices of the images of that many batches."""
+    """The image indices of `steps` batches."""
     pairs = [next(loader) for _ in range(steps)]
     raw = torch.cat([((x + 1) * 127.5).round().to(torch.uint8) for x, _ in pairs])
     index = raw.flatten(1).view(torch.int32)[:, 0]
@@ -42,7 +42,7 @@ def numbers(loader, steps):
 
 
 def test_each_index_comes_once_an_epoch_over_ranks_workers_and_interruptions():
-    """10,000 images, 3 ranks, 2 workers; stopped twice, the second time to go on with one rank of no workers."""
+    """10,000 images on 3 ranks with 2 workers, stopped twice; the last part runs on one rank without workers."""
     data, batch, epochs = Numbered(10_000), 60, 2
     stops = [(0, 70, 3, 2), (70, 201, 3, 2), (201, 334, 1, 0)]
     seen = []
@@ -61,7 +61,7 @@ def test_each_index_comes_once_an_epoch_over_ranks_workers_and_interruptions():
 
 
 def test_digits_come_as_they_always_did():
-    """The batch of a step, written out: the permutation of its epoch, run through without a gap."""
+    """The batches of steps, written out: consecutive parts of the epochs' permutations, without a gap."""
     train, _ = digits()
     loader = Loader(train, 64, seed=3, first_step=20)
     both = torch.cat([epoch_order(1500, 3, 0), epoch_order(1500, 3, 1)])
@@ -174,8 +174,8 @@ def test_a_closed_loader_has_ended_its_workers():
     assert list(loader) == []
 
 
-def test_flipped_images_are_half_of_all_whoever_reads_them():
-    """A function of (seed, step) and the place in the global batch; without `flip` the same images, none mirrored."""
+def test_half_of_the_images_are_flipped_on_any_ranks_and_workers():
+    """A function of (seed, step) and the place in the global batch; `flip` changes nothing else."""
     images = torch.arange(400 * 6, dtype=torch.float32).view(400, 1, 2, 3)
     data, batch = ImageSet(images, torch.arange(400) % 7), 40
 

@@ -15,7 +15,7 @@ LOSS = pmf.LossConfig()
 
 
 def step_inputs(batch, loss_config=LOSS, seed=0, dtype=torch.float64):
-    """x, y and draws of one step on the tiny network."""
+    """x, y and draws of one step of the tiny network."""
     torch.manual_seed(seed)
     draws = pmf.sample_draws(batch, TINY.image_shape, loss_config)
     floats = {f.name: getattr(draws, f.name) for f in dataclasses.fields(draws)}
@@ -79,8 +79,8 @@ def test_the_oracle_gives_the_golden_numbers(differentiate):
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_loss_is_the_one_written_down(plan):
-    """Every equation of the method, on torch.func.jvp, against pmf_loss."""
+def test_loss_equals_the_reference_loss(plan):
+    """pmf_loss against the equations of the method with torch.func.jvp."""
     config = dataclasses.replace(LOSS, class_dropout=0.4, norm_p=0.7)
     x, y, d = step_inputs(8, config, seed=3)
     assert d.drop_mask.any() and (~d.fm_mask).any()
@@ -165,7 +165,7 @@ def test_plan_gives_each_row_what_the_table_says():
 
 
 def test_main_pass_saves_what_forward_saves():
-    """One training step keeps, beside its squared errors, what a plain forward of the same rows keeps."""
+    """A training step saves the same bytes with tangents as without."""
     x, y, draws = step_inputs(6)
     model = random_model()
     whole = dict(t_min=torch.zeros_like(draws.t), t_max=torch.ones_like(draws.t))

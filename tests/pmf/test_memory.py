@@ -1,4 +1,4 @@
-"""The expected training memory: counted per row as real passes save it, and for every size, precision and sharding."""
+"""The expected training memory: per row as real passes save it, for every size, precision and sharding."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ DEEP = dataclasses.replace(TINY, depth=6, aux_head_depth=2)
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_memory_per_row_is_what_a_row_saves(dtype):
-    """Counted on fake tensors: what a real forward pass of one more row keeps."""
+    """The count on fake tensors equals the bytes that a real forward pass saves for one more row."""
     model = pmf.create_model(TINY, impl="reference")
 
     def kept(rows):
@@ -30,7 +30,7 @@ def test_memory_per_row_is_what_a_row_saves(dtype):
 
 @pytest.mark.parametrize("checkpointing", ["none", "block"])
 def test_memory_of_a_deep_network_is_counted_on_shallow_ones(checkpointing):
-    """Every further block saves the same: as counted on the deep network itself."""
+    """Every further block saves the same, so the count equals that of the deep network itself."""
     whole = saved_per_row(DEEP, "reference", checkpointing)
     recomputed = saved_per_row(DEEP, "reference") // 8 if checkpointing == "block" else 0
     assert training_memory(DEEP, checkpointing, "reference").per_row == whole + recomputed
@@ -48,7 +48,7 @@ def test_the_largest_batch_is_what_is_expected_to_fit():
 
 
 def test_the_state_is_what_a_trainer_holds(tmp_path):
-    """Parameters and gradients, moments and averages of a run that has taken a step."""
+    """Parameters, gradients, moments and averages of a run that has taken a step."""
     trainer = Trainer(run_config(tmp_path / "run"), digits()[0])
     trainer.train_step(*next(trainer._loader()))
     parameters = list(trainer.model.parameters())
@@ -57,7 +57,7 @@ def test_the_state_is_what_a_trainer_holds(tmp_path):
         for part in trainer.optimizers.values()
         for state in part.state.values()
         for value in state.values()
-        if value.ndim > 0  # Adam counts its steps
+        if value.ndim > 0  # without step counts, which are scalars
     ]
     averages = [value for ema in trainer.emas.values() for value in ema.average.values()]
     held = sum(t.nbytes for t in (*parameters, *parameters, *moments, *averages))

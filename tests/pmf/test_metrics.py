@@ -60,7 +60,7 @@ def test_streaming_equals_whole_whatever_the_chunks(sizes):
         total = Statistics.of(part) if total is None else total.merge(Statistics.of(part))
     whole = Statistics.of(x.float())
     assert total.count == 50
-    # A running mean of values near 100 keeps their rounding; a covariance of order 1 reads it through the means.
+    # A running mean of values near 100 carries their rounding; the covariance, of order 1, reads it through the means.
     bound = 50 * 110 * EPS[np.float64]
     np.testing.assert_allclose(total.mu, whole.mu, rtol=0, atol=bound)
     np.testing.assert_allclose(total.sigma, whole.sigma, rtol=0, atol=10 * bound)
@@ -195,7 +195,7 @@ def test_precision_and_recall_at_their_ends():
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Two folders of 8 crops of scikit-learn's two photographs, 96 px, in other places."""
+    """Two folders of 8 crops of scikit-learn's two photographs, 96 px, at different places."""
     made = []
     for seed in (0, 1):
         draw = np.random.default_rng(seed)
@@ -209,7 +209,7 @@ def folders(tmp_path_factory):
 
 
 def uncertain_share(a, b, k, error):
-    """Share of a whose being within a ball of b an error in squared distances can change."""
+    """Share of a whose membership in the balls of b an error in squared distances can change."""
     distances = torch.cdist(a.double(), b.double())
     radii = torch.cdist(b.double(), b.double()).topk(k + 1, largest=False).values[:, -1]
     sure = (distances**2 <= radii**2 - 2 * error).any(1) | (distances**2 > radii**2 + 2 * error).all(1)
@@ -217,11 +217,11 @@ def uncertain_share(a, b, k, error):
 
 
 def frechet_bound(a, b):
-    """By how much torch-fidelity's distance of these statistics may differ from ours."""
-    # It averages features in float32: n roundings of each mean, read through |mu_a - mu_b|^2.
+    """Upper bound on the difference between torch-fidelity's distance of these statistics and ours."""
+    # It averages features in float32: n roundings of each mean, which enter |mu_a - mu_b|^2.
     rounding = 2 * EPS[np.float32] * np.linalg.norm([s.count * np.abs(s.features).mean(0) for s in (a, b)])
     means = 2 * np.linalg.norm(a.mu - b.mu) * rounding + rounding**2
-    # Eigenvalues of A B carry an error of d eps |A| |B|; the root of one near zero carries its root.
+    # Eigenvalues of A B have an error of d eps |A| |B|; the root of one near zero has the root of that error.
     error = len(a.mu) * EPS[np.float64] * np.linalg.norm(a.sigma, 2) * np.linalg.norm(b.sigma, 2)
     least = np.linalg.eigvals(a.sigma @ b.sigma).real.min() if a.count > len(a.mu) else 0
     return means + 2 * len(a.mu) * (error / np.sqrt(least) if least > error else np.sqrt(error))
@@ -253,7 +253,7 @@ def test_metrics_of_features_agree_with_torch_fidelity(fidelity):
 
 
 def check_precision_recall(ours, theirs, generated, real, *, least):
-    """Equal, but for images that the rounding of theirs can move across the edge of a ball."""
+    """Assert equality, except for images that torch-fidelity's rounding can move across the edge of a ball."""
     norm = max((x.double() ** 2).sum(1).max().item() for x in (generated, real))
     error = generated.shape[1] * EPS[np.float32] * 4 * norm  # of a squared distance in float32, whatever the formula
     for value, name, pair in zip(ours, ("precision", "recall"), ((generated, real), (real, generated)), strict=True):

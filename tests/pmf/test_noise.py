@@ -1,4 +1,4 @@
-"""Seeded noise: a function of the seed alone; its law from the table, exactly; then what millions of values show."""
+"""Seeded noise: a function of the seed; its distribution, exactly from the table; statistics of millions of values."""
 
 import hashlib
 import math
@@ -27,7 +27,7 @@ def normal_moment(order):
 
 
 def test_golden_bits():
-    """Whoever changes these changes every sample that was ever named by a seed."""
+    """A change of these bits changes the sample of every seed."""
     images = seeded_noise([0, 1, 2**32 - 1], SHAPE)
     assert images[0, 0, 0, :4].tolist() == [
         -1.032792091369629,
@@ -68,7 +68,7 @@ def test_threads_change_no_bit():
 
 
 def test_values_are_those_of_the_equation():
-    """In whole numbers, from the generator's bits and the table."""
+    """The equation in integers, from the generator's bits and the table."""
     table = np.rint(np.stack([noise._points().real, noise._points().imag], -1).astype(float) / UNIT).astype(int)
     index = np.random.SFC64(7).random_raw(COUNT // 8).view(np.uint16).reshape(4, -1)
     a, b, c, d = table[index].reshape(4, -1)
@@ -100,7 +100,7 @@ def test_the_default_dtype_changes_nothing(dtype):
 
 @pytest.mark.parametrize("columns", [2, 14, 768, 2**14, 2**14 + 2, 37632, 2 * 16411])
 def test_no_matrix_product_is_wide(columns):
-    """768 columns are of 32 px, 37,632 of 224; 16,411 is a prime."""
+    """768 columns are those of 32 px, 37,632 those of 224 px; 16,411 is prime."""
     pieces = noise._pieces(columns)
     assert columns % pieces == 0 and columns // pieces <= noise._WIDEST
     assert all(columns % fewer or columns // fewer > noise._WIDEST for fewer in range(1, pieces))
@@ -108,7 +108,7 @@ def test_no_matrix_product_is_wide(columns):
 
 @pytest.mark.parametrize("shape", [SHAPE, (3, 5, 7), (3, 224, 224), (1, 8, 16411)])
 def test_drawn_in_place(shape):
-    """Places beside it stay as they are."""
+    """Neighbouring memory is not written."""
     buffer = torch.full((4, *shape), math.nan)
     images = seeded_noise([4, 9], shape, out=buffer[1:3])
     assert images.data_ptr() == buffer[1].data_ptr() and torch.equal(images, seeded_noise([4, 9], shape))
@@ -155,7 +155,7 @@ def test_autograd_knows_that_out_has_changed(shape):
 
 
 def test_fake_tensors():
-    """Counting a network's operations draws noise too."""
+    """Counting operations draws noise on fake tensors too."""
     with FakeTensorMode():
         assert seeded_noise([1, 2], SHAPE).shape == (2, *SHAPE)
 
@@ -165,18 +165,18 @@ def test_bad_input_device_and_out():
         seeded_noise([0, 1], SHAPE, "cpu", out=torch.empty(2, *SHAPE))
 
 
-def test_a_gpu_is_sent_words_and_nobody_waits():
+def test_a_gpu_gets_random_words_by_asynchronous_copies():
     with Copies() as copies:
         assert seeded_noise(range(4), SHAPE, "meta").is_meta
     assert copies.seen == [(65536, True), (4 * COUNT // 8, True)]
 
 
-# The law, from the table.
+# The exact distribution, from the table.
 
 
 @pytest.fixture(scope="module")
 def points():
-    """The table as whole numbers: complex128 [65536]."""
+    """The table as integers: complex128 [65536]."""
     table = noise._points().astype(np.complex128) / UNIT
     assert table.shape == (65536,) and np.array_equal(table, np.rint(table.real) + 1j * np.rint(table.imag))
     return table
@@ -186,7 +186,7 @@ def points():
 def law(points):
     """(y, P(Y = y)) of one value, the sum of four independent coordinates; it is symmetric.
 
-    On a circle of 16 deviations: what lies beyond 8, less than 1e-14, comes back on the other side.
+    y wraps around at 8 standard deviations: the probability beyond, less than 1e-14, lands on the other side.
     """
     size = 2**24
     single = np.bincount(points.real.astype(int) % size, minlength=size) / len(points)
@@ -199,7 +199,7 @@ def test_float32_holds_every_sum(points):
 
 
 def test_points_turn_by_quarters(points):
-    """So that both coordinates have one law, symmetric and without correlation."""
+    """Hence both coordinates have the same distribution, symmetric and uncorrelated."""
     assert len(set(points)) == 65536 and set(points) == set(1j * points)
 
 
@@ -217,7 +217,7 @@ def test_tail(law, start, bound):
 
 
 def test_distribution_function_of_a_point(points):
-    """What one sees who takes the mix back."""
+    """The distribution of the table's points, before four of them are mixed."""
     ordered = torch.special.ndtr(torch.from_numpy(np.sort(2 * UNIT * points.real)))
     assert (ordered - (torch.arange(65536) + 0.5) / 65536).abs().max() < 6e-4 - 0.5 / 65536
 
@@ -231,7 +231,7 @@ def test_moments_of_a_value(law, order):
 def test_mixed_moments_of_the_values_that_share_points(points):
     """Eight values are a linear map of four independent points: their cumulants are sums of the points'.
 
-    Cumulants to order 4 say what moments to order 4 say: those of independent normals are 0, the unit matrix, 0, 0.
+    Cumulants up to order 4 determine the moments; those of independent normals are 0, the unit matrix, 0, 0.
     """
     z = np.stack([points.real, points.imag], 1) * UNIT
     first, second, third = z.mean(0), z.T @ z / len(z), np.einsum("ni,nj,nk->ijk", z, z, z, optimize=True) / len(z)
@@ -248,7 +248,7 @@ def test_mixed_moments_of_the_values_that_share_points(points):
 
 
 def test_mixed_moments_of_a_point(points):
-    """The two coordinates of a point, which lie beside each other in an image: to order 10."""
+    """The two coordinates of a point, which are neighbours in an image: up to order 10."""
     a, b = 2 * UNIT * points.real, 2 * UNIT * points.imag
     for n in range(11):
         for m in range(11 - n):
@@ -256,30 +256,30 @@ def test_mixed_moments_of_a_point(points):
             assert abs((a**n * b**m).mean() - normal_moment(n) * normal_moment(m)) < 1e-6 * size
 
 
-# What millions of values show. Seeds are fixed: these either always pass or never.
+# Statistics of millions of values. Seeds are fixed: these tests pass always or never.
 
 
 @pytest.fixture(scope="module")
 def images():
-    """3 million values of neighbouring seeds, float64 [1024, 3072]."""
+    """3 million values of consecutive seeds, float64 [1024, 3072]."""
     return seeded_noise(range(SEEDS), SHAPE).flatten(1).double()
 
 
 def standard_chi_square(counts):
-    """Of equally likely bins: about N(0, 1)."""
+    """Chi-square of equally likely bins, standardised: about N(0, 1)."""
     expected, freedom = counts.sum() / len(counts), len(counts) - 1
     return (((counts - expected) ** 2 / expected).sum().item() - freedom) / math.sqrt(2 * freedom)
 
 
 def test_kolmogorov_smirnov(images):
-    """Larger than 1.95 in one of a thousand cases."""
+    """The statistic exceeds 1.95 with probability 0.001."""
     ordered = torch.special.ndtr(images.flatten().sort().values)
     ranks = (torch.arange(len(ordered)) + 0.5) / len(ordered)
     assert (ordered - ranks).abs().max().item() * math.sqrt(len(ordered)) < 1.95
 
 
 def test_every_seed_is_normal(images):
-    """Chi-square of 16 bins, seed by seed: these follow their law too."""
+    """Chi-square of 16 bins per seed; the scores follow their own distribution too."""
     bins = (torch.special.ndtr(images) * 16).long()
     scores = torch.tensor([standard_chi_square(torch.bincount(image, minlength=16)) for image in bins])
     assert abs(scores.mean()) < 4 / math.sqrt(SEEDS) and 0.85 < scores.std() < 1.15 and scores.max() < 6
@@ -291,16 +291,16 @@ DISTANCES = [1, 2, 3, 4, 7, 8, 16, 31, 32, 33, 64, 1024, 1025, 2048, 3071, 3072,
 
 @pytest.mark.parametrize("distance", sorted(set(DISTANCES)))
 def test_pairs_are_independent(images, distance):
-    """Joint bins, 16 by 16, of values so far apart: within points and groups, over rows, channels and seeds."""
+    """Joint bins, 16 by 16, of values at a distance: within points and groups, across rows, channels and seeds."""
     bins = (torch.special.ndtr(images.flatten()) * 16).long()
-    for start in (0, 1):  # points begin at even places
+    for start in (0, 1):  # points start at even indices
         first, second = bins[start:-distance:2], bins[start + distance :: 2]
         counts = torch.bincount(16 * first + second[: len(first)], minlength=256)
         assert abs(standard_chi_square(counts)) < 4.5
 
 
 def test_the_eight_values_of_a_group_are_independent(images):
-    """Their signs together, and which of them are larger than usual: 256 equally likely cases each."""
+    """Their joint signs, and which of them exceed the median magnitude: 256 equally likely cases each."""
     groups = images.view(SEEDS, 4, -1, 2).transpose(1, 2).reshape(-1, 8)
     for cases in (groups > 0, groups.abs() > 0.6744897501960817):
         counts = torch.bincount((cases.long() << torch.arange(8)).sum(1), minlength=256)
@@ -309,7 +309,7 @@ def test_the_eight_values_of_a_group_are_independent(images):
 
 @pytest.mark.parametrize("power", [1, 2, 3])
 def test_no_correlation_at_any_distance(images, power):
-    """Of powers of values, within images and between those of neighbouring seeds."""
+    """Correlations of powers of values, within images and between images of consecutive seeds."""
     moved = images**power
     moved = (moved - moved.mean()) / moved.std()
     waves = torch.fft.fft(moved)
@@ -322,7 +322,7 @@ def test_no_correlation_at_any_distance(images, power):
 
 @pytest.mark.parametrize("power", [1, 2])
 def test_seeds_far_apart_are_unrelated(power):
-    """At every distance of large images."""
+    """No correlation at any distance in large images."""
     values = seeded_noise([0, 1, 2**31, 2**31 + 1, 2**32 - 1], (3, 256, 256)).flatten(1).double() ** power
     values = (values - values.mean()) / values.std()
     waves = torch.fft.rfft(values)
@@ -333,7 +333,7 @@ def test_seeds_far_apart_are_unrelated(power):
 
 
 def test_the_spectrum_is_flat(images):
-    """Mean power of every frequency of the plane, channel by channel, but those whose coefficients are real."""
+    """Mean power of every spatial frequency per channel, without the columns that have real coefficients."""
     power = torch.fft.rfft2(images.view(SEEDS, *SHAPE)).abs().square().mean(0)[..., 1:-1] / 1024
     z = (power - 1) * math.sqrt(SEEDS)
     assert z.abs().max() < 5 and 0.95 < z.std() < 1.05

@@ -1,6 +1,6 @@
-"""Muon and Adam of a run are those of optax.contrib.muon, as the authors call it, from the first step on.
+"""Muon and Adam equal optax.contrib.muon, as the authors call it, from the first step on.
 
-Gradients change their size by nine orders of magnitude from step to step, and are zero at times.
+Gradients vary by orders of magnitude from step to step, and are sometimes zero.
 """
 
 import pytest
@@ -43,14 +43,14 @@ class Parameters(nn.Module):
 
 
 def gradients(model, step, generator):
-    """Random ones of another scale at each step and each parameter."""
+    """Random gradients, at a different scale for each step and parameter."""
     for i, (name, p) in enumerate(model.named_parameters()):
         scale = 0.0 if "still" in name else SCALES[(step + i) % len(SCALES)]
         yield name, scale * torch.randn(p.shape, generator=generator, dtype=p.dtype)
 
 
 def in_flax(name, value):
-    """As flax lays it out: a Linear's weight [in, out], the class table [1, N, C]."""
+    """The value in flax's layout: a Linear's weight [in, out], the class table [1, N, C]."""
     value = value.detach().numpy()
     if name == "table.weight":
         return value[None]
@@ -64,7 +64,7 @@ def from_flax(name, value, like):
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.float64, 1e-12)], ids=str)
 def test_two_hundred_steps_are_those_of_optax(optax, dtype, bound):
-    """Every parameter after every step; one step moves it by about a thousandth."""
+    """Compares every parameter after every step; a step moves it by about a thousandth."""
     import jax
 
     torch.manual_seed(0)

@@ -23,7 +23,7 @@ def test_linear_weights_go_to_muon_and_the_rest_to_adam():
 
 
 def newton_schulz(update, steps):
-    """Five steps of the quintic iteration, from its definition."""
+    """The quintic iteration, from its definition."""
     a, b, c = 3.4445, -4.775, 2.0315
     x = update / update.norm()
     wide = x if x.shape[0] <= x.shape[1] else x.T
@@ -34,7 +34,7 @@ def newton_schulz(update, steps):
 
 
 def ahead(mean, gradient, beta, t):
-    """Nesterov's look ahead, each term corrected for the zero that the running mean started at."""
+    """Nesterov's lookahead, with bias correction of each term."""
     return beta * mean / (1 - beta ** (t + 1)) + (1 - beta) * gradient / (1 - beta**t)
 
 
@@ -50,7 +50,7 @@ def test_muon_follows_its_definition_from_the_first_step(shape):
         muon.step()
         mean = 0.95 * mean + 0.05 * gradient
         expected -= 0.1 * math.sqrt(max(1, shape[0] / shape[1])) * newton_schulz(ahead(mean, gradient, 0.95, t), 5)
-    assert (linear.weight - expected).abs().max() < 1e-6  # the 1e-8 that is added to norms moves it by as much
+    assert (linear.weight - expected).abs().max() < 1e-6  # the 1e-8 added to norms changes it by about as much
     assert muon.state[linear.weight]["step"] == 5
 
 
@@ -64,7 +64,7 @@ def test_adam_follows_its_definition_and_counts_each_parameters_steps():
     for step in range(6):
         for p in (model.bias, model.gate):
             p.grad = None
-            if step % 2 and p is model.gate:  # every other step it has no gradient, and stays as it is
+            if step % 2 and p is model.gate:  # without a gradient every other step: unchanged
                 continue
             p.grad, p.t = torch.randn_like(p) * 10.0**-step, p.t + 1
             p.mean, p.square = 0.9 * p.mean + 0.1 * p.grad, 0.95 * p.square + 0.05 * p.grad**2
@@ -79,7 +79,7 @@ def test_adam_follows_its_definition_and_counts_each_parameters_steps():
 def test_steps_are_counted_whatever_the_defaults_of_pytorch_are():
     linear = torch.nn.Linear(4, 3)
     optimizers = build_optimizers(linear, OptimizerConfig()).values()
-    torch.set_default_dtype(torch.bfloat16)  # which counts to 256
+    torch.set_default_dtype(torch.bfloat16)  # counts only to 256
     try:
         with torch.device("meta"):
             for _ in range(300):
@@ -93,7 +93,7 @@ def test_steps_are_counted_whatever_the_defaults_of_pytorch_are():
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
-def test_copies_of_optimizers_go_on_as_they_do(copied):
+def test_copies_of_optimizers_take_the_same_steps(copied):
     linear = torch.nn.Linear(4, 3)
     pair = linear, build_optimizers(linear, OptimizerConfig())
 
@@ -149,7 +149,7 @@ def rates(steps, **changes):
 
 def test_learning_rate_warms_up_from_zero():
     assert rates(6, warmup_steps=4) == pytest.approx([0.0, 0.5, 1.0, 1.5, 2.0, 2.0])
-    assert rates(4, warmup_steps=8) == pytest.approx([0.0, 0.25, 0.5, 0.75])  # longer than the run
+    assert rates(4, warmup_steps=8) == pytest.approx([0.0, 0.25, 0.5, 0.75])  # warm-up longer than the run
     assert rates(6, warmup_steps=2, decay_share=1.0) == pytest.approx([0.0, 1.0, 2.0, 1.5, 1.0, 0.5])
 
 

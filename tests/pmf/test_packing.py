@@ -1,4 +1,4 @@
-"""Joined weights: values and gradients are those of padding, concatenating and casting one by one."""
+"""Joined weights: values and gradients equal those of padding, concatenating and casting one by one."""
 
 import dataclasses
 
@@ -32,7 +32,7 @@ class Parts(PackedModule):
 
 
 def gradients(parts, weights, **options):
-    """Of a sum with fixed weights over all joined weights but the last."""
+    """Gradients of a fixed weighted sum over all joined weights except the last."""
     torch.manual_seed(1)
     loss = sum((w.float() * torch.randn(w.shape)).square().sum() for w in weights[:-1])
     return torch.autograd.grad(loss, list(parts.parameters()), allow_unused=True, **options)
@@ -84,7 +84,7 @@ def test_a_frozen_part_gets_no_gradient():
 
 
 class Operations(TorchDispatchMode):
-    """Names of the operations that would each be a launch."""
+    """Records the names of operations, each of which would be a launch."""
 
     def __init__(self):
         super().__init__()
@@ -96,7 +96,7 @@ class Operations(TorchDispatchMode):
 
 
 def test_a_step_copies_no_weight_by_itself():
-    """Under autocast, one pass joins and casts every Linear weight; backward has one for each layer that joins."""
+    """Under autocast one pass joins and casts all Linear weights; backward has one pass per layer that joins."""
     model, (x, y, draws) = random_model(TINY, dtype=torch.float32), step_inputs(8)
     x, draws = x.float(), dataclasses.replace(draws, noise=draws.noise.float())
     with torch.autocast("cpu", torch.bfloat16), Operations() as operations, model.held_weights():

@@ -22,7 +22,7 @@ needs_extras = pytest.mark.extras
 
 
 def package(name):
-    """A package of the extra; the test is skipped where it does not import (torchvision wants its own torch)."""
+    """A package of the extra; skips the test if it cannot be imported (torchvision needs its matching torch)."""
     with _own_kernels_hidden():
         return pytest.importorskip(
             name,
@@ -49,7 +49,7 @@ def _convnext_network(**options):
 
 
 def scattered(network):
-    """The network, none of its biases, norms and response scales at the value it starts from."""
+    """The network with random changes to biases, norms and response scales, so that none has its initial value."""
     for name, parameter in network.named_parameters():
         if parameter.ndim == 1 or "grn" in name:
             parameter.data += torch.randn_like(parameter) / 4
@@ -97,7 +97,7 @@ TERMS = {
 @needs_extras
 @pytest.mark.parametrize("term", TERMS)
 def test_distance_and_gradient_are_the_packages_own(term):
-    """In float64 to rounding; below, no further from float64 than twice the package in the same precision."""
+    """In float64 up to rounding; in lower precision with at most twice the package's error."""
     build, ours, theirs = TERMS[term]
     a, b = image_pair()
     weights = torch.tensor([1.0, -3.0], dtype=torch.float64)
@@ -107,7 +107,7 @@ def test_distance_and_gradient_are_the_packages_own(term):
     for dtype in (torch.float32, torch.bfloat16):
         network = build().to(dtype)
         rough = with_gradient(functools.partial(theirs, network), a.to(dtype), b.to(dtype), weights)
-        # Ours takes float32 images in bfloat16, too: what it is given is not rounded before it is scaled.
+        # Ours takes float32 images also in bfloat16: they are scaled before they are rounded.
         wide = torch.promote_types(dtype, torch.float32)
         fine = with_gradient(ours(build(), dtype), a.to(wide), b.to(wide), weights)
         for actual, packages, expected in zip(fine, rough, exact, strict=True):
@@ -117,7 +117,7 @@ def test_distance_and_gradient_are_the_packages_own(term):
 
 @needs_extras
 def test_features_are_pooled_and_normalised_with_the_methods_eps():
-    """Also where the stored configuration has another eps: the library's default is 1e-12."""
+    """Even if the stored configuration has another eps: the library's default is 1e-12."""
     _, x = image_pair()
     other = convnext_network(layer_norm_eps=1e-2)
     features = ConvNextDistance(other, torch.float64).features(x)
@@ -148,10 +148,10 @@ def colour_step(times, dtype=torch.float64):
 
 
 @needs_extras
-def test_loss_with_both_terms_is_the_one_written_down():
-    """The loss row by row: crops as written out, distances by the packages, adaptive weights; every gradient.
+def test_loss_and_gradients_with_both_terms_equal_a_row_by_row_computation():
+    """The expected loss uses explicit crops, the packages' distances and adaptive weights, row by row.
 
-    LPIPS with AlexNet's trunk goes through the same code as with VGG's in a tenth of the time.
+    LPIPS with AlexNet's trunk takes the same code path as with VGG's, in a tenth of the time.
     """
     x, y, draws = colour_step([0.3, 0.9, 0.6])
     model, lpips, convnext = random_model(COLOUR), lpips_network("alex"), convnext_network()
@@ -182,7 +182,7 @@ def test_loss_with_both_terms_is_the_one_written_down():
 
 
 class PatchDistance(nn.Module):
-    """A row's distance after a fixed random convolution: a network that needs no package."""
+    """Distance per row after a fixed random convolution: a term that needs no package."""
 
     def __init__(self, dtype=torch.float64):
         super().__init__()
@@ -216,7 +216,7 @@ def test_a_step_is_a_function_of_its_seed():
     first = step(a, x)["lpips"]
     assert torch.equal(first, step(a, x)["lpips"]) and torch.equal(first, perceptual.for_step(3)(a, x)["lpips"])
     assert not torch.equal(first, perceptual.for_step(4)(a, x)["lpips"])
-    assert torch.equal(state, torch.get_rng_state())  # the global generator serves only where no seed is given
+    assert torch.equal(state, torch.get_rng_state())  # the global generator is used only without a seed
     assert not torch.equal(perceptual(a, x)["lpips"], perceptual(a, x)["lpips"])
 
 
@@ -259,7 +259,7 @@ def test_the_gradient_is_differentiated_once():
 
 
 def bytes_kept(run):
-    """Bytes, each storage once, that autograd still keeps for backward when `run` has returned."""
+    """Bytes that autograd still holds for backward after `run` has returned, each storage once."""
     alive = weakref.WeakSet()
 
     class Kept:
@@ -275,7 +275,7 @@ def bytes_kept(run):
     return sum(storages.values())
 
 
-def test_an_image_per_row_and_term_waits_for_backward():
+def test_only_an_image_gradient_per_row_and_term_is_kept_for_backward():
     rows, size = 3, 64
     a, x = image_pair(rows, size, dtype=torch.float32)
     perceptual = PerceptualLoss({name: PatchDistance(torch.float32) for name in ("lpips", "convnext")})
@@ -305,7 +305,7 @@ def test_autocast_changes_nothing():
 
 
 def without_reading(perceptual):
-    """Value and gradient on the meta device, where reading a number, as a synchronisation would, is an error."""
+    """Compute value and gradient on the meta device, where reading a number (a synchronisation) raises."""
     with pytest.raises((RuntimeError, NotImplementedError)):
         torch.ones(1, device="meta").item()
     x_hat = torch.empty(5, 3, 256, 256, device="meta", requires_grad=True)
@@ -332,7 +332,7 @@ def test_networks_hold_their_weights_in_the_dtype_and_channels_last():
     terms["convnext"] = ConvNextDistance(convnext_network(), torch.bfloat16)
     perceptual = PerceptualLoss(terms)
     convolutions = [m for m in perceptual.modules() if isinstance(m, nn.Conv2d)]
-    assert len(convolutions) == 13 + 9  # VGG-16's; stem, three between stages and one in each of five blocks
+    assert len(convolutions) == 13 + 9  # VGG-16's; a stem, three between stages, one in each of five blocks
     for convolution in convolutions:
         assert convolution.weight.dtype == torch.bfloat16
         assert convolution.weight.is_contiguous(memory_format=torch.channels_last)

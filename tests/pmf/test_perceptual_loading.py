@@ -51,7 +51,7 @@ def test_convnext_loads_from_a_directory_with_its_classifier(tmp_path):
     whole.save_pretrained(tmp_path)
     loaded = PerceptualLoss.load(None, tmp_path, dtype=torch.float32)
     assert same_weights(loaded.terms["convnext"], ConvNextDistance(network, torch.float32))
-    assert "kernels" not in sys.modules  # transformers took the folder of this clone for a package of that name
+    assert "kernels" not in sys.modules  # transformers mistook this repository's folder for that package
 
     del whole.convnextv2.layernorm
     whole.save_pretrained(tmp_path)

@@ -9,7 +9,7 @@ from tests.networks import golden, official_shapes
 @pytest.mark.parametrize("name", official_shapes())
 @pytest.mark.parametrize("aux_head", [True, False])
 def test_published_names_and_shapes_load_and_convert_back(name, aux_head):
-    """On meta tensors: no published size needs its memory to be checked."""
+    """On meta tensors, so that the published sizes take no memory."""
     inference = lambda key: aux_head or not key.startswith("net.v_")  # noqa: E731
     shapes = {key: shape for key, shape in official_shapes()[name].items() if inference(key)}
     state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
@@ -31,7 +31,7 @@ def test_values_come_back_unchanged():
     assert pmf.convert_official_state_dict(back | {ROPE: rope}).keys() == golden().model().state_dict().keys()
 
 
-def test_the_prefix_stands_on_every_key_or_on_none():
+def test_the_prefix_is_on_every_key_or_on_none():
     state = golden().state
     bare = {key.removeprefix("net."): value for key, value in state.items()}
     expected = pmf.convert_official_state_dict(state)

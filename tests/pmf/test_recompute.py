@@ -10,7 +10,7 @@ from tests.pmf.test_loss import LOSS, gradients, step_inputs
 
 
 @pytest.mark.parametrize("conditioning", ["in_context", "adaln"])
-def test_gradients_are_those_without(conditioning):
+def test_gradients_are_those_without_checkpointing(conditioning):
     config = dataclasses.replace(TINY, conditioning=conditioning)
     x, y, draws = step_inputs(6)
     plain, expected = gradients(random_model(config), x, y, draws, LOSS)
@@ -31,7 +31,7 @@ def test_only_the_inputs_of_blocks_are_kept():
 
 
 def test_backward_recomputes_values_and_no_tangent():
-    """Checkpointing adds at most one plain forward pass of the four blocks to a step."""
+    """Checkpointing adds at most one plain forward pass of the four blocks to the step."""
     x, y, draws = step_inputs(6)
     count = {}
     for mode in ("none", "block"):

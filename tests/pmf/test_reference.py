@@ -1,4 +1,4 @@
-"""Every reference op: value against a plain formula, tangent against torch.func.jvp, in float64."""
+"""Reference ops in float64: values against plain formulas, tangents against torch.func.jvp."""
 
 import math
 
@@ -90,11 +90,11 @@ CASES = {
 TAKES = {name: (0, 2, 3) for name in CASES if name.startswith("norm")}
 TAKES |= {name: (0, 1, 2, 4, 5) for name in CASES if name.startswith("residual")}
 TAKES |= {name: (0, 6) for name in CASES if name.startswith("patch")}
-"""Inputs that may have a tangent, where some of those are absent or per channel."""
+"""Inputs that are passed as Duals, for ops where some of them may be absent or per channel."""
 
 
 def run(op, primals, dots, tangible, options):
-    """Values and tangents of a reference op, whose inputs at `tangible` are Duals, absent ones too."""
+    """Values and tangents of a reference op; its inputs at `tangible` are Duals, even absent ones."""
     given = (Dual(p, d) if i in tangible else p for i, (p, d) in enumerate(zip(primals, dots, strict=True)))
     results = op(*given, **options)
     duals = [results] if isinstance(results, Dual) else results
@@ -102,7 +102,7 @@ def run(op, primals, dots, tangible, options):
 
 
 def subsets(indices):
-    """All of them, and each alone."""
+    """All indices together, and each alone."""
     return [indices, *((i,) for i in indices if len(indices) > 1)]
 
 

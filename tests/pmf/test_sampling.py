@@ -94,7 +94,7 @@ def test_bad_input_is_one_line_that_names_the_argument(change, message):
 
 
 class Joins(TorchDispatchMode):
-    """How often weights are joined: all in one pass, or some by themselves."""
+    """Counts how often weights are joined: all in one pass, or some on their own."""
 
     def __init__(self):
         super().__init__()
@@ -134,7 +134,7 @@ def test_a_sampler_pads_a_last_batch_that_is_not_full():
     sampler = pmf.Sampler(model, 4, **SETTING)
     images = sampler([0, 1, 2, 3, 4], seeds=[9, 8, 7, 6, 5])
     assert images.shape == (5, *TINY.image_shape)
-    # The batch that was padded held the rows of the one before.
+    # The padded batch repeats rows of the previous one.
     padded = pmf.generate(model, [4, 1, 2, 3], seeds=[5, 8, 7, 6], **SETTING)
     assert torch.equal(images[4], padded[0])
     assert torch.allclose(images, pmf.generate(model, [0, 1, 2, 3, 4], seeds=[9, 8, 7, 6, 5], **SETTING), atol=1e-5)
@@ -147,7 +147,7 @@ def test_a_sampler_follows_weights_changed_in_place():
     model.load_state_dict(other.state_dict())
     assert torch.equal(sampler([0, 1]), pmf.generate(other, [0, 1], **SETTING))
     assert not torch.equal(sampler([0, 1]), before)
-    for parameter in model.parameters():  # leaves no trace in the parameter's version
+    for parameter in model.parameters():  # does not change the parameter's version counter
         parameter.data.mul_(0.5)
     assert torch.equal(sampler([0, 1]), pmf.generate(model, [0, 1], **SETTING))
     model.double()

@@ -1,4 +1,4 @@
-"""Products in autocast's dtype whose sums stay in float32; and what the network gains by them."""
+"""Products in autocast's dtype whose sums stay in float32, and their effect on samples."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_operands_are_rounded_and_the_sum_is_not(rows):
     x, weight = operands(rows)
     with torch.autocast("cpu", BF16):
         y = wide_linear(x, weight)
-    assert torch.equal(y, wide_linear(x.to(BF16), weight.to(BF16)))  # operands that are low already
+    assert torch.equal(y, wide_linear(x.to(BF16), weight.to(BF16)))  # operands in low precision already
     exact = x.to(BF16).double() @ weight.to(BF16).double().T
     assert y.dtype == torch.float32 and y.shape == (*rows, 7)
     assert torch.allclose(y.double(), exact, rtol=0, atol=16 * 2**-24 * 16)  # 16 terms of at most about 16
@@ -37,7 +37,7 @@ def test_operands_are_rounded_and_the_sum_is_not(rows):
         assert ((got - truth).abs() <= 2**-8 * truth.abs() + 1e-5).all()  # a rounding step of autocast's dtype
 
 
-def test_of_wider_operands_it_is_the_product_and_strides_do_not_matter():
+def test_float64_operands_are_multiplied_exactly_with_any_strides():
     x, weight = operands((6, 5), dtype=torch.float64)
     assert torch.autograd.gradcheck(wide_linear, (x, weight))
     cut, w = x.detach()[:, 2:], weight.detach()
@@ -94,7 +94,7 @@ def test_a_wide_linear_errs_less_than_a_linear_and_its_bias_is_not_rounded():
 
 
 def test_a_wide_linear_computes_and_keeps_what_a_linear_does():
-    """Operations, and bytes saved for backward; what is wider is the result alone."""
+    """Operations and bytes saved for backward are equal; only the result is wider."""
     costs = []
     for kind in (Linear, WideLinear):
         layer, x, saved = kind(64, 32, bias=True), torch.randn(2, 100, 64, requires_grad=True), {}

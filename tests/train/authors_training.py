@@ -1,7 +1,7 @@
-"""The authors' training step in JAX, as far as weights see it, written for the tests.
+"""The authors' training step in JAX, as far as it affects weights, written for the tests.
 
-Weights lie as flax has them, since optax.contrib.muon chooses by dimensions: Dense kernels [in, out] are the matrices,
-convolutions [h, w, in, out], the class table, tokens and positions [1, n, C]. Random numbers are given.
+Weights have flax's layout, since optax.contrib.muon selects them by dimensions: Dense kernels [in, out] are its
+matrices; convolutions are [h, w, in, out], the class table, tokens and positions [1, n, C]. Random numbers are inputs.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def as_torch(value: jax.Array) -> Tensor:
 
 
 def to_flax(name: str, value):
-    """A parameter, named and laid out as ours, as flax lays it out."""
+    """Convert a parameter of ours, of this name, to flax's layout."""
     if name.startswith(("conditioning.classes", "conditioning.tokens", "patch_embed.positions")):
         return value[None]
     if value.ndim == 4:
@@ -56,7 +56,7 @@ def from_flax(name: str, value):
 
 
 class SmallDistance(nn.Module):
-    """A distance [B] between images [B, 3, H, W] by a small random network, in the place of LPIPS and ConvNeXt."""
+    """A distance [B] between images [B, 3, H, W] by a small random network, instead of LPIPS and ConvNeXt."""
 
     def __init__(self, seed: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class SmallDistance(nn.Module):
         return (self.features(a) - self.features(b)).square().mean(1)
 
     def in_jax(self, a, b):
-        """The same of images [B, H, W, 3]."""
+        """The same distance in JAX, of images [B, H, W, 3]."""
 
         def features(x):
             for weight, stride in ((self.first, 8), (self.second, 4)):
@@ -88,7 +88,7 @@ class SmallDistance(nn.Module):
 
 
 def crop(image, box, size: int = CROP_SIZE):
-    """The box (top, left, height, width) of an image [H, W, C], resized to [size, size, C] as the authors do."""
+    """Resize the box (top, left, height, width) of an image [H, W, C] to [size, size, C] as the authors do."""
     scale = size / box[2:]
     return jax.image.scale_and_translate(
         image, (size, size, image.shape[2]), (0, 1), scale, -box[:2] * scale, method="cubic", antialias=True
@@ -96,7 +96,7 @@ def crop(image, box, size: int = CROP_SIZE):
 
 
 def draw_boxes(seed: int, rows: int, height: int, width: int):
-    """Boxes (top, left, height, width) [rows, 4] of the authors' law, each of a key of its own."""
+    """Draw boxes (top, left, height, width) [rows, 4] as the authors do, each with its own key."""
 
     def box(key):
         of_area, of_ratio, of_top, of_left = jax.random.split(key, 4)
@@ -113,13 +113,13 @@ def draw_boxes(seed: int, rows: int, height: int, width: int):
 
 
 def ema_decay(step, half_life_kimg: float, batch: int):
-    """The weight of the average after update `step` (from 1), with the authors' ramp."""
+    """Decay of the average in update `step` (from 1), with the authors' ramp."""
     half_life = jnp.minimum(half_life_kimg * 1000, step * batch * 0.05)
     return 0.5 ** (batch / jnp.maximum(half_life, 1e-8))
 
 
 class AuthorsTraining:
-    """Weights, optax's state and averages; `step` moves them by one batch."""
+    """Weights, optax's state and averages; `step` updates them by one batch."""
 
     def __init__(
         self,
@@ -167,13 +167,13 @@ class AuthorsTraining:
         return {"step": step, "params": params, "optimizer": optimizer, "averages": averages}, loss
 
     def step(self, x: Tensor, y: Tensor, draws: pmf.Draws, boxes: Tensor) -> float:
-        """One step on images x, labels y and the given draws and boxes (top, left, height, width); its loss."""
+        """Take a step on images x, labels y and these draws and boxes (top, left, height, width); return its loss."""
         batch = arrays({"x": x, "y": y, **vars(draws)})
         self.state, loss = self._jitted(self.state, batch, as_jax(boxes.to(x.dtype)))
         return float(loss)
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
-        """The network's weights and the averages, named and laid out as ours."""
+        """The network's weights and the averages, with our names and layout."""
         kinds = {"model": self.state["params"]} | {f"ema_{k:g}": v for k, v in self.state["averages"].items()}
         return {
             kind: {name: as_torch(from_flax(name, value)) for name, value in tensors.items()}

@@ -1,4 +1,4 @@
-"""An evaluation with a small extractor, as tests call it: in this process, killed, or under torchrun."""
+"""An evaluation with a small extractor, for tests in this process, in one to be killed, or under torchrun."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ SETTINGS = dict(omega=(1.5, 3.0), interval=("0,1", "0.1,0.7"), per_class=6, chun
 
 
 class Toy(torch.nn.Module):
-    """Uint8 images of any size -> 6 features, 4 logits; `calls` counts the batches, each `delay` seconds long.
+    """Uint8 images of any size -> 6 features, 4 logits; `calls` counts batches, each of which takes `delay` seconds.
 
-    With the half-pixel resize it reads images from the other side.
+    With the half-pixel resize its features differ.
     """
 
     resize: Resize = "tf1"
@@ -50,14 +50,14 @@ class Toy(torch.nn.Module):
 
 
 def checkpoint(path: Path) -> Path:
-    """A random network for small pictures in colour."""
+    """Save a random network for small colour pictures."""
     model = random_model(COLOUR, dtype=torch.float32)
     pmf.save_model(path, COLOUR, model.state_dict())
     return path
 
 
 def evaluate(config: EvalConfig, extractor: torch.nn.Module | None = None, world: World = ALONE) -> list[dict]:
-    """The lines of an evaluation on the CPU."""
+    """Run an evaluation on the CPU and return its lines."""
     made = extractor or Toy()
 
     def extractor_of(resize: Resize) -> torch.nn.Module:

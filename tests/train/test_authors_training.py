@@ -1,7 +1,7 @@
 """Twenty steps of the authors' training, in JAX with optax, and twenty of ours give the same weights and averages.
 
-The network, the loss with perceptual terms, the crops, the optimizer and the averages are the whole of a step; images,
-labels and random numbers are handed to both. In float64 nothing but a disagreement could tell the two apart.
+A step is the network, the loss with perceptual terms, the crops, the optimizer and the averages; both sides get the
+same images, labels and random numbers. In float64 any difference beyond rounding is a disagreement.
 """
 
 from dataclasses import replace
@@ -23,15 +23,15 @@ from tests.networks import golden, relative_error
 pytestmark = pytest.mark.extras
 
 STEPS, BATCH, SEED = 20, 8, 3
-# Published settings, but for draws that reach every branch within few rows: t below its clip, dropped classes.
+# Published settings, except that draws must reach every branch within few rows: t below its clip, dropped classes.
 LOSS = replace(pmf.LOSSES["pMF-B/16"], p_mean=-1.5, p_std=2.0, tr_uniform=True, class_dropout=0.4)
 NETWORK = replace(golden().config, noise_scale=2.0)
-HALF_LIVES = (0.002, 0.005, 500.0)  # thousands of images: two that the ramp reaches, and one that it does not
+HALF_LIVES = (0.002, 0.005, 500.0)  # thousands of images: the ramp reaches the first two only
 
 
 @pytest.fixture(scope="module")
 def authors():
-    """The authors' side, where JAX and optax are installed."""
+    """The module of the authors' side; skips the test without JAX and optax."""
     pytest.importorskip("optax", reason="JAX and optax are not installed")
     from tests.train import authors_training
 
@@ -40,7 +40,7 @@ def authors():
 
 @pytest.fixture(params=[torch.float32, torch.float64], ids=str)
 def dtype(request):
-    """What both sides compute in."""
+    """The dtype that both sides compute in."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(request.param)
     yield request.param
@@ -54,7 +54,7 @@ def images_and_labels():
 
 
 def trainer_of(out, distances):
-    """Our training of the golden network, as `pmf train` sets it up, with small perceptual networks."""
+    """Our trainer for the golden network, as `pmf train` sets it up, with small perceptual networks."""
     save_model(out / "golden.safetensors", NETWORK, golden().model().state_dict())
     config = RunConfig(
         out=out / "run",
@@ -87,7 +87,7 @@ def drawn(step):
 
 
 def test_draws_reach_every_branch(dtype):
-    """The weights would not show what no row takes."""
+    """A branch that no row takes would not be tested."""
     steps = [drawn(step)[0] for step in range(STEPS)]
     t, t_min, t_max, fm, dropped = (
         torch.cat([getattr(draws, name) for draws in steps]) for name in ("t", "t_min", "t_max", "fm_mask", "drop_mask")
@@ -106,7 +106,7 @@ def ours(trainer):
 
 
 def test_twenty_steps_give_the_weights_and_averages_of_the_authors(authors, dtype, tmp_path):
-    """In float32 the weights agree to 1e-5; in float64 how far they went agrees to 1e-9."""
+    """In float32 the weights agree to 1e-5; in float64 their changes agree to 1e-9."""
     distances = {name: authors.SmallDistance(seed, dtype) for seed, name in enumerate(("lpips", "convnext"))}
     trainer = trainer_of(tmp_path, distances)
     with authors.precision(dtype):

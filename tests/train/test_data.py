@@ -35,7 +35,7 @@ def test_seeds_differ_by_run_step_and_purpose():
 
 
 @pytest.mark.parametrize("package", ["pyarrow", "xxhash"])
-def test_prepared_data_name_their_extra_and_embedded_data_do_without(package, tmp_path):
+def test_prepared_data_name_their_extra_and_demo_data_do_not_need_it(package, tmp_path):
     (tmp_path / "shard-000000.arrow").write_bytes(b"")
     code = f"""
 import sys

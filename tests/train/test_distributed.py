@@ -38,7 +38,7 @@ def config(out: Path, **changes) -> RunConfig:
 
 
 def first_steps(out: Path, sharding: str, impl: str) -> dict[str, torch.Tensor]:
-    """Gradients of the first step, and what one step (on the reference, in float64, two) makes of everything.
+    """Gradients of the first step, and weights and averages after one step (reference: two steps in float64).
 
     `impl` bfloat16 is the reference with its products in bfloat16.
     """
@@ -47,7 +47,7 @@ def first_steps(out: Path, sharding: str, impl: str) -> dict[str, torch.Tensor]:
     how = dict(impl="reference", precision="bfloat16") if impl == "bfloat16" else dict(impl=impl)
     trainer = Trainer(config(out, sharding=sharding, **how), data())
     torch.manual_seed(1)
-    with torch.no_grad():  # at the start most gradients are zero
+    with torch.no_grad():  # most gradients of a new network are zero
         for p in trainer.model.parameters():
             spread = 1.0 if p.ndim == 1 else p.shape[-1] ** -0.5
             p.copy_(placed_like(p, torch.randn(p.shape) * spread))
@@ -65,7 +65,7 @@ def first_steps(out: Path, sharding: str, impl: str) -> dict[str, torch.Tensor]:
 
 
 def placed_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """The value, sharded as the parameter is."""
+    """The value, sharded like the parameter."""
     if not isinstance(parameter, DTensor):
         return value
     return distribute_tensor(value, parameter.device_mesh, parameter.placements)
@@ -81,13 +81,13 @@ def worker(rank: int, size: int, port: int, out: str, cases: list[tuple[str, str
         if rank == 0:
             torch.save(result, Path(out) / f"{sharding}-{impl}.pt")
     torch.distributed.destroy_process_group()
-    os._exit(0)  # as train/__main__.py ends a process, and for its reason
+    os._exit(0)  # for the reason given in train/__main__.py
 
 
 def free_port() -> int:
-    """A port for processes that meet there seconds later.
+    """A free port for processes that start seconds later.
 
-    It lies below those that systems give away by themselves: connections made meanwhile would take one of these.
+    It is below the ephemeral ports, which other connections may take in the meantime.
     """
     while True:
         port = random.SystemRandom().randrange(10000, 30000)
@@ -119,11 +119,11 @@ def one(tmp_path_factory):
     return results
 
 
-def test_several_processes_are_one(several, one):
-    """Gradients relative to their norm; weights and averages, which are of the order of 1, as they are.
+def test_several_processes_give_the_results_of_one(several, one):
+    """Compares gradients relative to their norm, and weights and averages, which are of order 1, absolutely.
 
-    The reference in float64. The kernels, and products in bfloat16, on float32 weights, to 1e-6; there Adam's weights
-    are left out, since Adam divides gradients that are nothing but rounding by their own size.
+    The reference agrees to 1e-12 in float64; the kernels, and products in bfloat16, agree to 1e-6 on float32 weights.
+    There Adam's weights are left out: Adam divides gradients that are only rounding by their own size.
     """
     muon = {name for name, _ in named_matrices()}
     for (sharding, impl), result in several.items():
@@ -139,7 +139,7 @@ def test_several_processes_are_one(several, one):
 
 
 def named_matrices():
-    """Muon's parameters by name."""
+    """Muon's parameters with their names."""
     model = pmf.create_model(TINY)
     chosen = {id(p) for p in split_parameters(model)[0]}
     return [(name, p) for name, p in model.named_parameters() if id(p) in chosen]

@@ -1,4 +1,4 @@
-"""`pmf doctor`: reports of real runs on this machine, and the advice for machines that are not here."""
+"""`pmf doctor`: reports on runs on this machine, and advice for other machines."""
 
 import dataclasses
 import re
@@ -41,7 +41,7 @@ def test_a_healthy_run_needs_no_change(capsys):
     assert re.fullmatch(r"digits: 1,500 images of 10 classes; [\d,]+ images/s with 0 workers", value(found, "data"))
     measured = r"[\d.e-]+ s for 8 images: [\d,]+ images/s a process; 1,600 steps take about [\d.]+ hours"
     assert re.fullmatch(measured, value(found, "step"))
-    assert re.fullmatch(r"[\d.]+ GB expected, [\d.]+ GB there", value(found, "memory"))
+    assert re.fullmatch(r"[\d.]+ GB expected, [\d.]+ GB available", value(found, "memory"))
 
 
 def test_a_finished_run_is_examined_by_its_directory_and_left_alone(capsys, tmp_path):
@@ -130,7 +130,7 @@ def test_bad_input_and_help(capsys):
     assert stop.value.code == 0 and all(flag in out for flag in ("--processes", "--seconds", "--device-batch"))
 
 
-# What to change about memory.
+# Advice on memory.
 
 GB = 10**9
 RUN = RunConfig(batch_size=1024, device_batch=128)
@@ -185,7 +185,7 @@ def test_advice_on_memory_fits_and_satisfies_itself(free, checkpointing):
     assert change(changed, 1, rows, free) is None
 
 
-# What to change about data.
+# Advice on data.
 
 
 def test_slow_data_ask_for_workers_while_there_are_cores():

@@ -45,12 +45,12 @@ def test_the_scale_of_the_digits_numbers():
 
 
 class Copier(torch.nn.Module):
-    """Answers every label with a real training digit of that class: the best a generator can do."""
+    """Returns a real training digit of each label: the best that a generator can do."""
 
     def __init__(self):
         super().__init__()
         self.template = random_model()
-        self.held_weights = contextlib.nullcontext  # it has none
+        self.held_weights = contextlib.nullcontext  # nothing to hold
         self.config = self.template.config.__class__(image_size=8, patch_size=8, in_channels=1, num_classes=10)
 
     def predict_dual(self, z, h, omega, t_min, t_max, y, *, heads):
@@ -112,7 +112,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """A folder of class folders: 20 pictures."""
+    """A folder of two class folders with 20 pictures."""
     folder = tmp_path_factory.mktemp("reference")
     pixels = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
     for i, image in enumerate(pixels):
@@ -137,7 +137,7 @@ def results(out):
 
 
 def features_of(config, *, steps, omega, t_min, t_max):
-    """Features and logits by the definition: every image from its own class and seed, in the same batches."""
+    """Expected features and logits: every image from its own class and seed, in the same batches."""
     model = pmf.PMFDiT.from_pretrained(config.source, aux_head=False)
     parts = []
     for start in range(0, 30, 8):
@@ -155,7 +155,7 @@ def test_every_grid_point_is_measured_and_written(config, uninterrupted, capsys)
     assert points == [(1.5, 0.0, 1.0, 1), (3.0, 0.0, 1.0, 1), (1.5, 0.1, 0.7, 1), (3.0, 0.1, 0.7, 1)]
     assert [json.loads(text) for text in results(out).splitlines()] == lines
     assert all(line["images"] == 30 and line["weights"] == "model" and line["resize"] == "tf1" for line in lines)
-    assert not list(out.glob(".*"))  # what was unfinished is gone
+    assert not list(out.glob(".*"))  # no unfinished features remain
 
 
 def test_the_metrics_are_those_of_images_by_class_and_seed(config, uninterrupted):
@@ -166,7 +166,7 @@ def test_the_metrics_are_those_of_images_by_class_and_seed(config, uninterrupted
         features, logits = features_of(config, **setting)
         fid = frechet_distance(Statistics.of(features), Statistics.of(real))
         expected = (fid, *inception_score(logits), *precision_recall(features, real))
-        # Chunk by chunk or at once: sums of 30 terms in float64, and the root of what they leave of a zero.
+        # Chunked sums of 30 terms differ by float64 rounding, and the distance takes a root of rounded zeros.
         assert [line[name] for name in METRICS] == pytest.approx(expected, rel=1e-6)
     assert len({line["fid"] for line in uninterrupted[1]}) == 4
 
@@ -195,7 +195,7 @@ def test_an_interrupted_evaluation_continues_and_ends_the_same(config, uninterru
     last = Toy()
     evaluate(config, last)
     assert results(tmp_path) == results(uninterrupted[0])
-    # Each start looks once at a blank image, and each interruption costs less than a chunk of three batches.
+    # Each start extracts one blank image, and each interruption costs less than a chunk of three batches.
     assert sum(calls) + last.calls < complete.calls + 4 * (1 + 3)
     idle = Toy()
     evaluate(config, idle)
@@ -236,7 +236,7 @@ def test_images_are_kept_where_asked_for_and_made_again_where_missing(config, un
     files = sorted(folder.iterdir())
     images = torch.stack([torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) for file in files])
     expected, _ = features_of(config, steps=1, omega=1.5, t_min=0.0, t_max=1.0)
-    # In the batches that were measured: a product of one row may add in another order.
+    # In the measured batches: a product of one row may sum in another order.
     batches = [part for chunk in images.split(8) for part in chunk.split(3)]
     assert len(files) == 30 and torch.equal(torch.cat([Toy()(batch)[0] for batch in batches]), expected)
     before = files[17].read_bytes()
@@ -268,7 +268,7 @@ def test_statistics_without_features_leave_precision_and_recall_out(config, unin
 
 
 def test_the_resize_is_that_of_the_references_names_else_of_the_flag(config, tmp_path):
-    """No result of one resize passes for one of the other, whatever they are named."""
+    """Results of one resize are never reused for the other."""
     config = dataclasses.replace(config, out=tmp_path, omega=(1.5,), interval=("0,1",))
     images = torch.randint(0, 256, (20, 3, 8, 8), dtype=torch.uint8)
     extractor = Toy()
@@ -286,10 +286,10 @@ def test_the_resize_is_that_of_the_references_names_else_of_the_flag(config, tmp
     assert kept == ["half_pixel", "tf1"] and len(results(tmp_path).splitlines()) == 4
 
 
-def test_what_changes_a_result_is_measured_anew_and_a_torn_line_is_passed_over(config, source, tmp_path):
+def test_changed_settings_are_measured_again_and_torn_lines_skipped(config, source, tmp_path):
     config = dataclasses.replace(config, out=tmp_path, omega=(1.5,), interval=("0,1",))
     evaluate(config)
-    evaluate(dataclasses.replace(config, batch_size=30))  # only rounding could differ: not measured again
+    evaluate(dataclasses.replace(config, batch_size=30))  # changes only rounding: not measured again
     assert len(results(tmp_path).splitlines()) == 1
     (tmp_path / "results.jsonl").write_bytes(results(tmp_path)[:-9])
     evaluate(dataclasses.replace(config, dtype="bfloat16"))
@@ -329,7 +329,7 @@ def test_grey_pictures_are_measured_in_three_equal_channels(config, tmp_path):
     kept = torch.stack([torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) for file in files])
     expected = pmf.generate(model, range(10), omega=1.5, t_min=0.0, t_max=1.0, batch_size=10)
     assert kept.shape == (10, 3, 8, 8) and line["images"] == 10
-    assert (kept.int() - to_bytes(expected).int()).abs().max() <= 1  # batches of three round otherwise
+    assert (kept.int() - to_bytes(expected).int()).abs().max() <= 1  # batches of three round differently
 
 
 def test_pictures_have_one_or_three_channels(config, tmp_path):

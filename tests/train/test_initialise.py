@@ -20,7 +20,7 @@ from tests.train.test_distributed import config, data, free_port
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A network, and its file."""
+    """A network and its file."""
     model = random_model(dtype=torch.float32)
     file = tmp_path_factory.mktemp("source") / "model.safetensors"
     save_model(file, TINY, model.state_dict())
@@ -77,7 +77,7 @@ def test_another_network_is_refused(source, change, message):
 
 
 def train_state(network=TINY) -> TrainState:
-    """A state whose every value is random."""
+    """A state with random values everywhere."""
     model = random_model(network, dtype=torch.float32)
     chosen = {id(p) for p in split_parameters(model)[0]}
     draw = {name: torch.rand_like(p) for name, p in model.named_parameters()}
@@ -88,7 +88,7 @@ def train_state(network=TINY) -> TrainState:
 
 
 def filled(trainer: Trainer, state: TrainState | None) -> dict[str, torch.Tensor]:
-    """What the trainer holds after it was given the state."""
+    """Give the state to the trainer; return all values that the trainer then holds."""
     fill_run(state, 2, trainer.model, trainer.emas, trainer.optimizers)
     held = {f"model {name}": value for name, value in trainer.model.state_dict().items()}
     held |= {f"{k} {name}": v for k, ema in trainer.emas.items() for name, v in ema.state_dict().items()}
@@ -99,7 +99,7 @@ def filled(trainer: Trainer, state: TrainState | None) -> dict[str, torch.Tensor
 
 
 def expected(state: TrainState) -> dict[str, torch.Tensor]:
-    """What it is to hold: the average of 500 alone, as the run has no other."""
+    """The values that it must hold; of the averages only that of 500, as the run has no other."""
     held = {f"model {name}": value for name, value in state.model.items()}
     held |= {f"ema_500 {name}": value for name, value in state.averages["ema_500"].items()}
     held |= {f"momentum_buffer {name}": value for name, value in state.muon.items()}
@@ -131,7 +131,7 @@ def test_a_run_takes_everything_of_a_train_state(tmp_path):
     ],
 )
 def test_a_train_state_of_another_network_is_refused(tmp_path, change, message):
-    """Other classes too: averages and moments belong to the classes that they were trained on."""
+    """Also with other classes: averages and moments belong to the classes that they were trained on."""
     small = dataclasses.replace(TINY, **change)
     networks = (TINY, small) if change == dict(num_classes=7) else (small, TINY)
     trainer = Trainer(config(tmp_path / "run", model=networks[0]), data())
@@ -140,7 +140,7 @@ def test_a_train_state_of_another_network_is_refused(tmp_path, change, message):
 
 
 def worker(rank: int, port: int, out: str, source: str) -> None:
-    """The main process alone sees the file and the state."""
+    """Only the main process sees the file and the state."""
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", OMP_NUM_THREADS="1")
     os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
@@ -151,7 +151,7 @@ def worker(rank: int, port: int, out: str, source: str) -> None:
         held = filled(trainer, train_state() if rank == 0 else None)
         torch.save((started, held), Path(out) / f"{sharding}-{rank}.pt")
     torch.distributed.destroy_process_group()
-    os._exit(0)  # as train/__main__.py ends a process, and for its reason
+    os._exit(0)  # for the reason given in train/__main__.py
 
 
 def test_one_process_reads_for_all(source, tmp_path):

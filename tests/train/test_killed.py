@@ -1,4 +1,4 @@
-"""Runs killed without warning at random moments: every resume continues, bit for bit."""
+"""Runs killed without warning at random moments resume bit for bit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FLAGS = (
 
 
 def start(processes: int, arguments: list[str]) -> list[subprocess.Popen]:
-    """The command line in one process, or in several as torchrun would start them."""
+    """Start the command line in one process, or in several as torchrun does."""
     command = [sys.executable, "-m", "pmf.train", "train", *arguments]
     common = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     if processes == 1:
@@ -39,7 +39,7 @@ def start(processes: int, arguments: list[str]) -> list[subprocess.Popen]:
 
 
 def complete(run: Path) -> list[int]:
-    """Steps of the checkpoints that can be seen."""
+    """Steps of the complete checkpoints."""
     return sorted(int(path.name.split("-")[1]) for path in (run / "checkpoints").glob("step-*"))
 
 
@@ -49,7 +49,7 @@ def lines(run: Path) -> int:
 
 
 def kill_at(jobs: list[subprocess.Popen], run: Path, line: int, delay: float) -> None:
-    """kill -9 to all, a moment after that step was reported."""
+    """Send SIGKILL to all, `delay` seconds after the metrics have `line` lines."""
     deadline = time.monotonic() + 240
     while lines(run) < line and all(job.poll() is None for job in jobs):
         assert time.monotonic() < deadline, "the run does not go on"
@@ -76,9 +76,9 @@ def flatten(node, name: str = "") -> dict[str, torch.Tensor]:
 
 
 def survive(folder: Path, kills: int, processes: int, seed: int = 0, flags: list[str] = FLAGS) -> list[int]:
-    """Kill a run so often, resume each time, and compare with the same run left in peace.
+    """Kill and resume a run `kills` times, and compare it with the same run left in peace.
 
-    Returns the steps it was resumed from.
+    Return the steps that it resumed from.
     """
     peace, war = folder / "peace", folder / "war"
     assert all(job.wait() == 0 for job in start(processes, ["digits", "--out", str(peace), *flags]))
@@ -87,7 +87,7 @@ def survive(folder: Path, kills: int, processes: int, seed: int = 0, flags: list
     for number in range(kills):
         begun = complete(war)
         arguments = ["--resume", str(war)] if begun else ["digits", "--out", str(war), *flags]
-        # Up to the last steps and beyond: in the export that follows them too.
+        # Up to the last step, and during the export after it.
         line = moments.randint(lines(war), min(STEPS, (number + 1) * STEPS // kills))
         kill_at(start(processes, arguments), war, line, moments.random() * 0.2)
         assert complete(war)[-1:] >= begun[-1:], "a checkpoint was lost"
@@ -102,7 +102,7 @@ def survive(folder: Path, kills: int, processes: int, seed: int = 0, flags: list
 
 @pytest.mark.parametrize(("processes", "kills"), [(1, 2), (2, 1)])
 def test_a_killed_run_resumes_bit_for_bit(tmp_path, processes, kills):
-    """The same with 20 kills: python -m tests.train.test_killed."""
+    """`python -m tests.train.test_killed` does the same with 20 kills."""
     survive(tmp_path, kills, processes)
 
 

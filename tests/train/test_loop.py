@@ -71,7 +71,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(finished, tmp_path):
         assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_a_checkpoint_from_before_muon_counted_its_steps_is_continued(tmp_path, capsys):
+def test_a_checkpoint_without_muons_step_count_resumes(tmp_path, capsys):
     trainer = Trainer(config(tmp_path / "run", steps=3), digits()[0])
     trainer.run()
     state = trainer.state()
@@ -82,7 +82,7 @@ def test_a_checkpoint_from_before_muon_counted_its_steps_is_continued(tmp_path, 
     trainer.snapshots.publish(wait=True)
     capsys.readouterr()
     resumed = Trainer(dataclasses.replace(config(tmp_path / "run", steps=6), resume=tmp_path / "run"), digits()[0])
-    assert "resume: this checkpoint is of a version in which Muon counted no steps" in capsys.readouterr().out
+    assert "resume: this checkpoint is from a version in which Muon counted no steps" in capsys.readouterr().out
     a, b = (t.state()["optimizers"]["muon"]["state"] for t in (trainer, resumed))
     assert a.keys() == b.keys() and {v["step"].item() for v in b.values()} == {3.0}
     assert all(torch.equal(a[key]["momentum_buffer"], b[key]["momentum_buffer"]) for key in a)
@@ -90,7 +90,7 @@ def test_a_checkpoint_from_before_muon_counted_its_steps_is_continued(tmp_path, 
 
 
 def test_averages_count_the_step_just_taken(tmp_path):
-    """After the second step the half-life is 5 % of two batches: an average keeps 2^-10 of what it was."""
+    """In the second step the half-life is 5 % of two batches: an average keeps 2^-10 of its value."""
     trainer = Trainer(config(tmp_path / "run"), digits()[0])
     batches = trainer._loader()
     trainer.train_step(*next(batches))
@@ -112,7 +112,7 @@ def test_metrics_of_steps_that_were_not_saved_are_dropped(finished, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_an_interrupted_run_saves_and_continues_exactly(tmp_path, number):
-    """Under the default optimizer, whose learning rate depends on the step."""
+    """With the default optimizer, whose learning rate depends on the step."""
     decaying = dict(optimizer=RunConfig().optimizer, save_every=100)
     whole = train(config(tmp_path / "whole", **decaying))
     trainer = Trainer(config(tmp_path / "run", **decaying), digits()[0])
@@ -173,7 +173,7 @@ def test_flags_beside_resume_override_and_are_kept(tmp_path):
         Trainer(dataclasses.replace(stored, resume=out, steps=3), digits()[0])
 
 
-def test_a_run_without_a_single_value_of_the_loss_ends_without_a_curve(tmp_path):
+def test_a_run_without_any_recorded_loss_ends_without_a_curve(tmp_path):
     out = train(config(tmp_path / "run", steps=2))
     for file in ("metrics.jsonl", "loss.png"):
         (out / file).unlink()
@@ -182,7 +182,7 @@ def test_a_run_without_a_single_value_of_the_loss_ends_without_a_curve(tmp_path)
     assert trainer.step == 2 and not (out / "loss.png").exists()
 
 
-def test_overwriting_takes_the_run_and_nothing_else(tmp_path):
+def test_overwriting_removes_only_the_run(tmp_path):
     out = train(config(tmp_path / "run", steps=3))
     (out / "notes.txt").write_text("mine")
     train(config(out, steps=2, overwrite=True))
@@ -245,7 +245,7 @@ def test_a_resumed_network_must_be_the_same(finished):
 
 
 def break_steps(trainer, steps):
-    """Let the images of these steps overflow the loss, whose value is then infinite or NaN."""
+    """Make the images of these steps overflow the loss, so that it is infinite or NaN."""
     gradients = trainer._gradients
 
     def broken(x, y):
@@ -352,7 +352,7 @@ def test_captured_steps_are_the_plain_ones(tmp_path, device_batch):
 
 
 def test_device_batches_add_up_to_the_step(tmp_path):
-    """Two device batches of 4 are the step on 8 rows whose draws are theirs."""
+    """Two device batches of 4 give the gradients of one step on 8 rows with the same draws."""
     trainer = Trainer(config(tmp_path / "run", device_batch=4), digits()[0])
     x, y = next(trainer._loader())
     trainer._gradients(x, y)

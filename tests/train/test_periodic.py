@@ -1,4 +1,4 @@
-"""What a run measures while it trains: the numbers, that they change nothing, and that none is lost or made twice."""
+"""Evaluations during training: they are right, leave the run unchanged, and none is lost or made twice."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ def lines(run):
 
 
 def records(run):
-    """What metrics.jsonl says of evaluations."""
+    """The records of evaluations in metrics.jsonl."""
     kept = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [record for record in kept if "loss" not in record]
 
@@ -55,7 +55,7 @@ def whole(tmp_path_factory):
     return train(examined(tmp_path_factory.mktemp("run") / "whole"))
 
 
-def test_the_weights_are_measured_every_so_many_steps_and_at_the_last(whole):
+def test_the_weights_are_measured_every_eval_every_steps_and_at_the_last(whole):
     assert where(whole) == STEPS
     for weights, line in (("model", lines(whole)[-2]), ("ema_500", lines(whole)[-1])):
         network = pmf.PMFDiT.from_pretrained(whole, weights=weights, aux_head=False)
@@ -67,7 +67,7 @@ def test_the_weights_are_measured_every_so_many_steps_and_at_the_last(whole):
 
 
 def test_weights_that_are_equal_are_measured_once_and_named_twice(tmp_path):
-    """Half-lives of averages are the same while a run is young."""
+    """Averages are equal early in a run, where the ramp limits their half-lives."""
     trainer = Trainer(
         examined(tmp_path / "run", evaluation=EvaluationConfig(weights=("ema_500", "ema_2000"))), digits()[0]
     )
@@ -84,7 +84,7 @@ def test_one_line_is_printed_for_each(tmp_path, capsys):
     assert len(told) == 1 and "frechet_distance/ema_500 " in told[0] and ", accuracy/ema_500 " in told[0]
 
 
-def test_training_does_not_notice(whole, tmp_path):
+def test_evaluations_do_not_change_training(whole, tmp_path):
     plain = train(config(tmp_path / "plain", steps=5))
     for name in ("model", "ema_500", "ema_2000"):
         a, b = (pmf.PMFDiT.from_pretrained(run, weights=name).state_dict() for run in (whole, plain))
@@ -103,7 +103,7 @@ def test_the_random_state_is_left_as_it_was(tmp_path):
 
 
 def test_one_network_serves_evaluations_and_pictures(whole, tmp_path):
-    """In place: a sampler's graph would not survive another."""
+    """Weights are loaded in place: a sampler's graph is bound to their memory."""
     trainer = Trainer(examined(tmp_path / "run"), digits()[0])
     places = [p.data_ptr() for p in trainer.evaluation.network.parameters()]
     trainer.run()
@@ -112,11 +112,11 @@ def test_one_network_serves_evaluations_and_pictures(whole, tmp_path):
 
 
 class Killed(BaseException):
-    """Nothing expects it."""
+    """Stands for a kill: no handler catches it."""
 
 
 def kill_after(trainer, count):
-    """Let the run die in the middle of an evaluation, after so many sets of weights."""
+    """Make the run die in an evaluation, after `count` sets of weights."""
     own = trainer.evaluation.score
 
     def measured(*inputs, **settings):
@@ -175,7 +175,7 @@ def test_a_finished_run_can_be_measured_later(tmp_path):
     assert where(out) == [(3, "ema_500")] and [record["step"] for record in records(out)] == [3]
 
 
-def test_overwriting_a_run_takes_its_results(tmp_path):
+def test_overwriting_a_run_removes_its_results(tmp_path):
     out = train(examined(tmp_path / "run", steps=2))
     train(examined(out, steps=2, seed=1, overwrite=True))
     assert where(out) == STEPS[:2]
@@ -191,7 +191,7 @@ def test_killed_for_real_nothing_is_lost_or_repeated(tmp_path):
 
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
 def test_several_processes_measure_what_one_does(tmp_path, sharding):
-    """The same but for the order in which two processes add gradients."""
+    """Equal up to the order in which two processes sum gradients."""
     flags = ["digits", *FLAGS, "--steps", "4", "--eval-every", "2", "--evaluation.weights", "model", "ema_500"]
     for processes in (1, 2):
         jobs = start(processes, [*flags, "--out", str(tmp_path / str(processes)), "--sharding", sharding])
@@ -222,7 +222,7 @@ def test_impossible_evaluations_are_refused(tmp_path, change, message):
 
 
 def refused(out, message, model=SMALL, data=None, **evaluation):
-    """In one line, before anything is trained or left behind."""
+    """Assert that the run is refused in one line, before it trains or writes anything."""
     with pytest.raises(pmf.InputError, match=message) as error:
         Trainer(examined(out, model=model, evaluation=EvaluationConfig(**evaluation)), data or digits()[0])
     assert "\n" not in str(error.value) and not out.exists()
@@ -253,7 +253,7 @@ def test_what_cannot_be_measured_is_refused_before_training(tmp_path, monkeypatc
 
 @pytest.fixture(scope="module")
 def reference(inception_weights, tmp_path_factory):
-    """Statistics of held-out digits, half-pixel."""
+    """Statistics of held-out digits with the half-pixel resize."""
     from pmf.images import to_bytes
     from pmf.metrics import inception
 
@@ -270,7 +270,7 @@ def against(reference, inception_weights):
 
 
 class Dies(torch.nn.Module):
-    """An extractor that dies after so many batches."""
+    """An extractor that dies after `calls` batches."""
 
     def __init__(self, extractor, calls):
         super().__init__()
@@ -285,7 +285,7 @@ class Dies(torch.nn.Module):
 
 @pytest.mark.extras
 def test_a_run_is_measured_by_inception_and_goes_on_where_it_was_killed(reference, inception_weights, tmp_path):
-    # The averages have to lag behind by a grey level.
+    # Enough steps for the averages to differ from the weights by a grey level.
     measured = dict(steps=20, eval_every=20, evaluation=against(reference, inception_weights))
     whole = train(examined(tmp_path / "whole", **measured))
     first, second = lines(whole)
@@ -301,7 +301,7 @@ def test_a_run_is_measured_by_inception_and_goes_on_where_it_was_killed(referenc
         trainer.run()
     assert len(lines(tmp_path / "run")) == 1 and len(list((tmp_path / "run" / "eval").glob(".*/chunk-*"))) == 1
     resumed = Trainer(dataclasses.replace(load_run_config(tmp_path / "run"), resume=tmp_path / "run"), digits()[0])
-    resumed.evaluation.measurement.extractor = Dies(resumed.evaluation.measurement.extractor, 3)  # what is left
+    resumed.evaluation.measurement.extractor = Dies(resumed.evaluation.measurement.extractor, 3)  # the rest
     resumed.run()
     assert numbers(tmp_path / "run") == numbers(whole) and records(tmp_path / "run") == records(whole)
 

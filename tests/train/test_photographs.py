@@ -34,8 +34,8 @@ def test_photographs_are_ten_classes_split_without_a_shared_crop():
     [(1, 0, (45, 0, 45 + 225, 225)), (0, -1, (45 + 15, 15, 345, 300))],
 )
 def test_a_crop_is_a_window_of_its_photograph(part, place, window):
-    """Of 451 x 300 pixels, the square begins at 45; the first crop is 0.75 of it in one corner, held out; the last is
-    0.95 of it in the other, for training.
+    """The photograph has 451 x 300 pixels and its square starts at column 45. The first crop, held out, is 0.75 of the
+    square in one corner; the last, for training, is 0.95 of it in the opposite corner.
     """
     with Image.open(_file("cat")) as file:
         pixels = np.array(file.convert("RGB").resize((64, 64), Image.Resampling.BICUBIC, box=window))
@@ -86,7 +86,7 @@ def test_the_scale_of_the_distances():
 
 
 class Copier(torch.nn.Module):
-    """Answers every label with real training crops of that class, shifted by `shift` classes."""
+    """Returns real training crops of each label's class, shifted by `shift` classes."""
 
     def __init__(self, shift):
         super().__init__()

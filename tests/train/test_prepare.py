@@ -37,7 +37,7 @@ def encoded(number, kind="PNG", **size):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Three classes of seven pictures, one of each deeper down; sorted by class and path they are 0, 1, ... 20."""
+    """Three classes of seven pictures, one of each in a subfolder; sorted by class and path they are 0, 1, ... 20."""
     root = tmp_path_factory.mktemp("folder")
     for label, name in enumerate(CLASSES):
         (root / name / "more").mkdir(parents=True)
@@ -136,7 +136,7 @@ def test_a_complete_directory_is_left_as_it_is(folder, prepared):
 
 
 def flipped(file, number):
-    """A shard with one bit flipped in the middle of the image of that number."""
+    """Flip one bit of a shard in the middle of this image."""
     data, image = bytearray(file.read_bytes()), expected(number).numpy().tobytes()
     data[data.index(image) + len(image) // 2] ^= 1
     file.write_bytes(data)
@@ -160,7 +160,7 @@ def test_torn_shards_are_named_and_made_again(folder, prepared, tmp_path):
 
 
 def test_a_missing_last_shard_is_noticed(folder, prepared, tmp_path):
-    """Also where the shards are all full: then an empty one follows them."""
+    """Even if all shards are full: then an empty one follows them."""
     prepare(config(folder, tmp_path, shard_images=7))
     assert [len(open_shard(file)) for file in sorted(tmp_path.glob("*.arrow"))] == [7, 7, 7, 0]
     holds_all(PreparedShards(tmp_path))
@@ -172,7 +172,7 @@ def test_a_missing_last_shard_is_noticed(folder, prepared, tmp_path):
 
 
 def test_no_flipped_bit_changes_what_is_read(folder, tmp_path):
-    """Any bit of a shard: it is refused, or or what is read stays as it was."""
+    """After a flip of any bit, a shard is refused or reads as before."""
     prepare(config(folder, tmp_path))
     file = tmp_path / "shard-000001.arrow"
     whole = file.read_bytes()
@@ -287,7 +287,7 @@ def test_webdataset_shards_are_a_source(tmp_path):
 
 @pytest.mark.parametrize("encoding", ["npy", "png", "jpg"])
 def test_shards_of_earlier_versions_are_refused_with_the_command_that_converts_them(tmp_path, encoding):
-    """Tar shards of npy, png or jpg entries beside a dataset.json; conversion keeps pixels, labels and class names."""
+    """Tar shards of npy, png or jpg with a dataset.json; conversion keeps pixels, labels and class names."""
     pytest.importorskip("webdataset")
     old, entries = tmp_path / "old", []
     old.mkdir()
@@ -362,7 +362,7 @@ def test_a_missing_package_is_named_by_its_extra(monkeypatch, package, spec):
 def test_wrong_sources_are_refused(tmp_path):
     for spec, message in (
         ("zip:a", "source: expected folder:PATH, hf:NAME"),
-        (f"folder:{tmp_path}/none", "is no directory"),
+        (f"folder:{tmp_path}/none", "is not a directory"),
         (f"folder:{tmp_path}", "holds no class directories"),
         (f"wds:{tmp_path}/{{0..1}}.tar", "there is no shard"),
     ):

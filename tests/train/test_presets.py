@@ -1,4 +1,4 @@
-"""Runs by name, and the scripts that start them."""
+"""Presets, and the launch scripts."""
 
 import os
 import subprocess
@@ -54,8 +54,8 @@ def test_torchrun_script_trains_and_continues(tmp_path):
     )
 
 
-def test_slurm_script_hands_every_process_its_numbers(tmp_path):
-    """With stand-ins for Slurm's own two commands: one node, two processes, the second shown."""
+def test_slurm_script_gives_every_process_its_ranks(tmp_path):
+    """With stand-ins for Slurm's two commands: one node with two processes, of which the second runs."""
     (tmp_path / "scontrol").write_text("#!/bin/sh\necho node7\n")
     (tmp_path / "srun").write_text('#!/bin/sh\nshift 2\nSLURM_PROCID=1 SLURM_LOCALID=1 exec "$@"\n')
     (tmp_path / "python").write_text(

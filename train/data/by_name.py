@@ -1,4 +1,4 @@
-"""Training data by name: an embedded set, or prepared shards."""
+"""Open training data by name: a data set of the demos, or prepared shards."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pmf.errors import InputError, require
 
 
 def open_data(spec: str, image_size: int) -> TrainingData:
-    """Training data by name: "digits", "photographs", or a directory that `pmf data prepare` filled.
+    """Open "digits", "photographs", or a directory that `pmf data prepare` filled.
 
-    Errors: `InputError` where the images have another size than `image_size`; for pictures that are not prepared, it
+    Errors: `InputError` if the images are not `image_size` pixels wide, or if the pictures are not prepared; it then
     names the command that prepares them.
     """
     if spec == "digits":

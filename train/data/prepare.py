@@ -1,4 +1,4 @@
-"""`pmf data prepare` and `pmf data verify`: pictures of a source, centre-cropped once into shards."""
+"""`pmf data prepare` centre-crops the pictures of a source, once, into shards; `pmf data verify` checks the shards."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """What to prepare, and how."""
+    """The source, and the format of the shards."""
 
     source: tyro.conf.Positional[str]
     """folder:PATH (a directory per class), hf:NAME or hf:PATH?split=train&image=image&label=label, wds:PATTERN."""
@@ -43,18 +43,18 @@ class PrepareConfig:
     size: int = 256
     """Side of the images, in pixels."""
     encoding: Literal["npy", "png", "jpg"] = "npy"
-    """How images are stored: npy is raw bytes, read without decoding; png is lossless too, about 0.6 of the size and
-    far slower to read; jpg has quality 95, about 0.2 of the size, and is not lossless."""
+    """Format of stored images. npy: raw bytes, read without decoding;
+    png: lossless, about 0.6 of the size, far slower to read; jpg: quality 95, lossy, about 0.2 of the size."""
     shard_images: int = 2048
     """Pictures of the source per shard."""
     max_corrupt: int = 100
-    """Pictures that may be left out; one more is an error."""
+    """Number of unusable pictures that may be left out; one more is an error."""
     classes: Path | None = None
-    """A file that names the classes, a line each in order of their labels (default: what the source says)."""
+    """File of class names, one a line in the order of the labels (default: the names in the source)."""
     workers: int = os.cpu_count() or 1
     """Threads that read, decode, crop and encode."""
     verify: bool = False
-    """Read every shard back when all are written."""
+    """Read all shards back once they are written."""
 
     def __post_init__(self) -> None:
         for name in ("size", "shard_images"):
@@ -64,13 +64,13 @@ class PrepareConfig:
 
 
 def command(arguments: list[str]) -> None:
-    """`pmf data prepare ...` or `pmf data verify DIRECTORY`."""
+    """Run `pmf data prepare ...` or `pmf data verify DIRECTORY`."""
     commands: dict[str, Callable[..., object]] = {"prepare": prepare, "verify": verify}
     tyro.extras.subcommand_cli_from_dict(commands, prog="pmf data", args=arguments)
 
 
 def prepare(config: tyro.conf.OmitArgPrefixes[PrepareConfig]) -> PreparedShards:
-    """Centre-crop every picture of a source once into Arrow shards; run again, it continues."""
+    """Centre-crop every picture of a source, once, into Arrow shards. Run it again to resume it."""
     source = open_source(config.source)
     classes = tuple(config.classes.read_text().splitlines()) if config.classes else source.classes
     left_out = labels = 0
@@ -96,7 +96,7 @@ def prepare(config: tyro.conf.OmitArgPrefixes[PrepareConfig]) -> PreparedShards:
 
 
 def _shards(config: PrepareConfig, source: Source) -> Iterator[pa.Table]:
-    """All shards in order, after making those that are missing; they depend neither on interruptions nor on workers."""
+    """Yield all shards in order and make the missing ones; neither interruptions nor workers change their content."""
     count = config.shard_images
     settings = Settings(config.source, source.fingerprint, config.size, config.encoding, count)
     there = _begun(config.out, settings)
@@ -117,7 +117,7 @@ def _shards(config: PrepareConfig, source: Source) -> Iterator[pa.Table]:
 
 
 def _begun(directory: Path, settings: Settings) -> dict[Path, pa.Table]:
-    """The whole shards of an earlier run. Errors: its settings or source differ, or other files are there."""
+    """The complete shards of an earlier run. Errors: its settings or source differ, or other files are there."""
     files = [file for file in directory.glob("*") if not file.name.startswith(".")]
     others = [file for file in files if file.name != shards.CLASSES_FILE and not file.match("shard-*.arrow")]
     require(not others, f"out: {directory} is not empty and holds no prepared shards, expected another --out")
@@ -126,7 +126,7 @@ def _begun(directory: Path, settings: Settings) -> dict[Path, pa.Table]:
         try:
             there[file] = shards.open_shard(file)
         except InputError as error:
-            log.warning("%s; it is made again", error)
+            log.warning("%s; making it again", error)
     for shard in there.values():
         for name, now in asdict(settings).items():
             before = getattr(shards.settings_of(shard), name)
@@ -137,20 +137,20 @@ def _begun(directory: Path, settings: Settings) -> dict[Path, pa.Table]:
 
 
 def _row(size: int, encoding: str, sample: Sample) -> dict[str, Any]:
-    """A picture's row in a shard."""
+    """A picture's row in a shard; an unusable picture's row holds the reason instead of the image."""
     try:
         require(sample.label is not None and sample.label >= 0, "it has no label")
         image = _square(sample.read(), size, encoding)
-    except Exception as error:  # decoders raise anything on torn files
+    except Exception as error:  # decoders may raise anything on torn files
         return dict(image=None, label=-1, key=sample.key, checksum=0, reason=first_line(error))
     kept = shards.checksum(image, sample.label)
     return dict(image=image, label=sample.label, key=sample.key, checksum=kept, reason=None)
 
 
 def _square(data: bytes, size: int, encoding: str) -> bytes:
-    """The square of a picture, encoded: npy (bare bytes of uint8 [3, size, size]), png, or jpg at quality 95.
+    """Centre-crop and encode a picture: npy (bare bytes of uint8 [3, size, size]), png, or jpg at quality 95.
 
-    A jpg that has the size already keeps its bytes.
+    An RGB jpg that already has the size keeps its bytes.
     """
     if data.startswith(b"\x93NUMPY"):
         picture = Image.fromarray(np.load(io.BytesIO(data)).transpose(1, 2, 0))
@@ -169,10 +169,10 @@ def _square(data: bytes, size: int, encoding: str) -> bytes:
 
 
 def verify(directory: tyro.conf.Positional[Path]) -> None:
-    """Read every shard of a prepared directory back, and name those that are torn.
+    """Read back every shard of a prepared directory and name the torn ones.
 
     Args:
-        directory: What `pmf data prepare` filled.
+        directory: Directory that `pmf data prepare` filled.
     """
     data, torn = PreparedShards(directory), []
     for index in tqdm(range(len(data)), desc="verifying", unit="image"):

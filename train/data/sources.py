@@ -1,4 +1,4 @@
-"""Where pictures come from: class folders, Hugging Face data sets, WebDataset shards, read in a fixed order."""
+"""Sources of pictures: class folders, Hugging Face data sets and WebDataset shards, each read in a fixed order."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WDS_PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "npy")
 
 
 class Sample(NamedTuple):
-    """One picture of a source, still encoded. None stands for what the source lacks."""
+    """One picture of a source, still encoded. Values that the source lacks are None."""
 
     key: str
     picture: bytes | Path | str | None
@@ -38,7 +38,7 @@ class Sample(NamedTuple):
     label: int | None
 
     def read(self) -> bytes:
-        """The picture's bytes. Errors: `InputError` where there are none, and whatever reading raises."""
+        """Return the picture's bytes. Errors: `InputError` if there are none, and whatever reading raises."""
         data = self.picture
         if isinstance(data, Path):
             data = data.read_bytes()
@@ -56,12 +56,12 @@ class Source:
 
     read_from: Callable[[int], Iterator[Sample]]
     fingerprint: str
-    """Changes when the source no longer lists the same pictures."""
+    """Digest of the file names (folder), row count and columns (hf) or URLs (wds): tells a changed source."""
     classes: tuple[str, ...] = ()
-    """The classes' names; empty if the source does not know them."""
+    """Class names; empty if the source does not name its classes."""
 
     def samples(self, start: int = 0) -> Iterator[Sample]:
-        """The pictures from position `start` on. Errors: `InputError` where reading fails."""
+        """Yield the pictures from position `start` on. Errors: `InputError` if reading fails."""
         try:
             yield from self.read_from(start)
         except Exception as error:  # packages raise whatever their readers raise
@@ -69,11 +69,11 @@ class Source:
 
 
 def open_source(spec: str) -> Source:
-    """The source that a line names.
+    """Open the source that `spec` names.
 
     - ``folder:PATH``: one directory per class, pictures anywhere below; labels follow the sorted names.
-    - ``hf:NAME``: a Hugging Face data set from the hub, or PATH of Parquet or Arrow files or of what
-      `save_to_disk` wrote; options after ``?``: split, image, label (columns), config, streaming=1.
+    - ``hf:NAME`` or ``hf:PATH``: a Hugging Face data set on the hub, in Parquet or Arrow files, or written by
+      `save_to_disk`; options after ``?``: split, image, label (columns), config, streaming=1.
     - ``wds:PATTERN``: WebDataset tar shards, braces expanded; entries jpg, png, ... with cls, or json with "label".
 
     Errors: `InputError` for an unknown form, a missing package, or a source that cannot be opened.
@@ -92,13 +92,13 @@ def _digest(*parts: str) -> str:
 
 
 def _folder(path: str) -> Source:
-    """One directory per class.
+    """Open a folder with one directory per class.
 
-    (`imagefolder` of datasets takes a class called train for a split and drops the other classes; where directories
-    differ in depth, it drops all labels.)
+    `imagefolder` of datasets will not do: it takes a class called train for a split and drops the other classes, and
+    it drops all labels where directories differ in depth.
     """
     root = Path(path)
-    require(root.is_dir(), f"source: {root} is no directory")
+    require(root.is_dir(), f"source: {root} is not a directory")
     classes = tuple(sorted(entry.name for entry in root.iterdir() if entry.is_dir()))
     require(len(classes) > 0, f"source: {root} holds no class directories")
     found = [(name, label) for label, part in enumerate(classes) for name in _files(root, part)]
@@ -106,7 +106,7 @@ def _folder(path: str) -> Source:
     pictures = [(name, label) for name, label in found if Path(name).suffix.lower() in known]
     others = [name for name, _ in found if Path(name).suffix.lower() not in known]
     if others:
-        log.warning("%s: %d files are no pictures by name and left out, %s first", root, len(others), others[0])
+        log.warning("%s: left out %d files that do not have names of pictures, first %s", root, len(others), others[0])
     require(len(pictures) > 0, f"source: {root} holds no pictures in its class directories")
 
     def read_from(start: int) -> Iterator[Sample]:
@@ -141,7 +141,7 @@ def _hugging_face(spec: str) -> Source:
 
 
 def row_samples(data: Dataset | IterableDataset, image: str, label: str, start: int) -> Iterator[Sample]:
-    """The rows from `start` on of a data set whose pictures are undecoded: their bytes, or where these lie."""
+    """Yield the rows of a data set from `start` on; its pictures are undecoded: bytes, or a path or URL to them."""
     for position, row in enumerate(data.skip(start), start):
         picture = row[image] or {}
         path = picture.get("path")
@@ -150,7 +150,7 @@ def row_samples(data: Dataset | IterableDataset, image: str, label: str, start: 
 
 
 def _load(name: str, options: dict[str, str]) -> Dataset | IterableDataset:
-    """The data set by that name. Local files are streamed, or `datasets` would copy them into its cache."""
+    """Load the data set of that name. Local files are streamed: `datasets` would copy them into its cache."""
     from datasets import DatasetDict, load_dataset, load_from_disk
 
     path, split = Path(name), options["split"]
@@ -164,7 +164,7 @@ def _load(name: str, options: dict[str, str]) -> Dataset | IterableDataset:
 
 
 def _web_dataset(pattern: str) -> Source:
-    """Read by webdataset: `datasets` takes the columns of the first entries for all, so that jpg beside png is lost."""
+    """Open tar shards by webdataset: `datasets` takes the first entries' columns for all, and loses jpg beside png."""
     import braceexpand
     import webdataset
 
@@ -179,14 +179,14 @@ def _web_dataset(pattern: str) -> Source:
             picture = next((row[kind] for kind in WDS_PICTURES if kind in row), None)
             yield Sample(row["__key__"], picture, _label(row))
 
-    # Tar shards that earlier versions prepared have their classes' names beside them.
+    # Earlier versions prepared tar shards and wrote the class names to dataset.json beside them.
     beside = [file.with_name("dataset.json") for file in local[:1]]
     names = [json.loads(file.read_text())["classes"] for file in beside if file.is_file()]
     return Source(read_from, _digest(*urls), tuple(*names))
 
 
 def _label(row: dict[str, Any]) -> int | None:
-    """The label of a WebDataset entry: its cls, or "label" in its json; None where there is none."""
+    """The label of a WebDataset entry: its cls, or "label" in its json; None if it has neither."""
     try:
         return int(row["cls"]) if "cls" in row else int(json.loads(row["json"])["label"])
     except (KeyError, ValueError, TypeError):

@@ -1,4 +1,4 @@
-"""The demos: images that ship inside packages, and scores of the networks that learn them."""
+"""The demos: images that ship inside installed packages, and scores of networks trained on them."""
 
 from pmf.train.demo.image_sets import digits, photographs
 

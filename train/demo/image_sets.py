@@ -1,4 +1,4 @@
-"""The images of the demos, which ship inside packages: handwritten digits, and crops of ten photographs."""
+"""The images of the demos, from installed packages: handwritten digits, and crops of ten photographs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from pmf.data.training_data import ImageSet
 from pmf.errors import InputError, require
 
-# Class name -> (package, file in it, where the square with the subject lies: from 0, left or top, to 1).
+# Class name -> (package, file in it, position of the square with the subject: 0 is left or top, 1 right or bottom).
 PHOTOGRAPHS = {
     "astronaut": ("skimage", "data/astronaut.png", 0.5),
     "cat": ("skimage", "data/chelsea.png", 0.3),
@@ -53,11 +53,11 @@ def digits() -> tuple[ImageSet, ImageSet]:
 def photographs(size: int = 32) -> tuple[ImageSet, ImageSet]:
     """(5,400 training, 1,350 held-out) square crops uint8 [n, 3, size, size]; the class is the photograph.
 
-    Crops lie in the square of a photograph that shows its subject. Their side is 0.75, 0.85 or 0.95 of the square's;
-    they lie at 15 x 15 evenly spaced places. Every fifth place along a row or column is held out, a different fifth
-    for each side. Crops overlap: held-out ones are other views of the same photographs. Nothing is random, and nothing
-    is downloaded.
-    Errors: `InputError` where scikit-image is missing, or a photograph in its files.
+    Crops are taken inside the square that shows a photograph's subject: their side is 0.75, 0.85 or 0.95 of the
+    square's, at 15 x 15 evenly spaced places. Every fifth place along a row or column is held out, a different fifth
+    for each side. Crops overlap: held-out ones are other views of the same photographs. Nothing is random or
+    downloaded.
+    Errors: `InputError` if scikit-image, or one of the photographs, is missing.
     """
     require(8 <= size <= 64, f"size: expected 8 to 64 pixels, got {size}")
     crops = [crop for label, name in enumerate(PHOTOGRAPHS) for crop in _crops(name, label, size)]
@@ -71,7 +71,7 @@ def photographs(size: int = 32) -> tuple[ImageSet, ImageSet]:
 
 def _file(name: str) -> Path:
     package, inside, _ = PHOTOGRAPHS[name]
-    spec = find_spec(package)  # the files are read as they lie: scikit-image's own functions may download
+    spec = find_spec(package)  # read the files directly: scikit-image's own functions may download
     if spec is None:
         raise InputError("data: photographs need scikit-image, pip install 'pixel-meanflow[data]'")
     file = Path(str(spec.origin)).parent / inside
@@ -91,7 +91,7 @@ def _square(name: str) -> Image.Image:
 def _crops(name: str, label: int, size: int) -> Iterator[tuple[Tensor, int, bool]]:
     """(crop, label, whether held out) of one photograph, in a fixed order."""
     square = _square(name)
-    # No crop needs more than twice its pixels, and shrinking once is cheaper than from every crop.
+    # No crop needs more than twice its output pixels: shrink the square once rather than every crop from full size.
     whole = min(square.width, round(2 * size / min(SHARES)))
     square = square.resize((whole, whole), Image.Resampling.LANCZOS)
     for (kind, share), row, column in product(enumerate(SHARES), range(PLACES), range(PLACES)):

@@ -1,1 +1,1 @@
-"""Measuring networks: FID, Inception score, precision and recall, by `pmf eval` and while a run trains."""
+"""Evaluation: FID, Inception score, precision and recall, by `pmf eval` and during training."""

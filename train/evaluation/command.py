@@ -1,4 +1,4 @@
-"""`pmf eval` measures a checkpoint over a grid of settings; `pmf eval statistics` a folder of reference images."""
+"""`pmf eval` measures a checkpoint over a grid of settings; `pmf eval statistics` computes reference statistics."""
 
 from __future__ import annotations
 
@@ -30,27 +30,28 @@ class EvalConfig(MeasurementConfig):
     """Measure a checkpoint: FID, Inception score, precision and recall against a reference, over a grid of settings.
 
     Images, features and metrics do not depend on how many processes torchrun starts. Every finished grid
-    point is a line of results.jsonl in `out`; an interrupted evaluation continues when it is called again.
-    `pmf eval statistics FOLDER` computes reference statistics. A network of digits or photographs without
-    a reference is measured by 500 samples, its own way.
+    point is a line of results.jsonl in `out`; run an interrupted evaluation again to resume it.
+    `pmf eval statistics FOLDER` computes reference statistics. Without a reference, networks of digits or
+    photographs are scored on 500 samples by a Fréchet distance and a classifier's accuracy.
     """
 
     source: tyro.conf.Positional[str]
     """Run directory, checkpoint file or Hugging Face hub id."""
     omega: tuple[float, ...] = ()
-    """Guidance scales to measure (default: the setting of the run or of the published preset)."""
+    """Guidance scales to measure (default: that of the run or of the published preset)."""
     interval: tuple[str, ...] = ()
-    """Guidance intervals to measure, each as t_min,t_max: 0.1,0.7 (default as for omega)."""
+    """Guidance intervals to measure, each as t_min,t_max, such as 0.1,0.7 (default: as for omega)."""
     guidance: tuple[str, ...] = ()
-    """Published settings to measure by name, in place of omega and interval: pMF-B/16, pMF-B/16-torch, ..."""
+    """Published settings to measure, by name, instead of omega and interval: pMF-B/16, pMF-B/16-torch, ..."""
     steps: tuple[int, ...] = ()
-    """Numbers of network evaluations per image to measure (default: 1; for digits and photographs 1 and 2)."""
+    """Numbers of sampling steps to measure, each a network evaluation per image
+    (default: 1; without a reference 1 and 2)."""
     seed: int = 0
-    """Seed of the first image; image i has seed + i (without a reference: sample i has 500 seed + i)."""
+    """Seed of the first image; image i has seed + i (without a reference: 500 * seed + i)."""
     out: Path | None = None
-    """Directory of the results and of what is unfinished (default: `eval` in the run directory, else eval/NAME)."""
+    """Directory for results and unfinished features (default: `eval` in the run directory, else eval/NAME)."""
     images: Path | None = None
-    """Directory in which to keep the generated images, a folder of PNGs per grid point."""
+    """Directory for the generated images, a folder of PNGs per grid point (default: they are not kept)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the network's matrix products."""
     device: str = "auto"
@@ -65,16 +66,16 @@ class EvalConfig(MeasurementConfig):
 class StatisticsConfig(ExtractionConfig):
     """Compute the reference statistics of a folder of images, including its subfolders.
 
-    Images are decoded to RGB bytes and enter the extractor at their own size: crop and scale them first to
-    the size of the samples that they will be compared with. An interrupted call continues when repeated.
+    Images are decoded to RGB bytes and enter the extractor at their own size: first crop and scale them to
+    the size of the samples to compare. Run an interrupted command again to resume it.
     """
 
     folder: tyro.conf.Positional[Path]
-    """The folder."""
+    """Folder of images."""
     out: Path
     """The npz to write: mu, sigma, count; with --resize half_pixel ref_mu, ref_sigma, count."""
     features: bool = False
-    """Keep the features too (8 KB per image): precision and recall need them."""
+    """Store the features too (8 KB per image): precision and recall need them."""
     device: str = "auto"
     """Device: auto (each process its own GPU), cpu, cuda, ..."""
 
@@ -100,7 +101,7 @@ class Point:
 
 
 def command(arguments: list[str]) -> None:
-    """Print one JSON line per grid point and, of several points with an FID, the best."""
+    """Print one JSON line per grid point, then the point of lowest FID if there are several."""
     if arguments[:1] == ["statistics"]:
         statistics_command(arguments[1:])
         return
@@ -126,7 +127,7 @@ def statistics_command(arguments: list[str]) -> None:
 
 
 def evaluate(config: EvalConfig, world: World, make_extractor: MakeExtractor | None = None) -> list[dict[str, Any]]:
-    """The result of every grid point, in order; each is printed and written as soon as it is known."""
+    """Measure every grid point and return the results in order; each is printed and stored as soon as it is known."""
     run = Path(config.source)
     out = config.out or (run / "eval" if run.is_dir() else Path("eval") / run.stem)
     measurement = Measurement(config, out, world, make_extractor)
@@ -144,9 +145,9 @@ def evaluate(config: EvalConfig, world: World, make_extractor: MakeExtractor | N
 
 
 def evaluate_demo(config: EvalConfig) -> None:
-    """Print one JSON line per grid point of a network of digits or photographs, measured by numbers of their own.
+    """Print one JSON line per grid point of a network of digits or photographs, with the scores of the demos.
 
-    Errors: another network, which needs a reference.
+    Errors: `InputError` on any other network: it needs a reference.
     """
     for model, point in _grid_points(config, pick_device(config.device), steps=(1, 2)):
         result = demo_score(model.config)(model, seed=config.seed, **point.settings)
@@ -155,7 +156,7 @@ def evaluate_demo(config: EvalConfig) -> None:
 
 
 def _draw(model: pmf.PMFDiT, point: Point, dtype: str, labels: list[int], seeds: list[int]) -> Tensor:
-    """A batch of images, under autocast for bfloat16."""
+    """Draw a batch of images, under autocast for bfloat16."""
     device = next(model.parameters()).device
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
         return pmf.generate(model, labels, seeds=seeds, batch_size=len(labels), **point.settings)
@@ -164,7 +165,7 @@ def _draw(model: pmf.PMFDiT, point: Point, dtype: str, labels: list[int], seeds:
 def _grid_points(
     config: EvalConfig, device: torch.device, steps: tuple[int, ...] = (1,)
 ) -> Iterator[tuple[pmf.PMFDiT, Point]]:
-    """Every network to measure, with each of its grid points."""
+    """Yield every network to measure with each of its grid points."""
     for weights in config.weights or (None,):
         model = pmf.PMFDiT.from_pretrained(config.source, weights=weights, aux_head=False, device=device).eval()
         for point in grid(config, weights, model.config, steps):
@@ -172,9 +173,9 @@ def _grid_points(
 
 
 def grid(config: EvalConfig, weights: str | None, model: ModelConfig, steps: tuple[int, ...] = (1,)) -> list[Point]:
-    """Every point that the flags span for one choice of weights; `steps` is the default of that flag.
+    """Return the grid points of one choice of weights; `steps` is the default of that flag.
 
-    Guidance that no flag names is the run's, else that of the published preset. Errors: there is neither.
+    Guidance defaults to that of the run, else of the published preset. Errors: `InputError` if there is neither.
     """
     stored = find_run_config(config.source)
     preset = next((published_guidance(name) for name, c in MODELS.items() if c == model), None)
@@ -184,10 +185,10 @@ def grid(config: EvalConfig, weights: str | None, model: ModelConfig, steps: tup
 
 
 def _settings(config: EvalConfig, default: Guidance | None) -> list[Guidance]:
-    """The settings of guidance: those named, else every omega in every interval."""
+    """The guidance settings: by name, else every omega in every interval."""
     if config.guidance:
         both = bool(config.omega or config.interval)
-        require(not both, "guidance: expected no omega and no interval beside it, got both")
+        require(not both, "guidance: expected no omega and no interval beside it, got at least one")
         return [published_guidance(name) for name in config.guidance]
     for flag in ("omega", "interval"):
         known = getattr(config, flag) or default

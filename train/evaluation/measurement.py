@@ -23,13 +23,13 @@ from pmf.train.evaluation.reference import compute_together, folder_digest, writ
 from pmf.train.evaluation.results import Results, digest, extractor_digest, network_digest
 
 Draw = Callable[[list[int], list[int]], Tensor]
-"""Images [n, c, H, W] in [-1, 1] of these labels, from these seeds."""
+"""(labels, seeds) -> images [n, c, H, W] in [-1, 1]."""
 MakeExtractor = Callable[..., Extractor]
-"""An extractor for `resize`, its keyword argument."""
+"""Keyword argument `resize` -> extractor."""
 
 
 def image_count(config: MeasurementConfig, network: pmf.ModelConfig, name: str) -> int:
-    """The number of images that measure a network. Errors: too few, or images without 1 or 3 channels."""
+    """Number of images to draw from a network. Errors: `InputError` if too few, or not of 1 or 3 channels."""
     channels, count = network.in_channels, config.per_class * network.num_classes
     require(channels in (1, 3), f"{name}: expected images of 1 or 3 channels, got {channels}")
     require(count >= SPLITS, f"per_class: expected at least {SPLITS} images in all, got {count}")
@@ -37,9 +37,9 @@ def image_count(config: MeasurementConfig, network: pmf.ModelConfig, name: str) 
 
 
 def demo_score(network: pmf.ModelConfig) -> Callable[..., dict[str, float]]:
-    """How a network of digits or photographs is measured, by image shape and ten classes; see `pmf.train.demo.scores`.
+    """The score of `pmf.train.demo.scores` for a network of digits or photographs, told by image shape and ten classes.
 
-    Errors: another network, which needs a reference.
+    Errors: `InputError` on any other network: it needs a reference.
     """
     from pmf.train.demo.scores import evaluate_digits, evaluate_photographs
 
@@ -51,11 +51,11 @@ def demo_score(network: pmf.ModelConfig) -> Callable[..., dict[str, float]]:
 
 
 class Measurement:
-    """What generated images are compared with: a reference, and an extractor with the resize that both share.
+    """Compares generated images with a reference, by an extractor and a resize common to both.
 
-    The resize is the configured one, else that of the reference's statistics, else (for a folder) tf1. Results, and
-    whatever is unfinished, are kept in `out`. `make_extractor`: another extractor than Inception.
-    Errors: `InputError` on a reference that is not there, cannot be read or has another number of features.
+    The resize is the configured one, else that of the reference's statistics, else (for a folder) tf1. Results and
+    unfinished features are kept in `out`. `make_extractor` replaces Inception.
+    Errors: `InputError` on a reference that is missing, unreadable or of another number of features.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Measurement:
         self._reference = replace(statistics, resize=self.resize), named
 
     def reference(self) -> tuple[Statistics, str]:
-        """The reference and a name for its content. A folder's statistics are computed once and kept in `out`."""
+        """The reference and a digest of its content. A folder's statistics are computed once and kept in `out`."""
         if self._reference is None:
             file = self.out / f"reference-{folder_digest(self._files, self.extractor)}.npz"
             if not self.world.broadcast(file.is_file()):
@@ -102,10 +102,11 @@ class Measurement:
         dtype: str,
         images: Path | None = None,
     ) -> dict[str, Any]:
-        """The result for images of a network, drawn with these settings: read if it is known, else computed.
+        """Return the result for a network's images at these settings: read if it is known, else computed.
 
-        The same in all processes; interrupted, it continues when called again. The line begins with `head`.
-        `images`: a directory in which to keep the images as PNGs, one folder per key; missing ones are drawn again.
+        Every process must call, and gets the same result. An interrupted call resumes when repeated. `head`: values to
+        add to the result. `images`: a directory in which to keep the images as PNGs, one folder per key; missing ones
+        are drawn again.
         """
         count = image_count(self.config, network.config, "source")
         per_class, named = self.config.per_class, (self._extractor_digest, self.reference()[1])

@@ -1,4 +1,4 @@
-"""Evaluations while a run trains: every `eval_every` steps its weights are measured as `pmf eval` would."""
+"""Evaluations during training: every `eval_every` steps, measure the run's weights as `pmf eval` does."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ REPORTED = ("fid", "inception_score", "precision", "recall", "frechet_distance",
 class PeriodicEvaluation:
     """Measures the weights that `config.evaluation` names, sampled in one step with the run's guidance.
 
-    One network, and one sampler of it, serve all weights, which are loaded in place. Each result is a line of
-    eval/results.jsonl with a key of what was measured, so nothing is measured twice; unfinished features are kept
-    beside it. The random state is left unchanged.
-    Errors: `InputError` on a reference, an extractor or a network with which nothing can be measured.
+    All weights are loaded, in place, into one network with one sampler. Each result is a line of eval/results.jsonl
+    with a key for what was measured, so nothing is measured twice; unfinished features are kept beside it. The random
+    state is left unchanged.
+    Errors: `InputError` on an unusable reference, extractor or network.
     """
 
     def __init__(self, config: RunConfig, world: World, directory: Path) -> None:
@@ -55,13 +55,13 @@ class PeriodicEvaluation:
         return step > 0 and (step % self.config.eval_every == 0 or step == self.config.steps)
 
     def prepare(self) -> None:
-        """Compute the statistics of a reference that is a folder of images. Every process must call."""
+        """Compute the reference statistics if the reference is a folder of images. Every process must call."""
         if self.measurement is not None:
             with _random_state_kept(self.world.device):
                 self.measurement.reference()
 
     def measure(self, step: int, weights: Mapping[str, dict[str, Tensor]]) -> dict[str, float]:
-        """The reported numbers of the chosen weights: {"fid/ema_500": ...}. Every process must call."""
+        """Return the reported numbers of the chosen weights: {"fid/ema_500": ...}. Every process must call."""
         found: dict[str, float] = {}
         with _random_state_kept(self.world.device):
             for name in self.settings.weights or (self.config.sampling_weights,):
@@ -87,7 +87,7 @@ class PeriodicEvaluation:
         )
 
     def _demo_line(self, head: dict[str, Any]) -> dict[str, Any]:
-        """The result for digits and photographs, in the main process alone."""
+        """The result for digits and photographs, in the main process only."""
         key = digest(network_digest(self.network), self.sampling, SEED)
         line = self.results.find(key)
         if line is None:
@@ -96,7 +96,7 @@ class PeriodicEvaluation:
         return line | head
 
     def _record(self, line: dict[str, Any]) -> None:
-        """Add a line under the name of these weights where others, equal to them, were measured."""
+        """Add a line for these weights and step if the result was found under those of equal weights."""
         if self.results.find(line["key"], weights=line["weights"], step=line["step"]) is None:
             self.results.append(line)
 

@@ -14,13 +14,13 @@ from pmf.train.evaluation.results import digest, extractor_digest
 def compute_together(
     chunks: Chunks, spans: list[range], source: Source, extractor: Extractor, world: World, batch_size: int
 ) -> None:
-    """Compute the chunks that the main process names, a share in every process; return when all are done."""
+    """Compute the chunks in the main process's list, a share in every process; return when all are done."""
     chunks.compute(world.share(spans), source, extractor, batch_size=batch_size, progress=world.main)
     world.wait()
 
 
 def folder_digest(files: list[Path], extractor: Extractor) -> str:
-    """A name for the features of these images: it changes with the files and with the extractor."""
+    """Digest of the files' paths, sizes and times and of the extractor: a name for the images' features."""
     listing = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     return digest(listing, extractor_digest(extractor))
 
@@ -28,7 +28,7 @@ def folder_digest(files: list[Path], extractor: Extractor) -> str:
 def write_folder_statistics(
     files: list[Path], out: Path, extractor: Extractor, world: World, config: ExtractionConfig, *, keep: bool
 ) -> None:
-    """Write the statistics of these images, with the features if `keep`; interrupted, it continues when repeated."""
+    """Write the statistics of these images, with the features if `keep`; an interrupted call resumes when repeated."""
     name = f".{out.name}.{folder_digest(files, extractor)}-{config.chunk}"
     chunks = Chunks(out.parent / name, len(files), config.chunk)
     compute_together(chunks, chunks.missing(), images_of(files), extractor, world, config.batch_size)

@@ -1,4 +1,4 @@
-"""Results of evaluations: the lines of results.jsonl, each found again by the key of what was measured."""
+"""Results of evaluations: lines of results.jsonl, looked up by a key for what was measured."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Results:
         self.file = directory / "results.jsonl"
 
     def find(self, key: str, **values: object) -> dict[str, Any] | None:
-        """The last line of that key that has these values; None if there is none."""
+        """The last line with this key and these values; None if there is none."""
         wanted = {"key": key, **values}
         found = [line for line in read_json_lines(self.file) if wanted.items() <= line.items()]
         return found[-1] if found else None
 
     def append(self, line: dict[str, Any]) -> None:
-        """Append a line in one write, behind the lines of others, and flush it to the disk.
+        """Append a line in one write, so that other writers' lines stay whole, and flush it to the disk.
 
         Errors: `InputError` when it cannot be written.
         """
@@ -38,7 +38,7 @@ class Results:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with open(self.file, "ab+") as file:
                 file.seek(max(0, file.tell() - 1))
-                torn = file.read() not in (b"", b"\n")  # by a crash: leave it on a line of its own
+                torn = file.read() not in (b"", b"\n")  # by a crash: start a new line
                 file.write(b"\n" * torn + json.dumps(line).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
@@ -47,12 +47,12 @@ class Results:
 
 
 def digest(*parts: object) -> str:
-    """A name, 32 hexadecimal digits, for these values, by their repr."""
+    """Digest of these values' repr, 32 hexadecimal digits."""
     return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()[:32]
 
 
 def weights_digest(module: torch.nn.Module | Extractor) -> str:
-    """A name for all weights and buffers of a network."""
+    """Digest of all weights and buffers of a network."""
     total = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         total.update(f"{name} {value.dtype} {list(value.shape)}".encode())
@@ -61,10 +61,10 @@ def weights_digest(module: torch.nn.Module | Extractor) -> str:
 
 
 def network_digest(network: pmf.PMFDiT) -> str:
-    """A name for a network: its configuration and its weights."""
+    """Digest of a network: its configuration and its weights."""
     return digest(asdict(network.config), weights_digest(network))
 
 
 def extractor_digest(extractor: Extractor) -> str:
-    """A name for what an extractor computes."""
+    """Digest of an extractor: its weights and its resize."""
     return digest(weights_digest(extractor), extractor.resize)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on several machines under Slurm, a process per GPU; near the end of its time the job saves and queues again.
+# Train on several machines under Slurm, one process per GPU. Near its time limit the job saves and requeues itself.
 #   sbatch --nodes 2 train/launch/slurm.sh pMF-H/16 runs/h16 --data data/imagenet256 --sharding hybrid
 #SBATCH --job-name=pmf
 #SBATCH --gpus-per-node=8
@@ -20,10 +20,10 @@ hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export MASTER_ADDR=${hosts%%$'\n'*} MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
 again=no
-# Slurm signals this shell alone; srun hands on what it gets to the processes, which save and exit.
+# Slurm signals only this shell; srun forwards the signal to the processes, which save and exit.
 trap 'again=yes; kill -USR1 "$!"' USR1
-# A step gets the job's cores only when asked for; one process that fails ends the others, which would wait for it.
-# shellcheck disable=SC2016 # every process reads its own numbers
+# srun gets the job's cores per task only if asked for them. A process that fails must end the others, which would wait.
+# shellcheck disable=SC2016 # every process expands its own ranks
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python -m pmf.train train "$@"' train "${run[@]}" "$@" &
 wait $! || wait $!
 [ "$again" = no ] || scontrol requeue "$SLURM_JOB_ID"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on every GPU of this machine (GPUS=n: on n of them); called again, continue.
+# Train on every GPU of this machine (GPUS=n: on n of them). Run it again to resume.
 #   train/launch/torchrun.sh pMF-B/16 runs/b16 --data data/imagenet256
 set -euo pipefail
 preset=${1:?expected PRESET OUT [options]} out=${2:?expected PRESET OUT [options]}
@@ -9,6 +9,6 @@ if compgen -G "$out/checkpoints/step-*" > /dev/null; then
 else
     run=("$preset" --out "$out")
 fi
-# torchrun hands these on to the processes, which save and exit, and gives them this long before it kills them.
+# torchrun forwards these signals to the processes, which save and exit; it kills them after this many seconds.
 export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300
 exec python -m torch.distributed.run --standalone --nproc-per-node "${GPUS:-gpu}" -m pmf.train train "${run[@]}" "$@"
