@@ -52,7 +52,7 @@ class RowOperations:
         return guided * self.guidance + len(draws.t) * self.main + plan.tangent_rows * self.tangent
 
     def naive(self, draws: Draws) -> int:
-        """Operations of the published step: three guidance passes (the v head alone) and a tangent on every row."""
+        """Operations of the published step: three guidance passes (v head only) and a tangent on every row."""
         return len(draws.t) * (3 * self.guidance + self.main + self.tangent)
 
     def flow_matching(self, draws: Draws) -> int:

@@ -61,7 +61,7 @@ class Join(NamedTuple):
         return [place[tuple(map(slice, part.shape))] for place, part in zip(places, self.parts, strict=True)]
 
     def gaps(self, joined: Tensor) -> list[Tensor]:
-        """Views to fill with zeros: the rows between parts, or the whole weight where columns are padded."""
+        """Views to fill with zeros: the rows between parts, or the whole weight if columns are padded."""
         if not self.padded:
             return []
         rows = len(self.parts[0])
@@ -169,7 +169,7 @@ def _joined(modules: Joins, dtype: torch.dtype | None) -> list[tuple[Tensor, ...
 
 
 def joined_weights(model: nn.Module, device_type: str) -> list[tuple[Tensor, ...]]:
-    """The joined weights of every `PackedModule`, cast where autocast is on."""
+    """The joined weights of every `PackedModule`, cast under autocast."""
     return _joined(_joins(model), autocast_dtype(device_type))
 
 

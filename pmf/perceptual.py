@@ -178,7 +178,7 @@ class PerceptualLoss(nn.Module):
         return lambda x_hat, x: self(x_hat, x, torch.Generator().manual_seed(seed))
 
     def forward(self, x_hat: Tensor, x: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Distances per row, float32 [B] (float64 where the networks are), of images [B, 3, H, W] in [-1, 1].
+        """Distances per row, float32 [B] (float64 for float64 networks), of images [B, 3, H, W] in [-1, 1].
 
         Crops are drawn on the CPU from `generator` (None: the default one), without waiting for a device. Even under
         autocast, crops are made in float32 and networks run in their own dtype. Errors: `InputError` on bad shapes.

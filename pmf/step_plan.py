@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The table above for one step's draws, flow-matching rows first. Row indices and w' live on the CPU."""
+    """The table above for one step's draws, flow-matching rows first. Row indices and w' are on the CPU."""
 
     tangent_rows: int
     """B_dot: the last rows, whose du/dt the loss reads."""
@@ -81,7 +81,7 @@ class PlannedStep:
     null_index: Tensor
     null_rows: Tensor
     early_rows: Tensor
-    """Rows that the perceptual terms see: t < perceptual_max_t."""
+    """Rows with perceptual terms: t < perceptual_max_t."""
     dropped: Tensor
     order: Tensor | None
     """The original index of each row; None if the rows were already in this order."""

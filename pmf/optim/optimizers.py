@@ -88,7 +88,7 @@ def build_optimizers(
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     """The learning rate of step `step` (from 0) of `steps`.
 
-    It rises as step / warmup_steps. After the share x of the decay, it has fallen towards decay_to by the factor
+    It rises as step / warmup_steps. After the share x of the decay, the part of it above decay_to is multiplied by
     1 - x (linear) or (1 + cos(pi x)) / 2 (cosine).
     """
     risen = min(1.0, step / config.warmup_steps) if config.warmup_steps else 1.0
