@@ -1,4 +1,4 @@
-"""`attention`: FlashAttention for the value, one kernel for the tangent.
+"""`attention`: a FlashAttention computes the value, one kernel the tangent.
 
     o = softmax(S) v,  S = scale q k^T                                     (kernels/flash.py)
 
@@ -6,27 +6,27 @@
     H     = P * (S_dot - shift)              G     = P v_dot + H v
     o_dot = G - rowsum(H) o
 
-With o and the log-sum-exp of the primal at hand, P is final as soon as it is computed: no online
-softmax, one accumulator, five products a tile (two of them only where q or k moves, the last only where
-v does). The value's backward is that of FlashAttention; for the tangent nothing is saved.
+The primal provides o and the log-sum-exp, so P is final as soon as it is computed: no online softmax, one
+accumulator, and at most five products per tile (S; q_dot k^T and q k_dot^T if q and k have tangents, H v if
+either has one; P v_dot if v has one). FlashAttention computes the value's backward; the tangent saves nothing.
 
 Rounding. H is rounded to the dtype of v before it is multiplied. Two things keep that error small:
 
-1. o_dot does not change when any constant of the row is subtracted from S_dot, for the rows of P sum to
-   one. `shift` is the mean of S_dot over 16 keys spread evenly over the sequence. A common mode of the
-   tangents (k_dot = c + small parts, as from a shift of the conditioning) adds the same q c to all of a
-   row, so it leaves S_dot - shift, and with it the rounding of H, as they are without it. The mean of n
-   random keys leaves a row's spread larger by sqrt(1 + 1 / n), 3% here; a single key would make it 41%
-   and might be an outlier, a prefix token; a mean weighted by P would need a pass of its own. The cost
-   is 16 more keys for the first product of S_dot.
-2. rowsum(H) sums the rounded values, those that meet v. An error e_j in H_j then enters o_dot as
+1. Subtracting a constant per row from S_dot does not change o_dot, because the rows of P sum to one.
+   `shift` is the mean of S_dot over 16 keys spread evenly over the sequence. A common mode of the
+   tangents (k_dot = c + small parts, as from a shift of the conditioning) adds the same q c to a whole
+   row, so it cancels in S_dot - shift and does not affect the rounding of H. The mean of n random keys
+   increases a row's spread by the factor sqrt(1 + 1 / n), 3% here; a single key would add 41% and might
+   be an outlier, such as a prefix token; a mean weighted by P would need another pass. The cost is 16
+   more keys in the products of S_dot.
+2. rowsum(H) sums the rounded values, which also multiply v. An error e_j in H_j then enters o_dot as
    e_j (v_j - o) instead of e_j v_j: it cancels where attention is concentrated or values have a common part.
 
-Sums and scores are float32; products of float32 inputs are float32 too, not TF32. There, an error of one
-step in the log-sum-exp scales a row of P by more than the budget allows, so o_dot is divided by P's sum.
+Sums and scores are float32; products of float32 inputs are float32 too, not TF32. For such inputs, an error of
+one ulp in the log-sum-exp scales a row of P by more than the budget allows, so o_dot is divided by P's sum.
 
-Bytes moved a sample and head: q, q_dot, o, o_dot once, 4 S_q D e; k, k_dot, v, v_dot once for each tile of
-queries, from the second on out of L2, because the programs of one head run side by side; lse 4 S_q.
+Bytes moved per sample and head: q, q_dot, o, o_dot once, 4 S_q D e; k, k_dot, v, v_dot once per tile of queries,
+but from L2 after the first tile, because the programs of one head run side by side; lse 4 S_q.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from pmf.kernels.tiles import product
 LOG2_E = tl.constexpr(1.4426950408889634)
 FLOAT32_COLUMNS = tl.constexpr(16)
 SHIFT_KEYS = tl.constexpr(16)
-"""Keys whose mean is subtracted from S_dot: the least a matrix product takes."""
+"""Number of keys whose mean is subtracted from S_dot: the smallest size of a matrix product."""
 
 
 MAX_HEAD_DIM = 128
@@ -58,12 +58,12 @@ MAX_HEAD_DIM = 128
 
 
 def _steps(heads: Tensor | None) -> Steps:
-    """Of `aligned` heads, in units of 8 values: Triton then knows that 8 divides them. Zero where there are none."""
+    """Strides of `aligned` heads in units of 8 values, so that Triton knows that 8 divides them; zero for None."""
     return Steps(0, 0, 0) if heads is None else Steps(*(step // flash.ALIGNMENT for step in heads.stride()[:-1]))
 
 
 def unsupported(head_dim: int) -> str | None:
-    """Why the tangent's kernel cannot take heads of this width; None where it can."""
+    """The reason why the tangent's kernel cannot take heads of this width, or None if it can."""
     if head_dim % 8 or not 0 < head_dim <= MAX_HEAD_DIM:
         return f'head_dim must be a multiple of 8 up to {MAX_HEAD_DIM} with impl="triton", got {head_dim}'
     return None
@@ -71,7 +71,7 @@ def unsupported(head_dim: int) -> str | None:
 
 @dataclass(frozen=True)
 class TangentTile:
-    """Queries a program owns, and keys it takes at a time."""
+    """Queries per program, and keys per iteration."""
 
     queries: int
     keys: int
@@ -85,14 +85,14 @@ HOPPER_TILES = (
     TangentTile(64, 64, 4, 3),
     TangentTile(128, 64, 8, 2),
 )
-"""Worth timing on Hopper beside each other; `tangent_tile` takes the first, second or last there."""
+"""Tiles worth comparing on Hopper; there `tangent_tile` chooses the first (2 stages at D 88, 96), second or last."""
 
 _forced: ContextVar[TangentTile | None] = ContextVar("attention tangent's tile", default=None)
 
 
 @contextlib.contextmanager
 def tangent_with(tile: TangentTile) -> Iterator[None]:
-    """Inside, this thread's attention tangents take `tile` in place of `tangent_tile`'s: for benchmarks.
+    """Inside the context, use `tile` for this thread's attention tangents instead of `tangent_tile`'s; for benchmarks.
 
     Results agree up to rounding. A tile that does not fit the chip raises Triton's OutOfResources.
     """
@@ -104,7 +104,7 @@ def tangent_with(tile: TangentTile) -> Iterator[None]:
 
 
 def split(head_dim: int) -> tuple[int, int]:
-    """Two powers of two that cover head_dim, (64, 16) for 80; the second is 0 where one is as small."""
+    """Two powers of two that cover head_dim, (64, 16) for 80; the second is 0 if a single one is as small."""
     first = 1 << (head_dim.bit_length() - 1)
     rest = head_dim - first
     second = max(registration.power_of_two(rest), 16) if rest else 0
@@ -113,16 +113,16 @@ def split(head_dim: int) -> tuple[int, int]:
 
 
 def tangent_tile(head_dim: int, length: int, dtype: torch.dtype, chip: Chip) -> TangentTile:
-    """128 queries, so that keys and values are read few times, and as many keys as fit beside them.
+    """128 queries, so that keys and values are read few times, and as many keys as fit with them.
 
-    A program holds S and S_dot (queries x keys) and the accumulator (queries x D) in float32, and q, q_dot
-    and P, H as factors. On Hopper factors lie in shared memory; on Ampere they lie in registers, too, 255 a
-    thread with 16 keys at D 128 (sm_120 spills there, and takes fewer queries); Blackwell (sm_100) has 512 columns
-    of tensor memory for all, too few for 64 keys beside two accumulators.
-    Keys and values take 4 x keys x D values of shared memory a stage: three stages where they fit, and no more than
+    A program holds S and S_dot (queries x keys) and the accumulator (queries x D) in float32, and q, q_dot, P and H
+    as operands. On Hopper, operands are in shared memory. On Ampere, they are in registers too: 255 per thread with
+    16 keys at D 128 (sm_120 spills there, so it takes fewer queries). Blackwell (sm_100) has 512 columns of tensor
+    memory in all, too few for 64 keys and two accumulators.
+    Keys and values take 4 x keys x D values of shared memory per stage: three stages if they fit, and at most
     96 KB, except on Hopper and sm_100.
 
-    On Hopper up to D 96, two programs a processor, of 32 keys, beat one of 64; up to D 64, 64 queries do where
+    On Hopper up to D 96, two programs per processor with 32 keys beat one with 64; up to D 64, 64 queries win if
     128 would leave many rows of the last tile empty (measured on an H200 at D 64, 80 and 128, S 276 and 4096).
     """
     padded, generation = sum(split(head_dim)), chip.capability // 10
@@ -148,7 +148,7 @@ def tangent_tile(head_dim: int, length: int, dtype: torch.dtype, chip: Chip) -> 
 
 @triton.jit
 def _load(p_rows, i_row, m_row, step, first, WIDTH: tl.constexpr, D: tl.constexpr, WHOLE: tl.constexpr):
-    """Columns first to first + WIDTH of some rows, zero where m_row is false and, unless WHOLE, beyond D."""
+    """Load columns first to first + WIDTH of some rows; zero where m_row is false and, unless WHOLE, beyond D."""
     i_d = first + tl.arange(0, WIDTH)
     mask = m_row[:, None]
     if not WHOLE:
@@ -158,7 +158,7 @@ def _load(p_rows, i_row, m_row, step, first, WIDTH: tl.constexpr, D: tl.constexp
 
 @triton.jit
 def _load_parts(p_rows, i_row, m_row, step, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """Rows of D values in their two parts; the second is the first again where D1 is 0."""
+    """Load rows of D values in two parts; if D1 is 0, the second repeats the first."""
     b_0 = _load(p_rows, i_row, m_row, step, 0, D0, D, D0 <= D)
     b_1 = b_0
     if D1 > 0:
@@ -171,9 +171,9 @@ def _scores(
     b_a0, b_a1, p_a, i_m, m_m, a_step, b_b0, b_b1, p_b, i_n, m_n, b_step, b_sum,
     D: tl.constexpr, D1: tl.constexpr,
 ):  # fmt: skip
-    """b_sum + a b^T of tiles of rows, given in parts (b_) and as where they are in memory (p_, i_, m_).
+    """b_sum + a b^T of two tiles of rows, given as loaded parts (b_) and by their place in memory (p_, i_, m_).
 
-    Float32 factors are read again, a few columns at a time: all of them would not fit into registers.
+    Float32 operands are reloaded a few columns at a time: all columns would not fit into registers.
     """
     if p_a.dtype.element_ty == tl.float32:
         for i_d in range(0, D, FLOAT32_COLUMNS):
@@ -189,7 +189,7 @@ def _scores(
 
 @triton.jit
 def _head_offset(steps, i_b, i_h):
-    """Where a head of a sample begins; the sample and the head are 64-bit."""
+    """The offset of a head of a sample; i_b and i_h are 64-bit."""
     return (i_b * steps.sample + i_h * steps.head) * 8
 
 
@@ -198,7 +198,7 @@ def _tangent(
     p, p_dot, p_o, p_lse, p_o_dot, steps, dot_steps, o_steps, o_dot_steps, heads, length_q, length_k, scale,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """M queries of one head of one sample, against all keys, N at a time.
+    """M queries of one head of one sample against all keys, N at a time.
 
     p, p_dot: `Heads`; steps, dot_steps: the `Steps` of each.
     """
@@ -329,10 +329,10 @@ def attention_tangent(
 
 
 def _save(ctx, inputs, outputs):
-    """Nothing: it is called without gradients."""
+    """Save nothing: the operator is called without gradients."""
 
 
-# Refuses forward-mode differentiation, as any Function without a rule for it does.
+# Raises under forward-mode differentiation, like any Function without a rule for it.
 _tangent_alone = registration.differentiable("AttentionTangent", attention_tangent, _save, lambda ctx, _: (), inputs=0)
 
 
@@ -344,7 +344,7 @@ def attention(q: Dual, k: Dual, v: Dual, *, scale: float) -> Dual:
     rows = tangent_rows(dots)
     if rows is None:
         return Dual(o)
-    # Dynamo takes no Function without differentiable outputs, nor would it see what this one refuses.
+    # Dynamo does not accept a Function without differentiable outputs, and would not see that this one raises.
     tangent = attention_tangent if torch.compiler.is_compiling() else _tangent_alone
     with torch.no_grad():
         last = [tail(x, rows) for x in (q_value, k_value, v_value, o, lse)]

@@ -1,7 +1,7 @@
-"""The primal of attention: a FlashAttention that also gives the log-sum-exp of every row.
+"""The primal of attention: a FlashAttention that also returns the log-sum-exp of every row.
 
-All backends take and give heads as [B, S, H, D] here, and the log-sum-exp as float32 [B, H, S_q], natural
-logarithm. `decide` takes the first that can run:
+All backends here take and return heads as [B, S, H, D], and return the log-sum-exp (natural logarithm) as float32
+[B, H, S_q]. `decide` chooses the first that can run:
 
 | backend        | what it is                           | where it can run                    | sm_90, sm_100 | else |
 |----------------|--------------------------------------|-------------------------------------|---------------|------|
@@ -12,7 +12,7 @@ logarithm. `decide` takes the first that can run:
 | `flash_attn_4` | the package flash-attn-4             | bfloat16, float16; sm_90 and sm_100 | by request    |      |
 
 On the CPU (Triton's interpreter) it is always `cpu`, PyTorch's FlashAttention for CPUs. A single key needs
-none of them. Measured on an H200, in parts of the time of PyTorch's FlashAttention, whose kernels are those of
+no backend. Times measured on an H200, as fractions of the time of PyTorch's FlashAttention, which has the kernels of
 flash-attn 2 (forward and backward, bfloat16):
 
 |              | S 276, D 64 | S 276, D 80 | S 4096, D 128 |
@@ -20,21 +20,21 @@ flash-attn 2 (forward and backward, bfloat16):
 | flash-attn-4 | 0.74, 0.59  | 0.65, 0.55  | 0.50, 0.48    |
 | cuDNN        | 0.74, 0.62  | 0.82, 0.68  | 0.53, 0.53    |
 
-flash-attn-4 is never taken unasked. On Hopper its releases up to 4.0.0b36 give a wrong gradient of q at D 80 and
-other head_dims (flash_attn_4.py says which and why): there it is refused. Its figures at D 80 are those of that
-backward. At D 64 it trained networks and gave the losses and samples of the others, but no test of it
-has been seen to pass on a GPU yet, and its launcher costs the host more than cuDNN's.
+flash-attn-4 runs only on request. On Hopper, its releases up to 4.0.0b36 compute a wrong gradient of q at D 80 and
+other head_dims (flash_attn_4.py says which and why), so it is refused there; its figures at D 80 include that
+backward. At D 64, networks trained with it had the losses and samples of the other backends, but no test of it
+has been seen to pass on a GPU yet, and its launcher takes more host time than cuDNN's.
 
-Three ways to choose, the strongest first:
+Three ways to choose, in order of precedence:
 
 1. `with pmf.ops.use_attention_backend("cudnn"):`, and
-2. `PMF_ATTENTION=cudnn` in the environment ("auto", the default, is the table): that one backend or an
-   `InputError` with the reason why it cannot run, never another in its place.
+2. `PMF_ATTENTION=cudnn` in the environment ("auto", the default, is the table) select exactly that backend, or
+   raise an `InputError` with the reason why it cannot run; they never fall back.
 3. PyTorch's own switches: `torch.nn.attention.sdpa_kernel(SDPBackend.CUDNN_ATTENTION)` turns every
-   FlashAttention off, so that cuDNN is taken. They do not touch what 1 or 2 ask for.
+   FlashAttention off, so that cuDNN runs. They do not affect 1 and 2.
 
-A compiled function follows 1: it is compiled anew for each backend. 2 and 3 it reads while it is compiled.
-A captured CUDA graph keeps what it was captured with.
+A compiled function follows 1 by recompiling for each backend; it reads 2 and 3 only while it is compiled.
+A captured CUDA graph keeps the backend that it was captured with.
 """
 
 from __future__ import annotations
@@ -59,21 +59,21 @@ log = logging.getLogger("pmf")
 
 BACKENDS = ("flash_attn_4", "cudnn", "flash_attn", "flash", "efficient")
 RECENT = ("cudnn", "flash_attn", "flash")
-"""In the order in which they are taken on sm_90 and sm_100."""
+"""The order of preference on sm_90 and sm_100."""
 ELSEWHERE = ("flash_attn", "flash", "cudnn")
-"""The same on other chips."""
+"""The order of preference on other chips."""
 ALIGNMENT = 8
-"""Rows of heads start at multiples of 8 values: 16 bytes in half precision, which all libraries ask for."""
+"""Rows of heads start at multiples of 8 values: 16 bytes in half precision, as all libraries require."""
 
 _requested: str | None = None
-"""What `use` asks for. Compilers guard a global of a module, not a ContextVar."""
+"""The backend that `use` requests. Compilers guard a module's global, but not a ContextVar."""
 
 
 @contextlib.contextmanager
 def use(backend: str | None) -> Iterator[None]:
-    """Attention's value by this one of `BACKENDS` inside the context, in all threads; None: as outside of it.
+    """Use this one of `BACKENDS` for attention's value inside the context, in all threads; None changes nothing.
 
-    Errors: `InputError` for another name here, and where the backend cannot run when attention is called.
+    Errors: `InputError` here on an unknown name, and in attention if the backend cannot run.
     """
     global _requested
     known = backend is None or backend in BACKENDS
@@ -94,19 +94,19 @@ def _from_environment() -> str | None:
 
 @functools.cache
 def flash_attn_2() -> Callable:
-    """The function of flash-attn 2. Errors: those of the import; AttributeError where flash-attn-4 alone is there."""
+    """The function of flash-attn 2. Errors: those of the import; AttributeError if only flash-attn-4 is installed."""
     return importlib.import_module("flash_attn").flash_attn_func
 
 
 @functools.cache
 def _missing(load: Callable) -> str | None:
-    """Why a package cannot be used, None where it can."""
+    """The reason why a package cannot be used, or None if it can."""
     try:
         load()
     except ModuleNotFoundError as error:
         own = (error.name or "").startswith("flash_attn")
         return "is not installed" if own else f"lacks the package {error.name}"
-    except AttributeError:  # flash_attn without a file of its own: flash-attn-4 alone
+    except AttributeError:  # a flash_attn without __file__ is a namespace: only flash-attn-4 is installed
         alone = getattr(sys.modules.get("flash_attn"), "__file__", None) is None
         return "is not installed" if load is flash_attn_2 and alone else "has another interface in this release"
     except Exception as error:  # built for another PyTorch or CUDA: anything from OSError to AssertionError
@@ -115,7 +115,7 @@ def _missing(load: Callable) -> str | None:
 
 
 def obstacle(backend: str, device: str, dtype: str, capability: int, head_dim: int) -> str | None:
-    """Why a backend cannot run, in words that follow its name; None where it can."""
+    """The reason why a backend cannot run, worded to follow its name, or None if it can."""
     if device != "cuda":
         return f"needs cuda tensors, got {device}"
     if backend == "efficient":
@@ -141,7 +141,7 @@ def _switched_off(backend: str) -> str | None:
 
 @functools.cache
 def _capability(index: int | None) -> int:
-    """Compute capability times ten. Fake tensors without a GPU count as an A100's, and so do AMD's cards."""
+    """Compute capability times ten; that of an A100 for fake tensors without a GPU, and for AMD's cards."""
     if torch.version.hip or not torch.cuda.is_available():
         return 80
     major, minor = torch.cuda.get_device_capability(index)
@@ -149,10 +149,10 @@ def _capability(index: int | None) -> int:
 
 
 def decide(device: str, dtype: str, capability: int, head_dim: int, requested: str | None = None) -> tuple[str, str]:
-    """The backend for a type of device, a dtype's name, a compute capability times ten and head_dim, and why.
+    """The backend for a device type, dtype name, compute capability times ten and head_dim, and the reason.
 
     requested: one of `BACKENDS`, or None for the first that can run.
-    Errors: `InputError` where the requested one cannot run.
+    Errors: `InputError` if the requested one cannot run.
     """
     if requested is not None:
         reason = obstacle(requested, device, dtype, capability, head_dim)
@@ -172,7 +172,7 @@ def decide(device: str, dtype: str, capability: int, head_dim: int, requested: s
 
 
 def backend_of(device: str, index: int | None, dtype: str, head_dim: int) -> tuple[str, str]:
-    """`decide` for a device of this machine and for what is requested now."""
+    """`decide` for a device of this machine and the backend currently requested."""
     capability = _capability(index) if device == "cuda" else 0
     return decide(device, dtype, capability, head_dim, _requested or _from_environment())
 
@@ -184,9 +184,9 @@ def _report(backend: str, dtype: str, reason: str) -> None:
 
 @constant
 def choose(device: str, index: int | None, dtype: str, head_dim: int, requested: str | None) -> str:
-    """The backend that `backend_of` names; reports each choice once.
+    """The backend that `backend_of` chooses; log each choice once.
 
-    requested: `_requested`, handed over so that compilers see it change.
+    requested: `_requested`, passed so that compilers notice its changes.
     """
     backend, reason = backend_of(device, index, dtype, head_dim)
     _report(backend, dtype, reason)
@@ -194,17 +194,17 @@ def choose(device: str, index: int | None, dtype: str, head_dim: int, requested:
 
 
 def _starts_aligned(x: Tensor) -> bool:
-    """Whether the data of x start at a multiple of 16 bytes; by their offset where there are no data."""
+    """Whether the data of x start at a multiple of 16 bytes; without data, judge by the storage offset."""
     plain = torch.func.debug_unwrap(x)
     start = plain.data_ptr() if type(plain) is Tensor else x.storage_offset() * x.element_size()
     return start % 16 == 0
 
 
 def aligned(x: Tensor | None) -> Tensor | None:
-    """Heads as every library takes them, else a copy that is.
+    """Heads in a layout that every library accepts, copied if they have another.
 
-    Channels lie side by side; samples, tokens and heads start at multiples of 8 values, the first of all
-    at a multiple of 16 bytes. (Compilers do not know the last: they are trusted with it.)
+    Channels are contiguous; samples, tokens and heads start at multiples of 8 values, and the data start at a
+    multiple of 16 bytes. (The last cannot be checked while compiling, so it is assumed there.)
     """
     if x is None:
         return None
@@ -218,15 +218,15 @@ def aligned(x: Tensor | None) -> Tensor | None:
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """o [B, S_q, H, D], contiguous, and the log-sum-exp of every row of scores, float32 [B, H, S_q].
 
-    Args: q, k, v `aligned`. The libraries' autograd is used as it is.
+    Args: q, k, v `aligned`. Gradients come from the libraries' own autograd.
     """
-    if q.numel() == 0:  # no library takes it; the formula keeps the graph of gradients whole
+    if q.numel() == 0:  # no library accepts that; the formula keeps the autograd graph connected
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k)
         return torch.einsum("bhqk,bkhd->bqhd", scores, v), scores.detach().sum(-1).float()
-    if k.shape[1] == 1:  # cuDNN does not take it; the weights are one
+    if k.shape[1] == 1:  # cuDNN does not accept that; the weights are one
         scores = scale * (q.float() * k.float()).sum(-1, keepdim=True)
         return scores.softmax(-1).to(v.dtype) * v, scores.detach()[..., 0].mT.contiguous()
-    head_dim = operator.index(q.shape[-1])  # compilers that keep sizes open fix this one
+    head_dim = operator.index(q.shape[-1])  # makes compilers specialise on this size
     backend = choose(q.device.type, q.device.index, str(q.dtype), head_dim, _requested)
     if backend == "flash_attn_4":
         return flash_attn_4.attention(q, k, v, scale)
@@ -234,7 +234,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Te
         o, lse, _ = flash_attn_2()(q, k, v, softmax_scale=scale, return_attn_probs=True)
         return o, lse
     heads = tuple(x.transpose(1, 2) for x in (q, k, v))
-    asked = (None, True) if backend in ("cudnn", "efficient") else ()  # no bias; the log-sum-exp
+    asked = (None, True) if backend in ("cudnn", "efficient") else ()  # no bias; return the log-sum-exp
     outputs = SCALED_DOT_PRODUCT[backend](*heads, *asked, scale=scale)
     # cuDNN's log-sum-exp has a last dimension of one; the memory-efficient one is padded to 32 rows.
     return outputs[0].transpose(1, 2).contiguous(), outputs[1].flatten(2)[:, :, : q.shape[1]]

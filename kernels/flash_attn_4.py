@@ -3,21 +3,21 @@
     o, lse     = flash_attn_4_forward(q, k, v, scale)                  lse = log sum exp(scale q k^T), natural
     dq, dk, dv = flash_attn_4_backward(q, k, v, o, lse, do, scale)
 
-Its launcher is Python that no compiler traces: an operator hides it, so that `torch.compile` with
-fullgraph takes it as one opaque call. Saved for backward: q, k, v, o, lse. The log-sum-exp has no
-gradient here. Sums are float32, products bfloat16 or float16.
+Compilers cannot trace its Python launcher, so an operator hides it: `torch.compile` with fullgraph
+sees one opaque call. Saved for backward: q, k, v, o, lse. The log-sum-exp has no gradient here. Sums
+are float32, products bfloat16 or float16.
 
-The library compiles a kernel when it first meets a dtype, head_dim or class of lengths: 3 to 5 seconds
-each, so a CUDA graph is captured after one step outside of it, like every other kernel here. With
-FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1 it keeps what it compiled on disk.
+The library compiles a kernel for every new dtype, head_dim and class of lengths, which takes 3 to 5
+seconds each. Run one step before you capture a CUDA graph, as with every other kernel here. With
+FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1, the library caches compiled kernels on disk.
 
-`library` alone knows the package's names; those with an underscore may change between its releases.
+Only `library` uses the package's names; those with an underscore may change between its releases.
 
-On Hopper the gradient of q is wrong in 4.0.0b36 and before, without a word, for head_dims that need a multiple of 16
-that is no multiple of 32: 8, 16, 40, 48, 72, 80, 104, 112. The backward kernel adds up dq in tiles of tile_m values by
-head_dim rounded up to 16; what clears these sums before it, and reads them after it, rounds to 32. So from the second
-tile on (from 65 queries on) dq is made of sums that belong to other channels and queries. Their fix is proposed:
-https://github.com/Dao-AILab/flash-attention/pull/2896. `limit` refuses those head_dims whatever the release, until
+On Hopper, releases up to 4.0.0b36 silently compute a wrong gradient of q for head_dims that round up to a multiple of
+16 but not of 32: 8, 16, 40, 48, 72, 80, 104, 112. The backward kernel accumulates dq in tiles of tile_m values by
+head_dim rounded up to 16; the kernels that clear these sums before it and read them after it round up to 32. So from
+the second tile on (from 65 queries on), dq consists of sums of other channels and queries. A fix is proposed:
+https://github.com/Dao-AILab/flash-attention/pull/2896. `limit` refuses those head_dims in every release, until
 tests/kernels/test_flash.py finds one whose kernels agree.
 """
 
@@ -36,7 +36,7 @@ FUNCTIONS = ("_flash_attn_fwd", "_flash_attn_bwd")
 
 
 def limit(capability: int, head_dim: int) -> str | None:
-    """What the package does not do, or not rightly, in words that follow its name; None where all is well."""
+    """What the package cannot do, or does wrong, worded to follow its name; None if it can be used."""
     if capability // 10 not in (9, 10):
         return f"is for sm_90 and sm_100, not sm_{capability}"
     if capability // 10 == 9 and -head_dim % 32 >= 16:
@@ -46,7 +46,7 @@ def limit(capability: int, head_dim: int) -> str | None:
 
 @functools.cache
 def library() -> tuple:
-    """The package's forward and backward. Errors: those of the import, AttributeError for another release."""
+    """The package's forward and backward. Errors: those of the import; AttributeError on another release."""
     module = importlib.import_module(MODULE)
     return tuple(getattr(module, name) for name in FUNCTIONS)
 
@@ -65,7 +65,7 @@ def flash_attn_4_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple
 def flash_attn_4_backward(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv, contiguous, computed by the package; summed in a fixed order where determinism is asked for."""
+    """dq, dk, dv, contiguous, computed by the package; summed in a fixed order if deterministic algorithms are on."""
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     if not registration.shapes_only(q):
         fixed = torch.are_deterministic_algorithms_enabled()

@@ -1,4 +1,4 @@
-"""Queries, keys and values [B, S, H, D], and the steps between them in memory, by name."""
+"""Queries, keys and values [B, S, H, D], and their strides, by name."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 
 class Steps(NamedTuple):
-    """From sample to sample, token to token and head to head of one tensor."""
+    """Strides between the samples, tokens and heads of one tensor."""
 
     sample: int
     token: int

@@ -1,11 +1,11 @@
-"""Launches of compiled kernels without the work that Triton repeats on each of them.
+"""Launch compiled kernels without the work that Triton repeats on every launch.
 
-On every launch Triton binds and classifies the arguments and looks the kernel up under a string made of all of them:
-more than twice the time of the launch itself. Here compiled kernels are kept under a key that distinguishes at least
-what Triton distinguishes, and are launched directly, with addresses in place of tensors (for a tensor, Triton's
-launcher asks the driver about its pointer). Triton 3.6 and 3.7 distinguish a pointer's dtype and whether it is a
-multiple of 16; an integer that is 1, a multiple of 16, or too large for 32 bits; and the type of anything else. Other
-versions launch as usual, and so does everything while a profiler hooks into Triton's launches.
+On every launch, Triton binds and classifies the arguments and looks the kernel up under a string made of all of them,
+which takes more than twice the time of the launch itself. Here, compiled kernels are cached under a key that
+distinguishes at least what Triton distinguishes, and are launched directly, with addresses in place of tensors (for a
+tensor, Triton's launcher queries the driver). Triton 3.6 and 3.7 distinguish a pointer's dtype and whether it is a
+multiple of 16; an integer that is 1, a multiple of 16, or too large for 32 bits; and the type of anything else. With
+other versions, and while a profiler hooks into Triton's launches, Triton launches as usual.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from triton.runtime import driver
 
 KNOWN = triton.__version__.startswith(("3.6.", "3.7."))
 LIMIT = 4096
-"""How many keys are kept. Integers are in them by value, and numbers of tokens can take many values."""
+"""Maximum number of cached keys. They hold integers by value, and numbers of tokens can take many values."""
 
 _compiled: dict[tuple, tuple] = {}
 
 
 def taken_apart(arguments: tuple) -> tuple[list, list]:
-    """A key for the kernel that Triton compiles for these arguments, among those of one source and one set of options;
-    and the arguments with addresses for tensors.
+    """A key that identifies the kernel that Triton compiles for these arguments, given its source and options; and the
+    arguments with tensors replaced by their addresses.
     """
     key: list = []
     plain: list = []
@@ -43,7 +43,7 @@ def taken_apart(arguments: tuple) -> tuple[list, list]:
             key.append((kind, *inner))  # kernels read named tuples by their fields
             plain.append(tuple(places))
         else:
-            key.append((kind, argument))  # 1.0 and True equal 1, but compile to other kernels
+            key.append((kind, argument))  # 1.0 and True equal 1, but compile to different kernels
             plain.append(argument)
     return key, plain
 
@@ -55,7 +55,7 @@ def _hooked() -> bool:
 
 
 def launch(kernel, grid: int, *arguments, **options) -> None:
-    """Run `grid` programs of a kernel; an empty grid is no work.
+    """Run `grid` programs of a kernel; an empty grid is a no-op.
 
     `arguments` are the kernel's first parameters, `options` its constexprs by name, num_warps and num_stages.
     """

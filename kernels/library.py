@@ -1,4 +1,4 @@
-"""The kernels by the names of their ops, and what they cannot take. `pmf.reference` has the same functions."""
+"""The kernels by op name, and the inputs they cannot take. `pmf.reference` has the same functions."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ LIMITS: dict[str, Callable[..., str | None] | None] = {
     "patch_embed": patch.unsupported,
     "pmf_objective": None,
 }
-"""For each op, why its kernel cannot take inputs of some sizes; None where any will do."""
+"""For each op, a function that returns why its kernel cannot take some sizes; None if it takes all sizes."""
 
 
 def unsupported(op: str, dtypes: tuple[torch.dtype, ...], sizes: tuple[int, ...]) -> str | None:
-    """Why the op's kernel cannot take inputs of these dtypes, tangents too, and of these sizes; None where it can."""
+    """The reason why the op's kernel cannot take these dtypes (of inputs and tangents) and sizes, or None if it can."""
     limit = LIMITS[op]
     reason = limit(*sizes) if limit is not None and sizes else None
     if reason is not None:

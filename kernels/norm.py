@@ -1,4 +1,4 @@
-"""Normalise and modulate, alone or behind a gated residual: `norm_modulate`, `residual_norm_modulate`.
+"""Normalise and modulate, alone or after a gated residual: `norm_modulate`, `residual_norm_modulate`.
 
     x_new = x + gate branch                        x_new_dot = x_dot + gate branch_dot + gate_dot branch
     n     = (x_new - mu) rstd                      n_dot     = rstd (c_dot - n mean(n c_dot))
@@ -6,9 +6,9 @@
                                                                + n weight scale_dot + shift_dot
 
 mu = 0 for "rms"; c_dot = x_new_dot, minus its mean for "layer". Without a branch, x_new = x. Everything
-between reading and writing is float32; x_new is rounded to the dtype of x before it is normalised.
+between loads and stores is float32; x_new is rounded to the dtype of x before it is normalised.
 
-Backward, with f = weight (1 + scale) and dx_new the gradient that reaches x_new from elsewhere:
+Backward, with f = weight (1 + scale) and dx_new the gradient of x_new from its other uses:
 
     dx = dx_new + rstd (c - n mean(n c)), c = f dy (minus its mean)      dbranch = gate dx
     A = sum over tokens of n dy:  dscale = weight A, dweight = sum over samples of (1 + scale) A
@@ -16,15 +16,15 @@ Backward, with f = weight (1 + scale) and dx_new the gradient that reaches x_new
 
 Sums over tokens: see sums.py.
 
-Saved: x_new (x without a branch), branch where gate needs a gradient, the parameters, and rstd (for
-"layer" mu too) as float32: 4 or 8 bytes a row. Nothing is saved for tangents.
+Saved: x_new (x without a branch), branch if gate needs a gradient, the parameters, and rstd (for
+"layer" mu too) as float32: 4 or 8 bytes per row. Nothing is saved for tangents.
 
-Bytes moved a row of C values, x of e_x bytes, y of e_y, branch of e_b; all of it is the minimum but for
-the partial sums (2% at pMF's shapes) and vectors per channel or sample, read once for every tile:
+Bytes moved per row of C values, x of e_x bytes, y of e_y, branch of e_b; this is the minimum, except for
+the partial sums (2% at pMF's shapes) and vectors per channel or sample, read once per tile:
     norm_modulate            forward C (e_x + e_y), twice that with a tangent
                              backward C (2 e_x + e_y)
     residual_norm_modulate   forward C (2 e_x + e_b + e_y), twice that with a tangent
-                             backward C (3 e_x + 2 e_b + e_y), one e_b less where gate needs no gradient
+                             backward C (3 e_x + 2 e_b + e_y), one e_b less if gate needs no gradient
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ MAX_WIDTH = 8192
 
 
 class Modulations(NamedTuple):
-    """Vectors per channel or per sample, and tangents; pointers to them, or their steps from sample to sample."""
+    """Vectors per channel or per sample, and tangents; in kernels, pointers to them, or strides between samples."""
 
     gate: Any
     scale: Any
@@ -68,7 +68,7 @@ class Parameters(NamedTuple):
 
 
 def unsupported(width: int) -> str | None:
-    """Why the kernels cannot take rows of this width; None where they can."""
+    """The reason why the kernels cannot take rows of this width, or None if they can."""
     if width <= MAX_WIDTH:
         return None
     return f'width must be at most {MAX_WIDTH} with impl="triton", got {width}'
@@ -76,11 +76,11 @@ def unsupported(width: int) -> str | None:
 
 @functools.cache
 def forward_tile(width: int, alone: bool, chip: Chip) -> RowTile:
-    """8 values a thread and operand: one 16-byte load of bfloat16, two of float32.
+    """8 values per thread and operand: one 16-byte load of bfloat16, two of float32.
 
-    With a tangent and a branch that is four operands in flight, enough to hide the latency of HBM at
-    half occupancy. Where x comes `alone`, twice the rows have as much in flight.
-    Rows wider than 4096 take more values a thread instead of more than 16 warps.
+    With a tangent and a branch, four operands are in flight, enough to hide the latency of HBM at half
+    occupancy. If x comes `alone`, the tile has twice the rows, to keep more loads in flight.
+    Rows wider than 4096 take more values per thread instead of more than 16 warps.
     """
     block = registration.power_of_two(width)
     if chip.interpreted:
@@ -93,9 +93,9 @@ def forward_tile(width: int, alone: bool, chip: Chip) -> RowTile:
 def backward_tile(width: int, alone: bool, row_bytes: int, chip: Chip) -> tuple[RowTile, int, int]:
     """The forward's tile, the number of programs, and the stages of the loop over a program's tokens.
 
-    Every program writes up to four rows of partial sums, so there should be few: as many as reside at
-    once, in one wave. Registers (up to 128 a thread) admit 16 warps a multiprocessor, too few to hide
-    the latency of HBM by themselves: rows of `row_bytes` are loaded ahead, next to scratch for layout conversions.
+    Every program writes up to four rows of partial sums, so there should be few programs: one wave, as many as are
+    resident at once. Registers (up to 128 per thread) limit a multiprocessor to 16 warps, too few to hide the latency
+    of HBM, so rows of `row_bytes` are prefetched into shared memory, which also holds scratch for layout conversions.
     """
     tile = forward_tile(width, alone, chip)
     if chip.interpreted:
@@ -113,7 +113,7 @@ def _forward(
     length, first_dot, eps,
     STEPS: tl.constexpr, C: tl.constexpr, LAYER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ROWS tokens of one sample. p, STEPS: `Modulations`, where they are and their steps from sample to sample."""
+    """ROWS tokens of one sample. p, STEPS: `Modulations`, as pointers and as strides between samples."""
     tiles = tl.cdiv(length, ROWS)
     i_b = (tl.program_id(0) // tiles).to(tl.int64)
     i_s = tl.program_id(0) % tiles * ROWS
@@ -125,7 +125,7 @@ def _forward(
     i_tile = i_r[:, None] * C + i_c[None, :]
     i_row = i_b * length + i_s
 
-    # Tangents are read before the first sum over a row, so that all rows are under way together.
+    # Load tangents before the first sum over a row, so that all loads are in flight together.
     i_b_dot = i_b - first_dot
     i_row_dot = i_row - first_dot * length
     m_dot = mask & (i_b_dot >= 0)
@@ -155,7 +155,7 @@ def _forward(
     if LAYER:
         tl.store(p_row + 1, b_mean, mask=m_r[:, None])
 
-    # Up to here b_weighted is n weight; scale_dot multiplies that.
+    # b_weighted is n weight, which scale_dot multiplies.
     b_weighted = b_n
     b_factor = tl.full([1, BLOCK], 1.0, tl.float32)
     if p_weight is not None:
@@ -194,7 +194,7 @@ def _backward(
 ):  # fmt: skip
     """A share of the tokens, ROWS at a time; the sums of every segment go to its row of the partial buffers.
 
-    p: `Parameters`; p_d: those of partial sums; STEPS: `Modulations`, from sample to sample.
+    p: `Parameters`; p_d: `Parameters` of partial sums; STEPS: `Modulations` of strides between samples.
     """
     i_program = tl.program_id(0)
     start = i_program * share
@@ -223,7 +223,7 @@ def _backward(
             i_row = tl.cast(i_s, tl.int64)
             m_r = (i_s + i_r < last)[:, None]
             mask = m_r & m_c
-            # Every load comes before the first sum over a row, so that all are under way together.
+            # All loads come before the first sum over a row, so that they are in flight together.
             b_dy = tl.load(p_dy + i_row * C + i_tile, mask=mask, other=0.0)
             b_x = tl.load(p_x_new + i_row * C + i_tile, mask=mask, other=0.0)
             if p_dx_new is not None:
@@ -251,7 +251,7 @@ def _backward(
             if p_d.gate is not None:
                 b_sum_dgate += b_dx * b_branch.to(tl.float32)
 
-        # Weight and scale are read again: through the loop they would cost registers.
+        # Reload weight and scale: keeping them through the loop would cost registers.
         i_sum = tl.cast(i_program + i_b, tl.int64) * C + i_c
         if p_d.gate is not None:
             tl.store(p_d.gate + i_sum, tl.sum(b_sum_dgate, 0), mask=i_c < C)
@@ -337,13 +337,13 @@ def norm_backward(
         shares.samples, shares.length, shares.share,
         STEPS=Modulations(_step(gate), _step(scale), 0), C=width, LAYER=layer,
         ROWS=tile.rows, BLOCK=tile.block, STAGES=stages,
-        num_warps=tile.warps, maxnreg=128,  # else some chips take 157, and fewer programs reside than are launched
+        num_warps=tile.warps, maxnreg=128,  # else some chips use 157, and not all programs are resident
     )  # fmt: skip
     return dx, dbranch, *_placed(sums.add_up(partials, shares, trained), needs)
 
 
 def _placed(tensors: Sequence[Tensor], needs: list[bool]) -> Parameters:
-    """One tensor for each parameter that `needs` names."""
+    """The tensors as `Parameters`: one for each parameter that `needs` selects, None for the others."""
     following = iter(tensors)
     return Parameters(*(next(following) if need else None for need in needs))
 
@@ -359,7 +359,7 @@ def _gradients(ctx, dx_new, dy, *_):
     saved, (layer, branch_dtype, out_dtype) = ctx.saved_tensors, ctx.options
     x_new, _, gate, *_ = saved
     if gate is None:
-        dx_new = None  # compilers pass an empty tensor for the x_new that is not there
+        dx_new = None  # compilers pass an empty tensor for the absent x_new
     if dy is None:
         dy = torch.zeros_like(x_new, dtype=out_dtype)
     return norm_backward(dy, dx_new, *saved, branch_dtype, layer, list(ctx.needs_input_grad[2:6]))

@@ -1,4 +1,4 @@
-"""`pmf_objective`: from the heads' tokens to both squared errors per row, and to the heads' gradients.
+"""`pmf_objective`: both squared errors per row of the heads' tokens, and the heads' gradients.
 
 With c = clip(t, t_clip, 1), c' = 1 above t_clip and 0 below, on rows that carry a tangent:
 
@@ -7,21 +7,21 @@ With c = clip(t, t_clip, 1), c' = 1 above t_clip and 0 below, on rows that carry
     e_u   = (x_g - net_u) / c + h du/dt         e_v = (x_g - net_v) / c
     L_u   = sum of e_u^2                        L_v = sum of e_v^2
 
-z cancels out of du/dt above t_clip, and is read only below. Rows before carry no tangent: du/dt = 0 and
-net_c = net_v, cut off from gradients. Rows without a null-class prediction have x_g = x; a null_index beyond
-net_n makes its row NaN (on a GPU nobody reads the indices to check them).
+z cancels out of du/dt above t_clip, and is read only below. Rows without a tangent have du/dt = 0 and
+net_c = net_v, detached. Rows without a null-class prediction have x_g = x; a null_index beyond net_n makes
+its row NaN (on a GPU, the indices are not checked).
 
 Backward, with du/dt, net_c and net_n constant:  dnet_u = -2 dL_u e_u / c,  dnet_v = -2 dL_v e_v / c.
 
-One kernel computes the errors, in float32; the forward sums them, the backward scales and writes them.
-Images are read where the tokens lie in them: nothing of an image's size is written but the gradients. Every
-program sums a stretch of one row to a pair of floats; those are added in a fixed order afterwards.
+One kernel computes the errors in float32; the forward sums them, the backward scales and writes them. It reads
+each token's pixels directly from the images, and writes nothing of an image's size but the gradients. Every
+program sums a stretch of one row to a pair of floats; these are then added in a fixed order.
 
 Saved: the inputs, which the step plan and the heads hold anyway.
 
-Bytes moved a value, tokens of e bytes and images of e_x: forward 2 e + e_x, on rows with a tangent 2 e more,
-on guided rows e more; backward the same and 2 e written. Channels lie side by side in tokens and are planes in
-images: a thread takes all channels of a few pixels in a line, 16 bytes at a time from both, and turns what it has.
+Bytes moved per value, tokens of e bytes and images of e_x: forward 2 e + e_x, on rows with a tangent 2 e more,
+on guided rows e more; backward the same and 2 e written. Channels are adjacent in tokens, but planes in images: a
+thread takes all channels of a few adjacent pixels, 16 bytes at a time from both, and transposes its values.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Scalars(NamedTuple):
 
 @dataclass(frozen=True)
 class PixelTile:
-    """Groups of pixels that a program works on, side by side in a line of one patch, and pixels of a group."""
+    """Groups of pixels per program, and pixels per group, which are adjacent in a line of one patch."""
 
     groups: int
     pixels: int
@@ -69,10 +69,10 @@ class PixelTile:
 
 
 def tile_of(patch_size: int, channels: int, dtype: torch.dtype, chip: Chip) -> PixelTile:
-    """A group of pixels a thread: as many as 16 bytes of tokens hold, and as lie side by side.
+    """One group of pixels per thread: adjacent ones, at most as many as there are values in 16 bytes of tokens.
 
-    8 pixels of 3 channels are three 16-byte loads of an operand, 24 values a thread. More channels take fewer
-    pixels: at most 32 values of an operand wait in registers. A program is one warp, so that no warp waits for another.
+    8 pixels of 3 channels are three 16-byte loads of an operand, 24 values per thread. More channels take fewer
+    pixels: registers hold at most 32 values of an operand. A program is one warp, so that no warp waits for another.
     """
     side_by_side = patch_size & -patch_size  # the largest power of two that divides it
     few = min(side_by_side, 8 if dtype.itemsize == 2 else 4, max(32 // registration.power_of_two(channels), 1))
@@ -81,14 +81,14 @@ def tile_of(patch_size: int, channels: int, dtype: torch.dtype, chip: Chip) -> P
 
 @triton.jit
 def _image_offset(i_pixel, H: tl.constexpr, W: tl.constexpr, P: tl.constexpr):
-    """Where pixel i_pixel of a row's tokens, laid out (patch, row, column), lies in a channel of its image."""
+    """The offset in a channel of the image of pixel i_pixel of a row's tokens, laid out (patch, row, column)."""
     i_patch = i_pixel // (P * P)
     return (i_patch // (W // P) * P + i_pixel // P % P) * W + i_patch % (W // P) * P + i_pixel % P
 
 
 @triton.jit
 def _load_tokens(p_net, i_first, m_group, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Pixels whose values begin at i_first, as CHANNELS blocks [groups, PIXELS]."""
+    """Load pixels whose values begin at i_first, as CHANNELS blocks [groups, PIXELS]."""
     blocks = ()  # type: tuple
     for i in tl.static_range(CHANNELS):
         i_value = i_first[:, None] + (i * PIXELS + tl.arange(0, PIXELS))[None, :]
@@ -98,7 +98,7 @@ def _load_tokens(p_net, i_first, m_group, PIXELS: tl.constexpr, CHANNELS: tl.con
 
 @triton.jit
 def _load_image(p_image, i_first, m_group, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, AREA: tl.constexpr):
-    """The same pixels of an image; i_first is where they begin in its first channel."""
+    """Load the same pixels of an image; i_first is their offset in its first channel."""
     blocks = ()  # type: tuple
     for i in tl.static_range(CHANNELS):
         i_value = (i_first + i * AREA)[:, None] + tl.arange(0, PIXELS)[None, :]
@@ -108,7 +108,7 @@ def _load_image(p_image, i_first, m_group, PIXELS: tl.constexpr, CHANNELS: tl.co
 
 @triton.jit
 def _store_tokens(p_net, blocks, scale, i_first, m_group, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Undo `_load_tokens`, times `scale`."""
+    """Store the blocks times `scale`; the inverse of `_load_tokens`."""
     scaled = ()  # type: tuple
     for i in tl.static_range(CHANNELS):
         scaled = scaled + ((blocks[i] * scale).to(p_net.dtype.element_ty),)
@@ -126,7 +126,7 @@ def _errors(
     """GROUPS groups of pixels of one row. p_net: `Nets`; p_scalar: `Scalars`; SHAPE: `Shape`.
 
     Forward: sums of squares to p_sums [2, B, chunks]. Backward: gradients, times p_scales [2, B]. All loads are
-    issued before the first result is needed: what a row does not have is masked, not branched around.
+    issued before the first result is needed: operands that a row lacks are masked, not branched around.
     """
     CHANNELS: tl.constexpr = SHAPE.channels
     AREA: tl.constexpr = SHAPE.height * SHAPE.width
@@ -150,14 +150,14 @@ def _errors(
     u = _load_tokens(p_net.u, i_token, mask, PIXELS, CHANNELS)
     v = _load_tokens(p_net.v, i_token, mask, PIXELS, CHANNELS)
     x = _load_image(p_x, i_image, mask, PIXELS, CHANNELS, AREA)
-    u_dot, c, z, n = u, v, x, v  # where there are no others
+    u_dot, c, z, n = u, v, x, v  # placeholders for absent operands
     if p_net.u_dot is not None:
         i_token_dot = i_token - first_dot * VALUES
         u_dot = _load_tokens(p_net.u_dot, i_token_dot, mask & moves, PIXELS, CHANNELS)
         c = _load_tokens(p_net.c, i_token_dot, mask & moves, PIXELS, CHANNELS)
         z = _load_image(p_z, i_image, mask & below, PIXELS, CHANNELS, AREA)
     if p_net.n is not None:
-        inside = guided & (i_null < null_rows)  # what lies beyond is not read
+        inside = guided & (i_null < null_rows)  # never read beyond net_n
         n = _load_tokens(p_net.n, i_token + (i_null - i_b) * VALUES, mask & inside, PIXELS, CHANNELS)
 
     inverse_c = 1.0 / tl.minimum(tl.maximum(t, t_clip), 1.0)
@@ -196,7 +196,7 @@ def _errors(
 
 
 def _tile(x: Tensor, net: Tensor, patch_size: int) -> tuple[PixelTile, int]:
-    """The tile, and the number of programs a row."""
+    """The tile, and the number of programs per row."""
     tile = tile_of(patch_size, x.shape[1], net.dtype, registration.chip(x.device))
     return tile, registration.cdiv(x.shape[2] * x.shape[3], tile.groups * tile.pixels)
 

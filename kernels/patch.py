@@ -1,12 +1,12 @@
-"""`patch_embed`: images to the token sequence, behind a prefix, in one kernel.
+"""`patch_embed`: images to the token sequence, after a prefix, in one kernel.
 
     hidden = patches weight1^T + bias1                      tokens = [prefix, hidden weight2^T + bias2] + positions
     tokens_dot = [prefix_dot, (patches_dot weight1^T) weight2^T]
 
-A patch is p x p x c values of an image, read where it lies: no im2col. hidden (bottleneck E) stays on the
-chip between the products (in float32, in the cache). Products take factors in the weights' dtype (autocast's,
-where it is on) and are summed in float32; hidden is rounded to that dtype, the tokens to the wider of it and the
-positions'.
+A patch is p x p x c values, read directly from its image: no im2col. hidden (bottleneck E) stays on the chip
+between the products (in float32, in the cache). Products take operands in the weights' dtype (the autocast dtype,
+if autocast is on) and are accumulated in float32; hidden is rounded to that dtype, the tokens to the wider of it
+and the positions' dtype.
 
 Backward, with dp the gradient of the patch tokens:
 
@@ -16,10 +16,10 @@ Backward, with dp the gradient of the patch tokens:
 
 They are computed in two passes: `patch_backward.py`.
 
-Saved: images, weights, and hidden where a gradient is wanted: E values a patch. Nothing for tangents.
+Saved: images, weights, and hidden if a gradient is needed: E values per patch. Nothing for tangents.
 
-Bytes moved a patch, images of e_x bytes, tokens of e_y: p p c e_x + C e_y, twice that with a tangent, and E e
-for hidden. Weights come out of L2, once for every tile of tokens.
+Bytes moved per patch, images of e_x bytes, tokens of e_y: p p c e_x + C e_y, twice that with a tangent, and E e
+for hidden. Weights are read from L2, once per tile of tokens.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from pmf.kernels.tiles import product
 
 FLOAT32_COLUMNS = tl.constexpr(32)
 SIZES = (2, 4, 8, 16, 32)
-"""Sides of patches that the kernels take."""
+"""Patch sizes that the kernels take."""
 MAX_BOTTLENECK = 256
 """The widest bottleneck that a program keeps in registers between the two products."""
 
 
 def unsupported(patch: int, bottleneck: int) -> str | None:
-    """Why the kernels cannot take patches and a bottleneck of these sizes; None where they can."""
+    """The reason why the kernels cannot take patches and a bottleneck of these sizes, or None if they can."""
     if patch not in SIZES:
         return f'patch size must be one of {SIZES} with impl="triton", got {patch}'
     if bottleneck > MAX_BOTTLENECK:
@@ -56,7 +56,7 @@ def unsupported(patch: int, bottleneck: int) -> str | None:
 
 @dataclass(frozen=True)
 class PatchTile:
-    """Tokens a program owns, and the values of a patch and channels of a token it takes at a time."""
+    """Tokens per program, and the values of a patch and channels of a token per iteration."""
 
     tokens: int
     values: int
@@ -66,10 +66,10 @@ class PatchTile:
 
 
 def tile_of(bottleneck: int, values: int, dtype: torch.dtype, chip: Chip) -> PatchTile:
-    """As many tokens as leave hidden (tokens x bottleneck, float32) 64 registers a thread.
+    """As many tokens as let hidden (tokens x bottleneck, float32) take 64 registers per thread.
 
-    Weights are read once a tile, so tiles should be large; images are read from HBM, so three stages of
-    64 values, 256 bytes of float32, keep enough of them on the way; two where shared memory is small.
+    Weights are read once per tile, so tiles should be large. Images are read from HBM, so three stages of
+    64 values (256 bytes of float32) keep enough loads in flight; two if shared memory is small.
     """
     step = min(max(registration.power_of_two(values), 16), 64)
     if chip.interpreted:
@@ -87,9 +87,9 @@ def _patches(
     SHAPE: tl.constexpr, E: tl.constexpr, C: tl.constexpr,
     M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Tokens of M of `count` patches. Biases and positions are absent for tangents.
+    """The tokens of M of `count` patches. Biases and positions are absent for tangents.
 
-    Float32: hidden does not fit into registers as a factor; it is put down, and read a few columns at a time.
+    In float32, hidden does not fit into registers as an operand; it is stored, and read a few columns at a time.
     """
     PATCHES: tl.constexpr = (SHAPE.height // SHAPE.patch) * (SHAPE.width // SHAPE.patch)
     K: tl.constexpr = SHAPE.channels * SHAPE.patch * SHAPE.patch
@@ -113,7 +113,7 @@ def _patches(
 
     FLOAT32: tl.constexpr = p_weight2.dtype.element_ty == tl.float32
     if FLOAT32:
-        tl.debug_barrier()  # other threads of the program read what is stored above
+        tl.debug_barrier()  # other threads of the program read the hidden values stored above
     i_n = (prefix + i_m % PATCHES)[:, None]
     p_row = p_tokens + ((i_m // PATCHES).to(tl.int64)[:, None] * (prefix + PATCHES) + i_n) * C
     for i_start in range(0, C, BLOCK_C):
@@ -147,7 +147,7 @@ def _prefix(
     p_prefix, p_positions, p_tokens, i_tile, count, prefix, length,
     C: tl.constexpr, M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """M of `count` prefix tokens: copied, positions added where they are given."""
+    """Copy M of `count` prefix tokens, and add positions if given."""
     i_m = (i_tile * M + tl.arange(0, M))[:, None]
     i_n = i_m % prefix
     p_in, p_row = p_prefix + i_m.to(tl.int64) * C, p_tokens + ((i_m // prefix).to(tl.int64) * length + i_n) * C
@@ -167,7 +167,7 @@ def _forward(
     SHAPE: tl.constexpr, E: tl.constexpr, C: tl.constexpr,
     M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One tile of, in this order: prefix tokens, their tangents (which take longest), patches, their tangents.
+    """One tile. Tiles are ordered: prefix tokens, their tangents (which take longest), patches, their tangents.
 
     weights: weight1, bias1, weight2, bias2.
     """
@@ -218,7 +218,7 @@ def patch_forward(
     if registration.shapes_only(images):
         return tokens, tokens_dot, hidden
     if tokens_dot is not None and (images_dot is None or (prefix is not None and prefix_dot is None)):
-        tokens_dot.zero_()  # what has no tangent of its own is not visited
+        tokens_dot.zero_()  # the kernel does not visit tokens without a tangent
     tile = tile_of(bottleneck, weight1[0].numel(), dtype, registration.chip(images.device))
     weights = tuple(w.to(dtype).contiguous() for w in (weight1, bias1, weight2, bias2))
     images, images_dot, positions, prefix, prefix_dot = (
@@ -233,7 +233,7 @@ def patch_forward(
         samples_dot * shape.patches if images_dot is not None else 0,
     )
     place, place_dot = hidden, None
-    if dtype == torch.float32:  # the kernel needs a place for hidden
+    if dtype == torch.float32:  # the kernel must store hidden
         place = tokens.new_empty(samples, shape.patches, bottleneck) if hidden is None else hidden
         place_dot = tokens.new_empty(samples_dot, shape.patches, bottleneck)
     registration.launch(

@@ -1,20 +1,20 @@
 """The gradients of `patch_embed`, in two passes: one over the gradient of the tokens, one over the images.
 
-With dp the gradient of the patch tokens (dtokens behind the prefix):
+With dp the gradient of the patch tokens (dtokens after the prefix):
 
     dhidden  = dp weight2      dweight2 = dp^T hidden     dweight1 = dhidden^T patches
     dpositions = sum over samples of dtokens              dimages  = dhidden weight1, each at its patch
-    dbias2   = sum of dpositions behind the prefix        dbias1   = dbias2 weight2
+    dbias2   = sum of dpositions after the prefix         dbias1   = dbias2 weight2
 
-The first pass has two kinds of programs side by side. Some own positions and channels, and go through the
-samples: they sum dtokens and dp^T hidden. The others own patches, and go through the channels: dhidden. Both go
-through the samples in the same order, so that what one reads from memory the other finds in L2. Factors are
-rounded to the products' dtype on the way: nothing of the tokens' size is written. The second pass reads the
-images where they lie and sums dhidden^T patches over stretches of patches, each in registers.
+The first pass runs two kinds of programs side by side. Some own positions and channels and loop over the samples:
+they sum dtokens and dp^T hidden. The others own patches and loop over the channels: they compute dhidden. Both
+visit the samples in the same order, so that one kind finds in L2 what the other read from memory. Operands are
+rounded to the products' dtype in registers: nothing of the tokens' size is written. The second pass reads patches
+directly from the images and sums dhidden^T patches over stretches of patches, each in registers.
 
 Sums over parts of the samples or patches are float32, and are added in a fixed order. Bytes moved, tokens and
-images of e_y and e_x bytes: B S C e_y + B N (E e + p p c e_x), all of it the minimum, 2 B N E e for dhidden and
-8 E (C and p p c) for every part. Weights, and dhidden for all but one column of tiles, come out of L2.
+images of e_y and e_x bytes: the minimum, B S C e_y + B N (E e + p p c e_x), plus 2 B N E e for dhidden, and 8 E C
+or 8 E p p c for every part. Weights, and dhidden for all but one column of tiles, are read from L2.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from pmf.kernels.tiles import product
 
 @dataclass(frozen=True)
 class GradientTile:
-    """Of the first pass: positions or patches that a program owns, and channels. Of the second: values of a patch.
+    """First pass: positions or patches per program, and channels. Second pass: values of a patch.
 
-    block_e covers the bottleneck; dweight1 takes as many patches at a time as there are positions.
+    block_e covers the bottleneck; dweight1 takes `positions` patches at a time.
     """
 
     positions: int
@@ -49,7 +49,7 @@ class GradientTile:
 
 
 def tile_of(bottleneck: int, values: int, dtype: torch.dtype, chip: Chip) -> GradientTile:
-    """Sums [channels or values, bottleneck] take 64 registers a thread; loads of three iterations are on the way."""
+    """Sums [channels or values, bottleneck] take 64 registers per thread; loads of three iterations are in flight."""
     block_e = max(registration.power_of_two(bottleneck), 16)
     few = min(max(registration.power_of_two(values), 16), 64)
     if chip.interpreted:
@@ -65,7 +65,7 @@ def _sum_over_samples(
     PATCHES: tl.constexpr, E: tl.constexpr, C: tl.constexpr,
     M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """M positions and BLOCK_C channels of one part of the samples: their sum, and dp^T hidden unless it is absent.
+    """M positions and BLOCK_C channels: their sum over one part of the samples, and dp^T hidden if hidden is given.
 
     p_dpositions [parts, S, C]; p_dweight2 [parts, tiles of positions, C, E].
     """
@@ -122,7 +122,7 @@ def _token_gradients(
     PATCHES: tl.constexpr, E: tl.constexpr, C: tl.constexpr,
     M: tl.constexpr, M_HIDDEN: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The first pass: sums first, for they take longest; then dhidden, a tile of every part of the samples in turn."""
+    """The first pass: sums first, as they take longest; then dhidden, a tile from each part of the samples in turn."""
     part = tl.cdiv(samples, parts)
     sums = parts * tl.cdiv(prefix + PATCHES, M) * tl.cdiv(C, BLOCK_C)
     i_program = tl.program_id(0)
@@ -173,7 +173,7 @@ def _image_gradient(
     p_dhidden, p_weight1, p_dimages, count,
     SHAPE: tl.constexpr, E: tl.constexpr, M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dhidden weight1 of M patches and BLOCK_K values, written where they lie in the image."""
+    """dhidden weight1 of M patches and BLOCK_K values, written to their places in the image."""
     K: tl.constexpr = SHAPE.channels * SHAPE.patch * SHAPE.patch
     TILES: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     i_m = tl.program_id(0) // TILES * M + tl.arange(0, M)
@@ -191,12 +191,12 @@ def _image_gradient(
 
 
 def _of_tokens(dtokens, hidden, weight2, prefix, tile, processors, *, wants_dweight2, wants_dhidden):
-    """The first pass: dpositions, dweight2 (both float32) and dhidden; None for what is not wanted."""
+    """The first pass: dpositions, dweight2 (both float32) and dhidden; None for those not wanted."""
     samples, length, width = dtokens.shape
     patches, bottleneck = hidden.shape[1:]
     blocks = registration.cdiv(length, tile.positions) * registration.cdiv(width, tile.channels)
     parts = min(max(2 * processors // blocks, 1), samples)
-    parts = registration.cdiv(samples, registration.cdiv(samples, parts))  # none is empty
+    parts = registration.cdiv(samples, registration.cdiv(samples, parts))  # so that none is empty
     dpositions = dtokens.new_empty(parts, length, width, dtype=torch.float32)
     shape = (parts * registration.cdiv(length, tile.positions), width, bottleneck)
     dweight2 = dtokens.new_empty(shape, dtype=torch.float32) if wants_dweight2 else None
@@ -212,7 +212,7 @@ def _of_tokens(dtokens, hidden, weight2, prefix, tile, processors, *, wants_dwei
 
 
 def _of_weight1(dhidden, images, weight1, tile, processors) -> Tensor:
-    """dweight1 in float32: about one program a processor, so that all end together."""
+    """dweight1 in float32, by about one program per processor so that all end together."""
     shape, count = Shape.of(images, weight1), dhidden.shape[0] * dhidden.shape[1]
     tiles = registration.cdiv(weight1[0].numel(), tile.values)
     step = tile.positions
@@ -249,7 +249,7 @@ def patch_backward(
     prefix_length: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dimages, dweight1, dbias1, dweight2, dbias2, of which `needs` says which to compute; dpositions in float32."""
+    """dimages, dweight1, dbias1, dweight2, dbias2, each if `needs` selects it, and dpositions in float32."""
     like = (images, weight1, weight1[:, 0, 0, 0], weight2, weight2[:, 0, 0, 0])
     if registration.shapes_only(dtokens) or not len(images):
         dpositions = dtokens.new_zeros(dtokens.shape[1:], dtype=torch.float32)

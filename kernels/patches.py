@@ -1,4 +1,4 @@
-"""Patches where they lie in images: shapes and offsets for the kernels of `patch_embed`."""
+"""Shapes and offsets of patches in images, for kernels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Shape(NamedTuple):
-    """Of images, and the side of the patches they are cut into."""
+    """The shape of images, and the side of their patches."""
 
     height: int
     width: int
@@ -19,19 +19,19 @@ class Shape(NamedTuple):
 
     @classmethod
     def of(cls, images: Tensor, weight1: Tensor) -> Shape:
-        """That of images [B, c, H, W] for patches of the size of weight1 [E, c, p, p]."""
+        """The shape of images [B, c, H, W], with the patch size of weight1 [E, c, p, p]."""
         _, channels, height, width = images.shape
         return cls(height, width, weight1.shape[-1], channels)
 
     @property
     def patches(self) -> int:
-        """Patches of an image."""
+        """Number of patches per image."""
         return (self.height // self.patch) * (self.width // self.patch)
 
 
 @triton.jit
 def patch_offset(i_patch, SHAPE: tl.constexpr):
-    """Where patches begin in a batch of images."""
+    """The offsets of patches in a batch of images."""
     across = SHAPE.width // SHAPE.patch
     patches = across * (SHAPE.height // SHAPE.patch)
     i_b, i_n = (i_patch // patches).to(tl.int64), i_patch % patches
@@ -42,6 +42,6 @@ def patch_offset(i_patch, SHAPE: tl.constexpr):
 
 @triton.jit
 def value_offset(i_k, SHAPE: tl.constexpr):
-    """Where value i_k of a patch (channel, row, column) lies, counted from the patch's first."""
+    """The offset of value i_k of a patch (channel, row, column) from the patch's first value."""
     P: tl.constexpr = SHAPE.patch
     return i_k // (P * P) * (SHAPE.height * SHAPE.width) + i_k // P % P * SHAPE.width + i_k % P

@@ -1,17 +1,17 @@
-"""How a kernel becomes an operator: registration, gradients, and the chip it runs on.
+"""Turn kernels into operators: registration, gradients, and the chip they run on.
 
 `operator` registers a function as `pmf::<name>`; the schema is inferred from its annotations, the only place that
-states its arguments. The function allocates its outputs, returns them at once where tensors have `shapes_only` (so it
-is its own fake function), and launches kernels. An output that is not needed is None; operators, which return tensors
-alone, return an empty one in its place.
+states its arguments. The function allocates its outputs, returns them at once if tensors have `shapes_only` (so it
+is its own fake function), else launches kernels. An output that is not needed is None; operators can return only
+tensors, so they return an empty one in its place.
 
-`differentiable` makes a function with gradients of a forward operator, of what it keeps and of its backward.
-Compilers see the operators as opaque calls. There is no forward-mode rule on purpose: Dynamo drops such rules, so
-`pmf.inputs` takes dual tensors apart, in eager mode only.
+`differentiable` makes a function with gradients from a forward operator, what it saves, and its backward.
+Compilers see the operators as opaque calls. There is deliberately no forward-mode rule: Dynamo drops such rules, so
+`pmf.inputs` unpacks dual tensors, in eager mode only.
 
-Host time. An operator costs 20 us on its way through PyTorch, `Function.apply` 50 us more, most of it to bind
-arguments to names: more than a launch. Where nothing intercepts operators (`pmf.private.intercepted`), the function
-behind the operator is called directly, and a Function runs whose `forward` takes the context itself, or none.
+Host time. PyTorch needs 20 us to dispatch an operator, and 50 us more for `Function.apply`, mostly to bind arguments
+to names: more than for a launch. If nothing intercepts operators (`pmf.private.intercepted`), the operator's function
+is called directly: through a Function whose `forward` takes the context itself or, without gradients, through none.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ _LIBRARY = torch.library.Library("pmf", "FRAGMENT")
 
 @dataclass(frozen=True)
 class Chip:
-    """What launch configurations depend on."""
+    """The properties of a GPU that launch configurations depend on."""
 
     capability: int
     """Compute capability times ten: 80, 90, 120; 0 for Triton's interpreter."""
     processors: int
     """Number of streaming multiprocessors."""
     shared_memory: int = 99 << 10
-    """Bytes of shared memory a program can have: 227 KB on H100 and B200, 163 on A100, 99 on RTX 30, 40 and 50."""
+    """Maximum bytes of shared memory per program: 227 KB on H100 and B200, 163 on A100, 99 on RTX 30, 40 and 50."""
 
     @property
     def interpreted(self) -> bool:
-        """Triton's interpreter, where a program takes milliseconds whatever the size of its tile."""
+        """Whether this is Triton's interpreter, where a program takes milliseconds whatever the size of its tile."""
         return self.capability == 0
 
     def stages(self, programs: int, staged: int, scratch: int) -> int:
-        """Stages of a loop that loads ahead into shared memory: up to two iterations ahead, as far as there is room.
+        """Stages of a loop that prefetches into shared memory: up to two iterations ahead, if there is room.
 
-        `programs` reside on a multiprocessor; each needs `staged` bytes an iteration, `scratch` bytes and 1 KB more.
+        `programs` share a multiprocessor; each needs `staged` bytes per iteration, `scratch` bytes and 1 KB more.
         """
         room = self.shared_memory // programs - scratch - 1024
         return 1 + min(max(room // staged, 0), 2)
@@ -59,7 +59,7 @@ class Chip:
 
 @dataclass(frozen=True)
 class RowTile:
-    """The rows that a program works on at a time."""
+    """The rows that a program processes at a time."""
 
     rows: int
     block: int
@@ -69,7 +69,7 @@ class RowTile:
 
 @functools.cache
 def _cuda_chip(index: int) -> Chip:
-    found: Any = torch.cuda.get_device_properties(index)  # its type lacks the last of these
+    found: Any = torch.cuda.get_device_properties(index)  # its declared type lacks the last attribute
     return Chip(10 * found.major + found.minor, found.multi_processor_count, found.shared_memory_per_block_optin)
 
 
@@ -81,23 +81,23 @@ def chip(device: torch.device) -> Chip:
 
 
 def shapes_only(x: Tensor) -> bool:
-    """Whether x has a shape and no values: a fake or a meta tensor."""
+    """Whether x has a shape but no values: a fake or a meta tensor."""
     return x.is_meta or isinstance(x, FakeTensor)
 
 
 def _elsewhere(x: Tensor) -> bool:
-    """Whether x is on another GPU than the current one; Triton launches on the current one."""
+    """Whether x is on a GPU other than the current one, on which Triton launches."""
     return x.is_cuda and x.get_device() != torch.cuda.current_device()
 
 
 def _direct(arguments: tuple) -> bool:
-    """Whether a function may run in place of its operator: nothing intercepts operators, all tensors are ordinary."""
+    """Whether a function may run instead of its operator: nothing intercepts operators, all tensors are ordinary."""
     first = arguments[0]
     return (first.is_cuda or first.is_cpu) and not intercepted() and ordinary(arguments)
 
 
 def _asked_for(outputs: Any) -> Any:
-    """An operator's outputs, None for those that were not asked for."""
+    """An operator's outputs, with None in place of the empty tensors."""
     if isinstance(outputs, Tensor):
         return outputs
     return tuple(None if x.ndim == 1 and x.shape[0] == 0 else x for x in outputs)
@@ -127,15 +127,15 @@ class Operator:
         return tuple(first.new_empty(0) if x is None else x for x in outputs)
 
     def _refuse(self, context, *gradients):
-        """Gradients belong to the Function around the operator."""
+        """Raise: the Function around the operator computes its gradients."""
         raise RuntimeError(
             f"{self.overload}: its gradient was lost, because torch.func.grad or vjp ran inside torch.compile; "
             "use loss.backward() or torch.autograd.grad there"
         )
 
     def __call__(self, *arguments):
-        """The function's outputs, by the operator where something intercepts those or would record gradients."""
-        # Dynamo traces `is_compiling`, and nothing that comes after it. With gradients on, `_refuse` has a say.
+        """The function's outputs, through the operator if something intercepts operators or records gradients."""
+        # Dynamo evaluates `is_compiling` and nothing after it. With gradients enabled, `_refuse` must get its chance.
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _direct(arguments):
             return _asked_for(self.overload(*arguments))
         if _elsewhere(arguments[0]):
@@ -145,7 +145,7 @@ class Operator:
 
 
 def operator(function: Callable) -> Operator:
-    """Register `function` as the operator of its name. Its first argument is a tensor, on whose device it runs."""
+    """Register `function` as the operator of its name. It runs on the device of its first argument, a tensor."""
     return Operator(function)
 
 
@@ -153,13 +153,13 @@ def operator(function: Callable) -> Operator:
 class Differentiable:
     """How a forward operator records gradients.
 
-    The first `inputs` inputs and the first `outputs` outputs have gradients, None where nothing reads an output.
-    `save(ctx, inputs, outputs)` keeps what `backward(ctx, *gradients)` needs to return those of the inputs.
-    `complete(inputs, outputs)` may add views of inputs, which operators do not return, to the outputs.
+    The first `inputs` inputs and the first `outputs` outputs have gradients (None for an unused output).
+    `save(ctx, inputs, outputs)` saves what `backward(ctx, *gradients)` needs to return the inputs' gradients.
+    `complete(inputs, outputs)` may add views of inputs to the outputs, since operators cannot return views.
     """
 
     name: str
-    """Of the nodes in a graph."""
+    """The name of the nodes in autograd's graph."""
     forward: Operator
     save: Callable
     backward: Callable
@@ -168,7 +168,7 @@ class Differentiable:
     complete: Callable[[tuple, Any], Any] = lambda inputs, outputs: outputs
 
     def by_operators(self) -> Callable:
-        """`apply` of a Function that compilers, transforms and modes see as PyTorch means them to."""
+        """`apply` of a Function in PyTorch's standard form, for compilers, transforms and modes."""
         overload, signature = self.forward.overload, inspect.signature(self.forward.function)
         save, backward, complete, outputs = self.save, self.backward, self.complete, self.outputs
         others = (None,) * (len(signature.parameters) - self.inputs)
@@ -185,12 +185,12 @@ class Differentiable:
         def gradients(ctx, *gradients):
             return *backward(ctx, *gradients), *others
 
-        # Without gradients Dynamo tells by the number of parameters whether `forward` takes a context.
+        # Without gradients, Dynamo decides by the number of parameters whether `forward` takes a context.
         setattr(forward, "__signature__", signature)  # noqa: B010
         return _function(self.name, forward=forward, setup_context=setup_context, backward=gradients).apply
 
     def directly(self) -> Callable:
-        """The same around the function itself. What has no gradient goes past autograd in a tuple, at no cost."""
+        """The same around the function itself. A tuple carries what has no gradient past autograd at no cost."""
         function, inputs, outputs = self.forward.function, self.inputs, self.outputs
         save, backward, complete = self.save, self.backward, self.complete
 
@@ -232,12 +232,12 @@ def differentiable(name: str, forward: Operator, save: Callable, backward: Calla
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """x [..., C] as [rows, C] with unit stride along C; copied only where no view has that shape."""
+    """x [..., C] as [rows, C] with unit stride along C; copied only if no view has that shape."""
     return unit_step(x.flatten(0, -2))
 
 
 def unit_step(x: Tensor | None) -> Tensor | None:
-    """x with unit stride along its last dimension; copied only where it has another."""
+    """x with unit stride along its last dimension; copied only if its stride is another."""
     return x if x is None or x.is_contiguous() or x.stride(-1) == 1 else x.contiguous()
 
 
@@ -250,10 +250,10 @@ def first_dot(samples: int, *tangents: Tensor | None) -> int:
 
 
 def cdiv(size: int, part: int) -> int:
-    """How many parts of that size cover `size`. (Outside kernels, Triton's own functions take a microsecond.)"""
+    """Number of parts of size `part` that cover `size`. (Outside kernels, Triton's `cdiv` takes a microsecond.)"""
     return -(-size // part)
 
 
 def power_of_two(size: int) -> int:
-    """The smallest power of two that is at least `size`, as the sides of tiles are."""
+    """The smallest power of two that is at least `size`; the sides of tiles must be powers of two."""
     return 1 << max(size - 1, 0).bit_length()

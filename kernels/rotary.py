@@ -2,21 +2,21 @@
 
     q = R(n(q) q_weight)        q_dot = R(n_dot q_weight), n_dot = rstd (x_dot - n mean(n x_dot))
 
-and k likewise; v is unchanged. R turns the adjacent pairs (a, b) of the tokens behind the prefix by the
-angles of their position, (a cos - b sin, a sin + b cos), and leaves the prefix alone: it reads 1 and 0 there.
+and k likewise; v is unchanged. R rotates the adjacent pairs (a, b) of the tokens after the prefix by the
+angles of their position, (a cos - b sin, a sin + b cos), and leaves the prefix unchanged, with cos 1 and sin 0.
 
-Backward: g = R^-1(dq), dq_weight = sum of g n, and g q_weight goes through the norm, whose map is
-symmetric: dx = rstd (g q_weight - n mean(n g q_weight)). Weight gradients are summed in registers by
-every program, written to its row of a partial buffer, and summed over rows in a fixed order.
+Backward: g = R^-1(dq), dq_weight = sum of g n, and g q_weight goes through the norm, whose Jacobian is
+symmetric: dx = rstd (g q_weight - n mean(n g q_weight)). Every program sums weight gradients in
+registers and writes them to its row of a partial buffer; the rows are summed in a fixed order.
 
-Saved: the packed qkv alone. A head is in the registers of a few threads, so recomputing its rstd
-costs less than storing it.
+Saved: the packed qkv and the parameters. A head is in the registers of a few threads, so recomputing its
+rstd costs less than storing it.
 
-v and its tangent are views of qkv and qkv_dot. Attention takes strides, so a copy would only cost: 2 e of
-6 e bytes a value of forward traffic, and the memory of v (qkv is saved for backward anyway). The gradient of v
-is written into its place in dqkv, next to those of q and k, so that no third pass has to add them up.
+v and its tangent are views of qkv and qkv_dot. Attention accepts strides, so a copy would only cost 2 e of
+6 e bytes per value of forward traffic, and the memory of v (qkv is saved for backward anyway). The gradient of v
+is written to its place in dqkv, next to those of q and k, so that no third pass has to add them up.
 
-Bytes moved a token of H D values of e bytes a part, the minimum but for the tables, which H heads share:
+Bytes moved per token of H D values of e bytes per part, the minimum except for the tables, which H heads share:
 forward 4 H D e, twice that with a tangent, backward 8 H D e (q, k, three gradients; three gradients out).
 """
 
@@ -41,7 +41,7 @@ MAX_HEAD_DIM = 128
 
 
 def unsupported(head_dim: int, tables_need_gradient: bool = False) -> str | None:
-    """Why the kernels cannot take heads of this width; None where they can."""
+    """The reason why the kernels cannot take heads of this width or such tables, or None if they can."""
     if head_dim % 8 != 0 or head_dim > MAX_HEAD_DIM:
         return f"head_dim must be a multiple of 8 up to {MAX_HEAD_DIM}, got {head_dim}"
     return (
@@ -60,17 +60,17 @@ class HeadTile:
 
     @property
     def rows(self) -> int:
-        """Rows of the tile, one a head."""
+        """Rows of the tile, one per head."""
         return self.tokens * self.heads
 
 
 @functools.cache
 def forward_tile(head_dim: int, item: int, chip: Chip) -> tuple[int, int, int]:
-    """Heads of q, and as many of k, that a program turns, the columns of a block, and warps.
+    """Heads of q, and as many of k, per program; the columns of a block; and warps.
 
-    A head lies in blocks of 32 columns, one behind the other in the registers of a few threads: 80 columns fill 96,
-    not 128, sums take few shuffles, and full blocks of `item` bytes a value are still read 64 bytes at a time or more.
-    Heads are numbered through all tokens, so that none of a tile is empty where they are no power of two.
+    A head is split into blocks of 32 columns, all in the registers of the same few threads: 80 columns fill 96, not
+    128, sums take few shuffles, and full blocks of `item` bytes per value are still read at least 64 bytes at a time.
+    Heads are numbered across all tokens, so that tiles are full even if the number of heads is no power of two.
     """
     width = min(registration.power_of_two(head_dim), 32)
     return (1024, width, 1) if chip.interpreted else (2048 // (width * item), width, 4)
@@ -78,9 +78,9 @@ def forward_tile(head_dim: int, item: int, chip: Chip) -> tuple[int, int, int]:
 
 @functools.cache
 def tile_of(heads: int, head_dim: int, chip: Chip) -> HeadTile:
-    """The backward's: all heads of a token where they fit, several tokens where they are few; 8 values a thread.
+    """The backward's tile: all heads of a token if they fit, several tokens if heads are few; 8 values per thread.
 
-    q and k of a program's tokens turn by the same angles, read from cache for every head.
+    q and k of a program's tokens rotate by the same angles, read from cache for every head.
     """
     block = registration.power_of_two(head_dim)
     together = min(registration.power_of_two(heads), 4096 // block)
@@ -89,10 +89,10 @@ def tile_of(heads: int, head_dim: int, chip: Chip) -> HeadTile:
 
 
 def backward_grid(tiles: int, tile: HeadTile, item: int, chip: Chip) -> tuple[int, int]:
-    """Programs, one wave of them, and the stages of the loop over a program's tiles.
+    """One wave of programs, and the stages of the loop over a program's tiles.
 
-    Registers (up to 128 a thread) admit 16 warps a multiprocessor, too few to hide the latency of HBM by
-    themselves: the five operands (of `item` bytes a value) and both tables of a tile are loaded ahead.
+    Registers (up to 128 per thread) limit a multiprocessor to 16 warps, too few to hide the latency of HBM,
+    so the five operands (of `item` bytes per value) and both tables of a tile are prefetched.
     """
     if chip.interpreted:
         return min(tiles, 16), 1
@@ -110,7 +110,7 @@ def _place(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Tokens and heads of the rows of tile number i_tile, and where the tile holds values."""
+    """Tokens and heads of the rows of tile number i_tile, and the mask of the values in it."""
     groups: tl.constexpr = tl.cdiv(H, HEADS)
     i_r = tl.arange(0, ROWS)
     i_token = i_tile // groups * (ROWS // HEADS) + i_r // HEADS
@@ -121,7 +121,7 @@ def _place(
 
 @triton.jit
 def _positions(i_token, length, prefix, HEADS: tl.constexpr, ROWS: tl.constexpr):
-    """Of every row behind the prefix; only one where all rows are heads of one token."""
+    """Each row's position after the prefix; a single one if all rows are heads of one token."""
     i_position = i_token % length - prefix
     if HEADS == ROWS:
         i_position = tl.max(i_position, 0, keep_dims=True)
@@ -130,7 +130,7 @@ def _positions(i_token, length, prefix, HEADS: tl.constexpr, ROWS: tl.constexpr)
 
 @triton.jit
 def _angles(p_cos, p_sin, i_position, D: tl.constexpr, BLOCK: tl.constexpr):
-    """cos and sin [positions, BLOCK / 2] behind the prefix, in their own dtype; 1 and 0 on the prefix."""
+    """cos and sin [positions, BLOCK / 2] after the prefix, in their own dtype; 1 and 0 in the prefix."""
     i_pair = tl.arange(0, BLOCK // 2)
     mask = (i_position >= 0)[:, None] & (i_pair < D // 2)[None, :]
     i_angle = i_position[:, None] * (D // 2) + i_pair[None, :]
@@ -139,7 +139,7 @@ def _angles(p_cos, p_sin, i_position, D: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _load(p_heads, i_head, m_head, D: tl.constexpr, WIDTH: tl.constexpr):
-    """Heads that begin at i_head, WIDTH columns a block."""
+    """Load heads that begin at i_head, in blocks of WIDTH columns."""
     blocks = ()  # type: tuple
     for i in tl.static_range(0, D, WIDTH):
         i_c = i + tl.arange(0, WIDTH)[None, :]
@@ -149,7 +149,7 @@ def _load(p_heads, i_head, m_head, D: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _load_table(p_table, i_position, other, D: tl.constexpr, WIDTH: tl.constexpr):
-    """The angles' cos or sin at some positions, WIDTH / 2 a block, in float32; `other` before the first."""
+    """Load cos or sin at some positions, in float32 blocks of WIDTH / 2 columns; `other` in the prefix."""
     blocks = ()  # type: tuple
     for i in tl.static_range(0, D // 2, WIDTH // 2):
         i_pair = i + tl.arange(0, WIDTH // 2)[None, :]
@@ -161,7 +161,7 @@ def _load_table(p_table, i_position, other, D: tl.constexpr, WIDTH: tl.constexpr
 
 @triton.jit
 def _mean_product(a, b, D: tl.constexpr):
-    """The mean over a head's columns of the product of two, float32: [R, 1]."""
+    """The mean of a b over a head's columns, float32: [R, 1]."""
     b_sum = a[0].to(tl.float32) * b[0].to(tl.float32)
     for i in tl.static_range(1, len(a)):
         b_sum += a[i].to(tl.float32) * b[i].to(tl.float32)
@@ -171,7 +171,7 @@ def _mean_product(a, b, D: tl.constexpr):
 @triton.jit
 def _normalised(x, eps, D: tl.constexpr):
     """n, and 1 / sqrt(mean(x^2) + eps)."""
-    b_rstd = tl.rsqrt(_mean_product(x, x, D) + eps)  # not rounded to nearest: no sum over tokens reads it
+    b_rstd = tl.rsqrt(_mean_product(x, x, D) + eps)  # may be inexact: no sum over tokens reads it
     n = ()  # type: tuple
     for i in tl.static_range(len(x)):
         n = n + (x[i].to(tl.float32) * b_rstd,)
@@ -190,7 +190,7 @@ def _normalised_dot(n, b_rstd, x_dot, D: tl.constexpr):
 
 @triton.jit
 def _store_turned(p_heads, i_head, m_head, n, p_weight, cos, sin, D: tl.constexpr):
-    """R(n weight), where `_load` would find it."""
+    """Store R(n weight) in the layout that `_load` reads."""
     WIDTH: tl.constexpr = n[0].shape[1]
     for i in tl.static_range(len(n)):
         i_c = i * WIDTH + tl.arange(0, WIDTH)
@@ -204,7 +204,7 @@ def _forward(
     tokens, first_dot_token, length, prefix, step, dot_step, eps,
     H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """ROWS heads of q and of k; `step` values lie between tokens of qkv, `dot_step` between those of qkv_dot.
+    """ROWS heads of q and of k; `step` and `dot_step` are the strides between tokens of qkv and of qkv_dot.
 
     p_weights: of q and k; p_tables: cos and sin.
     """
@@ -213,7 +213,7 @@ def _forward(
     mask = i_token < tokens
     i_in = i_token.to(tl.int64) * step + i_head
     i_out = i_token.to(tl.int64) * (H * D) + i_head
-    # Every load comes before the first sum over a row, so that all are under way together.
+    # All loads come before the first sum over a row, so that they are in flight together.
     q = _load(p_qkv, i_in, mask, D, WIDTH)
     k = _load(p_qkv + H * D, i_in, mask, D, WIDTH)
     if p_qkv_dot is not None:
@@ -241,7 +241,7 @@ def _forward(
 
 @triton.jit
 def _turn_back(b_x, b_dy, b_weight, b_cos, b_sin, mask, eps, D: tl.constexpr):
-    """dx of one of q and k, and the tile's terms of the weight's gradient."""
+    """dx of q or k, and the tile's terms of the weight's gradient."""
     b_n, _, b_rstd = normalise(b_x.to(tl.float32), mask, eps, D, False)
     b_g = rotate(b_dy.to(tl.float32), b_cos, -b_sin)
     return normalise_dot(b_n, b_rstd, b_g * b_weight, mask, D, False), b_g * b_n
@@ -253,7 +253,7 @@ def _backward(
     STEPS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Every num_programs-th tile.
+    """Process every num_programs-th tile.
 
     p_weights: of q and k; p_tables: cos and sin; p_d: `Heads` of gradients, STEPS their `Steps`; p_dweights: partial
     sums for both weights, or None.
@@ -271,7 +271,7 @@ def _backward(
         i_dq = (i_b * STEPS.q.sample + i_s * STEPS.q.token + i_head * STEPS.q.head)[:, None] + i_c[None, :]
         i_dk = (i_b * STEPS.k.sample + i_s * STEPS.k.token + i_head * STEPS.k.head)[:, None] + i_c[None, :]
         i_dv = (i_b * STEPS.v.sample + i_s * STEPS.v.token + i_head * STEPS.v.head)[:, None] + i_c[None, :]
-        # Every load comes before the first sum over a row, so that all are under way together.
+        # All loads come before the first sum over a row, so that they are in flight together.
         b_q = tl.load(p_qkv + i_in, mask=mask, other=0.0)
         b_k = tl.load(p_qkv + H * D + i_in, mask=mask, other=0.0)
         b_dq = tl.load(p_d.q + i_dq, mask=mask, other=0.0)
@@ -323,7 +323,7 @@ def qk_norm_rope_forward(
         tokens, registration.first_dot(samples, qkv_dot) * length, length, prefix,
         rows.stride(0), 0 if dot_rows is None else dot_rows.stride(0), eps,
         H=heads, D=head_dim, ROWS=turned, WIDTH=width, num_warps=warps,
-        maxnreg=128 if head_dim < 96 else None,  # 16 warps reside; wider heads would spill
+        maxnreg=128 if head_dim < 96 else None,  # keeps 16 warps resident; wider heads would spill
     )  # fmt: skip
     return q, k, q_dot, k_dot
 
@@ -373,7 +373,7 @@ def _gradients(ctx, dq, dk, dv, *_):
 
 
 def _with_v(inputs, outputs):
-    """q, k, v, q_dot, k_dot. v is a view; as an output of the node, its gradient is written with those of q and k."""
+    """q, k, v, q_dot, k_dot. v is a view, but an output of the node, so backward gets its gradient with q's and k's."""
     q, k, *dots = outputs
     return q, k, inputs[0][:, :, 2], *dots
 

@@ -1,10 +1,10 @@
 """Sums over tokens, for gradients of parameters: equal shares of work, and one launch that adds up the partial sums.
 
-A backward kernel divides all tokens into shares of `share` tokens, one a program. Where a parameter differs from
-sample to sample, so do its sums: a program closes a segment at the end of every sample and of its share. Program p
-writes the sums of sample b to row p + b of a partial buffer. From one segment to the next, p or b grows by one; where
-a share ends with its sample, both do, and an empty segment (zeros) fills the row between. So all rows are written,
-once, and those of a sample lie side by side. Everything is added in a fixed order, in float32.
+A backward kernel divides all tokens into shares of `share` tokens, one per program. If a parameter is per sample, so
+are its sums: a program closes a segment at the end of every sample and of its share. Program p writes the sums of
+sample b to row p + b of a partial buffer. From one segment to the next, p or b grows by one; if a share ends with its
+sample, both do, and an empty segment (zeros) fills the row between. So every row is written exactly once, and the rows
+of a sample are adjacent. Everything is added in a fixed order, in float32.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pmf.kernels import registration
 
 @dataclass(frozen=True)
 class Shares:
-    """`samples` of `length` tokens, `share` tokens a program; one sample of all tokens where no sums are per sample."""
+    """`samples` of `length` tokens, `share` tokens per program; one sample of all tokens if no sums are per sample."""
 
     samples: int
     length: int
@@ -30,24 +30,24 @@ class Shares:
 
     @property
     def programs(self) -> int:
-        """Programs of the backward kernel."""
+        """Number of programs of the backward kernel."""
         return registration.cdiv(self.samples * self.length, self.share)
 
     @property
     def segments(self) -> int:
-        """Rows of the partial buffer."""
+        """Number of rows of the partial buffer."""
         return self.programs + self.samples - 1 if self.programs else 0
 
 
 def divide(samples: int, length: int, per_sample: bool, programs: int, rows: int) -> Shares:
-    """The tokens in `programs` equal shares, fewer where a share would not fill a tile of `rows`."""
+    """Divide the tokens into `programs` equal shares, or fewer if a share would not fill a tile of `rows`."""
     share = max(registration.cdiv(samples * length, programs), rows)
     return Shares(samples, length, share) if per_sample else Shares(1, samples * length, share)
 
 
 @triton.jit
 def _sum(p_partial, p_sum, first, stop, i_c, C: tl.constexpr, ROWS: tl.constexpr):
-    """Columns i_c of rows first to stop - 1, added up."""
+    """Add up columns i_c of rows first to stop - 1."""
     i_r = tl.arange(0, ROWS)
     b_sum = tl.zeros([ROWS, i_c.shape[0]], tl.float32)
     for i_row in range(first, stop, ROWS):
@@ -62,7 +62,7 @@ def _add_up(
     p_partials, p_sums, samples, length, share, segments,
     PER_SAMPLE: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """A tile's columns of one sum, of one sample where it has sums per sample; sums lie one behind the other."""
+    """A tile's columns of one sum (and of one sample, if PER_SAMPLE); the programs of each sum are consecutive."""
     i_program = tl.program_id(0)
     for k in tl.static_range(len(p_sums)):
         blocks = tl.cdiv(C, TILE // ROWS[k])
@@ -81,7 +81,7 @@ def _add_up(
 
 
 def add_up(partials: Sequence[Tensor], shares: Shares, like: Sequence[Tensor]) -> list[Tensor]:
-    """The sums of partial buffers [segments, C] in the shapes and dtypes of `like`: [C], or [B, C] one a sample."""
+    """The sums of partial buffers [segments, C] in the shapes and dtypes of `like`: [C], or [B, C] if per sample."""
     sums = [p.new_empty(p.shape) for p in like]
     if not sums or not shares.programs:
         return [s.zero_() for s in sums]
@@ -98,7 +98,7 @@ def add_up(partials: Sequence[Tensor], shares: Shares, like: Sequence[Tensor]) -
 
 @functools.lru_cache(1024)
 def _division(shares: Shares, width: int, per_sample: tuple[bool, ...], tile: int) -> tuple[int, tuple[int, ...]]:
-    """Programs for all sums together, and how many rows of each its programs add up at a time."""
+    """Number of programs for all sums together, and the number of rows that a program of each adds up at a time."""
     terms = (registration.cdiv(shares.length, shares.share) + 1 if each else shares.segments for each in per_sample)
     rows = tuple(min(max(registration.power_of_two(n), 8), 256) for n in terms)
     groups = (shares.samples if each else 1 for each in per_sample)

@@ -2,11 +2,11 @@
 
     y = silu(a) b for x = [a, b]          y_dot = silu'(a) a_dot b + silu(a) b_dot
 
-Backward: da = dy silu'(a) b, db = dy silu(a). Saved: x, which the product before it wrote anyway; silu is
+Backward: da = dy silu'(a) b, db = dy silu(a). Saved: x, the output of the product before it; silu is
 recomputed. Nothing is saved for tangents. Computed in float32.
 
-Bytes moved a token of 2 F values of e bytes, all of it the minimum: forward 3 F e, twice that with a
-tangent, backward 5 F e. Rows of x may be any step apart. Where F is no multiple of 8, rows lose their
+Bytes moved per token of 2 F values of e bytes, all of it the minimum: forward 3 F e, twice that with a
+tangent, backward 5 F e. Rows of x may have any stride. If F is not a multiple of 8, rows lose their
 16-byte alignment and accesses become narrower: pad the packed weight (`pmf.layers.SwiGLU` does).
 """
 
@@ -27,10 +27,10 @@ from pmf.kernels.tiles import silu
 
 @functools.cache
 def tile_of(width: int, chip: Chip) -> RowTile:
-    """8 values a thread and operand, 4 warps: one 16-byte load of bfloat16, two of float32.
+    """8 values per thread and operand, 4 warps: one 16-byte load of bfloat16, two of float32.
 
-    Columns come in blocks of at most 512, which pads 2736 or 3416 columns by 5 to 12%. F is a constexpr:
-    Triton knows of run-time integers only whether 16 divides them, and 3416 is a multiple of 8.
+    Columns come in blocks of at most 512, which pads 2736 or 3416 columns by 5 to 12%. F is a constexpr, because
+    Triton only knows of run-time integers whether 16 divides them, and 3416 is only a multiple of 8.
     """
     if chip.interpreted:
         return RowTile(32, registration.power_of_two(width), 1)

@@ -1,6 +1,6 @@
 """Tile mathematics shared by the kernels, in float32. Columns of a tile beyond its width hold zero.
 
-(Types of tuples stand in comments: in kernels, annotations belong to Triton.)
+(Types of tuples are in comments, because Triton reads annotations in kernels.)
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ def load_vector(p_vector, i_c, C: tl.constexpr):
 
 @triton.jit
 def product(b_a, b_b, b_sum):
-    """b_sum + a b, accumulated in float32; float32 factors are multiplied as they are, off the matrix units.
+    """b_sum + a b, accumulated in float32; float32 operands are multiplied in full, without matrix units.
 
-    Three TF32 products there would keep 22 of 24 bits, and their sums are cut off, not rounded.
+    Three TF32 products on matrix units would keep 22 of 24 bits, and their sums are truncated, not rounded.
     """
     if INTERPRETED:
-        # The interpreter would multiply the bits of bfloat16 values; as float32 the products are exact.
+        # The interpreter would multiply the bit patterns of bfloat16 values; in float32, the products are exact.
         b_a, b_b = b_a.to(tl.float32), b_b.to(tl.float32)
     return tl.dot(b_a, b_b, b_sum, input_precision="ieee")
 
@@ -51,7 +51,7 @@ def centre(b_x, m_c, C: tl.constexpr, LAYER: tl.constexpr):
 def normalise(b_x, m_c, eps, C: tl.constexpr, LAYER: tl.constexpr):
     """n = (x - mu) / sqrt(mean((x - mu)^2) + eps) of every row, mu and 1 / sqrt(...), [R, 1] each."""
     b_x, b_mean = centre(b_x, m_c, C, LAYER)
-    # Rounded to nearest: rsqrt's own error, the same in all of a row, would add up in gradients of parameters.
+    # Rounded to nearest: rsqrt's error is the same in a whole row and would add up in gradients of parameters.
     b_rstd = tl.div_rn(1.0, tl.sqrt_rn(row_mean(b_x * b_x, C) + eps))
     return b_x * b_rstd, b_mean, b_rstd
 
@@ -76,7 +76,7 @@ def silu(b_a):
 
 @triton.jit
 def rotate(b_x, b_cos, b_sin):
-    """Turn the adjacent pairs (a, b) of every row: (a cos - b sin, a sin + b cos). [R, D]; [R, D / 2]."""
+    """Rotate the adjacent pairs (a, b) of every row: (a cos - b sin, a sin + b cos). [R, D]; [R, D / 2]."""
     R: tl.constexpr = b_x.shape[0]
     D: tl.constexpr = b_x.shape[1]
     b_a, b_b = tl.split(tl.reshape(b_x, [R, D // 2, 2]))
@@ -103,7 +103,7 @@ def _columns(b_x):
 
 @triton.jit
 def _beside(columns, W: tl.constexpr):
-    """Undo `_columns`; W is their number."""
+    """The inverse of `_columns`; W is the number of columns."""
     if W == 1:
         b_x = columns[0][:, None]
     else:
@@ -119,9 +119,9 @@ def _beside(columns, W: tl.constexpr):
 
 @triton.jit
 def transposed(blocks, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Blocks [R, W], each row of which is, one after the other, a matrix [ROWS, COLUMNS]: that matrix transposed.
+    """Transpose the matrix [ROWS, COLUMNS] that each row holds, stored consecutively in its blocks [R, W].
 
-    The same number of blocks. No value leaves its thread, so this costs nothing.
+    Returns as many blocks. No value leaves its thread, so this costs nothing.
     """
     W: tl.constexpr = blocks[0].shape[1]
     COUNT: tl.constexpr = ROWS * COLUMNS // W

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # what editors and type checkers read; at run time names load on first use, so that import is quick
+if TYPE_CHECKING:  # for editors and type checkers; at run time, names load on first use to keep the import fast
     from pmf import layers, ops, optim
     from pmf.config import LOSSES, MODELS, SAMPLING, LossConfig, ModelConfig
     from pmf.cuda_graphs import CapturedStep

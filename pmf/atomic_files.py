@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic writes: a file is either complete or absent."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pmf.errors import InputError, first_line
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Let `write(temporary)` make the file, then move it to `path` in one step.
+    """Call `write(temporary)`, then move the temporary file to `path` in one step.
 
     Errors: `InputError` when `path` cannot be written (no directory, no permission, a full disk).
     """
@@ -31,7 +31,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp grants the owner alone
+        temporary.chmod(0o666 & ~umask)  # mkstemp grants access to the owner only
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise InputError(f"path: cannot write {path}: {first_line(error)}") from error

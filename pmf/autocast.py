@@ -1,4 +1,4 @@
-"""Autocast: the one place that asks whether it is on, in compiled code and on devices without it too."""
+"""Queries of autocast's state that also work in compiled code and on devices without autocast."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import Tensor
 from pmf.private import constant
 
 
-@constant  # Dynamo of torch 2.11 cannot trace it
+@constant  # Dynamo in torch 2.11 cannot trace the call
 def available(device_type: str) -> bool:
-    """Whether a type of device has autocast; asking a device without it ("meta") whether it is on raises."""
+    """Whether a device type supports autocast; `is_autocast_enabled` raises on those that do not ("meta")."""
     return torch.amp.is_autocast_available(device_type)
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """Autocast's dtype where it is on, else None."""
+    """The autocast dtype if autocast is on, else None."""
     there = device_type in ("cuda", "cpu") or available(device_type)
     return torch.get_autocast_dtype(device_type) if there and torch.is_autocast_enabled(device_type) else None
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which matrix products take x: autocast's where it is on, else that of x."""
+    """The dtype of matrix products with x: the autocast dtype if autocast is on, else that of x."""
     return autocast_dtype(x.device.type) or x.dtype
 
 

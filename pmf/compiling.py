@@ -1,4 +1,4 @@
-"""Blocks compiled as a few graphs that all of them share."""
+"""Compile the blocks as a few graphs that all blocks share."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _compilations = itertools.count()
 
 
 class CompiledBlocks:
-    """`Block.forward_residual` of any block, compiled: once for passes that record for backward, once for the rest.
+    """`Block.forward_residual`, compiled twice: for passes that record for backward, and for passes that do not.
 
     The block is an argument of the compiled function, so that one graph serves all blocks.
     """
 
     def __init__(self, **options: Any) -> None:
-        """`options` go to `torch.compile`; fullgraph=True unless given."""
-        if "recompile_limit" in inspect.signature(torch.compile).parameters:  # else the global limit, 8, holds
+        """Pass `options` to `torch.compile`, with fullgraph=True by default."""
+        if "recompile_limit" in inspect.signature(torch.compile).parameters:  # older versions use the global limit, 8
             options = {"recompile_limit": 32, **options}
         options = {"fullgraph": True, **options}
         self._passes = {
@@ -47,12 +47,12 @@ def _block_pass(block: Block, stream: Residual, rope: tuple[Tensor, Tensor], vec
 
 
 def _block_pass_named(name: str) -> Callable[..., Residual]:
-    """`_block_pass` with a code object of its own: Dynamo caches graphs, and limits their number, by that."""
+    """`_block_pass` with its own code object: Dynamo caches graphs, and limits their number, per code object."""
     return types.FunctionType(_block_pass.__code__.replace(co_name=name), globals(), name)
 
 
 def _of_any_batch(x: Tensor) -> Tensor:
-    """x without gradient, its batch size left open to compilers."""
+    """Detach x and mark its batch size as dynamic."""
     x = x.detach()
     if x.ndim > 1:
         open_batch(x)

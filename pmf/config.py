@@ -1,4 +1,4 @@
-"""What defines a pMF network and its loss: frozen dataclasses, and one row for each published model.
+"""Configuration of a pMF network and its loss: frozen dataclasses, and one entry per published model.
 
 Source: arXiv 2601.22158 and the configurations its authors published.
 """
@@ -27,7 +27,7 @@ class ModelConfig:
     hidden_size: int = 768
     """Width C of the residual stream."""
     depth: int = 16
-    """Blocks on the path to one head: `depth - aux_head_depth` shared, `aux_head_depth` own."""
+    """Blocks on the path to one head: `depth - aux_head_depth` shared ones, then `aux_head_depth` of its own."""
     num_heads: int = 12
     """Attention heads; the head width is hidden_size / num_heads."""
     aux_head_depth: int = 8
@@ -41,7 +41,7 @@ class ModelConfig:
     noise_scale: float = 1.0
     """Standard deviation of the noise e in z_t = (1 - t) x + t e."""
     t_clip: float = 0.05
-    """Lower clip of t where the predicted image becomes a velocity: u = (z - net) / clip(t, t_clip, 1)."""
+    """Lower bound of t in the conversion of predicted images to velocities: u = (z - net) / clip(t, t_clip, 1)."""
     conditioning: Literal["in_context", "adaln"] = "in_context"
     """in_context: prefix tokens, as published. adaln: shift, scale and gate in every block."""
     class_tokens: int = 8
@@ -140,21 +140,21 @@ class LossConfig:
     p_std: float = 0.8
     """Standard deviation of that logit-normal."""
     tr_uniform: bool = False
-    """Replace t, r by two uniforms on [0, 1] with probability 0.1 a row."""
+    """With probability 0.1 per row, draw t and r uniformly from [0, 1] instead."""
     data_proportion: float = 0.5
     """Share of flow-matching rows (r = t), the first int(B * data_proportion) of a batch."""
     cfg_max: float = 7.0
     """The guidance scale omega is drawn from [1, 1 + cfg_max]."""
     cfg_beta: float = 1.0
-    """Density of omega proportional to omega^-beta."""
+    """The density of omega is proportional to omega^-cfg_beta."""
     class_dropout: float = 0.1
-    """Probability that a row trains the null class."""
+    """Probability that a row is trained on the null class."""
     norm_p: float = 1.0
     """Exponent of the adaptive weight 1 / (L + norm_eps)^norm_p."""
     norm_eps: float = 0.01
     """Offset of the adaptive weight."""
     perceptual_max_t: float = 0.8
-    """Perceptual terms see only rows with t below this."""
+    """Perceptual terms are computed only on rows with t below this."""
     lpips_weight: float = 0.4
     """Weight of the LPIPS term."""
     convnext_weight: float = 0.1
@@ -176,10 +176,10 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class Guidance:
-    """The guidance that a network samples with."""
+    """Guidance settings for sampling."""
 
     omega: float
-    """Guidance scale, at least 1; 1 is none."""
+    """Guidance scale, at least 1; 1 means no guidance."""
     t_min: float = 0.0
     """Start of the guidance interval: guidance acts for t in [t_min, t_max]."""
     t_max: float = 1.0
@@ -193,16 +193,16 @@ class Guidance:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Everything that belongs to one named model."""
+    """All settings of one named model."""
 
     network: ModelConfig
     loss: LossConfig
     guidance: Guidance
-    """What it samples with in one step."""
+    """Guidance for one-step sampling."""
     ema_half_life: float | None = None
-    """Half-life of the average that samples are drawn from, in thousands of images."""
+    """Half-life of the weight average used for sampling, in thousands of images."""
     guidance_torch: Guidance | None = None
-    """What the authors' PyTorch command samples with, where it differs from their JAX one."""
+    """Guidance of the authors' PyTorch command, if it differs from that of their JAX command."""
 
 
 _BASE: dict[str, Any] = dict(hidden_size=768, depth=16, num_heads=12)
@@ -249,7 +249,7 @@ PUBLISHED: dict[str, ModelSettings] = {
         ema_half_life=500,
     ),
 }
-"""The authors' six models, as their published configurations have them."""
+"""The authors' six models, as in their published configurations."""
 
 DIGITS = ModelSettings(
     network=ModelConfig(
@@ -283,19 +283,19 @@ SAMPLING: dict[str, dict[str, float]] = {
     for suffix, guidance in (("", settings.guidance), ("-torch", settings.guidance_torch))
     if guidance is not None
 }
-"""omega, t_min and t_max by the name of the model; "pMF-B/16-torch" is that of the authors' PyTorch command."""
+"""omega, t_min and t_max by model name; "pMF-B/16-torch" holds those of the authors' PyTorch command."""
 
 
 def published_guidance(name: str) -> Guidance:
-    """The setting of `SAMPLING` by that name. Errors: an unknown name."""
+    """Return the entry of `SAMPLING` with that name. Errors: `InputError` on an unknown name."""
     require(name in SAMPLING, f"guidance: expected one of {', '.join(SAMPLING)}, got {name!r}")
     return Guidance(**SAMPLING[name])
 
 
 def model_config(name_or_config: str | ModelConfig) -> ModelConfig:
-    """The preset of that name, or the configuration itself.
+    """Return the preset of that name, or the given configuration itself.
 
-    Errors: an unknown name.
+    Errors: `InputError` on an unknown name.
     """
     if isinstance(name_or_config, ModelConfig):
         return name_or_config

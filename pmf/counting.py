@@ -1,4 +1,4 @@
-"""Operations, and bytes saved for backward: counted exactly, without a GPU."""
+"""Count operations and bytes saved for backward, exactly and without a GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pmf.step_plan import StepPlan
 
 
 def saved_bytes(run: Callable[[], object], parameters: Iterable[Tensor] = ()) -> int:
-    """Bytes that autograd keeps for backward while `run` records: each storage once, parameters not."""
+    """Bytes that autograd saves for backward during `run`; counts each storage once and skips `parameters`."""
     excluded = {storage_id(p) for p in parameters}
     kept: dict[int, Tensor] = {}
 
@@ -36,7 +36,7 @@ def saved_bytes(run: Callable[[], object], parameters: Iterable[Tensor] = ()) ->
 
 @dataclass(frozen=True)
 class RowOperations:
-    """Operations that one row of a batch costs in each part of a step."""
+    """Operations per batch row, for each part of a step."""
 
     guidance: int
     """The shared blocks and the v head, forward."""
@@ -52,7 +52,7 @@ class RowOperations:
         return guided * self.guidance + len(draws.t) * self.main + plan.tangent_rows * self.tangent
 
     def naive(self, draws: Draws) -> int:
-        """Operations of the published step: three guidance passes (the v head alone) and a tangent on every row."""
+        """Operations of the published step: three guidance passes (v head only) and a tangent on every row."""
         return len(draws.t) * (3 * self.guidance + self.main + self.tangent)
 
     def flow_matching(self, draws: Draws) -> int:
@@ -68,16 +68,16 @@ def operations(run: Callable[[], object]) -> int:
 
 
 def per_block(config: ModelConfig, count: Callable[[ModelConfig], list[int]]) -> tuple[list[int], list[int]]:
-    """`count` of the network with one shared block and one a head, and what each further block adds.
+    """`count` of the network with one shared block and one block per head, and the increment per further block.
 
-    All blocks cost the same, so two shallow networks give the cost of a deep one: exactly, in a fraction of the time.
+    All blocks cost the same, so two shallow networks give the exact cost of a deep one in a fraction of the time.
     """
     shallow, deeper = (count(replace(config, depth=depth, aux_head_depth=1)) for depth in (2, 3))
     return shallow, [b - a for a, b in zip(shallow, deeper, strict=True)]
 
 
 def row_operations(config: ModelConfig) -> RowOperations:
-    """Counted on one row of shallow networks on meta tensors."""
+    """Count the operations of one row, using shallow networks on the meta device."""
     shallow, added = per_block(config, _part_operations)
     path, blocks = config.depth - 2, config.depth + config.aux_head_depth - 3
     further = (path, blocks, path)
@@ -85,7 +85,7 @@ def row_operations(config: ModelConfig) -> RowOperations:
 
 
 def _part_operations(config: ModelConfig) -> list[int]:
-    """The fields of `RowOperations`, counted."""
+    """Count the fields of `RowOperations` for this network."""
     model = create_model(config, device="meta", impl="reference")
     one = torch.ones(1, device="meta")
     y = torch.zeros(1, dtype=torch.int64, device="meta")

@@ -1,11 +1,11 @@
-"""Random resized crops, as the authors of pMF take them: boxes drawn on the host, images cropped and resized in batch.
+"""Random resized crops as in the authors' code: boxes are drawn on the host, images cropped and resized in batches.
 
 A box of h x w pixels is resized to size x size with the antialiased bicubic filter (a = -1/2). The filter is
-separable, so that cropping and resizing are two matrix products per image, y = W_y x W_x^T:
+separable, so cropping and resizing take two matrix products per image, y = W_y x W_x^T:
 
 W[i, j] = k((j + 1/2 - start - s (i + 1/2)) / max(s, 1)) over all pixels j of the image, rows summing to 1,
 s = length / size, k the cubic kernel. Near the edge of its box the filter reads pixels outside the box; it is
-truncated and renormalised at the edge of the image alone. No loop over rows; nothing is read back from the device.
+truncated and renormalised only at the edge of the image. There is no loop over rows and no device-to-host copy.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ RATIO = (3 / 4, 4 / 3)
 def draw_crops(rows: int, height: int, width: int, generator: torch.Generator | None = None) -> Tensor:
     """Boxes (top, left, height, width) in whole pixels, float32 [rows, 4] on the CPU.
 
-    One draw a row: the area is uniform on 0.08 to 1 of the image, the ratio width / height log-uniform on 3/4 to 4/3;
-    each side is rounded and clipped to [1, side of the image], the corner uniform among what fits. (torchvision's
-    RandomResizedCrop draws again where a side does not fit, and so takes fewer full sides.) `generator` is a CPU
-    generator (None: the default one); a row's box is a function of its state, of `rows` and of the image's size.
+    One draw per row: the area is uniform on 0.08 to 1 of the image, the ratio width / height log-uniform on 3/4 to
+    4/3. Each side is rounded and clipped to [1, side of the image]; the corner is uniform among those that fit.
+    (torchvision's RandomResizedCrop redraws when a side does not fit, so full sides are rarer.) `generator` is a CPU
+    generator (None: the default one); its state, `rows` and the image size determine the boxes.
     Errors: `InputError` on a generator of another device or an empty image.
     """
     require(min(height, width) >= 1, f"image: expected at least one pixel, got {height} x {width}")
@@ -65,7 +65,7 @@ def resize_crops(images: Tensor, boxes: Tensor, size: int) -> Tensor:
 
 
 def _weights(start: Tensor, length: Tensor, pixels: int, size: int) -> Tensor:
-    """W [B, size, pixels] of boxes that cover `length` pixels from `start` on."""
+    """W [B, size, pixels] for boxes that cover `length` pixels starting at `start`."""
     start, length = start[:, None, None], length[:, None, None]
     scale = length / size
     column = torch.arange(pixels, device=start.device, dtype=start.dtype) - start

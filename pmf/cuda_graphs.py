@@ -1,4 +1,4 @@
-"""A training step as CUDA graphs: forward and backward of `pmf_loss` by two launches from the host."""
+"""A training step as CUDA graphs: the host launches two graphs, the forward and the backward of `pmf_loss`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class _Outputs:
 
 @dataclass(frozen=True)
 class _Halves:
-    """Forward and backward of the steps of one size."""
+    """Forward and backward for steps of one size."""
 
     forward: Callable[..., _Outputs]
     backward: Callable[[_Outputs, Tensor | None], None]
@@ -49,24 +49,24 @@ class _Halves:
 
 
 class CapturedStep:
-    """`pmf_loss(model, ...).loss.backward()` at the speed of the device: on CUDA, a CUDA graph for each half.
+    """`pmf_loss(model, ...).loss.backward()` without launch overhead: on CUDA, each half is one CUDA graph.
 
-    A step of pMF-B/16 launches some thousand kernels, and Python issues them more slowly than an H100 runs them. Here
-    they are captured once for each size of a step (rows with a tangent, padded rows of the null class: a handful of
-    sizes) and replayed. The graphs share their memory. On other devices the same code runs without graphs.
+    A step of pMF-B/16 launches some thousand kernels, and Python issues them more slowly than an H100 runs them. This
+    class captures them once per step size and replays them. The size of a step is its number of rows, of rows with a
+    tangent and of padded null-class rows. The graphs share their memory. Other devices run the code without graphs.
 
         step = pmf.CapturedStep(model, loss_config)
         with torch.autocast("cuda", torch.bfloat16):
             out = step(x, y, draws)  # gradients are added to .grad, as backward() does
 
-    Autocast is that of the call. Weights may change in place between calls; gradients live in one fixed buffer.
-    Perceptual terms, whose number of rows varies freely, run between the halves, uncaptured.
-    Errors: `InputError` as `pmf_loss`, on weights that are sharded (FSDP), and on a model whose parameters have
-    been replaced since.
+    Each call uses the autocast state it is called in. Weights may change in place between calls; all gradients are
+    views of one fixed buffer. Perceptual terms, whose number of rows varies, run uncaptured between the two halves.
+    Errors: `InputError` as in `pmf_loss`, on sharded weights (FSDP), and if the model's parameters have been replaced
+    since construction.
     """
 
     def __init__(self, model: PMFDiT, loss_config: LossConfig, *, scale: float = 1.0) -> None:
-        """`scale` multiplies the gradients (not the loss): 1 / n where n batches are accumulated."""
+        """`scale` multiplies the gradients (not the loss): pass 1 / n to accumulate n batches."""
         self.model, self.config, self.scale = model, loss_config, scale
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         whole = not any(hasattr(p, "to_local") for p in self._parameters)
@@ -85,7 +85,7 @@ class CapturedStep:
         draws: Draws,
         perceptual: PerceptualFunction | None = None,
     ) -> LossOutput:
-        """Loss and terms, detached; gradients are added to those in `.grad`. Arguments: see `pmf_loss`."""
+        """Add the gradients to `.grad`; return the loss and its terms, detached. Arguments: see `pmf_loss`."""
         step = plan_step(self.model, x, y, draws, self.config)
         message = "model: its parameters were replaced, expected those the step was built on"
         require(self._parameter_places() == self._places, message)
@@ -107,7 +107,7 @@ class CapturedStep:
     def _perceptual(
         self, perceptual: PerceptualFunction, step: PlannedStep, net_u: Tensor
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """What the perceptual terms add to the loss, their mean distances, and their gradient in net_u."""
+        """The perceptual terms' part of the loss, their mean distances, and their scaled gradient in net_u."""
         net_u = net_u.detach().requires_grad_()
         rows, terms = perceptual_rows(perceptual, self.model, step, net_u, self.config)
         loss = rows.mean()
@@ -148,33 +148,33 @@ class CapturedStep:
 
 
 class _Graphs:
-    """Captures steps of several sizes in memory that they share."""
+    """Captures steps of several sizes in one shared memory pool."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.pool, self.stream = device, torch.cuda.MemPool(), torch.cuda.Stream(device)
 
     def captured(self, halves: _Halves, perceptual: bool) -> _Halves:
-        """The same halves as CUDA graphs."""
+        """Capture both halves as CUDA graphs."""
         with torch.cuda.device(self.device):
             self._warm_up(halves, perceptual)
             return self._capture(halves, perceptual)
 
     def _warm_up(self, halves: _Halves, perceptual: bool) -> None:
-        """Run both halves once, so that compilers and libraries initialise; these gradients are dropped.
+        """Run both halves once so that compilers and libraries initialise; discard the gradients.
 
-        It runs on the graphs' stream and in their pool, so that they reuse its memory: PyTorch caches memory by both.
+        Use the graphs' stream and pool, so that the graphs reuse the memory: PyTorch caches it per stream and pool.
         """
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream), torch.cuda.use_mem_pool(self.pool):
             outputs = halves.forward(accumulate=False)
             halves.backward(outputs, torch.zeros_like(outputs.net_u) if perceptual else None)
         torch.cuda.current_stream().wait_stream(self.stream)
-        torch.cuda.empty_cache()  # backward's own thread allocates outside of the pool
+        torch.cuda.empty_cache()  # the backward thread allocates outside the pool
 
     def _capture(self, halves: _Halves, perceptual: bool) -> _Halves:
         first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         pool: Any = self.pool.id
-        # thread_local: other threads, which pin a loader's batches, may go on meanwhile.
+        # thread_local: other threads, such as a loader's pinning thread, may call CUDA during the capture.
         capture = functools.partial(torch.cuda.graph, pool=pool, stream=self.stream, capture_error_mode="thread_local")
         with capture(first):
             outputs = halves.forward()
@@ -196,7 +196,7 @@ class _Graphs:
 
 
 class _Gradients:
-    """One buffer for the gradients of all parameters, at fixed addresses, as graphs need them."""
+    """One buffer for the gradients of all parameters, at fixed addresses as CUDA graphs require."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self.parameters = parameters
@@ -220,11 +220,11 @@ class _Gradients:
 
     @contextlib.contextmanager
     def collected(self, model: nn.Module, accumulate: bool) -> Iterator[None]:
-        """Inside, the model computes with aliases of its parameters: the same memory, autograd leaves of their own.
+        """Inside the context, replace the parameters by aliases: the same memory, but separate autograd leaves.
 
-        With `accumulate`, backward adds to the views of the buffer, on the stream that is current inside. Gradients
-        of a parameter itself are added on the stream of any earlier step whose loss is still alive, which cannot be
-        captured.
+        With `accumulate`, backward adds to the buffer's views on the stream that is current inside the context. For
+        the parameters themselves, autograd would add on the stream of any earlier step whose loss is still alive;
+        that cannot be captured.
         """
         leaves = {p: nn.Parameter(p.detach()) for p in self.parameters}
         for leaf, place in zip(leaves.values(), self.places, strict=True):
@@ -241,7 +241,7 @@ class _Gradients:
 
 @contextlib.contextmanager
 def _own_autocast(device_type: str, dtype: torch.dtype | None) -> Iterator[None]:
-    """Autocast with an empty cache of casts: a graph must cast the weights itself, so that a replay reads them anew."""
+    """Autocast with an empty cast cache: a graph must cast the weights itself, so that replays see their new values."""
     if dtype is None:
         yield
         return

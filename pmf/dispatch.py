@@ -1,4 +1,4 @@
-"""Which implementation an op runs on: the reference or the Triton kernels. Nothing else imports `pmf.kernels`."""
+"""Choose an op's implementation: the reference or the Triton kernels. Only this module imports `pmf.kernels`."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ log = logging.getLogger("pmf")
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 
 _kernels: ModuleType | None = None
-"""`pmf.kernels.library`, once an op has run on it: importing it takes Triton."""
+"""`pmf.kernels.library`, imported when an op first chooses it, because the import needs Triton."""
 
 
 def checked_impl(impl: str | None) -> str:
-    """`impl`, or PMF_IMPL where it is None. Errors: `InputError` for a name not in `IMPLEMENTATIONS`."""
+    """`impl`, or PMF_IMPL if it is None. Errors: `InputError` on a name that is not in `IMPLEMENTATIONS`."""
     source = "impl" if impl is not None else "PMF_IMPL"
     impl = impl if impl is not None else os.environ.get("PMF_IMPL", "auto")
     if impl not in IMPLEMENTATIONS:
@@ -36,7 +36,7 @@ def checked_impl(impl: str | None) -> str:
 
 
 def _unsupported(op: str, dtypes: tuple[torch.dtype, ...], sizes: tuple[int, ...]) -> str | None:
-    """Why the op's kernel cannot take these inputs anywhere; None where it can."""
+    """The reason why the op's kernel cannot take these inputs on any device, or None if it can."""
     if importlib.util.find_spec("triton") is None:
         return 'impl="triton" needs the triton package, which is not installed'
     return importlib.import_module("pmf.kernels.library").unsupported(op, dtypes, sizes)
@@ -45,11 +45,11 @@ def _unsupported(op: str, dtypes: tuple[torch.dtype, ...], sizes: tuple[int, ...
 def decide(
     op: str, impl: str | None, device: str, dtypes: tuple[torch.dtype, ...] = (), sizes: tuple[int, ...] = ()
 ) -> tuple[str, str]:
-    """("triton" or "reference", the reason) for an op on a type of device.
+    """Choose "triton" or "reference" for an op on a device type; return the choice and its reason.
 
-    Args: dtypes of all inputs and tangents; sizes that the op's kernel has limits for, in the order of
-    `pmf.kernels.library.LIMITS` (left out: not checked).
-    Errors: `InputError` where impl is "triton" and the kernel cannot run.
+    Args: dtypes of all inputs and tangents; the sizes that limit the op's kernel, in the order of
+    `pmf.kernels.library.LIMITS` (omitted sizes are not checked).
+    Errors: `InputError` if impl is "triton" and the kernel cannot run.
     """
     impl = checked_impl(impl)
     if impl == "reference":
@@ -72,7 +72,7 @@ def _report(op: str, choice: str, reason: str) -> None:
 
 @functools.cache
 def _chosen(op: str, impl: str, device: str, dtypes: tuple[torch.dtype, ...], sizes: tuple[int, ...]) -> bool:
-    """Whether `decide` takes the kernel, which is then loaded; each choice is logged once."""
+    """Whether `decide` chooses Triton; import the kernels if so, and log each choice once."""
     global _kernels
     choice, reason = decide(op, impl, device, dtypes, sizes)
     _report(op, choice, reason)
@@ -83,12 +83,12 @@ def _chosen(op: str, impl: str, device: str, dtypes: tuple[torch.dtype, ...], si
 
 @constant
 def _on_triton(op: str, impl: str | None, device: str, dtypes: tuple[torch.dtype, ...], sizes: tuple[int, ...]) -> bool:
-    """`_chosen`, where PMF_IMPL is read anew on every call."""
+    """`_chosen`, but read PMF_IMPL on every call."""
     return _chosen(op, checked_impl(impl), device, dtypes, sizes)
 
 
 def forget_choices() -> None:
-    """Choose and log anew: for tests that change what runs."""
+    """Clear the cached choices and log entries, for tests that change the environment."""
     _chosen.cache_clear()
     _report.cache_clear()
 
@@ -96,26 +96,26 @@ def forget_choices() -> None:
 def implementation(
     op: str, impl: str | None, device: str, dtypes: tuple[torch.dtype, ...], sizes: tuple[int, ...]
 ) -> ModuleType:
-    """The module whose function `op` computes: `pmf.reference` or `pmf.kernels.library`. Arguments: see `decide`."""
+    """The module whose function `op` to call: `pmf.reference` or `pmf.kernels.library`. Arguments: see `decide`."""
     if torch.compiler.is_compiling():
-        sizes = tuple(map(operator.index, sizes))  # kernels are compiled for these sizes: compilers may fix them
+        sizes = tuple(map(operator.index, sizes))  # kernels are specialised on these sizes, so Dynamo may be too
     return _kernels if _on_triton(op, impl, device, dtypes, sizes) else reference
 
 
 def attention_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
-    """What computes the value of the Triton attention on a device, and why; see `pmf.kernels.flash`."""
+    """The backend that computes the value of Triton attention on a device, and the reason; see `pmf.kernels.flash`."""
     flash = importlib.import_module("pmf.kernels.flash")
     return flash.backend_of(device.type, device.index, str(dtype), head_dim)
 
 
 @contextlib.contextmanager
 def use_attention_backend(backend: str | None) -> Iterator[None]:
-    """Compute the value of the Triton attention, and its gradients, by this one backend inside the context.
+    """Use this backend for the value and the gradients of Triton attention inside the context.
 
     Args: backend "flash_attn_4", "flash_attn", "flash", "cudnn" or "efficient" (`pmf.kernels.flash` describes
-    each and where it runs); None changes nothing. The tangent is Triton's with each. Applies to all threads;
+    each and where it runs); None changes nothing. Triton always computes the tangent. Applies to all threads;
     compiled functions are recompiled for each backend.
-    Errors: `InputError` here for another name, and at the call of attention where the backend cannot run.
+    Errors: `InputError` here on an unknown name, and in `attention` if the backend cannot run.
     """
     with importlib.import_module("pmf.kernels.flash").use(backend):
         yield

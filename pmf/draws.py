@@ -1,4 +1,4 @@
-"""The random numbers of a training step, and the laws they are drawn from (arXiv 2601.22158)."""
+"""The random numbers of a training step, and their distributions (arXiv 2601.22158)."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from pmf.errors import readable, require
 class Draws:
     """The random numbers of one training step of B rows.
 
-    All but `noise` live on the CPU, so that rows are counted without waiting for a GPU.
+    All but `noise` are on the CPU, so that counting rows does not wait for a GPU.
     """
 
     t: Tensor
     """float [B] in [0, 1]: the time of z_t; 0 is data, 1 is noise."""
     r: Tensor
-    """float [B] in [0, t]: the time that the average velocity u leads to."""
+    """float [B] in [0, t]: the end time of the average velocity u."""
     fm_mask: Tensor
     """bool [B]: flow-matching rows, t = r."""
     omega: Tensor
@@ -33,7 +33,7 @@ class Draws:
     t_max: Tensor
     """float [B]; 1 on flow-matching rows."""
     drop_mask: Tensor
-    """bool [B]: rows that train the null class."""
+    """bool [B]: rows trained on the null class."""
     noise: Tensor
     """float [B, c, H, W] of unit variance, on any device; the loss multiplies it by noise_scale."""
 
@@ -42,7 +42,7 @@ class Draws:
         return Draws(**{f.name: _select(getattr(self, f.name), index) for f in fields(self)})
 
     def flow_matching(self) -> Draws:
-        """The same with r = t in every row, no guidance and the null class: draws of plain flow matching."""
+        """Draws of plain flow matching: a copy with r = t and the null class in every row, without guidance."""
         every = torch.ones_like(self.fm_mask)
         whole = {"t_min": torch.zeros_like(self.t), "t_max": torch.ones_like(self.t)}
         return replace(self, r=self.t, fm_mask=every, drop_mask=every, **whole)
@@ -53,10 +53,10 @@ class Draws:
 
 
 def step_seed(seed: int, index: int, purpose: str) -> int:
-    """A seed of its own for each (run seed, step or epoch, purpose).
+    """A separate seed for each (run seed, step or epoch, purpose).
 
-    A generator seeded by it makes a step's draws a function of (seed, step), whatever came before. Hashed to 32 bits,
-    since PyTorch's CPU generator reads no more of a seed.
+    With a generator seeded by it, a step's draws depend only on (seed, step), not on earlier steps. The seed has 32
+    bits, because PyTorch's CPU generator uses no more.
     """
     entropy = [seed, index, *purpose.encode()]
     return int(np.random.SeedSequence(entropy).generate_state(1)[0])
@@ -71,10 +71,10 @@ def sample_draws(
 ) -> Draws:
     """The random draws of one step for a device batch of `batch` rows.
 
-    t and r are logit-normal (tr_uniform: sometimes uniform), r = t on the first flow-matching rows, sorted
-    so that t >= r; omega has density proportional to omega^-beta; t_min and t_max are uniform on the lower
-    and the upper half of [0, 1], 0 and 1 on flow-matching rows; the first Binomial(B, class_dropout) rows are
-    dropped. `generator` is a CPU generator (None: the default one). `noise` is drawn on `device`.
+    t and r are logit-normal (tr_uniform: sometimes uniform), sorted so that t >= r; the first rows are
+    flow-matching rows with r = t. omega has density proportional to omega^-cfg_beta. t_min and t_max are uniform
+    on the lower and the upper half of [0, 1], but 0 and 1 on flow-matching rows. The first Binomial(B, class_dropout)
+    rows are dropped. `generator` is a CPU generator (None: the default one). `noise` is drawn on `device`.
     Errors: `InputError` on a batch without rows.
     """
     require(batch >= 1, f"batch: expected at least 1 row, got {batch}")
@@ -110,7 +110,7 @@ def sample_draws(
 
 
 def _omega(uniform: Tensor, cfg_max: float, beta: float) -> Tensor:
-    """The inverse of the distribution with density proportional to omega^-beta on [1, 1 + cfg_max]."""
+    """Inverse distribution function of the density proportional to omega^-beta on [1, 1 + cfg_max]."""
     span = math.log1p(cfg_max)
     if beta == 1:
         return torch.exp(uniform * span)
@@ -118,9 +118,9 @@ def _omega(uniform: Tensor, cfg_max: float, beta: float) -> Tensor:
 
 
 def check_batch(x: Tensor, y: Tensor, draws: Draws, config: ModelConfig) -> None:
-    """Check that images, labels and draws make a training step of a network.
+    """Check that images, labels and draws form a valid training step of a network.
 
-    Shapes always; values of images and labels where reading them is free. Errors: `InputError`; see `pmf_loss`.
+    Check shapes always, and values of images, labels and noise if they are `readable`. Errors: see `pmf_loss`.
     """
     shape = list(config.image_shape)
     require(
@@ -147,7 +147,7 @@ def _check_draws(draws: Draws, shape: torch.Size) -> None:
     for name, value in draws.scalars().items():
         wanted = list(shape[:1])
         require(list(value.shape) == wanted, f"draws.{name}: expected shape {wanted}, got {list(value.shape)}")
-        message = f"draws.{name}: expected on the CPU, where rows are counted without waiting, got {value.device}"
+        message = f"draws.{name}: expected a tensor on the CPU, got one on {value.device}"
         require(value.device.type == "cpu", message)
     require(bool((draws.omega >= 1).all()), "draws: expected omega >= 1 in every row")
     require(bool((draws.r <= draws.t).all()), "draws: expected r <= t in every row (h = t - r >= 0)")
@@ -158,12 +158,12 @@ def _check_draws(draws: Draws, shape: torch.Size) -> None:
 
 
 def _pinned(host: Tensor, device: torch.device) -> Tensor:
-    """A host tensor that can be copied to `device` without waiting: for CUDA, in pinned memory."""
+    """The host tensor in memory that can be copied to `device` asynchronously: pinned, for CUDA."""
     return host.pin_memory() if device.type == "cuda" else host
 
 
 def to_device(device: torch.device, *vectors: Tensor) -> tuple[Tensor, ...]:
-    """Host vectors on `device`, by one copy that the host does not wait for."""
+    """Copy host vectors to `device` in one copy that the host does not wait for."""
     host = _pinned(torch.cat(vectors), device)
     return host.to(device, non_blocking=True).split([len(vector) for vector in vectors])
 

@@ -1,4 +1,4 @@
-"""A value and its tangent, side by side, and the few helpers that tangent formulas share."""
+"""`Dual`, a value with its tangent, and helpers that tangent formulas share."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 class Dual(NamedTuple):
     """A value and its tangent along one direction: forward-mode differentiation of one tensor.
 
-    `value` has B samples in its first dimension (it is None in `ABSENT` alone). `dot` covers the last
-    B_dot <= B samples, or is None where the tangent is zero. Nothing is recorded for `dot`: it never
+    `value` has B samples in its first dimension (only in `ABSENT` is it None). `dot` covers the last
+    B_dot <= B samples; None stands for a zero tangent. Autograd records nothing for `dot`: it never
     carries a gradient.
     """
 
@@ -25,7 +25,7 @@ class Dual(NamedTuple):
 
 
 ABSENT = Dual(cast(Tensor, None))
-"""An optional input that was not given."""
+"""An omitted optional input."""
 
 
 def tangent_rows(tangents: Iterable[Tensor | None]) -> int | None:
@@ -39,7 +39,7 @@ def tail(value: Tensor, rows: int) -> Tensor:
 
 
 def total(*terms: Tensor | None) -> Tensor | None:
-    """The sum of the terms that are not None; None when all are."""
+    """The sum of the terms that are not None, or None if all are."""
     present = [term for term in terms if term is not None]
     if not present:
         return None

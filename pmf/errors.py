@@ -1,4 +1,4 @@
-"""Bad input: the one exception for it, and when values can be checked."""
+"""The exception for bad input, and when input values can be checked."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pmf.private import FakeTensor
 
 
 class InputError(Exception):
-    """Bad input: one line that names the argument, what came and what was expected.
+    """Bad input: one line that names the argument, the value received and the value expected.
 
-    Not a ValueError, which command-line parsers catch and reword.
+    Not a ValueError: command-line parsers catch and reword those.
     """
 
 
@@ -22,12 +22,12 @@ def require(condition: bool, message: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where the message is empty."""
+    """The first line of an error's message, or its type if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def readable(*tensors: Tensor) -> bool:
-    """Whether reading values waits for no GPU and breaks no graph: real CPU tensors, outside compilers."""
+    """Whether values can be read without waiting for a GPU or breaking a graph: real CPU tensors, uncompiled code."""
     if torch.compiler.is_compiling():
         return False
     return all(t.device.type == "cpu" and not isinstance(t, FakeTensor) for t in tensors)

@@ -1,4 +1,4 @@
-"""Features of many images, kept on disk in chunks: interrupted, the computation continues where it stopped."""
+"""Features of many images, stored on disk in chunks so that an interrupted computation can resume."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from pmf.metrics import Resize, Statistics, frechet_distance, inception_score, p
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SPLITS = 10
-"""Parts of the images that the Inception score is the mean of."""
+"""Splits of the images; the Inception score is the mean over them."""
 Source = Callable[[range], Iterable[Tensor]]
-"""The images of these indices, in order: uint8 [k, 3, H, W] each, of any sizes."""
+"""Yields the images with these indices in order, as tensors uint8 [k, 3, H, W] of any sizes."""
 
 
 class Extractor(Protocol):
@@ -37,7 +37,7 @@ class Extractor(Protocol):
 
 
 def find_images(folder: Path) -> list[Path]:
-    """All image files below a folder (png, jpg, jpeg, webp, bmp), sorted by path. Errors: there are none."""
+    """All image files below a folder (png, jpg, jpeg, webp, bmp), sorted by path; raise `InputError` if none."""
     require(folder.is_dir(), f"reference: {folder} does not exist, expected a folder of images or an npz archive")
     found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
     require(bool(found), f"reference: {folder} holds no {', '.join(SUFFIXES)}")
@@ -45,7 +45,7 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def images_of(files: list[Path]) -> Source:
-    """The files decoded to RGB bytes at their own size; neighbours of equal size are stacked."""
+    """Decode the files to RGB bytes at their own size; stack consecutive images of equal size."""
 
     def read(batch: range) -> Iterator[Tensor]:
         with ThreadPoolExecutor() as pool:
@@ -66,10 +66,10 @@ def _read_image(file: Path) -> Tensor:
 
 @dataclass(frozen=True)
 class Chunks:
-    """`count` images, `size` to a chunk, and the directory that holds the features of the finished chunks.
+    """`count` images in chunks of `size`, and the directory with the features of the finished chunks.
 
-    The chunks on disk are the only state. Several processes may each compute some of the chunks, on storage that all of
-    them see: chunk boundaries do not depend on the processes, so neither does any feature.
+    The chunks on disk are the only state. Several processes may divide the chunks among them, on shared storage: chunk
+    boundaries do not depend on the number of processes, so the features do not either.
     """
 
     directory: Path
@@ -85,13 +85,13 @@ class Chunks:
         return self.directory / f"chunk-{span.start:08d}.npz"
 
     def missing(self, finished: Callable[[range], bool] = lambda span: True) -> list[range]:
-        """The chunks that are not on disk, or there but not `finished`."""
+        """The chunks that are not on disk or not `finished`."""
         return [span for span in self.spans() if not (self.file(span).is_file() and finished(span))]
 
     def compute(
         self, spans: list[range], source: Source, extractor: Extractor, *, batch_size: int, progress: bool = True
     ) -> None:
-        """Compute these chunks and write them, each when it is done."""
+        """Compute these chunks and write each one as soon as it is complete."""
         with tqdm(total=sum(map(len, spans)), unit="image", desc="features", disable=not progress) as bar:
             for span in spans:
                 parts = []
@@ -106,7 +106,7 @@ class Chunks:
         write_atomically(self.file(span), lambda temporary: np.savez(temporary, features=arrays[0], logits=arrays[1]))
 
     def read(self, name: str) -> Iterator[Tensor]:
-        """ "features" or "logits", float32, chunk by chunk in order. Errors: a chunk that is not there."""
+        """ "features" or "logits", float32, chunk by chunk in order. Errors: `InputError` on a missing chunk."""
         for span in self.spans():
             file = self.file(span)
             require(file.is_file(), f"out: {file} is missing, expected storage that every process sees")
@@ -131,8 +131,8 @@ class Chunks:
 def quality(chunks: Chunks, reference: Statistics, device: torch.device | str = "cpu") -> dict[str, float | None]:
     """FID, Inception score with its deviation, precision and recall of generated images against a reference.
 
-    `chunks` hold their features, of the extractor and resize of the reference. Precision and recall, computed on
-    `device`, are None where the reference has no features. Errors: as of the functions of `pmf.metrics`.
+    `chunks` holds their features, made with the reference's extractor and resize. Precision and recall are computed
+    on `device`, and are None if the reference has no features. Errors: see the functions of `pmf.metrics`.
     """
     generated = replace(chunks.statistics(keep=True), resize=reference.resize)
     score, deviation = inception_score(torch.cat(list(chunks.read("logits"))), splits=SPLITS)

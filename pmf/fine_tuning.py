@@ -1,4 +1,4 @@
-"""Fine-tuning: what a network takes from the weights of another."""
+"""Fine-tuning: initialise a network from the weights of another."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ CLASSES = "conditioning.classes.weight"
 
 @torch.no_grad()
 def copy_weights(model: PMFDiT, source: str | Path, weights: str | None = None) -> list[str]:
-    """Copy the weights of a checkpoint into a network, which may have other classes; notes on what was not copied.
+    """Copy a checkpoint's weights into a network that may have other classes; return notes on what was not copied.
 
-    `source` and `weights` are as in `PMFDiT.from_pretrained`: our checkpoints, published ones, hub ids. If there is no
-    v head, as in most published ones, the v head starts as a copy of the u head: at h = 0 both fields are the
-    instantaneous velocity. A class table of another size keeps its random initial values. Errors: `InputError` on any
-    other weight that is missing, left over or of another shape; the network is then unchanged.
+    `source` and `weights` are as in `PMFDiT.from_pretrained`: our checkpoints, published ones, hub ids. If the
+    checkpoint has no v head, as most published ones, the v head starts as a copy of the u head: at h = 0 both fields
+    are the instantaneous velocity. A class table of another size keeps its random initial values. Errors: `InputError`
+    on any other weight that is missing, unexpected or of another shape; the network is then unchanged.
     """
     state = PMFDiT.from_pretrained(source, weights=weights).state_dict()
     notes = []
@@ -28,10 +28,10 @@ def copy_weights(model: PMFDiT, source: str | Path, weights: str | None = None) 
         notes.append("the v head starts as a copy of the u head")
     wanted = dict(model.named_parameters())
     surplus = sorted(set(state) - set(wanted))
-    require(not surplus, f"init: {source} holds {next(iter(surplus), '')!r}, which this network has no place for")
+    require(not surplus, f"init: {source} holds {next(iter(surplus), '')!r}, which this network does not have")
     if CLASSES in state and len(state[CLASSES]) != len(wanted[CLASSES]):
         theirs, ours = len(state.pop(CLASSES)) - 1, len(wanted.pop(CLASSES)) - 1
-        notes.append(f"the table of {ours} classes starts afresh: {source} has {theirs}")
+        notes.append(f"the table of {ours} classes is initialised at random: {source} has {theirs}")
     for name, parameter in wanted.items():
         require(name in state, f"init: {source} lacks the weight {name!r}")
         got, shape = list(state[name].shape), list(parameter.shape)

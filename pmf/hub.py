@@ -1,4 +1,4 @@
-"""Find the file of a network: in a run directory, on the hub, or in a JAX train state, and the weights in it."""
+"""Find a network's file in a run directory, on the hub or among JAX train states, and the weights in it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pmf.errors import InputError, first_line, require
 from pmf.jax_files import is_state
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".zip")
-"""Types of files that hold networks, the preferred first where two share a name."""
+"""Suffixes of network files; among files with the same stem, the earliest suffix wins."""
 
 
 def locate(source: str, weights: str | None) -> tuple[Path, str | None]:
-    """The file (or folder of a JAX train state) that `source` and `weights` name, and which weights in it.
+    """The file (or folder, for a JAX train state) that `source` and `weights` name, and the average in it, if named.
 
-    `weights` is a file's name with or without suffix, or "file:average" for a train state; where `source` is itself a
-    file or a train state, it is the average alone. Errors: `InputError` lists the choices.
+    `weights` is a file's name with or without suffix, or "file:average" for a train state; if `source` is itself a
+    train state, "average" is enough. Errors: `InputError` lists the choices.
     """
     path = Path(source)
     if path.is_dir():
@@ -43,7 +43,7 @@ def _split(weights: str | None) -> tuple[str | None, str | None]:
 
 
 def _in_one_file(path: Path, weights: str | None) -> tuple[Path, str | None]:
-    """Resolve `weights` where the source is itself a file or a train state: an average in it, or "file:average"."""
+    """Resolve `weights` for a source that is itself a file or a train state: an average in it, or "file:average"."""
     file, average = _split(weights)
     own = (None, path.name, path.stem)
     if average is None and file not in own:
@@ -62,9 +62,9 @@ def _networks(names: Iterable[str]) -> list[str]:
 
 
 def _choose(names: Iterable[str], wanted: str | None, place: str, config: Path | None) -> str:
-    """The file among `names` that `wanted` names: in full, by its stem, or as we spell a preset ("pMF-B/16").
+    """Choose the file among `names` whose full name or stem is `wanted`, which may also be a preset ("pMF-B/16").
 
-    By default the configuration's choice for sampling, else model.safetensors, else the only one.
+    The default is the configuration's choice for sampling, else model.safetensors, else the only file.
     """
     found = _networks(names)
     require(bool(found), f"source: {place} holds no network, expected a file *{', *'.join(SUFFIXES)}")
@@ -82,7 +82,7 @@ def _choose(names: Iterable[str], wanted: str | None, place: str, config: Path |
 
 
 def _sampling_weights(config: Path | None) -> str | None:
-    """The weights that a run's configuration samples with."""
+    """The weights that a run's configuration names for sampling."""
     if config is None or not config.is_file():
         return None
     try:
@@ -93,12 +93,12 @@ def _sampling_weights(config: Path | None) -> str | None:
 
 
 def _download(hub_id: str, weights: str | None) -> tuple[Path, str | None]:
-    """Download the one file that is needed; where the hub cannot be reached, take it from the local cache."""
+    """Download only the file that is needed; fall back to the local cache if the hub cannot be reached."""
     try:
         from huggingface_hub import HfApi, hf_hub_download, snapshot_download
         from huggingface_hub.errors import RepositoryNotFoundError
     except ImportError:
-        raise InputError(f"source: {hub_id} is no local path; hub ids need pip install 'pixel-meanflow[hub]'") from None
+        raise InputError(f"source: {hub_id} is not a path; hub ids need pip install 'pixel-meanflow[hub]'") from None
     try:
         names = [file.rfilename for file in HfApi().model_info(hub_id).siblings or ()]
     except Exception as error:
@@ -122,4 +122,4 @@ def _download(hub_id: str, weights: str | None) -> tuple[Path, str | None]:
 
 
 def _not_served(hub_id: str, error: Exception) -> InputError:
-    return InputError(f"source: {hub_id} is no local path and the hub did not serve it: {first_line(error)}")
+    return InputError(f"source: {hub_id} is not a local path and the hub did not serve it: {first_line(error)}")

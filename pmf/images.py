@@ -1,4 +1,4 @@
-"""Images on their way into and out of a network: ranges, the crop of published statistics, PNG files."""
+"""Convert images for a network's input and output: value ranges, the crop of published statistics, PNG files."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ GAP = 2
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Images as float32 in [-1, 1]: uint8 is scaled, float32 is returned as it is."""
+    """Images as float32 in [-1, 1]: uint8 is scaled, float32 is returned unchanged."""
     return images.float().div_(127.5).sub_(1) if images.dtype == torch.uint8 else images
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """Images in [-1, 1] as uint8, as published code rounds them: round(clip((x + 1) / 2 * 255, 0, 255))."""
+    """Images in [-1, 1] as uint8, rounded as in published code: round(clip((x + 1) / 2 * 255, 0, 255))."""
     return ((images + 1) / 2 * 255).clamp(0, 255).round().to(torch.uint8)
 
 
@@ -49,9 +49,9 @@ def save_grid(path: str | Path, images: Tensor, *, columns: int, min_side: int =
 def centre_crop(picture: Image.Image, size: int) -> Image.Image:
     """The central square of a picture at `size` x `size` pixels, RGB.
 
-    As ADM prepares ImageNet, which published statistics rest on: halve with a box filter while the short side is
-    at least twice `size`, bring the short side to `size` with a bicubic filter, cut out the middle. The
-    orientation that a camera may have noted is not applied.
+    This is ADM's preparation of ImageNet, on which published statistics are based: halve with a box filter while the
+    short side is at least twice `size`, resize the short side to `size` with a bicubic filter, crop the centre.
+    EXIF orientation is ignored.
     """
     picture = picture.convert("RGB")
     while min(picture.size) >= 2 * size:

@@ -1,4 +1,4 @@
-"""An op's inputs: checked, each as a `Dual`, and its results given back in the form in which the inputs came."""
+"""Check an op's inputs, convert each to a `Dual`, and return the results in the form of the inputs."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def _named(name: str, dual: Dual) -> tuple[tuple[str, Tensor | None], ...]:
 
 
 class Inputs:
-    """The inputs of one call of an op. Errors: `InputError` where they are not floating tensors on one device.
+    """The inputs of one op call. Errors: `InputError` if they are not floating tensors on one device.
 
     `moving` may have tangents: each is a Tensor, a pair (value, tangent) or None. All tangents cover the same
-    number of samples, the last ones. `fixed` are Tensors or None. Every op of every layer comes through here, so
-    messages are formatted on failure only; Dynamo cannot format a symbolic size.
+    number of samples, the last ones. `fixed` are Tensors or None. Messages are formatted on failure only: every op
+    of every layer runs this code, and Dynamo cannot format a symbolic size.
     """
 
     __slots__ = ("device", "dtypes", "duals", "fixed", "form", "names", "op")
@@ -76,9 +76,9 @@ class Inputs:
         self.device = device
         dtypes: list[torch.dtype] = []
         self.dtypes = dtypes
-        """Of all tensors that are there, tangents too."""
+        """The dtypes of all tensors given, tangents included."""
         for tensor in tensors:
-            if type(tensor) is not Tensor and not isinstance(tensor, Tensor):  # the first test is the quicker one
+            if type(tensor) is not Tensor and not isinstance(tensor, Tensor):  # the first test is faster
                 self._refuse()
             dtype = tensor.dtype
             if tensor.device != device or not dtype.is_floating_point:
@@ -99,7 +99,7 @@ class Inputs:
         return Dual(*given)
 
     def _refuse(self) -> None:
-        """Name the first tensor that is not floating or not on the device of the first."""
+        """Raise, naming the first input that is not a floating tensor on the device of the first tensor."""
         named = [part for name, dual in zip(self.names, self.duals, strict=True) for part in _named(name, dual)]
         for name, tensor in (*named, *self.fixed.items()):
             if isinstance(tensor, tuple):
@@ -111,7 +111,7 @@ class Inputs:
                 raise InputError(f"{self.op}: {name} must be on {self.device}, got {tensor.device}")
 
     def _check_tangents(self) -> None:
-        """Each is like the last rows of its value, and all have the same number of rows."""
+        """Check that each tangent has the shape of its value's last rows, and that all have as many rows."""
         rows = None
         for name, (value, dot) in zip(self.names, self.duals, strict=True):
             if dot is None:
@@ -147,19 +147,19 @@ class Inputs:
         raise InputError(f"{self.op}: {name} must have shape [{wanted}], got {list(tensor.shape)}")
 
     def cast(self, dtype: torch.dtype) -> None:
-        """Values and tangents in `dtype`."""
+        """Convert values and tangents to `dtype`."""
         self.duals = [dual.map(lambda x: x.to(dtype)) for dual in self.duals]
         self.dtypes = [dtype] * len(self.dtypes)
 
     def give(self, result: Dual) -> Tensor | Dual:
-        """What the op returns: a Dual where any input was a pair, else a Tensor; dual tensors for dual tensors."""
+        """Return a Dual if any input was a pair, else a Tensor; under forward mode, hold the tangent as dual tensor."""
         return self.form(result)
 
     def implementation(self, impl: str | None, *sizes: int) -> ModuleType:
-        """The module that computes the op on these inputs; `sizes` are those that its kernel has limits for.
+        """The module that computes the op on these inputs; `sizes` are those that limit its kernel.
 
-        Under forward-mode differentiation (`torch.func.jvp`, `torch.autograd.forward_ad`) the kernels take the dual
-        tensors apart into `duals`; the reference is plain PyTorch, which differentiates it by itself.
+        Under forward-mode differentiation (`torch.func.jvp`, `torch.autograd.forward_ad`), unpack dual tensors into
+        `duals` for the kernels. The reference is plain PyTorch and needs no help there.
         """
         module = dispatch.implementation(self.op, impl, self.device.type, tuple(self.dtypes), sizes)
         if forward_mode() and module is not reference:
@@ -167,10 +167,10 @@ class Inputs:
         return module
 
     def _take_apart(self) -> None:
-        """Dual tensors as `Dual`s, and results as dual tensors.
+        """Unpack dual tensors into `Dual`s, and make `give` return dual tensors.
 
-        Errors: RuntimeError in compiled code, which would drop the tangents (pytorch issue 192985), for a dual
-        tensor where no tangent is taken, and for dual tensors beside explicit tangents.
+        Errors: RuntimeError in compiled code, which would drop the tangents (pytorch issue 192985), on a dual
+        tensor among the `fixed` inputs, and on dual tensors mixed with explicit tangents.
         """
         op = self.op
         if torch.compiler.is_compiling():
@@ -187,7 +187,7 @@ class Inputs:
         if any(dual.dot is not None for dual in self.duals):
             raise RuntimeError(f"{op}: got explicit tangents and dual tensors; expected one or the other")
         samples = len(parts[0].value)
-        # Unlike explicit tangents, those of forward mode may be of parameters per channel: the same for every sample.
+        # In forward mode, parameters per channel may have tangents too, which are the same for every sample.
         self.duals = [
             part if part.dot is None or part.dot.ndim > 1 else Dual(part.value, part.dot.expand(samples, -1))
             for part in parts

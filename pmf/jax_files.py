@@ -1,4 +1,4 @@
-"""Files of the authors' JAX train states, as flax writes them: an orbax folder or one msgpack file, perhaps zipped."""
+"""Read the authors' JAX train states as flax writes them: an orbax folder or one msgpack file, optionally zipped."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from typing import Any
 from pmf.errors import InputError, first_line, require
 
 ORBAX_FILES = ("_METADATA", "manifest.ocdbt", "checkpoint")
-"""Any of these makes a folder an orbax checkpoint."""
+"""A folder that has any of these is an orbax checkpoint."""
 DEPTH = 3
-"""How many folders deep a checkpoint may be."""
+"""Depth of folders to which checkpoints are searched for."""
 Tree = dict[str, Any]
 
 
@@ -52,7 +52,7 @@ def _step(path: Path) -> int | None:
 
 
 def _latest(path: Path) -> Path:
-    """The train state in `path`: of several in one folder the last, as in flax."""
+    """The train state in `path`; of several steps in one folder, the latest, as in flax."""
     found = _checkpoints(path)
     require(bool(found), f"source: {path} holds no JAX train state")
     steps = {state: _step(state) for state in found}
@@ -63,13 +63,13 @@ def _latest(path: Path) -> Path:
 
 
 class StateFile:
-    """A train state on disk: `tree`, its nested names with leaves that have a shape; `read` gives the values.
+    """A train state on disk: `tree` has its nested names, with leaves that have a shape; `read` returns values.
 
-    orbax reads only what is asked for, into host memory, whatever devices wrote it; msgpack files are read whole.
+    orbax reads only the requested part, into host memory, whatever devices wrote it; msgpack files are read whole.
     """
 
     def __init__(self, path: Path) -> None:
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX would claim most of the GPU's memory
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else JAX claims most GPU memory
         if path.is_dir():
             import numpy as np
             import orbax.checkpoint as ocp
@@ -80,7 +80,7 @@ class StateFile:
             metadata = getattr(metadata, "item_metadata", metadata)  # since orbax 0.10
             self.tree = getattr(metadata, "tree", metadata)
             if self.tree is None:
-                raise ValueError("orbax finds no names of arrays in it")
+                raise ValueError("orbax finds no array names in it")
         else:
             from flax.serialization import msgpack_restore
 
@@ -89,7 +89,7 @@ class StateFile:
         self.path = path
 
     def read(self, *names: str) -> Any:
-        """The values of the part of the tree under these names."""
+        """The values of the subtree at these nested names."""
         part = self.tree
         for name in names:
             part = part[name]
@@ -127,10 +127,10 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def open_state(source: Path) -> Iterator[StateFile]:
-    """The train state in a zip (unpacked to a temporary folder while it is open), a folder or a file.
+    """Open the train state in a zip (unpacked to a temporary folder meanwhile), a folder or a file.
 
-    Errors: `InputError` where flax and orbax are not installed, on a zip that is torn, foreign or too large for the
-    temporary folder, and on a checkpoint that cannot be read; also on what fails inside the `with` block.
+    Errors: `InputError` if flax or orbax is not installed, on a zip that is corrupt, without train state or too large
+    for the temporary folder, and on a checkpoint that cannot be read; also on any failure inside the `with` block.
     """
     with contextlib.ExitStack() as stack:
         folder = source
@@ -147,7 +147,7 @@ def open_state(source: Path) -> Iterator[StateFile]:
                 f"source: {source} is a JAX train state, which needs pip install 'pixel-meanflow[jax-checkpoints]' "
                 f"({first_line(error)})"
             ) from error
-        except Exception as error:  # reading a torn checkpoint can raise anything
+        except Exception as error:  # reading a corrupt checkpoint can raise anything
             raise InputError(f"source: {source} is not a readable JAX train state: {first_line(error)}") from error
 
 
@@ -167,8 +167,8 @@ def _unpack(source: Path, folder: Path) -> None:
 
 
 def _check_entries(source: Path, archive: zipfile.ZipFile) -> None:
-    """Check that no path leaves the archive, and that some entry may be a train state."""
-    paths = [PureWindowsPath(name) for name in archive.namelist()]  # parses both kinds of slashes, and drives
+    """Check that no path leaves the archive, and that an entry is named like a train state."""
+    paths = [PureWindowsPath(name) for name in archive.namelist()]  # parses both slashes, and drives
     outside = [name for name, path in zip(archive.namelist(), paths, strict=True) if path.anchor or ".." in path.parts]
     require(not outside, f"source: {source} holds the path {next(iter(outside), '')!r}, which leads out of it")
     states = any(path.name in ORBAX_FILES or _step(Path(path.name)) is not None for path in paths)

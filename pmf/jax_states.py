@@ -1,7 +1,7 @@
 """The authors' JAX train states under our names: weights, averages and the moments of Muon and Adam.
 
-A train state is flax's, with fields step, params, ema_params ({half-life in thousands of images: params}) and
-opt_state, that of optax.contrib.muon. Their networks keep Linear weights as [in, out] and convolutions as
+A train state is flax's, with the fields step, params, ema_params ({half-life in thousands of images: params}) and
+opt_state (of optax.contrib.muon). The authors' networks store Linear weights as [in, out] and convolutions as
 [height, width, in, out].
 """
 
@@ -31,10 +31,10 @@ _ADAM = ("inner_states", "adam", "inner_state", "0")
 
 @dataclass(frozen=True)
 class TrainState:
-    """A training run of the authors at one step, under our names, on the CPU."""
+    """The authors' training run at one step, under our names, on the CPU."""
 
     step: int
-    """Updates done."""
+    """Number of updates so far."""
     config: ModelConfig
     """The network."""
     model: dict[str, Tensor]
@@ -46,14 +46,14 @@ class TrainState:
     adam: dict[str, tuple[Tensor, Tensor]]
     """Adam's first and second moments, before their biases are corrected."""
     count: int
-    """Updates that went into the moments."""
+    """Number of updates that the moments include."""
 
 
 def load_weights(source: Path, name: str | None = None) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """One set of weights of a train state: "model", the trained ones, or an average, "ema_1000" and the like.
+    """The network, and one set of weights: "model" (the trained ones), or an average such as "ema_1000".
 
-    By default the average that the published settings sample from, else the only one. Nothing else is read from
-    orbax checkpoints. Errors: `InputError` on an unreadable or other state, or a name that it does not hold.
+    The default is the average that the published settings sample from, else the only one. From orbax checkpoints,
+    nothing else is read. Errors: `InputError` on a state that is unreadable or not of pMF, or an unknown name.
     """
     with open_state(source) as file:
         held = _held(file)
@@ -67,7 +67,7 @@ def load_weights(source: Path, name: str | None = None) -> tuple[ModelConfig, di
 
 
 def load_train_state(source: Path) -> TrainState:
-    """A whole train state. Errors: `InputError` on an unreadable or other state, or one that holds no moments."""
+    """A whole train state. Errors: `InputError` on a state that is unreadable, not of pMF or without moments."""
     with open_state(source) as file:
         held = _held(file)
         weights = {
@@ -84,21 +84,21 @@ def load_train_state(source: Path) -> TrainState:
 
 
 def find_train_state(source: str, weights: str | None = None) -> TrainState:
-    """The whole train state that `source` and `weights` name, as `PMFDiT.from_pretrained` takes them.
+    """The whole train state that `source` and `weights` name, as in `PMFDiT.from_pretrained`.
 
-    Errors: `InputError` as for `load_train_state`, and on weights other than "model".
+    Errors: `InputError` as in `load_train_state`, and on weights other than "model".
     """
     file, name = locate(source, weights)
     require(is_state(file), f"source: expected a train state of the authors, got {file}")
-    require(name in (None, "model"), f'weights: a run goes on from "model", got {name!r}')
+    require(name in (None, "model"), f'weights: a run resumes from "model", got {name!r}')
     return load_train_state(file)
 
 
 def _held(file: StateFile) -> dict[str, tuple[str, ...]]:
-    """The sets of weights, by our names, and where each lies in the tree."""
+    """The sets of weights: our name -> its path in the tree."""
     fields = file.tree if isinstance(file.tree, dict) else {}
     missing = [name for name in STATE_FIELDS if name not in fields]
-    require(not missing, f"source: {file.path} is no train state of pMF: it has no {', '.join(missing)}")
+    require(not missing, f"source: {file.path} is not a train state of pMF: it has no {', '.join(missing)}")
     averages = fields["ema_params"] or {}
     return {"model": ("params",), **{f"ema_{float(k):g}": ("ema_params", k) for k in sorted(averages, key=float)}}
 
@@ -135,12 +135,12 @@ def _moments(
 
 
 def published_state_dict(params: Any) -> dict[str, Tensor]:
-    """Parameters of the authors' flax modules under the names, and in the layout, of their PyTorch files."""
+    """Convert parameters of the authors' flax modules to the names and the layout of their PyTorch files."""
     return _named(_leaves(params))
 
 
 def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Leaves:
-    """The leaves of nested dicts and lists by their path; empty nodes (None, {}) are left out."""
+    """The leaves of nested dicts and lists by path, without empty nodes (None, {})."""
     if tree is None:
         return {}
     if isinstance(tree, (list, tuple)):
@@ -162,7 +162,7 @@ def _published_name(path: tuple[str, ...]) -> str:
 
 
 def _published_value(path: tuple[str, ...], leaf: Any) -> Tensor:
-    """The tensor in PyTorch's layout; on the meta device where only the shape is known."""
+    """The tensor in PyTorch's layout; on the meta device if only the shape is known."""
     name = ".".join(path)
     require(hasattr(leaf, "shape"), f"source: expected an array at {name}, got {type(leaf).__name__}")
     if hasattr(leaf, "__array__"):

@@ -1,6 +1,6 @@
 """The layers of pMF as nn.Modules: `forward` for values, `forward_dual` for values and tangents.
 
-Each layer is written once, as `forward_dual` on `Dual`s; `forward` is the same with no tangent.
+Each layer is written once, as `forward_dual` on `Dual`s; `forward` calls it without tangents.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pmf.packing import Join, PackedModule
 from pmf.wide import wide_linear
 
 BLOCK_GAIN = 0.32
-"""Block Linears are drawn from N(0, BLOCK_GAIN^2 / fan_in)."""
+"""The Linear weights of blocks are initialised from N(0, BLOCK_GAIN^2 / fan_in)."""
 
 
 Rope = tuple[Tensor, Tensor]
@@ -36,7 +36,7 @@ def _chunk(x: Dual, parts: int) -> tuple[Dual, ...]:
 def linear_dual(
     x: Dual, weight: Tensor, bias: Tensor | None = None, *, linear: Callable[..., Tensor] = F.linear
 ) -> Dual:
-    """x W^T + b, and x_dot W^T. Two products, so that backward keeps no tangent alive."""
+    """x W^T + b, and x_dot W^T: two products, so that backward keeps no tangent alive."""
     value = linear(x.value, weight, bias)
     if x.dot is None:
         return Dual(value)
@@ -52,7 +52,7 @@ class DualModule(nn.Module):
         self.impl = impl
 
     def forward(self, *inputs):
-        """`forward_dual` of the same inputs without tangents: the value alone."""
+        """`forward_dual` of the same inputs without tangents; returns only the value."""
         return self.forward_dual(*(Dual(i) if i is None or isinstance(i, Tensor) else i for i in inputs)).value
 
 
@@ -79,10 +79,10 @@ class Linear(PackedModule, nn.Linear):
 
 
 class WideLinear(Linear):
-    """A Linear that gives at least float32: its product is not rounded, and its bias not cast by autocast."""
+    """A Linear whose result is at least float32: the product is not rounded, and autocast does not cast the bias."""
 
     def joins(self) -> tuple[Join, ...]:
-        """The weight; the bias is added as it is."""
+        """Only the weight; the bias is added without a cast."""
         return (Join.of(self.weight),)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -96,9 +96,9 @@ class WideLinear(Linear):
 
 
 class Residual(NamedTuple):
-    """A residual stream whose last branch is still to be added: x + gate * branch.
+    """A residual stream with a pending last branch: it stands for x + gate * branch.
 
-    The addition waits for the next norm, which reads the sum anyway.
+    The next norm does the addition, because it reads the sum anyway.
     """
 
     x: Dual
@@ -120,7 +120,7 @@ class Residual(NamedTuple):
 
 
 def _last(value: Tensor, like: Tensor) -> Tensor:
-    """The samples of `value` that `like` covers; a value per channel is the same for all."""
+    """The samples of `value` that `like` covers; a per-channel value is shared by all samples."""
     return value if value.ndim == 1 else tail(value, like.shape[0])
 
 
@@ -161,20 +161,20 @@ class ScalarEmbedder(DualModule):
 
 
 class ScalarEmbedders(PackedModule, nn.ModuleDict):
-    """Scalars of several kinds, [B] each, by a `ScalarEmbedder` each: all of them by the same few products."""
+    """One `ScalarEmbedder` per named scalar [B]; all of them are computed by the same few products."""
 
     def __init__(self, names: Sequence[str], width: int) -> None:
         super().__init__({name: ScalarEmbedder(width) for name in names})
 
     def joins(self) -> tuple[Join, ...]:
-        """The first weights of all, from the last scalar to the first; their biases; the same of the second."""
+        """The embedders' fc1 weights, from the last embedder to the first, their fc1 biases, then the same of fc2."""
         embedders = list(self.values())[::-1]
         layers = [[e.fc1 for e in embedders], [e.fc2 for e in embedders]]
         return tuple(Join.of(*(getattr(fc, name) for fc in same)) for same in layers for name in ("weight", "bias"))
 
     def forward_dual(self, *scalars: Dual) -> tuple[Dual, ...]:
         """The embeddings, in the order of the names. Only the first scalar may have a tangent."""
-        # Tangents cover the last rows, so the scalar that may have one comes last.
+        # Tangents cover the last rows, so the first scalar, which may have one, is put last.
         weight1, bias1, weight2, bias2 = self.packed()
         values, dot = torch.cat([s.value for s in reversed(scalars)]), scalars[0].dot
         features = ops.scalar_features(Dual(values, dot)).map(lambda x: x.to(weight1.dtype))
@@ -183,7 +183,7 @@ class ScalarEmbedders(PackedModule, nn.ModuleDict):
         return Dual(first, embedded.dot), *map(Dual, others)
 
     def _each(self, x: Dual, weight: Tensor, bias: Tensor) -> Dual:
-        """A Linear for each scalar's part of x [n B, C]; the tangent belongs to the last."""
+        """One Linear per scalar, on that scalar's part of x [n B, C]; the tangent belongs to the last part."""
         kinds = len(self)
         weight, bias = weight.unflatten(0, (kinds, -1)), bias.unflatten(0, (kinds, 1, -1))
         value = torch.baddbmm(bias, x.value.unflatten(0, (kinds, -1)), weight.mT).flatten(0, 1)
@@ -194,7 +194,7 @@ class ScalarEmbedders(PackedModule, nn.ModuleDict):
 
 
 class PatchEmbed(DualModule):
-    """Images to tokens: a p x p convolution to the bottleneck, a 1 x 1 to the width, learned positions."""
+    """Images to tokens: a p x p convolution to the bottleneck, a 1 x 1 one to the width, and learned positions."""
 
     def __init__(self, config: ModelConfig, impl: str | None = None) -> None:
         super().__init__(impl)
@@ -226,7 +226,7 @@ class Attention(DualModule, PackedModule):
         self.k_norm = nn.RMSNorm(config.head_dim, eps=1e-6)
 
     def joins(self) -> tuple[Join, ...]:
-        """One weight for q, k and v, and that of the output."""
+        """One weight for q, k and v, and the output weight."""
         return Join.of(self.q_proj.weight, self.k_proj.weight, self.v_proj.weight), Join.of(self.out_proj.weight)
 
     def forward_dual(self, x: Dual, rope: Rope) -> Dual:
@@ -257,9 +257,9 @@ class SwiGLU(DualModule, PackedModule):
         self.w2 = Linear(hidden, width, gain=BLOCK_GAIN)
 
     def joins(self) -> tuple[Join, ...]:
-        """One weight for w1 and w3, and w2: hidden width padded with zeros to a multiple of 8.
+        """One weight for w1 and w3, and w2, with the hidden width padded with zeros to a multiple of 8.
 
-        The zeros keep every row 16-byte aligned and change nothing.
+        The zeros keep every row 16-byte aligned and do not change the result.
         """
         hidden, width = self.w1.weight.shape
         hidden += -hidden % 8
@@ -300,7 +300,7 @@ class Block(DualModule):
         return _chunk(self.modulation.forward_dual(condition), 6)
 
     def forward_residual(self, residual: Residual, rope: Rope, condition: Dual = ABSENT) -> Residual:
-        """The block on a stream whose last branch is pending; its own MLP branch stays pending."""
+        """Run the block on a stream whose last branch is pending; leave the block's own MLP branch pending."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self._modulations(condition)
         x, y = self.norm1.after_residual(residual, scale1, shift1)
         residual = Residual(x, self.attn.forward_dual(y, rope), gate1)

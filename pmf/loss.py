@@ -1,4 +1,4 @@
-"""The pMF loss (arXiv 2601.22158), computed on the rows that it reads and on no others.
+"""The pMF loss (arXiv 2601.22158), which computes each quantity only on the rows that need it.
 
 z_t = (1 - t) x + t e                              e = noise_scale N(0, I)
 v_g = stopgrad(v_t + (1 - 1/w')(v_c - v_u))        w' = w inside [t_min, t_max], else 1
@@ -6,9 +6,9 @@ V   = u + (t - r) stopgrad(du/dt)                  du/dt along (v_c, 1, 0)
 L_u = sum (V - v_g)^2,  L_v = sum (v - v_g)^2      per row
 loss = mean adp(L_u) + adp(L_v) + perceptual terms,  adp(L) = L / stopgrad(L + eps)^p
 
-`pmf.step_plan` says which rows need what; `pmf.reference.loss` evaluates every equation on every row, and tests hold
-the two to each other. The network predicts clean images, so that a velocity is (z_t - net) / clip(t, t_clip, 1):
-net_u, net_v, net_c and net_n stand for u, v, v_c and v_u.
+`pmf.step_plan` decides which rows need what; `pmf.reference.loss` evaluates every equation on every row, and tests
+compare the two. The network predicts clean images, and (z_t - net) / clip(t, t_clip, 1) is the velocity: net_u, net_v,
+net_c and net_n are the predictions for u, v, v_c and v_u.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ PerceptualFunction = Callable[[Tensor, Tensor], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class LossOutput:
-    """What `pmf_loss` returns."""
+    """The result of `pmf_loss`."""
 
     loss: Tensor
     """The scalar to differentiate."""
     terms: dict[str, Tensor]
     """Detached scalars: loss_u and loss_v, mean squared errors over all pixels; perceptual distances."""
     fields: dict[str, Tensor] | None = None
-    """z_t, v_c, v_g, u, du_dt and v as images, when asked for."""
+    """z_t, v_c, v_g, u, du_dt and v as images, if requested."""
 
 
 def pmf_loss(
@@ -56,11 +56,11 @@ def pmf_loss(
     perceptual: PerceptualFunction | None = None,
     return_fields: bool = False,
 ) -> LossOutput:
-    """The pMF training loss of one device batch, exactly as in the equations above.
+    """The pMF training loss of one device batch; `pmf.reference.loss` states its equations.
 
     Args: model with both heads; x [B, c, H, W] in [-1, 1]; y int64 [B]; draws from `sample_draws`;
     perceptual(x_hat, x) -> {"lpips": [B'], "convnext": [B']}, called on the rows with t below
-    perceptual_max_t; return_fields, for images of the fields, where du_dt is zero on rows without a tangent and
+    perceptual_max_t; return_fields adds the fields as images, in which du_dt is zero on rows without a tangent and
     v_c is the main pass's v on flow-matching rows. Errors: `InputError` on bad shapes, labels, draws or NaN images.
     """
     step = plan_step(model, x, y, draws, loss_config)
@@ -135,7 +135,7 @@ def _guidance(model: PMFDiT, step: PlannedStep) -> tuple[Tensor | None, Tensor |
 
 
 def _main_pass(model: PMFDiT, step: PlannedStep, net_c: Tensor | None) -> dict[str, Dual]:
-    """Both heads on every row, with u's tangent along (v_c, 1, 0) on the last rows: h = t - r moves as t does."""
+    """Both heads on every row, with u's tangent along (v_c, 1, 0) on the last rows, where h = t - r has h_dot = 1."""
     y = torch.where(step.dropped, model.config.num_classes, step.y)
     z_dot, h_dot = None, None
     if net_c is not None:
@@ -154,7 +154,7 @@ def _adaptive(loss: Tensor, config: LossConfig) -> Tensor:
 def perceptual_rows(
     perceptual: PerceptualFunction, model: PMFDiT, step: PlannedStep, net_u: Tensor, config: LossConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """What the perceptual terms add to the loss of each row, and their mean distances.
+    """The perceptual terms' part of each row's loss, and their mean distances.
 
     Distances are between x_hat = z_t - t u and x, zero where t >= perceptual_max_t.
     """

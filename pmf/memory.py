@@ -1,4 +1,4 @@
-"""Training memory: expected, counted on fake tensors without computing anything, or tried on a GPU."""
+"""Training memory: estimated on fake tensors, which compute nothing, or measured on a GPU."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Pass = Callable[[PMFDiT, int], object]
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """What training keeps in the memory of one process, in bytes."""
+    """Memory that training holds in one process, in bytes."""
 
     state: int
-    """float32 parameters, gradients, optimizer moments and averages: what sharding divides."""
+    """float32 parameters, gradients, optimizer moments and averages: the part that sharding divides."""
     copies: int
     """Low-precision copies of the weights that autocast makes; every process holds all of them."""
     per_row: int
@@ -34,7 +34,7 @@ class TrainingMemory:
 
     @property
     def fixed(self) -> int:
-        """What does not depend on the batch."""
+        """Bytes that do not depend on the batch size."""
         return self.state + self.copies
 
     def sharded(self, processes: int) -> TrainingMemory:
@@ -46,12 +46,12 @@ class TrainingMemory:
         return self.fixed + rows * self.per_row
 
     def largest_batch(self, budget: float) -> int:
-        """Rows that fit into `budget` bytes beside the fixed part: an upper bound, since `expected` is a lower one."""
+        """Rows that fit into `budget` bytes with the fixed part: an upper bound, since `expected` is a lower one."""
         return max(0, int((budget - self.fixed) // self.per_row))
 
 
 def optimizer_bytes(model: nn.Module, ema_copies: int = EMA_COPIES) -> int:
-    """One float32 moment (Muon, on Linear weights) or two (Adam, on the rest), and the averages."""
+    """Bytes of one float32 moment (Muon, on Linear weights) or two (Adam, on the rest), and of the averages."""
     muon = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     total = sum(p.numel() for p in model.parameters())
     return 4 * (ema_copies * total + muon + 2 * (total - muon))
@@ -85,9 +85,9 @@ def saved_per_row(
     dtype: torch.dtype = torch.bfloat16,
     forward: Pass = main_pass,
 ) -> int:
-    """Bytes that one more row saves for backward on a type of device, under autocast to `dtype` (float32: none).
+    """Bytes that one more row saves for backward on a device type, under autocast to bfloat16 or without (float32).
 
-    `device`: cuda or cpu (default: cuda where there is one). Fake tensors on it choose the ops that real ones would.
+    `device`: cuda or cpu (default: cuda if available). Fake tensors on it select the same ops as real ones.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with FakeTensorMode():
@@ -110,12 +110,12 @@ def training_memory(
     ema_copies: int = EMA_COPIES,
     forward: Pass = main_pass,
 ) -> TrainingMemory:
-    """The memory of training a network with Muon and Adam, by the recorded pass `forward`.
+    """Estimate the memory of training a network with Muon and Adam; `forward` is the recorded pass.
 
-    Counted on two shallow networks, as blocks are alike. Under "block" checkpointing the one block that backward
-    recomputes counts too. `device`: as for `saved_per_row`. `dtype`: bfloat16 (products and activations, under
+    Blocks are alike, so it is counted on two shallow networks. With "block" checkpointing, it includes the one block
+    that backward recomputes. `device`: as in `saved_per_row`. `dtype`: bfloat16 (products and activations, under
     autocast) or float32. Perceptual networks are not counted. impl "triton" needs a GPU or TRITON_INTERPRET=1.
-    Errors: `InputError` where it cannot run.
+    Errors: `InputError` if `impl` cannot run.
     """
     config = model_config(name_or_config)
     blocks = config.depth + config.aux_head_depth
@@ -137,9 +137,9 @@ def training_memory(
 
 
 def measured_largest_batch(run: Callable[[int], object], budget: float, guess: int, device: torch.device) -> int:
-    """The largest batch, to a sixteenth, that `run(batch)` computes on this GPU within `budget` bytes; 0 for none.
+    """Largest batch, to within a sixteenth, that `run(batch)` computes on this GPU in `budget` bytes; 0 if none fits.
 
-    `guess`: where to begin. The allocator's limit is the budget meanwhile, and none afterwards.
+    `guess` is the first batch tried. The allocator is limited to the budget meanwhile; the limit is lifted afterwards.
     """
 
     def fits(batch: int) -> bool:
@@ -160,7 +160,7 @@ def measured_largest_batch(run: Callable[[int], object], budget: float, guess: i
 
 
 def largest(fits: Callable[[int], bool], guess: int) -> int:
-    """The largest number that fits, to a sixteenth; 0 where 1 does not. A good guess saves tries."""
+    """Largest number that fits, to within a sixteenth; 0 if 1 does not fit. A good guess saves tries."""
     low, high = 0, max(1, guess)
     while fits(high):
         low, high = high, 2 * high

@@ -1,6 +1,6 @@
 """Quality of samples: Fréchet distance, Inception score, precision and recall.
 
-The metrics take features and logits, whatever computed them; `inception` is the usual extractor.
+The metrics take features and logits from any extractor; `inception` is the usual one.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from pmf.atomic_files import write_atomically
 from pmf.errors import InputError, first_line, require
 
 Resize = Literal["tf1", "half_pixel"]
-"""How an image is resized to Inception's 299 pixels, bilinearly and without antialias: output pixel i reads position
-i s (tf1, the original graph's) or (i + 1/2) s - 1/2 (half_pixel, align_corners=False), with s = size / 299."""
+"""How an image is resized to Inception's 299 pixels, bilinearly and without antialiasing: output pixel i reads position
+i s (tf1, as in the original graph) or (i + 1/2) s - 1/2 (half_pixel, align_corners=False), with s = size / 299."""
 NAMES: dict[Resize, tuple[str, str]] = {"tf1": ("mu", "sigma"), "half_pixel": ("ref_mu", "ref_sigma")}
-"""Statistics made with each are published under these names: by ADM and JiT, and by pMF's authors."""
+"""The array names of published statistics made with each resize: tf1 by ADM and JiT, half_pixel by pMF's authors."""
 INCEPTION_SIZE = 299
 SCORE_SEED = 2020
 
@@ -31,7 +31,7 @@ class Statistics:
     """Mean and covariance of features: all that a Fréchet distance reads.
 
     mu float64 [d]; sigma float64 [d, d], unbiased (zero for one image); count, the number of images,
-    where it is known; features float32 [count, d], where they were kept: precision and recall need them;
+    if known; features float32 [count, d], if kept (precision and recall need them);
     resize, the convention that Inception features were made with (None: unknown or irrelevant).
     """
 
@@ -56,12 +56,12 @@ class Statistics:
         """Statistics of both sets of images together, equal to those of one pass over all of them.
 
         With n = n_a + n_b and d = mu_b - mu_a: mu = mu_a + d n_b / n, and the sums of squares add up
-        with d d^T n_a n_b / n. Neither set's features are kept. Errors: a set whose count is unknown,
-        or sets of different resizes.
+        with d d^T n_a n_b / n. Neither set's features are kept. Errors: `InputError` if a count is unknown,
+        or if the resizes differ.
         """
         _check_comparable(self, other)
         if self.count is None or other.count is None:
-            raise InputError("count: expected statistics that know it, got None")
+            raise InputError("count: expected statistics of known counts, got None")
         count, difference = self.count + other.count, other.mu - self.mu
         squares = self.sigma * (self.count - 1) + other.sigma * (other.count - 1)
         squares += np.outer(difference, difference) * (self.count * other.count / count)
@@ -71,14 +71,14 @@ class Statistics:
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
         """Read an npz archive: `mu` and `sigma` (made with the tf1 resize), or `ref_mu` and `ref_sigma` (half_pixel);
-        `count` and `features` if there.
+        also `count` and `features` if present.
 
-        Errors: `InputError` when the file cannot be read, holds not exactly one of the pairs, or misshapen arrays.
+        Errors: `InputError` if the file cannot be read, lacks both pairs or holds both, or has arrays of wrong shape.
         """
         try:
             with np.load(path, allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in archive.files}
-        except Exception as error:  # reading what is no archive can raise anything
+        except Exception as error:  # np.load can raise anything on a file that is no archive
             raise InputError(f"reference: {path} is not a readable npz archive: {first_line(error)}") from error
         named = {name for pair in NAMES.values() for name in pair if name in arrays}
         resize = next((resize for resize, pair in NAMES.items() if named == set(pair)), None)
@@ -96,7 +96,7 @@ class Statistics:
         return cls(mu, sigma, None if count is None else int(count), features, resize)
 
     def save(self, path: str | Path) -> None:
-        """Write an npz archive that `load` reads, atomically; its names say the resize (tf1 where it is not known)."""
+        """Write an npz archive that `load` reads, atomically; its names encode the resize (tf1 if unknown)."""
         mu, sigma = NAMES[self.resize or "tf1"]
         values = {mu: self.mu, sigma: self.sigma, "count": self.count, "features": self.features}
         arrays = {name: value for name, value in values.items() if value is not None}
@@ -141,7 +141,7 @@ def inception_score(logits: Tensor, *, splits: int = 10) -> tuple[float, float]:
 
     logits [n, classes], without the bias of the last layer. Images are shuffled into the splits in
     torch-fidelity's default order, so that both give the same score, and images sorted by class do not
-    fall into splits of few classes. Errors: `InputError` on fewer images than splits.
+    end up in splits of few classes. Errors: `InputError` on fewer images than splits.
     """
     require(1 <= splits <= len(logits), f"splits: expected 1 to {len(logits)}, one image each, got {splits}")
     order = torch.from_numpy(np.random.RandomState(SCORE_SEED).permutation(len(logits)))
@@ -159,9 +159,9 @@ def precision_recall(generated: Tensor, real: Tensor, *, neighbours: int = 3, bl
 
     The support of a set is the union of balls around its features, each as wide as the distance to the
     `neighbours`-th nearest other feature. Precision is the share of generated features in the support of
-    the real ones, recall the share of real ones in that of the generated. Both [n, d], on one device;
+    the real ones, recall the share of real ones in that of the generated. Both are [n, d] on one device;
     distances are in float64, and `block` rows of them are held at a time. Errors: `InputError` on
-    features of different widths, or no more of them than neighbours.
+    features of different widths, or if a set has too few features for that many neighbours.
     """
     shapes = list(generated.shape), list(real.shape)
     fits = generated.ndim == real.ndim == 2 and shapes[0][1] == shapes[1][1]
@@ -193,7 +193,7 @@ class Inception(torch.nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Both outputs, on the network's device; a repetition gives the same bits."""
+        """Return features and logits on the network's device, bitwise reproducible."""
         images = images.to(next(self.network.parameters()).device)
         # No TF32, and no algorithm chosen by timing.
         exact = dict(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
@@ -201,7 +201,7 @@ class Inception(torch.nn.Module):
             return self.network(images) if self.resize == "tf1" else self._after(half_pixel(images))
 
     def _after(self, resized: Tensor) -> tuple[Tensor, Tensor]:
-        """The part of torch-fidelity's network after its own resize: every layer in turn, the last without its bias."""
+        """Run torch-fidelity's network after its own resize: every layer in turn, the last without its bias."""
         *layers, last = self.network.children()
         x = (resized - 128) / 128
         for layer in layers:
@@ -211,9 +211,9 @@ class Inception(torch.nn.Module):
 
 
 def half_pixel(images: Tensor) -> Tensor:
-    """Images uint8 [n, 3, H, W] -> float32 [n, 3, 299, 299] in [0, 255], bilinear on pixel centres, no antialias.
+    """Images uint8 [n, 3, H, W] -> float32 [n, 3, 299, 299] in [0, 255], bilinear on pixel centres, not antialiased.
 
-    In float64: positions rounded to float32 would be off by 1e-5 of a pixel, and edges by as many grey levels.
+    Computed in float64: in float32, positions are off by up to 1e-5 of a pixel and edges by a few 1e-3 grey levels.
     """
     size = (INCEPTION_SIZE, INCEPTION_SIZE)
     return interpolate(images.double(), size, mode="bilinear", align_corners=False, antialias=False).float()
@@ -222,20 +222,20 @@ def half_pixel(images: Tensor) -> Tensor:
 def inception(
     weights: str | Path | None = None, *, resize: Resize = "tf1", device: torch.device | str | None = None
 ) -> Inception:
-    """torch-fidelity's port of the Inception-v3 of 2015-12-05, which published FIDs are measured with.
+    """torch-fidelity's port of the Inception-v3 of 2015-12-05, with which published FIDs are measured.
 
-    It brings images of any size to 299 px by `resize`: as the original did (tf1), or as the network of pMF's JAX
-    release does (half_pixel); after that the two networks are the same. `weights` is the file of its state dict;
+    It resizes images of any size to 299 px by `resize`: as the original did (tf1), or as the network of pMF's JAX
+    release does (half_pixel); otherwise the two networks are identical. `weights` is the file of its state dict;
     by default torch-fidelity downloads it. Features and logits are those that torch-fidelity takes from
     this extractor: "2048" for FID, precision and recall, "logits_unbiased" for the Inception score.
-    (Without a choice of extractor, torch-fidelity measures precision and recall on VGG-16 instead.)
-    Errors: `InputError` on another resize, where torch-fidelity does not import, or where the weights are
+    (By default, torch-fidelity measures precision and recall on VGG-16 instead.)
+    Errors: `InputError` on another resize, if torch-fidelity cannot be imported, or if the weights are
     missing or do not fit.
     """
     require(resize in NAMES, f"resize: expected one of {', '.join(NAMES)}, got {resize!r}")
     try:
         from torch_fidelity import FeatureExtractorInceptionV3
-    except Exception as error:  # beside a torchvision built for another PyTorch it can raise anything
+    except Exception as error:  # with a torchvision built for another PyTorch, it can raise anything
         message = "inception: torch-fidelity does not import, expected pip install 'pixel-meanflow[eval]'"
         raise InputError(f"{message}: {first_line(error)}") from error
     try:
@@ -244,7 +244,7 @@ def inception(
         network = FeatureExtractorInceptionV3(
             "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights, verbose=False
         )
-    except Exception as error:  # reading a torn file, or a download, can raise anything
+    except Exception as error:  # reading a corrupt file, or a download, can raise anything
         source = "the download" if weights is None else weights
         raise InputError(f"inception: cannot take the weights from {source}: {first_line(error)}") from error
     return Inception(network, resize).to(device)

@@ -27,7 +27,7 @@ SCALARS = ("h", "omega", "t_min", "t_max")
 
 
 class Conditioning(nn.Module):
-    """Class and scalars, embedded: as prefix tokens (in_context) or as one vector (adaln).
+    """Embeds the class and the scalars as prefix tokens (in_context) or as one vector (adaln).
 
     The network sees h = t - r, the guidance scale as 1 - 1 / omega, the interval [t_min, t_max] and
     the class y. Only h has a tangent.
@@ -61,7 +61,7 @@ class Conditioning(nn.Module):
         return Dual(prefix, self._prefix_dot(embedded["h"].dot, prefix))
 
     def _prefix_dot(self, h_dot: Tensor | None, prefix: Tensor) -> Tensor | None:
-        """The tangent of the prefix: the time tokens, which come last, all move with the embedding of h."""
+        """The tangent of the prefix: `h_dot`, that of h's embedding, on the time tokens at its end, else zero."""
         if h_dot is None:
             return None
         prefix_dot = torch.zeros_like(tail(prefix, h_dot.shape[0]))
@@ -70,7 +70,7 @@ class Conditioning(nn.Module):
 
 
 class PMFDiT(nn.Module):
-    """The pMF network (arXiv 2601.22158): images z_t and conditions to the velocities u and v.
+    """The pMF network (arXiv 2601.22158): maps images z_t and conditions to the velocities u and v.
 
     It predicts the clean image, net, in pixels; the velocities are (z - net) / clip(t, t_clip, 1).
     Build one with `create_model`. Inputs of `forward`: z [B, c, H, W]; t in [0, 1], h = t - r in
@@ -106,7 +106,7 @@ class PMFDiT(nn.Module):
         self.register_buffer("rope_sin", sin, persistent=False)
 
     def _apply(self, fn, recurse=True):
-        """The rotary tables stay float32 in a network of any dtype."""
+        """Keep the rotary tables in float32 whatever the network's dtype is."""
         result = super()._apply(fn, recurse)
         tables = ops.rope_tables(self.config.grid_size, self.config.head_dim, device=self.rope_cos.device)
         self.rope_cos, self.rope_sin = tables
@@ -122,7 +122,7 @@ class PMFDiT(nn.Module):
     ) -> dict[str, Dual]:
         """The heads' clean-image predictions as tokens [B, N, p * p * c], with the tangent of u's.
 
-        Runs the shared blocks and the heads asked for. v's tangent is never needed, nor computed.
+        Runs the shared blocks and the requested heads. v's tangent is never needed, so it is not computed.
         """
         condition = self.conditioning.forward_dual(h, omega, t_min, t_max, y)
         prefix, vector = (condition, ABSENT) if self.conditioning.in_context else (ABSENT, condition)
@@ -136,7 +136,7 @@ class PMFDiT(nn.Module):
         return self.rope_cos, self.rope_sin
 
     def _block(self, block: Block, stream: Residual, vector: Dual) -> Residual:
-        """One block; under "block" checkpointing backward recomputes its values, never its tangents."""
+        """Run one block; with "block" checkpointing, backward recomputes its values, never its tangents."""
         compiled = None if torch.compiler.is_compiling() else self._compiled
         run = block.forward_residual if compiled is None else functools.partial(compiled, block)
         if self.checkpointing == "none" or not torch.is_grad_enabled():
@@ -144,12 +144,12 @@ class PMFDiT(nn.Module):
         return recompute_in_backward(run, stream, self._rope, vector, compiled=compiled is not None)
 
     def compile_blocks(self, **options: Any) -> None:
-        """Compile the blocks, all of them by the same few graphs: `options` go to `torch.compile`.
+        """Compile the blocks as a few graphs that all blocks share; pass `options` to `torch.compile`.
 
-        Passes that record for backward, and passes that do not (guidance, sampling), are compiled apart. The
-        first take the batch size that comes, and any size once a second one has come; the others take any size
-        from the start. A graph serves every block; a lean step takes five, whatever its draws: with and without
-        pending branch, with and without tangents. Sizes of 1 are compiled apart. Call it again to change options.
+        Passes that record for backward and passes that do not (guidance, sampling) are compiled separately. Recorded
+        ones are compiled for the first batch size, and for any size once a second one occurs; the others are compiled
+        for any size from the start. A lean step needs five graphs, whatever its draws: with and without pending
+        branch, with and without tangents. Size 1 is compiled separately. Call it again to change the options.
         """
         self._compiled = CompiledBlocks(**options)
 
@@ -182,8 +182,8 @@ class PMFDiT(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """u, v and u_dot, the derivative of u along (z_dot, t_dot, h_dot).
 
-        Tangents [B_dot, ...] cover the last B_dot rows; None is zero. u_dot [B_dot, c, H, W] is None
-        without any tangent, and never carries a gradient.
+        Tangents [B_dot, ...] cover the last B_dot rows; None is zero. u_dot [B_dot, c, H, W] never
+        carries a gradient, and is None if there are no tangents.
         """
         self.check_inputs(z, t, h, omega, t_min, t_max, y)
         rows = tangent_rows((z_dot, t_dot, h_dot)) or 0
@@ -202,7 +202,7 @@ class PMFDiT(nn.Module):
         return u.value, v, u.dot
 
     def held_weights(self, weights: list[tuple[Tensor, ...]] | None = None) -> contextlib.AbstractContextManager[None]:
-        """Join the blocks' weights once for all passes inside, or use those of `joined_weights`."""
+        """Join the blocks' weights once for all passes inside the context, or use those of `joined_weights`."""
         return held_weights(self, self.rope_cos.device.type, weights)
 
     def joined_weights(self) -> list[tuple[Tensor, ...]]:
@@ -230,7 +230,7 @@ class PMFDiT(nn.Module):
     def check_inputs(
         self, z: Tensor, t: Tensor, h: Tensor, omega: Tensor, t_min: Tensor, t_max: Tensor, y: Tensor
     ) -> None:
-        """Shapes always; values where reading them is free: on the CPU, outside compilers."""
+        """Check shapes always, and values if they are `readable`: on the CPU, in code that is not being compiled."""
         shape = list(self.config.image_shape)
         require(
             z.ndim == 4 and list(z.shape[1:]) == shape,
@@ -268,19 +268,19 @@ class PMFDiT(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> PMFDiT:
-        """A network from a run directory, a checkpoint file, or a Hugging Face hub id ("owner/name").
+        """Load a network from a run directory, a checkpoint file, or a Hugging Face hub id ("owner/name").
 
         `weights` names a file of a directory or hub repository, with or without its suffix: "ema_500" for an average
-        of a run, "pMF-B-16" (or "pMF-B/16") for pMF-B-16.pt. Of a hub repository that file alone is downloaded. By
-        default it is the run's own choice for sampling, else model.safetensors, else the only one.
+        of a run, "pMF-B-16" (or "pMF-B/16") for pMF-B-16.pt. From a hub repository, no other weights are downloaded.
+        The default is the run's own choice for sampling, else model.safetensors, else the only file.
 
         Files are ours (.safetensors), published state dicts (.safetensors, .pt, .pth, .bin), or train states of the
         authors' JAX code (.zip, or the folder or file in it; they need the extra jax-checkpoints). A train state
-        holds several sets of weights: "pMF-B-16-full:ema_1000" names one of them ("model" the trained weights), and
-        "ema_1000" does where `source` is the state itself; by default it is the average that the published settings
-        sample from. `aux_head` is as in the file unless False is asked for; the rest is as in `create_model`.
+        holds several sets of weights: "pMF-B-16-full:ema_1000" names one of them ("model": the trained weights); if
+        `source` is the state itself, "ema_1000" is enough. The default is the average that the published settings
+        sample from. `aux_head` defaults to whether the file has a v head; for the rest, see `create_model`.
 
-        Errors: `InputError` names what is missing, torn or misshapen, or lists what `weights` can be.
+        Errors: `InputError` names what is missing, corrupt or of wrong shape, or lists the choices for `weights`.
         """
         file, config, state = read_weights(source, weights)
         if aux_head is None:
@@ -300,10 +300,10 @@ def create_model(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> PMFDiT:
-    """A freshly initialised network: a preset of `pmf.MODELS` by name, or a `ModelConfig`.
+    """Create a freshly initialised network from a preset's name in `pmf.MODELS` or from a `ModelConfig`.
 
     `impl` chooses the ops' implementation (see `pmf.ops`; None reads PMF_IMPL, default "auto").
-    `aux_head=False` leaves out the v head, which only training needs. `checkpointing="block"` keeps the
+    `aux_head=False` leaves out the v head, which only training needs. `checkpointing="block"` keeps only the
     blocks' inputs for backward and recomputes the rest. Errors: an unknown preset, impl or checkpointing.
     """
     config = model_config(name_or_config)

@@ -1,25 +1,25 @@
-"""Gaussian noise that is a function of a seed and of nothing else: the same bits on every device and in every batch.
+"""Gaussian noise that depends only on a seed: the same bits on every device and in every batch.
 
-An image of N values takes N / 8 words of 64 bits, from a generator of its own, and the Table-Hadamard method (D. B.
+An image of N values needs N / 8 words of 64 bits, from its own generator, and the Table-Hadamard method (D. B.
 Thomas, "Parallel Generation of Gaussian Random Numbers Using the Table-Hadamard Transform", FCCM 2013):
 
-    w = SFC64(seed).random_raw(N / 8)        the fastest of numpy's generators, which guarantees its streams
+    w = SFC64(seed).random_raw(N / 8)        the fastest of numpy's generators, whose streams never change
     z = points[each 16 bits of w]            N / 2 points of the plane out of 65,536, two values each
     y = H z                                  z as four rows of N / 4 values; H_ij = +-1, H H' = 4
 
-`points` are halved, since H / 2 is orthogonal: 8 values derive from four independent points, are as uncorrelated as
-these and closer to normal. The points lie on 4,096 circles, 16 on each at even angles: that gives a pair the mixed
-moments of independent normals, provided that its radius has the right moments. Half the squared radius has the moments
-1 to 5 of Exp(1): its quantiles s = -ln(1 - (i + 1/2) / 4096), corrected by a polynomial.
+`points` are stored halved, because H / 2 is orthogonal. Eight values derive from four independent points; like these
+they are uncorrelated, and they are closer to normal. The points lie on 4,096 circles, 16 on each at even angles, which
+gives a pair the mixed moments of independent normals if its radius has the right moments. Half the squared radius has
+the moments 1 to 5 of Exp(1): the quantiles s = -ln(1 - (i + 1/2) / 4096) of Exp(1), corrected by a polynomial.
 
-Exactly, from the table (tests/pmf/test_noise.py): moments of a value and mixed moments of 8 agree with those of
-independent normals to 1e-6, up to order 10 and 4; the distribution function to 2e-7; the tail beyond 3, 4, 5 and 6
-deviations to 1e-5, 5e-5, 2e-4 and 2e-2 of itself. No value exceeds 8.9. The remaining error shows only when the mix is
-undone: half the sum of the four values of a column is a coordinate of one point, whose distribution function is right
-to 6e-4.
+Computed exactly from the table (tests/pmf/test_noise.py): the moments of a value up to order 10 and the mixed moments
+of 8 values up to order 4 agree with those of independent normals to 1e-6, and the distribution function to 2e-7. The
+tail beyond 3, 4, 5 and 6 standard deviations has a relative error of 1e-5, 5e-5, 2e-4 and 2e-2. No value exceeds 8.9.
+The remaining error shows only if the mix is undone: half the sum of a column's four values is a coordinate of one
+point, whose distribution function is accurate to 6e-4.
 
-Every coordinate is a multiple of 2^-20 and every sum is below 16, so that float32 rounds nothing: neither the order of
-sums nor the device changes a bit, given a matrix product that multiplies float32 as such, like numpy's.
+Every coordinate is a multiple of 2^-20 and every sum is below 16, so float32 rounds nothing: neither the order of
+sums nor the device changes a bit, if matrix products do not reduce float32's precision, as numpy's do not.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ def seeded_noise(
 
     An image depends on its seed, an integer >= 0, and on its number of values. The CPU draws the words, on as many
     threads as PyTorch uses; a GPU receives the words, a quarter of the bytes, and computes the values. The host does
-    not wait for it and can draw the words of the next batch meanwhile.
+    not wait for the GPU and can draw the words of the next batch meanwhile.
 
-    `out` receives the noise in place of new memory on `device`; on a CPU, allocating can take a quarter of the time.
-    Errors: `InputError` on both `out` and `device`, and on an `out` that is no contiguous float32 [n, c, H, W] or
-    requires a gradient.
+    `out` receives the noise instead of new memory on `device`; on a CPU, allocation can take a quarter of the time.
+    Errors: `InputError` if both `out` and `device` are given, and on an `out` that is not a contiguous float32
+    [n, c, H, W] or requires a gradient.
     """
     n, count = len(seeds), math.prod(image_shape)
     shape = (n, *image_shape)
@@ -67,7 +67,7 @@ def seeded_noise(
         _check_out(out, shape)
     device = torch.device(device or "cpu") if out is None else out.device
     if count % 8 > 0:
-        whole = seeded_noise(seeds, (1, 1, count + -count % 8), device)  # the last word gives surplus values
+        whole = seeded_noise(seeds, (1, 1, count + -count % 8), device)  # the last word yields surplus values
         images = whole.flatten(1)[:, :count].reshape(shape).contiguous()
         return images if out is None else out.copy_(images)
     if device.type == "cpu":
@@ -78,7 +78,7 @@ def seeded_noise(
         images = torch.empty(shape, device=device, dtype=torch.float32) if out is None else out
         _on_device(seeds, images.view(n, 4, count // 4))
     if out is not None:
-        torch.autograd.graph.increment_version(out)  # invalidates what autograd saved of it
+        torch.autograd.graph.increment_version(out)  # makes autograd reject saved versions of it
     return images
 
 
@@ -93,7 +93,7 @@ def _check_out(out: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def _on_cpu(seeds: Sequence[int], values: np.ndarray) -> None:
-    """Values [n, 4, N / 4], an image at a time, so that it stays in a core's cache."""
+    """Fill values [n, 4, N / 4], one image at a time so that it stays in a core's cache."""
     points, (_, _, columns) = _points(), values.shape
     pieces = (4, _pieces(columns), -1)
 
@@ -109,12 +109,12 @@ def _on_cpu(seeds: Sequence[int], values: np.ndarray) -> None:
 
 @functools.cache
 def _pieces(columns: int) -> int:
-    """Equal matrix products per image: OpenBLAS would spread wider ones over threads of its own."""
+    """Number of equal matrix products per image: OpenBLAS would spread wider ones over its own threads."""
     return next(pieces for pieces in itertools.count(max(-(-columns // _WIDEST), 1)) if columns % pieces == 0)
 
 
 def _on_device(seeds: Sequence[int], values: Tensor) -> None:
-    """The same bits as `_on_cpu`, in few launches."""
+    """Fill values with the same bits as `_on_cpu`, in few launches."""
     device, columns = values.device, values.shape[2]
     points = torch.from_numpy(_points())
     points = (points.pin_memory() if device.type == "cuda" else points).to(device, non_blocking=True)
@@ -126,7 +126,7 @@ def _on_device(seeds: Sequence[int], values: Tensor) -> None:
 
 
 def _mix(words: Tensor, points: Tensor, out: Tensor) -> None:
-    """Words int64 [n, length] to values [n, 4, 2 length], by additions, since matrix units could round a product."""
+    """Words int64 [n, length] to values [n, 4, 2 length], by additions, because matrix units could round products."""
     index = words.view(torch.int16).int().bitwise_and_(0xFFFF)
     found = torch.view_as_real(points.index_select(0, index.flatten())).view_as(out)
     for half, operation in enumerate((torch.add, torch.sub)):
@@ -136,7 +136,7 @@ def _mix(words: Tensor, points: Tensor, out: Tensor) -> None:
 
 
 def _staged_words(seeds: Sequence[int], length: int, device: torch.device) -> Tensor:
-    """Words int64 [n, length], in memory that can be copied to `device` without waiting."""
+    """Words int64 [n, length] in memory that can be copied to `device` asynchronously."""
     words = torch.empty(len(seeds), length, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
     rows = words.numpy().view(np.uint64)
 
@@ -154,7 +154,7 @@ def _words(seed: int, length: int) -> np.ndarray:
 
 
 def _on_threads(draw: Callable[[slice], None], rows: int) -> None:
-    """`draw` on shares of all rows, the first by this thread: numpy releases the interpreter's lock."""
+    """Call `draw` on shares of the rows in several threads, the first in this one: numpy releases the GIL."""
     threads = max(1, min(torch.get_num_threads(), rows))
     cuts = [rows * i // threads for i in range(threads + 1)]
     with ThreadPoolExecutor(threads) as pool:

@@ -1,15 +1,15 @@
 """The functional ops: check the inputs, choose an implementation, compute value and tangent.
 
-Every input that may move is a Tensor, a `pmf.Dual` or a pair (value, tangent). Where any input is a Dual or a
-pair the results are Duals, otherwise Tensors. A tangent covers the last B_dot <= B samples; None is zero. The
-value is recorded for backward, the tangent never is; where every tangent is None the result's is None too and
-costs nothing. Dual tensors of `torch.func.jvp` and `torch.autograd.forward_ad` give dual tensors, in eager mode.
-Sums and statistics are taken in float32 (float64 for float64 inputs). Bad input raises `InputError`, which names
+Every input that may have a tangent is a Tensor, a `pmf.Dual` or a pair (value, tangent). If any input is a Dual or a
+pair, the results are Duals, otherwise Tensors. A tangent covers the last B_dot <= B samples; None is zero. The
+value is recorded for backward, the tangent never is; if every tangent is None, the result's is None too and
+costs nothing. In eager mode, dual tensors of `torch.func.jvp` and `torch.autograd.forward_ad` give dual tensors.
+Sums and statistics are computed in float32 (float64 for float64 inputs). Bad input raises `InputError`, which names
 the argument.
 
 `impl` is "auto", "triton" or "reference"; None reads the environment variable PMF_IMPL, default
-"auto": Triton kernels for CUDA tensors that they can take, the reference otherwise. "triton" raises
-where a kernel cannot run; it never falls back. The choice and its reason are logged once, at INFO.
+"auto": Triton kernels for CUDA tensors that they support, the reference otherwise. "triton" raises
+if a kernel cannot run; it never falls back. The choice and its reason are logged once, at INFO.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pmf.reference import unpatchify as unpatchify
 
 
 def _modulation(inputs: Inputs, name: str, modulation: Dual, samples: int, width: int) -> None:
-    """A modulation is [B, C], or [C] without tangent."""
+    """Check that a modulation is [B, C], or [C] without tangent."""
     value, dot = modulation
     if value is not None and value.ndim == 2:
         inputs.shape(name, value, samples, width)
@@ -43,7 +43,7 @@ def _modulation(inputs: Inputs, name: str, modulation: Dual, samples: int, width
 
 
 def _norm(inputs: Inputs, x: Tensor, weight: Tensor | None, scale: Dual, shift: Dual, kind: str) -> tuple[int, int]:
-    """Check what every norm takes; the number of samples and the width of x."""
+    """Check the inputs that every norm takes; return the number of samples and the width of x."""
     if x is None or x.ndim != 3:
         inputs.shape("x", x, None, None, None)
     samples, _, width = x.shape
@@ -75,7 +75,7 @@ def norm_modulate(x, weight=None, scale=None, shift=None, *, kind="rms", eps=1e-
     n_dot = (c_dot - n mean(n c_dot)) / sqrt(...), c_dot = x_dot - mean(x_dot) or x_dot.
 
     Args: x [B, S, C]; weight [C] or None (ones); scale, shift [B, C], [C] or None (zeros).
-    Returns y [B, S, C] in autocast's dtype where autocast is on, else in that of x.
+    Returns y [B, S, C] in the autocast dtype if autocast is on, else in that of x.
     Tangents: of x, and of scale and shift per sample.
     """
     inputs = Inputs("norm_modulate", {"x": x, "scale": scale, "shift": shift}, {"weight": weight})
@@ -134,8 +134,8 @@ def qk_norm_rope(
 def qk_norm_rope(qkv, q_weight, k_weight, cos, sin, *, prefix_length=0, eps=1e-6, impl=None):
     """Per-head RMSNorm of q and k, 2-D rotary positions, and the split: q, k, v [B, S, H, D] each.
 
-    q = R(n(q) q_weight), k = R(n(k) k_weight), v unchanged. R turns each adjacent pair (a, b) of the
-    tokens behind the prefix: (a cos - b sin, a sin + b cos).
+    q = R(n(q) q_weight), k = R(n(k) k_weight), v unchanged. R rotates each adjacent pair (a, b) of the
+    tokens after the prefix: (a cos - b sin, a sin + b cos).
 
     Args: qkv [B, S, 3, H, D]; q_weight, k_weight [D]; cos, sin [S - prefix_length, D / 2].
     Tangents: of qkv. Errors: D odd.
@@ -276,15 +276,15 @@ def pmf_objective(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """L_u, L_v per row: sums over pixels of (V - v_g)^2 and (v - v_g)^2 (arXiv 2601.22158).
 
-    The equations stand at the top of `pmf/reference/objective.py`.
+    The docstring of `pmf/reference/objective.py` has the equations.
 
     Args: tokens of clean-image predictions in the layout of `patchify`, K = p * p * c values each:
     net_u, net_v [B, N, K], the two heads; net_u_dot [B_dot, N, K] or None, the tangent of net_u along
-    (v_c, 1, 0); net_c [B_dot, N, K] or None, guidance's conditional v head on the last B_dot rows (the
-    rows before take net_v, whose inputs were the same); net_n [B_n, N, K] or None, the v head on the
+    (v_c, 1, 0); net_c [B_dot, N, K] or None, the v head of the conditional guidance pass on the last B_dot
+    rows (earlier rows use net_v, which had the same inputs); net_n [B_n, N, K] or None, the v head on the
     null class; null_index [B] int64, the row of net_n, -1 for none. Images z = z_t and x [B, c, H, W].
     Scalars t, h = t - r and guidance = 1 - 1 / w' [B].
-    Returns two float32 [B] (float64 for float64 inputs). Gradients reach net_u and net_v alone; the
+    Returns two float32 [B] (float64 for float64 inputs). Gradients reach only net_u and net_v; the
     losses have no tangents.
     """
     nets = dict(net_u=net_u, net_v=net_v, net_u_dot=net_u_dot, net_c=net_c, net_n=net_n)
@@ -314,7 +314,7 @@ def pmf_objective(
 
 
 def _check_null_index(inputs: Inputs, null_index: Tensor, batch: int, rows: int) -> None:
-    """int64 [B] on the device of the others; below net_n's rows where looking is free."""
+    """Check null_index: int64 [B] on the inputs' device and, if `readable`, below net_n's number of rows."""
     inputs.shape("null_index", null_index, batch)
     if null_index.dtype != torch.int64:
         raise InputError(f"pmf_objective: null_index must be int64, got {null_index.dtype}")

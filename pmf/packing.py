@@ -1,8 +1,8 @@
-"""Weights joined for fewer, larger products, and cast where autocast is on: once a step, all of them in one pass.
+"""Join weights for fewer, larger products, and cast them under autocast: once per step, all of them in one pass.
 
-Padding, concatenating and casting every weight by itself would take eight launches a block, and as many backward.
-Here the joined weights start as empty tensors; one copy of all parts fills them, and backward returns the gradients
-of a module by one copy, as soon as they are there.
+Padding, concatenating and casting each weight separately would take eight launches per block, and as many in backward.
+Here, one copy of all parts fills the joined weights, and in backward one copy per module returns the gradients, as soon
+as they are available.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Join(NamedTuple):
         return len(self.parts) > 1 or self.padded or dtype not in (None, self.parts[0].dtype)
 
     def recorded(self) -> Tensor:
-        """The joined weight, by operations that autograd, compilers and transforms see."""
+        """The joined weight, made by operations that autograd, compilers and transforms can trace."""
         parts = self.parts
         if self.padded:
             missing = [wanted - size for wanted, size in zip(self.shape, parts[0].shape, strict=True)]
@@ -49,19 +49,19 @@ class Join(NamedTuple):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def empty(self, dtype: torch.dtype | None) -> Tensor:
-        """Memory for the joined weight."""
+        """Uninitialised memory for the joined weight."""
         rows, *rest = self.shape
         return self.parts[0].new_empty((rows * len(self.parts), *rest), dtype=dtype)
 
     def places(self, joined: Tensor) -> list[Tensor]:
-        """Views of the joined weight where its parts are, or of its gradient where theirs are."""
+        """Views of the parts in the joined weight, or of their gradients in its gradient."""
         places = [joined] if len(self.parts) == 1 else list(joined.chunk(len(self.parts)))
         if not self.padded:
             return places
         return [place[tuple(map(slice, part.shape))] for place, part in zip(places, self.parts, strict=True)]
 
     def gaps(self, joined: Tensor) -> list[Tensor]:
-        """Views to fill with zeros: the rows between parts, or the whole weight where columns are padded."""
+        """Views to fill with zeros: the rows between parts, or the whole weight if columns are padded."""
         if not self.padded:
             return []
         rows = len(self.parts[0])
@@ -80,7 +80,7 @@ class PackedModule(nn.Module):
 
     @property
     def held(self) -> bool:
-        """Whether an enclosing `held_weights` holds the weights: the parameters are then whole and do not change."""
+        """Whether an enclosing `held_weights` holds the weights, so the parameters are whole and do not change."""
         return self._held is not None
 
     def packed(self) -> tuple[Tensor, ...]:
@@ -92,9 +92,9 @@ Joins = list[tuple[PackedModule, tuple[Join, ...]]]
 
 
 def _joins(module: nn.Module) -> Joins:
-    """Every layer with plain weights, and what it joins.
+    """All layers with plain weights, and their joins.
 
-    Sharded weights (FSDP) exist only while their block runs and are joined then, as are those of other tensor types.
+    Sharded weights (FSDP) are whole only while their block runs and are joined then, as are other tensor subclasses.
     """
     if isinstance(module, PackedModule):
         joins = module.joins()
@@ -104,7 +104,7 @@ def _joins(module: nn.Module) -> Joins:
 
 @torch.no_grad()
 def _filled(joins: list[Join], dtype: torch.dtype | None) -> list[Tensor]:
-    """The joined weights' values: one pass over all parts, and a copy for each whose rows are padded."""
+    """The joined weights, filled by one pass over all parts and one copy for each part with padded rows."""
     joined = [join.empty(dtype) for join in joins]
     gaps = [gap for join, weight in zip(joins, joined, strict=True) for gap in join.gaps(weight)]
     if gaps:
@@ -115,7 +115,7 @@ def _filled(joins: list[Join], dtype: torch.dtype | None) -> list[Tensor]:
             if place.stride() == part.stride():
                 together[0].append(place)
                 together[1].append(part)
-            else:  # a single such pair makes foreach loop over all pairs
+            else:  # one pair with unequal strides makes foreach loop over all pairs
                 place.copy_(part)
     if together[0]:
         foreach_copy_(*together)
@@ -169,15 +169,15 @@ def _joined(modules: Joins, dtype: torch.dtype | None) -> list[tuple[Tensor, ...
 
 
 def joined_weights(model: nn.Module, device_type: str) -> list[tuple[Tensor, ...]]:
-    """The joined weights of every `PackedModule`, cast where autocast is on."""
+    """The joined weights of every `PackedModule`, cast under autocast."""
     return _joined(_joins(model), autocast_dtype(device_type))
 
 
 @contextlib.contextmanager
 def held_weights(model: nn.Module, device_type: str, weights: list[tuple[Tensor, ...]] | None = None) -> Iterator[None]:
-    """Join the weights of every `PackedModule` once for all passes inside, or hold those given.
+    """Join the weights of every `PackedModule` once for all passes inside the context, or hold those given.
 
-    The parameters must not change inside.
+    The parameters must not change inside the context.
     """
     modules = _joins(model)
     try:

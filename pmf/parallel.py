@@ -28,15 +28,15 @@ class LossModule(nn.Module):
     def forward(
         self, x: Tensor, y: Tensor, draws: Draws, perceptual: Callable | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, reported terms) of one device batch; arguments as of `pmf_loss`."""
+        """(loss, reported terms) of one device batch; arguments: see `pmf_loss`."""
         out = pmf_loss(self.model, x, y, draws, self.config, perceptual)
         return out.loss, out.terms
 
 
 def wrap(loss: LossModule, mesh: DeviceMesh | None, sharding: Literal["ddp", "fsdp", "hybrid"] = "ddp") -> nn.Module:
-    """The loss module, its network replicated (ddp) or sharded block by block (fsdp, hybrid) over the ranks of `mesh`.
+    """Replicate the loss module (ddp), or shard its network block by block (fsdp, hybrid), over the ranks of `mesh`.
 
-    `mesh` has one dimension, or two (replicas, shards) for hybrid; None leaves the module as it is. Under sharding open
+    `mesh` has one dimension, or two (replicas, shards) for hybrid; None returns the module itself. With sharding, enter
     autocast with `cache_enabled=False`: its cache would keep casts of weights that FSDP2 has freed.
     """
     if mesh is None:
@@ -51,7 +51,7 @@ def wrap(loss: LossModule, mesh: DeviceMesh | None, sharding: Literal["ddp", "fs
 
 
 def _replicated(loss: LossModule) -> DistributedDataParallel:
-    """DDP that does not synchronise buffers: they are rotary tables, equal on all ranks."""
+    """DDP without buffer synchronisation: the buffers are rotary tables, equal on all ranks."""
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     if "forward_sync_buffers" in known:  # its name since PyTorch 2.13
         return DistributedDataParallel(loss, gradient_as_bucket_view=True, forward_sync_buffers=False)
@@ -59,9 +59,9 @@ def _replicated(loss: LossModule) -> DistributedDataParallel:
 
 
 def synchronise_gradients(wrapped: nn.Module, wanted: bool) -> None:
-    """Whether the next forward and backward add gradients over ranks, or leave them local.
+    """Set whether the next forward and backward reduce gradients over ranks (`wanted`) or keep them local.
 
-    They must in the last of the device batches whose gradients a step adds up.
+    A step that accumulates several device batches must reduce them in the last one.
     """
     if isinstance(wrapped, FSDPModule):
         wrapped.set_requires_gradient_sync(wanted)

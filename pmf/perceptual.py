@@ -3,11 +3,11 @@
 Both images of a row are cropped by the same random box and resized to 224 x 224 (pmf/crops.py).
 LPIPS    = sum over five VGG-16 layers of mean over pixels of sum_c w_c (f_c / |f| - g_c / |g|)^2
 ConvNeXt = |n(f) - n(g)|^2, f and g pooled features of ConvNeXt-V2, n its final LayerNorm (eps 1e-6);
-images go in as they are, in [-1, 1].
+images are not rescaled: they stay in [-1, 1].
 
-The networks are frozen, and a row's distance depends on that row alone. So the gradient is computed together
-with the distance, a few rows at a time: activations live for those rows only, and what is kept for the backward
-pass is one image per row and term.
+The networks are frozen, and a row's distance depends only on that row. So the gradient is computed together
+with the distance, a few rows at a time: activations exist only for those rows, and the backward pass keeps one
+image per row and term.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ VECTOR_EPS = 1e-10
 class LPIPSDistance(nn.Module):
     """LPIPS per row, of images in [-1, 1], from a `lpips.LPIPS` network (version 0.1, VGG trunk).
 
-    Takes ownership of the network. Its trunk runs in `dtype`; scaling the input and comparing features are in float32
-    at least. The value is the package's; a feature vector of zeros gets a zero gradient, where the package gives NaN.
+    Takes ownership of the network. Its trunk runs in `dtype`; scaling the input and comparing features use at least
+    float32. Values equal the package's; a feature vector of zeros gets a zero gradient, where the package gives NaN.
     """
 
     def __init__(self, network: Any, dtype: torch.dtype) -> None:
@@ -122,16 +122,16 @@ class _RowDistance(torch.autograd.Function):
 
 
 class PerceptualLoss(nn.Module):
-    """The perceptual function of `pmf_loss`: {"lpips": [B], "convnext": [B]} of x_hat and x.
+    """The perceptual function of `pmf_loss`: distances {"lpips": [B], "convnext": [B]} between x_hat and x.
 
-    `pmf_loss(..., perceptual=loss.for_step(seed))` makes a step's crops a function of that seed alone.
+    `pmf_loss(..., perceptual=loss.for_step(seed))` makes a step's crops depend only on that seed.
     Frozen and always in evaluation mode; gradients reach x_hat only. `PerceptualLoss.load` finds the weights.
     """
 
     def __init__(self, terms: Mapping[str, nn.Module], *, rows_at_once: int = 32) -> None:
-        """Args: `terms`, by name a module that gives distances [B] of images a and b [B, 3, 224, 224], rows apart
-        (`LPIPSDistance` as "lpips", `ConvNextDistance` as "convnext"); `rows_at_once`, the rows whose activations
-        are kept at one time.
+        """Args: `terms` maps a name to a module that gives distances [B] of images a and b [B, 3, 224, 224], each
+        row independently (`LPIPSDistance` as "lpips", `ConvNextDistance` as "convnext"); `rows_at_once` is the number
+        of rows whose activations are kept at one time.
         """
         super().__init__()
         require(rows_at_once >= 1, f"rows_at_once: expected at least 1, got {rows_at_once}")
@@ -154,10 +154,10 @@ class PerceptualLoss(nn.Module):
         """The published networks, or others from disk; needs the extra `perceptual`.
 
         lpips: "hub" (torchvision's VGG-16 weights, downloaded once), the path of torchvision's vgg16 state dict
-        (.pth or .safetensors), "random", or None for no such term; the layer weights w are the package's own.
+        (.pth or .safetensors), "random", or None to omit the term; the layer weights w are the package's own.
         convnext: "hub" (facebook/convnextv2-base-22k-224), another hub id, a directory that holds such a network,
         "random" (ConvNeXt-V2 Base), or None. "random" weights are a function of `seed`.
-        Errors: `InputError` names what is not installed, not found, or does not fit.
+        Errors: `InputError` names what is not installed, not found or of wrong shape.
         """
         require(dtype.is_floating_point, f"dtype: expected a floating dtype, got {dtype}")
         terms: dict[str, nn.Module] = {}
@@ -170,18 +170,18 @@ class PerceptualLoss(nn.Module):
         return cls(terms, rows_at_once=rows_at_once).to(device)
 
     def train(self, mode: bool = True) -> PerceptualLoss:
-        """Stays in evaluation mode, whatever a parent module is set to."""
+        """Stay in evaluation mode, whatever mode a parent module is set to."""
         return super().train(False)
 
     def for_step(self, seed: int) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
-        """The function of (x_hat, x) whose crops are drawn from `seed` (its low 32 bits), the same at every call."""
+        """A function of (x_hat, x) that draws its crops from `seed` (its low 32 bits), the same on every call."""
         return lambda x_hat, x: self(x_hat, x, torch.Generator().manual_seed(seed))
 
     def forward(self, x_hat: Tensor, x: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Distances per row, float32 [B] (float64 where the networks are), of images [B, 3, H, W] in [-1, 1].
+        """Distances per row, float32 [B] (float64 for float64 networks), of images [B, 3, H, W] in [-1, 1].
 
-        Crops are drawn on the CPU from `generator` (None: the default one). Waits for no device. Under autocast,
-        too, crops are made in float32 and networks run in their own dtype. Errors: `InputError` on bad shapes.
+        Crops are drawn on the CPU from `generator` (None: the default one), without waiting for a device. Even under
+        autocast, crops are made in float32 and networks run in their own dtype. Errors: `InputError` on bad shapes.
         """
         require(
             x.ndim == 4 and x.shape[1] == 3,
@@ -191,7 +191,7 @@ class PerceptualLoss(nn.Module):
         return self.distances(x_hat, x, draw_crops(len(x), x.shape[2], x.shape[3], generator))
 
     def distances(self, x_hat: Tensor, x: Tensor, boxes: Tensor) -> dict[str, Tensor]:
-        """As `forward`, at given boxes (top, left, height, width) [B, 4]."""
+        """`forward` with given boxes (top, left, height, width) [B, 4]."""
         if len(x) == 0:
             return {name: x_hat.sum((1, 2, 3)) for name in self.terms}
         a, b = (resize_crops(images, boxes, CROP_SIZE) for images in (x_hat, x.detach()))
@@ -201,7 +201,7 @@ class PerceptualLoss(nn.Module):
 
 @contextmanager
 def _loading(argument: str, source: str) -> Iterator[None]:
-    """Turn whatever fails while `argument` is loaded into a one-line `InputError`."""
+    """Turn any failure to load `argument` into a one-line `InputError`."""
     try:
         yield
     except ImportError as error:
@@ -213,10 +213,10 @@ def _loading(argument: str, source: str) -> Iterator[None]:
 
 @contextmanager
 def _own_kernels_hidden() -> Iterator[None]:
-    """Hide a clone's folder `kernels` from transformers, which looks for Hugging Face's package of that name."""
+    """Hide a clone's folder `kernels` from transformers, which would take it for Hugging Face's package `kernels`."""
     found, own = (importlib.util.find_spec(name) for name in ("kernels", "pmf.kernels"))
     files = [spec.origin for spec in (found, own) if spec is not None and spec.origin is not None]
-    shadowed = len(files) == 2 and os.path.samefile(*files)  # a clone reaches its folder by a link as well
+    shadowed = len(files) == 2 and os.path.samefile(*files)  # in a clone, pmf/kernels is a symlink to it
     if shadowed:
         sys.modules["kernels"] = None  # type: ignore[assignment]
     try:
@@ -255,8 +255,8 @@ def _read_state_dict(file: Path) -> dict[str, Tensor]:
 
 
 def _with_biases(network: Any) -> Any:
-    """The network with random biases: without any, a black image (what an untrained model predicts) stays zero in
-    every block, whose norm then has an overflowing gradient.
+    """Give the network random biases: without them, an image of zeros (an untrained model's prediction) stays zero in
+    every block, and the gradient of the block's norm overflows.
     """
     for name, parameter in network.named_parameters():
         if name.endswith("bias"):

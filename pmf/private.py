@@ -1,6 +1,6 @@
-"""Every private name of PyTorch that we use, in one place, as of torch 2.11.0 and 2.13.0.
+"""All private names of PyTorch that we use, as of torch 2.11.0 and 2.13.0.
 
-Those of Triton are in `pmf.kernels.launching`. test_private.py finds private names anywhere else.
+Those of Triton are in `pmf.kernels.launching`. test_private.py fails on private names anywhere else.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = [  # without public equivalents: torch.utils.pytree takes no is_leaf, 
     "tree_unflatten",
 ]
 
-# One launch for a list of tensors; torch.optim's own steps are made of them.
+# One launch for a list of tensors; torch.optim uses them too.
 foreach_add_ = torch._foreach_add_
 foreach_addcdiv_ = torch._foreach_addcdiv_
 foreach_addcmul_ = torch._foreach_addcmul_
@@ -46,7 +46,7 @@ SCALED_DOT_PRODUCT = {
 
 
 def constant(function: Callable) -> Callable:
-    """Compilers call `function` once, while tracing, and treat its result as a constant.
+    """Make compilers call `function` once, while tracing, and treat its result as a constant.
 
     `torch.compiler.assume_constant_result` sets the same mark, but importing the compiler takes a second.
     """
@@ -55,7 +55,7 @@ def constant(function: Callable) -> Callable:
 
 
 def open_batch(x: Tensor) -> None:
-    """Let compilers treat the batch size of x as dynamic; the public function fails where it turns out static."""
+    """Let compilers treat the batch size of x as dynamic; the public function fails if it turns out static."""
     torch._dynamo.maybe_mark_dynamic(x, 0)
 
 
@@ -67,17 +67,17 @@ def reread_buffers() -> None:
 
 
 def storage_id(x: Tensor) -> int:
-    """Identifies a storage, also where it has no memory, as those of fake and meta tensors."""
+    """An identifier of x's storage, even if that has no memory (fake and meta tensors)."""
     return x.untyped_storage()._cdata
 
 
 def forward_mode() -> bool:
-    """Whether forward-mode differentiation is active. Reads a variable, because Dynamo traces no call that tells."""
+    """Whether forward-mode differentiation is active; reads a variable, because Dynamo cannot trace such a query."""
     return forward_ad._current_level >= 0
 
 
 def apply_without_transforms(function: type[torch.autograd.Function]) -> Callable:
-    """`function.apply`, without its search for transforms and for what finished ones left behind."""
+    """`function.apply`, without its checks for transforms and for dead wrappers left by finished ones."""
     base: Any = super(torch.autograd.Function, function)
     return base.apply
 
@@ -88,7 +88,7 @@ def transforming() -> bool:
 
 
 def intercepted() -> bool:
-    """Whether anything but a compiler intercepts calls of operators.
+    """Whether anything but a compiler intercepts operator calls.
 
     That is: transforms, tracers, and modes (fake tensors, operation counters, selective checkpoints, default devices).
     """

@@ -1,4 +1,4 @@
-"""The authors' PyTorch checkpoints: names and shapes of their weights, and the way there and back."""
+"""The authors' PyTorch checkpoints: names and shapes of their weights, and conversion in both directions."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _affine(ours: str, theirs: str, shape: Shape) -> Iterator[tuple[str, str, Sh
 
 
 def _block_parameters(config: ModelConfig) -> Iterator[tuple[str, str, Shape]]:
-    """Those of one block: vectors have the same name in both, Linear weights do not."""
+    """The parameters of one block: vectors have the same name in both formats, Linear weights do not."""
     width, mlp, head = config.hidden_size, config.mlp_width, config.head_dim
     vectors = {"attn_scale": width, "mlp_scale": width, "norm1.weight": width, "norm2.weight": width}
     vectors |= {"attn.q_norm.weight": head, "attn.k_norm.weight": head}
@@ -70,7 +70,7 @@ def published_names(config: ModelConfig, heads: tuple[str, ...]) -> dict[str, st
 
 
 def _to_official(name: str, value: Tensor) -> Tensor:
-    """Tokens and positions carry a leading dimension of one in the published files."""
+    """Add the leading dimension of one that tokens and positions have in the published files."""
     return value[None] if name.startswith("conditioning.tokens") or name.endswith("positions") else value
 
 
@@ -79,12 +79,12 @@ def _from_official(name: str, value: Tensor) -> Tensor:
 
 
 def _rope_freqs(config: ModelConfig) -> Tensor:
-    """The derived complex buffer of the published files: cos + i sin."""
+    """The complex buffer cos + i sin, which the published files also hold."""
     return torch.complex(*rope_tables(config.grid_size, config.head_dim))
 
 
 def _prefixed(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The state dict of the authors' whole module; that of its network alone lacks the prefix "net."."""
+    """Prefix every key with "net.", as in the state dict of the authors' whole module, if none has the prefix."""
     bare = [key for key in state if not key.startswith("net.")]
     if not bare:
         return state
@@ -96,10 +96,10 @@ def _prefixed(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def infer_config(state: Mapping[str, Tensor]) -> ModelConfig:
-    """The network that a published state dict belongs to, read off its shapes.
+    """Infer the network's configuration from the shapes in a published state dict.
 
-    noise_scale is no weight: it comes from the preset of the same shapes, else it is 1.
-    Errors: a key that the shapes are read from is missing, or some keys start with "net." and others do not.
+    noise_scale is not a weight: it comes from the preset with the same shapes, else it is 1.
+    Errors: `InputError` if a key needed for this is missing, or if only some keys start with "net.".
     """
     state = _prefixed(state)
 
@@ -141,9 +141,9 @@ def _same_shapes(a: ModelConfig, b: ModelConfig) -> bool:
 def convert_official_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A published state dict under our names; it strict-loads into `create_model(...)`.
 
-    All keys start with "net.", or none does. Inference checkpoints (no v head) load with `aux_head=False`. The
-    derived buffer `net.rope_freqs` is checked against our tables and left out. Errors: `InputError` names the
-    first key that is missing, unexpected or of a wrong shape.
+    All keys must start with "net.", or none. Inference checkpoints (no v head) load with `aux_head=False`. The
+    derived buffer `net.rope_freqs` is checked against our tables and dropped. Errors: `InputError` names the
+    first key that is missing, unexpected or of wrong shape.
     """
     state = _prefixed(state)
     config = infer_config(state)
@@ -172,9 +172,9 @@ def _check_rope(got: Tensor, wanted: Tensor) -> None:
 
 
 def export_official_state_dict(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The way back: our state dict under the published names, `net.rope_freqs` included.
+    """Our state dict under the published names, with `net.rope_freqs`; the inverse of `convert_official_state_dict`.
 
-    Errors: `InputError` for an adaln network (the published format has none) or a missing key.
+    Errors: `InputError` on an adaln network (the published format has none) or a missing key.
     """
     require(
         config.conditioning == "in_context",

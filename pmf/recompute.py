@@ -34,8 +34,8 @@ def _join(values: list, dots: list, structure: Any) -> Any:
 def recompute_in_backward(layer: Callable, *inputs: Any, compiled: bool = False) -> Any:
     """`layer(*inputs)`, keeping only the values of `inputs` for backward.
 
-    The first run computes values and tangents, the run that backward triggers values alone. Tangents record
-    nothing, so both runs record the same operations.
+    The first run computes values and tangents, the run in backward only values. Tangents record nothing, so both
+    runs record the same operations.
 
     `compiled`: the graphs with and without tangents may save different tensors, so the first run records nothing and
     backward differentiates the second (reentrant checkpointing): `backward` works, `torch.autograd.grad` does not.

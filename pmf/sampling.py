@@ -40,12 +40,12 @@ def generate(
 ) -> Tensor:
     """Images [n, c, H, W] in about [-1, 1], one per label, on the model's device.
 
-    One step evaluates the network once: its output is the image. More steps divide [0, 1] evenly.
+    With one step, the network's output is the image. More steps divide [0, 1] evenly.
 
     Args: labels in [0, num_classes], num_classes being the null class; noise [n, c, H, W] of unit
     variance, or seeds, one integer per image (default 0, 1, 2, ...); omega >= 1, the guidance scale,
     and [t_min, t_max], its interval, default to the published setting of the model's preset;
-    batch_size images at a time, with a progress bar where asked for.
+    batch_size images at a time; progress shows a progress bar.
     Errors: `InputError` on labels out of range, both noise and seeds, wrong shapes, NaN, or no preset.
     """
     _check_count("steps", steps)
@@ -64,14 +64,14 @@ def generate(
 
 
 class Sampler:
-    """`generate` made fast: batches of one size in fixed buffers, with the blocks' weights joined once per call.
+    """A faster `generate`: batches of one size in fixed buffers, with the blocks' weights joined once per call.
 
-    On CUDA a batch is one CUDA graph, captured here, without Python's overhead and that of launches; elsewhere
-    it runs as it is. Both take blocks compiled by `model.compile_blocks()`. Everything runs in the model's
-    dtype (autocast is off): take a network of `dtype=torch.bfloat16`, built with `aux_head=False`, on a GPU.
+    On CUDA, the constructor captures a batch as one CUDA graph, which avoids the overhead of Python and of launches;
+    other devices run the same code without graphs. Blocks may be compiled by `model.compile_blocks()`. Everything
+    runs in the model's dtype (autocast is off): on a GPU, use `dtype=torch.bfloat16` and `aux_head=False`.
 
-    Args: as in `generate`. Errors: `InputError` on the same, and on a model whose parameters have been
-    replaced since (changes in place take effect).
+    Args: see `generate`. Errors: `InputError` as in `generate`, and if the model's parameters have been replaced
+    since construction (changes in place take effect).
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Sampler:
         seeds: Sequence[int] | None = None,
         progress: bool = False,
     ) -> Tensor:
-        """Images [n, c, H, W], float32, as `generate` draws them; a last batch that is not full is padded."""
+        """Images [n, c, H, W], float32, as from `generate`; a last batch that is not full is padded."""
         request = _Request.of(self.model.config, labels, noise, seeds)
         message = "model: its parameters were replaced, expected those the Sampler was built on"
         require(self._parameter_places() == self._places, message)
@@ -122,7 +122,7 @@ class Sampler:
 
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:
-        """Tensors made inside are no inference tensors: they can be written to in any mode later."""
+        """Disable gradients and autocast, and inference mode too: its tensors could not be written to outside it."""
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             yield
 
@@ -136,7 +136,7 @@ class Sampler:
             return _integrate(self.model, z, self._labels, self.steps, self._guidance)
 
     def _prepared(self, work: Callable[[], Result]) -> Callable[[], Result]:
-        """`work` as a CUDA graph with fixed results. Runs before the capture let compilers and libraries initialise."""
+        """Capture `work` as a CUDA graph with fixed outputs, after runs that initialise compilers and libraries."""
         if self.device.type != "cuda":
             return work
         graph = torch.cuda.CUDAGraph()
@@ -147,7 +147,7 @@ class Sampler:
                 for _ in range(2):
                     work()
             torch.cuda.current_stream().wait_stream(stream)
-            # thread_local: other threads, which pin a loader's batches, may go on meanwhile.
+            # thread_local: other threads, such as a loader's pinning thread, may call CUDA during the capture.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 results = work()
 
@@ -189,7 +189,7 @@ class _Request:
         return cls(labels, noise, seeds, shape)
 
     def parts(self, batch_size: int, progress: bool) -> Iterator[slice]:
-        """The batches, with a progress bar where asked for."""
+        """The batches, with a progress bar if requested."""
         starts = range(0, len(self.labels), batch_size)
         for start in tqdm(starts, desc="sampling", unit="batch", disable=not progress):
             yield slice(start, start + batch_size)
@@ -220,18 +220,18 @@ def _integers(name: str, values: Sequence[int] | Tensor) -> Tensor:
 
 
 def _guidance(config: ModelConfig, omega: float | None, t_min: float | None, t_max: float | None) -> Guidance:
-    """As given, else the published setting of the preset."""
+    """The guidance given, else the published setting of the network's preset."""
     preset = next((SAMPLING[name] for name, c in MODELS.items() if c == config), {})
 
     def chosen(name: str, given: float | None) -> float:
-        require(given is not None or name in preset, f"{name}: this network is no preset, so {name} must be given")
+        require(given is not None or name in preset, f"{name}: this network is not a preset, so {name} must be given")
         return preset[name] if given is None else given
 
     return Guidance(chosen("omega", omega), chosen("t_min", t_min), chosen("t_max", t_max))
 
 
 def _integrate(model: PMFDiT, z: Tensor, y: Tensor, steps: int, guidance: Guidance) -> Tensor:
-    """From z_1 to z_0 in equal steps; only the u head runs."""
+    """Integrate from z_1 to z_0 in equal steps; only the u head runs."""
     conditions = (guidance.omega, guidance.t_min, guidance.t_max)
     omega, t_min, t_max = (z.new_full((len(z),), value, dtype=torch.float32) for value in conditions)
     times = torch.linspace(1, 0, steps + 1, device=z.device)

@@ -21,16 +21,16 @@ def full(tensor: Tensor) -> Tensor:
 def whole(state: dict[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
     """A state dict with whole tensors on the CPU, as `pmf.save_model` takes it.
 
-    Every rank must call; those without `keep` get an empty one.
+    Every rank must call it; those without `keep` get an empty dict.
     """
     return {name: value.detach().cpu() for name, value in ((n, full(v)) for n, v in state.items()) if keep}
 
 
 @torch.no_grad()
 def give(target: Tensor, value: Tensor | None) -> None:
-    """Copy the whole tensor that rank 0 has into `target`, which every rank holds, whole or in shards.
+    """Copy rank 0's whole tensor into `target`, which every rank holds, whole or in shards.
 
-    Every rank must call; the values of others than rank 0 are not read.
+    Every rank must call it; only rank 0's `value` is read.
     """
     several = dist.is_initialized()
     empty = torch.empty(target.shape, dtype=target.dtype, device=target.device)

@@ -1,4 +1,4 @@
-"""Which rows of a batch need what, decided on the host before anything runs on the device.
+"""Plan which rows of a batch need which computation, on the host, before anything runs on the device.
 
 | rows                            | tangent | v_c                      | v_u |
 |---------------------------------|---------|--------------------------|-----|
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The table above for one step's draws, flow-matching rows first. Row indices and w' live on the CPU."""
+    """The table above for one step's draws, flow-matching rows first. Row indices and w' are on the CPU."""
 
     tangent_rows: int
     """B_dot: the last rows, whose du/dt the loss reads."""
@@ -49,7 +49,7 @@ class StepPlan:
         return cls(int((~draws.fm_mask).sum()), guided.nonzero()[:, 0], guidance)
 
     def padded_null_rows(self) -> Tensor:
-        """`null_rows`, padded with row 0 to a multiple of B / 16: few sizes to compile."""
+        """`null_rows`, padded with row 0 to a multiple of B / 16, so that few sizes are compiled."""
         granule = max(1, len(self.guidance) // 16)
         return F.pad(self.null_rows, (0, -len(self.null_rows) % granule))
 
@@ -81,10 +81,10 @@ class PlannedStep:
     null_index: Tensor
     null_rows: Tensor
     early_rows: Tensor
-    """Rows that the perceptual terms see: t < perceptual_max_t."""
+    """Rows with perceptual terms: t < perceptual_max_t."""
     dropped: Tensor
     order: Tensor | None
-    """Where each row came from; None where the rows came in this order."""
+    """The original index of each row; None if the rows were already in this order."""
     tangent_rows: int
 
     def last(self, value: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class PlannedStep:
 
 
 def plan_step(model: PMFDiT, x: Tensor, y: Tensor, draws: Draws, config: LossConfig) -> PlannedStep:
-    """Check a batch, plan its step on the host, and carry what it needs to the device in three copies.
+    """Check a batch, plan its step on the host, and move the plan to the device in three copies.
 
     Errors: `InputError` on a model without v head, bad shapes, labels, draws or NaN images.
     """

@@ -1,9 +1,9 @@
-"""Time functions fairly: in turn, on a cold L2; medians with quartiles, peak memory, and the machine's own ceilings.
+"""Compare the time of functions fairly: run in turn on a cold L2; medians, quartiles, peak memory, machine ceilings.
 
     for record in measure({"mine": lambda: my_step, "pmf": lambda: pmf_step}, torch.device("cuda")):
         print(record)
 
-`triton.testing` is no substitute: `do_bench` times one function after the other, so that clocks drift between rivals,
+`triton.testing` is not a substitute: `do_bench` times one function after the other, so clock speeds drift between them,
 and `do_bench_cudagraph` leaves L2 warm.
 """
 
@@ -23,16 +23,16 @@ from pmf.errors import first_line
 
 Run = Callable[[], Any]
 Providers = Mapping[str, Callable[[], Run]]
-"""Name -> what puts its inputs on the device and returns the function to time."""
+"""Name -> a function that puts the inputs on the device and returns the function to time."""
 Record = dict[str, Any]
 FEWEST = 3
-"""Repeats that a median and its quartiles need."""
+"""Minimum number of repeats for a median and quartiles."""
 PROFILE_ROWS = 25
-"""Operators that a record names; the whole table is a file of its own."""
+"""Operators listed in a record's profile; its `table` has all of them."""
 
 
 def failed(error: Exception | str) -> Record:
-    """A record of what could not be measured, and why."""
+    """A record of a failed measurement, with the reason."""
     reason = error if isinstance(error, str) else f"{type(error).__name__}: {first_line(error)[:300]}"
     return {"status": "failed", "error": reason}
 
@@ -47,13 +47,13 @@ def measure(
     detailed: bool = False,
     replaying: Collection[str] = (),
 ) -> Iterator[Record]:
-    """A record per provider: timed `repeats` times, in turn, fewer where all would not fit into `seconds`.
+    """Yield a record per provider: all are timed `repeats` times in turn, or fewer times to stay within `seconds`.
 
-    On CUDA, L2 is overwritten before each run. With `graphs` a run is replayed as a CUDA graph where it can be, so that
-    Python's launch cost does not count; then the current stream must not be the default one. `detailed` adds
-    `details`. `replaying`: providers that replay graphs of their own; see `warm_up`. A provider that fails costs no
-    other: its record has the status "failed" and an `error`. The others have `median_us`, `quartiles_us`, `repeats`,
-    `captured` (whether a graph was timed), and the memory that `warm_up` names.
+    On CUDA, L2 is overwritten before each run. With `graphs`, a run is replayed as a CUDA graph if it can be captured,
+    so that Python's launch cost does not count; the current stream must then not be the default one. `detailed` adds
+    `details`. `replaying` names providers that replay their own graphs; see `warm_up`. A provider that fails does not
+    affect others: its record has the status "failed" and an `error`. The other records have `median_us`,
+    `quartiles_us`, `repeats`, `captured` (whether a graph was timed), and the memory fields of `warm_up`.
     """
     runs: dict[str, Run] = {}
     records: dict[str, Record] = {}
@@ -84,17 +84,17 @@ def measure(
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has done what it was given."""
+    """Wait until a GPU has finished its work; a no-op on other devices."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def warm_up(run: Run, device: torch.device, replays: bool = False) -> tuple[Record, float]:
-    """Run three times; its memory, None without a GPU, and the seconds of the last run.
+    """Run three times; return the memory used (None without a GPU) and the seconds of the last run.
 
-    peak_bytes: the allocator's peak above what was allocated before, in the last run. A replayed graph allocates
-    nothing, so where the run `replays` one, in the first; a run with a method `peak_bytes` counts its own.
-    reserved_bytes: what the allocator holds, pools of graphs included.
+    peak_bytes: the allocator's peak in the last run above what was allocated before it; in the first run if the run
+    `replays` a graph, since a replay allocates nothing. A run with a method `peak_bytes` reports its own peak.
+    reserved_bytes: all memory that the allocator holds, including pools of graphs.
     """
     on_gpu, peaks, seconds = device.type == "cuda", [], 0.0
     for _ in range(3):
@@ -135,9 +135,9 @@ def _cuda_clock(device: torch.device) -> Callable[[Run], Callable[[], float]]:
 
 
 def graph_of(run: Run) -> Run | None:
-    """What replays the run as a CUDA graph; None where it cannot be captured.
+    """A function that replays the run as a CUDA graph, or None if the run cannot be captured.
 
-    Captured on the current stream, which must not be the default one: backward runs on the stream that forward was
+    Captures on the current stream, which must not be the default one: backward runs on the stream that forward was
     recorded on, and a failed capture leaves its own stream current.
     """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
@@ -162,10 +162,10 @@ def ceilings(device: torch.device) -> dict[str, float]:
 
 
 def details(run: Run, device: torch.device, repeats: int = 5) -> Record:
-    """Of a whole step: what the host takes, and what its kernels and operators do.
+    """Host time of a whole step, and the time of its kernels and operators.
 
-    host_us: median to enqueue a run, which starts on an idle device and does not wait. busy_us, launches: of all
-    kernels, None on the CPU. profile: operators by the time of what they launched. table: kernels and operators.
+    host_us: median time to enqueue a run on an idle device, without waiting for it. busy_us, launches: totals over all
+    kernels, None on the CPU. profile: operators, sorted by time spent in their launches. table: kernels and operators.
     """
     host = []
     for _ in range(repeats):

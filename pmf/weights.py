@@ -24,7 +24,7 @@ from pmf.published_weights import convert_official_state_dict, infer_config
 def save_model(path: str | Path, config: ModelConfig, state: Mapping[str, Tensor], **metadata: object) -> None:
     """Write a state dict with its configuration (and JSON metadata) as one safetensors file, atomically.
 
-    Errors: `InputError` when `path` cannot be written; nothing half-written is left behind.
+    Errors: `InputError` if `path` cannot be written; no partial file is left behind.
     """
     info = {"pmf_config": json.dumps(asdict(config)), "pmf_metadata": json.dumps(metadata)}
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
@@ -70,11 +70,11 @@ def _read(file: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
 
 
 def _content(file: Path) -> tuple[dict[str, str], dict]:
-    """The metadata of a checkpoint file, and what it holds."""
+    """The metadata of a checkpoint file, and its contents."""
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as reader:
                 return reader.metadata() or {}, {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
         return {}, torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # reading a torn file can raise anything
+    except Exception as error:  # reading a corrupt file can raise anything
         raise InputError(f"source: {file} is not a readable checkpoint: {first_line(error)}") from error

@@ -1,4 +1,4 @@
-"""Batches as functions of (seed, step): a run resumes at any step exactly, with no saved state."""
+"""Batches that depend only on (seed, step): a run resumes exactly at any step, without saved state."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from pmf.images import to_float
 MAX_CORRUPT = 100
 PREFETCH = 4
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""They ask a run to save and stop. Slurm sends SIGUSR1 before the time is up, when asked to by --signal=USR1@60."""
+"""Signals that ask a run to save and stop. Slurm's --signal=USR1@60 sends SIGUSR1 60 seconds before the time limit."""
 
 log = logging.getLogger(__name__)
 
 
-@lru_cache(maxsize=2)  # a batch may lie across two epochs; the next one starts with the second
+@lru_cache(maxsize=2)  # a batch may span two epochs, and the next batch starts in the second
 def epoch_order(length: int, seed: int, epoch: int) -> Tensor:
-    """The permutation int64 [length] in which an epoch shows the images. Do not write to it: it is cached."""
+    """The order of an epoch's images, a permutation int64 [length]. Do not write to it: it is cached."""
     generator = torch.Generator().manual_seed(step_seed(seed, epoch, "epoch"))
     return torch.randperm(length, generator=generator)
 
@@ -37,17 +37,17 @@ def epoch_order(length: int, seed: int, epoch: int) -> Tensor:
 class Loader:
     """An endless iterator over the training batches of one rank.
 
-    The permutations of epochs 0, 1, ... follow one another without a gap. Step s sees positions [s B, (s + 1) B) of
-    them, B being `batch_size`, the global batch; rank k of W gets the k-th of its W contiguous parts. A loader with
-    `first_step` therefore continues a run exactly, on any number of ranks and workers.
+    The permutations of epochs 0, 1, ... are concatenated. Step s reads positions [s B, (s + 1) B) of them, where B is
+    `batch_size`, the global batch; rank k of W gets the k-th of W contiguous parts. A loader with `first_step`
+    therefore continues a run exactly, on any number of ranks and workers.
 
     Yields (x, y): x float32 [B / W, c, H, W] in [-1, 1] and y int64 [B / W] on `device`. `workers` processes read
-    ahead (0: the caller reads); for CUDA their bytes travel through pinned memory and are scaled on the device. With
-    `flip`, each image is mirrored, left to right, with probability 1/2, by a draw that is a function of (seed, step)
-    and its place in the global batch.
+    ahead (0: the caller reads). For CUDA, batches are copied through pinned memory, and bytes are scaled on the device.
+    With `flip`, each image is mirrored left to right with probability 1/2; the draw depends only on (seed, step)
+    and the image's place in the global batch.
 
-    An image that cannot be read is named in a warning and replaced by the next index that can be, so that batches
-    keep their size and every run makes the same replacement. Errors: `InputError` if the batch does not divide by the
+    An unreadable image is named in a warning and replaced by the next readable one, so that batches keep their size
+    and every run makes the same replacement. Errors: `InputError` if the batch is not divisible by the number of
     ranks, and once this rank has met more than `max_corrupt` different unreadable images.
     """
 
@@ -85,7 +85,7 @@ class Loader:
             pin_memory=self.device.type == "cuda",
             prefetch_factor=PREFETCH if workers else None,
             worker_init_fn=_ignore_stop_signals,
-            generator=torch.Generator(),  # else it would draw from, and move, the global one
+            generator=torch.Generator(),  # else it would draw from the global generator
         )
         # Block the signals until the workers ignore them.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -93,11 +93,11 @@ class Loader:
             self._batches = [iter(loader)]
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        # At exit multiprocessing sends SIGTERM, which workers ignore: they must be gone by then.
+        # At exit, multiprocessing sends SIGTERM, which workers ignore, so end them before that.
         Finalize(self, self._batches.clear, exitpriority=100)
 
     def close(self) -> None:
-        """End the workers; dropping the loader does so too."""
+        """End the workers. Deleting the loader does the same."""
         self._batches.clear()
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -127,7 +127,7 @@ class Loader:
 def _shares(
     length: int, batch_size: int, seed: int, rank: int, world: int, first_step: int, flip: bool
 ) -> Iterator[list[tuple[int, bool]]]:
-    """For each step, what one rank sees: indices, and whether each image is mirrored."""
+    """For each step, the images of one rank: the index of each, and whether it is mirrored."""
     share = batch_size // world
     for step in itertools.count(first_step):
         mirrored = torch.zeros(batch_size, dtype=torch.bool)
@@ -141,9 +141,9 @@ def _shares(
 
 @dataclass(frozen=True)
 class _Images(Dataset):
-    """Item (index, mirror) is an image with its label and what could not be read before it.
+    """Item (index, mirror) is an image, its label, and the failures to read the images before it.
 
-    The image is None where one more than `max_corrupt` in a row could not be read.
+    The image is None if more than `max_corrupt` images in a row are unreadable, or all are.
     """
 
     data: TrainingData
@@ -170,6 +170,6 @@ def _collate(
 
 
 def _ignore_stop_signals(worker: int) -> None:
-    """Signals that ask a run to save and stop reach its whole process group; the last batches must still come."""
+    """Ignore the stop signals: they reach the whole process group, but workers must still deliver the last batches."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

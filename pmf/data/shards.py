@@ -1,9 +1,9 @@
 """Prepared images: Arrow files at the training size, mapped into memory and read by index.
 
-Shard i of a directory, `shard-00000i.arrow`, has one row for each position [i n, (i + 1) n) of the source, so that it
-can be made again alone. A row holds the image, its label, its key in the source, and a checksum of image and label; or,
-if the picture cannot be used, the reason. The metadata says what the shard was made from and how. The last shard has
-fewer than n rows, none if need be. `classes.txt` names the classes, one a line, and is written last.
+Shard i of a directory, `shard-00000i.arrow`, has one row for each position [i n, (i + 1) n) of the source, so that a
+single shard can be made again. A row holds the image, its label, its key in the source, and a checksum of image and
+label; or, if the picture cannot be used, the reason. The metadata records the shard's source and settings. The last
+shard has fewer than n rows, possibly none. `classes.txt` names the classes, one per line, and is written last.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ CLASSES_FILE = "classes.txt"
 COLUMNS = dict(image=pa.large_binary(), label=pa.int32(), key=pa.string(), checksum=pa.int64(), reason=pa.string())
 SCHEMA = pa.schema(COLUMNS)
 BATCH = 64
-"""Rows that are gathered before they are copied into Arrow."""
+"""Number of rows gathered before they are copied into Arrow."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a shard was made from and how; all shards of a directory have the same."""
+    """A shard's source and how it was prepared; the same for all shards of a directory."""
 
     source: str
     fingerprint: str
     size: int
     encoding: str
-    """npy (bare bytes of uint8 [3, size, size]), png or jpg."""
+    """npy (raw bytes of uint8 [3, size, size]), png or jpg."""
     shard_images: int
     """Positions of the source per shard, the n above."""
 
@@ -57,12 +57,12 @@ def shard_file(directory: Path, number: int) -> Path:
 
 
 def checksum(image: bytes | pa.Buffer, label: int) -> int:
-    """XXH3 of an image's bytes, seeded by its label: 63 of its 64 bits, which int64 can hold."""
+    """XXH3 of an image's bytes, seeded by its label: 63 of its 64 bits, to fit into int64."""
     return xxhash.xxh3_64_intdigest(image, seed=label) >> 1
 
 
 def write_shard(file: Path, settings: Settings, rows: Iterator[dict[str, Any]]) -> None:
-    """Write the rows of a shard, atomically. Errors: `InputError` on a full disk and the like."""
+    """Write the rows of a shard, atomically. Errors: see `write_atomically`."""
     batches = []
     while some := list(itertools.islice(rows, BATCH)):
         batches.append(pa.RecordBatch.from_pylist(some, SCHEMA))
@@ -77,7 +77,7 @@ def write_shard(file: Path, settings: Settings, rows: Iterator[dict[str, Any]]) 
 
 
 def open_shard(file: Path) -> pa.Table:
-    """Map a shard into memory. Errors: `InputError` where it is missing or torn."""
+    """Map a shard into memory. Errors: `InputError` if it is missing or torn."""
     try:
         table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
         table.validate(full=True)  # else a flipped bit in an offset could crash the process
@@ -98,9 +98,9 @@ def settings_of(table: pa.Table) -> Settings:
 class PreparedShards:
     """Training data from a directory that `pmf data prepare` filled: uint8 [3, H, W] and labels, read by index.
 
-    Processes share the mapped files. Every image that is read is checked against its checksum.
-    Errors: `InputError` where the directory is not complete or was prepared by an earlier version, or names all shards
-    that are missing or torn.
+    Processes share the mapped files. Every image is checked against its checksum when it is read.
+    Errors: `InputError` if the directory is not complete, was prepared by an earlier version, or has missing or torn
+    shards, all of which it names.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -136,7 +136,7 @@ class PreparedShards:
 
     @property
     def num_classes(self) -> int:
-        """How many classes the source names, or one more than its largest label."""
+        """Number of classes that the source names, or one more than its largest label."""
         return len(self.classes)
 
     def __len__(self) -> int:
@@ -153,7 +153,7 @@ class PreparedShards:
         return data, label
 
     def read(self, index: int) -> tuple[Tensor, int]:
-        """(image, label). Errors: as `stored`."""
+        """(image, label). Errors: see `stored`."""
         data, label = self.stored(index)
         if self.settings.encoding == "npy":
             return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(self.image_shape), label

@@ -1,4 +1,4 @@
-"""What training data is: labelled images of one shape, read by index."""
+"""The protocol of training data: labelled images of one shape, read by index."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The published optimizer: Muon on Linear weights, Nesterov Adam on the rest, and moving averages of the weights.
 
-All of it works on plain parameters, under DDP and on the DTensors of FSDP2.
+All of them work on plain parameters, with DDP, and on the DTensors of FSDP2.
 """
 
 from pmf.optim.ema import EMA

@@ -1,4 +1,4 @@
-"""Continuing a run of the authors: their train state's weights, averages and moments become those of ours."""
+"""Continue a run of the authors: load their train state's weights, averages and moments into a run of ours."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Optimizers = Mapping[str, torch.optim.Optimizer]
 
 
 def check_fits(state: TrainState, model: nn.Module, averages: Averages, optimizers: Optimizers) -> None:
-    """Errors: `InputError` where a run of this network, averages and optimizers cannot go on from that state.
+    """Raise `InputError` if a run of this network, averages and optimizers cannot resume from that state.
 
-    `averages` and `optimizers` are by name, as `build_optimizers` gives them: {"ema_500": EMA, ...}.
+    `averages` are by name, {"ema_500": EMA, ...}; `optimizers` are as from `build_optimizers`.
     """
     missing = [name for name in averages if name not in state.averages]
     require(not missing, f"ema_half_lives: init holds {', '.join(state.averages)}, got {', '.join(missing)}")
@@ -33,9 +33,9 @@ def check_fits(state: TrainState, model: nn.Module, averages: Averages, optimize
 def fill_run(
     state: TrainState | None, count: int, model: nn.Module, averages: Averages, optimizers: Optimizers
 ) -> None:
-    """Fill a run with a train state: weights, averages, moments, and `count`, the updates the moments have seen.
+    """Fill a run from a train state: weights, averages, moments, and `count`, the updates that the moments include.
 
-    Every rank must call. Only rank 0 needs the state; the others receive their parts, whole or in shards, from it.
+    Every rank must call it. Only rank 0 needs the state; the others receive theirs from it, whole or in shards.
     """
     held = _state_tensors(state, averages) if state else {}
     for name, tensor in _run_tensors(model, averages, optimizers).items():
@@ -46,7 +46,7 @@ def fill_run(
 
 
 def _run_tensors(model: nn.Module, averages: Averages, optimizers: Optimizers) -> dict[str, Tensor]:
-    """The tensors of a run that a training state fills, by name and kind. Moments that are not there begin at zero."""
+    """The tensors of a run that a train state fills, by name and kind. Creates missing moments as zeros."""
     names = {p: name for name, p in model.named_parameters()}
     tensors = {name: p.detach() for p, name in names.items()}
     for kind, average in averages.items():
@@ -60,7 +60,7 @@ def _run_tensors(model: nn.Module, averages: Averages, optimizers: Optimizers) -
 
 
 def _state_tensors(state: TrainState, averages: Averages) -> dict[str, Tensor]:
-    """The tensors of a training state as `_run_tensors` names them."""
+    """The tensors of a train state, named as in `_run_tensors`."""
     tensors = dict(state.model)
     for kind in averages:
         tensors |= {f"{name} of {kind}": value for name, value in state.averages[kind].items()}

@@ -15,8 +15,8 @@ class EMA:
     average = beta average + (1 - beta) p, beta = 0.5^(batch / max(half_life, 1e-8)),
     half_life = min(1000 half_life_kimg, 0.05 images_seen), in images.
 
-    `average` holds it by parameter name, in the parameters' dtype and, under FSDP2, in their shards: construct it after
-    `fully_shard`.
+    `average` holds it by parameter name, in the parameters' dtype. With FSDP2 it is sharded like the parameters:
+    construct it after `fully_shard`.
     """
 
     def __init__(self, model: nn.Module, half_life_kimg: float) -> None:
@@ -25,7 +25,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, batch: int, images_seen: int) -> None:
-        """Move towards the model after a step of `batch` images, which images_seen includes."""
+        """Move the average towards the model after a step of `batch` images; images_seen includes them."""
         half_life = min(self.half_life_kimg * 1000, 0.05 * images_seen)
         beta = 0.5 ** (batch / max(half_life, 1e-8))
         averages = [local(value) for value in self.average.values()]

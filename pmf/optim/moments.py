@@ -1,4 +1,4 @@
-"""What Muon and Adam share: running means of gradients with bias correction, on this rank's part of each parameter."""
+"""Common to Muon and Adam: running means of gradients with bias correction, on this rank's part of each parameter."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ State = dict[str, Tensor]
 
 
 def initialise_state(state: State, p: Tensor, names: Sequence[str]) -> None:
-    """Give a parameter without state zero moments of these names and a step count of zero.
+    """Initialise an empty state with zero moments of these names and a step count of zero.
 
-    The count is on the CPU, so that reading it never waits for a GPU, and in float32 whatever the default dtype is:
-    bfloat16 can count only to 256.
+    The count is on the CPU, so that reading it never waits for a GPU, and always in float32: a default dtype of
+    bfloat16 could count only to 256.
     """
     if not state:
         state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")

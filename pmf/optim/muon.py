@@ -1,4 +1,4 @@
-"""Muon (Jordan et al. 2024): orthogonalised momentum. Equal shapes are iterated together, and ranks share the work."""
+"""Muon (Jordan et al. 2024): orthogonalised momentum. Matrices of one shape are batched, and ranks share the work."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CHUNK_VALUES = 2**27
 
 
 def orthogonalise(x: Tensor, steps: int) -> Tensor:
-    """Newton-Schulz: each matrix of x [n, r, c] with its singular values moved to about 1.
+    """Newton-Schulz iteration: move the singular values of each matrix of x [n, r, c] to about 1.
 
     Products are in bfloat16 on CUDA, which is accurate enough and several times faster, else in the dtype of x.
     """
@@ -47,9 +47,9 @@ class Muon(torch.optim.Optimizer):
     momentum_buffer, shaped like it, and step, on the CPU. Matrices of one shape are orthogonalised in one batch of
     `steps` iterations (`orthogonalise`).
 
-    `parameters` are matrices [r, c], as of `pmf.optim.split_parameters`. `mesh`: the device mesh that holds them,
+    `parameters` are matrices [r, c], as from `pmf.optim.split_parameters`. `mesh`: the device mesh that holds them,
     replicated (DDP) or sharded (FSDP2). Each of its ranks orthogonalises its share of the matrices and sends the result
-    to the others; without a mesh every rank does all of it.
+    to the others; without a mesh, every rank orthogonalises all matrices.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Muon(torch.optim.Optimizer):
         """orthogonalise(update) for the local parts [n, r_local, c] of matrices with equal placements."""
         if self.mesh is None:
             return orthogonalise(update, steps)
-        # The placements of the matrices behind a batch dimension; then whole matrices, a share on every rank.
+        # Placements of the matrices after a batch dimension; then redistribute, so that each rank has whole matrices.
         placements: list[Placement] = [Replicate()] * self.mesh.ndim
         if isinstance(matrices[0], DTensor):
             placements = [Shard(p.dim + 1) if isinstance(p, Shard) else p for p in matrices[0].placements]

@@ -1,4 +1,4 @@
-"""Which optimizer updates which parameter, the settings of both, and the learning rate over a run."""
+"""Assign each parameter to an optimizer, configure both optimizers, and schedule the learning rate."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ class OptimizerConfig:
     adam_eps: float = 1e-8
     """Offset of Adam's denominator."""
     warmup_steps: int = 0
-    """Steps over which the learning rate rises linearly from zero, its value in the first (0: none, as published)."""
+    """Steps of linear warm-up; the learning rate of the first step is zero (0: no warm-up, as published)."""
     decay_share: float = 0.0
-    """Share of the run, at its end, over which the learning rate falls (0: constant, as published). It begins after
-    the warm-up."""
+    """Share of the run, at its end, over which the learning rate decays (0: constant, as published). The decay
+    starts after the warm-up."""
     decay: Literal["linear", "cosine"] = "linear"
-    """How it falls: in a straight line, or along half a cosine."""
+    """Shape of the decay: a straight line or half a cosine."""
     decay_to: float = 0.0
-    """What it falls to, as a share of the learning rate."""
+    """Final learning rate of the decay, as a share of `learning_rate`."""
     clip_norm: float = 0.0
-    """Clip the norm of the whole gradient to this (0: never, as published)."""
+    """Clip the norm of the whole gradient to this value (0: no clipping, as published)."""
 
     def __post_init__(self) -> None:
         within = {
@@ -88,8 +88,8 @@ def build_optimizers(
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     """The learning rate of step `step` (from 0) of `steps`.
 
-    It rises as step / warmup_steps. Over the decay, of which x is the share that has passed, it falls to decay_to by
-    the factor 1 - x (linear) or (1 + cos(pi x)) / 2 (cosine).
+    It rises as step / warmup_steps. After the share x of the decay, the part of it above decay_to is multiplied by
+    1 - x (linear) or (1 + cos(pi x)) / 2 (cosine).
     """
     risen = min(1.0, step / config.warmup_steps) if config.warmup_steps else 1.0
     begin = max(steps * (1 - config.decay_share), config.warmup_steps)

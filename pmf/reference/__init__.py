@@ -1,10 +1,9 @@
 """The specification: every op in eager PyTorch, any dtype, any device, tangents as explicit formulas.
 
-Inputs that may move, and all results, are `Dual`s; `pmf.kernels.library` has functions of the same signatures. The
-value is recorded by autograd as usual; the tangent is computed without recording. A tangent of None is
-zero, and so is the tangent of the result when every tangent is None. Tangents cover the last
-B_dot samples of the batch. Sums and statistics are accumulated in float32, or in float64 for
-float64 inputs.
+Inputs that may have tangents, and all results, are `Dual`s; `pmf.kernels.library` has functions of the same
+signatures. Autograd records the value as usual, but not the tangent. A tangent of None is zero; if every tangent is
+None, so is the result's. Tangents cover the last B_dot samples of the batch. Sums and statistics are accumulated in
+float32, or in float64 for float64 inputs.
 """
 
 from pmf.reference.attention import attention

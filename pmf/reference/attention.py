@@ -52,7 +52,7 @@ def _tangent(
     v_dot: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """o_dot of heads [B H, S, D], in the dtype in which sums are taken."""
+    """o_dot of heads [B H, S, D], in the accumulation dtype."""
     s_dot = total(
         None if q_dot is None else accumulate(torch.bmm(q_dot, k.mT)),
         None if k_dot is None else accumulate(torch.bmm(q, k_dot.mT)),

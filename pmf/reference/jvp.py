@@ -11,9 +11,9 @@ from torch import Tensor
 def model_jvp(model, z, t, h, omega, t_min, t_max, y, z_dot, t_dot, h_dot) -> tuple[Tensor, Tensor | None, Tensor]:
     """u, v and du/dt by `torch.func.jvp` of `model.forward` along (z_dot, t_dot, h_dot).
 
-    Tangents of B_dot < B rows are padded with zeros in front; u_dot comes back for the last B_dot
-    rows, as from `model.forward_dual`. Meant for float64 and small networks: every activation's
-    tangent is recorded too.
+    Tangents of B_dot < B rows are padded with zeros in front; u_dot covers the last B_dot rows, as
+    in `model.forward_dual`. Meant for float64 and small networks: every activation's tangent is
+    recorded too.
     """
     rows = z_dot.shape[0]
 
@@ -32,7 +32,7 @@ def model_jvp(model, z, t, h, omega, t_min, t_max, y, z_dot, t_dot, h_dot) -> tu
 
 
 def two_pass_jvp(model, *inputs: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The same with a tangent that is not recorded, and u and v from a second, recorded forward pass."""
+    """As `model_jvp`, but without recording the tangent: u and v come from a second, recorded forward pass."""
     with torch.no_grad():
         _, _, u_dot = model_jvp(model, *inputs)
     u, v = model(*inputs[:7])

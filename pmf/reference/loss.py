@@ -1,8 +1,8 @@
-"""The pMF loss as the paper writes it (arXiv 2601.22158): every equation a line, every row evaluated.
+"""The pMF loss as the paper writes it (arXiv 2601.22158): one line per equation, evaluated on every row.
 
-The oracle that tests hold `pmf.pmf_loss` to, and the plain script that benchmarks compare it with. Any dtype, any
-device. The network is called as a script calls it, `u, v = model(z, t, h, omega, t_min, t_max, y)` with h = t - r;
-the null class is num_classes, and v belongs to h = 0 on the guidance interval [0, 1].
+Tests check `pmf.pmf_loss` against it, and benchmarks use it as the plain baseline. It takes any dtype and device. The
+network is called as in a user's script, `u, v = model(z, t, h, omega, t_min, t_max, y)` with h = t - r. The null class
+is num_classes; the guidance passes v_c and v_u have h = 0 and the guidance interval [0, 1].
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from pmf.model import PMFDiT
 
 Differentiate = Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
-"""(model, z, t, h, omega, t_min, t_max, y, z_dot, t_dot, h_dot) -> u, v and du/dt: how du/dt is taken.
+"""A way to compute du/dt: (model, z, t, h, omega, t_min, t_max, y, z_dot, t_dot, h_dot) -> u, v and du/dt.
 
 `pmf.reference.jvp.model_jvp` records the tangent too; `two_pass_jvp` there and `pmf.PMFDiT.forward_dual` do not.
 """
 
 
 class Fields(NamedTuple):
-    """The images [B, c, H, W] that the loss is made of."""
+    """The images [B, c, H, W] from which the loss is computed."""
 
     z_t: Tensor
     v_t: Tensor
@@ -106,5 +106,5 @@ def pmf_loss(
 
 
 def image(scalars: Tensor) -> Tensor:
-    """[B] -> [B, 1, 1, 1], which multiplies images."""
+    """[B] -> [B, 1, 1, 1], which broadcasts over images."""
     return scalars[:, None, None, None]

@@ -1,4 +1,4 @@
-"""Normalise and modulate, alone and behind a gated residual."""
+"""Normalise and modulate, alone and after a gated residual."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def _normalise_dot(n: Tensor, rstd: Tensor, x_dot: Tensor, kind: Kind) -> Tensor
 
 
 class _Normalise(torch.autograd.Function):
-    """`_statistics`, recorded as n and rstd alone: n's Jacobian is symmetric, so its gradient is its tangent's formula.
+    """`_statistics`, saving only n and rstd: n's Jacobian is symmetric, so its gradient has the tangent's formula.
 
-    rstd moves by -rstd^2 mean(n c_dot).
+    The tangent of rstd is -rstd^2 mean(n c_dot).
     """
 
     @staticmethod
@@ -56,7 +56,7 @@ def _normalise(x: Tensor, kind: Kind, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _per_token(modulation: Tensor | None) -> Tensor | None:
-    """[B, C] as [B, 1, C], [C] as it is: broadcastable to [B, S, C]."""
+    """[B, C] as [B, 1, C], [C] unchanged: broadcastable to [B, S, C]."""
     if modulation is None:
         return None
     modulation = accumulate(modulation)
@@ -64,7 +64,7 @@ def _per_token(modulation: Tensor | None) -> Tensor | None:
 
 
 def _rows(parameter: Tensor | None, rows: int) -> Tensor | None:
-    """The last `rows` samples of a per-sample modulation; a per-channel one has none to choose."""
+    """The last `rows` samples of a per-sample modulation; a per-channel one as a whole."""
     if parameter is None or parameter.ndim < 3:
         return None if parameter is None else parameter.detach()
     return tail(parameter, rows)

@@ -1,4 +1,4 @@
-"""From the heads' clean-image predictions to the pMF squared errors (arXiv 2601.22158).
+"""The pMF squared errors of the heads' clean-image predictions (arXiv 2601.22158).
 
 Everything is computed on tokens, in the layout of `patchify`. With c = clip(t, t_clip, 1):
 
@@ -8,8 +8,8 @@ Everything is computed on tokens, in the layout of `patchify`. With c = clip(t, 
     V      = u + h stopgrad(du/dt)
     v_g    = v_t + guidance (v_c - v_n) = (z - x_g) / c,   x_g = x + guidance (net_c - net_n)
 
-so that V - v_g = (x_g - net_u) / c + h du/dt and v - v_g = (x_g - net_v) / c: no difference of two
-large numbers divided by a small c.
+so that V - v_g = (x_g - net_u) / c + h du/dt and v - v_g = (x_g - net_v) / c, which avoids the
+difference of two large quotients by a small c.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _per_row(scalar: Tensor, like: Tensor) -> Tensor:
 
 
 def _conditional(net_v: Tensor, net_c: Tensor | None) -> Tensor:
-    """net_c for the last B_dot rows, the main pass's own v head (same inputs) for those before."""
+    """net_c for the last B_dot rows; for earlier rows the main pass's own v head, which has the same inputs."""
     own = accumulate(net_v.detach())
     if net_c is None:
         return own
@@ -45,7 +45,7 @@ def _guided_image(x: Tensor, net_c: Tensor, net_n: Tensor | None, null_index: Te
 
 @torch.no_grad()
 def _du_dt(net_u: Tensor, net_u_dot: Tensor | None, net_c: Tensor, z: Tensor, t: Tensor, t_clip: float) -> Tensor:
-    """du/dt along (v_c, 1, 0): on the last B_dot rows, zero before them."""
+    """du/dt along (v_c, 1, 0) on the last B_dot rows; zero on earlier rows."""
     result = torch.zeros_like(z)
     if net_u_dot is None:
         return result
@@ -59,7 +59,7 @@ def _du_dt(net_u: Tensor, net_u_dot: Tensor | None, net_c: Tensor, z: Tensor, t:
 
 
 def _terms(net_u, net_v, net_u_dot, net_c, net_n, z, x, t, null_index, guidance, t_clip, patch_size):
-    """The tokens everything is made of: z, x_g, net_c, du/dt and 1 / c."""
+    """The terms of all results, as tokens: z, x_g, net_c, du/dt and 1 / c."""
     z, x = accumulate(patchify(z, patch_size)), accumulate(patchify(x, patch_size))
     net_c = _conditional(net_v, net_c)
     x_g = _guided_image(x, net_c, net_n, null_index, guidance)
@@ -108,7 +108,7 @@ def pmf_objective_fields(
     t_clip: float,
     patch_size: int,
 ) -> dict[str, Tensor]:
-    """The images v_c, v_g, u, du_dt and v that the objective is made of."""
+    """The objective's fields v_c, v_g, u, du_dt and v, as images."""
     z_tokens, x_g, net_c, du_dt, inverse_c = _terms(
         net_u, net_v, net_u_dot, net_c, net_n, z, x, t, null_index, guidance, t_clip, patch_size
     )

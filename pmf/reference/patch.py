@@ -32,7 +32,7 @@ def patch_embed(
     *,
     dtype: torch.dtype | None = None,
 ) -> Dual:
-    """[prefix, conv1x1(conv_p(images))] + positions, and its tangent; products are taken in `dtype`."""
+    """[prefix, conv1x1(conv_p(images))] + positions, and its tangent; products are computed in `dtype`."""
     weight1, bias1, weight2, bias2 = (w.to(dtype or w.dtype) for w in (weight1, bias1, weight2, bias2))
     patch_size = weight1.shape[-1]
 

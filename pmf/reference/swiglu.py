@@ -20,7 +20,7 @@ def swiglu(x: Dual) -> Dual:
     with torch.no_grad():
         a_dot, b_dot = accumulate(x.dot).chunk(2, -1)
         a, b, silu = (tail(v, x.dot.shape[0]) for v in (a, b, silu))
-        # silu' = sigmoid + silu (1 - sigmoid): from silu towards 1 by the sigmoid.
+        # silu' = sigmoid + silu (1 - sigmoid), which interpolates from silu to 1 with the weight sigmoid.
         slope = torch.lerp(silu, silu.new_ones(()), torch.sigmoid(a))
         y_dot = slope.mul_(a_dot).mul_(b).addcmul_(silu, b_dot)
         return Dual(y, y_dot.to(dtype))

@@ -1,4 +1,4 @@
-"""Precision and recording in the tangent formulas; what only adds and selects is in `pmf.dual`."""
+"""Precision and recording in the tangent formulas; helpers that only add and select are in `pmf.dual`."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pmf.private import transforming
 
 
 def own_gradient(x: Tensor) -> bool:
-    """Whether a gradient formula of our own may be recorded for x; compilers and transforms derive theirs."""
+    """Whether to record our own gradient formula for x; compilers and transforms derive theirs."""
     return torch.is_grad_enabled() and x.requires_grad and not (torch.compiler.is_compiling() or transforming())
 
 
 def accumulate(value: Tensor) -> Tensor:
-    """`value` in the dtype in which sums are taken: float32, or float64 for float64."""
+    """`value` in the accumulation dtype: float32, or float64 for float64."""
     return value if value.dtype in (torch.float32, torch.float64) else value.float()
 
 
 def plus_product(sum: Tensor | None, a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """sum + a b in the dtype in which sums are taken; None is zero."""
+    """sum + a b in the accumulation dtype; None is zero."""
     if sum is not None:
         sum = accumulate(sum)
     if a is None or b is None:

@@ -109,12 +109,12 @@ def test_without_the_hub_its_cache_serves(root, tmp_path):
     with serve(root) as (address, _):
         load(tmp_path, address, ("someone/pMF", "pMF-B-16"), ("someone/run", None))
         (unknown,) = load(tmp_path, address, ("someone/nothing", None))
-        assert unknown.startswith("source: someone/nothing is no local path and the hub did not serve it: 404")
+        assert unknown.startswith("source: someone/nothing is not a local path and the hub did not serve it: 404")
     calls = [("someone/pMF", "pMF-B/16"), ("someone/run", None), ("someone/pMF", "pMF-H-16"), ("someone/one", None)]
     first, second, uncached, nothing = load(tmp_path, address, *calls)
     assert (first, second) == (theirs(0), ours(2))
     assert "has no 'pMF-H-16', expected one of pMF-B-16.pt" in uncached
-    assert nothing.startswith("source: someone/one is no local path and the hub did not serve it: ")
+    assert nothing.startswith("source: someone/one is not a local path and the hub did not serve it: ")
 
 
 def test_local_directories_name_files_alike(root):

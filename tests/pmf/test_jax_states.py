@@ -223,7 +223,7 @@ def test_a_run_goes_on_from_full_states_alone(full, tmp_path):
             "ema_half_lives: init holds ema_500, ema_1000, ema_2000",
         ),
         (dict(steps=2), "steps: init is at step 3, expected at least that, got 2"),
-        (dict(init_weights="ema_500"), "weights: a run goes on from \"model\", got 'ema_500'"),
+        (dict(init_weights="ema_500"), "weights: a run resumes from \"model\", got 'ema_500'"),
         (dict(init_weights="else:model"), "has no 'else:model', expected an average of it"),
     ):
         with pytest.raises(pmf.InputError, match=message):
@@ -385,8 +385,8 @@ def test_torn_states_are_one_line_errors(state, tmp_path, how):
 def test_another_state_is_refused(tmp_path):
     for how in ("orbax", "msgpack"):
         save(tmp_path / how, {"step": 3, "params": {"w": np.ones(2)}}, how)
-        with pytest.raises(pmf.InputError, match="is no train state of pMF: it has no ema_params, opt_state"):
+        with pytest.raises(pmf.InputError, match="is not a train state of pMF: it has no ema_params, opt_state"):
             pmf.PMFDiT.from_pretrained(tmp_path / how)
     save(tmp_path / "list", [1, 2], "msgpack")
-    with pytest.raises(pmf.InputError, match="is no train state of pMF: it has no step, params"):
+    with pytest.raises(pmf.InputError, match="is not a train state of pMF: it has no step, params"):
         pmf.PMFDiT.from_pretrained(tmp_path / "list")

@@ -141,7 +141,7 @@ def test_what_cannot_be_measured_is_named(tmp_path):
     with pytest.raises(InputError, match=r"features: expected shape \[n, d\] with n > 0, got \[0, 3\]"):
         Statistics.of(torch.zeros(0, 3))
     known = Statistics.of(normal(9, 3))
-    with pytest.raises(InputError, match="count: expected statistics that know it, got None"):
+    with pytest.raises(InputError, match="count: expected statistics of known counts, got None"):
         known.merge(Statistics(known.mu, known.sigma))
     with pytest.raises(InputError, match="statistics: expected as many features in both, got 3 and 2"):
         frechet(normal(9, 3), normal(9, 2))

@@ -59,7 +59,7 @@ def test_presets_sample_with_their_published_setting():
     model = pmf.create_model("pMF-digits", aux_head=False)
     preset = pmf.SAMPLING["pMF-digits"]
     assert torch.equal(pmf.generate(model, [3]), pmf.generate(model, [3], **preset))
-    with pytest.raises(pmf.InputError, match="omega: this network is no preset, so omega must be given"):
+    with pytest.raises(pmf.InputError, match="omega: this network is not a preset, so omega must be given"):
         pmf.generate(random_model(), [0])
 
 

@@ -37,7 +37,7 @@ def test_other_classes_start_afresh(source):
     model = pmf.create_model(dataclasses.replace(TINY, num_classes=7))
     before = model.conditioning.classes.weight.clone()
     (note,) = copy_weights(model, source[1])
-    assert note.startswith("the table of 7 classes starts afresh") and note.endswith("has 5")
+    assert note.startswith("the table of 7 classes is initialised at random") and note.endswith("has 5")
     assert torch.equal(model.conditioning.classes.weight, before)
     assert torch.equal(model.patch_embed.positions, source[0].patch_embed.positions)
 
@@ -63,7 +63,7 @@ def test_a_published_checkpoint_gives_both_heads(source, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(depth=2), "init: .* holds 'shared_blocks.1.*', which this network has no place for"),
+        (dict(depth=2), "init: .* holds 'shared_blocks.1.*', which this network does not have"),
         (dict(depth=4), "init: .* lacks the weight 'shared_blocks.2"),
         (dict(hidden_size=64), "init: expected '.*' of shape"),
     ],

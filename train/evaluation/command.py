@@ -192,7 +192,7 @@ def _settings(config: EvalConfig, default: Guidance | None) -> list[Guidance]:
         return [published_guidance(name) for name in config.guidance]
     for flag in ("omega", "interval"):
         known = getattr(config, flag) or default
-        require(bool(known), f"{flag}: this network is no preset, so {flag} must be given")
+        require(bool(known), f"{flag}: this network is not a preset, so {flag} must be given")
     omegas = config.omega or (default.omega,)
     intervals = [_interval(text) for text in config.interval] or [(default.t_min, default.t_max)]
     return [Guidance(float(omega), *interval) for interval, omega in product(intervals, omegas)]
