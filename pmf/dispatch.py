@@ -1,4 +1,4 @@
-"""Choose an op's implementation: the reference or the Triton kernels. Only this module imports `pmf.kernels`."""
+"""Choose an op's implementation: the reference or the Triton kernels. No other module of pmf imports `pmf.kernels`."""
 
 from __future__ import annotations
 

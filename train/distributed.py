@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -89,7 +89,8 @@ class World:
 
     def main_first(self, work: Callable[[], T]) -> T:
         """Run `work` on the main process only; return its result, or raise its error, on every process."""
-        result, message = None, None
+        result: Any = None
+        message = None
         if self.main:
             try:
                 result = work()

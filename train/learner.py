@@ -43,9 +43,9 @@ class Learner:
         )
         pmf.generate(self.model, [0], **asdict(config.sampling))  # fail now if exports could not sample
         self.perceptual = _perceptual(config, world.device, self.dtype)
-        new = config.init is not None and config.resume is None
-        if new and not config.init_state:
-            self._start_from_weights()
+        init = config.init if config.resume is None else None
+        if init is not None and not config.init_state:
+            self._start_from_weights(init, config.init_weights)
         if config.compiled:
             self.model.compile_blocks()
         self.wrapped = wrap(LossModule(self.model, config.loss), world.mesh, config.sharding)
@@ -57,23 +57,22 @@ class Learner:
         self.optimizers = build_optimizers(self.model, config.optimizer, world.mesh)
         self.emas = {f"ema_{k:g}": EMA(self.model, k) for k in config.ema_half_lives}
         self.step = self.skipped = 0
-        if new and config.init_state:
-            self.step = self._continue_authors_run()
+        if init is not None and config.init_state:
+            self.step = self._continue_authors_run(init)
 
-    def _start_from_weights(self) -> None:
-        """Copy the weights of config.init; the main process reads them and sends them to the others."""
-        init, weights = self.config.init, self.config.init_weights
+    def _start_from_weights(self, init: str, weights: str | None) -> None:
+        """Copy these weights; the main process reads them and sends them to the others."""
         self.world.say(*self.world.main_first(lambda: copy_weights(self.model, init, weights)))
         for p in self.model.parameters():
             give(p, p)
 
-    def _continue_authors_run(self) -> int:
-        """Take over the authors' training state in config.init, which the main process reads; return its step."""
+    def _continue_authors_run(self, init: str) -> int:
+        """Take over the authors' training state in `init`, which the main process reads; return its step."""
         config, parts, state = self.config, (self.model, self.emas, self.optimizers), None
 
         def read() -> tuple[int, int]:
             nonlocal state
-            state = find_train_state(config.init, config.init_weights)
+            state = find_train_state(init, config.init_weights)
             message = f"steps: init is at step {state.step}, expected at least that, got {config.steps}"
             require(state.step <= config.steps, message)
             check_fits(state, *parts)
@@ -81,7 +80,7 @@ class Learner:
 
         step, count = self.world.main_first(read)
         fill_run(state, count, *parts)
-        self.world.say(f"continuing from step {step} of {config.init}")
+        self.world.say(f"continuing from step {step} of {init}")
         return step
 
     def fix_bucket_order(self) -> None:

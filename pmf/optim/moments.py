@@ -34,7 +34,11 @@ def advance(
         initialise_state(state, p, names)
         state["step"] += 1
     moments = [[local(state[name]) for state in chosen] for name in names]
-    return [state["step"].item() for state in chosen], [local(p.grad) for p in parameters], moments
+    return (
+        [state["step"].item() for state in chosen],
+        [local(p.grad) for p in parameters if p.grad is not None],
+        moments,
+    )
 
 
 def nesterov(means: list[Tensor], gradients: list[Tensor], beta: float, counts: list[float]) -> list[Tensor]:

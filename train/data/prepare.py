@@ -139,12 +139,13 @@ def _begun(directory: Path, settings: Settings) -> dict[Path, pa.Table]:
 def _row(size: int, encoding: str, sample: Sample) -> dict[str, Any]:
     """A picture's row in a shard; an unusable picture's row holds the reason instead of the image."""
     try:
-        require(sample.label is not None and sample.label >= 0, "it has no label")
+        label = -1 if sample.label is None else sample.label
+        require(label >= 0, "it has no label")
         image = _square(sample.read(), size, encoding)
     except Exception as error:  # decoders may raise anything on torn files
         return dict(image=None, label=-1, key=sample.key, checksum=0, reason=first_line(error))
-    kept = shards.checksum(image, sample.label)
-    return dict(image=image, label=sample.label, key=sample.key, checksum=kept, reason=None)
+    kept = shards.checksum(image, label)
+    return dict(image=image, label=label, key=sample.key, checksum=kept, reason=None)
 
 
 def _square(data: bytes, size: int, encoding: str) -> bytes:

@@ -190,11 +190,11 @@ def _settings(config: EvalConfig, default: Guidance | None) -> list[Guidance]:
         both = bool(config.omega or config.interval)
         require(not both, "guidance: expected no omega and no interval beside it, got at least one")
         return [published_guidance(name) for name in config.guidance]
-    for flag in ("omega", "interval"):
-        known = getattr(config, flag) or default
+    omegas, intervals = list(config.omega), [_interval(text) for text in config.interval]
+    if default is not None:
+        omegas, intervals = omegas or [default.omega], intervals or [(default.t_min, default.t_max)]
+    for flag, known in (("omega", omegas), ("interval", intervals)):
         require(bool(known), f"{flag}: this network is not a preset, so {flag} must be given")
-    omegas = config.omega or (default.omega,)
-    intervals = [_interval(text) for text in config.interval] or [(default.t_min, default.t_max)]
     return [Guidance(float(omega), *interval) for interval, omega in product(intervals, omegas)]
 
 

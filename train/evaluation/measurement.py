@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import pmf
-from pmf.errors import require
+from pmf.errors import InputError, require
 from pmf.features import SPLITS, Chunks, Extractor, Source, find_images, quality
 from pmf.images import save_png, to_bytes
 from pmf.metrics import Resize, Statistics, inception
@@ -26,6 +26,7 @@ Draw = Callable[[list[int], list[int]], Tensor]
 """(labels, seeds) -> images [n, c, H, W] in [-1, 1]."""
 MakeExtractor = Callable[..., Extractor]
 """Keyword argument `resize` -> extractor."""
+NO_REFERENCE = "reference: expected a folder of images or an npz of statistics, got none"
 
 
 def image_count(config: MeasurementConfig, network: pmf.ModelConfig, name: str) -> int:
@@ -46,7 +47,7 @@ def demo_score(network: pmf.ModelConfig) -> Callable[..., dict[str, float]]:
     if network.num_classes == 10 and network.image_shape == (1, 8, 8):
         return evaluate_digits
     colour = network.num_classes == 10 and network.in_channels == 3 and network.image_size <= 64
-    require(colour, "reference: expected a folder of images or an npz of statistics, got none")
+    require(colour, NO_REFERENCE)
     return evaluate_photographs
 
 
@@ -64,6 +65,8 @@ class Measurement:
         self.config, self.out, self.world = config, out, world
         self.results = Results(out)
         path = config.reference
+        if path is None:
+            raise InputError(NO_REFERENCE)
         self._files = find_images(path) if path.is_dir() else []
         given = None if self._files else Statistics.load(path)
         self.resize: Resize = config.resize or (given and given.resize) or "tf1"
@@ -116,7 +119,7 @@ class Measurement:
         def drawn(span: range) -> bool:
             return folder is None or all(_png(folder, i).is_file() for i in span)
 
-        line = self.world.broadcast(self.results.find(key))
+        line: Any = self.world.broadcast(self.results.find(key))
         chunks = Chunks(self.out / f".{key}-{self.config.chunk}", count, self.config.chunk)
         if line is None or not self.world.broadcast(drawn(range(count))):
             source, size = self._source(draw, seed, folder), self.config.batch_size
