@@ -169,6 +169,14 @@ def test_the_objective_refuses_what_it_cannot_read(impl, change, message):
         ops.pmf_objective(**(good | change), patch_size=4, impl=impl)
 
 
+def test_an_op_without_a_kernel_runs_on_the_reference(monkeypatch):
+    monkeypatch.delitem(pytest.importorskip("pmf.kernels.library").LIMITS, "swiglu")
+    reason = 'impl="triton" has no kernel for it'
+    assert dispatch.decide("swiglu", "auto", "cuda", (torch.float32,)) == ("reference", reason)
+    with pytest.raises(InputError, match=f"^swiglu: {reason}$"):
+        dispatch.decide("swiglu", "triton", "cuda")
+
+
 def test_impl_is_checked_by_name_and_source(monkeypatch):
     with pytest.raises(InputError, match=r"impl: expected one of .*, got 'cuda'"):
         ops.swiglu(x, impl="cuda")
