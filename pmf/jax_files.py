@@ -20,7 +20,6 @@ ORBAX_FILES = ("_METADATA", "manifest.ocdbt", "checkpoint")
 """Any of these makes a folder an orbax checkpoint."""
 DEPTH = 3
 """How many folders deep a checkpoint may be."""
-Tree = dict[str, Any]
 
 
 def is_state(path: Path) -> bool:
