@@ -31,6 +31,8 @@ LIMITS: dict[str, Callable[..., str | None] | None] = {
 
 def unsupported(op: str, dtypes: tuple[torch.dtype, ...], sizes: tuple[int, ...]) -> str | None:
     """The reason why the op's kernel cannot take these dtypes (of inputs and tangents) and sizes, or None if it can."""
+    if op not in LIMITS:
+        return 'impl="triton" has no kernel for it'
     limit = LIMITS[op]
     reason = limit(*sizes) if limit is not None and sizes else None
     if reason is not None:

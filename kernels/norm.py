@@ -297,6 +297,7 @@ def norm_forward(
     if registration.shapes_only(x):
         return x_new, y, x_new_dot, y_dot, stats
     streams = [None if s is None else s.contiguous() for s in (x, branch, x_dot, branch_dot)]
+    weight = registration.unit_step(weight)
     modulations = [registration.unit_step(m) for m in (gate, scale, shift, gate_dot, scale_dot, shift_dot)]
     tile = forward_tile(width, branch is None and x_dot is None, registration.chip(x.device))
     registration.launch(
@@ -324,7 +325,7 @@ def norm_backward(
         return dx, dbranch, *_placed([p.new_empty(p.shape) for p in trained], needs)
     dy, x_new = dy.contiguous(), x_new.contiguous()
     dx_new, branch = (None if t is None else t.contiguous() for t in (dx_new, branch))
-    gate, scale = registration.unit_step(gate), registration.unit_step(scale)
+    gate, weight, scale = (registration.unit_step(p) for p in (gate, weight, scale))
     row_bytes = width * sum(s.element_size() for s in (dy, x_new, dx_new, branch) if s is not None)
     tile, programs, stages = backward_tile(width, gate is None, row_bytes, registration.chip(dy.device))
     per_sample = any(p is not None and p.ndim == 2 for p in (gate, scale, shift))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors and type checkers; at run time, names load on first use to keep the import fast
@@ -63,13 +64,12 @@ _HOMES = {
     "pmf.weights": ("save_model",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
-_SUBMODULES = ("layers", "ops", "optim")
 
 
 def __getattr__(name: str) -> object:
     if name in _HOME_OF:
         return getattr(importlib.import_module(_HOME_OF[name]), name)
-    if name in _SUBMODULES:
+    if not name.startswith("_") and importlib.util.find_spec(f"pmf.{name}") is not None:
         return importlib.import_module(f"pmf.{name}")
     raise AttributeError(f"module 'pmf' has no attribute {name!r}")
 

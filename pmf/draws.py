@@ -129,6 +129,7 @@ def check_batch(x: Tensor, y: Tensor, draws: Draws, config: ModelConfig) -> None
     )
     require(list(y.shape) == [len(x)], f"y: expected shape [{len(x)}], got {list(y.shape)}")
     require(y.dtype == torch.int64, f"y: expected int64 class labels, got {y.dtype}")
+    require(y.device == x.device, f"y: expected on {x.device}, as x is, got {y.device}")
     _check_draws(draws, x.shape)
     if readable(x, y):
         require(bool(torch.isfinite(x).all()), "x: expected finite images, got NaN or infinity")
@@ -149,6 +150,9 @@ def _check_draws(draws: Draws, shape: torch.Size) -> None:
         require(list(value.shape) == wanted, f"draws.{name}: expected shape {wanted}, got {list(value.shape)}")
         message = f"draws.{name}: expected a tensor on the CPU, got one on {value.device}"
         require(value.device.type == "cpu", message)
+    for name in ("fm_mask", "drop_mask"):
+        dtype = getattr(draws, name).dtype
+        require(dtype == torch.bool, f"draws.{name}: expected bool, got {dtype}")
     require(bool((draws.omega >= 1).all()), "draws: expected omega >= 1 in every row")
     require(bool((draws.r <= draws.t).all()), "draws: expected r <= t in every row (h = t - r >= 0)")
     require(bool((draws.r >= 0).all() and (draws.t <= 1).all()), "draws: expected t and r in [0, 1]")

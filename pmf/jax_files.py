@@ -20,7 +20,6 @@ ORBAX_FILES = ("_METADATA", "manifest.ocdbt", "checkpoint")
 """A folder that has any of these is an orbax checkpoint."""
 DEPTH = 3
 """Depth of folders to which checkpoints are searched for."""
-Tree = dict[str, Any]
 
 
 def is_state(path: Path) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pmf import ops
 from pmf.config import ModelConfig
 from pmf.dual import ABSENT, Dual, tail, total
+from pmf.errors import InputError
 from pmf.packing import Join, PackedModule
 from pmf.wide import wide_linear
 
@@ -44,6 +45,11 @@ def linear_dual(
         return Dual(value, linear(x.dot, weight))
 
 
+def _still(given: Any) -> Any:
+    """Wrap a tensor or None in a `Dual` without tangent; return anything else unchanged."""
+    return Dual(given) if given is None or isinstance(given, Tensor) else given
+
+
 class DualModule(nn.Module):
     """A layer whose `forward(*values)` is `forward_dual` without tangents."""
 
@@ -51,9 +57,15 @@ class DualModule(nn.Module):
         super().__init__()
         self.impl = impl
 
-    def forward(self, *inputs):
-        """`forward_dual` of the same inputs without tangents; returns only the value."""
-        return self.forward_dual(*(Dual(i) if i is None or isinstance(i, Tensor) else i for i in inputs)).value
+    def forward(self, *inputs, **named):
+        """`forward_dual` of the same inputs without tangents; returns only the value.
+
+        Errors: `InputError` on an input with a tangent.
+        """
+        result = self.forward_dual(*map(_still, inputs), **{name: _still(given) for name, given in named.items()})
+        if result.dot is not None:
+            raise InputError(f"{type(self).__name__}: forward takes values only, got a tangent; use forward_dual")
+        return result.value
 
 
 class Linear(PackedModule, nn.Linear):

@@ -171,6 +171,8 @@ def perceptual_rows(
     total, terms = torch.zeros((), device=z.device), {}
     for name, distance in perceptual(x_hat, x).items():
         require(name in weights, f"perceptual: expected terms {sorted(weights)}, got {name!r}")
+        shape = list(distance.shape)
+        require(shape == [len(rows)], f"perceptual: expected {name} of shape [{len(rows)}], got {shape}")
         distance = on_every_row(distance)
         total = total + weights[name] * _adaptive(distance, config)
         terms[name] = distance.detach().mean()

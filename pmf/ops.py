@@ -229,14 +229,15 @@ def patch_embed(images, weight1, bias1, weight2, bias2, positions, prefix=None, 
     images, prefix = (dual.value for dual in inputs.duals)
     inputs.shape("images", images, None, None, None, None)
     batch, channels, height, width = images.shape
-    patch = weight1.shape[-1]
-    inputs.shape("weight1", weight1, None, channels, patch, patch)
+    inputs.shape("weight1", weight1, None, channels, None, None)
+    inner, _, patch, _ = weight1.shape
+    inputs.shape("weight1", weight1, inner, channels, patch, patch)
     if height % patch != 0 or width % patch != 0:
         sides = f"sides that are multiples of the patch size {patch}, got {height} x {width}"
         raise InputError(f"patch_embed: images must have {sides}")
-    inner, outer = weight1.shape[0], weight2.shape[0]
     inputs.shape("bias1", bias1, inner)
-    inputs.shape("weight2", weight2, outer, inner, 1, 1)
+    inputs.shape("weight2", weight2, None, inner, 1, 1)
+    outer = weight2.shape[0]
     inputs.shape("bias2", bias2, outer)
     prefix_length = 0
     if prefix is not None:
@@ -256,6 +257,7 @@ def scalar_features(s: Pair) -> Dual: ...
 def scalar_features(s):
     """Sinusoidal features of scalars, [cos(s f), sin(s f)] with f_i = 10000^(-i / 128): [B] -> [B, 256]."""
     inputs = Inputs("scalar_features", {"s": s})
+    inputs.shape("s", inputs.duals[0].value, None)
     return inputs.give(reference.scalar_features(*inputs.duals))
 
 
@@ -266,6 +268,8 @@ def silu(x: Pair) -> Dual: ...
 def silu(x):
     """silu(x) = x sigmoid(x), and its tangent (sigmoid + silu (1 - sigmoid)) x_dot: any shape [B, ...]."""
     inputs = Inputs("silu", {"x": x})
+    if inputs.duals[0].value is None:
+        inputs.shape("x", None)
     return inputs.give(reference.silu(*inputs.duals))
 
 
@@ -315,9 +319,10 @@ def pmf_objective(
 
 def _check_null_index(inputs: Inputs, null_index: Tensor, batch: int, rows: int) -> None:
     """Check null_index: int64 [B] on the inputs' device and, if `readable`, below net_n's number of rows."""
+    if not isinstance(null_index, Tensor) or null_index.dtype != torch.int64:
+        got = getattr(null_index, "dtype", null_index)
+        raise InputError(f"pmf_objective: null_index must be int64, got {got}")
     inputs.shape("null_index", null_index, batch)
-    if null_index.dtype != torch.int64:
-        raise InputError(f"pmf_objective: null_index must be int64, got {null_index.dtype}")
     if null_index.device != inputs.device:
         raise InputError(f"pmf_objective: null_index must be on {inputs.device}, got {null_index.device}")
     if readable(null_index) and not bool((null_index < max(rows, 1)).all()):

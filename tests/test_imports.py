@@ -158,6 +158,15 @@ def test_every_public_name_resolves():
         _ = pmf.nothing
 
 
+@pytest.mark.parametrize(
+    "name", ("config.PUBLISHED", "draws.step_seed", "fine_tuning.copy_weights", "memory.largest", "sharded.whole")
+)
+def test_every_module_is_there_after_importing_the_package(name):
+    """As the documentation names them."""
+    result = python(f"import pmf; pmf.{name}")
+    assert result.returncode == 0, result.stderr
+
+
 def test_editors_see_the_public_names():
     """The imports in pmf/__init__.py for type checkers are exactly the names that load at run time."""
     import pmf
@@ -166,7 +175,7 @@ def test_editors_see_the_public_names():
     assert ast.unparse(block.test) == "TYPE_CHECKING"
     seen = {alias.name: node.module for node in block.body for alias in node.names}
     loaded = {name: module for module, names in pmf._HOMES.items() for name in names}
-    assert seen == loaded | dict.fromkeys(pmf._SUBMODULES, "pmf")
+    assert seen == loaded | dict.fromkeys(("layers", "ops", "optim"), "pmf")
     assert sorted(pmf.__all__) == sorted([*seen, "__version__"])
     assert (Path(pmf.__file__).parent / "py.typed").exists()
 

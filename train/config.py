@@ -236,10 +236,11 @@ def find_run_config(source: str) -> RunConfig | None:
 
 
 def _build(kind: type[Config], values: dict[str, Any]) -> Config:
-    """Build a dataclass from its JSON. Errors: `KeyError` on an unknown field or an empty object."""
+    """Build a dataclass from its JSON. Errors: `ValueError` on an unknown field or an empty object."""
     hints = get_type_hints(kind)
-    if not values or set(values) - set(hints):
-        raise KeyError(f"expected the fields of {kind.__name__}")
+    unknown = ", ".join(sorted(set(values) - set(hints)))
+    if not values or unknown:
+        raise ValueError(f"expected the fields of {kind.__name__}, got {unknown or 'none'}")
     return kind(**{name: _value(hints[name], value) for name, value in values.items()})
 
 

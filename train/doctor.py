@@ -147,9 +147,8 @@ class Doctor:
             return f"{work / 1e12:,.3g} TFLOP for {rows} images, not timed on a CPU", "train on a GPU"
         if not self.fits:
             return f"{work / 1e12:,.3g} TFLOP for {rows} images, not timed: it does not fit here", None
-        learner = Learner(
-            replace(config, resume=None, init=None, batch_size=rows, device_batch=rows), World(self.device)
-        )
+        fresh = replace(config, resume=None, init=None, init_state=False, batch_size=rows, device_batch=rows)
+        learner = Learner(fresh, World(self.device))
         x = torch.zeros(rows, *config.model.image_shape, device=self.device)
         y = torch.zeros(rows, dtype=torch.int64, device=self.device)
         seconds = seconds_of(lambda: learner.train_step(x, y))

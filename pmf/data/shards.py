@@ -56,6 +56,14 @@ def shard_file(directory: Path, number: int) -> Path:
     return directory / f"shard-{number:06d}.arrow"
 
 
+def shard_number(file: Path) -> int:
+    """The number in a shard's file name. Errors: `InputError` if the name is not that of a shard."""
+    number = file.stem.removeprefix("shard-")
+    whole = number.isascii() and number.isdigit() and file.name == shard_file(file.parent, int(number)).name
+    require(whole, f"data: {file} does not have the name of a shard, expected no other *.arrow than shard-NNNNNN.arrow")
+    return int(number)
+
+
 def checksum(image: bytes | pa.Buffer, label: int) -> int:
     """XXH3 of an image's bytes, seeded by its label: 63 of its 64 bits, to fit into int64."""
     return xxhash.xxh3_64_intdigest(image, seed=label) >> 1
@@ -106,15 +114,15 @@ class PreparedShards:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         _refuse_earlier_version(self.directory)
-        last = max(self.directory.glob("shard-*.arrow"), default=shard_file(self.directory, 0))
+        begun = [shard_number(file) for file in self.directory.glob("shard-*.arrow")]
         tables, torn = [], []
-        for number in range(int(last.stem.split("-")[1]) + 1):
+        for number in range(max(begun, default=0) + 1):
             try:
                 tables.append(open_shard(shard_file(self.directory, number)))
             except InputError as error:
                 torn.append(str(error))
-        begun, ended = last.exists(), (self.directory / CLASSES_FILE).exists()
-        require(begun and ended, f"data: {directory} is not complete, expected `pmf data prepare` to be run to its end")
+        ended = bool(begun) and (self.directory / CLASSES_FILE).exists()
+        require(ended, f"data: {directory} is not complete, expected `pmf data prepare` to be run to its end")
         require(not torn, f"{'; '.join(torn)}: remove these shards and run `pmf data prepare` again")
         self.settings = settings_of(tables[0])
         short = len(tables[-1]) < self.settings.shard_images

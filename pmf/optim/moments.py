@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,14 @@ from pmf.sharded import local
 
 State = dict[str, Tensor]
 """The optimizer state of one parameter."""
+
+
+def evaluated(closure: Callable[[], Any] | None) -> Any:
+    """Call `closure`, which recomputes loss and gradients, and return the loss; None without one. See `torch.optim`."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 def initialise_state(state: State, p: Tensor, names: Sequence[str]) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from pmf.optim.moments import advance, nesterov
+from pmf.optim.moments import advance, evaluated, nesterov
 from pmf.private import foreach_lerp_, foreach_sub_
 from pmf.sharded import local
 
@@ -69,8 +70,9 @@ class Muon(torch.optim.Optimizer):
         return {**super().__getstate__(), "mesh": self.mesh}
 
     @torch.no_grad()
-    def step(self, closure=None):
-        """Update every matrix that has a gradient."""
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every matrix that has a gradient. `closure`: see `evaluated`."""
+        result = evaluated(closure)
         for group in self.param_groups:
             matrices = [p for p in group["params"] if p.grad is not None]
             updates = self._momentum(matrices, group["momentum"])
@@ -80,6 +82,7 @@ class Muon(torch.optim.Optimizer):
                 orthogonal = self._orthogonalised(batch, torch.stack([updates[i] for i in places]), group["steps"])
                 scale = group["lr"] * math.sqrt(max(1, rows / columns))
                 foreach_sub_([local(p) for p in batch], list(orthogonal.unbind()), alpha=scale)
+        return result
 
     def _momentum(self, matrices: list[nn.Parameter], beta: float) -> list[Tensor]:
         """The local parts of the Nesterov updates; they are elementwise, so shards need no communication."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
-from pmf.optim.moments import advance, nesterov
+from pmf.optim.moments import advance, evaluated, nesterov
 from pmf.private import (
     foreach_add_,
     foreach_addcdiv_,
@@ -41,12 +42,14 @@ class NesterovAdam(torch.optim.Optimizer):
         super().__init__(parameters, dict(lr=lr, betas=betas, eps=eps))
 
     @torch.no_grad()
-    def step(self, closure=None):
-        """Update every parameter that has a gradient."""
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient. `closure`: see `evaluated`."""
+        result = evaluated(closure)
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if parameters:
                 self._update(parameters, group["lr"], group["betas"], group["eps"])
+        return result
 
     def _update(self, parameters: list[nn.Parameter], lr: float, betas: tuple[float, float], eps: float) -> None:
         b1, b2 = betas

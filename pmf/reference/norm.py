@@ -20,7 +20,7 @@ def _statistics(x: Tensor, kind: Kind, eps: float) -> tuple[Tensor, Tensor]:
     return centred * rstd, rstd
 
 
-def _normalise_dot(n: Tensor, rstd: Tensor, x_dot: Tensor, kind: Kind) -> Tensor:
+def normalise_dot(n: Tensor, rstd: Tensor, x_dot: Tensor, kind: Kind) -> Tensor:
     """n_dot = rstd (c_dot - n mean(n c_dot)), with c_dot = x_dot - mean(x_dot) for "layer"."""
     c_dot = x_dot - x_dot.mean(-1, keepdim=True) if kind == "layer" else x_dot
     dot = (n * c_dot).sum(-1, keepdim=True)
@@ -44,13 +44,13 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dn: Tensor | None, drstd: Tensor | None):
         n, rstd = ctx.saved_tensors
-        dx = None if dn is None else _normalise_dot(n, rstd, dn, ctx.kind)
+        dx = None if dn is None else normalise_dot(n, rstd, dn, ctx.kind)
         if drstd is not None:
             dx = total(dx, n * (drstd * rstd.square() / -n.shape[-1]))
         return dx, None, None
 
 
-def _normalise(x: Tensor, kind: Kind, eps: float) -> tuple[Tensor, Tensor]:
+def normalise(x: Tensor, kind: Kind, eps: float) -> tuple[Tensor, Tensor]:
     """`_statistics`, with the gradient above."""
     return _Normalise.apply(x, kind, eps) if own_gradient(x) else _statistics(x, kind, eps)
 
@@ -82,7 +82,7 @@ def norm_modulate(
 ) -> Dual:
     """y = n(x) weight (1 + scale) + shift, and its tangent; see `pmf.ops.norm_modulate`."""
     out_dtype = out_dtype or x.value.dtype
-    n, rstd = _normalise(accumulate(x.value), kind, eps)
+    n, rstd = normalise(accumulate(x.value), kind, eps)
     weight, scale_token, shift_token = (_per_token(p) for p in (weight, scale.value, shift.value))
     factors = [f for f in (weight, None if scale_token is None else 1 + scale_token) if f is not None]
     factor = torch.mul(*factors) if len(factors) == 2 else factors[0] if factors else None
@@ -94,7 +94,7 @@ def norm_modulate(
         return Dual(y)
     with torch.no_grad():
         n, rstd, weight, factor = tail(n, rows), tail(rstd, rows), _rows(weight, rows), _rows(factor, rows)
-        y_dot = torch.zeros_like(n) if x.dot is None else _normalise_dot(n, rstd, accumulate(x.dot), kind)
+        y_dot = torch.zeros_like(n) if x.dot is None else normalise_dot(n, rstd, accumulate(x.dot), kind)
         if factor is not None:
             y_dot.mul_(factor)
         if scale.dot is not None:

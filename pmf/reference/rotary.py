@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pmf.dual import Dual, tail
-from pmf.reference.norm import _normalise, _normalise_dot
+from pmf.reference.norm import normalise, normalise_dot
 from pmf.reference.tangent import accumulate
 
 
@@ -60,12 +60,12 @@ def qk_norm_rope(
     weight = accumulate(torch.stack([q_weight, k_weight]))[:, None].expand(-1, heads, -1).contiguous()
     turn = _turn(cos.to(qk.dtype), sin.to(qk.dtype), prefix_length, heads)
 
-    n, rstd = _normalise(qk, "rms", eps)
+    n, rstd = normalise(qk, "rms", eps)
     q, k = _rotate(n * weight, turn).to(dtype).unbind(2)
     if qkv.dot is None:
         return Dual(q), Dual(k), Dual(v)
     with torch.no_grad():
         rows = qkv.dot.shape[0]
-        n_dot = _normalise_dot(tail(n, rows), tail(rstd, rows), accumulate(qkv.dot[:, :, :2]), "rms")
+        n_dot = normalise_dot(tail(n, rows), tail(rstd, rows), accumulate(qkv.dot[:, :, :2]), "rms")
         q_dot, k_dot = _rotate(n_dot.mul_(weight), turn).to(dtype).unbind(2)
     return Dual(q, q_dot), Dual(k, k_dot), Dual(v, qkv.dot[:, :, 2])

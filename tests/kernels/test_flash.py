@@ -244,29 +244,29 @@ def at_odd_address(*shape):
     return torch.frombuffer(buffer, dtype=BF16, count=count, offset=start).view(shape)
 
 
-PACKED = plain(2, 5, 3, 2, 16)
 VIEWS = {
-    "contiguous": (plain(2, 5, 2, 16), True),
-    "packed": (PACKED[:, :, 2], True),
-    "heads first": (plain(2, 2, 5, 16).transpose(1, 2), True),
-    "last samples": (PACKED[1:, :, 0], True),
-    "one token of all": (plain(2, 1, 2, 16).expand(2, 5, 2, 16), True),
-    "whole groups of 8": (plain(2, 5, 2, 32)[..., 8:24], True),
-    "float32": (plain(2, 5, 2, 16, dtype=F32), True),
-    "channels apart": (plain(2, 5, 2, 32)[..., ::2], False),
-    "channels before heads": (plain(2, 5, 16, 2).mT, False),
-    "gaps": (strided(plain(2, 5, 2, 16)), False),
-    "shifted by 4": (plain(2, 5, 2, 32)[..., 4:20], False),
-    "float32, shifted by 2": (plain(2, 5, 2, 32, dtype=F32)[..., 2:18], False),
-    "contiguous, shifted": (plain(1, 5 * 2 * 16 + 1)[:, 1:].view(1, 5, 2, 16), False),
+    "contiguous": (lambda: plain(2, 5, 2, 16), True),
+    "packed": (lambda: plain(2, 5, 3, 2, 16)[:, :, 2], True),
+    "heads first": (lambda: plain(2, 2, 5, 16).transpose(1, 2), True),
+    "last samples": (lambda: plain(2, 5, 3, 2, 16)[1:, :, 0], True),
+    "one token of all": (lambda: plain(2, 1, 2, 16).expand(2, 5, 2, 16), True),
+    "whole groups of 8": (lambda: plain(2, 5, 2, 32)[..., 8:24], True),
+    "float32": (lambda: plain(2, 5, 2, 16, dtype=F32), True),
+    "channels apart": (lambda: plain(2, 5, 2, 32)[..., ::2], False),
+    "channels before heads": (lambda: plain(2, 5, 16, 2).mT, False),
+    "gaps": (lambda: strided(plain(2, 5, 2, 16)), False),
+    "shifted by 4": (lambda: plain(2, 5, 2, 32)[..., 4:20], False),
+    "float32, shifted by 2": (lambda: plain(2, 5, 2, 32, dtype=F32)[..., 2:18], False),
+    "contiguous, shifted": (lambda: plain(1, 5 * 2 * 16 + 1)[:, 1:].view(1, 5, 2, 16), False),
 }
 if DEVICE == "cpu":
-    VIEWS["odd address"] = (at_odd_address(2, 5, 2, 16), False)
+    VIEWS["odd address"] = (lambda: at_odd_address(2, 5, 2, 16), False)
 
 
 @pytest.mark.parametrize("name", VIEWS)
 def test_unaligned_heads_are_copied(name):
-    x, fits = VIEWS[name]
+    make, fits = VIEWS[name]
+    x = make()
     found = flash.aligned(x)
     assert (found is x) == fits
     assert torch.equal(found, x)
@@ -275,7 +275,7 @@ def test_unaligned_heads_are_copied(name):
 
 
 def test_unaligned_heads_under_transforms_and_gradients():
-    x = VIEWS["contiguous, shifted"][0].float()
+    x = VIEWS["contiguous, shifted"][0]().float()
     view = torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
     starts = []
 
@@ -298,7 +298,7 @@ def test_attention_of_unaligned_heads(monkeypatch, name):
     """Value, tangent and gradients equal those of aligned copies bit for bit; no library gets unaligned heads."""
     compute, seen = flash.attention, []
     monkeypatch.setattr(flash, "attention", lambda *heads: seen.append(heads[:3]) or compute(*heads))
-    x = VIEWS[name][0]
+    x = VIEWS[name][0]()
     copy = x.clone(memory_format=torch.contiguous_format)
     runs = [evaluate("attention", (t, t, t), (t, t, t), None, impl="triton") for t in (x, copy)]
     for a, b in zip(*runs, strict=True):

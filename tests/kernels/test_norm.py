@@ -1,6 +1,7 @@
 """`norm_modulate` and `residual_norm_modulate` in Triton against the float64 reference."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -110,6 +111,15 @@ def test_views(residual):
     check(op_of(residual), primals, tangents)
     turned = tuple(p.mT.contiguous().mT if p.ndim == 3 else p for p in primals)
     check(op_of(residual), turned, tangents)
+
+
+@pytest.mark.parametrize("residual", (False, True))
+@pytest.mark.parametrize("layout", ("channel", "sample"))
+def test_views_of_every_other_channel(layout, residual):
+    layouts = (layout, "channel", layout, layout)
+    primals, tangents = inputs(residual, 3, 5, 24, layouts, "partial", (F32, BF16, F32), 0)
+    spread = lambda x: None if x is None else torch.stack((x, torch.full_like(x, math.nan)), -1)[..., 0]  # noqa: E731
+    check(op_of(residual), tuple(map(spread, primals)), tuple(map(spread, tangents)))
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)

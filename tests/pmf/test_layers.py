@@ -3,6 +3,7 @@ import torch
 
 from pmf import layers, ops
 from pmf.dual import Dual
+from pmf.errors import InputError
 from pmf.packing import held_weights
 from tests.networks import TINY, relative_error
 
@@ -102,3 +103,16 @@ def test_weights_are_joined_once_while_held():
     with torch.no_grad():
         attention.q_proj.weight.mul_(2)
     assert not torch.equal(attention(x, rope()), plain)
+
+
+def test_inputs_by_name():
+    norm, x = randomise(layers.NormModulate(WIDTH)), tokens()
+    scale, shift = torch.randn(2, 3, WIDTH, dtype=torch.float64)
+    assert torch.equal(norm(x=x, shift=shift, scale=scale), norm(x, scale, shift))
+
+
+def test_forward_refuses_a_tangent():
+    norm, x = randomise(layers.NormModulate(WIDTH)), tokens()
+    assert torch.equal(norm(Dual(x)), norm(x))
+    with pytest.raises(InputError, match=r"^NormModulate: forward takes values only, got a tangent; use forward_dual"):
+        norm(Dual(x, x))

@@ -251,6 +251,10 @@ def test_draws_repeat_with_their_generator():
         (dict(draw=dict(omega=torch.full((4,), torch.nan))), "draws: expected omega >= 1 in every row"),
         (dict(draw=dict(noise=torch.full((4, 2, 8, 8), torch.nan))), "draws.noise: expected finite values"),
         (dict(perceptual=lambda a, b: {"vgg": a.sum((1, 2, 3))}), r"perceptual: expected terms .*, got 'vgg'"),
+        (dict(perceptual=lambda a, b: {"lpips": a.sum()}), r"perceptual: expected lpips of shape \[\d\], got \[\]"),
+        (dict(draw=dict(fm_mask=torch.tensor([1, 1, 0, 0]))), "draws.fm_mask: expected bool, got torch.int64"),
+        (dict(draw=dict(drop_mask=torch.zeros(4))), "draws.drop_mask: expected bool, got torch.float32"),
+        (dict(y=torch.zeros(4, dtype=torch.int64, device="meta")), "y: expected on cpu, as x is, got meta"),
         (dict(draw=dict(r=torch.ones(4, dtype=torch.float64))), "draws: expected r <= t in every row"),
         (dict(draw=dict(noise=torch.zeros(4, 2, 8, 9))), r"draws.noise: expected shape \[4, 2, 8, 8\]"),
         (

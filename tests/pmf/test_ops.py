@@ -8,6 +8,7 @@ from pmf import Dual, InputError, dispatch, ops
 x = torch.randn(2, 5, 8)
 qkv = torch.randn(2, 5, 3, 2, 8)
 angles = torch.randn(5, 4)
+one, meta = torch.ones(8), torch.empty(2, 5, 8, device="meta")
 
 
 @pytest.mark.parametrize(
@@ -79,15 +80,23 @@ angles = torch.randn(5, 4)
             ),
             "images must have sides that are multiples of the patch size 4, got 9 x 8",
         ),
+        (
+            lambda: ops.patch_embed(torch.randn(2, 3, 8, 8), None, one, one, one, x),
+            "patch_embed: weight1 must be a floating tensor, got None",
+        ),
+        (
+            lambda: ops.patch_embed(torch.randn(2, 3, 8, 8), torch.randn(4, 3, 4, 4), torch.randn(4), one, one, x),
+            r"patch_embed: weight2 must have shape \[any, 4, 1, 1\], got \[8\]",
+        ),
+        (lambda: ops.scalar_features(None), "scalar_features: s must be a floating tensor, got None"),
+        (lambda: ops.scalar_features(x), r"scalar_features: s must have shape \[any\], got \[2, 5, 8\]"),
+        (lambda: ops.silu(None), "silu: x must be a floating tensor, got None"),
     ],
 )
 def test_bad_input_is_one_line_that_names_the_argument(call, message):
     with pytest.raises(InputError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
-
-
-one, meta = torch.ones(8), torch.empty(2, 5, 8, device="meta")
 
 
 @pytest.mark.parametrize("impl", dispatch.IMPLEMENTATIONS)
@@ -147,6 +156,7 @@ def test_tangents_count_among_the_dtypes_of_a_kernel():
         (dict(null_index=torch.tensor([0, 9])), "null_index must be below net_n's 2 rows"),
         (dict(null_index=torch.zeros(2, dtype=torch.int64, device="meta")), "null_index must be on cpu, got meta"),
         (dict(null_index=torch.zeros(2)), "null_index must be int64, got torch.float32"),
+        (dict(null_index=[0, 1]), r"null_index must be int64, got \[0, 1\]"),
         (dict(net_c=torch.ones(3, 4, 48), net_u_dot=torch.ones(3, 4, 48)), "net_c must have at most 2 rows"),
         (dict(net_n=torch.ones(2, 4, 48, dtype=torch.int32)), "net_n must be a floating tensor, got torch.int32"),
     ],
@@ -157,6 +167,14 @@ def test_the_objective_refuses_what_it_cannot_read(impl, change, message):
     good |= dict(t=scalar, h=scalar, guidance=scalar, null_index=torch.tensor([0, 1]))
     with pytest.raises(InputError, match=message):
         ops.pmf_objective(**(good | change), patch_size=4, impl=impl)
+
+
+def test_an_op_without_a_kernel_runs_on_the_reference(monkeypatch):
+    monkeypatch.delitem(pytest.importorskip("pmf.kernels.library").LIMITS, "swiglu")
+    reason = 'impl="triton" has no kernel for it'
+    assert dispatch.decide("swiglu", "auto", "cuda", (torch.float32,)) == ("reference", reason)
+    with pytest.raises(InputError, match=f"^swiglu: {reason}$"):
+        dispatch.decide("swiglu", "triton", "cuda")
 
 
 def test_impl_is_checked_by_name_and_source(monkeypatch):

@@ -174,3 +174,22 @@ def test_ema_follows_the_published_ramp():
         beta = 0.5 ** (batch / min(1000.0, 0.05 * images))
         value = beta * value + (1 - beta) * step
     assert ema.average["weight"].item() == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ("muon", "adam"))
+def test_a_closure_is_evaluated_before_the_step(name):
+    """As training frameworks hand it over: it computes the gradients."""
+    models = [pmf.create_model(TINY) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    plain, handed = (build_optimizers(model, OptimizerConfig())[name] for model in models)
+
+    def evaluate(model):
+        loss = sum(p.square().sum() for p in model.parameters())
+        loss.backward()
+        return loss
+
+    loss = evaluate(models[0])
+    assert plain.step() is None
+    assert torch.equal(handed.step(lambda: evaluate(models[1])), loss)
+    for expected, found in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(expected, found)

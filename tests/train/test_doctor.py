@@ -53,6 +53,11 @@ def test_a_finished_run_is_examined_by_its_directory_and_left_alone(capsys, tmp_
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
+def test_a_run_that_goes_on_with_a_training_state_is_timed_from_any_weights(capsys):
+    _, changes = report(capsys, "digits", *QUICK, "--init", "owner/name", "--init-state")
+    assert changes == "  nothing\n"
+
+
 def test_missing_data_are_a_finding(capsys, tmp_path):
     found, changes = report(capsys, *QUICK, "--data", str(tmp_path / "none"), status=1)
     assert changes == f"  data: expected digits, photographs or a prepared directory, got {tmp_path}/none\n"

@@ -3,6 +3,7 @@ import io
 import os
 import pickle
 import shlex
+import shutil
 import sys
 import tarfile
 
@@ -157,6 +158,14 @@ def test_torn_shards_are_named_and_made_again(folder, prepared, tmp_path):
     (tmp_path / "shard-000001.arrow").unlink()
     prepare(config(folder, tmp_path))
     assert contents(tmp_path) == contents(prepared)
+
+
+@pytest.mark.parametrize("name", ("shard-x.arrow", "shard-0.arrow", "shard-000001 (copy).arrow"))
+def test_files_beside_the_shards_are_refused_by_name(folder, prepared, tmp_path, name):
+    prepare(config(folder, tmp_path))
+    shutil.copy(tmp_path / "shard-000001.arrow", tmp_path / name)
+    with pytest.raises(InputError, match=r"^data: .*shard-.*arrow does not have the name of a shard"):
+        PreparedShards(tmp_path)
 
 
 def test_a_missing_last_shard_is_noticed(folder, prepared, tmp_path):
