@@ -167,7 +167,7 @@ def test_the_gradient_of_a_norm_is_that_of_its_operations(kind):
         (first,) = torch.autograd.grad(objective, x, create_graph=True)
         return first, *torch.autograd.grad(first.cos().sum(), x)
 
-    for mine, plain in zip(of(norm._normalise), of(norm._statistics), strict=True):
+    for mine, plain in zip(of(norm.normalise), of(norm._statistics), strict=True):
         assert relative_error(mine, plain) < 1e-13
 
 
