@@ -1,1 +1,1 @@
-"""Measuring pMF: what a step computes, keeps for backward, and takes."""
+"""Benchmarks: time, memory and operations of ops, training steps and sampling."""
