@@ -43,11 +43,12 @@ def advance(
         initialise_state(state, p, names)
         state["step"] += 1
     moments = [[local(state[name]) for state in chosen] for name in names]
-    return (
-        [state["step"].item() for state in chosen],
-        [local(p.grad) for p in parameters if p.grad is not None],
-        moments,
-    )
+    return [state["step"].item() for state in chosen], [_gradient(p) for p in parameters], moments
+
+
+def _gradient(p: Tensor) -> Tensor:
+    assert p.grad is not None  # optimizers select the parameters that have one
+    return local(p.grad)
 
 
 def nesterov(means: list[Tensor], gradients: list[Tensor], beta: float, counts: list[float]) -> list[Tensor]:
