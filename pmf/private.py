@@ -5,19 +5,32 @@ Those of Triton are in `pmf.kernels.launching`. test_private.py fails on private
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import (
+    _broadcast_to_and_flatten as tree_broadcast,
+)
+from torch.utils._pytree import (
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    tree_map_only,
+    tree_unflatten,
+)
 
 __all__ = [  # without public equivalents: torch.utils.pytree takes no is_leaf, fake tensors are private as a whole
     "FakeTensor",
     "FakeTensorMode",
+    "tree_broadcast",
     "tree_flatten",
+    "tree_leaves",
+    "tree_map",
     "tree_map_only",
     "tree_unflatten",
 ]
@@ -115,3 +128,107 @@ def ordinary(arguments: Iterable[Any]) -> bool:
         elif kind not in _PLAIN and isinstance(x, Tensor):
             return False
     return not (any(map(Tensor.is_neg, tensors)) or any(map(_is_wrapped, tensors)))
+
+
+FUNCTION_NAMESPACES: tuple[Any, ...] = (
+    torch,
+    torch.Tensor,
+    torch._C._nn,
+    torch._C._VariableFunctions,
+    torch.linalg,
+    torch.fft,
+    torch.special,
+)
+"""Where PyTorch keeps the builtin functions that dispatch to `__torch_function__`."""
+
+PASSES_INPUTS_ON = {
+    "torch.distributed.fsdp._fully_shard._fsdp_param_group.RegisterPostBackwardFunction",
+    "torch.nn.parallel.distributed._DDPSink",
+}
+"""The autograd.Functions of FSDP2 and DDP that return their inputs."""
+UNUSED_PARAMETERS = "torch.nn.parallel.distributed._DDPSink"
+REENTRANT_CHECKPOINT = "torch.utils.checkpoint.CheckpointFunction"
+
+
+def make_shell(kind: type, like: Tensor) -> Any:
+    """A tensor of a subclass with the shape, strides, dtype and device of another, without storage."""
+    return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        kind, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device, layout=like.layout
+    )
+
+
+def transform_level() -> int | None:
+    """The depth of torch.func transforms around; None outside of any."""
+    return torch._C._functorch.maybe_current_level()
+
+
+def inside_function() -> bool:
+    """Whether the forward of an autograd.Function runs, which alone turns forward mode off outside inference mode."""
+    return not (torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
+
+
+def compiler_traces() -> bool:
+    """Whether a compiler traces code in this thread; true for the compiler's own questions too."""
+    return torch._guards.CompileContext.try_get() is not None
+
+
+def version(x: Tensor) -> int:
+    """How often x has been written to."""
+    return x._version
+
+
+def operators_of(function: Any) -> tuple:
+    """What stands for a function in `__torch_function__`: all overloads of an operator, else the function itself."""
+    if isinstance(function, torch.library.CustomOpDef):
+        function = function._opoverload._overloadpacket
+    if isinstance(function, torch._ops.OpOverloadPacket):
+        return function, *(getattr(function, name) for name in function.overloads())
+    return (function,)
+
+
+def is_aten(function: Any) -> bool:
+    """Whether a function is an operator of PyTorch's own."""
+    operator = isinstance(function, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
+    return operator and str(function).startswith("aten")
+
+
+@contextmanager
+def unseen_by_selective_checkpoints() -> Iterator[None]:
+    """Hide what is computed inside from selective checkpointing, whose second run must meet the same operators."""
+    from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
+
+    if isinstance(_get_current_dispatch_mode(), torch.utils.checkpoint._CachingTorchDispatchMode):
+        with _disable_current_modes():
+            yield
+    else:
+        yield
+
+
+def intercept(kinds: tuple[type, ...], apply: Callable, plain: Callable) -> None:
+    """Call `apply(function, function.apply, args, kwargs)` for every autograd.Function that is applied to `kinds`.
+
+    Checkpoints (without reentry) see `plain` arguments, so that they keep and recompute those.
+    """
+    import torch.utils.checkpoint
+
+    function: Any = torch.autograd.Function
+    checkpoint = torch.utils.checkpoint._checkpoint_without_reentrant_generator
+    own = vars(function).get("apply")  # in Python until torch 2.13, inherited from C++ since
+
+    def intercepted_apply(cls, *args, **kwargs):
+        original = super(function, cls).apply if own is None else own.__get__(None, cls)
+        for x in (*args, *kwargs.values()):
+            if type(x) in kinds or (type(x) in (list, tuple, dict) and _holds(x, kinds)):
+                return apply(cls, original, args, kwargs)
+        return original(*args, **kwargs)
+
+    def plain_checkpoint(*args, **kwargs):
+        return checkpoint(*plain(args), **plain(kwargs))
+
+    function.apply = classmethod(intercepted_apply)
+    torch.utils.checkpoint._checkpoint_without_reentrant_generator = plain_checkpoint
+
+
+def _holds(x: Any, kinds: tuple[type, ...]) -> bool:
+    """Whether one of `kinds` is in x, a list, tuple or dict."""
+    return any(type(leaf) in kinds for leaf in tree_leaves(x))

@@ -1,0 +1,124 @@
+"""Rules of linear functions: the tangent passes through the function itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pmf.tangents.handlers import made_like, ruled, still
+from pmf.tangents.rules import (
+    HANDLERS,
+    Rule,
+    is_dual,
+    jointly_linear,
+    linear_in_first,
+    named,
+    value,
+    zero,
+)
+
+LINEAR = """
+__getitem__ adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adjoint as_strided avg_pool1d avg_pool2d
+avg_pool3d bfloat16 broadcast_to channel_shuffle chunk clone col2im conj conj_physical constant_pad_nd contiguous cpu
+cuda cumsum diag diag_embed diagonal diff double dsplit expand fft fft2 fftn fftshift flatten flip fliplr flipud float
+frac gather half hfft hfft2 hfftn hsplit ifft ifft2 ifftn ifftshift ihfft ihfft2 ihfftn im2col imag index_select irfft
+irfft2 irfftn mH mT masked_select mean moveaxis movedim narrow narrow_copy native_channel_shuffle neg negative permute
+pixel_shuffle pixel_unshuffle positive ravel real reflection_pad1d reflection_pad2d reflection_pad3d repeat
+repeat_interleave replication_pad1d replication_pad2d replication_pad3d reshape resolve_conj resolve_neg rfft rfft2
+rfftn roll rot90 select slice_copy split split_with_sizes squeeze sum swapaxes swapdims t take take_along_dim
+tensor_split tile to trace transpose tril triu type unbind unflatten unfold unsafe_chunk unsafe_split
+unsafe_split_with_sizes unsqueeze upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d
+upsample_nearest2d upsample_nearest3d upsample_trilinear3d view view_as_complex view_as_real vsplit
+""".split()
+"""Linear in the first argument, over the real numbers."""
+
+LIKE = "expand_as reshape_as to type_as view_as".split()
+"""Linear in the first argument; of the second only shape, dtype or device count."""
+
+STACKING = "block_diag cat column_stack concat concatenate dstack hstack row_stack stack vstack".split()
+"""Linear in all tensors of the list that comes first."""
+
+ZERO = """
+bernoulli ceil detach detach_copy fix floor floor_divide heaviside new_tensor round sgn sign trunc
+""".split()
+"""Piecewise constant, or cut from the tangent as under `torch.func.jvp`."""
+
+MADE_LIKE = """
+empty_like full_like new_empty new_empty_strided new_full new_ones new_zeros ones_like rand_like randint_like randn_like
+zeros_like
+""".split()
+"""New tensors, which may move later: when a moving value is written to them."""
+
+
+def _like(function: Callable) -> Rule:
+    linear = linear_in_first(function)
+    return lambda out, x, *args, **kwargs: linear(out, x, *map(value, args), **{k: value(v) for k, v in kwargs.items()})
+
+
+def _stacking(function: Callable) -> Rule:
+    def rule(out, tensors, *args, **kwargs):
+        if is_dual(tensors):
+            return NotImplemented
+        return function([x.dot if is_dual(x) else zero(x) for x in tensors], *args, **kwargs)
+
+    return rule
+
+
+def _fill(function: Callable) -> Rule:
+    """The rule of `masked_fill` and `index_fill` by a number: zero there."""
+
+    def rule(out, x, *args, **kwargs):
+        *places, filled = args if "value" not in kwargs else (*args, kwargs["value"])
+        if not is_dual(x) or isinstance(filled, Tensor) or is_dual(filled):
+            return NotImplemented
+        return function(x.dot, *places, 0)
+
+    return rule
+
+
+def _pad(function: Callable) -> Rule:
+    def rule(out, x, pad, mode="constant", value=None):
+        return function(x.dot, pad, mode, 0.0 if value is not None else None)
+
+    return rule
+
+
+JOINT: dict[str, tuple[tuple[int, str], ...]] = {
+    "where": ((1, "input"), (2, "other")),
+    "scatter": ((0, "input"), (3, "src")),
+    "scatter_add": ((0, "input"), (3, "src")),
+    "index_add": ((0, "input"), (3, "source")),
+    "index_copy": ((0, "input"), (3, "source")),
+    "index_put": ((0, "input"), (2, "values")),
+    "masked_scatter": ((0, "input"), (2, "source")),
+    "slice_scatter": ((0, "input"), (1, "src")),
+    "select_scatter": ((0, "input"), (1, "src")),
+    "diagonal_scatter": ((0, "input"), (1, "src")),
+}
+"""Linear in the arguments at these slots together."""
+
+
+def _register(names: list[str], rule_of: Callable[[Callable], Rule]) -> None:
+    for function in named(*names):
+        HANDLERS[function] = ruled(rule_of(function))
+
+
+_register(LINEAR, linear_in_first)
+_register(LIKE, _like)
+_register(STACKING, _stacking)
+_register(["masked_fill", "index_fill"], _fill)
+_register(["pad"], _pad)
+for _name, _slots in JOINT.items():
+    _register([_name], lambda function, slots=_slots: jointly_linear(function, *slots))
+for _function in named(*ZERO):
+    HANDLERS[_function] = still
+for _function in named(*MADE_LIKE):
+    HANDLERS[_function] = made_like
+for _property in (Tensor.T, Tensor.mT, Tensor.H, Tensor.mH, Tensor.real, Tensor.imag):
+    HANDLERS[_property.__get__] = ruled(linear_in_first(_property.__get__))
+for _property in (Tensor.data, Tensor.grad):
+    HANDLERS[_property.__get__] = still
+HANDLERS[torch.embedding] = ruled(jointly_linear(torch.embedding, (0, "weight")))
