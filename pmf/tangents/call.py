@@ -103,7 +103,7 @@ def _value(x: Any) -> Any:
 def _dot(x: Any) -> Any:
     """The tangent of an output; zeros if it does not move, None if it is no tensor."""
     if type(x) in CARRIERS:
-        return torch.zeros_like(x.value) if x.dot is None else x.dot
+        return torch.zeros_like(x.value) if x.tangent is None else x.tangent
     return torch.zeros_like(x, requires_grad=False) if isinstance(x, Tensor) else None
 
 

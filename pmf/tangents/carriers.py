@@ -20,18 +20,18 @@ from pmf.tangents.rules import HANDLERS, name_of
 class DualTensor(Tensor):
     """A tensor that moves: every torch function that receives one computes value and tangent.
 
-    `value` is recorded for backward, `dot` never is. A `dot` of None is zero: the tensor then acts as its value. The
+    `value` is recorded for backward, `tangent` never is. A `tangent` of None is zero: the tensor then acts as its value. The
     DualTensor itself has no storage: C++ code that bypasses torch functions raises instead of losing the tangent.
     """
 
     value: Tensor
-    dot: Tensor | None
+    tangent: Tensor | None
 
     @staticmethod
     def __new__(cls, value: Tensor, dot: Tensor | None) -> DualTensor:
         """A DualTensor with the shape, strides, dtype and device of `value`."""
         made = make_shell(cls, value)
-        made.value, made.dot = value, dot
+        made.value, made.tangent = value, dot
         if _calls.open:
             _calls.open[-1].append(weakref.ref(made))
         return made
@@ -52,7 +52,7 @@ class TracedDualTensor:
     """A `DualTensor` for compilers, which cannot construct subclasses of Tensor: a plain object with its methods."""
 
     def __init__(self, value: Tensor, dot: Tensor | None) -> None:
-        self.value, self.dot = value, dot
+        self.value, self.tangent = value, dot
 
     @staticmethod
     def __torch_function__(function, types, args=(), kwargs=None):
@@ -84,14 +84,14 @@ def _complete() -> None:
         setattr(TracedDualTensor, name, _property(name))
     for name in ("T", "mT", "H", "mH", "real", "imag", "data"):
         setattr(TracedDualTensor, name, _moving_property(getattr(Tensor, name).__get__))
-    for name in OPERATORS:
+    for name in OPERATORS.split():
         setattr(TracedDualTensor, f"__{name}__", _method(getattr(Tensor, f"__{name}__")))
 
 
 OPERATORS = """
 add radd iadd sub rsub isub mul rmul imul truediv rtruediv itruediv pow rpow matmul rmatmul neg abs getitem setitem
 lt le gt ge eq ne mod len bool
-""".split()
+"""
 _complete()
 
 
@@ -122,7 +122,7 @@ def open_call() -> Iterator[None]:
         for reference in _calls.open.pop():
             left = reference()
             if left is not None:
-                left.dot = None
+                left.tangent = None
 
 
 def propagate(function: Callable, args: tuple, kwargs: dict | None) -> Any:
@@ -158,8 +158,8 @@ def fitted(dot: Tensor, value: Tensor) -> Tensor:
     """
     if dot.dtype == value.dtype and dot.shape == value.shape and dot.stride() == value.stride():
         return dot
-    if dot.shape == value.shape and dot.stride() == value.stride():
-        return dot.to(value.dtype)
+    if 0 in value.stride():  # an expanded tensor has no memory of its own to write to
+        return dot.to(value.dtype).expand(value.shape)
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device).copy_(dot)
 
 
@@ -177,7 +177,7 @@ def moves(x: Any) -> bool:
     """Whether x is, or a list, tuple or dict x contains, a carrier with a tangent."""
     kind = type(x)
     if kind in CARRIERS:
-        return x.dot is not None
+        return x.tangent is not None
     if kind is tuple or kind is list:
         return any([moves(part) for part in x])
     return kind is dict and any([moves(part) for part in x.values()])
@@ -204,4 +204,4 @@ def values_of(x: Any) -> Any:
 
 def duals_of(x: Any) -> Any:
     """x with `Dual`s in place of its carriers, and the values of those that stand still."""
-    return _each(x, lambda moving: moving.value if moving.dot is None else Dual(moving.value, moving.dot))
+    return _each(x, lambda moving: moving.value if moving.tangent is None else Dual(moving.value, moving.tangent))

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pmf.dual import Dual
 from pmf.errors import InputError, first_line
-from pmf.private import is_aten, tree_flatten, tree_leaves, tree_unflatten, version
+from pmf.private import FUNCTION_NAMESPACES, is_aten, storage_id, tree_flatten, tree_leaves, tree_unflatten, version
 from pmf.tangents.rules import is_dual, name_of
 
 
@@ -24,7 +24,7 @@ def _never(*tensors: Any) -> bool:
 @functools.cache
 def composite_body(function: Callable) -> Callable | None:
     """The body of a torch function written in Python, without its own dispatch to carriers; None for a builtin."""
-    if not isinstance(function, types.FunctionType) or not function.__module__.startswith("torch."):
+    if not isinstance(function, types.FunctionType) or function.__module__.split(".")[0] != "torch":
         return None
     if "__class__" in function.__code__.co_freevars:  # super().name would come back here
         return None
@@ -44,7 +44,9 @@ def is_torch(function: Callable) -> bool:
 
 @functools.cache
 def _overridable() -> frozenset[Callable]:
-    return frozenset(f for functions in torch.overrides.get_overridable_functions().values() for f in functions)
+    listed = [f for functions in torch.overrides.get_overridable_functions().values() for f in functions]
+    builtin = [getattr(space, name) for space in FUNCTION_NAMESPACES for name in dir(space)]
+    return frozenset(f for f in (*listed, *builtin) if callable(f) and f.__hash__ is not None)
 
 
 def versions(*arguments: Any) -> list[int]:
@@ -55,6 +57,13 @@ def versions(*arguments: Any) -> list[int]:
 def mutated(args: tuple, kwargs: dict, before: list[int]) -> bool:
     """Whether a tensor among the arguments has been written to since `versions` gave `before`."""
     return versions(args, kwargs) != before
+
+
+def shares_memory(out: Any, *arguments: Any) -> bool:
+    """Whether an output lies in the memory of an argument that moves."""
+    moving = [x for x in tree_leaves(arguments, is_leaf=is_dual) if is_dual(x)]
+    memory = {storage_id(x.value) for x in moving}
+    return any(storage_id(x) in memory for x in tree_leaves(out) if _moves(x))
 
 
 def tangents_by_torch_func(function: Callable, out: Any, args: tuple, kwargs: dict) -> Any:
@@ -74,9 +83,11 @@ def tangents_by_torch_func(function: Callable, out: Any, args: tuple, kwargs: di
     try:
         # Flash attention has no forward mode, its mathematics has.
         with sdpa_kernel(SDPBackend.MATH):
-            _, dots = torch.func.jvp(floats, primals, tangents)
+            dots = torch.func.jvp(floats, primals, tangents)[1]
     except (RuntimeError, NotImplementedError) as error:
-        raise InputError(f"pmf.jvp: {name_of(function)} has no rule, and torch.func.jvp fails: {first_line(error)}")
+        raise InputError(
+            f"pmf.jvp: {name_of(function)} has no rule, and torch.func.jvp fails: {first_line(error)}"
+        ) from error
     return _arranged(out, iter(dots))
 
 

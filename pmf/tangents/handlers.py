@@ -11,7 +11,7 @@ from torch import Tensor
 from pmf.errors import InputError
 from pmf.private import unseen_by_selective_checkpoints
 from pmf.tangents.carriers import carrier, duals_of, give, moves, values_of
-from pmf.tangents.fallback import composite_body, is_torch, mutated, tangents_by_torch_func, versions
+from pmf.tangents.fallback import composite_body, is_torch, mutated, shares_memory, tangents_by_torch_func, versions
 from pmf.tangents.random_state import replayed
 from pmf.tangents.rules import HANDLERS, Handler, Rule, name_of
 
@@ -27,10 +27,11 @@ def ruled(rule: Rule) -> Handler:
     """The handler that computes the value as usual, recorded, and then the tangent by `rule`, unrecorded."""
 
     def handle(function, args, kwargs):
+        if kwargs.get("out") is not None:
+            raise InputError(f"pmf.jvp: {name_of(function)} got a moving value and out=; expected no out")
         out = function(*values_of(args), **values_of(kwargs))
         if not has_tangent(out) or not (moves(args) or moves(kwargs)):
             return out
-        refuse_out(function, kwargs)
         with torch.no_grad(), unseen_by_selective_checkpoints():
             dots = rule(out, *duals_of(args), **duals_of(kwargs))
             if dots is NotImplemented:
@@ -79,12 +80,6 @@ def composite(function: Callable) -> Handler | None:
     return None if body is None else lambda function, args, kwargs: body(*args, **kwargs)
 
 
-def refuse_out(function: Callable, kwargs: dict) -> None:
-    """Errors: `InputError` if an output tensor is given."""
-    if kwargs.get("out") is not None:
-        raise InputError(f"pmf.jvp: {name_of(function)} got a moving value and out=; expected no out")
-
-
 def unknown(function: Callable, args: tuple, kwargs: dict) -> Any:
     """The handler of a function without rule."""
     handler = composite(function) or (by_torch_func if is_torch(function) else refused(NO_RULE))
@@ -105,6 +100,8 @@ def by_torch_func(function: Callable, args: tuple, kwargs: dict) -> Any:
     def rule(out, *duals, **named):
         if mutated(args, kwargs, before):
             raise InputError(f"pmf.jvp: {name_of(function)} has no rule and writes to its arguments")
+        if shares_memory(out, duals, named):
+            raise InputError(f"pmf.jvp: {name_of(function)} has no rule and returns a view")
         return tangents_by_torch_func(function, out, duals, named)
 
     return drawn(rule)(function, args, kwargs)

@@ -46,10 +46,10 @@ def _target(function: Callable, args: tuple, kwargs: dict) -> Any:
 
 def _write(target: Any, dot: Tensor | None) -> None:
     """Make `dot` the tangent of `target`, in the memory of the present one."""
-    if target.dot is not None:
-        target.dot.zero_() if dot is None else target.dot.copy_(dot)
+    if target.tangent is not None:
+        target.tangent.zero_() if dot is None else target.tangent.copy_(dot)
     elif dot is not None:
-        target.dot = fitted(dot, target.value).clone(memory_format=torch.preserve_format)
+        target.tangent = fitted(dot, target.value).clone(memory_format=torch.preserve_format)
 
 
 def by(counterpart: Callable) -> Handler:
@@ -61,7 +61,7 @@ def by(counterpart: Callable) -> Handler:
         target = _target(function, args, kwargs)
         with torch.no_grad():
             result = propagate(counterpart, args, kwargs)
-            dot = result.dot if type(result) in CARRIERS else None
+            dot = result.tangent if type(result) in CARRIERS else None
         function(*values_of(args), **values_of(kwargs))
         with torch.no_grad():
             _write(target, dot)
@@ -88,10 +88,10 @@ def _reset(function: Callable, args: tuple, kwargs: dict) -> Any:
 
 def _fill(function: Callable, args: tuple, kwargs: dict) -> Any:
     """x.fill_(number), x.copy_(source)."""
-    target, source = _target(function, args, kwargs), (args[1] if len(args) > 1 else [*kwargs.values()][0])
+    target, source = _target(function, args, kwargs), (args[1] if len(args) > 1 else next(iter(kwargs.values())))
     _done(function, args, kwargs)
     with torch.no_grad():
-        dot = source.dot if type(source) in CARRIERS else None
+        dot = source.tangent if type(source) in CARRIERS else None
         _write(target, None if dot is None else dot.expand(target.value.shape))
     return target
 
@@ -108,9 +108,9 @@ def _set_item(function: Callable, args: tuple, kwargs: dict) -> None:
     index = values_of(index)
     _done(function, args, kwargs)
     with torch.no_grad():
-        if target.dot is None:
-            target.dot = fitted(torch.zeros_like(target.value), target.value)
-        target.dot[index] = source.dot if moves(source) else 0
+        if target.tangent is None:
+            target.tangent = fitted(torch.zeros_like(target.value), target.value)
+        target.tangent[index] = source.tangent if moves(source) else 0
 
 
 def _view_writes(function: Callable, args: tuple, kwargs: dict) -> Any:

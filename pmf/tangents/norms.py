@@ -6,14 +6,13 @@ move; where they do, `torch.func.jvp` computes the tangent.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pmf.tangents.handlers import ruled
-from pmf.tangents.rules import HANDLERS, is_dual, moving_elsewhere, named
+from pmf.tangents.rules import HANDLERS, is_dual, named
 
 _ATEN = torch.ops.aten
 ONLY_INPUT = [True, False, False]
@@ -60,7 +59,7 @@ def _rms_norm(out, input, normalized_shape, weight=None, eps=None):
     return _weighted(_standardised(x, dot, dims, eps, centred=False), weight)
 
 
-def _standardised(x: Tensor, dot: Tensor, dims: Sequence[int], eps: float, *, centred: bool = True) -> Tensor:
+def _standardised(x: Tensor, dot: Tensor, dims: list[int], eps: float, *, centred: bool = True) -> Tensor:
     """The tangent of (x - mean) / sqrt(var + eps), or of x / sqrt(mean(x^2) + eps)."""
     wide = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
     x, dot = x.to(wide), dot.to(wide)

@@ -6,15 +6,13 @@ computes its tangent as well.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from pmf.tangents.handlers import drawn, ruled, still
+from pmf.tangents.handlers import drawn, ruled
 from pmf.tangents.rules import HANDLERS, Rule, is_dual, linear_in_first, named
 
 _ATEN = torch.ops.aten
@@ -29,8 +27,10 @@ def _by_input(derivative: Callable[..., Tensor]) -> Rule:
     """The rule from `derivative(x_dot, x, *args)`."""
 
     def rule(out, x, *args, **kwargs):
+        if x.value.is_complex():
+            return NotImplemented
         value, dot = _cast(x, out)
-        return NotImplemented if value.is_complex() else derivative(dot, value, *args, **kwargs)
+        return derivative(dot, value, *args, **kwargs)
 
     return rule
 
@@ -39,7 +39,7 @@ def _by_output(derivative: Callable[[Tensor, Tensor], Tensor]) -> Rule:
     """The rule from `derivative(x_dot, y)`."""
 
     def rule(out, x, *args, **kwargs):
-        return NotImplemented if out.is_complex() else derivative(x.dot.to(out.dtype), out)
+        return NotImplemented if x.value.is_complex() else derivative(x.dot.to(out.dtype), out)
 
     return rule
 

@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 from pmf.tangents.handlers import ruled
-from pmf.tangents.rules import HANDLERS, Rule, is_dual, moving_elsewhere, multilinear, named, replaced, value
+from pmf.tangents.rules import HANDLERS, Rule, is_dual, multilinear, named, value
 
 FIRST, SECOND = (0, "input"), (1, "other")
 
-PRODUCTS: dict[str, tuple[tuple[int, str], ...]] = {
-    "mul multiply": (FIRST, SECOND),
-    "matmul __matmul__ mm bmm mv dot inner kron cross outer ger vdot linear_cross": (FIRST, (1, "mat2")),
-}
+PRODUCTS = "mul multiply matmul __matmul__ mm bmm mv dot inner kron cross outer ger"
+WEIGHTED = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear"
 
 
 def _second(name: str) -> tuple[int, str]:
@@ -26,11 +24,11 @@ def _second(name: str) -> tuple[int, str]:
     )
 
 
-for _name in "mul multiply matmul __matmul__ mm bmm mv dot inner kron cross outer ger".split():
+for _name in PRODUCTS.split():
     for _function in named(_name):
         HANDLERS[_function] = ruled(multilinear(_function, FIRST, _second(_name)))
 
-for _name in "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear".split():
+for _name in WEIGHTED.split():
     for _function in named(_name):
         HANDLERS[_function] = ruled(multilinear(_function, FIRST, (1, "weight"), added=(2, "bias")))
 

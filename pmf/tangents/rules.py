@@ -36,6 +36,16 @@ def named(*names: str) -> Iterator[Callable]:
                 yield function
 
 
+def getter(name: str) -> Any:
+    """The function that reads a property of tensors."""
+    return getattr(torch.Tensor, name).__get__
+
+
+def setter(name: str) -> Any:
+    """The function that sets a property of tensors."""
+    return getattr(torch.Tensor, name).__set__
+
+
 def is_dual(x: Any) -> bool:
     """Whether an argument of a rule moves."""
     return type(x) is Dual
@@ -67,13 +77,9 @@ def values(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
 
 def moving_elsewhere(args: tuple, kwargs: dict, *slots: tuple[int, str]) -> bool:
     """Whether an argument moves that is at none of the slots."""
-    for i, x in enumerate(args):
-        if is_dual(x) and all(i != index for index, _ in slots):
-            return True
-    for name, x in kwargs.items():
-        if is_dual(x) and all(name != keyword for _, keyword in slots):
-            return True
-    return False
+    positions, names = [index for index, _ in slots], [name for _, name in slots]
+    positional = any([is_dual(x) and i not in positions for i, x in enumerate(args)])
+    return positional or any([is_dual(x) and name not in names for name, x in kwargs.items()])
 
 
 def linear_in_first(function: Callable) -> Rule:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from pmf.tangents.handlers import made_like, ruled, still
 from pmf.tangents.rules import (
     HANDLERS,
     Rule,
+    getter,
     is_dual,
     jointly_linear,
     linear_in_first,
@@ -32,24 +32,24 @@ rfftn roll rot90 select slice_copy split split_with_sizes squeeze sum swapaxes s
 tensor_split tile to trace transpose tril triu type unbind unflatten unfold unsafe_chunk unsafe_split
 unsafe_split_with_sizes unsqueeze upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d
 upsample_nearest2d upsample_nearest3d upsample_trilinear3d view view_as_complex view_as_real vsplit
-""".split()
+"""
 """Linear in the first argument, over the real numbers."""
 
-LIKE = "expand_as reshape_as to type_as view_as".split()
+LIKE = "expand_as reshape_as to type_as view_as"
 """Linear in the first argument; of the second only shape, dtype or device count."""
 
-STACKING = "block_diag cat column_stack concat concatenate dstack hstack row_stack stack vstack".split()
+STACKING = "block_diag cat column_stack concat concatenate dstack hstack row_stack stack vstack"
 """Linear in all tensors of the list that comes first."""
 
 ZERO = """
 bernoulli ceil detach detach_copy fix floor floor_divide heaviside new_tensor round sgn sign trunc
-""".split()
+"""
 """Piecewise constant, or cut from the tangent as under `torch.func.jvp`."""
 
 MADE_LIKE = """
 empty_like full_like new_empty new_empty_strided new_full new_ones new_zeros ones_like rand_like randint_like randn_like
 zeros_like
-""".split()
+"""
 """New tensors, which may move later: when a moving value is written to them."""
 
 
@@ -65,6 +65,12 @@ def _stacking(function: Callable) -> Rule:
         return function([x.dot if is_dual(x) else zero(x) for x in tensors], *args, **kwargs)
 
     return rule
+
+
+def _broadcast(out, *tensors):
+    """The rule of `broadcast_tensors`."""
+    tensors = tensors[0] if len(tensors) == 1 and not is_dual(tensors[0]) else tensors
+    return [x.dot.expand(y.shape) if is_dual(x) else None for x, y in zip(tensors, out, strict=True)]
 
 
 def _fill(function: Callable) -> Rule:
@@ -101,24 +107,27 @@ JOINT: dict[str, tuple[tuple[int, str], ...]] = {
 """Linear in the arguments at these slots together."""
 
 
-def _register(names: list[str], rule_of: Callable[[Callable], Rule]) -> None:
-    for function in named(*names):
+def _register(names: str, rule_of: Callable[[Callable], Rule]) -> None:
+    for function in named(*names.split()):
         HANDLERS[function] = ruled(rule_of(function))
 
 
 _register(LINEAR, linear_in_first)
 _register(LIKE, _like)
 _register(STACKING, _stacking)
-_register(["masked_fill", "index_fill"], _fill)
-_register(["pad"], _pad)
+_register("masked_fill index_fill", _fill)
+_register("pad", _pad)
 for _name, _slots in JOINT.items():
-    _register([_name], lambda function, slots=_slots: jointly_linear(function, *slots))
-for _function in named(*ZERO):
+    for _function in named(_name):
+        HANDLERS[_function] = ruled(jointly_linear(_function, *_slots))
+for _function in named(*ZERO.split()):
     HANDLERS[_function] = still
-for _function in named(*MADE_LIKE):
+for _function in named("broadcast_tensors"):
+    HANDLERS[_function] = ruled(_broadcast)
+for _function in named(*MADE_LIKE.split()):
     HANDLERS[_function] = made_like
-for _property in (Tensor.T, Tensor.mT, Tensor.H, Tensor.mH, Tensor.real, Tensor.imag):
-    HANDLERS[_property.__get__] = ruled(linear_in_first(_property.__get__))
-for _property in (Tensor.data, Tensor.grad):
-    HANDLERS[_property.__get__] = still
+for _name in ("T", "mT", "H", "mH", "real", "imag"):
+    HANDLERS[getter(_name)] = ruled(linear_in_first(getter(_name)))
+for _name in ("data", "grad"):
+    HANDLERS[getter(_name)] = still
 HANDLERS[torch.embedding] = ruled(jointly_linear(torch.embedding, (0, "weight")))
