@@ -212,7 +212,8 @@ def intercept(kinds: tuple[type, ...], apply: Callable, plain: Callable) -> None
     import torch.utils.checkpoint
 
     function: Any = torch.autograd.Function
-    checkpoint = torch.utils.checkpoint._checkpoint_without_reentrant_generator
+    module = torch.utils.checkpoint
+    generators = "_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl"
     own = vars(function).get("apply")  # in Python until torch 2.13, inherited from C++ since
 
     def intercepted_apply(cls, *args, **kwargs):
@@ -222,11 +223,13 @@ def intercept(kinds: tuple[type, ...], apply: Callable, plain: Callable) -> None
                 return apply(cls, original, args, kwargs)
         return original(*args, **kwargs)
 
-    def plain_checkpoint(*args, **kwargs):
-        return checkpoint(*plain(args), **plain(kwargs))
+    def of_plain(checkpoint):
+        return lambda *args, **kwargs: checkpoint(*plain(args), **plain(kwargs))
 
     function.apply = classmethod(intercepted_apply)
-    torch.utils.checkpoint._checkpoint_without_reentrant_generator = plain_checkpoint
+    for name in generators:
+        if hasattr(module, name):  # the second since torch 2.14
+            setattr(module, name, of_plain(getattr(module, name)))
 
 
 def _holds(x: Any, kinds: tuple[type, ...]) -> bool:
