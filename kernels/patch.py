@@ -273,6 +273,11 @@ def _gradients(ctx, dtokens, *_):
 _patch_embed = registration.differentiable("PatchEmbed", "patch_embed", patch_forward, _save, _gradients, inputs=8)
 
 
+def _wrapped() -> bool:
+    """Whether tensors are wrapped by a transform; a wrapper does not tell whether its tensor requires a gradient."""
+    return not torch.compiler.is_compiling() and transforming()
+
+
 def patch_embed(
     images: Dual,
     weight1: Tensor,
@@ -287,8 +292,6 @@ def patch_embed(
     """`pmf.reference.patch_embed` by Triton."""
     weights = (weight1, bias1, weight2, bias2, positions)
     recorded = (images.value, *weights, prefix.value)
-    keep = torch.is_grad_enabled() and (
-        any(x is not None and x.requires_grad for x in recorded) or not torch.compiler.is_compiling() and transforming()
-    )  # a transform's wrapper does not tell whether the tensor inside it requires a gradient
+    keep = torch.is_grad_enabled() and (any(x is not None and x.requires_grad for x in recorded) or _wrapped())
     tokens, tokens_dot, _ = _patch_embed(images.value, images.dot, *weights, prefix.value, prefix.dot, dtype, keep)
     return Dual(tokens, tokens_dot)

@@ -204,7 +204,7 @@ class Differentiable:
     complete: Callable[[tuple, Any], Any] = lambda inputs, outputs: outputs
 
     def by_operators(self, **rules: Callable) -> Callable:
-        """`apply` of a Function in PyTorch's standard form, for compilers; with `refusals`, for transforms and modes."""
+        """`apply` of a Function in PyTorch's standard form, for compilers; with `refusals`, for all else."""
         overload, signature = self.forward.overload, inspect.signature(self.forward.function)
         save, backward, complete, outputs = self.save, self.backward, self.complete, self.outputs
         others = (None,) * (len(signature.parameters) - self.inputs)
@@ -226,7 +226,7 @@ class Differentiable:
         return _function(self.name, forward=forward, setup_context=setup_context, backward=gradients, **rules).apply
 
     def refusals(self) -> dict[str, Callable]:
-        """The rules of a Function for forward mode and vmap, which raise; Dynamo accepts no Function with such rules."""
+        """Rules for forward mode and vmap, which raise; Dynamo accepts no Function that has rules."""
 
         def jvp(ctx, *tangents):
             raise RuntimeError(

@@ -14,7 +14,7 @@ from pmf import dispatch, reference
 from pmf.dual import ABSENT, Dual
 from pmf.errors import InputError
 from pmf.private import forward_mode
-from pmf.unrecorded import sources_of_tangents, unrecorded
+from pmf.unrecorded import sources_of_tangents, unrecorded, without_gradient
 
 Pair = tuple[Tensor, Tensor | None]
 """A value and its tangent; `Dual` is one."""
@@ -32,10 +32,7 @@ def _as_it_is(result: Dual) -> Dual:
 
 def _dual_tensor(op: str, sources: list[Tensor], result: Dual) -> Tensor:
     value, dot = result
-    if dot is None:
-        return value
-    message = f'{op}: kernels record no gradient for a tangent; detach the tangent, or use impl="reference"'
-    return forward_ad.make_dual(value, unrecorded(dot, sources, message))
+    return value if dot is None else forward_ad.make_dual(value, unrecorded(op, dot, sources))
 
 
 def _with_dual_tensor(op: str, sources: list[Tensor], result: Dual) -> Dual:
@@ -43,8 +40,8 @@ def _with_dual_tensor(op: str, sources: list[Tensor], result: Dual) -> Dual:
 
 
 def _per_sample(dot: Tensor, samples: int) -> Tensor:
-    """An input's tangent, detached; in forward mode parameters per channel may have one, the same for every sample."""
-    dot = dot.detach()
+    """An input's tangent without gradient; in forward mode, a parameter per channel has the same for every sample."""
+    dot = without_gradient(dot)
     return dot if dot.ndim > 1 else dot.expand(samples, -1)
 
 

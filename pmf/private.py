@@ -104,6 +104,15 @@ def intercepted() -> bool:
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
+def mapped(x: Tensor) -> bool:
+    """Whether `torch.vmap` maps over x, so that its values cannot be read."""
+    while _is_wrapped(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            return True
+        x = torch._C._functorch.get_unwrapped(x)
+    return False
+
+
 def recorded_levels(x: Tensor) -> set[int]:
     """The nesting levels of torch.func transforms at which x requires a gradient; 0 is outside of all transforms."""
     levels = set()

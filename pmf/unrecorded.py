@@ -1,7 +1,6 @@
-"""Tensors that have no gradient although they depend on what is differentiated: their backward raises, naming the op.
+"""Tangents of kernels under forward mode: autograd records nothing for them, so their backward raises.
 
-The kernels compute tangents and gradients, but record neither. Where autograd would record them, a gradient of zero
-would be wrong.
+`torch.func.jvp` and `torch.autograd.forward_ad` promise tangents with gradients; a gradient of zero would be wrong.
 """
 
 from __future__ import annotations
@@ -38,19 +37,27 @@ class _Unrecorded(torch.autograd.Function):
         return _Unrecorded.apply(message, x, *sources), in_dims[1]
 
 
-def unrecorded(x: Tensor, sources: Iterable[Tensor], message: str) -> Tensor:
-    """x, whose backward raises RuntimeError(message) if any of `sources` requires a gradient; nothing is saved."""
-    return _Unrecorded.apply(message, x, *sources) if torch.is_grad_enabled() else x
+def unrecorded(op: str, tangent: Tensor, sources: list[Tensor]) -> Tensor:
+    """A kernel's tangent; its backward raises if any of `sources` requires a gradient. Nothing is saved."""
+    if not (sources and torch.is_grad_enabled()):
+        return tangent
+    message = f'{op}: kernels record no gradient for a tangent; detach the tangent, or use impl="reference"'
+    return _Unrecorded.apply(message, tangent, *sources)
 
 
-def sources_of_tangents(duals: Iterable[Dual], fixed: Iterable[Tensor | None]) -> list[Tensor]:
-    """The inputs through which a gradient of an op's tangents would be lost.
+def without_gradient(tangent: Tensor) -> Tensor:
+    """The tangent, detached: a kernel's node must not keep alive what PyTorch has recorded for its tangents."""
+    return tangent.detach() if recorded_levels(tangent) else tangent
+
+
+def sources_of_tangents(duals: list[Dual], fixed: Iterable[Tensor | None]) -> list[Tensor]:
+    """The inputs whose gradients through an op's tangents would be lost; empty if none requires a gradient.
 
     Those are the values and fixed inputs, and the tangents that require gradients where no value does: an edge to a
-    tangent keeps everything alive that PyTorch has recorded for it.
+    tangent keeps alive what PyTorch has recorded for it.
     """
-    duals = tuple(duals)
     values = [x for x in (*(dual.value for dual in duals), *fixed) if x is not None]
     levels = set().union(*map(recorded_levels, values))
     dots = [dual.dot for dual in duals if dual.dot is not None]
-    return values + [dot for dot in dots if not recorded_levels(dot) <= levels]
+    further = [dot for dot in dots if not recorded_levels(dot) <= levels]
+    return values + further if levels or further else []
