@@ -6,6 +6,7 @@ Each way runs backward. Truth is the reference in float64 under the same way, an
 from __future__ import annotations
 
 import dataclasses
+import functools
 import weakref
 from collections.abc import Callable
 
@@ -72,6 +73,10 @@ class Case:
 
         self.outputs, self.dots_of = outputs, dots_of
 
+    def few(self, *parts) -> tuple[Tensor, ...]:
+        """Three values of each output: the interpreter takes its time for each row of a Jacobian."""
+        return tuple(x.flatten()[:3] for x in self.outputs(*parts))
+
     def loss(self, *parts) -> Tensor:
         return total(self.outputs(*parts))
 
@@ -112,15 +117,18 @@ AGREE: dict[str, Callable[[Case], object]] = {
     "grad of the MeanFlow loss": lambda c: func.grad(lambda *p: mean_flow(*c.jvp(*p)), c.numbers)(*c.parts),
     "vjp": lambda c: pulled_back(*func.vjp(c.outputs, *c.parts)),
     "backward of vjp's value": lambda c: c.gradients(total(func.vjp(c.outputs, *c.parts)[0])),
-    "jacrev": lambda c: func.jacrev(c.outputs, c.numbers)(*c.parts),
+    "jacrev": lambda c: func.jacrev(c.few, c.numbers)(*c.parts),
     "linearize": lambda c: func.linearize(c.outputs, *(p.detach() for p in c.parts))[1](*c.dots),
     "functional.vjp": lambda c: functional.vjp(c.loss, c.parts),
-    "functional.jacobian": lambda c: functional.jacobian(c.outputs, c.parts),
-    "functional.jacobian, vectorized": lambda c: functional.jacobian(c.outputs, c.parts, vectorize=True),
+    "functional.jacobian": lambda c: functional.jacobian(c.few, c.parts),
+    "functional.jacobian, vectorized": lambda c: functional.jacobian(c.few, c.parts, vectorize=True),
 }
 """Ways in which every op agrees."""
 
-TANGENT, TWICE, MAPPED, AROUND = "record no gradient for a tangent", "no second derivatives", "no torch.vmap", "take no jvp"
+TANGENT, TWICE, MAPPED, AROUND = (
+    f"kernels {words}"
+    for words in ("record no gradient for a tangent", "have no second derivatives", "have no torch.vmap", "take no jvp")
+)
 RAISE: dict[str, tuple[str, Callable[[Case], object]]] = {
     "tangent of jvp": (TANGENT, lambda c: c.gradients(total(c.jvp(*c.parts)[1]))),
     "value and tangent of jvp": (TANGENT, lambda c: c.gradients(total((*c.jvp(*c.parts)[0], *c.jvp(*c.parts)[1])))),
@@ -185,10 +193,131 @@ def test_kernels_refuse(name, way):
     else:
         assert all(x is None or x.isfinite().all() for x in outcome(name, "reference", torch.float64, run))
     op = name.partition(",")[0]
-    message = rf"^([a-z_]+ or )?{op}( or [a-z_]+)?: kernels .*{words}"
-    if name == "attention" and words == TWICE:  # its value and gradients are PyTorch's
+    message = rf"^([a-z_]+ or )?{op}( or [a-z_]+)?: {words}"  # one kernel computes the gradients of both norms
+    if name == "attention" and words == TWICE:  # PyTorch's FlashAttention computes its value and gradients
         message = r"^derivative for aten::_scaled_dot_product\w*attention\w* is not implemented$"
-    message = message.replace("kernels .*take", "kernels take").replace("kernels .*record", "kernels record")
     with pytest.raises(RuntimeError, match=message) as error:
         outcome(name, "triton", torch.float32, run)
     assert "\n" not in str(error.value)
+
+
+def test_unused_tangents_keep_nothing_alive():
+    """What PyTorch records for tangents between two kernels is not kept for backward."""
+    x, weight = randn(2, 3, 8, gen=generator()), randn(8, 4, gen=generator()).requires_grad_()
+    held = []
+
+    def network(x):
+        hidden = ops.swiglu(x, impl="triton")
+        held.append(weakref.ref(forward_ad.unpack_dual(hidden).tangent))
+        return ops.swiglu(hidden @ weight.T, impl="triton")
+
+    with forward_ad.dual_level():
+        value, dot = forward_ad.unpack_dual(network(forward_ad.make_dual(x, x)))
+    # Until the level ends, PyTorch keeps the tangents of everything that it saves.
+    assert held[0]() is None and value.requires_grad and dot.requires_grad
+    with torch.no_grad(), forward_ad.dual_level():
+        assert not forward_ad.unpack_dual(network(forward_ad.make_dual(x, x))).tangent.requires_grad
+
+
+def test_tangents_of_inputs_that_take_none():
+    x, weight = randn(2, 3, 8, gen=generator()), randn(8, gen=generator())
+    with pytest.raises(RuntimeError, match=r"^norm_modulate: weight takes no tangent, got a dual tensor$"):
+        func.jvp(lambda w: ops.norm_modulate(x, w, impl="triton"), (weight,), (weight,))
+
+
+def test_gradients_with_tangents_are_refused():
+    """The tangent of a gradient, from a loss of dual tensors that backward differentiates, would be lost."""
+    x = randn(2, 3, 8, gen=generator()).requires_grad_()
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"^swiglu: kernels give gradients no tangents"):
+        loss = forward_ad.make_dual(ops.swiglu(x, impl="triton"), randn(2, 3, 4, gen=generator())).square().sum()
+        torch.autograd.grad(loss, x)
+
+
+def objective(impl: str, dtype: torch.dtype) -> tuple[Callable, tuple[Tensor, Tensor]]:
+    """A scalar of `pmf_objective` as a function of both heads' outputs, and these."""
+    gen = generator("objective")
+    nets = [randn(2, 4, 48, gen=gen).to(dtype) for _ in range(4)]
+    images, scalars = (randn(2, 3, 8, 8, gen=gen).to(dtype) for _ in range(2)), torch.rand(3, 2, generator=gen)
+    given = (*nets[2:], None, *images, *scalars.to(DEVICE, dtype), torch.full((2,), -1, device=DEVICE))
+
+    def loss(net_u, net_v):
+        loss_u, loss_v = ops.pmf_objective(net_u, net_v, *given, patch_size=4, impl=impl)
+        return (loss_u + 2 * loss_v).sum()
+
+    return loss, tuple(net.requires_grad_() for net in nets[:2])
+
+
+def test_the_objective():
+    """It has gradients for both heads and no tangents; kernels refuse the rest."""
+    results = []
+    for impl, dtype in (("triton", torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
+        loss, nets = objective(impl, dtype)
+        results.append((*func.grad(loss, (0, 1))(*nets), *functional.vjp(loss, nets)[1]))
+        results[-1] += torch.autograd.grad(func.vjp(loss, *nets)[0], nets)
+    for parts in zip(*results, strict=True):
+        within_budget("pmf_objective", *parts, peak=False, steps=4)
+
+    loss, nets = objective("triton", torch.float32)
+    jacobians = {
+        lambda: func.jvp(loss, nets, nets): "pmf_objective: net_u takes no tangent, got a dual tensor",
+        lambda: func.vmap(loss)(*(net[None] for net in nets)): f"pmf_objective: {MAPPED}",
+        lambda: functional.jvp(loss, nets, nets): f"pmf_objective: {TWICE}",
+        lambda: functional.hessian(loss, nets): f"pmf_objective: {TWICE}",
+    }
+    for run, message in jacobians.items():
+        with pytest.raises(RuntimeError, match=f"^{message}"):
+            run()
+
+
+@pytest.fixture(params=("in_context", "adaln"))
+def networks(request):
+    """(triton, reference, reference in float64) of one random network: u as a function of (z, t, h) and weights."""
+    config = dataclasses.replace(pmf.MODELS["pMF-digits"], conditioning=request.param)
+
+    def network(impl, dtype):
+        model = random_model(config, dtype=torch.float32, impl=impl).to(DEVICE, dtype)
+        inputs = model_inputs(config, 2, dtype=torch.float32)
+        inputs = {k: v.to(DEVICE, dtype if v.is_floating_point() else None) for k, v in inputs.items()}
+        z, t, h = (inputs.pop(name) for name in "zth")
+
+        def u(z, t, h, weights={}):  # noqa: B006
+            return func.functional_call(model, weights, (z, t, h), inputs)[0]
+
+        return model, u, (z, t, h), (torch.ones_like(z), torch.ones_like(t), torch.zeros_like(h))
+
+    kinds = (("triton", torch.float32), ("reference", torch.float32), ("reference", torch.float64))
+    return [network(*kind) for kind in kinds]
+
+
+def joined(tensors) -> Tensor:
+    return torch.cat([x.flatten() for x in tensors])
+
+
+def test_network(networks):
+    """MeanFlow's loss through `torch.func.jvp` of a network, by backward and by `torch.func.grad`."""
+    found = []
+    for model, u, primals, tangents in networks:
+        weights = {name: p.detach() for name, p in model.named_parameters()}
+
+        def loss(weights, u=u, primals=primals, tangents=tangents):
+            value, dot = func.jvp(functools.partial(u, weights=weights), primals, tangents)
+            return (value + dot.detach()).square().mean()
+
+        backward = torch.autograd.grad(loss({}), list(model.parameters()), allow_unused=True)
+        ready = [x for x in backward if x is not None]
+        found.append((joined(ready), joined(func.grad(loss)(weights).values())))
+    for parts in zip(*found, strict=True):
+        within_budget("network", *parts, peak=False, steps=tf32x3(2))
+
+
+def test_a_network_on_kernels_refuses(networks):
+    model, u, primals, tangents = networks[0]
+    weights = list(model.parameters())
+    with pytest.raises(RuntimeError, match=f"^residual_norm_modulate: {TANGENT}"):
+        torch.autograd.grad(func.jvp(u, primals, tangents)[1].sum(), weights, allow_unused=True)
+    with pytest.raises(RuntimeError, match=f"^patch_embed: {MAPPED}"):
+        func.vmap(u)(*(p[None] for p in primals))
+    with pytest.raises(RuntimeError, match=f"^patch_embed: {TWICE}"):
+        functional.jvp(u, primals, tangents)
+    u_reference, mapped = networks[1][1], tuple(torch.stack([p, p]) for p in networks[1][2])
+    assert torch.allclose(func.vmap(u_reference)(*mapped)[0], u_reference(*networks[1][2]), atol=1e-4)
