@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import ModuleType
 
@@ -13,6 +14,7 @@ from pmf import dispatch, reference
 from pmf.dual import ABSENT, Dual
 from pmf.errors import InputError
 from pmf.private import forward_mode
+from pmf.unrecorded import sources_of_tangents, unrecorded, without_gradient
 
 Pair = tuple[Tensor, Tensor | None]
 """A value and its tangent; `Dual` is one."""
@@ -28,12 +30,19 @@ def _as_it_is(result: Dual) -> Dual:
     return result
 
 
-def _dual_tensor(result: Dual) -> Tensor:
-    return result.value if result.dot is None else forward_ad.make_dual(*result)
+def _dual_tensor(op: str, sources: list[Tensor], result: Dual) -> Tensor:
+    value, dot = result
+    return value if dot is None else forward_ad.make_dual(value, unrecorded(op, dot, sources))
 
 
-def _with_dual_tensor(result: Dual) -> Dual:
-    return Dual(_dual_tensor(result))
+def _with_dual_tensor(op: str, sources: list[Tensor], result: Dual) -> Dual:
+    return Dual(_dual_tensor(op, sources, result))
+
+
+def _per_sample(dot: Tensor, samples: int) -> Tensor:
+    """An input's tangent without gradient; in forward mode, a parameter per channel has the same for every sample."""
+    dot = without_gradient(dot)
+    return dot if dot.ndim > 1 else dot.expand(samples, -1)
 
 
 def _named(name: str, dual: Dual) -> tuple[tuple[str, Tensor | None], ...]:
@@ -186,10 +195,7 @@ class Inputs:
             return
         if any(dual.dot is not None for dual in self.duals):
             raise RuntimeError(f"{op}: got explicit tangents and dual tensors; expected one or the other")
+        form = _dual_tensor if self.form is _value_alone else _with_dual_tensor
+        self.form = functools.partial(form, op, sources_of_tangents(parts, self.fixed.values()))
         samples = len(parts[0].value)
-        # In forward mode, parameters per channel may have tangents too, which are the same for every sample.
-        self.duals = [
-            part if part.dot is None or part.dot.ndim > 1 else Dual(part.value, part.dot.expand(samples, -1))
-            for part in parts
-        ]
-        self.form = _dual_tensor if self.form is _value_alone else _with_dual_tensor
+        self.duals = [Dual(value, None if dot is None else _per_sample(dot, samples)) for value, dot in parts]

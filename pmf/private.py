@@ -115,6 +115,27 @@ def intercepted() -> bool:
 
 
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+
+def mapped(x: Tensor) -> bool:
+    """Whether `torch.vmap` maps over x, so that its values cannot be read."""
+    while _is_wrapped(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            return True
+        x = torch._C._functorch.get_unwrapped(x)
+    return False
+
+
+def recorded_levels(x: Tensor) -> set[int]:
+    """The nesting levels of torch.func transforms at which x requires a gradient; 0 is outside of all transforms."""
+    levels = set()
+    while _is_wrapped(x):
+        if x.requires_grad:
+            levels.add(torch._C._functorch.maybe_get_level(x))
+        x = torch._C._functorch.get_unwrapped(x)
+    return levels | {0} if x.requires_grad else levels
+
+
 _PLAIN = frozenset((type(None), bool, int, float, torch.dtype, list))
 
 
