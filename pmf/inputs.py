@@ -14,6 +14,7 @@ from pmf import dispatch, reference
 from pmf.dual import ABSENT, Dual
 from pmf.errors import InputError
 from pmf.private import forward_mode
+from pmf.tangents.carriers import CARRIERS, as_dual, carrier_of
 from pmf.unrecorded import sources_of_tangents, unrecorded, without_gradient
 
 Pair = tuple[Tensor, Tensor | None]
@@ -87,7 +88,8 @@ class Inputs:
         self.dtypes = dtypes
         """The dtypes of all tensors given, tangents included."""
         for tensor in tensors:
-            if type(tensor) is not Tensor and not isinstance(tensor, Tensor):  # the first test is faster
+            # The first test is faster.
+            if type(tensor) is not Tensor and (not isinstance(tensor, Tensor) or type(tensor) in CARRIERS):
                 self._refuse()
             dtype = tensor.dtype
             if tensor.device != device or not dtype.is_floating_point:
@@ -99,6 +101,9 @@ class Inputs:
     def _dual(self, name: str, given: Moving | None) -> Dual:
         if given is None:
             return ABSENT
+        if type(given) in CARRIERS:
+            self.form = carrier_of
+            return as_dual(given)
         if not isinstance(given, tuple):
             return Dual(given)
         if len(given) != 2:
@@ -111,8 +116,8 @@ class Inputs:
         """Raise, naming the first input that is not a floating tensor on the device of the first tensor."""
         named = [part for name, dual in zip(self.names, self.duals, strict=True) for part in _named(name, dual)]
         for name, tensor in (*named, *self.fixed.items()):
-            if isinstance(tensor, tuple):
-                raise InputError(f"{self.op}: {name} takes no tangent, got a pair; expected a tensor")
+            if isinstance(tensor, tuple) or type(tensor) in CARRIERS:
+                raise InputError(f"{self.op}: {name} takes no tangent, got one; expected a tensor")
             if tensor is not None and not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
                 got = getattr(tensor, "dtype", tensor)
                 raise InputError(f"{self.op}: {name} must be a floating tensor, got {got}")

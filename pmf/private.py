@@ -5,6 +5,7 @@ Those of Triton are in `pmf.kernels.launching`. test_private.py fails on private
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -225,17 +226,42 @@ def unseen_by_selective_checkpoints() -> Iterator[None]:
         yield
 
 
-def intercept(kinds: tuple[type, ...], apply: Callable, plain: Callable) -> None:
+@contextmanager
+def intercepted_by(kinds: tuple[type, ...], apply: Callable, plain: Callable) -> Iterator[None]:
     """Call `apply(function, function.apply, args, kwargs)` for every autograd.Function that is applied to `kinds`.
 
-    Checkpoints (without reentry) see `plain` arguments, so that they keep and recompute those.
+    Checkpoints (without reentry) see `plain` arguments, so that they keep and recompute those. Compilers cannot trace
+    an `apply` that is not PyTorch's own, so this lasts as long as the context of any thread.
     """
+    with _PATCHING:
+        _patches.append(None)
+        if len(_patches) == 1:
+            _patches[0] = _patch(kinds, apply, plain)
+    try:
+        yield
+    finally:
+        with _PATCHING:
+            if len(_patches) == 1:
+                _patches[0]()
+                _patches.clear()
+            else:
+                _patches.pop()
+
+
+_PATCHING = threading.Lock()
+_patches: list[Any] = []
+"""One entry for each context that is open; the first takes the patch back."""
+
+
+def _patch(kinds: tuple[type, ...], apply: Callable, plain: Callable) -> Callable[[], None]:
+    """Patch PyTorch; give a function that takes it back."""
     import torch.utils.checkpoint
 
     function: Any = torch.autograd.Function
     module = torch.utils.checkpoint
-    generators = "_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl"
     own = vars(function).get("apply")  # in Python until torch 2.13, inherited from C++ since
+    names = "_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl"
+    generators = {name: getattr(module, name) for name in names if hasattr(module, name)}  # the second since 2.14
 
     def intercepted_apply(cls, *args, **kwargs):
         original = super(function, cls).apply if own is None else own.__get__(None, cls)
@@ -247,10 +273,18 @@ def intercept(kinds: tuple[type, ...], apply: Callable, plain: Callable) -> None
     def of_plain(checkpoint):
         return lambda *args, **kwargs: checkpoint(*plain(args), **plain(kwargs))
 
+    def unpatch():
+        if own is None:
+            del function.apply
+        else:
+            function.apply = own
+        for name, generator in generators.items():
+            setattr(module, name, generator)
+
     function.apply = classmethod(intercepted_apply)
-    for name in generators:
-        if hasattr(module, name):  # the second since torch 2.14
-            setattr(module, name, of_plain(getattr(module, name)))
+    for name, generator in generators.items():
+        setattr(module, name, of_plain(generator))
+    return unpatch
 
 
 def _holds(x: Any, kinds: tuple[type, ...]) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -53,13 +53,19 @@ def jvp(
     if rows is not None:
         return _on_last_rows(function, leaves, dots, spec, has_aux, rows)
     # A compiler traces the carriers of this call into one graph, and nothing of them is left.
-    with nullcontext() if torch.compiler.is_compiling() else open_call():
+    with nullcontext() if torch.compiler.is_compiling() else _eager_call():
         result = function(*tree_unflatten(list(map(_moving, leaves, dots)), spec))
         if not has_aux:
             return _parted(result)
         if not (isinstance(result, tuple) and len(result) == 2):
             raise InputError(f"pmf.jvp: with has_aux the function must return (output, aux), got {type(result)}")
         return *_parted(result[0]), _parted(result[1])[0]
+
+
+@contextmanager
+def _eager_call() -> Iterator[None]:
+    with open_call(), wrappers.seen_through():
+        yield
 
 
 def _leaves(primals: Any, tangents: Any) -> tuple[list, list, Any]:
@@ -151,7 +157,7 @@ def rule(function: Callable) -> Callable[[Rule], Rule]:
     The decorated function is called under no_grad as `rule(out, *args, **kwargs)`, where out = function(*args,
     **kwargs) has been computed and recorded as usual, and every argument that moves is a `pmf.Dual`. It returns the
     tangent of out (a tuple for several outputs); None is zero. An autograd.Function is registered as its class, and
-    must be called as `Class.apply`; looked up before pmf.jvp was imported, `apply` raises.
+    must be called as `Class.apply(...)`: an `apply` that was looked up before the call of pmf.jvp raises.
 
         @pmf.jvp.rule(Square)
         def square(out, x):

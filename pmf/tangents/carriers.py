@@ -20,8 +20,8 @@ from pmf.tangents.rules import HANDLERS, name_of
 class DualTensor(Tensor):
     """A tensor that moves: every torch function that receives one computes value and tangent.
 
-    `value` is recorded for backward, `tangent` never is. A `tangent` of None is zero: the tensor then acts as its value. The
-    DualTensor itself has no storage: C++ code that bypasses torch functions raises instead of losing the tangent.
+    `value` is recorded for backward, `tangent` never is. Without tangent (None) it acts as its value. The DualTensor
+    itself has no storage: C++ code that bypasses torch functions raises instead of losing the tangent.
     """
 
     value: Tensor
@@ -149,6 +149,16 @@ def _check_surroundings(function: Callable) -> None:
 def carrier(value: Tensor, dot: Tensor | None) -> Any:
     """`value` and its tangent as one object that behaves as a tensor."""
     return TracedDualTensor(value, dot) if torch.compiler.is_compiling() else DualTensor(value, dot)
+
+
+def as_dual(x: Any) -> Dual:
+    """A tensor or carrier as a `Dual`."""
+    return Dual(x.value, x.tangent) if type(x) in CARRIERS else Dual(x)
+
+
+def carrier_of(dual: Dual) -> Any:
+    """A `Dual` as one object that behaves as a tensor; the value alone if it has no tangent."""
+    return dual.value if dual.dot is None else carrier(dual.value, fitted(dual.dot, dual.value))
 
 
 def fitted(dot: Tensor, value: Tensor) -> Tensor:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
-from pmf.private import PASSES_INPUTS_ON, REENTRANT_CHECKPOINT, UNUSED_PARAMETERS, intercept
+from pmf.private import PASSES_INPUTS_ON, REENTRANT_CHECKPOINT, UNUSED_PARAMETERS, intercepted_by
 from pmf.tangents.carriers import CARRIERS, moves, values_of
 from pmf.tangents.handlers import refused, ruled
 from pmf.tangents.rules import HANDLERS, Handler, is_dual
@@ -47,4 +48,6 @@ def _apply(function: type, apply: Callable, args: tuple, kwargs: dict) -> Any:
     return _handler(function, args)(_named(function, apply), args, kwargs)
 
 
-intercept(CARRIERS, _apply, values_of)
+def seen_through() -> AbstractContextManager[None]:
+    """Inside the context, wrappers treat carriers as above."""
+    return intercepted_by(CARRIERS, _apply, values_of)

@@ -1,5 +1,6 @@
-"""`pmf.jvp`: value, tangent and gradients of any function, at the bytes of its forward pass; or an error, never a loss."""
+"""`pmf.jvp`: value, tangent and gradients of any function at the bytes of its forward pass; else an error."""
 
+import dataclasses
 import functools
 import math
 import operator
@@ -13,7 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import pmf
-from pmf import InputError
+from pmf import InputError, layers
+from tests.networks import TINY, model_inputs, random_model
 
 F64 = torch.float64
 
@@ -320,7 +322,7 @@ def test_backward_of_a_checkpoint_computes_no_tangent():
 
 def test_tangents_are_freed_with_the_call():
     kept = []
-    out, _ = pmf.jvp(lambda x: kept.append(x.sin()) or x * 2, (drawn(3),), (drawn(3),))
+    pmf.jvp(lambda x: kept.append(x.sin()) or x * 2, (drawn(3),), (drawn(3),))
     assert kept[0].tangent is None
     compare(lambda x: x * kept[0], [drawn(3)], [drawn(3, seed=1)])
 
@@ -418,8 +420,8 @@ def scripted(x):
 
 
 LOSSES = {
-    "autograd.Function": (Scaled.apply, "Scaled got a moving value; an autograd.Function hides"),
-    "identity Function": (Passed.apply, "Passed got a moving value"),
+    "autograd.Function": (lambda x: Scaled.apply(x), "Scaled got a moving value; an autograd.Function hides"),
+    "identity Function": (lambda x: Passed.apply(x), "Passed got a moving value"),
     "apply looked up early": (applied_early, "autograd.Function"),
     "reentrant checkpoint": (
         lambda x: checkpoint(torch.sin, x, use_reentrant=True),
@@ -508,3 +510,36 @@ def test_registered_functions_move():
 def test_bad_arguments_are_named(primals, tangents, options, message):
     with pytest.raises(InputError, match=message):
         pmf.jvp(torch.sin, primals, tangents, **options)
+
+
+def moved(model, values, jvp=pmf.jvp):
+    """`jvp` of a PMFDiT along z, t and h."""
+    others = [values[name] for name in ("omega", "t_min", "t_max", "y")]
+    v, ones = drawn(*values["z"].shape, seed=5), torch.ones_like(values["t"])
+    return jvp(lambda z, t, h: model(z, t, h, *others), (values["z"], values["t"], values["h"]), (v, ones, ones))
+
+
+@pytest.mark.parametrize("conditioning", ["in_context", "adaln"])
+def test_our_network_moves_on_both_heads(conditioning):
+    config = dataclasses.replace(TINY, conditioning=conditioning)
+    model, values = random_model(config), model_inputs(config, 3)
+    (u, v), (du, dv) = moved(model, values)
+    (_, _), (du_expected, dv_expected) = moved(model, values, torch.func.jvp)
+    assert torch.equal(u, model(**values)[0]) and torch.equal(v, model(**values)[1])
+    torch.testing.assert_close(du, du_expected.detach(), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(dv, dv_expected.detach(), rtol=1e-10, atol=1e-10)
+
+
+def test_fused_layers_mix_with_unported_code():
+    norm = layers.NormModulate(6).double()
+
+    def mixed(x):
+        y = norm(x, x.mean(1), scale_of(x))
+        return pmf.ops.swiglu(y @ W) * x[..., :3] + norm(F.silu(x))[..., :3]
+
+    def scale_of(x):
+        return (x.sum(1) @ W).sin()
+
+    compare(mixed, [drawn(3, 4, 6)], [drawn(3, 4, 6, seed=1)], [norm.weight])
+    with pytest.raises(InputError, match="weight takes no tangent"):
+        pmf.jvp(lambda x: pmf.ops.norm_modulate(x, x[0, 0]), (drawn(3, 4, 6),), (drawn(3, 4, 6),))
