@@ -14,7 +14,7 @@ from torch import Tensor
 from pmf.dual import Dual
 from pmf.errors import InputError
 from pmf.private import inside_function, make_shell, transform_level
-from pmf.tangents.rules import HANDLERS, name_of
+from pmf.tangents.rules import HANDLERS, Handler, name_of
 
 
 class DualTensor(Tensor):
@@ -62,8 +62,26 @@ class TracedDualTensor:
         return iter(propagate(Tensor.unbind, (self, 0), {}))
 
 
+CARRIERS = (DualTensor, TracedDualTensor)
+
+
 def _method(function: Callable) -> Callable:
     return lambda self, *args, **kwargs: propagate(function, (self, *args), kwargs)
+
+
+def _flipped(function: Callable) -> Handler:
+    return lambda method, args, kwargs: propagate(function, (args[1], args[0]), kwargs)
+
+
+TRACED_METHODS: dict[str, Handler] = {
+    "__rsub__": _flipped(torch.sub),
+    "__rtruediv__": _flipped(torch.div),
+    "__rdiv__": _flipped(torch.div),
+    "__rpow__": _flipped(torch.pow),
+    "__rmatmul__": _flipped(torch.matmul),
+    "unflatten": lambda method, args, kwargs: HANDLERS[torch.unflatten](torch.unflatten, args, kwargs),
+}
+"""For compilers, which cannot look up methods that PyTorch writes in Python, their handlers by name."""
 
 
 def _property(name: str) -> property:
@@ -85,7 +103,8 @@ def _complete() -> None:
     for name in ("T", "mT", "H", "mH", "real", "imag", "data"):
         setattr(TracedDualTensor, name, _moving_property(getattr(Tensor, name).__get__))
     for name in OPERATORS.split():
-        setattr(TracedDualTensor, f"__{name}__", _method(getattr(Tensor, f"__{name}__")))
+        for kind in CARRIERS:  # Dynamo cannot call the operators that DualTensor would inherit
+            setattr(kind, f"__{name}__", _method(getattr(Tensor, f"__{name}__")))
 
 
 OPERATORS = """
@@ -93,9 +112,6 @@ add radd iadd sub rsub isub mul rmul imul truediv rtruediv itruediv pow rpow mat
 lt le gt ge eq ne mod len bool
 """
 _complete()
-
-
-CARRIERS = (DualTensor, TracedDualTensor)
 
 
 class _Calls(threading.local):
@@ -129,7 +145,8 @@ def propagate(function: Callable, args: tuple, kwargs: dict | None) -> Any:
     """The result of a torch function some of whose arguments are carriers."""
     if not torch.compiler.is_compiling():
         _check_surroundings(function)
-    handler = HANDLERS.get(function)
+    name = getattr(function, "__name__", "") if torch.compiler.is_compiling() else ""
+    handler = TRACED_METHODS[name] if name in TRACED_METHODS else HANDLERS.get(function)
     if handler is None:
         handler = HANDLERS[None]
     return handler(function, args, {} if kwargs is None else kwargs)

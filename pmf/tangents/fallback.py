@@ -39,11 +39,12 @@ def composite_body(function: Callable) -> Callable | None:
 
 def is_torch(function: Callable) -> bool:
     """Whether a function is one of PyTorch's own, for which `torch.func.jvp` is right or raises."""
-    return is_aten(function) or function in _overridable()
+    return is_aten(function) or function in overridable()
 
 
 @functools.cache
-def _overridable() -> frozenset[Callable]:
+def overridable() -> frozenset[Callable]:
+    """The functions of PyTorch that dispatch to `__torch_function__`."""
     listed = [f for functions in torch.overrides.get_overridable_functions().values() for f in functions]
     builtin = [getattr(space, name) for space in FUNCTION_NAMESPACES for name in dir(space)]
     return frozenset(f for f in (*listed, *builtin) if callable(f) and f.__hash__ is not None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,9 +12,17 @@ from torch import Tensor
 from pmf.errors import InputError
 from pmf.private import unseen_by_selective_checkpoints
 from pmf.tangents.carriers import carrier, duals_of, give, moves, values_of
-from pmf.tangents.fallback import composite_body, is_torch, mutated, shares_memory, tangents_by_torch_func, versions
+from pmf.tangents.fallback import (
+    composite_body,
+    is_torch,
+    mutated,
+    overridable,
+    shares_memory,
+    tangents_by_torch_func,
+    versions,
+)
 from pmf.tangents.random_state import replayed
-from pmf.tangents.rules import HANDLERS, Handler, Rule, name_of
+from pmf.tangents.rules import HANDLERS, TRACED, Handler, Rule, name_of
 
 
 def has_tangent(out: Any) -> bool:
@@ -32,7 +41,7 @@ def ruled(rule: Rule) -> Handler:
         out = function(*values_of(args), **values_of(kwargs))
         if not has_tangent(out) or not (moves(args) or moves(kwargs)):
             return out
-        with torch.no_grad(), unseen_by_selective_checkpoints():
+        with torch.no_grad(), nullcontext() if torch.compiler.is_compiling() else unseen_by_selective_checkpoints():
             dots = rule(out, *duals_of(args), **duals_of(kwargs))
             if dots is NotImplemented:
                 dots = tangents_by_torch_func(function, out, duals_of(args), duals_of(kwargs))
@@ -77,14 +86,25 @@ def refused(reason: str) -> Handler:
 def composite(function: Callable) -> Handler | None:
     """The handler of a function that PyTorch writes in Python: its body, run on the carriers; None for a builtin."""
     body = composite_body(function)
-    return None if body is None else lambda function, args, kwargs: body(*args, **kwargs)
+    if body is None:
+        return None
+
+    def handle(function, args, kwargs):
+        if torch.compiler.is_compiling():  # Dynamo cannot trace the body in its altered scope
+            return TRACED.get(function, by_torch_func)(function, args, kwargs)
+        return body(*args, **kwargs)
+
+    return handle
 
 
 def unknown(function: Callable, args: tuple, kwargs: dict) -> Any:
     """The handler of a function without rule."""
+    if torch.compiler.is_compiling():
+        return by_torch_func(function, args, kwargs)
+    if isinstance(getattr(function, "__self__", None), property):
+        return refused("its tangent would be lost; expected torch functions")(function, args, kwargs)
     handler = composite(function) or (by_torch_func if is_torch(function) else refused(NO_RULE))
-    if not torch.compiler.is_compiling():
-        HANDLERS[function] = handler
+    HANDLERS[function] = handler
     return handler(function, args, kwargs)
 
 
@@ -108,3 +128,7 @@ def by_torch_func(function: Callable, args: tuple, kwargs: dict) -> Any:
 
 
 HANDLERS[None] = unknown
+for _function in overridable():
+    _handler = composite(_function)
+    if _handler is not None:
+        HANDLERS[_function] = _handler

@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pmf.tangents.handlers import ruled
-from pmf.tangents.rules import HANDLERS, is_dual, named
+from pmf.tangents.rules import HANDLERS, TRACED, is_dual, named
 
 _ATEN = torch.ops.aten
 ONLY_INPUT = [True, False, False]
@@ -96,6 +97,9 @@ def _instance_norm(
     return _weighted(dot, weight, channel=1)
 
 
+TRACED[F.layer_norm] = ruled(_layer_norm)
+TRACED[F.group_norm] = ruled(_group_norm)
+TRACED[F.rms_norm] = ruled(_rms_norm)
 for _name, _rule in (
     ("layer_norm", _layer_norm),
     ("group_norm", _group_norm),

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pmf.tangents.handlers import drawn, ruled
-from pmf.tangents.rules import HANDLERS, Rule, is_dual, linear_in_first, named
+from pmf.tangents.rules import HANDLERS, TRACED, Rule, is_dual, linear_in_first, named
 
 _ATEN = torch.ops.aten
 
@@ -89,6 +90,10 @@ for _name, _derivative in BY_OUTPUT.items():
         HANDLERS[_function] = ruled(_by_output(_derivative))
 
 
+TRACED[F.silu] = ruled(lambda out, x, inplace=False: _ATEN.silu_backward(x.dot.to(out.dtype), x.value.to(out.dtype)))
+TRACED[F.relu] = ruled(lambda out, x, inplace=False: _ATEN.threshold_backward(x.dot.to(out.dtype), out, 0))
+
+
 def _power(out, x, exponent=None, **kwargs):
     """n x^(n - 1) x_dot for a number n."""
     if not is_dual(x) or type(exponent) not in (int, float) or out.is_complex():
@@ -111,9 +116,11 @@ def _log_softmax(out, x, dim, dtype=None, **kwargs):
     return dot - (out.exp() * dot).sum(dim, keepdim=True)
 
 
-for _names, _rule in (("pow", _power), ("softmax", _softmax), ("log_softmax", _log_softmax)):
+for _names, _rule in (("pow", _power), ("__pow__", _power), ("softmax", _softmax), ("log_softmax", _log_softmax)):
     for _function in named(_names):
         HANDLERS[_function] = ruled(_rule)
+TRACED[F.softmax] = ruled(lambda out, x, dim, *unused, **also_unused: _softmax(out, x, dim))
+TRACED[F.log_softmax] = ruled(lambda out, x, dim, *unused, **also_unused: _log_softmax(out, x, dim))
 
 
 def _dropout(function: Callable) -> Callable:

@@ -13,7 +13,7 @@ from pmf.tangents.rules import HANDLERS, Rule, is_dual, multilinear, named, valu
 
 FIRST, SECOND = (0, "input"), (1, "other")
 
-PRODUCTS = "mul multiply matmul __matmul__ mm bmm mv dot inner kron cross outer ger"
+PRODUCTS = "mul multiply __mul__ __rmul__ matmul __matmul__ mm bmm mv dot inner kron cross outer ger"
 WEIGHTED = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear"
 
 
@@ -76,10 +76,10 @@ def _quotient(reverse: bool = False) -> Rule:
 
 
 for _names, _rule in (
-    ("add __radd__", _sum(1)),
-    ("sub subtract", _sum(-1)),
+    ("add __add__ __radd__", _sum(1)),
+    ("sub subtract __sub__", _sum(-1)),
     ("rsub __rsub__", _sum(-1, reverse=True)),
-    ("div divide true_divide", _quotient()),
+    ("div divide true_divide __truediv__ __div__", _quotient()),
     ("__rtruediv__ __rdiv__", _quotient(reverse=True)),
 ):
     for _function in named(*_names.split()):

@@ -24,7 +24,8 @@ numpy resize resize_as share_memory_ storage storage_type to_dense to_mkldnn to_
 """
 """They hand the numbers to code that knows no tangents."""
 
-for _name, _member in inspect.getmembers(Tensor, inspect.isdatadescriptor):
+# Dynamo cannot hash what reads a Python property, so those have no entry; `unknown` refuses them.
+for _name, _member in inspect.getmembers(Tensor, inspect.isgetsetdescriptor):
     _getter, _setter = getattr(_member, "__get__", None), getattr(_member, "__set__", None)
     HANDLERS.setdefault(_getter, still)
     HANDLERS.setdefault(_setter, refused("expected an attribute that is read"))

@@ -22,15 +22,21 @@ HANDLERS: dict[Callable | None, Handler] = {}
 """By torch function, `torch.autograd.Function` class or custom operator; under None, that of all others."""
 
 
+TRACED: dict[Callable, Handler] = {}
+"""For compilers, the handlers of functions that PyTorch writes in Python."""
+
+
 def name_of(function: Callable) -> str:
     """The name of a function in messages."""
+    if torch.compiler.is_compiling():
+        return getattr(function, "__name__", "a function")
     return torch.overrides.resolve_name(function) or getattr(function, "__name__", str(function))
 
 
 def named(*names: str) -> Iterator[Callable]:
     """The builtin functions and the tensor methods of these names. (PyTorch's other functions are composites.)"""
     for name in names:
-        for space in FUNCTION_NAMESPACES:
+        for space in (torch.Tensor,) if name.startswith("__") else FUNCTION_NAMESPACES:
             function = getattr(space, name, None)
             if callable(function) and (space is torch.Tensor or not isinstance(function, FunctionType)):
                 yield function
