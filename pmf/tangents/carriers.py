@@ -1,4 +1,4 @@
-"""Values with tangents in the guise of tensors, so that unmodified networks accept them."""
+"""Carriers: values with tangents in the guise of tensors, so that unmodified networks accept them."""
 
 from __future__ import annotations
 

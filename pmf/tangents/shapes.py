@@ -21,7 +21,8 @@ from pmf.tangents.rules import (
 )
 
 LINEAR = """
-__getitem__ __neg__ __pos__ adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adjoint as_strided avg_pool1d avg_pool2d
+__getitem__ __neg__ __pos__
+adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adjoint as_strided avg_pool1d avg_pool2d
 avg_pool3d bfloat16 broadcast_to channel_shuffle chunk clone col2im conj conj_physical constant_pad_nd contiguous cpu
 cuda cumsum diag diag_embed diagonal diff double dsplit expand fft fft2 fftn fftshift flatten flip fliplr flipud float
 frac gather half hfft hfft2 hfftn hsplit ifft ifft2 ifftn ifftshift ihfft ihfft2 ihfftn im2col imag index_select irfft
