@@ -154,14 +154,12 @@ def _joined(first: Any, last: Any) -> Any:
 def rule(function: Callable) -> Callable[[Rule], Rule]:
     """Register how values move through an autograd.Function, a custom operator or a torch function.
 
-    The decorated function is called under no_grad as `rule(out, *args, **kwargs)`, where out = function(*args,
-    **kwargs) has been computed and recorded as usual, and every argument that moves is a `pmf.Dual`. It returns the
-    tangent of out (a tuple for several outputs); None is zero. An autograd.Function is registered as its class, and
-    must be called as `Class.apply(...)`: an `apply` that was looked up before the call of pmf.jvp raises.
+    The decorated function is called without gradients, with the output and then the arguments of `function`; the
+    output has been computed and recorded as usual, and every argument that moves is a `pmf.Dual`. It returns the
+    tangent of the output (a tuple for several outputs); None is zero. An autograd.Function is registered as its class,
+    and must be called as `Class.apply(...)`: an `apply` that was looked up before the call of pmf.jvp raises.
 
-        @pmf.jvp.rule(Square)
-        def square(out, x):
-            return 2 * x.value * x.dot
+    For example, `pmf.jvp.rule(Square)(lambda out, x: 2 * x.value * x.dot)`.
     """
 
     def register(given: Rule) -> Rule:
