@@ -117,14 +117,20 @@ def by_torch_func(function: Callable, args: tuple, kwargs: dict) -> Any:
         raise InputError(f"pmf.jvp: {name_of(function)} has no rule that compiles; expected a function that has one")
     before = versions(args, kwargs)
 
-    def rule(out, *duals, **named):
+    def check_arguments() -> None:
         if mutated(args, kwargs, before):
             raise InputError(f"pmf.jvp: {name_of(function)} has no rule and writes to its arguments")
+
+    def rule(out, *duals, **named):
+        check_arguments()
         if shares_memory(out, duals, named):
             raise InputError(f"pmf.jvp: {name_of(function)} has no rule and returns a view")
         return tangents_by_torch_func(function, out, duals, named)
 
-    return drawn(rule)(function, args, kwargs)
+    result = drawn(rule)(function, args, kwargs)
+    if moves(args) or moves(kwargs):
+        check_arguments()  # a function that writes may return nothing
+    return result
 
 
 HANDLERS[None] = unknown

@@ -445,6 +445,7 @@ LOSSES = {
         "dropout_p",
     ),
     "gradient inside": (lambda x: torch.autograd.grad((x * 2).sum(), x), "backward|grad"),
+    "written by a list": (lambda x: torch._foreach_mul_([x * 1], 2), "writes to its arguments"),
     "nested call": (lambda x: pmf.jvp(torch.sin, (x,), (x,))[1], "nested|another call"),
     "scatter of DataParallel": (
         lambda x: torch.nn.parallel._functions.Scatter.apply([0], None, 0, x),
