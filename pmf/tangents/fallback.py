@@ -79,17 +79,23 @@ def tangents_by_torch_func(function: Callable, out: Any, args: tuple, kwargs: di
         args, kwargs = tree_unflatten(given, spec)
         return [x for x in tree_leaves(function(*args, **kwargs)) if _moves(x)]
 
-    moving: list[Dual] = [leaves[i] for i in places]
-    primals, tangents = tuple(x.value.detach() for x in moving), tuple(x.dot for x in moving)
     try:
-        # Flash attention has no forward mode, its mathematics has.
-        with sdpa_kernel(SDPBackend.MATH):
+        # Flash attention has no forward mode, its mathematics has; torch 2.11 has none in inference mode.
+        with sdpa_kernel(SDPBackend.MATH), torch.inference_mode(False), torch.no_grad():
+            leaves = [x.map(_ordinary) if is_dual(x) else _ordinary(x) for x in leaves]
+            moving: list[Dual] = [leaves[i] for i in places]
+            primals, tangents = tuple(x.value.detach() for x in moving), tuple(x.dot for x in moving)
             dots = torch.func.jvp(floats, primals, tangents)[1]
     except (RuntimeError, NotImplementedError) as error:
         raise InputError(
             f"pmf.jvp: {name_of(function)} has no rule, and torch.func.jvp fails: {first_line(error)}"
         ) from error
     return _arranged(out, iter(dots))
+
+
+def _ordinary(x: Any) -> Any:
+    """x, copied if it is a tensor that inference mode made."""
+    return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
 
 
 def _moves(x: Any) -> bool:
