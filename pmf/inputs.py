@@ -117,7 +117,8 @@ class Inputs:
         named = [part for name, dual in zip(self.names, self.duals, strict=True) for part in _named(name, dual)]
         for name, tensor in (*named, *self.fixed.items()):
             if isinstance(tensor, tuple) or type(tensor) in CARRIERS:
-                raise InputError(f"{self.op}: {name} takes no tangent, got one; expected a tensor")
+                form = "a pair" if isinstance(tensor, tuple) else "a moving value"
+                raise InputError(f"{self.op}: {name} takes no tangent, got {form}; expected a tensor")
             if tensor is not None and not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
                 got = getattr(tensor, "dtype", tensor)
                 raise InputError(f"{self.op}: {name} must be a floating tensor, got {got}")

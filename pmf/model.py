@@ -19,7 +19,7 @@ from pmf.errors import readable, require
 from pmf.layers import Block, FinalLayer, PatchEmbed, Residual, ScalarEmbedders
 from pmf.packing import held_weights, joined_weights
 from pmf.recompute import recompute_in_backward
-from pmf.tangents.carriers import as_dual, carrier_of
+from pmf.tangents.carriers import as_dual, carrier_of, moves
 from pmf.weights import matching_weights, read_weights
 
 HEADS = ("u", "v")
@@ -167,12 +167,20 @@ class PMFDiT(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """u and v [B, c, H, W]; v is None without the auxiliary head. Arguments: see the class.
 
-        Inside `pmf.jvp`, z, t and h may move. v's tangent costs what u's does; `forward_dual` does not compute it.
+        Inside `pmf.jvp`, z, t and h may move, and so do u and v. `forward_dual` computes no tangent of v.
         """
-        moving = as_dual(z), as_dual(t), as_dual(h)
-        self.check_inputs(moving[0].value, moving[1].value, moving[2].value, omega, t_min, t_max, y)
-        u, *v = self._velocities(*moving, omega, t_min, t_max, y, tangents=self.heads)
-        return carrier_of(u), carrier_of(v[0]) if v else None
+        if moves((z, t, h)):
+            return self._moving(as_dual(z), as_dual(t), as_dual(h), omega, t_min, t_max, y)
+        return self.forward_dual(z, t, h, omega, t_min, t_max, y)[:2]
+
+    def _moving(
+        self, z: Dual, t: Dual, h: Dual, omega: Tensor, t_min: Tensor, t_max: Tensor, y: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """`forward` inside `pmf.jvp`."""
+        self.check_inputs(z.value, t.value, h.value, omega, t_min, t_max, y)
+        nets = self.predict_dual(z, h, omega, t_min, t_max, y, heads=self.heads, tangents=self.heads)
+        u, *v = [carrier_of(self._velocity(z, t, net.map(self.to_images))) for net in nets.values()]
+        return u, v[0] if v else None
 
     def forward_dual(
         self,
@@ -202,19 +210,11 @@ class PMFDiT(nn.Module):
                     f"forward_dual: {name} must have shape {wanted} with at most {primal.shape[0]} rows, "
                     f"got {list(dot.shape)}",
                 )
-        u, *v = self._velocities(Dual(z, z_dot), Dual(t, t_dot), Dual(h, h_dot), omega, t_min, t_max, y)
-        return u.value, v[0].value if v else None, u.dot
-
-    def _velocities(
-        self, z: Dual, t: Dual, h: Dual, omega: Tensor, t_min: Tensor, t_max: Tensor, y: Tensor, *, tangents=("u",)
-    ) -> list[Dual]:
-        """The heads' velocities; `tangents` names the heads whose tangents are computed."""
-        nets = self.predict_dual(z, h, omega, t_min, t_max, y, heads=self.heads, tangents=tangents)
-        still = Dual(z.value), Dual(t.value)
-        return [
-            self._velocity(*((z, t) if head in tangents else still), net.map(self.to_images))
-            for head, net in nets.items()
-        ]
+        nets = self.predict_dual(Dual(z, z_dot), Dual(h, h_dot), omega, t_min, t_max, y, heads=self.heads)
+        images = {head: net.map(self.to_images) for head, net in nets.items()}
+        u = self._velocity(Dual(z, z_dot), Dual(t, t_dot), images["u"])
+        v = self._velocity(Dual(z), Dual(t), images["v"]).value if "v" in images else None
+        return u.value, v, u.dot
 
     def held_weights(self, weights: list[tuple[Tensor, ...]] | None = None) -> contextlib.AbstractContextManager[None]:
         """Join the blocks' weights once for all passes inside the context, or use those of `joined_weights`."""
