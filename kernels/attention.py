@@ -333,13 +333,22 @@ def _save(ctx, inputs, outputs):
 
 
 # Raises under forward-mode differentiation, like any Function without a rule for it.
-_tangent_alone = registration.differentiable("AttentionTangent", attention_tangent, _save, lambda ctx, _: (), inputs=0)
+_tangent_alone = registration.differentiable(
+    "AttentionTangent", "attention", attention_tangent, _save, lambda ctx, _: (), inputs=0
+)
 
 
 def attention(q: Dual, k: Dual, v: Dual, *, scale: float) -> Dual:
     """`pmf.reference.attention`: the value by a FlashAttention, the tangent by Triton."""
     q_value, k_value, v_value = (flash.aligned(x.value) for x in (q, k, v))
-    o, lse = flash.attention(q_value, k_value, v_value, scale)
+    try:
+        o, lse = flash.attention(q_value, k_value, v_value, scale)
+    except NotImplementedError as error:
+        if "forward AD" not in str(error):
+            raise
+        raise RuntimeError(
+            'attention: kernels take no jvp around another transform (jvp, grad, hessian); use impl="reference"'
+        ) from error
     dots = (q.dot, k.dot, v.dot)
     rows = tangent_rows(dots)
     if rows is None:

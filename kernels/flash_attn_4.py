@@ -61,7 +61,7 @@ def flash_attn_4_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple
     return o, lse
 
 
-@registration.operator
+@registration.gradient_operator("attention")
 def flash_attn_4_backward(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,7 +82,9 @@ def _gradients(ctx, do, *_):
     return flash_attn_4_backward(*ctx.saved_tensors, do, ctx.scale)
 
 
-_flash_attn_4 = registration.differentiable("FlashAttn4", flash_attn_4_forward, _save, _gradients, inputs=3)
+_flash_attn_4 = registration.differentiable(
+    "FlashAttn4", "attention", flash_attn_4_forward, _save, _gradients, inputs=3
+)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

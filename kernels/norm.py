@@ -309,7 +309,7 @@ def norm_forward(
     return x_new, y, x_new_dot, y_dot, stats
 
 
-@registration.operator
+@registration.gradient_operator("norm_modulate or residual_norm_modulate")
 def norm_backward(
     dy: Tensor, dx_new: Tensor | None, x_new: Tensor, branch: Tensor | None,
     gate: Tensor | None, weight: Tensor | None, scale: Tensor | None, shift: Tensor | None,
@@ -366,7 +366,10 @@ def _gradients(ctx, dx_new, dy, *_):
     return norm_backward(dy, dx_new, *saved, branch_dtype, layer, list(ctx.needs_input_grad[2:6]))
 
 
-_norm = registration.differentiable("Norm", norm_forward, _save, _gradients, inputs=6, outputs=2)
+_norm, _residual_norm = (
+    registration.differentiable("Norm", op, norm_forward, _save, _gradients, inputs=6, outputs=2)
+    for op in ("norm_modulate", "residual_norm_modulate")
+)
 
 
 def norm_modulate(
@@ -385,7 +388,7 @@ def residual_norm_modulate(
     *, kind: str, eps: float, out_dtype: torch.dtype,
 ) -> tuple[Dual, Dual]:  # fmt: skip
     """`pmf.reference.residual_norm_modulate` by Triton."""
-    x_new, y, x_new_dot, y_dot, _ = _norm(
+    x_new, y, x_new_dot, y_dot, _ = _residual_norm(
         x.value, branch.value, gate.value, weight, scale.value, shift.value,
         x.dot, branch.dot, gate.dot, scale.dot, shift.dot, kind == "layer", eps, out_dtype,
     )  # fmt: skip

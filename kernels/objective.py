@@ -240,7 +240,7 @@ def objective_forward(
     return sums.sum(2)
 
 
-@registration.operator
+@registration.gradient_operator("pmf_objective")
 def objective_backward(
     scales: Tensor,
     net_u: Tensor,
@@ -276,7 +276,7 @@ def _gradients(ctx, scales):
     return objective_backward(scales, *ctx.saved_tensors, *ctx.options)
 
 
-_objective = registration.differentiable("Objective", objective_forward, _save, _gradients, inputs=2)
+_objective = registration.differentiable("Objective", "pmf_objective", objective_forward, _save, _gradients, inputs=2)
 
 
 def pmf_objective(

@@ -37,6 +37,7 @@ from pmf.kernels.patch_backward import patch_backward
 from pmf.kernels.patches import Shape, patch_offset, value_offset
 from pmf.kernels.registration import Chip
 from pmf.kernels.tiles import product
+from pmf.private import transforming
 
 FLOAT32_COLUMNS = tl.constexpr(32)
 SIZES = (2, 4, 8, 16, 32)
@@ -269,7 +270,12 @@ def _gradients(ctx, dtokens, *_):
     return dimages, None, *dweights, dpositions, dprefix
 
 
-_patch_embed = registration.differentiable("PatchEmbed", patch_forward, _save, _gradients, inputs=8)
+_patch_embed = registration.differentiable("PatchEmbed", "patch_embed", patch_forward, _save, _gradients, inputs=8)
+
+
+def _wrapped() -> bool:
+    """Whether tensors are wrapped by a transform; a wrapper does not tell whether its tensor requires a gradient."""
+    return not torch.compiler.is_compiling() and transforming()
 
 
 def patch_embed(
@@ -286,6 +292,6 @@ def patch_embed(
     """`pmf.reference.patch_embed` by Triton."""
     weights = (weight1, bias1, weight2, bias2, positions)
     recorded = (images.value, *weights, prefix.value)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in recorded)
+    keep = torch.is_grad_enabled() and (any(x is not None and x.requires_grad for x in recorded) or _wrapped())
     tokens, tokens_dot, _ = _patch_embed(images.value, images.dot, *weights, prefix.value, prefix.dot, dtype, keep)
     return Dual(tokens, tokens_dot)

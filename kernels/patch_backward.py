@@ -239,7 +239,7 @@ def _of_images(dhidden, images, weight1, tile) -> Tensor:
     return dimages
 
 
-@registration.operator
+@registration.gradient_operator("patch_embed")
 def patch_backward(
     dtokens: Tensor,
     images: Tensor,

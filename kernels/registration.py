@@ -106,8 +106,8 @@ def _asked_for(outputs: Any) -> Any:
 class Operator:
     """A function registered as the operator `pmf::<name>`, and the shortest way to call it."""
 
-    def __init__(self, function: Callable) -> None:
-        self.function = function
+    def __init__(self, function: Callable, gradient_of: str | None = None) -> None:
+        self.function, self.gradient_of = function, gradient_of
         name = function.__name__.strip("_")
         _LIBRARY.define(torch.library.infer_schema(function, op_name=name, mutates_args=()))
         for key in ("CUDA", "CPU"):
@@ -135,18 +135,52 @@ class Operator:
 
     def __call__(self, *arguments):
         """The function's outputs, through the operator if something intercepts operators or records gradients."""
-        # Dynamo evaluates `is_compiling` and nothing after it. With gradients enabled, `_refuse` must get its chance.
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _direct(arguments):
+        if torch.compiler.is_compiling():
             return _asked_for(self.overload(*arguments))
-        if _elsewhere(arguments[0]):
-            with torch.cuda.device(arguments[0].device):
-                return self.function(*arguments)
-        return self.function(*arguments)
+        if torch.is_grad_enabled() or not _direct(arguments):
+            return _asked_for(_Underivable.apply(self, *arguments))
+        try:
+            if _elsewhere(arguments[0]):
+                with torch.cuda.device(arguments[0].device):
+                    return self.function(*arguments)
+            return self.function(*arguments)
+        except NotImplementedError:  # batched gradients (is_grads_batched) look ordinary, but have no memory
+            return _asked_for(self.overload(*arguments))
 
 
 def operator(function: Callable) -> Operator:
     """Register `function` as the operator of its name. It runs on the device of its first argument, a tensor."""
     return Operator(function)
+
+
+def gradient_operator(op: str) -> Callable[[Callable], Operator]:
+    """`operator` for a function that computes gradients of `op`, which errors name."""
+    return functools.partial(Operator, gradient_of=op)
+
+
+class _Underivable(torch.autograd.Function):
+    """(operator, its arguments) -> its outputs, without derivatives: for operators that compute gradients."""
+
+    @staticmethod
+    def forward(operator: Operator, *arguments):
+        return operator.overload(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        ctx.op = inputs[0].gradient_of
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise RuntimeError(f'{ctx.op}: kernels have no second derivatives; use impl="reference"')
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise RuntimeError(f'{ctx.op}: kernels give gradients no tangents; use impl="reference"')
+
+    @staticmethod
+    def vmap(info, in_dims, operator: Operator, *arguments):
+        outputs = torch.vmap(operator.overload, in_dims[1:])(*arguments)
+        return outputs, 0 if isinstance(outputs, Tensor) else (0,) * len(outputs)
 
 
 @dataclass(frozen=True)
@@ -160,6 +194,8 @@ class Differentiable:
 
     name: str
     """The name of the nodes in autograd's graph."""
+    op: str
+    """The public function, for errors."""
     forward: Operator
     save: Callable
     backward: Callable
@@ -167,8 +203,8 @@ class Differentiable:
     outputs: int = 1
     complete: Callable[[tuple, Any], Any] = lambda inputs, outputs: outputs
 
-    def by_operators(self) -> Callable:
-        """`apply` of a Function in PyTorch's standard form, for compilers, transforms and modes."""
+    def by_operators(self, **rules: Callable) -> Callable:
+        """`apply` of a Function in PyTorch's standard form, for compilers; with `refusals`, for all else."""
         overload, signature = self.forward.overload, inspect.signature(self.forward.function)
         save, backward, complete, outputs = self.save, self.backward, self.complete, self.outputs
         others = (None,) * (len(signature.parameters) - self.inputs)
@@ -187,7 +223,21 @@ class Differentiable:
 
         # Without gradients, Dynamo decides by the number of parameters whether `forward` takes a context.
         setattr(forward, "__signature__", signature)  # noqa: B010
-        return _function(self.name, forward=forward, setup_context=setup_context, backward=gradients).apply
+        return _function(self.name, forward=forward, setup_context=setup_context, backward=gradients, **rules).apply
+
+    def refusals(self) -> dict[str, Callable]:
+        """Rules for forward mode and vmap, which raise; Dynamo accepts no Function that has rules."""
+
+        def jvp(ctx, *tangents):
+            raise RuntimeError(
+                f'{self.op}: kernels take no jvp around another transform (jvp, grad, hessian); use impl="reference"'
+            )
+
+        def vmap(info, in_dims, *arguments):
+            advice = 'make the mapped dimension part of the batch, or use impl="reference"'
+            raise RuntimeError(f"{self.op}: kernels have no torch.vmap (nor jacfwd, which needs it); {advice}")
+
+        return dict(jvp=jvp, vmap=vmap)
 
     def directly(self) -> Callable:
         """The same around the function itself. A tuple carries what has no gradient past autograd at no cost."""
@@ -211,14 +261,16 @@ def _function(name: str, **methods: Callable) -> type[torch.autograd.Function]:
     return type(name, (torch.autograd.Function,), {key: staticmethod(method) for key, method in methods.items()})
 
 
-def differentiable(name: str, forward: Operator, save: Callable, backward: Callable, **options) -> Callable:
+def differentiable(name: str, op: str, forward: Operator, save: Callable, backward: Callable, **options) -> Callable:
     """A function of `forward`'s arguments that records gradients; see `Differentiable`."""
-    made = Differentiable(name, forward, save, backward, **options)
-    long_way, short_way = made.by_operators(), made.directly()
+    made = Differentiable(name, op, forward, save, backward, **options)
+    compiled_way, long_way, short_way = made.by_operators(), made.by_operators(**made.refusals()), made.directly()
     function, inputs, outputs, complete = forward.function, made.inputs, made.outputs, made.complete
 
     def call(*arguments):
-        if torch.compiler.is_compiling() or not _direct(arguments):
+        if torch.compiler.is_compiling():
+            return _asked_for(compiled_way(*arguments))
+        if not _direct(arguments):
             return _asked_for(long_way(*arguments))
         if _elsewhere(arguments[0]):
             with torch.cuda.device(arguments[0].device):

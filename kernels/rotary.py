@@ -328,7 +328,7 @@ def qk_norm_rope_forward(
     return q, k, q_dot, k_dot
 
 
-@registration.operator
+@registration.gradient_operator("qk_norm_rope")
 def qk_norm_rope_backward(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
     dq: Tensor, dk: Tensor, dv: Tensor, prefix: int, eps: float, need_weights: bool,
@@ -379,7 +379,7 @@ def _with_v(inputs, outputs):
 
 
 _qk_norm_rope = registration.differentiable(
-    "QKNormRope", qk_norm_rope_forward, _save, _gradients, inputs=4, outputs=3, complete=_with_v
+    "QKNormRope", "qk_norm_rope", qk_norm_rope_forward, _save, _gradients, inputs=4, outputs=3, complete=_with_v
 )
 
 

@@ -113,7 +113,7 @@ def swiglu_forward(x: Tensor, x_dot: Tensor | None) -> tuple[Tensor, Tensor]:
     return y, y_dot
 
 
-@registration.operator
+@registration.gradient_operator("swiglu")
 def swiglu_backward(dy: Tensor, x: Tensor) -> Tensor:
     """dx."""
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -146,7 +146,7 @@ def _gradients(ctx, dy, *_):
     return (None if dy is None else swiglu_backward(dy, *ctx.saved_tensors),)
 
 
-_swiglu = registration.differentiable("SwiGLU", swiglu_forward, _save, _gradients, inputs=1)
+_swiglu = registration.differentiable("SwiGLU", "swiglu", swiglu_forward, _save, _gradients, inputs=1)
 
 
 def swiglu(x: Dual) -> Dual:

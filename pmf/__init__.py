@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time, names load on f
     from pmf.perceptual import PerceptualLoss
     from pmf.published_weights import convert_official_state_dict, export_official_state_dict, infer_config
     from pmf.sampling import Sampler, generate
+    from pmf.tangents.call import jvp
     from pmf.weights import save_model
 
 __version__ = "0.1.0"
@@ -42,6 +43,7 @@ __all__ = [
     "export_official_state_dict",
     "generate",
     "infer_config",
+    "jvp",
     "layers",
     "ops",
     "optim",
@@ -61,6 +63,7 @@ _HOMES = {
     "pmf.perceptual": ("PerceptualLoss",),
     "pmf.published_weights": ("convert_official_state_dict", "export_official_state_dict", "infer_config"),
     "pmf.sampling": ("Sampler", "generate"),
+    "pmf.tangents.call": ("jvp",),
     "pmf.weights": ("save_model",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pmf.private import FakeTensor
+from pmf.private import FakeTensor, mapped
 
 
 class InputError(Exception):
@@ -27,7 +27,10 @@ def first_line(error: BaseException) -> str:
 
 
 def readable(*tensors: Tensor) -> bool:
-    """Whether values can be read without waiting for a GPU or breaking a graph: real CPU tensors, uncompiled code."""
+    """Whether values can be read without waiting for a GPU or breaking a graph: real CPU tensors, uncompiled code.
+
+    Those that `torch.vmap` maps over have no single value.
+    """
     if torch.compiler.is_compiling():
         return False
-    return all(t.device.type == "cpu" and not isinstance(t, FakeTensor) for t in tensors)
+    return all(t.device.type == "cpu" and not isinstance(t, FakeTensor) and not mapped(t) for t in tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import ModuleType
 
@@ -13,6 +14,8 @@ from pmf import dispatch, reference
 from pmf.dual import ABSENT, Dual
 from pmf.errors import InputError
 from pmf.private import forward_mode
+from pmf.tangents.carriers import CARRIERS, as_dual, carrier_of
+from pmf.unrecorded import sources_of_tangents, unrecorded, without_gradient
 
 Pair = tuple[Tensor, Tensor | None]
 """A value and its tangent; `Dual` is one."""
@@ -28,12 +31,19 @@ def _as_it_is(result: Dual) -> Dual:
     return result
 
 
-def _dual_tensor(result: Dual) -> Tensor:
-    return result.value if result.dot is None else forward_ad.make_dual(*result)
+def _dual_tensor(op: str, sources: list[Tensor], result: Dual) -> Tensor:
+    value, dot = result
+    return value if dot is None else forward_ad.make_dual(value, unrecorded(op, dot, sources))
 
 
-def _with_dual_tensor(result: Dual) -> Dual:
-    return Dual(_dual_tensor(result))
+def _with_dual_tensor(op: str, sources: list[Tensor], result: Dual) -> Dual:
+    return Dual(_dual_tensor(op, sources, result))
+
+
+def _per_sample(dot: Tensor, samples: int) -> Tensor:
+    """An input's tangent without gradient; in forward mode, a parameter per channel has the same for every sample."""
+    dot = without_gradient(dot)
+    return dot if dot.ndim > 1 else dot.expand(samples, -1)
 
 
 def _named(name: str, dual: Dual) -> tuple[tuple[str, Tensor | None], ...]:
@@ -78,7 +88,8 @@ class Inputs:
         self.dtypes = dtypes
         """The dtypes of all tensors given, tangents included."""
         for tensor in tensors:
-            if type(tensor) is not Tensor and not isinstance(tensor, Tensor):  # the first test is faster
+            # The first test is faster.
+            if type(tensor) is not Tensor and (not isinstance(tensor, Tensor) or type(tensor) in CARRIERS):
                 self._refuse()
             dtype = tensor.dtype
             if tensor.device != device or not dtype.is_floating_point:
@@ -90,6 +101,9 @@ class Inputs:
     def _dual(self, name: str, given: Moving | None) -> Dual:
         if given is None:
             return ABSENT
+        if type(given) in CARRIERS:
+            self.form = carrier_of
+            return as_dual(given)
         if not isinstance(given, tuple):
             return Dual(given)
         if len(given) != 2:
@@ -102,8 +116,9 @@ class Inputs:
         """Raise, naming the first input that is not a floating tensor on the device of the first tensor."""
         named = [part for name, dual in zip(self.names, self.duals, strict=True) for part in _named(name, dual)]
         for name, tensor in (*named, *self.fixed.items()):
-            if isinstance(tensor, tuple):
-                raise InputError(f"{self.op}: {name} takes no tangent, got a pair; expected a tensor")
+            if isinstance(tensor, tuple) or type(tensor) in CARRIERS:
+                form = "a pair" if isinstance(tensor, tuple) else "a moving value"
+                raise InputError(f"{self.op}: {name} takes no tangent, got {form}; expected a tensor")
             if tensor is not None and not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
                 got = getattr(tensor, "dtype", tensor)
                 raise InputError(f"{self.op}: {name} must be a floating tensor, got {got}")
@@ -186,10 +201,7 @@ class Inputs:
             return
         if any(dual.dot is not None for dual in self.duals):
             raise RuntimeError(f"{op}: got explicit tangents and dual tensors; expected one or the other")
+        form = _dual_tensor if self.form is _value_alone else _with_dual_tensor
+        self.form = functools.partial(form, op, sources_of_tangents(parts, self.fixed.values()))
         samples = len(parts[0].value)
-        # In forward mode, parameters per channel may have tangents too, which are the same for every sample.
-        self.duals = [
-            part if part.dot is None or part.dot.ndim > 1 else Dual(part.value, part.dot.expand(samples, -1))
-            for part in parts
-        ]
-        self.form = _dual_tensor if self.form is _value_alone else _with_dual_tensor
+        self.duals = [Dual(value, None if dot is None else _per_sample(dot, samples)) for value, dot in parts]

@@ -18,6 +18,7 @@ from pmf.config import ModelConfig
 from pmf.dual import ABSENT, Dual, tail, total
 from pmf.errors import InputError
 from pmf.packing import Join, PackedModule
+from pmf.tangents.carriers import CARRIERS, as_dual, carrier_of, moves
 from pmf.wide import wide_linear
 
 BLOCK_GAIN = 0.32
@@ -45,9 +46,9 @@ def linear_dual(
         return Dual(value, linear(x.dot, weight))
 
 
-def _still(given: Any) -> Any:
-    """Wrap a tensor or None in a `Dual` without tangent; return anything else unchanged."""
-    return Dual(given) if given is None or isinstance(given, Tensor) else given
+def _dual(given: Any) -> Any:
+    """Wrap a tensor or None in a `Dual`, without tangent unless it moves; return anything else unchanged."""
+    return as_dual(given) if given is None or type(given) in CARRIERS or isinstance(given, Tensor) else given
 
 
 class DualModule(nn.Module):
@@ -58,11 +59,13 @@ class DualModule(nn.Module):
         self.impl = impl
 
     def forward(self, *inputs, **named):
-        """`forward_dual` of the same inputs without tangents; returns only the value.
+        """`forward_dual` of the same inputs without tangents; returns only the value. Inside `pmf.jvp` values move.
 
         Errors: `InputError` on an input with a tangent.
         """
-        result = self.forward_dual(*map(_still, inputs), **{name: _still(given) for name, given in named.items()})
+        result = self.forward_dual(*map(_dual, inputs), **{name: _dual(given) for name, given in named.items()})
+        if moves([*inputs, *named.values()]):
+            return carrier_of(result)
         if result.dot is not None:
             raise InputError(f"{type(self).__name__}: forward takes values only, got a tangent; use forward_dual")
         return result.value
@@ -99,7 +102,7 @@ class WideLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x W^T + b."""
-        return self.forward_dual(Dual(x)).value
+        return carrier_of(self.forward_dual(as_dual(x)))
 
     def forward_dual(self, x: Dual) -> Dual:
         """x W^T + b, and x_dot W^T."""

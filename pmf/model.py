@@ -19,6 +19,7 @@ from pmf.errors import readable, require
 from pmf.layers import Block, FinalLayer, PatchEmbed, Residual, ScalarEmbedders
 from pmf.packing import held_weights, joined_weights
 from pmf.recompute import recompute_in_backward
+from pmf.tangents.carriers import as_dual, carrier_of, moves
 from pmf.weights import matching_weights, read_weights
 
 HEADS = ("u", "v")
@@ -118,18 +119,18 @@ class PMFDiT(nn.Module):
         return tuple(self.final_layers)
 
     def predict_dual(
-        self, z: Dual, h: Dual, omega: Tensor, t_min: Tensor, t_max: Tensor, y: Tensor, *, heads=HEADS
+        self, z: Dual, h: Dual, omega: Tensor, t_min: Tensor, t_max: Tensor, y: Tensor, *, heads=HEADS, tangents=("u",)
     ) -> dict[str, Dual]:
-        """The heads' clean-image predictions as tokens [B, N, p * p * c], with the tangent of u's.
+        """The heads' clean-image predictions as tokens [B, N, p * p * c], with the tangents of those in `tangents`.
 
-        Runs the shared blocks and the requested heads. v's tangent is never needed, so it is not computed.
+        Runs the shared blocks and the requested heads. The loss never needs v's tangent.
         """
         condition = self.conditioning.forward_dual(h, omega, t_min, t_max, y)
         prefix, vector = (condition, ABSENT) if self.conditioning.in_context else (ABSENT, condition)
         stream = Residual(self.patch_embed.forward_dual(z, prefix))
         for block in self.shared_blocks:
             stream = self._block(cast(Block, block), stream, vector)
-        return {head: self._head(head, stream, vector) for head in heads}
+        return {head: self._head(head, stream, vector, head in tangents) for head in heads}
 
     @property
     def _rope(self) -> tuple[Tensor, Tensor]:
@@ -153,8 +154,8 @@ class PMFDiT(nn.Module):
         """
         self._compiled = CompiledBlocks(**options)
 
-    def _head(self, head: str, stream: Residual, vector: Dual) -> Dual:
-        if head == "v":
+    def _head(self, head: str, stream: Residual, vector: Dual, tangent: bool) -> Dual:
+        if not tangent:
             branch, gate = (None if part is None else Dual(part.value) for part in stream[1:])
             stream, vector = Residual(Dual(stream.x.value), branch, gate), Dual(vector.value)
         for block in self.head_blocks[head].children():
@@ -164,8 +165,22 @@ class PMFDiT(nn.Module):
     def forward(
         self, z: Tensor, t: Tensor, h: Tensor, omega: Tensor, t_min: Tensor, t_max: Tensor, y: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """u and v [B, c, H, W]; v is None without the auxiliary head. Arguments: see the class."""
+        """u and v [B, c, H, W]; v is None without the auxiliary head. Arguments: see the class.
+
+        Inside `pmf.jvp`, z, t and h may move, and so do u and v. `forward_dual` computes no tangent of v.
+        """
+        if moves((z, t, h)):
+            return self._moving(as_dual(z), as_dual(t), as_dual(h), omega, t_min, t_max, y)
         return self.forward_dual(z, t, h, omega, t_min, t_max, y)[:2]
+
+    def _moving(
+        self, z: Dual, t: Dual, h: Dual, omega: Tensor, t_min: Tensor, t_max: Tensor, y: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """`forward` inside `pmf.jvp`."""
+        self.check_inputs(z.value, t.value, h.value, omega, t_min, t_max, y)
+        nets = self.predict_dual(z, h, omega, t_min, t_max, y, heads=self.heads, tangents=self.heads)
+        u, *v = [carrier_of(self._velocity(z, t, net.map(self.to_images))) for net in nets.values()]
+        return u, v[0] if v else None
 
     def forward_dual(
         self,

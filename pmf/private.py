@@ -5,19 +5,33 @@ Those of Triton are in `pmf.kernels.launching`. test_private.py fails on private
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import (
+    _broadcast_to_and_flatten as tree_broadcast,
+)
+from torch.utils._pytree import (
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    tree_map_only,
+    tree_unflatten,
+)
 
 __all__ = [  # without public equivalents: torch.utils.pytree takes no is_leaf, fake tensors are private as a whole
     "FakeTensor",
     "FakeTensorMode",
+    "tree_broadcast",
     "tree_flatten",
+    "tree_leaves",
+    "tree_map",
     "tree_map_only",
     "tree_unflatten",
 ]
@@ -102,6 +116,27 @@ def intercepted() -> bool:
 
 
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+
+def mapped(x: Tensor) -> bool:
+    """Whether `torch.vmap` maps over x, so that its values cannot be read."""
+    while _is_wrapped(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            return True
+        x = torch._C._functorch.get_unwrapped(x)
+    return False
+
+
+def recorded_levels(x: Tensor) -> set[int]:
+    """The nesting levels of torch.func transforms at which x requires a gradient; 0 is outside of all transforms."""
+    levels = set()
+    while _is_wrapped(x):
+        if x.requires_grad:
+            levels.add(torch._C._functorch.maybe_get_level(x))
+        x = torch._C._functorch.get_unwrapped(x)
+    return levels | {0} if x.requires_grad else levels
+
+
 _PLAIN = frozenset((type(None), bool, int, float, torch.dtype, list))
 
 
@@ -115,3 +150,143 @@ def ordinary(arguments: Iterable[Any]) -> bool:
         elif kind not in _PLAIN and isinstance(x, Tensor):
             return False
     return not (any(map(Tensor.is_neg, tensors)) or any(map(_is_wrapped, tensors)))
+
+
+FUNCTION_NAMESPACES: tuple[Any, ...] = (
+    torch,
+    torch.Tensor,
+    torch._C._nn,
+    torch._C._VariableFunctions,
+    torch.linalg,
+    torch.fft,
+    torch.special,
+)
+"""Where PyTorch keeps the builtin functions that dispatch to `__torch_function__`."""
+
+PASSES_INPUTS_ON = {
+    "torch.distributed.fsdp._fully_shard._fsdp_param_group.RegisterPostBackwardFunction",
+    "torch.nn.parallel.distributed._DDPSink",
+}
+"""The autograd.Functions of FSDP2 and DDP that return their inputs."""
+UNUSED_PARAMETERS = "torch.nn.parallel.distributed._DDPSink"
+REENTRANT_CHECKPOINT = "torch.utils.checkpoint.CheckpointFunction"
+
+
+def make_shell(kind: type, like: Tensor) -> Any:
+    """A tensor of a subclass with the shape, strides, dtype and device of another, without storage."""
+    return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        kind, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device, layout=like.layout
+    )
+
+
+def transform_level() -> int | None:
+    """The depth of torch.func transforms around; None outside of any."""
+    return torch._C._functorch.maybe_current_level()
+
+
+def inside_function() -> bool:
+    """Whether the forward of an autograd.Function runs, which alone turns forward mode off outside inference mode."""
+    return not (torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
+
+
+def compiler_traces() -> bool:
+    """Whether a compiler traces code in this thread; true for the compiler's own questions too."""
+    return torch._guards.CompileContext.try_get() is not None
+
+
+def version(x: Tensor) -> int:
+    """How often x has been written to."""
+    return x._version
+
+
+def operators_of(function: Any) -> tuple:
+    """What stands for a function in `__torch_function__`: all overloads of an operator, else the function itself."""
+    if isinstance(function, torch.library.CustomOpDef):
+        function = function._opoverload._overloadpacket
+    if isinstance(function, torch._ops.OpOverloadPacket):
+        return function, *(getattr(function, name) for name in function.overloads())
+    return (function,)
+
+
+def is_aten(function: Any) -> bool:
+    """Whether a function is an operator of PyTorch's own."""
+    operator = isinstance(function, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
+    return operator and str(function).startswith("aten")
+
+
+@contextmanager
+def unseen_by_selective_checkpoints() -> Iterator[None]:
+    """Hide what is computed inside from selective checkpointing, whose second run must meet the same operators."""
+    from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
+
+    if isinstance(_get_current_dispatch_mode(), torch.utils.checkpoint._CachingTorchDispatchMode):
+        with _disable_current_modes():
+            yield
+    else:
+        yield
+
+
+@contextmanager
+def intercepted_by(kinds: tuple[type, ...], apply: Callable, plain: Callable) -> Iterator[None]:
+    """Call `apply(function, function.apply, args, kwargs)` for every autograd.Function that is applied to `kinds`.
+
+    Checkpoints (without reentry) see `plain` arguments, so that they keep and recompute those. Compilers cannot trace
+    an `apply` that is not PyTorch's own, so this lasts as long as the context of any thread.
+    """
+    with _PATCHING:
+        _patches.append(None)
+        if len(_patches) == 1:
+            _patches[0] = _patch(kinds, apply, plain)
+    try:
+        yield
+    finally:
+        with _PATCHING:
+            if len(_patches) == 1:
+                _patches[0]()
+                _patches.clear()
+            else:
+                _patches.pop()
+
+
+_PATCHING = threading.Lock()
+_patches: list[Any] = []
+"""One entry for each context that is open; the first takes the patch back."""
+
+
+def _patch(kinds: tuple[type, ...], apply: Callable, plain: Callable) -> Callable[[], None]:
+    """Patch PyTorch; give a function that takes it back."""
+    import torch.utils.checkpoint
+
+    function: Any = torch.autograd.Function
+    module = torch.utils.checkpoint
+    own = vars(function).get("apply")  # in Python until torch 2.13, inherited from C++ since
+    names = "_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl"
+    generators = {name: getattr(module, name) for name in names if hasattr(module, name)}  # the second since 2.14
+
+    def intercepted_apply(cls, *args, **kwargs):
+        original = super(function, cls).apply if own is None else own.__get__(None, cls)
+        for x in (*args, *kwargs.values()):
+            if type(x) in kinds or (type(x) in (list, tuple, dict) and _holds(x, kinds)):
+                return apply(cls, original, args, kwargs)
+        return original(*args, **kwargs)
+
+    def of_plain(checkpoint):
+        return lambda *args, **kwargs: checkpoint(*plain(args), **plain(kwargs))
+
+    def unpatch():
+        if own is None:
+            del function.apply
+        else:
+            function.apply = own
+        for name, generator in generators.items():
+            setattr(module, name, generator)
+
+    function.apply = classmethod(intercepted_apply)
+    for name, generator in generators.items():
+        setattr(module, name, of_plain(generator))
+    return unpatch
+
+
+def _holds(x: Any, kinds: tuple[type, ...]) -> bool:
+    """Whether one of `kinds` is in x, a list, tuple or dict."""
+    return any(type(leaf) in kinds for leaf in tree_leaves(x))

@@ -94,14 +94,16 @@ def norm_modulate(
         return Dual(y)
     with torch.no_grad():
         n, rstd, weight, factor = tail(n, rows), tail(rstd, rows), _rows(weight, rows), _rows(factor, rows)
-        y_dot = torch.zeros_like(n) if x.dot is None else normalise_dot(n, rstd, accumulate(x.dot), kind)
-        if factor is not None:
+        y_dot = None if x.dot is None else normalise_dot(n, rstd, accumulate(x.dot), kind)
+        if y_dot is not None and factor is not None:
             y_dot.mul_(factor)
         if scale.dot is not None:
             factor_dot = _per_token(scale.dot)
-            y_dot.addcmul_(n, factor_dot if weight is None else weight * factor_dot)
+            factor_dot = factor_dot if weight is None else weight * factor_dot
+            y_dot = n * factor_dot if y_dot is None else y_dot.addcmul_(n, factor_dot)
         if shift.dot is not None:
-            y_dot.add_(_per_token(shift.dot))
+            shift_dot = _per_token(shift.dot)
+            y_dot = torch.zeros_like(n) + shift_dot if y_dot is None else y_dot.add_(shift_dot)
         return Dual(y, y_dot.to(out_dtype))
 
 

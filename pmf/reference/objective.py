@@ -46,16 +46,15 @@ def _guided_image(x: Tensor, net_c: Tensor, net_n: Tensor | None, null_index: Te
 @torch.no_grad()
 def _du_dt(net_u: Tensor, net_u_dot: Tensor | None, net_c: Tensor, z: Tensor, t: Tensor, t_clip: float) -> Tensor:
     """du/dt along (v_c, 1, 0) on the last B_dot rows; zero on earlier rows."""
-    result = torch.zeros_like(z)
     if net_u_dot is None:
-        return result
+        return torch.zeros_like(z)
     rows = net_u_dot.shape[0]
+    still = torch.zeros_like(z[: z.shape[0] - rows])
     z, net_u, net_c, t = (tail(value, rows) for value in (z, net_u, net_c, t))
     c = _per_row(t.clamp(t_clip, 1), z)
     c_dot = _per_row(t > t_clip, z)
     u, v_c = (z - net_u) / c, (z - net_c) / c
-    result[result.shape[0] - rows :] = (v_c - accumulate(net_u_dot)) / c - c_dot * u / c
-    return result
+    return torch.cat([still, (v_c - accumulate(net_u_dot)) / c - c_dot * u / c])
 
 
 def _terms(net_u, net_v, net_u_dot, net_c, net_n, z, x, t, null_index, guidance, t_clip, patch_size):

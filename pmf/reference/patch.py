@@ -47,10 +47,10 @@ def patch_embed(
     if rows is None:
         return Dual(tokens)
     with torch.no_grad():
-        tokens_dot = torch.zeros_like(tail(tokens, rows))
         start = 0 if prefix.value is None else prefix.value.shape[1]
-        if images.dot is not None:
-            tokens_dot[:, start:] = project(images.dot, None, None)
-        if prefix.dot is not None:
-            tokens_dot[:, :start] = prefix.dot
-        return Dual(tokens, tokens_dot)
+        parts = tail(tokens, rows).tensor_split([start], 1)
+        dots = (prefix.dot, None if images.dot is None else project(images.dot, None, None))
+        found = [
+            torch.zeros_like(part) if dot is None else dot.to(part.dtype) for part, dot in zip(parts, dots, strict=True)
+        ]
+        return Dual(tokens, torch.cat(found, 1))

@@ -22,5 +22,5 @@ def swiglu(x: Dual) -> Dual:
         a, b, silu = (tail(v, x.dot.shape[0]) for v in (a, b, silu))
         # silu' = sigmoid + silu (1 - sigmoid), which interpolates from silu to 1 with the weight sigmoid.
         slope = torch.lerp(silu, silu.new_ones(()), torch.sigmoid(a))
-        y_dot = slope.mul_(a_dot).mul_(b).addcmul_(silu, b_dot)
+        y_dot = (slope * a_dot).mul_(b).addcmul_(silu, b_dot)  # vmap allows in-place changes only of mapped tensors
         return Dual(y, y_dot.to(dtype))

@@ -1,0 +1,6 @@
+"""`pmf.jvp`: the tangent of any network beside its value, by a rule for every function that the network calls.
+
+`carriers` make a value with its tangent look like a tensor; `propagate` runs a function on them; `rules` is the
+registry that the other modules fill: `shapes`, `products`, `pointwise`, `norms`, `attention` and `in_place`. What has
+no rule goes to `fallback`, and `wrappers` lets checkpointing, DDP and FSDP2 see only values. `call` has `jvp` itself.
+"""

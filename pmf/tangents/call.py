@@ -1,0 +1,173 @@
+"""`pmf.jvp`, the value and the stop-gradient tangent of any network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pmf.errors import InputError
+from pmf.private import operators_of, tree_broadcast, tree_flatten, tree_map, tree_unflatten
+from pmf.tangents import attention, in_place, norms, pointwise, products, queries, shapes, wrappers  # noqa: F401 (they register)
+from pmf.tangents.carriers import CARRIERS, carrier, fitted, open_call
+from pmf.tangents.handlers import ruled
+from pmf.tangents.rules import HANDLERS, Rule
+
+Number = int | float | complex
+
+
+def jvp(
+    function: Callable, primals: tuple, tangents: tuple, *, has_aux: bool = False, rows: int | None = None
+) -> tuple:
+    """`function(*primals)` and its derivative along `tangents`, without recording the derivative for backward.
+
+    out_dot = sum_i (d function / d primal_i) tangent_i, by forward-mode differentiation: MeanFlow's du/dt is
+    `pmf.jvp(network, (z, t, r), (v, 1, 0))`. The arguments are those of `torch.func.jvp`, and so is the result, but
+    for the gradient: `out` is recorded exactly as `function(*primals)` is, and `out_dot` has none. No more is saved
+    for backward than by `function(*primals)`; the tangent of each layer is freed when the next has read it.
+
+    Args:
+        function: any function of tensors that calls PyTorch: a module, or one that calls modules.
+        primals: tuple of tensors, or of lists, tuples and dicts of tensors. Other leaves are passed on as they are.
+        tangents: for each primal a tree of the same structure with tensors of the same shapes. None or 0 in place of
+            a tensor or of a whole tree is zero and costs nothing; another number stands for a tensor filled with it.
+        has_aux: `function` returns (output, aux); aux is returned as it is, without tangents.
+        rows: the tangents cover only the last `rows` samples (the first dimension) of every tensor, and so does the
+            derivative. `function` is called on the other samples and then on these, so samples must not depend on one
+            another, and every tensor with samples must be among the primals.
+
+    Returns (out, out_dot), with has_aux (out, out_dot, aux). out_dot has the structure of out; it is zero where
+    nothing moves, and None for leaves that are not tensors.
+
+    Numerics: values are those of `function(*primals)` bit by bit; tangents are computed in the dtypes of their values.
+    Inside, a value that moves is a Tensor with a second one beside it. Cut from the tangent, as under torch.func.jvp:
+    `detach()`, `data`, `item()`.
+
+    Errors: `InputError` names the function where the tangent would be lost: an autograd.Function or custom operator
+    without `pmf.jvp.rule`, reentrant checkpointing, torch.vmap, TorchScript, numpy; and bad primals or tangents.
+    """
+    leaves, dots, spec = _leaves(primals, tangents)
+    if rows is not None:
+        return _on_last_rows(function, leaves, dots, spec, has_aux, rows)
+    # A compiler traces the carriers of this call into one graph, and nothing of them is left.
+    with nullcontext() if torch.compiler.is_compiling() else _eager_call():
+        result = function(*tree_unflatten(list(map(_moving, leaves, dots)), spec))
+        if not has_aux:
+            return _parted(result)
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise InputError(f"pmf.jvp: with has_aux the function must return (output, aux), got {type(result)}")
+        return *_parted(result[0]), _parted(result[1])[0]
+
+
+@contextmanager
+def _eager_call() -> Iterator[None]:
+    with open_call(), wrappers.seen_through():
+        yield
+
+
+def _leaves(primals: Any, tangents: Any) -> tuple[list, list, Any]:
+    """The leaves of the primals, the tangent of each, and the structure."""
+    for name, given in (("primals", primals), ("tangents", tangents)):
+        if not isinstance(given, tuple):
+            raise InputError(f"pmf.jvp: {name} must be a tuple, got {type(given).__name__}")
+    leaves, spec = tree_flatten(primals)
+    dots = tree_broadcast(tangents, spec)
+    if dots is None:
+        raise InputError("pmf.jvp: tangents must have the structure of primals, with None or 0 for what stands still")
+    return leaves, [None if isinstance(dot, Number) and dot == 0 else dot for dot in dots], spec
+
+
+def _moving(primal: Any, tangent: Any) -> Any:
+    """A carrier of one tensor and its tangent; the primal itself if the tangent is None."""
+    if tangent is None:
+        return primal
+    if not isinstance(primal, Tensor) or not (primal.is_floating_point() or primal.is_complex()):
+        raise InputError(f"pmf.jvp: a primal with tangent must be a floating tensor, got {_described(primal)}")
+    if type(primal) in CARRIERS:
+        raise InputError("pmf.jvp: expected primals that do not move, got those of another call")
+    if isinstance(tangent, Number):
+        return carrier(primal, torch.full_like(primal, tangent, requires_grad=False))
+    if not isinstance(tangent, Tensor) or tangent.shape != primal.shape:
+        raise InputError(
+            f"pmf.jvp: a tangent must have the shape of its primal, {list(primal.shape)}, got {_described(tangent)}"
+        )
+    with torch.no_grad():
+        return carrier(primal, fitted(tangent.detach().clone(), primal))
+
+
+def _described(x: Any) -> str:
+    return f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+
+
+def _value(x: Any) -> Any:
+    return x.value if type(x) in CARRIERS else x
+
+
+def _dot(x: Any) -> Any:
+    """The tangent of an output; zeros if it does not move, None if it is no tensor."""
+    if type(x) in CARRIERS:
+        return torch.zeros_like(x.value) if x.tangent is None else x.tangent
+    return torch.zeros_like(x, requires_grad=False) if isinstance(x, Tensor) else None
+
+
+def _parted(tree: Any) -> tuple[Any, Any]:
+    """Values and tangents of the outputs."""
+    with torch.no_grad():
+        return tree_map(_value, tree), tree_map(_dot, tree)
+
+
+def _on_last_rows(function: Callable, leaves: list, dots: list, spec: Any, has_aux: bool, rows: int) -> tuple:
+    """`jvp` of the last rows, and the function alone of the others; outputs joined."""
+    samples = {len(x) for x, dot in zip(leaves, dots, strict=True) if isinstance(dot, Tensor)}
+    if len(samples) != 1:
+        raise InputError(f"pmf.jvp: with rows all primals that move must have as many samples, got {sorted(samples)}")
+    (batch,) = samples
+    if not 0 < rows <= batch:
+        raise InputError(f"pmf.jvp: rows must lie in [1, {batch}], got {rows}")
+
+    def part(rows: slice) -> list:
+        return [x[rows] if isinstance(x, Tensor) and x.ndim and len(x) == batch else x for x in leaves]
+
+    last = jvp(
+        function, tree_unflatten(part(slice(batch - rows, None)), spec), tree_unflatten(dots, spec), has_aux=has_aux
+    )
+    if rows == batch:
+        return last
+    first = function(*tree_unflatten(part(slice(batch - rows)), spec))
+    out, *aux = first if has_aux else (first,)
+    joined = [_joined(a, b) for a, b in zip((out, *aux), (last[0], *last[2:]), strict=True)]
+    return joined[0], last[1], *joined[1:]
+
+
+def _joined(first: Any, last: Any) -> Any:
+    """Two trees of outputs, tensors joined along the samples."""
+    one, spec = tree_flatten(first)
+    two, _ = tree_flatten(last)
+    return tree_unflatten(
+        [torch.cat(pair) if isinstance(pair[0], Tensor) else pair[1] for pair in zip(one, two, strict=True)], spec
+    )
+
+
+def rule(function: Callable) -> Callable[[Rule], Rule]:
+    """Register how values move through an autograd.Function, a custom operator or a torch function.
+
+    The decorated function is called without gradients, with the output and then the arguments of `function`; the
+    output has been computed and recorded as usual, and every argument that moves is a `pmf.Dual`. It returns the
+    tangent of the output (a tuple for several outputs); None is zero. An autograd.Function is registered as its class,
+    and must be called as `Class.apply(...)`: an `apply` that was looked up before the call of pmf.jvp raises.
+
+    For example, `pmf.jvp.rule(Square)(lambda out, x: 2 * x.value * x.dot)`.
+    """
+
+    def register(given: Rule) -> Rule:
+        for one in operators_of(function):
+            HANDLERS[one] = ruled(given)
+        return given
+
+    return register
+
+
+jvp.rule = rule  # type: ignore[attr-defined]

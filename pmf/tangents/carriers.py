@@ -1,0 +1,234 @@
+"""Carriers: values with tangents in the guise of tensors, so that unmodified networks accept them."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pmf.dual import Dual
+from pmf.errors import InputError
+from pmf.private import inside_function, make_shell, transform_level
+from pmf.tangents.rules import HANDLERS, Handler, name_of
+
+
+class DualTensor(Tensor):
+    """A tensor that moves: every torch function that receives one computes value and tangent.
+
+    `value` is recorded for backward, `tangent` never is. Without tangent (None) it acts as its value. The DualTensor
+    itself has no storage: C++ code that bypasses torch functions raises instead of losing the tangent.
+    """
+
+    value: Tensor
+    tangent: Tensor | None
+
+    @staticmethod
+    def __new__(cls, value: Tensor, dot: Tensor | None) -> DualTensor:
+        """A DualTensor with the shape, strides, dtype and device of `value`."""
+        made = make_shell(cls, value)
+        made.value, made.tangent = value, dot
+        if _calls.open:
+            _calls.open[-1].append(weakref.ref(made))
+        return made
+
+    @staticmethod
+    def __torch_function__(function, types, args=(), kwargs=None):
+        return propagate(function, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise InputError(
+            f"pmf.jvp: {function} was called around torch functions, where a tangent would be lost "
+            "(by vmap, TorchScript, a C++ extension or an autograd.Function); expected torch functions"
+        )
+
+
+class TracedDualTensor:
+    """A `DualTensor` for compilers, which cannot construct subclasses of Tensor: a plain object with its methods."""
+
+    def __init__(self, value: Tensor, dot: Tensor | None) -> None:
+        self.value, self.tangent = value, dot
+
+    @staticmethod
+    def __torch_function__(function, types, args=(), kwargs=None):
+        return propagate(function, args, kwargs)
+
+    def __iter__(self):
+        return iter(propagate(Tensor.unbind, (self, 0), {}))
+
+
+CARRIERS = (DualTensor, TracedDualTensor)
+
+
+def _method(function: Callable) -> Callable:
+    return lambda self, *args, **kwargs: propagate(function, (self, *args), kwargs)
+
+
+def _flipped(function: Callable) -> Handler:
+    return lambda method, args, kwargs: propagate(function, (args[1], args[0]), kwargs)
+
+
+TRACED_METHODS: dict[str, Handler] = {
+    "__rsub__": _flipped(torch.sub),
+    "__rtruediv__": _flipped(torch.div),
+    "__rdiv__": _flipped(torch.div),
+    "__rpow__": _flipped(torch.pow),
+    "__rmatmul__": _flipped(torch.matmul),
+    "unflatten": lambda method, args, kwargs: HANDLERS[torch.unflatten](torch.unflatten, args, kwargs),
+}
+"""For compilers, which cannot look up methods that PyTorch writes in Python, their handlers by name."""
+
+
+def _property(name: str) -> property:
+    return property(lambda self: getattr(self.value, name))
+
+
+def _moving_property(getter: Callable) -> property:
+    return property(lambda self: propagate(getter, (self,), {}))
+
+
+def _complete() -> None:
+    """Give TracedDualTensor the methods and properties of Tensor."""
+    for name in dir(Tensor):
+        method = getattr(Tensor, name)
+        if not name.startswith("_") and callable(method):
+            setattr(TracedDualTensor, name, _method(method))
+    for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_cpu", "is_meta"):
+        setattr(TracedDualTensor, name, _property(name))
+    for name in ("T", "mT", "H", "mH", "real", "imag", "data"):
+        setattr(TracedDualTensor, name, _moving_property(getattr(Tensor, name).__get__))
+    for name in OPERATORS.split():
+        for kind in CARRIERS:  # Dynamo cannot call the operators that DualTensor would inherit
+            setattr(kind, f"__{name}__", _method(getattr(Tensor, f"__{name}__")))
+
+
+OPERATORS = """
+add radd iadd sub rsub isub mul rmul imul truediv rtruediv itruediv pow rpow matmul rmatmul neg abs getitem setitem
+lt le gt ge eq ne mod len bool
+"""
+_complete()
+
+
+class _Calls(threading.local):
+    """The calls of `pmf.jvp` that run in this thread, each with its DualTensors."""
+
+    def __init__(self) -> None:
+        self.open: list[list[weakref.ref]] = []
+        self.level: int | None = None
+
+
+_calls = _Calls()
+
+
+@contextmanager
+def open_call() -> Iterator[None]:
+    """Inside the context values move; after it, what is left of them (in closures, say) acts as plain values."""
+    if _calls.open:
+        raise InputError("pmf.jvp: expected a function without pmf.jvp in it, got a nested call")
+    _calls.open.append([])
+    _calls.level = transform_level()
+    try:
+        yield
+    finally:
+        for reference in _calls.open.pop():
+            left = reference()
+            if left is not None:
+                left.tangent = None
+
+
+def propagate(function: Callable, args: tuple, kwargs: dict | None) -> Any:
+    """The result of a torch function some of whose arguments are carriers."""
+    if not torch.compiler.is_compiling():
+        _check_surroundings(function)
+    name = getattr(function, "__name__", "") if torch.compiler.is_compiling() else ""
+    handler = TRACED_METHODS[name] if name in TRACED_METHODS else HANDLERS.get(function)
+    if handler is None:
+        handler = HANDLERS[None]
+    return handler(function, args, {} if kwargs is None else kwargs)
+
+
+def _check_surroundings(function: Callable) -> None:
+    """Errors: `InputError` inside `torch.vmap` and other transforms, or an autograd.Function, begun in the network."""
+    if _calls.open and transform_level() != _calls.level:
+        raise InputError(f"pmf.jvp: {name_of(function)} got a moving value inside torch.vmap or another transform")
+    if inside_function():
+        raise InputError(
+            f"pmf.jvp: {name_of(function)} got a moving value inside an autograd.Function, which hides tangents; "
+            "expected one registered by pmf.jvp.rule, called as Name.apply"
+        )
+
+
+def carrier(value: Tensor, dot: Tensor | None) -> Any:
+    """`value` and its tangent as one object that behaves as a tensor."""
+    return TracedDualTensor(value, dot) if torch.compiler.is_compiling() else DualTensor(value, dot)
+
+
+def as_dual(x: Any) -> Dual:
+    """A tensor or carrier as a `Dual`."""
+    return Dual(x.value, x.tangent) if type(x) in CARRIERS else Dual(x)
+
+
+def carrier_of(dual: Dual) -> Any:
+    """A `Dual` as one object that behaves as a tensor; the value alone if it has no tangent."""
+    return dual.value if dual.dot is None else carrier(dual.value, fitted(dual.dot, dual.value))
+
+
+def fitted(dot: Tensor, value: Tensor) -> Tensor:
+    """`dot` in the shape, dtype and strides of `value`.
+
+    With equal strides, views of the value are views of the tangent, so that in-place functions write to both.
+    """
+    if dot.dtype == value.dtype and dot.shape == value.shape and dot.stride() == value.stride():
+        return dot
+    if 0 in value.stride():  # an expanded tensor has no memory of its own to write to
+        return dot.to(value.dtype).expand(value.shape)
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device).copy_(dot)
+
+
+def give(out: Any, dots: Any) -> Any:
+    """Outputs with their tangents; an output whose tangent is None stays as it is."""
+    if dots is None:
+        return out
+    if isinstance(out, Tensor):
+        return carrier(out, fitted(dots, out))
+    together = [give(x, dot) for x, dot in zip(out, dots, strict=True)]
+    return type(out)(*together) if hasattr(out, "_fields") else type(out)(together)
+
+
+def moves(x: Any) -> bool:
+    """Whether x is, or a list, tuple or dict x contains, a carrier with a tangent."""
+    kind = type(x)
+    if kind in CARRIERS:
+        return x.tangent is not None
+    if kind is tuple or kind is list:
+        return any([moves(part) for part in x])
+    return kind is dict and any([moves(part) for part in x.values()])
+
+
+def _each(x: Any, change: Callable[[Any], Any]) -> Any:
+    """x with its carriers changed, also those in lists, tuples and dicts."""
+    kind = type(x)
+    if kind in CARRIERS:
+        return change(x)
+    if kind is tuple:
+        return tuple([_each(part, change) for part in x])
+    if kind is list:
+        return [_each(part, change) for part in x]
+    if kind is dict:
+        return {name: _each(part, change) for name, part in x.items()}
+    return x
+
+
+def values_of(x: Any) -> Any:
+    """x with the values of its carriers."""
+    return _each(x, lambda moving: moving.value)
+
+
+def duals_of(x: Any) -> Any:
+    """x with `Dual`s in place of its carriers, and the values of those that stand still."""
+    return _each(x, lambda moving: moving.value if moving.tangent is None else Dual(moving.value, moving.tangent))

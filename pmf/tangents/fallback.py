@@ -1,0 +1,109 @@
+"""Functions without a rule: run PyTorch's Python functions line by line, leave builtins to `torch.func.jvp`."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from pmf.dual import Dual
+from pmf.errors import InputError, first_line
+from pmf.private import FUNCTION_NAMESPACES, is_aten, storage_id, tree_flatten, tree_leaves, tree_unflatten, version
+from pmf.tangents.rules import is_dual, name_of
+
+
+def _never(*tensors: Any) -> bool:
+    return False
+
+
+@functools.cache
+def composite_body(function: Callable) -> Callable | None:
+    """The body of a torch function written in Python, without its own dispatch to carriers; None for a builtin."""
+    if not isinstance(function, types.FunctionType) or function.__module__.split(".")[0] != "torch":
+        return None
+    if "__class__" in function.__code__.co_freevars:  # super().name would come back here
+        return None
+    asks = {name: _never for name in function.__code__.co_names if name.startswith("has_torch_function")}
+    if not asks:
+        return None
+    scope = {**function.__globals__, **asks}
+    body = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
+    body.__kwdefaults__ = function.__kwdefaults__
+    return body
+
+
+def is_torch(function: Callable) -> bool:
+    """Whether a function is one of PyTorch's own, for which `torch.func.jvp` is right or raises."""
+    return is_aten(function) or function in overridable()
+
+
+@functools.cache
+def overridable() -> frozenset[Callable]:
+    """The functions of PyTorch that dispatch to `__torch_function__`."""
+    listed = [f for functions in torch.overrides.get_overridable_functions().values() for f in functions]
+    builtin = [getattr(space, name) for space in FUNCTION_NAMESPACES for name in dir(space)]
+    return frozenset(f for f in (*listed, *builtin) if callable(f) and f.__hash__ is not None)
+
+
+def versions(*arguments: Any) -> list[int]:
+    """How often each tensor among the arguments has been written to."""
+    return [version(x) for x in tree_leaves(arguments) if isinstance(x, Tensor) and not x.is_inference()]
+
+
+def mutated(args: tuple, kwargs: dict, before: list[int]) -> bool:
+    """Whether a tensor among the arguments has been written to since `versions` gave `before`."""
+    return versions(args, kwargs) != before
+
+
+def shares_memory(out: Any, *arguments: Any) -> bool:
+    """Whether an output lies in the memory of an argument that moves."""
+    moving = [x for x in tree_leaves(arguments, is_leaf=is_dual) if is_dual(x)]
+    memory = {storage_id(x.value) for x in moving}
+    return any(storage_id(x) in memory for x in tree_leaves(out) if _moves(x))
+
+
+def tangents_by_torch_func(function: Callable, out: Any, args: tuple, kwargs: dict) -> Any:
+    """The tangents of `out = function(*args, **kwargs)`, by computing it again under `torch.func.jvp`."""
+    leaves, spec = tree_flatten((args, kwargs), is_leaf=is_dual)
+    places = [i for i, x in enumerate(leaves) if is_dual(x)]
+
+    def floats(*values: Tensor) -> list[Tensor]:
+        given = list(leaves)
+        for i, value in zip(places, values, strict=True):
+            given[i] = value
+        args, kwargs = tree_unflatten(given, spec)
+        return [x for x in tree_leaves(function(*args, **kwargs)) if _moves(x)]
+
+    try:
+        # Flash attention has no forward mode, its mathematics has; torch 2.11 has none in inference mode.
+        with sdpa_kernel(SDPBackend.MATH), torch.inference_mode(False), torch.no_grad():
+            leaves = [x.map(_ordinary) if is_dual(x) else _ordinary(x) for x in leaves]
+            moving: list[Dual] = [leaves[i] for i in places]
+            primals, tangents = tuple(x.value.detach() for x in moving), tuple(x.dot for x in moving)
+            dots = torch.func.jvp(floats, primals, tangents)[1]
+    except (RuntimeError, NotImplementedError) as error:
+        raise InputError(
+            f"pmf.jvp: {name_of(function)} has no rule, and torch.func.jvp fails: {first_line(error)}"
+        ) from error
+    return _arranged(out, iter(dots))
+
+
+def _ordinary(x: Any) -> Any:
+    """x, copied if it is a tensor that inference mode made."""
+    return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
+
+
+def _moves(x: Any) -> bool:
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+
+
+def _arranged(out: Any, dots: Any) -> Any:
+    """The tangents of the floating tensors in `out`, in its structure; None elsewhere."""
+    if isinstance(out, tuple | list):
+        return [_arranged(x, dots) for x in out]
+    return next(dots) if _moves(out) else None

@@ -1,0 +1,140 @@
+"""Handlers: how value and tangent of a function come about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pmf.errors import InputError
+from pmf.private import unseen_by_selective_checkpoints
+from pmf.tangents.carriers import carrier, duals_of, give, moves, values_of
+from pmf.tangents.fallback import (
+    composite_body,
+    is_torch,
+    mutated,
+    overridable,
+    shares_memory,
+    tangents_by_torch_func,
+    versions,
+)
+from pmf.tangents.random_state import replayed
+from pmf.tangents.rules import HANDLERS, TRACED, Handler, Rule, name_of
+
+
+def has_tangent(out: Any) -> bool:
+    """Whether there is a floating or complex tensor in a function's result."""
+    if isinstance(out, Tensor):
+        return out.is_floating_point() or out.is_complex()
+    return isinstance(out, tuple | list) and any([has_tangent(x) for x in out])
+
+
+def ruled(rule: Rule) -> Handler:
+    """The handler that computes the value as usual, recorded, and then the tangent by `rule`, unrecorded."""
+
+    def handle(function, args, kwargs):
+        if kwargs.get("out") is not None:
+            raise InputError(f"pmf.jvp: {name_of(function)} got a moving value and out=; expected no out")
+        out = function(*values_of(args), **values_of(kwargs))
+        if not has_tangent(out) or not (moves(args) or moves(kwargs)):
+            return out
+        with torch.no_grad(), nullcontext() if torch.compiler.is_compiling() else unseen_by_selective_checkpoints():
+            dots = rule(out, *duals_of(args), **duals_of(kwargs))
+            if dots is NotImplemented:
+                dots = tangents_by_torch_func(function, out, duals_of(args), duals_of(kwargs))
+        return give(out, dots)
+
+    return handle
+
+
+def drawn(rule: Rule) -> Handler:
+    """`ruled`, for a function that draws random numbers: the rule sees the generator as the function found it."""
+
+    def handle(function, args, kwargs):
+        with replayed() as replay:
+            result = ruled(lambda *given, **named: replay(rule, *given, **named))(function, args, kwargs)
+        return result
+
+    return handle
+
+
+def still(function: Callable, args: tuple, kwargs: dict) -> Any:
+    """The handler of a function whose result never moves."""
+    return function(*values_of(args), **values_of(kwargs))
+
+
+def made_like(function: Callable, args: tuple, kwargs: dict) -> Any:
+    """The handler of a function that makes a tensor in the likeness of another: a carrier that stands still."""
+    out = still(function, args, kwargs)
+    return carrier(out, None) if moves(args) and has_tangent(out) else out
+
+
+def refused(reason: str) -> Handler:
+    """The handler of a function that would lose the tangent."""
+
+    def handle(function, args, kwargs):
+        if moves(args) or moves(kwargs):
+            raise InputError(f"pmf.jvp: {name_of(function)} got a moving value; {reason}")
+        return still(function, args, kwargs)
+
+    return handle
+
+
+def composite(function: Callable) -> Handler | None:
+    """The handler of a function that PyTorch writes in Python: its body, run on the carriers; None for a builtin."""
+    body = composite_body(function)
+    if body is None:
+        return None
+
+    def handle(function, args, kwargs):
+        if torch.compiler.is_compiling():  # Dynamo cannot trace the body in its altered scope
+            return TRACED.get(function, by_torch_func)(function, args, kwargs)
+        return body(*args, **kwargs)
+
+    return handle
+
+
+def unknown(function: Callable, args: tuple, kwargs: dict) -> Any:
+    """The handler of a function without rule."""
+    if torch.compiler.is_compiling():
+        return by_torch_func(function, args, kwargs)
+    if isinstance(getattr(function, "__self__", None), property):
+        return refused("its tangent would be lost; expected torch functions")(function, args, kwargs)
+    handler = composite(function) or (by_torch_func if is_torch(function) else refused(NO_RULE))
+    HANDLERS[function] = handler
+    return handler(function, args, kwargs)
+
+
+NO_RULE = "it is not a function of PyTorch and has no rule; expected one registered by pmf.jvp.rule"
+
+
+def by_torch_func(function: Callable, args: tuple, kwargs: dict) -> Any:
+    """The handler that computes a function twice: recorded, and under `torch.func.jvp`, unrecorded."""
+    if torch.compiler.is_compiling():
+        raise InputError(f"pmf.jvp: {name_of(function)} has no rule that compiles; expected a function that has one")
+    before = versions(args, kwargs)
+
+    def check_arguments() -> None:
+        if mutated(args, kwargs, before):
+            raise InputError(f"pmf.jvp: {name_of(function)} has no rule and writes to its arguments")
+
+    def rule(out, *duals, **named):
+        check_arguments()
+        if shares_memory(out, duals, named):
+            raise InputError(f"pmf.jvp: {name_of(function)} has no rule and returns a view")
+        return tangents_by_torch_func(function, out, duals, named)
+
+    result = drawn(rule)(function, args, kwargs)
+    if moves(args) or moves(kwargs):
+        check_arguments()  # a function that writes may return nothing
+    return result
+
+
+HANDLERS[None] = unknown
+for _function in overridable():
+    _handler = composite(_function)
+    if _handler is not None:
+        HANDLERS[_function] = _handler

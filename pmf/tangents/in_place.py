@@ -1,0 +1,141 @@
+"""In-place functions: the tangent is written as the value is, so that views of either see the change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pmf.errors import InputError
+from pmf.private import FUNCTION_NAMESPACES
+from pmf.tangents.carriers import CARRIERS, fitted, moves, propagate, values_of
+from pmf.tangents.handlers import refused
+from pmf.tangents.rules import HANDLERS, Handler, name_of
+
+OPERATORS = {
+    "__iadd__": "add",
+    "__isub__": "sub",
+    "__imul__": "mul",
+    "__itruediv__": "div",
+    "__idiv__": "div",
+    "__ipow__": "pow",
+    "__imod__": "remainder",
+    "__ifloordiv__": "floor_divide",
+}
+RESET = (
+    "zero_ bernoulli_ cauchy_ exponential_ geometric_ log_normal_ normal_ random_ uniform_ round_ sign_ floor_ ceil_"
+)
+"""The result does not depend on what was there."""
+RANDOM = "dropout_ feature_dropout_ alpha_dropout_ feature_alpha_dropout_ rrelu_ rrelu_with_noise_"
+RESHAPING = "resize_ resize_as_ set_ squeeze_ unsqueeze_ transpose_ swapaxes_ swapdims_ t_ as_strided_ detach_"
+ON_VALUE = "requires_grad_ retain_grad"
+
+
+def _target(function: Callable, args: tuple, kwargs: dict) -> Any:
+    """The carrier that is written to. Errors: `InputError` if it is an ordinary tensor."""
+    target = args[0] if args else kwargs.get("input")
+    if type(target) not in CARRIERS:
+        raise InputError(
+            f"pmf.jvp: {name_of(function)} writes a moving value into a tensor that does not move; "
+            "expected one made like a moving tensor (x.new_zeros(...), torch.empty_like(x))"
+        )
+    return target
+
+
+def _write(target: Any, dot: Tensor | None) -> None:
+    """Make `dot` the tangent of `target`, in the memory of the present one."""
+    if target.tangent is not None:
+        target.tangent.zero_() if dot is None else target.tangent.copy_(dot)
+    elif dot is not None:
+        target.tangent = fitted(dot, target.value).clone(memory_format=torch.preserve_format)
+
+
+def by(counterpart: Callable) -> Handler:
+    """The handler of an in-place function, given the one that returns a new tensor."""
+
+    def handle(function, args, kwargs):
+        if not (moves(args) or moves(kwargs)):
+            return _done(function, args, kwargs)
+        target = _target(function, args, kwargs)
+        with torch.no_grad():
+            result = propagate(counterpart, args, kwargs)
+            dot = result.tangent if type(result) in CARRIERS else None
+        function(*values_of(args), **values_of(kwargs))
+        with torch.no_grad():
+            _write(target, dot)
+        return target
+
+    return handle
+
+
+def _done(function: Callable, args: tuple, kwargs: dict) -> Any:
+    """The function on values; gives the carrier itself where that was its target."""
+    out = function(*values_of(args), **values_of(kwargs))
+    return args[0] if args and type(args[0]) in CARRIERS and out is args[0].value else out
+
+
+def _reset(function: Callable, args: tuple, kwargs: dict) -> Any:
+    """The handler of a function that overwrites its target by something that stands still."""
+    if moves(args[1:]) or moves(kwargs):
+        return refused("expected numbers that stand still")(function, args, kwargs)
+    _done(function, args, kwargs)
+    with torch.no_grad():
+        _write(args[0], None)
+    return args[0]
+
+
+def _fill(function: Callable, args: tuple, kwargs: dict) -> Any:
+    """x.fill_(number), x.copy_(source)."""
+    target, source = _target(function, args, kwargs), (args[1] if len(args) > 1 else next(iter(kwargs.values())))
+    _done(function, args, kwargs)
+    with torch.no_grad():
+        dot = source.tangent if type(source) in CARRIERS else None
+        _write(target, None if dot is None else dot.expand(target.value.shape))
+    return target
+
+
+def _set_item(function: Callable, args: tuple, kwargs: dict) -> None:
+    """x[index] = source."""
+    if not moves(args):
+        _done(function, args, kwargs)
+        return
+    target = _target(function, args, kwargs)
+    _, index, source = args
+    if moves(index):
+        refused("an index cannot move")(function, args, kwargs)
+    index = values_of(index)
+    _done(function, args, kwargs)
+    with torch.no_grad():
+        if target.tangent is None:
+            target.tangent = fitted(torch.zeros_like(target.value), target.value)
+        target.tangent[index] = source.tangent if moves(source) else 0
+
+
+def _view_writes(function: Callable, args: tuple, kwargs: dict) -> Any:
+    return _done(function, args, kwargs)
+
+
+for _space in FUNCTION_NAMESPACES:
+    for _name in dir(_space):
+        _function, _counterpart = getattr(_space, _name), getattr(_space, _name[:-1], None)
+        if _name.endswith("_") and not _name.startswith("_") and callable(_function) and callable(_counterpart):
+            HANDLERS[_function] = by(_counterpart)
+for _name, _base in OPERATORS.items():
+    if hasattr(Tensor, _name):
+        HANDLERS[getattr(Tensor, _name)] = by(getattr(Tensor, _base))
+for _space in FUNCTION_NAMESPACES:
+    for _names, _handler in (
+        (RESET, _reset),
+        (RANDOM, refused("its random numbers cannot be drawn twice in place; expected inplace=False")),
+        (RESHAPING, refused("expected the function that returns a new tensor")),
+        (ON_VALUE, _view_writes),
+    ):
+        for _name in _names.split():
+            if hasattr(_space, _name):
+                HANDLERS[getattr(_space, _name)] = _handler
+    for _name in ("fill_", "copy_"):
+        if hasattr(_space, _name):
+            HANDLERS[getattr(_space, _name)] = _fill
+HANDLERS[Tensor.__setitem__] = _set_item

@@ -1,0 +1,111 @@
+"""Rules of norms: n = (x - mu) / sigma over some dimensions, y = n weight + bias.
+
+n_dot = (c_dot - n mean(n c_dot)) / sigma with c_dot = x_dot - mean(x_dot), or x_dot for RMSNorm. Weight and bias do not
+move; where they do, `torch.func.jvp` computes the tangent.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pmf.tangents.handlers import ruled
+from pmf.tangents.rules import HANDLERS, TRACED, is_dual, named
+
+_ATEN = torch.ops.aten
+ONLY_INPUT = [True, False, False]
+"""Which gradients a norm's backward computes. Without weight its Jacobian is symmetric: the gradient is the tangent."""
+
+
+def _weighted(dot: Tensor, weight: Tensor | None, channel: int | None = None) -> Tensor:
+    """dot times weight, which belongs to the last dimensions or to dimension `channel`."""
+    if weight is None:
+        return dot
+    return dot * (weight if channel is None else weight.view(-1, *[1] * (dot.ndim - channel - 1)))
+
+
+def _fits(x: Any, *others: Any) -> bool:
+    return is_dual(x) and not any(map(is_dual, others))
+
+
+def _layer_norm(out, input, normalized_shape, weight=None, bias=None, eps=1e-5, *unused, **also_unused):
+    if not _fits(input, weight, bias):
+        return NotImplemented
+    x, dot = input.value.to(out.dtype), input.dot.to(out.dtype)
+    _, mean, rstd = _ATEN.native_layer_norm(x, normalized_shape, None, None, eps)
+    dot = _ATEN.native_layer_norm_backward(dot, x, normalized_shape, mean, rstd, None, None, ONLY_INPUT)[0]
+    return _weighted(dot, weight)
+
+
+def _group_norm(out, input, num_groups, weight=None, bias=None, eps=1e-5, *unused, **also_unused):
+    if not _fits(input, weight, bias):
+        return NotImplemented
+    x, dot = (part.to(out.dtype).contiguous() for part in input)
+    batch, channels = x.shape[:2]
+    sizes = batch, channels, x[0, 0].numel() if batch else 0, num_groups
+    _, mean, rstd = _ATEN.native_group_norm(x, None, None, *sizes, eps)
+    dot = _ATEN.native_group_norm_backward(dot, x, mean, rstd, None, *sizes, ONLY_INPUT)[0]
+    return _weighted(dot, weight, channel=1)
+
+
+def _rms_norm(out, input, normalized_shape, weight=None, eps=None):
+    if not _fits(input, weight):
+        return NotImplemented
+    x, dot = (part.to(out.dtype) for part in input)
+    dims = list(range(-len(normalized_shape), 0))
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    return _weighted(_standardised(x, dot, dims, eps, centred=False), weight)
+
+
+def _standardised(x: Tensor, dot: Tensor, dims: list[int], eps: float, *, centred: bool = True) -> Tensor:
+    """The tangent of (x - mean) / sqrt(var + eps), or of x / sqrt(mean(x^2) + eps)."""
+    wide = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+    x, dot = x.to(wide), dot.to(wide)
+    if centred:
+        x, dot = x - x.mean(dims, keepdim=True), dot - dot.mean(dims, keepdim=True)
+    rstd = (x.square().mean(dims, keepdim=True) + eps).rsqrt()
+    n = x * rstd
+    return rstd * (dot - n * (n * dot).mean(dims, keepdim=True))
+
+
+def _batch_norm(
+    out, input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled=True, **unused
+):
+    if not _fits(input, weight, bias):
+        return NotImplemented
+    x, dot = (part.to(out.dtype) for part in input)
+    if training:
+        dot = _standardised(x, dot, [0, *range(2, x.ndim)], eps)
+    else:
+        dot = _weighted(dot, (running_var + eps).rsqrt().to(dot.dtype), channel=1)
+    return _weighted(dot, weight, channel=1)
+
+
+def _instance_norm(
+    out, input, weight, bias, running_mean, running_var, use_input_stats, momentum, eps, cudnn_enabled=True, **unused
+):
+    if not _fits(input, weight, bias):
+        return NotImplemented
+    x, dot = (part.to(out.dtype) for part in input)
+    if use_input_stats:
+        dot = _standardised(x, dot, list(range(2, x.ndim)), eps)
+    else:
+        dot = _weighted(dot, (running_var + eps).rsqrt().to(dot.dtype), channel=1)
+    return _weighted(dot, weight, channel=1)
+
+
+TRACED[F.layer_norm] = ruled(_layer_norm)
+TRACED[F.group_norm] = ruled(_group_norm)
+TRACED[F.rms_norm] = ruled(_rms_norm)
+for _name, _rule in (
+    ("layer_norm", _layer_norm),
+    ("group_norm", _group_norm),
+    ("rms_norm", _rms_norm),
+    ("batch_norm", _batch_norm),
+    ("instance_norm", _instance_norm),
+):
+    for _function in named(_name):
+        HANDLERS[_function] = ruled(_rule)

@@ -1,0 +1,138 @@
+"""Rules of pointwise functions, y_dot = f'(x) x_dot, and of softmax.
+
+A pointwise function's Jacobian is diagonal, hence symmetric: the fused kernel that computes its gradient, f'(x) dy,
+computes its tangent as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pmf.tangents.handlers import drawn, ruled
+from pmf.tangents.rules import HANDLERS, TRACED, Rule, is_dual, linear_in_first, named
+
+_ATEN = torch.ops.aten
+
+
+def _cast(x: Any, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Value and tangent in the dtype of the output, in which autocast computes."""
+    return x.value.to(out.dtype), x.dot.to(out.dtype)
+
+
+def _by_input(derivative: Callable[..., Tensor]) -> Rule:
+    """The rule from `derivative(x_dot, x, *args)`."""
+
+    def rule(out, x, *args, **kwargs):
+        if x.value.is_complex():
+            return NotImplemented
+        value, dot = _cast(x, out)
+        return derivative(dot, value, *args, **kwargs)
+
+    return rule
+
+
+def _by_output(derivative: Callable[[Tensor, Tensor], Tensor]) -> Rule:
+    """The rule from `derivative(x_dot, y)`."""
+
+    def rule(out, x, *args, **kwargs):
+        return NotImplemented if x.value.is_complex() else derivative(x.dot.to(out.dtype), out)
+
+    return rule
+
+
+def _gelu(dot: Tensor, x: Tensor, approximate: str = "none") -> Tensor:
+    return _ATEN.gelu_backward(dot, x, approximate=approximate)
+
+
+def _softplus(dot: Tensor, x: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
+    return _ATEN.softplus_backward(dot, x, beta, threshold)
+
+
+def _leaky_relu(dot: Tensor, x: Tensor, negative_slope: float = 0.01) -> Tensor:
+    return _ATEN.leaky_relu_backward(dot, x, negative_slope, False)
+
+
+BY_INPUT: dict[str, Callable[..., Tensor]] = {
+    "silu": _ATEN.silu_backward,
+    "gelu": _gelu,
+    "softplus": _softplus,
+    "leaky_relu": _leaky_relu,
+    "hardswish": _ATEN.hardswish_backward,
+    "hardsigmoid": _ATEN.hardsigmoid_backward,
+    "mish": _ATEN.mish_backward,
+    "sin": lambda dot, x: dot * x.cos(),
+    "cos": lambda dot, x: -dot * x.sin(),
+    "log": lambda dot, x: dot / x,
+    "square": lambda dot, x: 2 * x * dot,
+    "abs": lambda dot, x: dot * x.sgn(),
+    "absolute": lambda dot, x: dot * x.sgn(),
+}
+BY_OUTPUT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sigmoid": _ATEN.sigmoid_backward,
+    "expit": _ATEN.sigmoid_backward,
+    "tanh": _ATEN.tanh_backward,
+    "relu": lambda dot, y: _ATEN.threshold_backward(dot, y, 0),
+    "exp": lambda dot, y: dot * y,
+    "sqrt": lambda dot, y: dot / (2 * y),
+    "rsqrt": lambda dot, y: -0.5 * dot * y**3,
+    "reciprocal": lambda dot, y: -dot * y * y,
+}
+for _name, _derivative in BY_INPUT.items():
+    for _function in named(_name):
+        HANDLERS[_function] = ruled(_by_input(_derivative))
+for _name, _derivative in BY_OUTPUT.items():
+    for _function in named(_name):
+        HANDLERS[_function] = ruled(_by_output(_derivative))
+
+
+TRACED[F.silu] = ruled(lambda out, x, inplace=False: _ATEN.silu_backward(x.dot.to(out.dtype), x.value.to(out.dtype)))
+TRACED[F.relu] = ruled(lambda out, x, inplace=False: _ATEN.threshold_backward(x.dot.to(out.dtype), out, 0))
+
+
+def _power(out, x, exponent=None, **kwargs):
+    """n x^(n - 1) x_dot for a number n."""
+    if not is_dual(x) or type(exponent) not in (int, float) or out.is_complex():
+        return NotImplemented
+    if exponent == 0:
+        return torch.zeros_like(out)
+    value, dot = _cast(x, out)
+    return exponent * dot * value ** (exponent - 1)
+
+
+def _softmax(out, x, dim, dtype=None, **kwargs):
+    """y (x_dot - sum(y x_dot))."""
+    weighted = out * x.dot.to(out.dtype)
+    return weighted - out * weighted.sum(dim, keepdim=True)
+
+
+def _log_softmax(out, x, dim, dtype=None, **kwargs):
+    """x_dot - sum(softmax x_dot)."""
+    dot = x.dot.to(out.dtype)
+    return dot - (out.exp() * dot).sum(dim, keepdim=True)
+
+
+for _names, _rule in (("pow", _power), ("__pow__", _power), ("softmax", _softmax), ("log_softmax", _log_softmax)):
+    for _function in named(_names):
+        HANDLERS[_function] = ruled(_rule)
+TRACED[F.softmax] = ruled(lambda out, x, dim, *unused, **also_unused: _softmax(out, x, dim))
+TRACED[F.log_softmax] = ruled(lambda out, x, dim, *unused, **also_unused: _log_softmax(out, x, dim))
+
+
+def _dropout(function: Callable) -> Callable:
+    """Without training a dropout is the identity; with it, it is linear, given the mask that it draws."""
+    without, with_mask = ruled(linear_in_first(function)), drawn(linear_in_first(function))
+
+    def handle(dropout, args, kwargs):
+        _, p, training = args
+        return (with_mask if training and p > 0 else without)(dropout, args, kwargs)
+
+    return handle
+
+
+for _function in named("dropout", "feature_dropout"):
+    HANDLERS[_function] = _dropout(_function)

@@ -1,0 +1,115 @@
+"""Rules of sums, products and quotients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pmf.tangents.handlers import ruled
+from pmf.tangents.rules import HANDLERS, Rule, is_dual, multilinear, named, value
+
+FIRST, SECOND = (0, "input"), (1, "other")
+
+PRODUCTS = "mul multiply __mul__ __rmul__ matmul __matmul__ mm bmm mv dot inner kron cross outer ger"
+WEIGHTED = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear"
+
+
+def _second(name: str) -> tuple[int, str]:
+    """The slot of the second factor of a product."""
+    return 1, {"mm": "mat2", "bmm": "mat2", "mv": "vec", "outer": "vec2", "ger": "vec2", "dot": "tensor"}.get(
+        name, "other"
+    )
+
+
+for _name in PRODUCTS.split():
+    for _function in named(_name):
+        HANDLERS[_function] = ruled(multilinear(_function, FIRST, _second(_name)))
+
+for _name in WEIGHTED.split():
+    for _function in named(_name):
+        HANDLERS[_function] = ruled(multilinear(_function, FIRST, (1, "weight"), added=(2, "bias")))
+
+
+def _scaled(x: Any, alpha: Any) -> Tensor | None:
+    """alpha x_dot, or None if x does not move."""
+    if not is_dual(x):
+        return None
+    return x.dot if type(alpha) in (int, float) and alpha == 1 else x.dot * alpha
+
+
+def _sum(sign: int, reverse: bool = False) -> Rule:
+    """The rule of a + alpha b or a - alpha b, or with a and b exchanged."""
+
+    def rule(out, a, b=None, *, alpha=1, other=None, input=None):
+        a, b = (input if a is None else a), (other if b is None else b)
+        if reverse:
+            a, b = b, a
+        one, two = _scaled(a, 1), _scaled(b, alpha)
+        if one is None:
+            return -two if sign < 0 else two.clone() if two is b.dot else two
+        if two is None:
+            # The output is new memory, so its tangent must be: in-place functions write to both.
+            return one.clone()
+        return one + two if sign > 0 else one - two
+
+    return rule
+
+
+def _quotient(reverse: bool = False) -> Rule:
+    """(a_dot - q b_dot) / b for q = a / b."""
+
+    def rule(out, a, b=None, *, rounding_mode=None, other=None):
+        b = other if b is None else b
+        if rounding_mode is not None:
+            return NotImplemented
+        if reverse:
+            a, b = b, a
+        if not is_dual(b):
+            return a.dot / b
+        numerator = -out * b.dot
+        return (numerator if not is_dual(a) else a.dot + numerator) / value(b)
+
+    return rule
+
+
+for _names, _rule in (
+    ("add __add__ __radd__", _sum(1)),
+    ("sub subtract __sub__", _sum(-1)),
+    ("rsub __rsub__", _sum(-1, reverse=True)),
+    ("div divide true_divide __truediv__ __div__", _quotient()),
+    ("__rtruediv__ __rdiv__", _quotient(reverse=True)),
+):
+    for _function in named(*_names.split()):
+        HANDLERS[_function] = ruled(_rule)
+for _method, _rule in (
+    (Tensor.__rsub__, _sum(-1, reverse=True)),
+    (Tensor.__rdiv__, _quotient(reverse=True)),
+):
+    HANDLERS[_method] = ruled(_rule)
+
+
+def _einsum(function: Callable) -> Rule:
+    """The product rule over the operands."""
+
+    def rule(out, equation, *given, **kwargs):
+        listed = len(given) == 1 and isinstance(given[0], list | tuple) and not is_dual(given[0])
+        operands = list(given[0] if listed else given)
+        if not isinstance(equation, str):
+            return NotImplemented
+        plain = [value(x) for x in operands]
+        dot = None
+        for i, x in enumerate(operands):
+            if is_dual(x):
+                one = [*plain[:i], x.dot, *plain[i + 1 :]]
+                term = function(equation, one, **kwargs) if listed else function(equation, *one, **kwargs)
+                dot = term if dot is None else dot + term
+        return dot
+
+    return rule
+
+
+for _function in (torch.einsum, *named("einsum")):
+    HANDLERS[_function] = ruled(_einsum(_function))

@@ -1,0 +1,39 @@
+"""Functions that only ask about a tensor, and functions that would lose its tangent."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import Tensor
+
+from pmf.tangents.handlers import refused, still
+from pmf.tangents.rules import HANDLERS, named, setter
+
+ASKING = """
+__bool__ __complex__ __contains__ __float__ __format__ __index__ __int__ __len__ __repr__ allclose dense_dim dim
+dim_order element_size equal get_device has_names is_complex is_conj is_contiguous is_distributed is_floating_point
+is_inference is_neg is_nonzero is_pinned is_same_size is_set_to is_shared is_signed item ndimension nelement numel
+register_hook register_post_accumulate_grad_hook result_type retain_grad size storage_offset stride tolist
+"""
+"""Answered by the value: its shape, its numbers, the hooks of its gradient."""
+
+LOSING = """
+__array__ __array_wrap__ __cuda_array_interface__ __deepcopy__ __dlpack__ __reduce_ex__ backward data_ptr module_load
+numpy resize resize_as share_memory_ storage storage_type to_dense to_mkldnn to_sparse untyped_storage
+"""
+"""They hand the numbers to code that knows no tangents."""
+
+# Dynamo cannot hash what reads a Python property, so those have no entry; `unknown` refuses them.
+for _name, _member in inspect.getmembers(Tensor, inspect.isgetsetdescriptor):
+    _getter, _setter = getattr(_member, "__get__", None), getattr(_member, "__set__", None)
+    HANDLERS.setdefault(_getter, still)
+    HANDLERS.setdefault(_setter, refused("expected an attribute that is read"))
+HANDLERS[setter("requires_grad")] = still
+
+for _function in named(*ASKING.split()):
+    HANDLERS[_function] = still
+for _name in LOSING.split():
+    if hasattr(Tensor, _name) and callable(getattr(Tensor, _name)):
+        HANDLERS[getattr(Tensor, _name)] = refused("its tangent would be lost; expected torch functions")
+HANDLERS[torch.autograd.grad] = HANDLERS[torch.autograd.backward] = refused("expected no backward pass in the network")

@@ -1,0 +1,144 @@
+"""The registry: how each function treats values that move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import FunctionType
+from typing import Any
+
+import torch
+
+from pmf.dual import Dual
+from pmf.private import FUNCTION_NAMESPACES
+
+Rule = Callable[..., Any]
+"""`rule(out, *args, **kwargs)`, the tangent of `out = function(*args, **kwargs)`. What moves is a `Dual` among the
+arguments. Several outputs have a tuple of tangents; None is zero; NotImplemented leaves it to `torch.func.jvp`."""
+
+Handler = Callable[[Callable, tuple, dict], Any]
+"""`handler(function, args, kwargs)`, the result of a function on arguments among which are carriers."""
+
+HANDLERS: dict[Callable | None, Handler] = {}
+"""By torch function, `torch.autograd.Function` class or custom operator; under None, that of all others."""
+
+
+TRACED: dict[Callable, Handler] = {}
+"""For compilers, the handlers of functions that PyTorch writes in Python."""
+
+
+def name_of(function: Callable) -> str:
+    """The name of a function in messages."""
+    if torch.compiler.is_compiling():
+        return getattr(function, "__name__", "a function")
+    return torch.overrides.resolve_name(function) or getattr(function, "__name__", str(function))
+
+
+def named(*names: str) -> Iterator[Callable]:
+    """The builtin functions and the tensor methods of these names. (PyTorch's other functions are composites.)"""
+    for name in names:
+        for space in (torch.Tensor,) if name.startswith("__") else FUNCTION_NAMESPACES:
+            function = getattr(space, name, None)
+            if callable(function) and (space is torch.Tensor or not isinstance(function, FunctionType)):
+                yield function
+
+
+def getter(name: str) -> Any:
+    """The function that reads a property of tensors."""
+    return getattr(torch.Tensor, name).__get__
+
+
+def setter(name: str) -> Any:
+    """The function that sets a property of tensors."""
+    return getattr(torch.Tensor, name).__set__
+
+
+def is_dual(x: Any) -> bool:
+    """Whether an argument of a rule moves."""
+    return type(x) is Dual
+
+
+def value(x: Any) -> Any:
+    """The value of an argument that may move."""
+    return x.value if type(x) is Dual else x
+
+
+def replaced(args: tuple, kwargs: dict, slot: tuple[int, str], by: Any) -> tuple[tuple, dict]:
+    """The arguments with another one at a slot, which is a position and a keyword."""
+    index, name = slot
+    if index < len(args):
+        return (*args[:index], by, *args[index + 1 :]), kwargs
+    return args, {**kwargs, name: by}
+
+
+def argument(args: tuple, kwargs: dict, slot: tuple[int, str]) -> Any:
+    """The argument at a slot, or None."""
+    index, name = slot
+    return args[index] if index < len(args) else kwargs.get(name)
+
+
+def values(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The arguments with the values of those that move."""
+    return tuple(map(value, args)), {name: value(x) for name, x in kwargs.items()}
+
+
+def moving_elsewhere(args: tuple, kwargs: dict, *slots: tuple[int, str]) -> bool:
+    """Whether an argument moves that is at none of the slots."""
+    positions, names = [index for index, _ in slots], [name for _, name in slots]
+    positional = any([is_dual(x) and i not in positions for i, x in enumerate(args)])
+    return positional or any([is_dual(x) and name not in names for name, x in kwargs.items()])
+
+
+def linear_in_first(function: Callable) -> Rule:
+    """The rule of a function that is linear in its first argument and of which nothing else moves."""
+
+    def rule(out, x, *args, **kwargs):
+        if not is_dual(x) or moving_elsewhere(args, kwargs):
+            return NotImplemented
+        return function(x.dot, *args, **kwargs)
+
+    return rule
+
+
+def jointly_linear(function: Callable, *slots: tuple[int, str]) -> Rule:
+    """The rule of a function that is linear in the arguments at `slots` together: what stands there still is zero."""
+
+    def rule(out, *args, **kwargs):
+        if moving_elsewhere(args, kwargs, *slots):
+            return NotImplemented
+        for slot in slots:
+            x = argument(args, kwargs, slot)
+            if x is not None:
+                args, kwargs = replaced(args, kwargs, slot, x.dot if is_dual(x) else zero(x))
+        return function(*args, **kwargs)
+
+    return rule
+
+
+def zero(x: Any) -> Any:
+    """Zeros like a tensor, or 0."""
+    return torch.zeros_like(x) if isinstance(x, torch.Tensor) else 0
+
+
+def multilinear(function: Callable, *slots: tuple[int, str], added: tuple[int, str] | None = None) -> Rule:
+    """The product rule of a function that is linear in each of the arguments at `slots`.
+
+    `added` is the slot of a bias, which the function adds along the last dimension.
+    """
+
+    def rule(out, *args, **kwargs):
+        bias = None if added is None else argument(args, kwargs, added)
+        if moving_elsewhere(args, kwargs, *slots, *(() if added is None else (added,))):
+            return NotImplemented
+        dot = bias.dot if is_dual(bias) else None
+        plain, named_plain = values(args, kwargs)
+        if added is not None and bias is not None:
+            plain, named_plain = replaced(plain, named_plain, added, None)
+        for slot in slots:
+            x = argument(args, kwargs, slot)
+            if is_dual(x):
+                one, named_one = replaced(plain, named_plain, slot, x.dot)
+                term = function(*one, **named_one)
+                dot = term if dot is None else dot + term
+        return dot
+
+    return rule

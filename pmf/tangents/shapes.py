@@ -1,0 +1,134 @@
+"""Rules of linear functions: the tangent passes through the function itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pmf.tangents.handlers import made_like, ruled, still
+from pmf.tangents.rules import (
+    HANDLERS,
+    Rule,
+    getter,
+    is_dual,
+    jointly_linear,
+    linear_in_first,
+    named,
+    value,
+    zero,
+)
+
+LINEAR = """
+__getitem__ __neg__ __pos__
+adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adjoint as_strided avg_pool1d avg_pool2d
+avg_pool3d bfloat16 broadcast_to channel_shuffle chunk clone col2im conj conj_physical constant_pad_nd contiguous cpu
+cuda cumsum diag diag_embed diagonal diff double dsplit expand fft fft2 fftn fftshift flatten flip fliplr flipud float
+frac gather half hfft hfft2 hfftn hsplit ifft ifft2 ifftn ifftshift ihfft ihfft2 ihfftn im2col imag index_select irfft
+irfft2 irfftn mH mT masked_select mean moveaxis movedim narrow narrow_copy native_channel_shuffle neg negative permute
+pixel_shuffle pixel_unshuffle positive ravel real reflection_pad1d reflection_pad2d reflection_pad3d repeat
+repeat_interleave replication_pad1d replication_pad2d replication_pad3d reshape resolve_conj resolve_neg rfft rfft2
+rfftn roll rot90 select slice_copy split split_with_sizes squeeze sum swapaxes swapdims t take take_along_dim
+tensor_split tile to trace transpose tril triu type unbind unflatten unfold unsafe_chunk unsafe_split
+unsafe_split_with_sizes unsqueeze upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d
+upsample_nearest2d upsample_nearest3d upsample_trilinear3d view view_as_complex view_as_real vsplit
+"""
+"""Linear in the first argument, over the real numbers."""
+
+LIKE = "expand_as reshape_as to type_as view_as"
+"""Linear in the first argument; of the second only shape, dtype or device count."""
+
+STACKING = "block_diag cat column_stack concat concatenate dstack hstack row_stack stack vstack"
+"""Linear in all tensors of the list that comes first."""
+
+ZERO = """
+bernoulli ceil detach detach_copy fix floor floor_divide heaviside new_tensor round sgn sign trunc
+"""
+"""Piecewise constant, or cut from the tangent as under `torch.func.jvp`."""
+
+MADE_LIKE = """
+empty_like full_like new_empty new_empty_strided new_full new_ones new_zeros ones_like rand_like randint_like randn_like
+zeros_like
+"""
+"""New tensors, which may move later: when a moving value is written to them."""
+
+
+def _like(function: Callable) -> Rule:
+    linear = linear_in_first(function)
+    return lambda out, x, *args, **kwargs: linear(out, x, *map(value, args), **{k: value(v) for k, v in kwargs.items()})
+
+
+def _stacking(function: Callable) -> Rule:
+    def rule(out, tensors, *args, **kwargs):
+        if is_dual(tensors):
+            return NotImplemented
+        return function([x.dot if is_dual(x) else zero(x) for x in tensors], *args, **kwargs)
+
+    return rule
+
+
+def _broadcast(out, *tensors):
+    """The rule of `broadcast_tensors`."""
+    tensors = tensors[0] if len(tensors) == 1 and not is_dual(tensors[0]) else tensors
+    return [x.dot.expand(y.shape) if is_dual(x) else None for x, y in zip(tensors, out, strict=True)]
+
+
+def _fill(function: Callable) -> Rule:
+    """The rule of `masked_fill` and `index_fill` by a number: zero there."""
+
+    def rule(out, x, *args, **kwargs):
+        *places, filled = args if "value" not in kwargs else (*args, kwargs["value"])
+        if not is_dual(x) or isinstance(filled, Tensor) or is_dual(filled):
+            return NotImplemented
+        return function(x.dot, *places, 0)
+
+    return rule
+
+
+def _pad(function: Callable) -> Rule:
+    def rule(out, x, pad, mode="constant", value=None):
+        return function(x.dot, pad, mode, 0.0 if value is not None else None)
+
+    return rule
+
+
+JOINT: dict[str, tuple[tuple[int, str], ...]] = {
+    "where": ((1, "input"), (2, "other")),
+    "scatter": ((0, "input"), (3, "src")),
+    "scatter_add": ((0, "input"), (3, "src")),
+    "index_add": ((0, "input"), (3, "source")),
+    "index_copy": ((0, "input"), (3, "source")),
+    "index_put": ((0, "input"), (2, "values")),
+    "masked_scatter": ((0, "input"), (2, "source")),
+    "slice_scatter": ((0, "input"), (1, "src")),
+    "select_scatter": ((0, "input"), (1, "src")),
+    "diagonal_scatter": ((0, "input"), (1, "src")),
+}
+"""Linear in the arguments at these slots together."""
+
+
+def _register(names: str, rule_of: Callable[[Callable], Rule]) -> None:
+    for function in named(*names.split()):
+        HANDLERS[function] = ruled(rule_of(function))
+
+
+_register(LINEAR, linear_in_first)
+_register(LIKE, _like)
+_register(STACKING, _stacking)
+_register("masked_fill index_fill", _fill)
+_register("pad", _pad)
+for _name, _slots in JOINT.items():
+    for _function in named(_name):
+        HANDLERS[_function] = ruled(jointly_linear(_function, *_slots))
+for _function in named(*ZERO.split()):
+    HANDLERS[_function] = still
+for _function in named("broadcast_tensors"):
+    HANDLERS[_function] = ruled(_broadcast)
+for _function in named(*MADE_LIKE.split()):
+    HANDLERS[_function] = made_like
+for _name in ("T", "mT", "H", "mH", "real", "imag"):
+    HANDLERS[getter(_name)] = ruled(linear_in_first(getter(_name)))
+for _name in ("data", "grad"):
+    HANDLERS[getter(_name)] = still
+HANDLERS[torch.embedding] = ruled(jointly_linear(torch.embedding, (0, "weight")))

@@ -1,0 +1,144 @@
+"""`pmf.jvp` of networks that DDP or FSDP2 wraps, in two processes, and under torch.compile."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import pmf
+from pmf import layers, ops
+
+
+class Block(nn.Module):
+    """A transformer block of fused layers with adaLN modulation."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm1 = layers.NormModulate(width, kind="layer")
+        self.norm2 = layers.NormModulate(width, kind="layer")
+        self.modulation, self.qkv = nn.Linear(width, 6 * width), nn.Linear(width, 3 * width)
+        self.out, self.up, self.down = nn.Linear(width, width), nn.Linear(width, 4 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x, c):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(c)).chunk(6, -1)
+        q, k, v = self.qkv(self.norm1(x, scale1, shift1)).unflatten(-1, (3, 2, -1)).unbind(2)
+        x = x + gate1[:, None] * self.out(ops.attention(q, k, v).flatten(2))
+        return x + gate2[:, None] * self.down(ops.swiglu(self.up(self.norm2(x, scale2, shift2))))
+
+
+class FusedDiT(nn.Module):
+    """A DiT of fused layers: z [B, 3, H, W], t and r [B]."""
+
+    def __init__(self, width=32, depth=2):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Conv2d(3, width, 4, stride=4), nn.Linear(width, 48)
+        self.time, self.span = layers.ScalarEmbedder(width), layers.ScalarEmbedder(width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
+        self.double()
+
+    def forward(self, z, t, r):
+        side = z.shape[-1] // 4
+        x, c = self.embed(z).flatten(2).transpose(1, 2), self.time(t) + self.span(t - r)
+        for block in self.blocks:
+            x = block(x, c)
+        x = self.head(x).unflatten(1, (side, side)).unflatten(-1, (3, 4, 4))
+        return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+def batch(samples=4, side=16):
+    generator = torch.Generator().manual_seed(3)
+    z, v = (torch.randn(samples, 3, side, side, dtype=torch.float64, generator=generator) for _ in range(2))
+    t = torch.rand(samples, dtype=torch.float64, generator=generator)
+    return z, v, t, t / 2
+
+
+def step(network, z, v, t, r):
+    u, du = pmf.jvp(network, (z, t, r), (v, 1, 0))
+    (u + (t - r)[:, None, None, None] * du - v).square().mean().backward()
+    return u, du
+
+
+def gradients(network):
+    return [p.grad for p in network.parameters()]
+
+
+def wrapped(kind, network):
+    if kind == "fsdp":
+        mesh = init_device_mesh("cpu", (2,))
+        for block in network.blocks:
+            fully_shard(block, mesh=mesh)
+        return fully_shard(network, mesh=mesh)
+    return DistributedDataParallel(network, static_graph=kind == "static", find_unused_parameters=kind == "unused")
+
+
+def work(rank, kind, store):
+    """One process: its half of the batch, and the gradients of both halves compared with those of one process."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    network = FusedDiT()
+    outer = wrapped(kind, network)
+    half = [x[2 * rank : 2 * rank + 2] for x in batch()]
+    if kind == "unused":
+        with pytest.raises(pmf.InputError, match="expected find_unused_parameters=False"):
+            step(outer, *half)
+    else:
+        step(lambda *given: outer(*given), *half)
+        got = [g.full_tensor() if kind == "fsdp" else g for g in gradients(network)]
+        alone = FusedDiT()
+        step(alone, *batch())
+        for a, b in zip(got, gradients(alone), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    dist.barrier()
+    os._exit(0)  # DTensor's caches keep the process group, whose threads would outlive it
+
+
+@pytest.mark.parametrize("kind", ["ddp", "static", "unused", "fsdp"])
+def test_two_processes_have_the_gradients_of_one(kind, tmp_path):
+    torch.multiprocessing.spawn(work, (kind, tmp_path / "store"), nprocs=2)
+
+
+def saved_bytes(run):
+    """The bytes of all storages that autograd saves, parameters excepted, and the result."""
+    seen = {}
+
+    def pack(x):
+        if not isinstance(x, nn.Parameter):
+            seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        result = run()
+    return sum(seen.values()), result
+
+
+@pytest.mark.parametrize("compiled", ["whole call", "blocks"])
+def test_compiled_without_break_it_is_equal_and_saves_the_bytes_of_the_compiled_forward(compiled):
+    torch._dynamo.reset()
+    eager, network = FusedDiT(), FusedDiT()
+    z, v, t, r = batch()
+    expected = step(eager, z, v, t, r)
+    # This backend chooses what to save as inductor does, but generates no code.
+    options = dict(fullgraph=True, backend="aot_eager_decomp_partition")
+    call = lambda: pmf.jvp(network, (z, t, r), (v, 1, 0))  # noqa: E731
+    if compiled == "blocks":
+        for block in network.blocks:
+            block.compile(**options)
+    plain, _ = saved_bytes(lambda: (network if compiled == "blocks" else torch.compile(network, **options))(z, t, r))
+    saved, (u, du) = saved_bytes(call if compiled == "blocks" else torch.compile(call, **options))
+    (u + (t - r)[:, None, None, None] * du - v).square().mean().backward()
+    for a, b in zip([u, du, *gradients(network)], [*expected, *gradients(eager)], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert saved <= 1.02 * plain
+
+
+def test_a_function_that_compilers_cannot_follow_is_named():
+    torch._dynamo.reset()
+    x = torch.randn(3, dtype=torch.float64)
+    with pytest.raises(Exception, match="cumprod has no rule that compiles"):
+        torch.compile(lambda x: pmf.jvp(lambda y: y.cumprod(0), (x,), (x,)), fullgraph=True, backend="aot_eager")(x)
