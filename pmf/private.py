@@ -189,11 +189,6 @@ def inside_function() -> bool:
     return not (torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
 
 
-def compiler_traces() -> bool:
-    """Whether a compiler traces code in this thread; true for the compiler's own questions too."""
-    return torch._guards.CompileContext.try_get() is not None
-
-
 def version(x: Tensor) -> int:
     """How often x has been written to."""
     return x._version

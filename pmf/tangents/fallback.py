@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pmf.dual import Dual
 from pmf.errors import InputError, first_line
 from pmf.private import FUNCTION_NAMESPACES, is_aten, storage_id, tree_flatten, tree_leaves, tree_unflatten, version
-from pmf.tangents.rules import is_dual, name_of
+from pmf.tangents.rules import can_move, is_dual, name_of
 
 
 def _never(*tensors: Any) -> bool:
@@ -64,7 +64,7 @@ def shares_memory(out: Any, *arguments: Any) -> bool:
     """Whether an output lies in the memory of an argument that moves."""
     moving = [x for x in tree_leaves(arguments, is_leaf=is_dual) if is_dual(x)]
     memory = {storage_id(x.value) for x in moving}
-    return any(storage_id(x) in memory for x in tree_leaves(out) if _moves(x))
+    return any(storage_id(x) in memory for x in tree_leaves(out) if can_move(x))
 
 
 def tangents_by_torch_func(function: Callable, out: Any, args: tuple, kwargs: dict) -> Any:
@@ -77,7 +77,7 @@ def tangents_by_torch_func(function: Callable, out: Any, args: tuple, kwargs: di
         for i, value in zip(places, values, strict=True):
             given[i] = value
         args, kwargs = tree_unflatten(given, spec)
-        return [x for x in tree_leaves(function(*args, **kwargs)) if _moves(x)]
+        return [x for x in tree_leaves(function(*args, **kwargs)) if can_move(x)]
 
     try:
         # Flash attention has no forward mode, its mathematics has; torch 2.11 has none in inference mode.
@@ -98,12 +98,8 @@ def _ordinary(x: Any) -> Any:
     return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
 
 
-def _moves(x: Any) -> bool:
-    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
-
-
 def _arranged(out: Any, dots: Any) -> Any:
     """The tangents of the floating tensors in `out`, in its structure; None elsewhere."""
     if isinstance(out, tuple | list):
         return [_arranged(x, dots) for x in out]
-    return next(dots) if _moves(out) else None
+    return next(dots) if can_move(out) else None

@@ -7,10 +7,9 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pmf.errors import InputError
-from pmf.private import unseen_by_selective_checkpoints
+from pmf.private import tree_leaves, unseen_by_selective_checkpoints
 from pmf.tangents.carriers import carrier, duals_of, give, moves, values_of
 from pmf.tangents.fallback import (
     composite_body,
@@ -22,14 +21,12 @@ from pmf.tangents.fallback import (
     versions,
 )
 from pmf.tangents.random_state import replayed
-from pmf.tangents.rules import HANDLERS, TRACED, Handler, Rule, name_of
+from pmf.tangents.rules import HANDLERS, TRACED, Handler, Rule, can_move, name_of
 
 
 def has_tangent(out: Any) -> bool:
     """Whether there is a floating or complex tensor in a function's result."""
-    if isinstance(out, Tensor):
-        return out.is_floating_point() or out.is_complex()
-    return isinstance(out, tuple | list) and any([has_tangent(x) for x in out])
+    return can_move(out) or (isinstance(out, tuple | list) and any([has_tangent(x) for x in out]))
 
 
 def ruled(rule: Rule) -> Handler:
@@ -42,21 +39,29 @@ def ruled(rule: Rule) -> Handler:
         if not has_tangent(out) or not (moves(args) or moves(kwargs)):
             return out
         with torch.no_grad(), nullcontext() if torch.compiler.is_compiling() else unseen_by_selective_checkpoints():
-            dots = rule(out, *duals_of(args), **duals_of(kwargs))
+            duals, named = _first_by_position(duals_of(args), duals_of(kwargs))
+            dots = rule(out, *duals, **named)
             if dots is NotImplemented:
-                dots = tangents_by_torch_func(function, out, duals_of(args), duals_of(kwargs))
+                dots = tangents_by_torch_func(function, out, duals, named)
         return give(out, dots)
 
     return handle
 
 
+def _first_by_position(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The arguments, the first of them without its name: rules take it by position."""
+    for name in ("input", "tensors"):
+        if not args and name in kwargs:
+            return (kwargs[name],), {other: x for other, x in kwargs.items() if other != name}
+    return args, kwargs
+
+
 def drawn(rule: Rule) -> Handler:
-    """`ruled`, for a function that draws random numbers: the rule sees the generator as the function found it."""
+    """`ruled`, for a function that draws random numbers: the rule sees the generators as the function found them."""
 
     def handle(function, args, kwargs):
-        with replayed() as replay:
-            result = ruled(lambda *given, **named: replay(rule, *given, **named))(function, args, kwargs)
-        return result
+        with replayed(tree_leaves(values_of((args, kwargs)))) as replay:
+            return ruled(lambda *given, **named: replay(rule, *given, **named))(function, args, kwargs)
 
     return handle
 

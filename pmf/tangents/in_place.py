@@ -24,13 +24,10 @@ OPERATORS = {
     "__imod__": "remainder",
     "__ifloordiv__": "floor_divide",
 }
-RESET = (
-    "zero_ bernoulli_ cauchy_ exponential_ geometric_ log_normal_ normal_ random_ uniform_ round_ sign_ floor_ ceil_"
-)
+RESET = "zero_ bernoulli_ cauchy_ exponential_ geometric_ log_normal_ normal_ random_ uniform_"
 """The result does not depend on what was there."""
 RANDOM = "dropout_ feature_dropout_ alpha_dropout_ feature_alpha_dropout_ rrelu_ rrelu_with_noise_"
 RESHAPING = "resize_ resize_as_ set_ squeeze_ unsqueeze_ transpose_ swapaxes_ swapdims_ t_ as_strided_ detach_"
-ON_VALUE = "requires_grad_ retain_grad"
 
 
 def _target(function: Callable, args: tuple, kwargs: dict) -> Any:
@@ -49,7 +46,7 @@ def _write(target: Any, dot: Tensor | None) -> None:
     if target.tangent is not None:
         target.tangent.zero_() if dot is None else target.tangent.copy_(dot)
     elif dot is not None:
-        target.tangent = fitted(dot, target.value).clone(memory_format=torch.preserve_format)
+        target.tangent = fitted(dot.clone(), target.value)
 
 
 def by(counterpart: Callable) -> Handler:
@@ -80,14 +77,16 @@ def _reset(function: Callable, args: tuple, kwargs: dict) -> Any:
     """The handler of a function that overwrites its target by something that stands still."""
     if moves(args[1:]) or moves(kwargs):
         return refused("expected numbers that stand still")(function, args, kwargs)
-    _done(function, args, kwargs)
-    with torch.no_grad():
-        _write(args[0], None)
-    return args[0]
+    out = _done(function, args, kwargs)
+    if moves(args[0]):
+        args[0].tangent.zero_()
+    return out
 
 
 def _fill(function: Callable, args: tuple, kwargs: dict) -> Any:
     """x.fill_(number), x.copy_(source)."""
+    if not (moves(args) or moves(kwargs)):
+        return _done(function, args, kwargs)
     target, source = _target(function, args, kwargs), (args[1] if len(args) > 1 else next(iter(kwargs.values())))
     _done(function, args, kwargs)
     with torch.no_grad():
@@ -109,12 +108,8 @@ def _set_item(function: Callable, args: tuple, kwargs: dict) -> None:
     _done(function, args, kwargs)
     with torch.no_grad():
         if target.tangent is None:
-            target.tangent = fitted(torch.zeros_like(target.value), target.value)
+            _write(target, torch.zeros_like(target.value))
         target.tangent[index] = source.tangent if moves(source) else 0
-
-
-def _view_writes(function: Callable, args: tuple, kwargs: dict) -> Any:
-    return _done(function, args, kwargs)
 
 
 for _space in FUNCTION_NAMESPACES:
@@ -130,12 +125,10 @@ for _space in FUNCTION_NAMESPACES:
         (RESET, _reset),
         (RANDOM, refused("its random numbers cannot be drawn twice in place; expected inplace=False")),
         (RESHAPING, refused("expected the function that returns a new tensor")),
-        (ON_VALUE, _view_writes),
+        ("requires_grad_", _done),
+        ("fill_ copy_", _fill),
     ):
         for _name in _names.split():
             if hasattr(_space, _name):
                 HANDLERS[getattr(_space, _name)] = _handler
-    for _name in ("fill_", "copy_"):
-        if hasattr(_space, _name):
-            HANDLERS[getattr(_space, _name)] = _fill
 HANDLERS[Tensor.__setitem__] = _set_item

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pmf.tangents.handlers import ruled
-from pmf.tangents.rules import HANDLERS, TRACED, is_dual, named
+from pmf.tangents.rules import HANDLERS, TRACED, Rule, is_dual, named
 
 _ATEN = torch.ops.aten
 ONLY_INPUT = [True, False, False]
@@ -71,30 +71,20 @@ def _standardised(x: Tensor, dot: Tensor, dims: list[int], eps: float, *, centre
     return rstd * (dot - n * (n * dot).mean(dims, keepdim=True))
 
 
-def _batch_norm(
-    out, input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled=True, **unused
-):
-    if not _fits(input, weight, bias):
-        return NotImplemented
-    x, dot = (part.to(out.dtype) for part in input)
-    if training:
-        dot = _standardised(x, dot, [0, *range(2, x.ndim)], eps)
-    else:
-        dot = _weighted(dot, (running_var + eps).rsqrt().to(dot.dtype), channel=1)
-    return _weighted(dot, weight, channel=1)
+def _running_norm(first: int) -> Rule:
+    """The rule of batch norm (first = 0) and instance norm (first = 2): dimension `first` and the spatial ones."""
 
+    def rule(out, input, weight, bias, running_mean, running_var, by_batch, momentum, eps, cudnn_enabled):
+        if not _fits(input, weight, bias):
+            return NotImplemented
+        x, dot = (part.to(out.dtype) for part in input)
+        if by_batch:
+            dot = _standardised(x, dot, sorted({first, *range(2, x.ndim)}), eps)
+        else:
+            dot = _weighted(dot, (running_var + eps).rsqrt().to(dot.dtype), channel=1)
+        return _weighted(dot, weight, channel=1)
 
-def _instance_norm(
-    out, input, weight, bias, running_mean, running_var, use_input_stats, momentum, eps, cudnn_enabled=True, **unused
-):
-    if not _fits(input, weight, bias):
-        return NotImplemented
-    x, dot = (part.to(out.dtype) for part in input)
-    if use_input_stats:
-        dot = _standardised(x, dot, list(range(2, x.ndim)), eps)
-    else:
-        dot = _weighted(dot, (running_var + eps).rsqrt().to(dot.dtype), channel=1)
-    return _weighted(dot, weight, channel=1)
+    return rule
 
 
 TRACED[F.layer_norm] = ruled(_layer_norm)
@@ -104,8 +94,8 @@ for _name, _rule in (
     ("layer_norm", _layer_norm),
     ("group_norm", _group_norm),
     ("rms_norm", _rms_norm),
-    ("batch_norm", _batch_norm),
-    ("instance_norm", _instance_norm),
+    ("batch_norm", _running_norm(0)),
+    ("instance_norm", _running_norm(2)),
 ):
     for _function in named(_name):
         HANDLERS[_function] = ruled(_rule)

@@ -11,23 +11,20 @@ from torch import Tensor
 from pmf.tangents.handlers import ruled
 from pmf.tangents.rules import HANDLERS, Rule, is_dual, multilinear, named, value
 
-FIRST, SECOND = (0, "input"), (1, "other")
-
-PRODUCTS = "mul multiply __mul__ __rmul__ matmul __matmul__ mm bmm mv dot inner kron cross outer ger"
+FIRST = (0, "input")
+PRODUCTS = {
+    "mul multiply __mul__ __rmul__ matmul __matmul__ inner kron cross": "other",
+    "mm bmm": "mat2",
+    "mv": "vec",
+    "outer ger": "vec2",
+    "dot": "tensor",
+}
+"""Bilinear functions, by the name of their second argument."""
 WEIGHTED = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear"
 
-
-def _second(name: str) -> tuple[int, str]:
-    """The slot of the second factor of a product."""
-    return 1, {"mm": "mat2", "bmm": "mat2", "mv": "vec", "outer": "vec2", "ger": "vec2", "dot": "tensor"}.get(
-        name, "other"
-    )
-
-
-for _name in PRODUCTS.split():
-    for _function in named(_name):
-        HANDLERS[_function] = ruled(multilinear(_function, FIRST, _second(_name)))
-
+for _names, _second in PRODUCTS.items():
+    for _function in named(*_names.split()):
+        HANDLERS[_function] = ruled(multilinear(_function, FIRST, (1, _second)))
 for _name in WEIGHTED.split():
     for _function in named(_name):
         HANDLERS[_function] = ruled(multilinear(_function, FIRST, (1, "weight"), added=(2, "bias")))
@@ -84,11 +81,6 @@ for _names, _rule in (
 ):
     for _function in named(*_names.split()):
         HANDLERS[_function] = ruled(_rule)
-for _method, _rule in (
-    (Tensor.__rsub__, _sum(-1, reverse=True)),
-    (Tensor.__rdiv__, _quotient(reverse=True)),
-):
-    HANDLERS[_method] = ruled(_rule)
 
 
 def _einsum(function: Callable) -> Rule:

@@ -21,7 +21,6 @@ Handler = Callable[[Callable, tuple, dict], Any]
 HANDLERS: dict[Callable | None, Handler] = {}
 """By torch function, `torch.autograd.Function` class or custom operator; under None, that of all others."""
 
-
 TRACED: dict[Callable, Handler] = {}
 """For compilers, the handlers of functions that PyTorch writes in Python."""
 
@@ -50,6 +49,11 @@ def getter(name: str) -> Any:
 def setter(name: str) -> Any:
     """The function that sets a property of tensors."""
     return getattr(torch.Tensor, name).__set__
+
+
+def can_move(x: Any) -> bool:
+    """Whether x is a tensor that may have a tangent."""
+    return isinstance(x, torch.Tensor) and (x.is_floating_point() or x.is_complex())
 
 
 def is_dual(x: Any) -> bool:

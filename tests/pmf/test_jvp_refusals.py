@@ -1,0 +1,157 @@
+"""`pmf.jvp` raises where a tangent or a gradient would be lost; `pmf.jvp.rule` registers what it does not know."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+import pmf
+from pmf import InputError
+from pmf.private import operators_of
+from pmf.tangents.rules import HANDLERS
+from tests.pmf.jvp_checks import F64, W, compare, drawn
+
+
+class Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 3
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 3
+
+
+class Passed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -gradient
+
+
+class Squared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y):
+        ctx.save_for_backward(x, y)
+        return x * x * y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, y = ctx.saved_tensors
+        return 2 * x * y * gradient, x * x * gradient
+
+
+@pmf.jvp.rule(Squared)
+def squared(out, x, y):
+    return 2 * x.value * x.dot * y
+
+
+@torch.library.custom_op("pmf_tests::triple", mutates_args=())
+def triple(x: torch.Tensor) -> torch.Tensor:
+    return x * 3
+
+
+applied_early = super(torch.autograd.Function, Scaled).apply
+passed_early = super(torch.autograd.Function, Passed).apply
+
+
+@torch.jit.script
+def scripted(x):
+    return x * 2
+
+
+LOSSES = {
+    "autograd.Function": (lambda x: Scaled.apply(x), "Scaled got a moving value; an autograd.Function hides"),
+    "identity Function": (lambda x: Passed.apply(x), "Passed got a moving value"),
+    "apply looked up early": (applied_early, "autograd.Function"),
+    "reentrant checkpoint": (
+        lambda x: checkpoint(torch.sin, x, use_reentrant=True),
+        "reentrant checkpointing hides tangents; expected use_reentrant=False",
+    ),
+    "custom operator": (triple, "pmf_tests.*no rule; expected one registered by pmf.jvp.rule"),
+    "vmap": (torch.vmap(torch.sin), "vmap"),
+    "vmap of a closure": (lambda x: torch.vmap(lambda i: x * i)(torch.arange(3.0, dtype=F64)), "vmap"),
+    "TorchScript": (scripted, "TorchScript|torch functions"),
+    "numpy": (lambda x: torch.from_numpy(x.numpy()), "numpy got a moving value"),
+    "numpy array": (lambda x: torch.as_tensor(np.asarray(x)), "__array__ got a moving value"),
+    "data pointer": (lambda x: x.data_ptr(), "data_ptr got a moving value"),
+    "pickle": (lambda x: copy.deepcopy(x), "deepcopy|reduce_ex"),
+    "output tensor": (lambda x: torch.sin(x, out=torch.empty_like(x)), "out="),
+    "still target": (lambda x: torch.zeros(3, dtype=F64).add_(x), "add_ writes a moving value into a tensor"),
+    "still target of an index": (lambda x: torch.zeros(3, dtype=F64).__setitem__(0, x[0]), "writes a moving value"),
+    "data set": (lambda x: setattr(x * 1, "data", x), "data"),
+    "dropout in place": (lambda x: F.dropout(x * 1, 0.5, inplace=True), "inplace=False"),
+    "attention dropout": (
+        lambda x: F.scaled_dot_product_attention(*[x[None, :, None]] * 3, dropout_p=0.5),
+        "dropout_p",
+    ),
+    "gradient inside": (lambda x: torch.autograd.grad((x * 2).sum(), x), "backward|grad"),
+    "written by a list": (lambda x: torch._foreach_mul_([x * 1], 2), "writes to its arguments"),
+    "nested call": (lambda x: pmf.jvp(torch.sin, (x,), (x,))[1], "nested|another call"),
+    "scatter of DataParallel": (
+        lambda x: torch.nn.parallel._functions.Scatter.apply([0], None, 0, x),
+        "Scatter got a moving value",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_is_an_error_that_names_the_function(name):
+    function, message = LOSSES[name]
+    x = drawn(3).requires_grad_()
+    with pytest.raises(Exception, match=message) as raised:
+        pmf.jvp(function, (x,), (drawn(3),))
+    assert isinstance(raised.value, InputError) or name == "TorchScript"
+    compare(torch.sin, [drawn(3)], [drawn(3, seed=1)])  # and the next call works
+
+
+def test_an_identity_function_looked_up_early_loses_no_gradient():
+    x = drawn(3).requires_grad_()
+    try:
+        out, dot = pmf.jvp(passed_early, (x,), (drawn(3),))
+    except InputError:
+        return
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    assert gradient[0] == -1, "the Function's backward was bypassed"
+    assert dot.abs().max() > 0
+
+
+def test_registered_functions_move():
+    x, v = drawn(6).requires_grad_(), drawn(6, seed=1)
+    out, dot = pmf.jvp(lambda x: Squared.apply(x, W[0]), (x,), (v,))
+    torch.testing.assert_close(dot, 2 * x.detach() * v * W[0])
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), x)[0], 2 * x.detach() * W[0])
+
+    @pmf.jvp.rule(triple)
+    def tripled(out, x):
+        return 3 * x.dot
+
+    try:
+        torch.testing.assert_close(pmf.jvp(triple, (drawn(3),), (drawn(3, seed=1),))[1], 3 * drawn(3, seed=1))
+    finally:
+        for one in operators_of(triple):
+            HANDLERS.pop(one)
+
+
+@pytest.mark.parametrize(
+    ("primals", "tangents", "options", "message"),
+    [
+        ([1], (1,), {}, "primals must be a tuple"),
+        ((drawn(3),), (drawn(3), 1), {}, "structure"),
+        ((drawn(3),), (drawn(4),), {}, r"shape of its primal, \[3\], got torch.float64 \[4\]"),
+        ((torch.arange(3),), (1,), {}, "floating tensor, got torch.int64"),
+        ((drawn(3),), ("x",), {}, "shape of its primal"),
+        ((drawn(3),), (drawn(4),), {"rows": 4}, r"rows must lie in \[1, 3\], got 4"),
+        ((drawn(3),), (drawn(3),), {"has_aux": True}, "must return \\(output, aux\\)"),
+    ],
+)
+def test_bad_arguments_are_named(primals, tangents, options, message):
+    with pytest.raises(InputError, match=message):
+        pmf.jvp(torch.sin, primals, tangents, **options)
