@@ -29,7 +29,8 @@ test-gpu: .venv/dev
 test-oldest: .venv-oldest/ready
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest --numprocesses auto --dist loadfile
 
-# The tests of the optional packages (perceptual networks, FID, JAX, flash-attn-4, timm, diffusers), with a newer PyTorch: several GB.
+# The tests of the optional packages (perceptual networks, FID, JAX, flash-attn-4, timm, diffusers), with a newer
+# PyTorch: several GB.
 test-extras: .venv-extras/ready
 	OMP_NUM_THREADS=1 .venv-extras/bin/python -m pytest -m extras --numprocesses auto --dist loadfile
 
@@ -61,5 +62,6 @@ clean:
 .venv-extras/ready: pyproject.toml constraints-extras.txt
 	$(PYTHON) -m venv .venv-extras
 	.venv-extras/bin/python -m pip install --quiet --constraint constraints-extras.txt \
-		--editable '.[perceptual,eval,jax,jax-checkpoints,flash]' optax timm diffusers pytest pytest-benchmark pytest-xdist hypothesis
+		--editable '.[perceptual,eval,jax,jax-checkpoints,flash]' \
+		optax timm diffusers pytest pytest-benchmark pytest-xdist hypothesis
 	touch $@
