@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from pmf.config import ModelConfig
 from pmf.draws import Draws
 from pmf.dual import Dual
 from pmf.model import create_model
-from pmf.private import storage_id
+from pmf.private import TorchDispatchMode, storage_id, tree_leaves
 from pmf.step_plan import StepPlan
 
 
@@ -32,6 +34,52 @@ def saved_bytes(run: Callable[[], object], parameters: Iterable[Tensor] = ()) ->
         total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     del result
     return total
+
+
+class LiveBytes(NamedTuple):
+    """Bytes of the tensors that a run has allocated and not yet freed; each storage counts once."""
+
+    peak: int
+    """The most at any time during the run."""
+    end: int
+    """At its end, while its result is held."""
+
+
+def live_bytes(run: Callable[[], object]) -> LiveBytes:
+    """Count the tensors that `run` keeps alive, backward included; exact on the CPU without a profiler.
+
+    What existed before and is only read or written does not count, nor does what a single operator allocates and
+    frees inside. Compiled functions run uncompiled or raise, as PyTorch does with them under a dispatch mode.
+    """
+    with _LiveStorages() as counted:
+        result = run()
+        found = LiveBytes(counted.peak, counted.now)
+    del result
+    return found
+
+
+class _LiveStorages(TorchDispatchMode):
+    """Adds a storage to `now` when an operator returns it first, and subtracts it when it is freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.alive: dict[int, weakref.finalize] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        known = {storage_id(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        out = function(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and (storage := storage_id(x)) not in known and storage not in self.alive:
+                size = x.untyped_storage().nbytes()
+                self.alive[storage] = weakref.finalize(x.untyped_storage(), self._free, storage, size)
+                self.now += size
+                self.peak = max(self.peak, self.now)
+        return out
+
+    def _free(self, storage: int, size: int) -> None:
+        del self.alive[storage]
+        self.now -= size
 
 
 @dataclass(frozen=True)

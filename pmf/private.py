@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import (
     _broadcast_to_and_flatten as tree_broadcast,
 )
@@ -28,6 +29,7 @@ from torch.utils._pytree import (
 __all__ = [  # without public equivalents: torch.utils.pytree takes no is_leaf, fake tensors are private as a whole
     "FakeTensor",
     "FakeTensorMode",
+    "TorchDispatchMode",
     "tree_broadcast",
     "tree_flatten",
     "tree_leaves",

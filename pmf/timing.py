@@ -19,6 +19,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import profile
 
+from pmf.counting import live_bytes
 from pmf.errors import first_line
 
 Run = Callable[[], Any]
@@ -45,15 +46,17 @@ def measure(
     *,
     graphs: bool = True,
     detailed: bool = False,
+    live: bool = False,
     replaying: Collection[str] = (),
 ) -> Iterator[Record]:
     """Yield a record per provider: all are timed `repeats` times in turn, or fewer times to stay within `seconds`.
 
     On CUDA, L2 is overwritten before each run. With `graphs`, a run is replayed as a CUDA graph if it can be captured,
     so that Python's launch cost does not count; the current stream must then not be the default one. `detailed` adds
-    `details`. `replaying` names providers that replay their own graphs; see `warm_up`. A provider that fails does not
-    affect others: its record has the status "failed" and an `error`. The other records have `median_us`,
-    `quartiles_us`, `repeats`, `captured` (whether a graph was timed), and the memory fields of `warm_up`.
+    `details`. `live` counts the peak of tensors on the CPU too, which compiled runs do not allow. `replaying` names
+    providers that replay their own graphs; see `warm_up`. A provider that fails does not affect others: its record has
+    the status "failed" and an `error`. The other records have `median_us`, `quartiles_us`, `repeats`, `captured`
+    (whether a graph was timed), and the memory fields of `warm_up`.
     """
     runs: dict[str, Run] = {}
     records: dict[str, Record] = {}
@@ -61,7 +64,7 @@ def measure(
     for name, prepare in providers.items():
         try:
             run = prepare()
-            memory, took = warm_up(run, device, name in replaying)
+            memory, took = warm_up(run, device, name in replaying, live)
             replay = graph_of(run) if graphs and device.type == "cuda" else None
             runs[name], once = replay or run, once + took
             records[name] = {"provider": name, "status": "measured", **memory, "captured": replay is not None}
@@ -89,11 +92,12 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def warm_up(run: Run, device: torch.device, replays: bool = False) -> tuple[Record, float]:
+def warm_up(run: Run, device: torch.device, replays: bool = False, live: bool = False) -> tuple[Record, float]:
     """Run three times; return the memory used (None without a GPU) and the seconds of the last run.
 
     peak_bytes: the allocator's peak in the last run above what was allocated before it; in the first run if the run
-    `replays` a graph, since a replay allocates nothing. A run with a method `peak_bytes` reports its own peak.
+    `replays` a graph, since a replay allocates nothing. A run with a method `peak_bytes` reports its own peak. On the
+    CPU, if `live`, `pmf.counting.live_bytes` counts it in a fourth run.
     reserved_bytes: all memory that the allocator holds, including pools of graphs.
     """
     on_gpu, peaks, seconds = device.type == "cuda", [], 0.0
@@ -109,6 +113,8 @@ def warm_up(run: Run, device: torch.device, replays: bool = False) -> tuple[Reco
     peak, source = (peaks[0], "warm-up and capture") if replays else (peaks[-1], "a warm run")
     if hasattr(run, "peak_bytes"):
         peak, source = run.peak_bytes(), "its own count"
+    elif live and not on_gpu:
+        peak, source = live_bytes(run).peak, "live tensors"
     reserved = torch.cuda.memory_reserved(device) if on_gpu else None
     return {"peak_bytes": peak, "peak_from": source, "reserved_bytes": reserved}, seconds
 

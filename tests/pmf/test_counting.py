@@ -7,7 +7,7 @@ import torch
 
 import pmf
 from pmf.benchmarks.step_cases import joint_jvp_loss, lean_loss
-from pmf.counting import operations, row_operations, saved_bytes
+from pmf.counting import live_bytes, operations, row_operations, saved_bytes
 from pmf.reference.loss import pmf_loss as reference_loss
 from tests.networks import TINY, meta_step, random_model
 from tests.pmf.test_loss import LOSS, step_inputs
@@ -100,3 +100,29 @@ def test_bytes_saved_by_b16_at_batch_8():
     print({name: f"{value / 1e9:.2f} GB" for name, value in saved.items()})
     assert saved["lean"] <= 1.01 * saved["flow_matching"]
     assert saved["lean"] <= 0.35 * saved["joint"]
+
+
+def test_live_bytes_count_each_storage_from_its_first_operator_until_it_is_freed():
+    a, w = torch.randn(250), torch.randn(10, 10, requires_grad=True)
+    assert live_bytes(lambda: a.view(10, 25).add_(1)) == (0, 0)
+    assert live_bytes(lambda: (a + 1).view(10, 25)) == (1000, 1000)
+    assert live_bytes(lambda: ((a + 1) * 2).sin()[:3]) == (2000, 1000)
+    assert live_bytes(lambda: (w @ w).tanh()) == (800, 400)
+    # Backward keeps tanh's result, its gradient, and the gradients of both factors, then their sum.
+    assert live_bytes(lambda: (w @ w).tanh().sum().backward()).end == 400
+
+
+def test_live_bytes_see_the_tangents_that_a_joint_jvp_keeps():
+    x, w = torch.randn(50, 50), torch.randn(50, 50, requires_grad=True)
+
+    def network(x):
+        for _ in range(8):
+            x = (x @ w).tanh()
+        return x
+
+    forward = live_bytes(lambda: network(x))
+    ours = live_bytes(lambda: pmf.jvp(network, (x,), (x,)))
+    joint = live_bytes(lambda: torch.func.jvp(network, (x,), (x,)))
+    # At the end: eight values and one tangent, against two values and two tangents of each layer.
+    assert (forward.end, ours.end) == (8 * x.nbytes, 9 * x.nbytes)
+    assert joint.end > 3 * forward.end and joint.peak > 2 * ours.peak
