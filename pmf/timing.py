@@ -194,3 +194,22 @@ def details(run: Run, device: torch.device, repeats: int = 5) -> Record:
         "profile": [(name, took / total, count) for name, took, count in operators[:PROFILE_ROWS]],
         "table": rows.table(sort_by=spent, row_limit=-1, max_name_column_width=100),
     }
+
+
+def comparison(runs: Mapping[str, Run], device: torch.device, repeats: int = 5) -> str:
+    """Time and peak memory of each run as a table in Markdown; ratios are to the first run.
+
+    The times are medians of interleaved runs; memory is what a run allocates, at its peak: on a GPU by the allocator,
+    on the CPU by `pmf.counting.live_bytes`. A run that fails has its error in the table.
+    """
+    providers = {name: (lambda run=run: run) for name, run in runs.items()}
+    records = {r["provider"]: r for r in measure(providers, device, repeats, graphs=False, live=True)}
+    lines, first = ["| | ms | peak MB |", "|---|---|---|"], records[next(iter(runs))]
+    for name in runs:
+        cells = [records[name].get("error", "")]
+        if not cells[0]:
+            units = {"median_us": 1e3, "peak_bytes": 1e6}
+            found = [(records[name][key], first.get(key), unit) for key, unit in units.items()]
+            cells = [f"{x / unit:.4g}" + (f" ({x / base:.2f})" if base else "") for x, base, unit in found]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
