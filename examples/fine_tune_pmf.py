@@ -23,7 +23,6 @@ from sklearn.datasets import load_digits
 
 import pmf
 from pmf.data import ImageSet, Loader, TrainingData
-from pmf.data.shards import PreparedShards
 from pmf.draws import step_seed
 from pmf.fine_tuning import copy_weights
 from pmf.images import save_grid
@@ -56,8 +55,12 @@ class Options:
     """Where to train."""
 
 
-def negatives() -> ImageSet:
-    """scikit-learn's 1,797 digits, dark on light: [n, 1, 8, 8] in [-1, 1]."""
+def images(prepared: Path | None) -> TrainingData:
+    """Prepared images, or scikit-learn's 1,797 digits, dark on light: [n, 1, 8, 8] in [-1, 1]."""
+    if prepared is not None:
+        from pmf.data.shards import PreparedShards
+
+        return PreparedShards(prepared)
     data = load_digits()
     return ImageSet(1 - torch.tensor(data.images, dtype=torch.float32)[:, None] / 8, torch.tensor(data.target))
 
@@ -84,7 +87,7 @@ def train(model: pmf.PMFDiT, data: TrainingData, options: Options) -> EMA:
             optimizer.step()
         model.zero_grad()
         average.update(model, batch=len(x), images_seen=options.batch * (step + 1))
-        if step % 100 == 99:
+        if (step + 1) % max(1, options.steps // 10) == 0:
             print(f"step {step + 1}: mean squared error {out.terms['loss_u']:.3f}", flush=True)
     return average
 
@@ -109,7 +112,7 @@ def main(options: Options) -> None:
     torch.manual_seed(0)
     model = pmf.create_model(options.preset, device=options.device)
     print(*copy_weights(model, options.weights, options.name), sep="\n")
-    data = negatives() if options.data is None else PreparedShards(options.data)
+    data = images(options.data)
     before = draw(model)
     average = train(model, data, options)
     model.load_state_dict(average.average)

@@ -110,7 +110,7 @@ def digits(device: str) -> tuple[Tensor, Tensor]:
 
 
 def train(network: nn.Module, errors_of: Callable[..., Tensor], options: Options) -> None:
-    """Train on digits; print the mean squared error now and then."""
+    """Train on digits; print the mean squared error ten times."""
     images, labels = digits(options.device)
     optimizer = torch.optim.Adam(network.parameters(), betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=options.steps)
@@ -121,7 +121,7 @@ def train(network: nn.Module, errors_of: Callable[..., Tensor], options: Options
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if step % 100 == 99:
+        if (step + 1) % max(1, options.steps // 10) == 0:
             print(f"step {step + 1}: mean squared error {errors.mean():.3f}", flush=True)
 
 

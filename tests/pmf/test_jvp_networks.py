@@ -1,8 +1,5 @@
 """`pmf.jvp` on unmodified networks of timm, diffusers and transformers."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -11,15 +8,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import pmf
 from pmf.counting import saved_bytes
 
-pytestmark = [pytest.mark.extras, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.extras,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("away_from_the_checkout"),
+]
 F64 = torch.float64
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def away_from_the_checkout(monkeypatch):
-    """diffusers and transformers would take the folder `kernels` for the package of that name."""
-    monkeypatch.setattr(sys, "path", [path for path in sys.path if Path(path).resolve() != ROOT])
 
 
 class TimmViT(nn.Module):
