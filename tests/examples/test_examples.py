@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tests.networks import random_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MEANFLOW = ["meanflow", "meanflow_fused", "meanflow_explicit"]
+NEEDS_DIFFUSERS = pytest.mark.skipif(find_spec("diffusers") is None, reason="could not import 'diffusers'")
 
 
 def run(script, folder, *arguments):
@@ -30,6 +32,7 @@ def errors_in(printed):
     return [float(error) for error in re.findall(r"step \d+: mean squared error ([\d.]+)", printed)]
 
 
+@NEEDS_DIFFUSERS
 @pytest.mark.extras
 @pytest.mark.parametrize("script", MEANFLOW)
 def test_meanflow_learns_and_keeps_half_the_memory_of_a_joint_jvp(script, tmp_path):
@@ -57,6 +60,7 @@ def step(network, errors):
     return value, nn.utils.parameters_to_vector([p.grad for p in network.parameters() if p.grad is not None])
 
 
+@NEEDS_DIFFUSERS
 @pytest.mark.extras
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("away_from_the_checkout")
