@@ -83,3 +83,12 @@ def test_all_three_steps_compute_what_torch_func_jvp_does(monkeypatch):
     for errors, gradients in others:
         torch.testing.assert_close(errors, expected, rtol=1e-10, atol=0)
         assert (gradients - wanted).norm() < 1e-9 * wanted.norm()
+
+
+def test_the_page_shows_the_code_of_the_scripts():
+    scripts = "\n".join(file.read_text() for file in EXAMPLES.glob("*.py"))
+    page = (EXAMPLES.parent / "docs" / "your-script.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 4
+    for block in blocks:
+        assert block in scripts
