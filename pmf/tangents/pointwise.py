@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pmf.errors import InputError
 from pmf.tangents.handlers import drawn, ruled
-from pmf.tangents.rules import HANDLERS, TRACED, Rule, is_dual, linear_in_first, named
+from pmf.tangents.rules import HANDLERS, TRACED, Handler, Rule, is_dual, linear_in_first, name_of, named
 
 _ATEN = torch.ops.aten
 
@@ -90,8 +91,21 @@ for _name, _derivative in BY_OUTPUT.items():
         HANDLERS[_function] = ruled(_by_output(_derivative))
 
 
-TRACED[F.silu] = ruled(lambda out, x, inplace=False: _ATEN.silu_backward(x.dot.to(out.dtype), x.value.to(out.dtype)))
-TRACED[F.relu] = ruled(lambda out, x, inplace=False: _ATEN.threshold_backward(x.dot.to(out.dtype), out, 0))
+def _traced(rule: Rule, inplace: int) -> Handler:
+    """For compilers, the handler of a function of torch.nn.functional with an argument `inplace` at that position."""
+    plain = ruled(lambda out, *args, inplace=False, **kwargs: rule(out, *args, **kwargs))
+
+    def handle(function, args, kwargs):
+        if kwargs.get("inplace") or any(args[inplace:]):
+            raise InputError(f"pmf.jvp: {name_of(function)} got inplace=True, which does not compile; expected False")
+        return plain(function, args[:inplace], kwargs)
+
+    return handle
+
+
+for _name, _inplace in {"silu": 1, "mish": 1, "leaky_relu": 2}.items():
+    TRACED[getattr(F, _name)] = _traced(_by_input(BY_INPUT[_name]), _inplace)
+TRACED[F.relu] = _traced(_by_output(BY_OUTPUT["relu"]), 1)
 
 
 def _power(out, x, exponent=None, **kwargs):
@@ -136,3 +150,14 @@ def _dropout(function: Callable) -> Callable:
 
 for _function in named("dropout", "feature_dropout"):
     HANDLERS[_function] = _dropout(_function)
+
+
+def _traced_dropout(out, x, p=0.5, training=True):
+    """Compilers draw the mask inside, where no rule can read it."""
+    if training and p > 0:
+        raise InputError(f"pmf.jvp: dropout with p {p} in training has no rule that compiles; expected p 0 or eval()")
+    return x.dot
+
+
+for _function in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout):
+    TRACED[_function] = _traced(_traced_dropout, 3)

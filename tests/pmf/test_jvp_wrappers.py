@@ -126,8 +126,37 @@ def test_compiled_without_break_it_is_equal_and_saves_the_bytes_of_the_compiled_
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-def test_a_function_that_compilers_cannot_follow_is_named():
+def compiled(function, *given, **options):
     torch._dynamo.reset()
-    x = torch.randn(3, dtype=torch.float64)
-    with pytest.raises(Exception, match="cumprod has no rule that compiles"):
-        torch.compile(lambda x: pmf.jvp(lambda y: y.cumprod(0), (x,), (x,)), fullgraph=True, backend="aot_eager")(x)
+    x = torch.randn(3, 4, 5, dtype=torch.float64)
+    call = torch.compile(
+        lambda x: pmf.jvp(lambda y: function(y, *given, **options), (x,), (x.cos(),)),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    return call(x), torch.func.jvp(lambda y: function(y, *given, **options), (x,), (x.cos(),))
+
+
+@pytest.mark.parametrize(
+    ("function", "given"),
+    [(F.silu, ()), (F.relu, ()), (F.leaky_relu, (0.2,)), (F.mish, ()), (F.dropout, (0.5, False)),
+     (F.dropout, (0.0,)), (F.dropout1d, (0.5, False)), (F.softmax, (-1,)), (F.layer_norm, ((5,),)), (F.gelu, ())],
+)  # fmt: skip
+def test_functions_that_networks_call_compile(function, given):
+    for got, expected in zip(*compiled(function, *given), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("function", "given", "message"),
+    [
+        (torch.cumprod, (0,), "cumprod has no rule that compiles"),
+        (F.silu, (True,), "silu got inplace=True, which does not compile"),
+        (F.leaky_relu, (0.1, True), "leaky_relu got inplace=True, which does not compile"),
+        (F.dropout, (0.1, True), "dropout with p 0.1 in training has no rule that compiles"),
+        (F.dropout, (0.1, False, True), "dropout got inplace=True, which does not compile"),
+    ],
+)
+def test_a_function_that_compilers_cannot_follow_is_named(function, given, message):
+    with pytest.raises(Exception, match=message):
+        compiled(function, *given)
