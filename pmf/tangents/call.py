@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pmf.errors import InputError
-from pmf.private import operators_of, tree_broadcast, tree_flatten, tree_map, tree_unflatten
+from pmf.private import forward_mode, operators_of, tree_broadcast, tree_flatten, tree_map, tree_unflatten
 from pmf.tangents import attention, in_place, norms, pointwise, products, queries, shapes, wrappers  # noqa: F401 (they register)
 from pmf.tangents.carriers import CARRIERS, carrier, fitted, open_call
 from pmf.tangents.handlers import ruled
@@ -49,6 +49,8 @@ def jvp(
     Errors: `InputError` names the function where the tangent would be lost: an autograd.Function or custom operator
     without `pmf.jvp.rule`, reentrant checkpointing, torch.vmap, TorchScript, numpy; and bad primals or tangents.
     """
+    if forward_mode():
+        raise InputError("pmf.jvp: expected no torch.func.jvp or forward_ad around it, which it would not carry on")
     leaves, dots, spec = _leaves(primals, tangents)
     if rows is not None:
         return _on_last_rows(function, leaves, dots, spec, has_aux, rows)
