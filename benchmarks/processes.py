@@ -79,7 +79,14 @@ def job_records(job: Job, seconds: float) -> Iterator[Record]:
         share, whole = TIMING_SHARE * seconds / len(names), job.suite != "ops"  # whole: as a script runs it
         replaying = [provider for provider in providers if "captured" in provider]
         for record in measure(
-            providers, device, job.options.repeats, share, graphs=not whole, detailed=whole, replaying=replaying
+            providers,
+            device,
+            job.options.repeats,
+            share,
+            graphs=not whole,
+            detailed=whole,
+            live=job.suite == "networks",
+            replaying=replaying,
         ):
             yield {"case": name, **finished(record, job, device)}
 
