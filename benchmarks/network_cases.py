@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from pmf.benchmarks.step_cases import JOINT
 from pmf.counting import live_bytes
 from pmf.timing import Run
 
-NETWORKS: dict[str, Callable[[], nn.Module]] = {
+NETWORKS: dict[str, Callable[[], Any]] = {
     "DiT-B/4": DiT,
     "UNet": UNet,
     "DiT small": partial(DiT, width=192, depth=3, heads=3),
@@ -39,7 +40,7 @@ def by_pmf_jvp(network: nn.Module, inputs: tuple[Tensor, ...], v: Tensor) -> tup
     return u, du_dt
 
 
-def explicit(network: nn.Module, inputs: tuple[Tensor, ...], v: Tensor) -> tuple[Tensor, Tensor | None]:
+def explicit(network: Any, inputs: tuple[Tensor, ...], v: Tensor) -> tuple[Tensor, Tensor | None]:
     """The network's own `forward_dual`."""
     z, t, r = inputs
     return network.forward_dual(pmf.Dual(z, v), pmf.Dual(t, torch.ones_like(t)), pmf.Dual(r))
@@ -47,9 +48,9 @@ def explicit(network: nn.Module, inputs: tuple[Tensor, ...], v: Tensor) -> tuple
 
 def joint(network: nn.Module, inputs: tuple[Tensor, ...], v: Tensor) -> tuple[Tensor, Tensor]:
     """`torch.func.jvp`; fused attention has no forward mode in PyTorch."""
-    _, t, r = inputs
+    (_, t, r), jvp = inputs, cast(Callable[..., Any], torch.func.jvp)
     with sdpa_kernel(SDPBackend.MATH):
-        u, du_dt = torch.func.jvp(network, inputs, (v, torch.ones_like(t), torch.zeros_like(r)))
+        u, du_dt = jvp(network, inputs, (v, torch.ones_like(t), torch.zeros_like(r)))
     return u, du_dt.detach()
 
 

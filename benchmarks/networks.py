@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pmf import Dual, ops
+from pmf.dual import total
 from pmf.layers import Residual, linear_dual
 
 FREQUENCIES = 128
@@ -28,7 +30,13 @@ def gelu_dot(x: Tensor, x_dot: Tensor) -> Tensor:
 
 def gelu(x: Dual) -> Dual:
     """GELU by tanh, and its tangent; the tangent covers every sample."""
-    return Dual(F.gelu(x.value, approximate="tanh"), None if x.dot is None else gelu_dot(*x))
+    return Dual(F.gelu(x.value, approximate="tanh"), None if x.dot is None else gelu_dot(x.value, x.dot))
+
+
+def chunk(x: Dual, parts: int) -> tuple[Dual, ...]:
+    """Equal parts of the last dimension."""
+    dots = (None,) * parts if x.dot is None else x.dot.chunk(parts, -1)
+    return tuple(map(Dual, x.value.chunk(parts, -1), dots))
 
 
 class Embedding(nn.Module):
@@ -71,11 +79,10 @@ class Block(nn.Module):
 
     def forward_dual(self, x: Dual, condition: Dual) -> Dual:
         """The same with tangents."""
-        modulation = linear(self.modulation, condition)
-        shift1, scale1, gate1, shift2, scale2, gate2 = map(Dual, *(part.chunk(6, -1) for part in modulation))
+        shift1, scale1, gate1, shift2, scale2, gate2 = chunk(linear(self.modulation, condition), 6)
         y = ops.norm_modulate(x, None, scale1, shift1, kind="layer", eps=self.norm.eps)
-        qkv = linear(self.qkv, y).map(lambda p: p.unflatten(-1, (3, self.heads, -1)))
-        mixed = ops.attention(*map(Dual, *(part.unbind(2) for part in qkv))).map(lambda o: o.flatten(2))
+        q, k, v = (part.map(lambda p: p.unflatten(-1, (self.heads, -1))) for part in chunk(linear(self.qkv, y), 3))
+        mixed = ops.attention(q, k, v).map(lambda o: o.flatten(2))
         x, y = ops.residual_norm_modulate(
             x, linear(self.out, mixed), gate1, None, scale2, shift2, kind="layer", eps=self.norm.eps
         )
@@ -84,6 +91,8 @@ class Block(nn.Module):
 
 class DiT(nn.Module):
     """A diffusion transformer (arXiv 2212.09748) on latents, conditioned on t and t - r; the default is DiT-B/4."""
+
+    blocks: Any
 
     def __init__(self, width: int = 768, depth: int = 12, heads: int = 12, side: int = 32) -> None:
         super().__init__()
@@ -112,13 +121,13 @@ class DiT(nn.Module):
     def forward_dual(self, z: Dual, t: Dual, r: Dual) -> Dual:
         """The same with tangents of z and t; r stands still."""
         time, span = self.time.forward_dual(t), self.span.forward_dual(Dual(t.value - r.value, t.dot))
-        condition = ops.silu(Dual(*(a + b for a, b in zip(time, span, strict=True))))
+        condition = ops.silu(Dual(time.value + span.value, total(time.dot, span.dot)))
         convolve = partial(F.conv2d, stride=self.patch)
         x = linear_dual(z, self.embed.weight, self.embed.bias, linear=convolve).map(lambda p: p.flatten(2).mT)
         x = Dual(x.value + self.positions, x.dot)
         for block in self.blocks:
             x = block.forward_dual(x, condition)
-        shift, scale = map(Dual, *(part.chunk(2, -1) for part in linear(self.modulation, condition)))
+        shift, scale = chunk(linear(self.modulation, condition), 2)
         y = ops.norm_modulate(x, None, scale, shift, kind="layer", eps=self.norm.eps)
         return linear(self.head, y).map(self.to_image)
 
