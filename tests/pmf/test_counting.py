@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pmf
-from pmf.benchmarks.step_cases import joint_jvp_loss, lean_loss
+from pmf.benchmarks.step_cases import joint_jvp_loss, lean_loss, two_pass_loss
 from pmf.counting import live_bytes, operations, row_operations, saved_bytes
 from pmf.reference.loss import pmf_loss as reference_loss
 from tests.networks import TINY, meta_step, random_model
@@ -73,13 +73,19 @@ def test_a_lean_step_of_b16_at_batch_8():
 
 
 def saved_by(model, x, y, draws):
-    """Bytes that a lean, a flow-matching and a joint-jvp step save for backward."""
-    steps = dict(
+    """Bytes that each step in `losses_of` saves for backward."""
+    steps = losses_of(model, x, y, draws)
+    return {name: saved_bytes(step, model.parameters()) for name, step in steps.items()}
+
+
+def losses_of(model, x, y, draws):
+    """The losses of a lean, a flow-matching and a joint-jvp step, and of a jvp without gradient before a forward."""
+    return dict(
         lean=lambda: pmf.pmf_loss(model, x, y, draws, LOSS).loss,
         flow_matching=lambda: lean_loss(model, x, y, draws.flow_matching(), LOSS),
         joint=lambda: joint_jvp_loss(model, x, y, draws, LOSS),
+        two_pass=lambda: two_pass_loss(model, x, y, draws, LOSS),
     )
-    return {name: saved_bytes(step, model.parameters()) for name, step in steps.items()}
 
 
 @pytest.mark.parametrize("conditioning", ["in_context", "adaln"])
@@ -90,16 +96,43 @@ def test_a_lean_step_saves_the_bytes_of_flow_matching(conditioning):
     assert saved["lean"] < 0.5 * saved["joint"]
 
 
-def test_bytes_saved_by_b16_at_batch_8():
+def b16_at_batch_8():
+    """B/16 on meta tensors, x, y and draws."""
     config = pmf.MODELS["pMF-B/16"]
     model = pmf.create_model(config, device="meta", impl="reference")
     draws = draws_of(None, pmf.LOSSES["pMF-B/16"], 8, 0)
     x = torch.empty(8, *config.image_shape, device="meta")
     draws = dataclasses.replace(draws, noise=torch.empty_like(x))
-    saved = saved_by(model, x, torch.zeros(8, dtype=torch.int64, device="meta"), draws)
+    return model, x, torch.zeros(8, dtype=torch.int64, device="meta"), draws
+
+
+def test_bytes_saved_by_b16_at_batch_8():
+    saved = saved_by(*b16_at_batch_8())
     print({name: f"{value / 1e9:.2f} GB" for name, value in saved.items()})
     assert saved["lean"] <= 1.01 * saved["flow_matching"]
     assert saved["lean"] <= 0.35 * saved["joint"]
+    assert saved["lean"] <= 1.01 * saved["two_pass"]
+
+
+def test_bytes_alive_at_the_peak_of_a_step_of_b16_at_batch_8():
+    model, *inputs = b16_at_batch_8()
+
+    def step(loss):
+        loss().backward()
+        model.zero_grad()
+
+    peak = {name: live_bytes(lambda loss=loss: step(loss)).peak for name, loss in losses_of(model, *inputs).items()}
+    print({name: f"{value / 1e9:.2f} GB" for name, value in peak.items()})
+    assert peak["lean"] <= 1.02 * peak["flow_matching"] and peak["lean"] <= peak["two_pass"]
+    assert peak["lean"] <= 0.35 * peak["joint"]
+
+
+def test_operations_of_a_jvp_without_gradient_and_a_second_forward_of_b16():
+    config, draws = pmf.MODELS["pMF-B/16"], draws_of(None, pmf.LOSSES["pMF-B/16"], 8, 0)
+    lean, two_pass = (operations(meta_step(config, draws, loss)) for loss in (lean_loss, two_pass_loss))
+    floor = operations(meta_step(config, draws.flow_matching(), lean_loss))
+    print(f"of flow matching: lean {lean / floor:.2f}, two passes {two_pass / floor:.2f}")
+    assert 1.3 < lean / floor < 1.45 and lean <= 0.5 * two_pass
 
 
 def test_live_bytes_count_each_storage_from_its_first_operator_until_it_is_freed():
