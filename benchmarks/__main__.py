@@ -19,6 +19,7 @@ SUITES = {
     "ops": "Measure each op at the shapes of a block.",
     "steps": "Measure forward and backward of training steps, without the optimizer.",
     "sampling": "Measure one-step sampling.",
+    "networks": "Measure MeanFlow steps of networks that are not pMF: pmf.jvp beside torch.func.jvp.",
     "memory": "Find the largest batch: computed on any machine, also measured on a GPU.",
     "gpu": "Measure everything, most important first, in the order of benchmarks/plan.py.",
 }

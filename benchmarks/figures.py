@@ -8,8 +8,9 @@ from pathlib import Path
 
 from pmf.atomic_files import write_atomically
 from pmf.benchmarks.ledger import RESULTS, ROOT, Key, key, records_of
+from pmf.benchmarks.network_cases import PLAIN
 from pmf.benchmarks.op_cases import VALUE_ALONE
-from pmf.benchmarks.step_cases import BUDGETS_GB
+from pmf.benchmarks.step_cases import BUDGETS_GB, JOINT
 from pmf.errors import require
 from pmf.timing import Record
 
@@ -91,6 +92,19 @@ def whole_table(records: list[Record]) -> str:
     return markdown(rows[0], (row.values() for row in rows))
 
 
+def network_table(records: list[Record]) -> str:
+    """MeanFlow steps of networks; "held" is alive between forward and backward. Ratios in brackets."""
+    known = {(r["case"], r["provider"]): r for r in records}
+
+    def cell(record: Record, field: str, unit: float, base: str) -> str:
+        of = ratio(record[field], known.get((record["case"], base), {}).get(field))
+        return f"{number(record[field], '.4g', unit)} ({number(of, '.2f')})"
+
+    columns = ["", "provider", "ms (of joint jvp's)", "peak MB (of plain forward's)", "held MB (of plain forward's)"]
+    fields = ("median_us", 1e3, JOINT), ("peak_bytes", 1e6, PLAIN), ("held_bytes", 1e6, PLAIN)
+    return markdown(columns, ([r["case"], r["provider"], *(cell(r, *f) for f in fields)] for r in records))
+
+
 def op_table(records: list[Record]) -> str:
     """A row per case, a column per provider: time, and the larger of its two fractions of a ceiling."""
     providers = list(dict.fromkeys(r["provider"] for r in records))
@@ -132,7 +146,8 @@ def origin(file: Path, records: list[Record]) -> str:
 def tables(file: Path) -> str:
     """The ledger's provenance, all of its tables, and what could not be measured."""
     records = read_ledger(file)
-    kinds = {"steps": whole_table, "sampling": whole_table, "ops": op_table, "memory": memory_table}
+    kinds = {"steps": whole_table, "sampling": whole_table, "networks": network_table}
+    kinds |= {"ops": op_table, "memory": memory_table}
     parts = [table(found) for suite, table in kinds.items() if (found := measured(records, suite))]
     known = {r["case"] for r in records if r["status"] == "measured"}
     missing = [r for r in records if r["status"] != "measured" and (r["provider"] or r["case"] not in known)]
@@ -143,10 +158,11 @@ def tables(file: Path) -> str:
 
 
 def summary(records: list[Record]) -> str:
-    """The last lines of a measurement: the largest batches, and what no time was left for."""
-    largest = measured(records, "memory")
+    """The last lines of a measurement: steps of networks, largest batches, and what no time was left for."""
+    networks, largest = measured(records, "networks"), measured(records, "memory")
     late = [f"{r['case']}: {r['provider'] or 'all'}" for r in records if r["status"] == "skipped"]
-    return (memory_table(largest) if largest else "") + (f"no time was left for {'; '.join(late)}\n" if late else "")
+    tables = (network_table(networks) if networks else "") + (memory_table(largest) if largest else "")
+    return tables + (f"no time was left for {'; '.join(late)}\n" if late else "")
 
 
 def line(record: Record) -> str:
@@ -158,8 +174,9 @@ def line(record: Record) -> str:
         return f"{start}{record['computed_batch']} computed, {record['measured_batch'] or 'none'} measured"
     share = max(record["of_copy_bandwidth"], record["of_product_rate"])
     peak = f"{record['peak_bytes'] / 1e9:8.2f} GB" if record["peak_bytes"] else ""
+    held = f"{record['held_bytes'] / 1e9:8.2f} GB held" if "held_bytes" in record else ""
     host = f"  host {record['host_us'] / 1e3:.1f} ms" if "host_us" in record else ""
-    return f"{start}{record['median_us']:12.1f} us{share:8.1%}{peak}{host}"
+    return f"{start}{record['median_us']:12.1f} us{share:8.1%}{peak}{held}{host}"
 
 
 def report(ledger: Path | None = None) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from pmf.benchmarks.cases import Case
 from pmf.benchmarks.ledger import Key
+from pmf.benchmarks.network_cases import FULL_SIZE, NETWORKS, network_case
 from pmf.benchmarks.op_cases import long_attention_cases, op_cases
 from pmf.benchmarks.step_cases import group_of, largest_batch_case, sampling_case, step_case
 from pmf.config import MODELS
@@ -66,8 +67,8 @@ class Job:
         if self.suite == "ops":
             found = op_cases(self.size, self.batch, device) if self.size in MODELS else long_attention_cases(device)
         else:
-            make = {"steps": step_case, "sampling": sampling_case, "memory": largest_batch_case}[self.suite]
-            found = [make(self.size, self.batch, device)]
+            make = {"steps": step_case, "sampling": sampling_case, "memory": largest_batch_case}
+            found = [make.get(self.suite, network_case)(self.size, self.batch, device)]
         return {case.name: case for case in found}
 
     def tests(self) -> set[str]:
@@ -85,6 +86,7 @@ def everything(options: Options) -> list[Job]:
     job = partial(Job, options)
     return [
         *(job("steps", B16, 64, "eager"), job("steps", B16, 128, "eager"), job("ops", B16), job("sampling", B16)),
+        *(job("networks", size, 64) for size in FULL_SIZE),
         *(job("steps", B16, 128, "backends"), job("steps", B16, 64, "compiled")),
         *(job("steps", L16, 64, "eager"), job("steps", H16, 64, "eager")),
         *(job("ops", H16), job("ops", LONG_ATTENTION, 1), job("memory", B16, 0), job("steps", B16, 128, "compiled")),
@@ -100,7 +102,8 @@ def everything(options: Options) -> list[Job]:
 def parts_of(suite: str, options: Options) -> list[Job]:
     """The parts of a suite. For `gpu`, a preset named in `sizes` gets the parts that B/16 has."""
     if suite != "gpu":
-        usual = options.sizes or (*COARSE, *((LONG_ATTENTION,) if suite == "ops" else FINE))
+        pmf_sizes = (*COARSE, *((LONG_ATTENTION,) if suite == "ops" else FINE))
+        usual = options.sizes or (FULL_SIZE if suite == "networks" else pmf_sizes)
         parts = [Job(options, suite, size, 0 if suite == "memory" else 128) for size in usual]
     else:
         parts = everything(options)
@@ -110,21 +113,24 @@ def parts_of(suite: str, options: Options) -> list[Job]:
 
 
 def jobs_of(suite: str, options: Options) -> list[Job]:
-    """Split a suite into jobs: one per provider of a step or sampler, one per op, one for all largest batches.
+    """Split a suite into jobs: one per provider of a pMF step or sampler, one per op, one for all largest batches.
+
+    A network's providers share a process, so that they run in turn.
 
     Raises `InputError` for an unknown preset or provider, and for a pattern that matches no case.
     """
     jobs: list[Job] = []
     known: set[str] = set()
     for part in parts_of(suite, options):
-        there = part.size in (*MODELS, LONG_ATTENTION)
-        require(there, f"sizes: unknown preset {part.size!r}, expected one of {', '.join(MODELS)}")
+        known_sizes = NETWORKS if part.suite == "networks" else MODELS
+        there = part.size in (*known_sizes, *((LONG_ATTENTION,) if part.suite == "ops" else ()))
+        require(there, f"sizes: unknown preset {part.size!r}, expected one of {', '.join(known_sizes)}")
         processes: dict[str, list[tuple[str, str]]] = {}
         chosen = [case for case in part.cases().values() if options.only in case.name]
         for case, name in [(c, provider) for c in chosen for provider in c.providers]:
             known.add(name)
             if name in (options.providers or case.providers) and part.group in ("", group_of(name)):
-                process = {"ops": case.name.split()[0], "memory": ""}.get(part.suite, name)
+                process = {"ops": case.name.split()[0], "memory": "", "networks": ""}.get(part.suite, name)
                 processes.setdefault(process, []).append((case.name, name))
         jobs += [replace(part, pairs=tuple(pairs)) for pairs in processes.values()]
     require(bool(known), f"only: {options.only!r} matches no case")

@@ -78,9 +78,10 @@ def job_records(job: Job, seconds: float) -> Iterator[Record]:
             continue
         share, whole = TIMING_SHARE * seconds / len(names), job.suite != "ops"  # whole: as a script runs it
         replaying = [provider for provider in providers if "captured" in provider]
-        for record in measure(
-            providers, device, job.options.repeats, share, graphs=not whole, detailed=whole, replaying=replaying
-        ):
+        kinds = {"detailed": whole, "replaying": replaying}
+        if job.suite == "networks":
+            kinds = {"live": True}
+        for record in measure(providers, device, job.options.repeats, share, graphs=not whole, **kinds):
             yield {"case": name, **finished(record, job, device)}
 
 

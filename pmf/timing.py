@@ -99,6 +99,7 @@ def warm_up(run: Run, device: torch.device, replays: bool = False, live: bool = 
     `replays` a graph, since a replay allocates nothing. A run with a method `peak_bytes` reports its own peak. On the
     CPU, if `live`, `pmf.counting.live_bytes` counts it in a fourth run.
     reserved_bytes: all memory that the allocator holds, including pools of graphs.
+    held_bytes: only if the run has a method of this name, which reports it.
     """
     on_gpu, peaks, seconds = device.type == "cuda", [], 0.0
     for _ in range(3):
@@ -116,7 +117,8 @@ def warm_up(run: Run, device: torch.device, replays: bool = False, live: bool = 
     elif live and not on_gpu:
         peak, source = live_bytes(run).peak, "live tensors"
     reserved = torch.cuda.memory_reserved(device) if on_gpu else None
-    return {"peak_bytes": peak, "peak_from": source, "reserved_bytes": reserved}, seconds
+    held = {"held_bytes": run.held_bytes()} if hasattr(run, "held_bytes") else {}
+    return {"peak_bytes": peak, "peak_from": source, "reserved_bytes": reserved, **held}, seconds
 
 
 def _cpu_clock(run: Run) -> Callable[[], float]:
