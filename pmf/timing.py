@@ -206,12 +206,15 @@ def comparison(runs: Mapping[str, Run], device: torch.device, repeats: int = 5) 
     """
     providers = {name: (lambda run=run: run) for name, run in runs.items()}
     records = {r["provider"]: r for r in measure(providers, device, repeats, graphs=False, live=True)}
-    lines, first = ["| | ms | peak MB |", "|---|---|---|"], records[next(iter(runs))]
-    for name in runs:
-        cells = [records[name].get("error", "")]
-        if not cells[0]:
-            units = {"median_us": 1e3, "peak_bytes": 1e6}
-            found = [(records[name][key], first.get(key), unit) for key, unit in units.items()]
-            cells = [f"{x / unit:.4g}" + (f" ({x / base:.2f})" if base else "") for x, base, unit in found]
+    first = records[next(iter(runs))]
+
+    def cell(record: Record, key: str, unit: float) -> str:
+        ratio = f" ({record[key] / first[key]:.2f})" if first.get(key) else ""
+        return f"{record[key] / unit:.4g}{ratio}"
+
+    lines = ["| | ms | peak MB |", "|---|---|---|"]
+    for name, record in ((name, records[name]) for name in runs):
+        figures = ("median_us", 1e3), ("peak_bytes", 1e6)
+        cells = [record["error"], ""] if "error" in record else [cell(record, *figure) for figure in figures]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -21,7 +21,7 @@ from pmf.benchmarks.step_cases import joint_jvp_loss, two_pass_loss
 from pmf.counting import operations, row_operations
 from pmf.kernels.attention import HOPPER_TILES
 from pmf.memory import joint_pass, largest, measured_largest_batch, saved_per_row, training_memory
-from pmf.timing import ceilings, details, measure
+from pmf.timing import ceilings, comparison, details, measure
 from tests.networks import TINY, meta_step, random_model, relative_error
 from tests.pmf.test_loss import LOSS, gradients, step_inputs
 
@@ -139,6 +139,20 @@ def test_every_preset_has_a_step(size):
     assert {"lean", "flow matching", "joint jvp, compiled"} <= case.providers.keys()
     draws = pmf.sample_draws(4, (1, 1, 1), pmf.LOSSES[size], torch.Generator().manual_seed(0))
     assert operations(meta_step(pmf.MODELS[size], draws, step_cases.lean_loss)) == case.operations_of("lean")
+
+
+def test_a_comparison_shows_time_and_live_memory_as_ratios_to_the_first():
+    a = torch.randn(1000)
+
+    def broken():
+        raise ValueError("no such thing")
+
+    lines = comparison({"one": lambda: a + 1, "two": lambda: ((a + 1) * 2).sum(), "none": broken}, CPU).splitlines()
+    assert (
+        lines[:2] == ["| | ms | peak MB |", "|---|---|---|"] and lines[4] == "| none | ValueError: no such thing |  |"
+    )
+    assert lines[2].startswith("| one | ") and lines[2].endswith(" (1.00) | 0.004 (1.00) |")
+    assert lines[3].endswith(" | 0.008 (2.00) |")
 
 
 def test_measure_takes_turns_and_gives_quartiles():
