@@ -76,12 +76,10 @@ def job_records(job: Job, seconds: float) -> Iterator[Record]:
         if job.suite == "memory":
             yield from ({"case": name, "provider": p, **prepare()()} for p, prepare in providers.items())
             continue
-        share, whole = TIMING_SHARE * seconds / len(names), job.suite != "ops"  # whole: as a script runs it
+        share, suite = TIMING_SHARE * seconds / len(names), job.suite
+        options = {"graphs": suite == "ops", "detailed": suite in ("steps", "sampling"), "live": suite == "networks"}
         replaying = [provider for provider in providers if "captured" in provider]
-        kinds = {"detailed": whole, "replaying": replaying}
-        if job.suite == "networks":
-            kinds = {"live": True}
-        for record in measure(providers, device, job.options.repeats, share, graphs=not whole, **kinds):
+        for record in measure(providers, device, job.options.repeats, share, replaying=replaying, **options):
             yield {"case": name, **finished(record, job, device)}
 
 
