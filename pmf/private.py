@@ -188,7 +188,7 @@ def transform_level() -> int | None:
 
 def inside_function() -> bool:
     """Whether the forward of an autograd.Function runs, which alone turns forward mode off outside inference mode."""
-    return not (torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
+    return not torch._C._is_fwd_grad_enabled()
 
 
 def version(x: Tensor) -> int:

@@ -29,6 +29,8 @@ def composite_body(function: Callable) -> Callable | None:
     if "__class__" in function.__code__.co_freevars:  # super().name would come back here
         return None
     asks = {name: _never for name in function.__code__.co_names if name.startswith("has_torch_function")}
+    if not asks.keys() <= function.__globals__.keys():  # torch.nn.init asks torch.overrides
+        return None
     if not asks:
         return None
     scope = {**function.__globals__, **asks}
@@ -85,12 +87,17 @@ def tangents_by_torch_func(function: Callable, out: Any, args: tuple, kwargs: di
             leaves = [x.map(_ordinary) if is_dual(x) else _ordinary(x) for x in leaves]
             moving: list[Dual] = [leaves[i] for i in places]
             primals, tangents = tuple(x.value.detach() for x in moving), tuple(x.dot for x in moving)
-            dots = torch.func.jvp(floats, primals, tangents)[1]
+            dots = [_owned(dot, tangents) for dot in torch.func.jvp(floats, primals, tangents)[1]]
     except (RuntimeError, NotImplementedError) as error:
         raise InputError(
             f"pmf.jvp: {name_of(function)} has no rule, and torch.func.jvp fails: {first_line(error)}"
         ) from error
     return _arranged(out, iter(dots))
+
+
+def _owned(dot: Tensor, given: tuple) -> Tensor:
+    """dot in memory of its own, to which in-place functions can write."""
+    return dot.clone() if dot._is_zerotensor() or storage_id(dot) in map(storage_id, given) else dot
 
 
 def _ordinary(x: Any) -> Any:
