@@ -181,6 +181,11 @@ def make_shell(kind: type, like: Tensor) -> Any:
     )
 
 
+def is_zero_tensor(x: Tensor) -> bool:
+    """Whether x is a zero without memory, as forward mode makes for what does not move."""
+    return x._is_zerotensor()
+
+
 def transform_level() -> int | None:
     """The depth of torch.func transforms around; None outside of any."""
     return torch._C._functorch.maybe_current_level()
@@ -188,7 +193,7 @@ def transform_level() -> int | None:
 
 def inside_function() -> bool:
     """Whether the forward of an autograd.Function runs, which alone turns forward mode off outside inference mode."""
-    return not (torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
+    return not torch._C._is_fwd_grad_enabled()
 
 
 def version(x: Tensor) -> int:

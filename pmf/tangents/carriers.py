@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from pmf.dual import Dual
 from pmf.errors import InputError
-from pmf.private import inside_function, make_shell, transform_level
-from pmf.tangents.rules import HANDLERS, Handler, name_of
+from pmf.private import inside_function, make_shell, storage_id, transform_level, tree_leaves
+from pmf.tangents.rules import HANDLERS, Handler, can_move, name_of
 
 
 class DualTensor(Tensor):
@@ -25,16 +26,40 @@ class DualTensor(Tensor):
     """
 
     value: Tensor
-    tangent: Tensor | None
+    _tangent: Tensor | None
+    _view: Callable[[Tensor], Tensor] | None
+    """If this is a view of a DualTensor without tangent: the same view of the tangent that the other gets later."""
+    _viewed: DualTensor | None
 
     @staticmethod
-    def __new__(cls, value: Tensor, dot: Tensor | None) -> DualTensor:
+    def __new__(cls, value: Tensor, *dot: Tensor | None) -> DualTensor:
         """A DualTensor with the shape, strides, dtype and device of `value`."""
+        if len(dot) != 1:
+            raise InputError("pmf.jvp: type(x) of a moving value makes no tensor; expected torch functions")
         made = make_shell(cls, value)
-        made.value, made.tangent = value, dot
+        made.value, made._tangent, made._viewed, made._view = value, *dot, None, None
         if _calls.open:
             _calls.open[-1].append(weakref.ref(made))
         return made
+
+    @property
+    def tangent(self) -> Tensor | None:
+        """The tangent of `value`, in the memory of that of the DualTensor that this is a view of."""
+        if self._tangent is None and self._viewed is not None and self._viewed.tangent is not None:
+            with torch.no_grad():
+                self._tangent = self._view(self._viewed.tangent)  # type: ignore[misc]
+        return self._tangent
+
+    def start(self) -> None:
+        """Let this stand still with a tangent of zero, to which in-place functions can write."""
+        if self.tangent is None and self._viewed is not None:
+            self._viewed.start()
+        elif self.tangent is None:
+            self._tangent = fitted(torch.zeros_like(self.value), self.value)
+
+    def stop(self) -> None:
+        """Act as the value alone from now on."""
+        self._tangent = self._viewed = self._view = None
 
     @staticmethod
     def __torch_function__(function, types, args=(), kwargs=None):
@@ -42,6 +67,8 @@ class DualTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if not any(x.tangent is not None or x.value.requires_grad for x in _carriers(args, kwargs)):
+            return function(*values_of(args), **values_of(kwargs or {}))
         raise InputError(
             f"pmf.jvp: {function} was called around torch functions, where a tangent would be lost "
             "(by vmap, TorchScript, a C++ extension or an autograd.Function); expected torch functions"
@@ -53,6 +80,9 @@ class TracedDualTensor:
 
     def __init__(self, value: Tensor, dot: Tensor | None) -> None:
         self.value, self.tangent = value, dot
+
+    def start(self) -> None:
+        """Does nothing: unlike a DualTensor, this has a tangent from the start."""
 
     @staticmethod
     def __torch_function__(function, types, args=(), kwargs=None):
@@ -67,6 +97,18 @@ CARRIERS = (DualTensor, TracedDualTensor)
 
 def _method(function: Callable) -> Callable:
     return lambda self, *args, **kwargs: propagate(function, (self, *args), kwargs)
+
+
+def _reflected(name: str) -> Callable:
+    """The operator `other op self`. Python asks a subclass for it before `other`, whose own operator must run."""
+    own, reflected = getattr(Tensor, f"__{name[1:]}__"), getattr(Tensor, f"__{name}__")
+
+    def method(self, other):
+        if isinstance(other, Tensor):
+            return propagate(own, (other, self), {})
+        return propagate(reflected, (self, other), {})
+
+    return method
 
 
 def _flipped(function: Callable) -> Handler:
@@ -105,12 +147,15 @@ def _complete() -> None:
     for name in OPERATORS.split():
         for kind in CARRIERS:  # Dynamo cannot call the operators that DualTensor would inherit
             setattr(kind, f"__{name}__", _method(getattr(Tensor, f"__{name}__")))
+    for name in REFLECTED.split():
+        for kind in CARRIERS:
+            setattr(kind, f"__{name}__", _reflected(name))
 
 
 OPERATORS = """
-add radd iadd sub rsub isub mul rmul imul truediv rtruediv itruediv pow rpow matmul rmatmul neg abs getitem setitem
-lt le gt ge eq ne mod len bool
+add iadd sub isub mul imul truediv itruediv pow matmul neg abs getitem setitem lt le gt ge eq ne mod len bool
 """
+REFLECTED = "radd rsub rmul rtruediv rpow rmatmul"
 _complete()
 
 
@@ -120,6 +165,7 @@ class _Calls(threading.local):
     def __init__(self) -> None:
         self.open: list[list[weakref.ref]] = []
         self.level: int | None = None
+        self.inference = False
 
 
 _calls = _Calls()
@@ -131,14 +177,14 @@ def open_call() -> Iterator[None]:
     if _calls.open:
         raise InputError("pmf.jvp: expected a function without pmf.jvp in it, got a nested call")
     _calls.open.append([])
-    _calls.level = transform_level()
+    _calls.level, _calls.inference = transform_level(), torch.is_inference_mode_enabled()
     try:
         yield
     finally:
         for reference in _calls.open.pop():
             left = reference()
             if left is not None:
-                left.tangent = None
+                left.stop()
 
 
 def propagate(function: Callable, args: tuple, kwargs: dict | None) -> Any:
@@ -156,7 +202,13 @@ def _check_surroundings(function: Callable) -> None:
     """Errors: `InputError` inside `torch.vmap` and other transforms, or an autograd.Function, begun in the network."""
     if _calls.open and transform_level() != _calls.level:
         raise InputError(f"pmf.jvp: {name_of(function)} got a moving value inside torch.vmap or another transform")
-    if inside_function():
+    if torch.is_inference_mode_enabled():
+        if _calls.open and not _calls.inference:
+            raise InputError(
+                f"pmf.jvp: {name_of(function)} got a moving value inside torch.inference_mode, which cuts tangents; "
+                "expected torch.no_grad"
+            )
+    elif inside_function():
         raise InputError(
             f"pmf.jvp: {name_of(function)} got a moving value inside an autograd.Function, which hides tangents; "
             "expected one registered by pmf.jvp.rule, called as Name.apply"
@@ -196,8 +248,30 @@ def give(out: Any, dots: Any) -> Any:
         return out
     if isinstance(out, Tensor):
         return carrier(out, fitted(dots, out))
-    together = [give(x, dot) for x, dot in zip(out, dots, strict=True)]
-    return type(out)(*together) if hasattr(out, "_fields") else type(out)(together)
+    return _rebuilt(out, [give(x, dot) for x, dot in zip(out, dots, strict=True)])
+
+
+def _part(function: Callable, i: int, dot: Tensor) -> Tensor:
+    return function(dot)[i]
+
+
+def views_of_still(out: Any, x: Any, again: Callable[[Tensor], Any]) -> Any:
+    """`out` with carriers for what lies in the memory of x, a DualTensor without tangent: x may be written to later.
+
+    `again` makes `out` of the tangent that x has then.
+    """
+    if type(x) is not DualTensor or not _calls.open:
+        return out
+    if isinstance(out, tuple | list):
+        parts = [functools.partial(_part, again, i) for i in range(len(out))]
+        return _rebuilt(out, [views_of_still(y, x, part) for y, part in zip(out, parts, strict=True)])
+    if out is x.value:
+        return x
+    if not can_move(out) or storage_id(out) != storage_id(x.value):
+        return out
+    view = DualTensor(out, None)
+    view._viewed, view._view = x, again
+    return view
 
 
 def moves(x: Any) -> bool:
@@ -205,9 +279,13 @@ def moves(x: Any) -> bool:
     kind = type(x)
     if kind in CARRIERS:
         return x.tangent is not None
-    if kind is tuple or kind is list:
+    if isinstance(x, (tuple, list)):
         return any([moves(part) for part in x])
     return kind is dict and any([moves(part) for part in x.values()])
+
+
+def _carriers(*trees: Any) -> list[DualTensor]:
+    return [x for x in tree_leaves(trees) if type(x) is DualTensor]
 
 
 def _each(x: Any, change: Callable[[Any], Any]) -> Any:
@@ -221,7 +299,16 @@ def _each(x: Any, change: Callable[[Any], Any]) -> Any:
         return [_each(part, change) for part in x]
     if kind is dict:
         return {name: _each(part, change) for name, part in x.items()}
+    if isinstance(x, (tuple, list)):
+        return _rebuilt(x, [_each(part, change) for part in x])
     return x
+
+
+def _rebuilt(like: Any, parts: list) -> Any:
+    """The parts in a list or tuple of the kind of another one; that itself if they are its own."""
+    if all([a is b for a, b in zip(like, parts, strict=True)]):
+        return like
+    return type(like)(*parts) if hasattr(like, "_fields") else type(like)(parts)
 
 
 def values_of(x: Any) -> Any:

@@ -13,7 +13,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pmf.dual import Dual
 from pmf.errors import InputError, first_line
-from pmf.private import FUNCTION_NAMESPACES, is_aten, storage_id, tree_flatten, tree_leaves, tree_unflatten, version
+from pmf.private import (
+    FUNCTION_NAMESPACES,
+    is_aten,
+    is_zero_tensor,
+    storage_id,
+    tree_flatten,
+    tree_leaves,
+    tree_unflatten,
+    version,
+)
 from pmf.tangents.rules import can_move, is_dual, name_of
 
 
@@ -29,6 +38,8 @@ def composite_body(function: Callable) -> Callable | None:
     if "__class__" in function.__code__.co_freevars:  # super().name would come back here
         return None
     asks = {name: _never for name in function.__code__.co_names if name.startswith("has_torch_function")}
+    if not asks.keys() <= function.__globals__.keys():  # torch.nn.init asks torch.overrides
+        return None
     if not asks:
         return None
     scope = {**function.__globals__, **asks}
@@ -85,12 +96,17 @@ def tangents_by_torch_func(function: Callable, out: Any, args: tuple, kwargs: di
             leaves = [x.map(_ordinary) if is_dual(x) else _ordinary(x) for x in leaves]
             moving: list[Dual] = [leaves[i] for i in places]
             primals, tangents = tuple(x.value.detach() for x in moving), tuple(x.dot for x in moving)
-            dots = torch.func.jvp(floats, primals, tangents)[1]
+            dots = [_owned(dot, tangents) for dot in torch.func.jvp(floats, primals, tangents)[1]]
     except (RuntimeError, NotImplementedError) as error:
         raise InputError(
             f"pmf.jvp: {name_of(function)} has no rule, and torch.func.jvp fails: {first_line(error)}"
         ) from error
     return _arranged(out, iter(dots))
+
+
+def _owned(dot: Tensor, given: tuple) -> Tensor:
+    """dot in memory of its own, to which in-place functions can write."""
+    return dot.clone() if is_zero_tensor(dot) or storage_id(dot) in map(storage_id, given) else dot
 
 
 def _ordinary(x: Any) -> Any:

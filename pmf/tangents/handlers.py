@@ -10,7 +10,7 @@ import torch
 
 from pmf.errors import InputError
 from pmf.private import tree_leaves, unseen_by_selective_checkpoints
-from pmf.tangents.carriers import carrier, duals_of, give, moves, values_of
+from pmf.tangents.carriers import CARRIERS, carrier, duals_of, give, moves, values_of, views_of_still
 from pmf.tangents.fallback import (
     composite_body,
     is_torch,
@@ -36,8 +36,12 @@ def ruled(rule: Rule) -> Handler:
         if kwargs.get("out") is not None:
             raise InputError(f"pmf.jvp: {name_of(function)} got a moving value and out=; expected no out")
         out = function(*values_of(args), **values_of(kwargs))
-        if not has_tangent(out) or not (moves(args) or moves(kwargs)):
+        if not has_tangent(out):
             return out
+        if not (moves(args) or moves(kwargs)):
+            given, named = _first_by_position(args, dict(kwargs))
+            rest, named = values_of(given[1:]), values_of(named)
+            return views_of_still(out, given[0], lambda dot: function(dot, *rest, **named)) if given else out
         with torch.no_grad(), nullcontext() if torch.compiler.is_compiling() else unseen_by_selective_checkpoints():
             duals, named = _first_by_position(duals_of(args), duals_of(kwargs))
             dots = rule(out, *duals, **named)
@@ -49,9 +53,10 @@ def ruled(rule: Rule) -> Handler:
 
 
 def _first_by_position(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """The arguments, the first of them without its name: rules take it by position."""
+    """The arguments, the first of them without its name: rules take it by position. An `out` of None is dropped."""
+    kwargs.pop("out", None)
     for name in ("input", "tensors"):
-        if not args and name in kwargs:
+        if not args and name in kwargs and not kwargs.keys() & {"condition", "n"}:  # as in where, polygamma
             return (kwargs[name],), {other: x for other, x in kwargs.items() if other != name}
     return args, kwargs
 
@@ -74,7 +79,10 @@ def still(function: Callable, args: tuple, kwargs: dict) -> Any:
 def made_like(function: Callable, args: tuple, kwargs: dict) -> Any:
     """The handler of a function that makes a tensor in the likeness of another: a carrier that stands still."""
     out = still(function, args, kwargs)
-    return carrier(out, None) if moves(args) and has_tangent(out) else out
+    like = args[0] if args else kwargs.get("input")
+    if type(like) not in CARRIERS or not has_tangent(out):
+        return out
+    return carrier(out, torch.zeros_like(out) if torch.compiler.is_compiling() else None)
 
 
 def refused(reason: str) -> Handler:

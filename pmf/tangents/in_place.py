@@ -10,8 +10,9 @@ from torch import Tensor
 
 from pmf.errors import InputError
 from pmf.private import FUNCTION_NAMESPACES
-from pmf.tangents.carriers import CARRIERS, fitted, moves, propagate, values_of
+from pmf.tangents.carriers import CARRIERS, moves, propagate, values_of
 from pmf.tangents.handlers import refused
+from pmf.tangents.random_state import replayed
 from pmf.tangents.rules import HANDLERS, Handler, name_of
 
 OPERATORS = {
@@ -26,7 +27,7 @@ OPERATORS = {
 }
 RESET = "zero_ bernoulli_ cauchy_ exponential_ geometric_ log_normal_ normal_ random_ uniform_"
 """The result does not depend on what was there."""
-RANDOM = "dropout_ feature_dropout_ alpha_dropout_ feature_alpha_dropout_ rrelu_ rrelu_with_noise_"
+RANDOM = "alpha_dropout_ feature_alpha_dropout_ rrelu_ rrelu_with_noise_"
 RESHAPING = "resize_ resize_as_ set_ squeeze_ unsqueeze_ transpose_ swapaxes_ swapdims_ t_ as_strided_ detach_"
 
 
@@ -41,12 +42,15 @@ def _target(function: Callable, args: tuple, kwargs: dict) -> Any:
     return target
 
 
-def _write(target: Any, dot: Tensor | None) -> None:
+def _write(function: Callable, target: Any, dot: Tensor | None) -> None:
     """Make `dot` the tangent of `target`, in the memory of the present one."""
-    if target.tangent is not None:
-        target.tangent.zero_() if dot is None else target.tangent.copy_(dot)
-    elif dot is not None:
-        target.tangent = fitted(dot.clone(), target.value)
+    if dot is not None:
+        target.start()
+    if target.tangent is None:
+        return
+    if target.tangent.shape != target.value.shape:
+        raise InputError(f"pmf.jvp: {name_of(function)} changes the shape of what it writes to")
+    target.tangent.zero_() if dot is None else target.tangent.copy_(dot)
 
 
 def by(counterpart: Callable) -> Handler:
@@ -61,7 +65,7 @@ def by(counterpart: Callable) -> Handler:
             dot = result.tangent if type(result) in CARRIERS else None
         function(*values_of(args), **values_of(kwargs))
         with torch.no_grad():
-            _write(target, dot)
+            _write(function, target, dot)
         return target
 
     return handle
@@ -83,6 +87,17 @@ def _reset(function: Callable, args: tuple, kwargs: dict) -> Any:
     return out
 
 
+def _masked(function: Callable, args: tuple, kwargs: dict) -> Any:
+    """x.dropout_(p, training): the same for value and tangent, with the same random numbers."""
+    x, *rest = args
+    with replayed([x.value]) as replay:
+        _done(function, args, kwargs)
+        if moves(x):
+            with torch.no_grad():
+                replay(function, x.tangent, *rest, **kwargs)
+    return x
+
+
 def _fill(function: Callable, args: tuple, kwargs: dict) -> Any:
     """x.fill_(number), x.copy_(source)."""
     if not (moves(args) or moves(kwargs)):
@@ -91,7 +106,7 @@ def _fill(function: Callable, args: tuple, kwargs: dict) -> Any:
     _done(function, args, kwargs)
     with torch.no_grad():
         dot = source.tangent if type(source) in CARRIERS else None
-        _write(target, None if dot is None else dot.expand(target.value.shape))
+        _write(function, target, None if dot is None else dot.expand(target.value.shape))
     return target
 
 
@@ -107,8 +122,7 @@ def _set_item(function: Callable, args: tuple, kwargs: dict) -> None:
     index = values_of(index)
     _done(function, args, kwargs)
     with torch.no_grad():
-        if target.tangent is None:
-            _write(target, torch.zeros_like(target.value))
+        target.start()
         target.tangent[index] = source.tangent if moves(source) else 0
 
 
@@ -126,6 +140,7 @@ for _space in FUNCTION_NAMESPACES:
         (RANDOM, refused("its random numbers cannot be drawn twice in place; expected inplace=False")),
         (RESHAPING, refused("expected the function that returns a new tensor")),
         ("requires_grad_", _done),
+        ("dropout_ feature_dropout_", _masked),
         ("fill_ copy_", _fill),
     ):
         for _name in _names.split():

@@ -75,7 +75,7 @@ def _running_norm(first: int) -> Rule:
     """The rule of batch norm (first = 0) and instance norm (first = 2): dimension `first` and the spatial ones."""
 
     def rule(out, input, weight, bias, running_mean, running_var, by_batch, momentum, eps, cudnn_enabled):
-        if not _fits(input, weight, bias):
+        if not _fits(input, weight, bias, running_mean, running_var):
             return NotImplemented
         x, dot = (part.to(out.dtype) for part in input)
         if by_batch:

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pmf.errors import InputError
-from pmf.tangents.handlers import drawn, ruled
-from pmf.tangents.rules import HANDLERS, TRACED, Handler, Rule, is_dual, linear_in_first, name_of, named
+from pmf.tangents.handlers import by_torch_func, drawn, ruled
+from pmf.tangents.rules import HANDLERS, TRACED, Handler, Rule, argument, is_dual, linear_in_first, name_of, named
 
 _ATEN = torch.ops.aten
 
@@ -70,6 +70,7 @@ BY_INPUT: dict[str, Callable[..., Tensor]] = {
     "cos": lambda dot, x: -dot * x.sin(),
     "log": lambda dot, x: dot / x,
     "square": lambda dot, x: 2 * x * dot,
+    "frac": lambda dot, x: dot.clone(),
     "abs": lambda dot, x: dot * x.sgn(),
     "absolute": lambda dot, x: dot * x.sgn(),
 }
@@ -137,19 +138,21 @@ TRACED[F.softmax] = ruled(lambda out, x, dim, *unused, **also_unused: _softmax(o
 TRACED[F.log_softmax] = ruled(lambda out, x, dim, *unused, **also_unused: _log_softmax(out, x, dim))
 
 
-def _dropout(function: Callable) -> Callable:
-    """Without training a dropout is the identity; with it, it is linear, given the mask that it draws."""
-    without, with_mask = ruled(linear_in_first(function)), drawn(linear_in_first(function))
+def _dropout(function: Callable, with_mask: Handler) -> Handler:
+    """Without training a dropout is the identity, which returns its input."""
+    without = ruled(linear_in_first(function))
 
     def handle(dropout, args, kwargs):
-        _, p, training = args
+        p, training = argument(args, kwargs, (1, "p")), argument(args, kwargs, (2, "train"))
         return (with_mask if training and p > 0 else without)(dropout, args, kwargs)
 
     return handle
 
 
-for _function in named("dropout", "feature_dropout"):
-    HANDLERS[_function] = _dropout(_function)
+for _function in named("dropout", "feature_dropout"):  # linear, given the mask that they draw
+    HANDLERS[_function] = _dropout(_function, drawn(linear_in_first(_function)))
+for _function in named("alpha_dropout", "feature_alpha_dropout"):
+    HANDLERS[_function] = _dropout(_function, by_torch_func)
 
 
 def _traced_dropout(out, x, p=0.5, training=True):

@@ -20,14 +20,15 @@ PRODUCTS = {
     "dot": "tensor",
 }
 """Bilinear functions, by the name of their second argument."""
-WEIGHTED = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear"
+WEIGHTED = {"linear": 0, "conv1d": 1, "conv2d": 2, "conv3d": 3} | {f"conv_transpose{n}d": n for n in (1, 2, 3)}
+"""Bilinear functions with a bias, and the number of their spatial dimensions."""
 
 for _names, _second in PRODUCTS.items():
     for _function in named(*_names.split()):
         HANDLERS[_function] = ruled(multilinear(_function, FIRST, (1, _second)))
-for _name in WEIGHTED.split():
+for _name, _spatial in WEIGHTED.items():
     for _function in named(_name):
-        HANDLERS[_function] = ruled(multilinear(_function, FIRST, (1, "weight"), added=(2, "bias")))
+        HANDLERS[_function] = ruled(multilinear(_function, FIRST, (1, "weight"), added=(2, "bias"), spatial=_spatial))
 
 
 def _scaled(x: Any, alpha: Any) -> Tensor | None:

@@ -123,17 +123,19 @@ def zero(x: Any) -> Any:
     return torch.zeros_like(x) if isinstance(x, torch.Tensor) else 0
 
 
-def multilinear(function: Callable, *slots: tuple[int, str], added: tuple[int, str] | None = None) -> Rule:
+def multilinear(
+    function: Callable, *slots: tuple[int, str], added: tuple[int, str] | None = None, spatial: int = 0
+) -> Rule:
     """The product rule of a function that is linear in each of the arguments at `slots`.
 
-    `added` is the slot of a bias, which the function adds along the last dimension.
+    `added` is the slot of a bias, which the function adds along the dimension before the last `spatial` ones.
     """
 
     def rule(out, *args, **kwargs):
         bias = None if added is None else argument(args, kwargs, added)
         if moving_elsewhere(args, kwargs, *slots, *(() if added is None else (added,))):
             return NotImplemented
-        dot = bias.dot if is_dual(bias) else None
+        dot = bias.dot.reshape(-1, *[1] * spatial).clone() if is_dual(bias) else None
         plain, named_plain = values(args, kwargs)
         if added is not None and bias is not None:
             plain, named_plain = replaced(plain, named_plain, added, None)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pmf.dual import Dual
 from pmf.tangents.handlers import made_like, ruled, still
 from pmf.tangents.rules import (
     HANDLERS,
@@ -22,17 +24,17 @@ from pmf.tangents.rules import (
 
 LINEAR = """
 __getitem__ __neg__ __pos__
-adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adjoint as_strided avg_pool1d avg_pool2d
-avg_pool3d bfloat16 broadcast_to channel_shuffle chunk clone col2im conj conj_physical constant_pad_nd contiguous cpu
-cuda cumsum diag diag_embed diagonal diff double dsplit expand fft fft2 fftn fftshift flatten flip fliplr flipud float
-frac gather half hfft hfft2 hfftn hsplit ifft ifft2 ifftn ifftshift ihfft ihfft2 ihfftn im2col imag index_select irfft
-irfft2 irfftn mH mT masked_select mean moveaxis movedim narrow narrow_copy native_channel_shuffle neg negative permute
-pixel_shuffle pixel_unshuffle positive ravel real reflection_pad1d reflection_pad2d reflection_pad3d repeat
-repeat_interleave replication_pad1d replication_pad2d replication_pad3d reshape resolve_conj resolve_neg rfft rfft2
-rfftn roll rot90 select slice_copy split split_with_sizes squeeze sum swapaxes swapdims t take take_along_dim
-tensor_split tile to trace transpose tril triu type unbind unflatten unfold unsafe_chunk unsafe_split
-unsafe_split_with_sizes unsqueeze upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d
-upsample_nearest2d upsample_nearest3d upsample_trilinear3d view view_as_complex view_as_real vsplit
+adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adjoint as_strided avg_pool1d avg_pool2d avg_pool3d
+bfloat16 broadcast_to channel_shuffle chunk clone col2im conj conj_physical contiguous cpu cuda cumsum diag diag_embed
+diagonal double dsplit expand fft fft2 fftn fftshift flatten flip fliplr flipud float gather half hfft hfft2 hfftn
+hsplit ifft ifft2 ifftn ifftshift ihfft ihfft2 ihfftn im2col imag index_select irfft irfft2 irfftn mH mT masked_select
+mean moveaxis movedim narrow narrow_copy native_channel_shuffle neg negative permute pixel_shuffle pixel_unshuffle
+positive ravel real reflection_pad1d reflection_pad2d reflection_pad3d repeat repeat_interleave replication_pad1d
+replication_pad2d replication_pad3d reshape resolve_conj resolve_neg rfft rfft2 rfftn roll rot90 select slice_copy
+split split_with_sizes squeeze sum sum_to_size swapaxes swapdims t take take_along_dim tensor_split tile to trace
+transpose tril triu type unbind unflatten unfold unsafe_chunk unsafe_split unsafe_split_with_sizes unsqueeze
+upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_nearest3d
+upsample_trilinear3d view_as_complex view_as_real vsplit
 """
 """Linear in the first argument, over the real numbers."""
 
@@ -41,6 +43,9 @@ LIKE = "expand_as reshape_as to type_as view_as"
 
 STACKING = "block_diag cat column_stack concat concatenate dstack hstack row_stack stack vstack"
 """Linear in all tensors of the list that comes first."""
+
+TOGETHER = "atleast_1d atleast_2d atleast_3d broadcast_tensors cartesian_prod meshgrid"
+"""Linear in all arguments."""
 
 ZERO = """
 bernoulli ceil detach detach_copy fix floor floor_divide heaviside new_tensor round sgn sign trunc
@@ -59,19 +64,32 @@ def _like(function: Callable) -> Rule:
     return lambda out, x, *args, **kwargs: linear(out, x, *map(value, args), **{k: value(v) for k, v in kwargs.items()})
 
 
+def _dot(x: Tensor | Dual) -> Any:
+    return x.dot if isinstance(x, Dual) else zero(x)
+
+
 def _stacking(function: Callable) -> Rule:
     def rule(out, tensors, *args, **kwargs):
         if is_dual(tensors):
             return NotImplemented
-        return function([x.dot if is_dual(x) else zero(x) for x in tensors], *args, **kwargs)
+        return function(list(map(_dot, tensors)), *args, **kwargs)
 
     return rule
 
 
-def _broadcast(out, *tensors):
-    """The rule of `broadcast_tensors`."""
-    tensors = tensors[0] if len(tensors) == 1 and not is_dual(tensors[0]) else tensors
-    return [x.dot.expand(y.shape) if is_dual(x) else None for x, y in zip(tensors, out, strict=True)]
+def _together(function: Callable) -> Rule:
+    """The rule of a function that is linear in all its arguments, which may be tensors or one list of tensors."""
+
+    def rule(out, *tensors, **kwargs):
+        listed = len(tensors) == 1 and isinstance(tensors[0], list | tuple) and not is_dual(tensors[0])
+        given = tensors[0] if listed else tensors
+        dots = list(map(_dot, given))
+        result = function(dots, **kwargs) if listed else function(*dots, **kwargs)
+        if isinstance(result, Tensor):
+            return result
+        return [dot if is_dual(x) else None for x, dot in zip(given, result, strict=True)]
+
+    return rule
 
 
 def _fill(function: Callable) -> Rule:
@@ -93,9 +111,13 @@ def _pad(function: Callable) -> Rule:
     return rule
 
 
+def _constant_pad(function: Callable) -> Rule:
+    return lambda out, x, pad, value=0: function(x.dot, pad, 0)
+
+
 JOINT: dict[str, tuple[tuple[int, str], ...]] = {
+    "diff": ((0, "input"), (3, "prepend"), (4, "append")),
     "where": ((1, "input"), (2, "other")),
-    "scatter": ((0, "input"), (3, "src")),
     "scatter_add": ((0, "input"), (3, "src")),
     "index_add": ((0, "input"), (3, "source")),
     "index_copy": ((0, "input"), (3, "source")),
@@ -113,18 +135,35 @@ def _register(names: str, rule_of: Callable[[Callable], Rule]) -> None:
         HANDLERS[function] = ruled(rule_of(function))
 
 
+def _scatter(function: Callable) -> Rule:
+    """Linear in input and source together, unless it reduces."""
+    linear = jointly_linear(function, (0, "input"), (3, "src"))
+    return lambda out, *args, **kwargs: NotImplemented if "reduce" in kwargs else linear(out, *args, **kwargs)
+
+
+def _view(view: Callable, args: tuple, kwargs: dict) -> Any:
+    """x.view(shape); x.view(dtype) reads the bits of x as other numbers and has no derivative."""
+    by_dtype = "dtype" in kwargs or any(isinstance(x, torch.dtype) for x in args)
+    return (still if by_dtype else _VIEW)(view, args, kwargs)
+
+
+_VIEW = ruled(linear_in_first(Tensor.view))
+HANDLERS[Tensor.view] = _view
+_register("scatter", _scatter)
 _register(LINEAR, linear_in_first)
 _register(LIKE, _like)
 _register(STACKING, _stacking)
 _register("masked_fill index_fill", _fill)
 _register("pad", _pad)
+_register("constant_pad_nd", _constant_pad)
+_register(TOGETHER, _together)
 for _name, _slots in JOINT.items():
     for _function in named(_name):
         HANDLERS[_function] = ruled(jointly_linear(_function, *_slots))
 for _function in named(*ZERO.split()):
     HANDLERS[_function] = still
-for _function in named("broadcast_tensors"):
-    HANDLERS[_function] = ruled(_broadcast)
+HANDLERS[Tensor.where] = ruled(jointly_linear(Tensor.where, (0, "input"), (2, "other")))
+HANDLERS[torch.functional.meshgrid] = ruled(_together(torch.functional.meshgrid))
 for _function in named(*MADE_LIKE.split()):
     HANDLERS[_function] = made_like
 for _name in ("T", "mT", "H", "mH", "real", "imag"):

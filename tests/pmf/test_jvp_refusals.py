@@ -86,7 +86,7 @@ LOSSES = {
     "still target": (lambda x: torch.zeros(3, dtype=F64).add_(x), "add_ writes a moving value into a tensor"),
     "still target of an index": (lambda x: torch.zeros(3, dtype=F64).__setitem__(0, x[0]), "writes a moving value"),
     "data set": (lambda x: setattr(x * 1, "data", x), "data"),
-    "dropout in place": (lambda x: F.dropout(x * 1, 0.5, inplace=True), "inplace=False"),
+    "alpha dropout in place": (lambda x: F.alpha_dropout(x * 1, 0.5, True, inplace=True), "inplace=False"),
     "attention dropout": (
         lambda x: F.scaled_dot_product_attention(*[x[None, :, None]] * 3, dropout_p=0.5),
         "dropout_p",
