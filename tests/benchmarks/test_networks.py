@@ -67,11 +67,21 @@ def test_steps_hold_no_more_than_flow_matching(size):
         assert peak[way] <= 1.25 * peak[PLAIN] < 0.5 * peak[JOINT]
 
 
+@pytest.fixture
+def one_thread():
+    """On a busy machine, threads that wait for one another would be measured."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("size", SMALL)
 def test_pmf_jvp_takes_at_most_nine_tenths_of_the_joint_jvp(size):
-    providers = network_case(size, 8, CPU).providers
+    providers = network_case(size, 4, CPU).providers
     compared = {way: providers[way] for way in ("pmf.jvp", JOINT)}
-    ours, joint = (record["median_us"] for record in measure(compared, CPU, repeats=15))
+    ours, joint = (record["median_us"] for record in measure(compared, CPU, repeats=21))
     print(f"{size}: {ours / 1e3:.0f} ms, joint jvp {joint / 1e3:.0f} ms: {ours / joint:.2f}")
     assert ours <= 0.9 * joint
 
