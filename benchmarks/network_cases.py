@@ -110,7 +110,7 @@ def meanflow_step(size: str, batch: int, device: torch.device, differentiate: Di
 
 
 def network_case(size: str, batch: int, device: torch.device) -> Case:
-    """The step of one network. There are no explicit duals for the UNet: no layer with tangents has a convolution."""
+    """The step of one network. The UNet has no explicit duals: no layer with tangents has a convolution or GroupNorm."""
     ways = {name: way for name, way in WAYS.items() if "DiT" in size or way is not explicit}
     providers = {name: partial(meanflow_step, size, batch, device, way) for name, way in ways.items()}
     tests = {"": "pmf/test_jvp.py", "explicit": "pmf/test_ops.py"}
