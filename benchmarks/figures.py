@@ -173,10 +173,11 @@ def line(record: Record) -> str:
     if record["suite"] == "memory":
         return f"{start}{record['computed_batch']} computed, {record['measured_batch'] or 'none'} measured"
     share = max(record["of_copy_bandwidth"], record["of_product_rate"])
+    rate = f"{share:8.1%}" if share else ""
     peak = f"{record['peak_bytes'] / 1e9:8.2f} GB" if record["peak_bytes"] else ""
     held = f"{record['held_bytes'] / 1e9:8.2f} GB held" if "held_bytes" in record else ""
     host = f"  host {record['host_us'] / 1e3:.1f} ms" if "host_us" in record else ""
-    return f"{start}{record['median_us']:12.1f} us{share:8.1%}{peak}{held}{host}"
+    return f"{start}{record['median_us']:12.1f} us{rate}{peak}{held}{host}"
 
 
 def report(ledger: Path | None = None) -> None:
