@@ -101,10 +101,16 @@ class MeanFlowStep:
 
 
 def meanflow_step(size: str, batch: int, device: torch.device, differentiate: Differentiate) -> Run:
-    """The step of one network.
+    """The step of one network by one way to differentiate; the same weights and inputs each time."""
+    torch.manual_seed(0)
+    network = NETWORKS[size]()
+    z, v = torch.randn(2, batch, *network.shape)
+    t, r = torch.rand(2, batch).sort(0, descending=True).values
+    return MeanFlowStep(network.to(device), differentiate, *(x.to(device) for x in (z, v, t, r)))
 
-    The UNet has no explicit duals: no layer with tangents has a convolution or GroupNorm.
-    """
+
+def network_case(size: str, batch: int, device: torch.device) -> Case:
+    """The step of one network; the UNet has no explicit duals, as no layer with tangents has a convolution."""
     ways = {name: way for name, way in WAYS.items() if "DiT" in size or way is not explicit}
     providers = {name: partial(meanflow_step, size, batch, device, way) for name, way in ways.items()}
     tests = {"": "pmf/test_jvp.py", "explicit": "pmf/test_ops.py"}
