@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from pmf.errors import InputError
-from pmf.private import operators_of, tree_broadcast, tree_flatten, tree_map, tree_unflatten
+from pmf.private import forward_mode, operators_of, tree_broadcast, tree_flatten, tree_map, tree_unflatten
 from pmf.tangents import attention, in_place, norms, pointwise, products, queries, shapes, wrappers  # noqa: F401 (they register)
-from pmf.tangents.carriers import CARRIERS, carrier, fitted, open_call
+from pmf.tangents.carriers import CARRIERS, carrier, fitted, open_call, refuse_dual_tensors
 from pmf.tangents.handlers import ruled
 from pmf.tangents.rules import HANDLERS, Rule
 
@@ -88,6 +88,8 @@ def _moving(primal: Any, tangent: Any) -> Any:
         raise InputError(f"pmf.jvp: a primal with tangent must be a floating tensor, got {_described(primal)}")
     if type(primal) in CARRIERS:
         raise InputError("pmf.jvp: expected primals that do not move, got those of another call")
+    if forward_mode():
+        refuse_dual_tensors(tangent)
     if isinstance(tangent, Number):
         return carrier(primal, torch.full_like(primal, tangent, requires_grad=False))
     if not isinstance(tangent, Tensor) or tangent.shape != primal.shape:

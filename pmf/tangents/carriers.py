@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pmf.dual import Dual
 from pmf.errors import InputError
-from pmf.private import inside_function, make_shell, transform_level
+from pmf.private import forward_mode, inside_function, is_dual_tensor, make_shell, transform_level, tree_leaves
 from pmf.tangents.rules import HANDLERS, Handler, name_of
 
 
@@ -164,8 +164,17 @@ def _check_surroundings(function: Callable) -> None:
 
 
 def carrier(value: Tensor, dot: Tensor | None) -> Any:
-    """`value` and its tangent as one object that behaves as a tensor."""
+    """`value` and its tangent as one object that behaves as a tensor. Errors: `InputError` on dual tensors."""
+    if forward_mode():
+        refuse_dual_tensors((value, dot))
     return TracedDualTensor(value, dot) if torch.compiler.is_compiling() else DualTensor(value, dot)
+
+
+def refuse_dual_tensors(tree: Any) -> None:
+    """Errors: `InputError` on a dual tensor in `tree`, whose tangent would be lost, or not found by PyTorch."""
+    for x in tree_leaves(tree):
+        if isinstance(x, Tensor) and type(x) not in CARRIERS and is_dual_tensor(x):
+            raise InputError("pmf.jvp: got a dual tensor of torch.func.jvp or forward_ad; expected one forward mode")
 
 
 def as_dual(x: Any) -> Dual:

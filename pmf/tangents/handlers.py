@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from pmf.errors import InputError
-from pmf.private import tree_leaves, unseen_by_selective_checkpoints
-from pmf.tangents.carriers import carrier, duals_of, give, moves, values_of
+from pmf.private import forward_mode, tree_leaves, unseen_by_selective_checkpoints
+from pmf.tangents.carriers import carrier, duals_of, give, moves, refuse_dual_tensors, values_of
 from pmf.tangents.fallback import (
     composite_body,
     is_torch,
@@ -38,6 +38,8 @@ def ruled(rule: Rule) -> Handler:
         out = function(*values_of(args), **values_of(kwargs))
         if not has_tangent(out) or not (moves(args) or moves(kwargs)):
             return out
+        if forward_mode():
+            refuse_dual_tensors((out, args, kwargs))
         with torch.no_grad(), nullcontext() if torch.compiler.is_compiling() else unseen_by_selective_checkpoints():
             duals, named = _first_by_position(duals_of(args), duals_of(kwargs))
             dots = rule(out, *duals, **named)
