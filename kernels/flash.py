@@ -47,13 +47,15 @@ import operator
 import os
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pmf.errors import require
 from pmf.kernels import flash_attn_4
-from pmf.private import SCALED_DOT_PRODUCT, constant
+from pmf.kernels.gradients import differentiable_once
+from pmf.private import SCALED_DOT_PRODUCT, constant, transform_level
 
 log = logging.getLogger("pmf")
 
@@ -182,15 +184,22 @@ def _report(backend: str, dtype: str, reason: str) -> None:
     log.info("attention of %s runs its primal on %s: %s", dtype, backend, reason)
 
 
+@functools.cache
+def _chosen(*place_and_switches) -> str:
+    backend, reason = backend_of(*place_and_switches[:4])
+    _report(backend, place_and_switches[2], reason)
+    return backend
+
+
 @constant
 def choose(device: str, index: int | None, dtype: str, head_dim: int, requested: str | None) -> str:
     """The backend that `backend_of` chooses; log each choice once.
 
     requested: `_requested`, passed so that compilers notice its changes.
     """
-    backend, reason = backend_of(device, index, dtype, head_dim)
-    _report(backend, dtype, reason)
-    return backend
+    cuda = torch.backends.cuda
+    switches = requested, os.environ.get("PMF_ATTENTION"), cuda.cudnn_sdp_enabled(), cuda.flash_sdp_enabled()
+    return _chosen(device, index, dtype, head_dim, *switches)
 
 
 def _starts_aligned(x: Tensor) -> bool:
@@ -218,7 +227,7 @@ def aligned(x: Tensor | None) -> Tensor | None:
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """o [B, S_q, H, D], contiguous, and the log-sum-exp of every row of scores, float32 [B, H, S_q].
 
-    Args: q, k, v `aligned`. Gradients come from the libraries' own autograd.
+    Args: q, k, v `aligned`. Gradients come from the libraries' own autograd, and have no derivatives.
     """
     if q.numel() == 0:  # no library accepts that; the formula keeps the autograd graph connected
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k)
@@ -230,11 +239,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Te
     backend = choose(q.device.type, q.device.index, str(q.dtype), head_dim, _requested)
     if backend == "flash_attn_4":
         return flash_attn_4.attention(q, k, v, scale)
+    if backend == "flash_attn" and not torch.compiler.is_compiling() and transform_level() is not None:
+        requested = _requested or _from_environment()
+        require(requested is None, "attention: backend flash_attn was requested, but it takes no torch.func transforms")
+        backend = "flash" if torch.backends.cuda.is_flash_attention_available() else "efficient"
     if backend == "flash_attn":
-        o, lse, _ = flash_attn_2()(q, k, v, softmax_scale=scale, return_attn_probs=True)
+        options: dict[str, Any] = dict(softmax_scale=scale, return_attn_probs=True)
+        o, lse, *_ = differentiable_once("attention", flash_attn_2(), (q, k, v), **options)
         return o, lse
-    heads = tuple(x.transpose(1, 2) for x in (q, k, v))
     asked = (None, True) if backend in ("cudnn", "efficient") else ()  # no bias; return the log-sum-exp
-    outputs = SCALED_DOT_PRODUCT[backend](*heads, *asked, scale=scale)
-    # cuDNN's log-sum-exp has a last dimension of one; the memory-efficient one is padded to 32 rows.
-    return outputs[0].transpose(1, 2).contiguous(), outputs[1].flatten(2)[:, :, : q.shape[1]]
+    heads = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    o, lse, *_ = differentiable_once("attention", SCALED_DOT_PRODUCT[backend], heads, asked, scale=scale)
+    if asked:  # cuDNN's has a last dimension of one; the memory-efficient one is padded to 32 rows
+        lse = lse.flatten(2)[:, :, : q.shape[1]]
+    return o.transpose(1, 2).contiguous(), lse

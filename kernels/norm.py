@@ -309,7 +309,9 @@ def norm_forward(
     return x_new, y, x_new_dot, y_dot, stats
 
 
-@registration.gradient_operator("norm_modulate or residual_norm_modulate")
+@registration.gradient_operator(
+    lambda dy, dx_new, x_new, branch, gate, *_: "norm_modulate" if gate is None else "residual_norm_modulate"
+)
 def norm_backward(
     dy: Tensor, dx_new: Tensor | None, x_new: Tensor, branch: Tensor | None,
     gate: Tensor | None, weight: Tensor | None, scale: Tensor | None, shift: Tensor | None,

@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pmf.errors import no_vmap
+from pmf.kernels.gradients import nested_forward_mode, underivable
 from pmf.kernels.launching import launch as launch
 from pmf.private import FakeTensor, apply_without_transforms, intercepted, ordinary
 
@@ -106,7 +108,7 @@ def _asked_for(outputs: Any) -> Any:
 class Operator:
     """A function registered as the operator `pmf::<name>`, and the shortest way to call it."""
 
-    def __init__(self, function: Callable, gradient_of: str | None = None) -> None:
+    def __init__(self, function: Callable, gradient_of: str | Callable[..., str] | None = None) -> None:
         self.function, self.gradient_of = function, gradient_of
         name = function.__name__.strip("_")
         _LIBRARY.define(torch.library.infer_schema(function, op_name=name, mutates_args=()))
@@ -138,7 +140,7 @@ class Operator:
         if torch.compiler.is_compiling():
             return _asked_for(self.overload(*arguments))
         if torch.is_grad_enabled() or not _direct(arguments):
-            return _asked_for(_Underivable.apply(self, *arguments))
+            return _asked_for(underivable(self.overload, self.gradient_of, *arguments))
         try:
             if _elsewhere(arguments[0]):
                 with torch.cuda.device(arguments[0].device):
@@ -153,34 +155,9 @@ def operator(function: Callable) -> Operator:
     return Operator(function)
 
 
-def gradient_operator(op: str) -> Callable[[Callable], Operator]:
-    """`operator` for a function that computes gradients of `op`, which errors name."""
+def gradient_operator(op: str | Callable[..., str]) -> Callable[[Callable], Operator]:
+    """`operator` for a function that computes gradients of `op`, which errors name (by its arguments, if callable)."""
     return functools.partial(Operator, gradient_of=op)
-
-
-class _Underivable(torch.autograd.Function):
-    """(operator, its arguments) -> its outputs, without derivatives: for operators that compute gradients."""
-
-    @staticmethod
-    def forward(operator: Operator, *arguments):
-        return operator.overload(*arguments)
-
-    @staticmethod
-    def setup_context(ctx, inputs, outputs):
-        ctx.op = inputs[0].gradient_of
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        raise RuntimeError(f'{ctx.op}: kernels have no second derivatives; use impl="reference"')
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        raise RuntimeError(f'{ctx.op}: kernels give gradients no tangents; use impl="reference"')
-
-    @staticmethod
-    def vmap(info, in_dims, operator: Operator, *arguments):
-        outputs = torch.vmap(operator.overload, in_dims[1:])(*arguments)
-        return outputs, 0 if isinstance(outputs, Tensor) else (0,) * len(outputs)
 
 
 @dataclass(frozen=True)
@@ -229,13 +206,10 @@ class Differentiable:
         """Rules for forward mode and vmap, which raise; Dynamo accepts no Function that has rules."""
 
         def jvp(ctx, *tangents):
-            raise RuntimeError(
-                f'{self.op}: kernels take no jvp around another transform (jvp, grad, hessian); use impl="reference"'
-            )
+            raise nested_forward_mode(self.op)
 
         def vmap(info, in_dims, *arguments):
-            advice = 'make the mapped dimension part of the batch, or use impl="reference"'
-            raise RuntimeError(f"{self.op}: kernels have no torch.vmap (nor jacfwd, which needs it); {advice}")
+            raise no_vmap(self.op)
 
         return dict(jvp=jvp, vmap=vmap)
 

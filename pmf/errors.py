@@ -21,6 +21,12 @@ def require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
+def no_vmap(op: str) -> RuntimeError:
+    """The error of an op's kernels inside `torch.vmap`."""
+    advice = 'make the mapped dimension part of the batch, or use impl="reference"'
+    return RuntimeError(f"{op}: kernels have no torch.vmap (nor jacfwd, which needs it); {advice}")
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

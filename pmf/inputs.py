@@ -12,10 +12,10 @@ from torch.autograd import forward_ad
 
 from pmf import dispatch, reference
 from pmf.dual import ABSENT, Dual
-from pmf.errors import InputError
-from pmf.private import forward_mode
+from pmf.errors import InputError, no_vmap
+from pmf.private import batched_by_autograd, forward_mode, is_dual_tensor, mapped
 from pmf.tangents.carriers import CARRIERS, as_dual, carrier_of
-from pmf.unrecorded import sources_of_tangents, unrecorded, without_gradient
+from pmf.unrecorded import Sources, without_gradient
 
 Pair = tuple[Tensor, Tensor | None]
 """A value and its tangent; `Dual` is one."""
@@ -31,12 +31,12 @@ def _as_it_is(result: Dual) -> Dual:
     return result
 
 
-def _dual_tensor(op: str, sources: list[Tensor], result: Dual) -> Tensor:
+def _dual_tensor(op: str, sources: Sources, result: Dual) -> Tensor:
     value, dot = result
-    return value if dot is None else forward_ad.make_dual(value, unrecorded(op, dot, sources))
+    return value if dot is None else forward_ad.make_dual(value, sources.of(op, dot))
 
 
-def _with_dual_tensor(op: str, sources: list[Tensor], result: Dual) -> Dual:
+def _with_dual_tensor(op: str, sources: Sources, result: Dual) -> Dual:
     return Dual(_dual_tensor(op, sources, result))
 
 
@@ -112,6 +112,9 @@ class Inputs:
         self.form = _as_it_is
         return Dual(*given)
 
+    def _values(self) -> list[Tensor]:
+        return [x for x in (*(dual.value for dual in self.duals), *self.fixed.values()) if x is not None]
+
     def _refuse(self) -> None:
         """Raise, naming the first input that is not a floating tensor on the device of the first tensor."""
         named = [part for name, dual in zip(self.names, self.duals, strict=True) for part in _named(name, dual)]
@@ -127,6 +130,8 @@ class Inputs:
 
     def _check_tangents(self) -> None:
         """Check that each tangent has the shape of its value's last rows, and that all have as many rows."""
+        if forward_mode() and any(map(is_dual_tensor, self._values())):
+            raise RuntimeError(f"{self.op}: got explicit tangents and dual tensors; expected one or the other")
         rows = None
         for name, (value, dot) in zip(self.names, self.duals, strict=True):
             if dot is None:
@@ -185,7 +190,7 @@ class Inputs:
         """Unpack dual tensors into `Dual`s, and make `give` return dual tensors.
 
         Errors: RuntimeError in compiled code, which would drop the tangents (pytorch issue 192985), on a dual
-        tensor among the `fixed` inputs, and on dual tensors mixed with explicit tangents.
+        tensor among the `fixed` inputs, inside `torch.vmap`, and on tangents that `torch.autograd.functional` batches.
         """
         op = self.op
         if torch.compiler.is_compiling():
@@ -193,15 +198,20 @@ class Inputs:
                 f"{op}: torch.compile would lose the tangents of forward-mode differentiation "
                 f"(torch.func.jvp, forward_ad); give {op} explicit tangents: Dual(value, tangent)"
             )
+        if any(map(mapped, self._values())):
+            raise no_vmap(op)
         parts = [ABSENT if dual.value is None else Dual(*forward_ad.unpack_dual(dual.value)) for dual in self.duals]
         for name, tensor in self.fixed.items():
-            if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            if tensor is not None and is_dual_tensor(tensor):
                 raise RuntimeError(f"{op}: {name} takes no tangent, got a dual tensor")
         if all(part.dot is None for part in parts):
             return
-        if any(dual.dot is not None for dual in self.duals):
-            raise RuntimeError(f"{op}: got explicit tangents and dual tensors; expected one or the other")
+        if any(part.dot is not None and batched_by_autograd(part.dot) for part in parts):
+            raise RuntimeError(
+                f"{op}: kernels take no batch of tangents, as torch.autograd.functional gives in forward mode; "
+                'use reverse mode or impl="reference"'
+            )
         form = _dual_tensor if self.form is _value_alone else _with_dual_tensor
-        self.form = functools.partial(form, op, sources_of_tangents(parts, self.fixed.values()))
+        self.form = functools.partial(form, op, Sources(parts, self.fixed.values()))
         samples = len(parts[0].value)
         self.duals = [Dual(value, None if dot is None else _per_sample(dot, samples)) for value, dot in parts]

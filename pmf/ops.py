@@ -182,7 +182,7 @@ def attention(q, k, v, *, scale=None, impl=None):
     wanted = autocast_dtype(q.device.type)
     if wanted is not None and q.dtype != torch.float64:
         inputs.cast(wanted)
-    if any(dtype != inputs.dtypes[0] for dtype in inputs.dtypes):
+    if inputs.dtypes.count(inputs.dtypes[0]) != len(inputs.dtypes):
         raise InputError(f"attention: q, k, v and their tangents must have one dtype, got {inputs.dtypes}")
     run = inputs.implementation(impl, head_dim)
     return inputs.give(run.attention(*inputs.duals, scale=head_dim**-0.5 if scale is None else scale))

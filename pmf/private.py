@@ -53,10 +53,10 @@ foreach_zero_ = torch._foreach_zero_
 
 _ATEN = torch.ops.aten
 SCALED_DOT_PRODUCT = {
-    "flash": _ATEN._scaled_dot_product_flash_attention,
-    "cudnn": _ATEN._scaled_dot_product_cudnn_attention,
-    "efficient": _ATEN._scaled_dot_product_efficient_attention,
-    "cpu": _ATEN._scaled_dot_product_flash_attention_for_cpu,
+    "flash": _ATEN._scaled_dot_product_flash_attention.default,
+    "cudnn": _ATEN._scaled_dot_product_cudnn_attention.default,
+    "efficient": _ATEN._scaled_dot_product_efficient_attention.default,
+    "cpu": _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
 }
 """Attention that also returns the log-sum-exp; the public function does not."""
 
@@ -120,6 +120,10 @@ def intercepted() -> bool:
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
+batched_by_autograd = torch._C._functorch.is_legacy_batchedtensor
+"""Whether x is a batch of `torch.autograd.functional`, or of gradients with is_grads_batched."""
+
+
 def mapped(x: Tensor) -> bool:
     """Whether `torch.vmap` maps over x, so that its values cannot be read."""
     while _is_wrapped(x):
@@ -127,6 +131,23 @@ def mapped(x: Tensor) -> bool:
             return True
         x = torch._C._functorch.get_unwrapped(x)
     return False
+
+
+def is_dual_tensor(x: Tensor) -> bool:
+    """Whether x has a tangent of `torch.func.jvp` or `torch.autograd.forward_ad`, at any level of transforms."""
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    if not mapped(x) and forward_ad.unpack_dual(x).tangent is not None:
+        return True
+    # PyTorch shows tangents only to the innermost transform; a jvp around it has wrapped what depends on its primals.
+    around = (torch._C._functorch.get_interpreter_stack() or [])[:-1]
+    levels = {i.level() for i in around if i.key() == torch._C._functorch.TransformType.Jvp}
+    while _is_wrapped(x):
+        if torch._C._functorch.maybe_get_level(x) in levels:
+            return True
+        x = torch._C._functorch.get_unwrapped(x)
+    with temporarily_clear_interpreter_stack():
+        return forward_ad.unpack_dual(x).tangent is not None
 
 
 def recorded_levels(x: Tensor) -> set[int]:

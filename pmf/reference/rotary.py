@@ -68,4 +68,4 @@ def qk_norm_rope(
         rows = qkv.dot.shape[0]
         n_dot = normalise_dot(tail(n, rows), tail(rstd, rows), accumulate(qkv.dot[:, :, :2]), "rms")
         q_dot, k_dot = _rotate(n_dot.mul_(weight), turn).to(dtype).unbind(2)
-    return Dual(q, q_dot), Dual(k, k_dot), Dual(v, qkv.dot[:, :, 2])
+    return Dual(q, q_dot), Dual(k, k_dot), Dual(v, qkv.dot.detach()[:, :, 2])

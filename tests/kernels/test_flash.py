@@ -21,7 +21,7 @@ FLASH_ATTN_4 = {
 }
 
 
-CACHED = (flash_attn_4.library, flash.flash_attn_2, flash._missing, flash._report)
+CACHED = (flash_attn_4.library, flash.flash_attn_2, flash._missing, flash._report, flash._chosen)
 """Caches of imported libraries, missing ones, and reported choices."""
 
 

@@ -194,8 +194,6 @@ def test_kernels_refuse(name, way):
         assert all(x is None or x.isfinite().all() for x in outcome(name, "reference", torch.float64, run))
     op = name.partition(",")[0]
     message = rf"^([a-z_]+ or )?{op}( or [a-z_]+)?: {words}"  # one kernel computes the gradients of both norms
-    if name == "attention" and words == TWICE:  # PyTorch's FlashAttention computes its value and gradients
-        message = r"^derivative for aten::_scaled_dot_product\w*attention\w* is not implemented$"
     with pytest.raises(RuntimeError, match=message) as error:
         outcome(name, "triton", torch.float32, run)
     assert "\n" not in str(error.value)
