@@ -80,6 +80,7 @@ def shares_memory(out: Any, *arguments: Any) -> bool:
 
 def tangents_by_torch_func(function: Callable, out: Any, args: tuple, kwargs: dict) -> Any:
     """The tangents of `out = function(*args, **kwargs)`, by computing it again under `torch.func.jvp`."""
+    before = versions(args, kwargs)
     leaves, spec = tree_flatten((args, kwargs), is_leaf=is_dual)
     places = [i for i, x in enumerate(leaves) if is_dual(x)]
 
@@ -101,6 +102,8 @@ def tangents_by_torch_func(function: Callable, out: Any, args: tuple, kwargs: di
         raise InputError(
             f"pmf.jvp: {name_of(function)} has no rule, and torch.func.jvp fails: {first_line(error)}"
         ) from error
+    if mutated(args, kwargs, before):
+        raise InputError(f"pmf.jvp: {name_of(function)} has no rule and writes to its arguments")
     return _arranged(out, iter(dots))
 
 
