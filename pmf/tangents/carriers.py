@@ -237,8 +237,8 @@ def fitted(dot: Tensor, value: Tensor) -> Tensor:
     """
     if dot.dtype == value.dtype and dot.shape == value.shape and dot.stride() == value.stride():
         return dot
-    if 0 in value.stride():  # an expanded tensor has no memory of its own to write to
-        return dot.to(value.dtype).expand(value.shape)
+    if 0 in value.stride():  # an expanded tensor has no memory of its own to write to; its views fit contiguous ones
+        return dot.to(value.dtype).expand(value.shape).contiguous()
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device).copy_(dot)
 
 

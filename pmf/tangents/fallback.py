@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import types
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,9 @@ from pmf.private import (
     version,
 )
 from pmf.tangents.rules import can_move, is_dual, name_of
+
+FORWARD_MODE = threading.RLock()
+"""PyTorch counts the levels of forward mode for all threads together."""
 
 
 def _never(*tensors: Any) -> bool:
@@ -93,7 +97,7 @@ def tangents_by_torch_func(function: Callable, out: Any, args: tuple, kwargs: di
 
     try:
         # Flash attention has no forward mode, its mathematics has; torch 2.11 has none in inference mode.
-        with sdpa_kernel(SDPBackend.MATH), torch.inference_mode(False), torch.no_grad():
+        with FORWARD_MODE, sdpa_kernel(SDPBackend.MATH), torch.inference_mode(False), torch.no_grad():
             leaves = [x.map(_ordinary) if is_dual(x) else _ordinary(x) for x in leaves]
             moving: list[Dual] = [leaves[i] for i in places]
             primals, tangents = tuple(x.value.detach() for x in moving), tuple(x.dot for x in moving)
