@@ -97,7 +97,8 @@ def _fill(function: Callable) -> Rule:
     """The rule of `masked_fill` and `index_fill` by a number: zero there."""
 
     def rule(out, x, *args, **kwargs):
-        *places, filled = (*args, *kwargs.values())
+        given = [*args, *kwargs.values()]
+        places, filled = given[:-1], given[-1]
         if not is_dual(x) or kwargs.keys() - {"value"} or isinstance(filled, Tensor) or is_dual(filled):
             return NotImplemented
         return function(x.dot, *places, 0)
