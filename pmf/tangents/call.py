@@ -14,7 +14,7 @@ from pmf.errors import InputError
 from pmf.private import forward_mode, operators_of, tree_broadcast, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from pmf.tangents import attention, in_place, norms, pointwise, products, queries, shapes, wrappers  # noqa: F401 (they register)
 from pmf.tangents.carriers import CARRIERS, carrier, fitted, open_call
-from pmf.tangents.fallback import FORWARD_MODE
+from pmf.tangents.fallback import forward_mode_around
 from pmf.tangents.handlers import ruled
 from pmf.tangents.rules import HANDLERS, Rule
 
@@ -51,9 +51,7 @@ def jvp(
     Errors: `InputError` names the function where the tangent would be lost: an autograd.Function or custom operator
     without `pmf.jvp.rule`, reentrant checkpointing, torch.vmap, TorchScript, numpy; and bad primals or tangents.
     """
-    with FORWARD_MODE:
-        around = forward_mode()
-    if around:
+    if forward_mode() and (torch.compiler.is_compiling() or forward_mode_around()):
         raise InputError("pmf.jvp: expected no torch.func.jvp or forward_ad around it, which it would not carry on")
     leaves, dots, spec = _leaves(primals, tangents)
     if rows is not None:

@@ -16,6 +16,7 @@ from pmf.dual import Dual
 from pmf.errors import InputError, first_line
 from pmf.private import (
     FUNCTION_NAMESPACES,
+    forward_mode,
     is_aten,
     is_zero_tensor,
     storage_id,
@@ -28,6 +29,12 @@ from pmf.tangents.rules import can_move, is_dual, name_of
 
 FORWARD_MODE = threading.RLock()
 """PyTorch counts the levels of forward mode for all threads together."""
+
+
+def forward_mode_around() -> bool:
+    """Whether forward mode is active that no other thread has begun here."""
+    with FORWARD_MODE:
+        return forward_mode()
 
 
 def _never(*tensors: Any) -> bool:

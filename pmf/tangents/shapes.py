@@ -10,10 +10,11 @@ from torch import Tensor
 
 from pmf.dual import Dual
 from pmf.errors import InputError
-from pmf.tangents.handlers import made_like, ruled, still
+from pmf.tangents.handlers import by_torch_func, made_like, refused, ruled, still
 from pmf.tangents.rules import (
     HANDLERS,
     Rule,
+    argument,
     getter,
     is_dual,
     jointly_linear,
@@ -49,7 +50,7 @@ TOGETHER = "atleast_1d atleast_2d atleast_3d broadcast_tensors cartesian_prod me
 """Linear in all arguments."""
 
 ZERO = """
-bernoulli ceil detach detach_copy fix floor floor_divide heaviside new_tensor round sgn sign trunc
+bernoulli ceil detach detach_copy fix floor floor_divide heaviside new_tensor round sign trunc
 """
 """Piecewise constant, or cut from the tangent as under `torch.func.jvp`."""
 
@@ -158,6 +159,13 @@ def _scatter(function: Callable) -> Rule:
     return lambda out, *args, **kwargs: NotImplemented if "reduce" in kwargs else linear(out, *args, **kwargs)
 
 
+def _scatter_reduce(function: Callable, args: tuple, kwargs: dict) -> Any:
+    """By `torch.func.jvp`, which is wrong for products."""
+    if argument(args, kwargs, (4, "reduce")) == "prod":
+        return refused("expected no product: torch.func.jvp is wrong there")(function, args, kwargs)
+    return by_torch_func(function, args, kwargs)
+
+
 def _view(view: Callable, args: tuple, kwargs: dict) -> Any:
     """x.view(shape); x.view(dtype) reads the bits of x as other numbers and has no derivative."""
     by_dtype = "dtype" in kwargs or any(isinstance(x, torch.dtype) for x in args)
@@ -167,6 +175,8 @@ def _view(view: Callable, args: tuple, kwargs: dict) -> Any:
 _VIEW = ruled(linear_in_first(Tensor.view))
 HANDLERS[Tensor.view] = _view
 _register("scatter", _scatter)
+for _function in named("scatter_reduce"):
+    HANDLERS[_function] = _scatter_reduce
 _register(LINEAR, linear_in_first)
 _register(LIKE, _like)
 _register(STACKING, _stacking)

@@ -68,6 +68,7 @@ RULES = {  # of x [4, 6]
     "generator": lambda x: torch.normal(x, 1.0, generator=torch.Generator().manual_seed(3)),
     "moving affine batch norm": lambda x: F.batch_norm(x, *statistics(6), x[0], x[1], True),
     "moving affine instance norm": lambda x: F.instance_norm(x[None], *statistics(4), x[:, 0], x[:, 1], True),
+    "sign of complex numbers": lambda x: torch.complex(x, W[:4]).sgn().real + x.sgn(),
     "no out": lambda x: torch.linalg.solve(x[:, :4], x, out=None) + torch.sum(x, 1, keepdim=True, out=None),
     "written through a view": written_through,
     **{
@@ -112,9 +113,22 @@ def test_primals_in_the_middle_of_a_storage():
         pmf.jvp(lambda x: x.as_strided((2,), (1,), 0), (base[3:],), (1,))
 
 
-def test_products_that_are_scattered_have_no_forward_mode():
-    with pytest.raises(InputError, match="scatter has no rule"):
-        pmf.jvp(lambda x: x.scatter(1, FIRST, W[:4, :1], reduce="multiply"), (drawn(4, 6),), (1,))
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda x: x.scatter(1, FIRST, W[:4, :1], reduce="multiply"), "scatter has no rule"),
+        (
+            lambda x: x.scatter_reduce(1, FIRST, W[:4, :1], "prod"),
+            "scatter_reduce got a moving value; expected no",
+        ),
+        (lambda x: (x * 1).scatter_reduce_(1, FIRST, W[:4, :1], reduce="prod"), "expected no product"),
+        (torch.special.bessel_j0, "bessel_j0 got a moving value; PyTorch does not differentiate it"),
+    ],
+)
+def test_what_torch_func_jvp_cannot_or_gets_wrong(function, message):
+    with pytest.raises(InputError, match=message):
+        pmf.jvp(function, (drawn(4, 6),), (1,))
 
 
 @pytest.mark.parametrize("norm", ["batch", "instance"])
