@@ -186,6 +186,9 @@ FUNCTION_NAMESPACES: tuple[Any, ...] = (
 )
 """Where PyTorch keeps the builtin functions that dispatch to `__torch_function__`."""
 
+grouped_mm = torch._grouped_mm
+"""What `torch.nn.functional.grouped_mm` calls."""
+
 PASSES_INPUTS_ON = {
     "torch.nn.modules._functions.BackwardHookFunction",
     "torch.distributed.fsdp._fully_shard._fsdp_param_group.RegisterPostBackwardFunction",

@@ -150,3 +150,17 @@ def test_a_generator_of_its_own_is_drawn_from_once():
     torch.normal(drawn(3), 1.0, generator=one)
     pmf.jvp(lambda x: torch.normal(x, 1.0, generator=two), (drawn(3),), (1,))
     assert torch.equal(one.get_state(), two.get_state())
+
+
+def test_products_in_groups():
+    """Those of mixtures of experts, which PyTorch does not differentiate forward."""
+    ends = torch.tensor([16, 32], dtype=torch.int32)
+
+    def one_by_one(x, weight):
+        return torch.cat([x[:16] @ weight[0], x[16:] @ weight[1]])
+
+    primals = drawn(32, 16).float(), drawn(2, 16, 16, seed=1).float()
+    tangents = drawn(32, 16, seed=2).float(), drawn(2, 16, 16, seed=3).float()
+    out, dot = pmf.jvp(lambda x, weight: F.grouped_mm(x, weight, offs=ends), primals, tangents)
+    assert torch.equal(out, F.grouped_mm(*primals, offs=ends))
+    torch.testing.assert_close(dot, pmf.jvp(one_by_one, primals, tangents)[1])
