@@ -49,7 +49,8 @@ def jvp(
     `detach()`, `data`, `item()`.
 
     Errors: `InputError` names the function where the tangent would be lost: an autograd.Function or custom operator
-    without `pmf.jvp.rule`, reentrant checkpointing, torch.vmap, TorchScript, numpy; and bad primals or tangents.
+    without `pmf.jvp.rule`, reentrant checkpointing, torch.vmap, TorchScript, numpy; outputs in objects that are no
+    lists, tuples or dicts; and bad primals or tangents.
     """
     if forward_mode() and (torch.compiler.is_compiling() or forward_mode_around()):
         raise InputError("pmf.jvp: expected no torch.func.jvp or forward_ad around it, which it would not carry on")
@@ -172,7 +173,7 @@ def _on_last_rows(function: Callable, leaves: list, dots: list, spec: Any, has_a
         return last
     first = function(*tree_unflatten(part(slice(batch - rows)), spec))
     out, *aux = first if has_aux else (first,)
-    joined = [_joined(a, b) for a, b in zip((out, *aux), (last[0], *last[2:]), strict=True)]
+    joined = [_joined(a, b, (batch - rows, rows)) for a, b in zip((out, *aux), (last[0], *last[2:]), strict=True)]
     return joined[0], last[1], *joined[1:]
 
 
@@ -181,13 +182,16 @@ def _has_samples(x: Any) -> bool:
     return isinstance(x, Tensor) and x.ndim > 0
 
 
-def _joined(first: Any, last: Any) -> Any:
-    """Two trees of outputs, tensors joined along the samples."""
+def _joined(first: Any, last: Any, samples: tuple[int, int]) -> Any:
+    """Two trees of outputs, tensors joined along the samples. Errors: `InputError` if one has other numbers of them."""
     one, spec = tree_flatten(first)
     two, _ = tree_flatten(last)
-    return tree_unflatten(
-        [torch.cat(pair) if isinstance(pair[0], Tensor) else pair[1] for pair in zip(one, two, strict=True)], spec
-    )
+    pairs = list(zip(one, two, strict=True))
+    for pair in pairs:
+        if isinstance(pair[0], Tensor) and tuple(len(x) if x.ndim else 0 for x in pair) != samples:
+            shapes = [list(x.shape) for x in pair]
+            raise InputError(f"pmf.jvp: with rows outputs must have {samples} samples in two calls, got {shapes}")
+    return tree_unflatten([torch.cat(pair) if isinstance(pair[0], Tensor) else pair[1] for pair in pairs], spec)
 
 
 def rule(function: Callable) -> Callable[[Rule], Rule]:

@@ -58,6 +58,12 @@ def test_rows_must_be_a_number(rows):
         pmf.jvp(torch.sin, (drawn(3),), (drawn(2),), rows=rows)
 
 
+@pytest.mark.parametrize("function", [torch.sum, lambda x: x.sum(0), lambda x: (x, x.mean())])
+def test_outputs_without_samples_cannot_be_joined(function):
+    with pytest.raises(InputError, match=r"with rows outputs must have \(2, 3\) samples in two calls, got"):
+        pmf.jvp(function, (drawn(5, 4),), (drawn(3, 4),), rows=3)
+
+
 def test_rows_with_tangents_that_are_numbers_or_of_scalars():
     z, t, s = drawn(4, 2), drawn(4, seed=1), torch.tensor(0.5, dtype=F64)
 

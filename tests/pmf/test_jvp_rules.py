@@ -69,6 +69,7 @@ RULES = {  # of x [4, 6]
     "moving affine batch norm": lambda x: F.batch_norm(x, *statistics(6), x[0], x[1], True),
     "moving affine instance norm": lambda x: F.instance_norm(x[None], *statistics(4), x[:, 0], x[:, 1], True),
     "sign of complex numbers": lambda x: torch.complex(x, W[:4]).sgn().real + x.sgn(),
+    "filled by an element of its own": lambda x: (lambda y: y.fill_(y[0, 1]))(x * 1) * x,
     "no out": lambda x: torch.linalg.solve(x[:, :4], x, out=None) + torch.sum(x, 1, keepdim=True, out=None),
     "written through a view": written_through,
     **{
@@ -123,6 +124,11 @@ def test_primals_in_the_middle_of_a_storage():
             "scatter_reduce got a moving value; expected no",
         ),
         (lambda x: (x * 1).scatter_reduce_(1, FIRST, W[:4, :1], reduce="prod"), "expected no product"),
+        (
+            lambda x: (x * 1)[None].expand(2, 4, 6).masked_fill_(EVEN, 2.0),
+            "masked_fill_ writes to a .* overlaps",
+        ),
+        (lambda x: (x * 1).unfold(0, 2, 1).mul_(2), "mul_ writes to a tensor that overlaps itself"),
         (torch.special.bessel_j0, "bessel_j0 got a moving value; PyTorch does not differentiate it"),
     ],
 )
