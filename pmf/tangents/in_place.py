@@ -33,7 +33,7 @@ RESHAPING = "resize_ resize_as_ set_ squeeze_ unsqueeze_ transpose_ swapaxes_ sw
 
 def _target(function: Callable, args: tuple, kwargs: dict) -> Any:
     """The carrier that is written to. Errors: `InputError` if it is an ordinary tensor, or overlaps itself."""
-    target = args[0] if args else kwargs.get("input")
+    target: Any = args[0] if args else kwargs.get("input")
     if type(target) not in CARRIERS:
         raise InputError(
             f"pmf.jvp: {name_of(function)} writes a moving value into a tensor that does not move; "
