@@ -186,11 +186,15 @@ FUNCTION_NAMESPACES: tuple[Any, ...] = (
 )
 """Where PyTorch keeps the builtin functions that dispatch to `__torch_function__`."""
 
+grouped_mm = torch._grouped_mm
+"""What `torch.nn.functional.grouped_mm` calls."""
+
 PASSES_INPUTS_ON = {
+    "torch.nn.modules._functions.BackwardHookFunction",
     "torch.distributed.fsdp._fully_shard._fsdp_param_group.RegisterPostBackwardFunction",
     "torch.nn.parallel.distributed._DDPSink",
 }
-"""The autograd.Functions of FSDP2 and DDP that return their inputs."""
+"""The autograd.Functions of backward hooks, FSDP2 and DDP that return their inputs, which are their last arguments."""
 UNUSED_PARAMETERS = "torch.nn.parallel.distributed._DDPSink"
 REENTRANT_CHECKPOINT = "torch.utils.checkpoint.CheckpointFunction"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 
 from pmf.errors import InputError
-from pmf.private import forward_mode, operators_of, tree_broadcast, tree_flatten, tree_map, tree_unflatten
+from pmf.private import forward_mode, operators_of, tree_broadcast, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from pmf.tangents import attention, in_place, norms, pointwise, products, queries, shapes, wrappers  # noqa: F401 (they register)
 from pmf.tangents.carriers import CARRIERS, carrier, fitted, open_call
+from pmf.tangents.fallback import forward_mode_around
 from pmf.tangents.handlers import ruled
 from pmf.tangents.rules import HANDLERS, Rule
 
@@ -47,9 +49,10 @@ def jvp(
     `detach()`, `data`, `item()`.
 
     Errors: `InputError` names the function where the tangent would be lost: an autograd.Function or custom operator
-    without `pmf.jvp.rule`, reentrant checkpointing, torch.vmap, TorchScript, numpy; and bad primals or tangents.
+    without `pmf.jvp.rule`, reentrant checkpointing, torch.vmap, TorchScript, numpy; outputs in objects that are no
+    lists, tuples or dicts; and bad primals or tangents.
     """
-    if forward_mode():
+    if forward_mode() and (torch.compiler.is_compiling() or forward_mode_around()):
         raise InputError("pmf.jvp: expected no torch.func.jvp or forward_ad around it, which it would not carry on")
     leaves, dots, spec = _leaves(primals, tangents)
     if rows is not None:
@@ -61,7 +64,7 @@ def jvp(
             return _parted(result)
         if not (isinstance(result, tuple) and len(result) == 2):
             raise InputError(f"pmf.jvp: with has_aux the function must return (output, aux), got {type(result)}")
-        return *_parted(result[0]), _parted(result[1])[0]
+        return *_parted(result[0]), tree_map(_value, result[1])
 
 
 @contextmanager
@@ -86,18 +89,33 @@ def _moving(primal: Any, tangent: Any) -> Any:
     """A carrier of one tensor and its tangent; the primal itself if the tangent is None."""
     if tangent is None:
         return primal
+    _check(primal, tangent)
+    if isinstance(tangent, Number):
+        return carrier(primal, torch.full_like(primal, tangent, requires_grad=False))
+    with torch.no_grad():
+        return carrier(primal, fitted(tangent.detach().clone(), primal))
+
+
+def _check(primal: Any, tangent: Any) -> None:
+    """Errors: `InputError` unless the primal can move along the tangent."""
     if not isinstance(primal, Tensor) or not (primal.is_floating_point() or primal.is_complex()):
         raise InputError(f"pmf.jvp: a primal with tangent must be a floating tensor, got {_described(primal)}")
     if type(primal) in CARRIERS:
         raise InputError("pmf.jvp: expected primals that do not move, got those of another call")
-    if isinstance(tangent, Number):
-        return carrier(primal, torch.full_like(primal, tangent, requires_grad=False))
-    if not isinstance(tangent, Tensor) or tangent.shape != primal.shape:
+    if primal.layout != torch.strided or primal.is_nested:
+        raise InputError(f"pmf.jvp: a primal with tangent must be dense, got a {type(primal)} that is {primal.layout}")
+    by_number = isinstance(tangent, Number)
+    if not by_number and (not isinstance(tangent, Tensor) or tangent.shape != primal.shape):
         raise InputError(
             f"pmf.jvp: a tangent must have the shape of its primal, {list(primal.shape)}, got {_described(tangent)}"
         )
-    with torch.no_grad():
-        return carrier(primal, fitted(tangent.detach().clone(), primal))
+    if not primal.is_complex() and (isinstance(tangent, complex) if by_number else tangent.is_complex()):
+        raise InputError(f"pmf.jvp: the tangent of a real primal must be real, got {_described(tangent)}")
+    if not by_number and (tangent.device, tangent.layout) != (primal.device, primal.layout):
+        raise InputError(
+            "pmf.jvp: a tangent must have the device and layout of its primal, "
+            f"{primal.device} and {primal.layout}, got {tangent.device} and {tangent.layout}"
+        )
 
 
 def _described(x: Any) -> str:
@@ -112,7 +130,19 @@ def _dot(x: Any) -> Any:
     """The tangent of an output; zeros if it does not move, None if it is no tensor."""
     if type(x) in CARRIERS:
         return torch.zeros_like(x.value) if x.tangent is None else x.tangent
-    return torch.zeros_like(x, requires_grad=False) if isinstance(x, Tensor) else None
+    if isinstance(x, Tensor):
+        return torch.zeros_like(x, requires_grad=False)
+    if not torch.compiler.is_compiling() and (isinstance(x, Iterator) or _holds_carriers(x)):
+        raise InputError(
+            f"pmf.jvp: the function returned {type(x)}, in which tangents would be lost; "
+            "expected tensors, or lists, tuples and dicts of them"
+        )
+    return None
+
+
+def _holds_carriers(x: Any) -> bool:
+    """Whether an object (a dataclass, a set) holds carriers."""
+    return any(type(held) in CARRIERS for held in tree_leaves(gc.get_referents(x)))
 
 
 def _parted(tree: Any) -> tuple[Any, Any]:
@@ -123,7 +153,10 @@ def _parted(tree: Any) -> tuple[Any, Any]:
 
 def _on_last_rows(function: Callable, leaves: list, dots: list, spec: Any, has_aux: bool, rows: int) -> tuple:
     """`jvp` of the last rows, and the function alone of the others; outputs joined."""
-    samples = {len(x) for x, dot in zip(leaves, dots, strict=True) if isinstance(dot, Tensor)}
+    if not hasattr(rows, "__index__"):
+        raise InputError(f"pmf.jvp: rows must be an int, got {type(rows).__name__}")
+    moving = [(len(x), dot) for x, dot in zip(leaves, dots, strict=True) if dot is not None and _has_samples(x)]
+    samples = {n for n, dot in moving if isinstance(dot, Tensor)} or {n for n, _ in moving}
     if len(samples) != 1:
         raise InputError(f"pmf.jvp: with rows all primals that move must have as many samples, got {sorted(samples)}")
     (batch,) = samples
@@ -131,7 +164,7 @@ def _on_last_rows(function: Callable, leaves: list, dots: list, spec: Any, has_a
         raise InputError(f"pmf.jvp: rows must lie in [1, {batch}], got {rows}")
 
     def part(rows: slice) -> list:
-        return [x[rows] if isinstance(x, Tensor) and x.ndim and len(x) == batch else x for x in leaves]
+        return [x[rows] if _has_samples(x) and len(x) == batch else x for x in leaves]
 
     last = jvp(
         function, tree_unflatten(part(slice(batch - rows, None)), spec), tree_unflatten(dots, spec), has_aux=has_aux
@@ -140,17 +173,25 @@ def _on_last_rows(function: Callable, leaves: list, dots: list, spec: Any, has_a
         return last
     first = function(*tree_unflatten(part(slice(batch - rows)), spec))
     out, *aux = first if has_aux else (first,)
-    joined = [_joined(a, b) for a, b in zip((out, *aux), (last[0], *last[2:]), strict=True)]
+    joined = [_joined(a, b, (batch - rows, rows)) for a, b in zip((out, *aux), (last[0], *last[2:]), strict=True)]
     return joined[0], last[1], *joined[1:]
 
 
-def _joined(first: Any, last: Any) -> Any:
-    """Two trees of outputs, tensors joined along the samples."""
+def _has_samples(x: Any) -> bool:
+    """Whether x is a tensor with a first dimension."""
+    return isinstance(x, Tensor) and x.ndim > 0
+
+
+def _joined(first: Any, last: Any, samples: tuple[int, int]) -> Any:
+    """Two trees of outputs, tensors joined along the samples. Errors: `InputError` if one has other numbers of them."""
     one, spec = tree_flatten(first)
     two, _ = tree_flatten(last)
-    return tree_unflatten(
-        [torch.cat(pair) if isinstance(pair[0], Tensor) else pair[1] for pair in zip(one, two, strict=True)], spec
-    )
+    pairs = list(zip(one, two, strict=True))
+    for pair in pairs:
+        if isinstance(pair[0], Tensor) and tuple(len(x) if x.ndim else 0 for x in pair) != samples:
+            shapes = [list(x.shape) for x in pair]
+            raise InputError(f"pmf.jvp: with rows outputs must have {samples} samples in two calls, got {shapes}")
+    return tree_unflatten([torch.cat(pair) if isinstance(pair[0], Tensor) else pair[1] for pair in pairs], spec)
 
 
 def rule(function: Callable) -> Callable[[Rule], Rule]:

@@ -237,8 +237,8 @@ def fitted(dot: Tensor, value: Tensor) -> Tensor:
     """
     if dot.dtype == value.dtype and dot.shape == value.shape and dot.stride() == value.stride():
         return dot
-    if 0 in value.stride():  # an expanded tensor has no memory of its own to write to
-        return dot.to(value.dtype).expand(value.shape)
+    if 0 in value.stride():  # an expanded tensor has no memory of its own to write to; its views fit contiguous ones
+        return dot.to(value.dtype).expand(value.shape).contiguous()
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device).copy_(dot)
 
 
@@ -272,6 +272,22 @@ def views_of_still(out: Any, x: Any, again: Callable[[Tensor], Any]) -> Any:
     view = DualTensor(out, None)
     view._viewed, view._view = x, again
     return view
+
+
+def standing_still(x: Any) -> list[DualTensor]:
+    """The DualTensors without tangent that are x, or in the lists and tuples in x."""
+    if type(x) is DualTensor:
+        return [x] if x.tangent is None else []
+    return [one for part in x for one in standing_still(part)] if isinstance(x, (tuple, list)) else []
+
+
+def start_viewed(out: Any, given: list[DualTensor]) -> bool:
+    """Start those of the given that `out` has views of; whether there are any. Outside of a call nothing starts."""
+    memory = {storage_id(x) for x in tree_leaves(out) if can_move(x)} if given and _calls.open else ()
+    viewed = [x for x in given if storage_id(x.value) in memory]
+    for x in viewed:
+        x.start()
+    return bool(viewed)
 
 
 def moves(x: Any) -> bool:

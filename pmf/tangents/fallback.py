@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import types
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from pmf.dual import Dual
 from pmf.errors import InputError, first_line
 from pmf.private import (
     FUNCTION_NAMESPACES,
+    forward_mode,
     is_aten,
     is_zero_tensor,
     storage_id,
@@ -24,6 +26,15 @@ from pmf.private import (
     version,
 )
 from pmf.tangents.rules import can_move, is_dual, name_of
+
+FORWARD_MODE = threading.RLock()
+"""PyTorch counts the levels of forward mode for all threads together."""
+
+
+def forward_mode_around() -> bool:
+    """Whether forward mode is active that no other thread has begun here."""
+    with FORWARD_MODE:
+        return forward_mode()
 
 
 def _never(*tensors: Any) -> bool:
@@ -80,6 +91,7 @@ def shares_memory(out: Any, *arguments: Any) -> bool:
 
 def tangents_by_torch_func(function: Callable, out: Any, args: tuple, kwargs: dict) -> Any:
     """The tangents of `out = function(*args, **kwargs)`, by computing it again under `torch.func.jvp`."""
+    before = versions(args, kwargs)
     leaves, spec = tree_flatten((args, kwargs), is_leaf=is_dual)
     places = [i for i, x in enumerate(leaves) if is_dual(x)]
 
@@ -92,7 +104,7 @@ def tangents_by_torch_func(function: Callable, out: Any, args: tuple, kwargs: di
 
     try:
         # Flash attention has no forward mode, its mathematics has; torch 2.11 has none in inference mode.
-        with sdpa_kernel(SDPBackend.MATH), torch.inference_mode(False), torch.no_grad():
+        with FORWARD_MODE, sdpa_kernel(SDPBackend.MATH), torch.inference_mode(False), torch.no_grad():
             leaves = [x.map(_ordinary) if is_dual(x) else _ordinary(x) for x in leaves]
             moving: list[Dual] = [leaves[i] for i in places]
             primals, tangents = tuple(x.value.detach() for x in moving), tuple(x.dot for x in moving)
@@ -101,6 +113,8 @@ def tangents_by_torch_func(function: Callable, out: Any, args: tuple, kwargs: di
         raise InputError(
             f"pmf.jvp: {name_of(function)} has no rule, and torch.func.jvp fails: {first_line(error)}"
         ) from error
+    if mutated(args, kwargs, before):
+        raise InputError(f"pmf.jvp: {name_of(function)} has no rule and writes to its arguments")
     return _arranged(out, iter(dots))
 
 

@@ -10,7 +10,17 @@ import torch
 
 from pmf.errors import InputError
 from pmf.private import tree_leaves, unseen_by_selective_checkpoints
-from pmf.tangents.carriers import CARRIERS, carrier, duals_of, give, moves, values_of, views_of_still
+from pmf.tangents.carriers import (
+    CARRIERS,
+    carrier,
+    duals_of,
+    give,
+    moves,
+    standing_still,
+    start_viewed,
+    values_of,
+    views_of_still,
+)
 from pmf.tangents.fallback import (
     composite_body,
     is_torch,
@@ -38,10 +48,15 @@ def ruled(rule: Rule) -> Handler:
         out = function(*values_of(args), **values_of(kwargs))
         if not has_tangent(out):
             return out
-        if not (moves(args) or moves(kwargs)):
+        moving = moves(args) or moves(kwargs)
+        at_rest = standing_still((*args, *kwargs.values()))
+        if len(at_rest) == 1 and not moving:
             given, named = _first_by_position(args, dict(kwargs))
-            rest, named = values_of(given[1:]), values_of(named)
-            return views_of_still(out, given[0], lambda dot: function(dot, *rest, **named)) if given else out
+            if given and given[0] is at_rest[0]:
+                rest, named = values_of(given[1:]), values_of(named)
+                return views_of_still(out, given[0], lambda dot: function(dot, *rest, **named))
+        if not (start_viewed(out, at_rest) or moving):
+            return out
         with torch.no_grad(), nullcontext() if torch.compiler.is_compiling() else unseen_by_selective_checkpoints():
             duals, named = _first_by_position(duals_of(args), duals_of(kwargs))
             dots = rule(out, *duals, **named)

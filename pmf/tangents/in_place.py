@@ -32,13 +32,16 @@ RESHAPING = "resize_ resize_as_ set_ squeeze_ unsqueeze_ transpose_ swapaxes_ sw
 
 
 def _target(function: Callable, args: tuple, kwargs: dict) -> Any:
-    """The carrier that is written to. Errors: `InputError` if it is an ordinary tensor."""
-    target = args[0] if args else kwargs.get("input")
+    """The carrier that is written to. Errors: `InputError` if it is an ordinary tensor, or overlaps itself."""
+    target: Any = args[0] if args else kwargs.get("input")
     if type(target) not in CARRIERS:
         raise InputError(
             f"pmf.jvp: {name_of(function)} writes a moving value into a tensor that does not move; "
             "expected one made like a moving tensor (x.new_zeros(...), torch.empty_like(x))"
         )
+    sizes = zip(target.value.shape, target.value.stride(), strict=True)
+    if not torch.compiler.is_compiling() and sum((n - 1) * step for n, step in sizes) + 1 < target.value.numel():
+        raise InputError(f"pmf.jvp: {name_of(function)} writes to a tensor that overlaps itself; expected its clone()")
     return target
 
 
@@ -106,7 +109,8 @@ def _fill(function: Callable, args: tuple, kwargs: dict) -> Any:
     _done(function, args, kwargs)
     with torch.no_grad():
         dot = source.tangent if type(source) in CARRIERS else None
-        _write(function, target, None if dot is None else dot.expand(target.value.shape))
+        # A number may be an element of the target itself.
+        _write(function, target, None if dot is None else (dot if dot.ndim else dot.clone()).expand(target.value.shape))
     return target
 
 

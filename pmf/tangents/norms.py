@@ -6,12 +6,14 @@ move; where they do, `torch.func.jvp` computes the tangent.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pmf.tangents.fallback import tangents_by_torch_func
 from pmf.tangents.handlers import ruled
 from pmf.tangents.rules import HANDLERS, TRACED, Rule, is_dual, named
 
@@ -71,12 +73,14 @@ def _standardised(x: Tensor, dot: Tensor, dims: list[int], eps: float, *, centre
     return rstd * (dot - n * (n * dot).mean(dims, keepdim=True))
 
 
-def _running_norm(first: int) -> Rule:
+def _running_norm(function: Callable, first: int) -> Rule:
     """The rule of batch norm (first = 0) and instance norm (first = 2): dimension `first` and the spatial ones."""
 
     def rule(out, input, weight, bias, running_mean, running_var, by_batch, momentum, eps, cudnn_enabled):
         if not _fits(input, weight, bias, running_mean, running_var):
-            return NotImplemented
+            running = (None, None) if by_batch else (running_mean, running_var)  # the value has updated them
+            given = input, weight, bias, *running, by_batch, momentum, eps, cudnn_enabled
+            return tangents_by_torch_func(function, out, given, {})
         x, dot = (part.to(out.dtype) for part in input)
         if by_batch:
             dot = _standardised(x, dot, sorted({first, *range(2, x.ndim)}), eps)
@@ -94,8 +98,9 @@ for _name, _rule in (
     ("layer_norm", _layer_norm),
     ("group_norm", _group_norm),
     ("rms_norm", _rms_norm),
-    ("batch_norm", _running_norm(0)),
-    ("instance_norm", _running_norm(2)),
 ):
     for _function in named(_name):
         HANDLERS[_function] = ruled(_rule)
+for _name, _first in (("batch_norm", 0), ("instance_norm", 2)):
+    for _function in named(_name):
+        HANDLERS[_function] = ruled(_running_norm(_function, _first))

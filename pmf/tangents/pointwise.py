@@ -72,6 +72,7 @@ BY_INPUT: dict[str, Callable[..., Tensor]] = {
     "square": lambda dot, x: 2 * x * dot,
     "frac": lambda dot, x: dot.clone(),
     "abs": lambda dot, x: dot * x.sgn(),
+    "sgn": lambda dot, x: torch.zeros_like(dot),
     "absolute": lambda dot, x: dot * x.sgn(),
 }
 BY_OUTPUT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pmf.private import grouped_mm
 from pmf.tangents.handlers import ruled
 from pmf.tangents.rules import HANDLERS, Rule, is_dual, multilinear, named, value
 
@@ -29,6 +30,7 @@ for _names, _second in PRODUCTS.items():
 for _name, _spatial in WEIGHTED.items():
     for _function in named(_name):
         HANDLERS[_function] = ruled(multilinear(_function, FIRST, (1, "weight"), added=(2, "bias"), spatial=_spatial))
+HANDLERS[grouped_mm] = ruled(multilinear(grouped_mm, FIRST, (1, "mat2")))
 
 
 def _scaled(x: Any, alpha: Any) -> Tensor | None:

@@ -24,6 +24,15 @@ numpy resize resize_as share_memory_ storage storage_type to_dense to_mkldnn to_
 """
 """They hand the numbers to code that knows no tangents."""
 
+NOT_DIFFERENTIABLE = """
+airy_ai bessel_j0 bessel_j1 bessel_y0 bessel_y1 chebyshev_polynomial_t chebyshev_polynomial_u chebyshev_polynomial_v
+chebyshev_polynomial_w hermite_polynomial_h hermite_polynomial_he laguerre_polynomial_l legendre_polynomial_p
+modified_bessel_i0 modified_bessel_i1 modified_bessel_k0 modified_bessel_k1 scaled_modified_bessel_k0
+scaled_modified_bessel_k1 shifted_chebyshev_polynomial_t shifted_chebyshev_polynomial_u shifted_chebyshev_polynomial_v
+shifted_chebyshev_polynomial_w spherical_bessel_j0
+"""
+"""Functions of torch.special."""
+
 # Dynamo cannot hash what reads a Python property, so those have no entry; `unknown` refuses them.
 for _name, _member in inspect.getmembers(Tensor, inspect.isgetsetdescriptor):
     _getter, _setter = getattr(_member, "__get__", None), getattr(_member, "__set__", None)
@@ -36,4 +45,6 @@ for _function in named(*ASKING.split()):
 for _name in LOSING.split():
     if hasattr(Tensor, _name) and callable(getattr(Tensor, _name)):
         HANDLERS[getattr(Tensor, _name)] = refused("its tangent would be lost; expected torch functions")
+for _name in NOT_DIFFERENTIABLE.split():
+    HANDLERS[getattr(torch.special, _name)] = refused("PyTorch does not differentiate it, and would give zeros")
 HANDLERS[torch.autograd.grad] = HANDLERS[torch.autograd.backward] = refused("expected no backward pass in the network")

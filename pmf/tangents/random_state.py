@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,32 +10,32 @@ import torch
 from torch import Tensor
 
 
-def _restore(cpu: Tensor, gpus: dict[torch.device, Tensor]) -> None:
-    torch.set_rng_state(cpu)
-    for device, state in gpus.items():
-        torch.cuda.set_rng_state(state, device)
-
-
-def _states(gpus: Iterable[torch.device]) -> tuple[Tensor, dict[torch.device, Tensor]]:
-    return torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in gpus}
+def _generators(arguments: list) -> list[torch.Generator]:
+    """Those among the arguments, and the default ones of the CPU and of the GPUs of the tensors among them."""
+    gpus = {x.device.index for x in arguments if isinstance(x, Tensor) and x.is_cuda}
+    given = [x for x in arguments if isinstance(x, torch.Generator)]
+    return [torch.default_generator, *(torch.cuda.default_generators[i] for i in gpus), *given]
 
 
 @contextmanager
 def replayed(arguments: list) -> Iterator[Callable[..., Any]]:
     """Give `replay(function, ...)`, which calls a function with the generators as they were on entry.
 
-    The generators are those of the CPU and of the GPUs of the tensors among `arguments`. Afterwards they go on as if
-    that call had not been.
+    Afterwards they go on as if that call had not been.
     """
-    gpus = {x.device for x in arguments if isinstance(x, Tensor) and x.is_cuda}
-    before = _states(gpus)
+    generators = _generators(arguments)
+    before = [one.get_state() for one in generators]
+
+    def restore(states: list[Tensor]) -> None:
+        for one, state in zip(generators, states, strict=True):
+            one.set_state(state)
 
     def replay(function: Callable, *args: Any, **kwargs: Any) -> Any:
-        after = _states(gpus)
-        _restore(*before)
+        after = [one.get_state() for one in generators]
+        restore(before)
         try:
             return function(*args, **kwargs)
         finally:
-            _restore(*after)
+            restore(after)
 
     yield replay

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from pmf.dual import Dual
-from pmf.tangents.handlers import made_like, ruled, still
+from pmf.errors import InputError
+from pmf.tangents.handlers import by_torch_func, made_like, refused, ruled, still
 from pmf.tangents.rules import (
     HANDLERS,
     Rule,
+    argument,
     getter,
     is_dual,
     jointly_linear,
@@ -24,7 +26,7 @@ from pmf.tangents.rules import (
 
 LINEAR = """
 __getitem__ __neg__ __pos__
-adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adjoint as_strided avg_pool1d avg_pool2d avg_pool3d
+adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adjoint avg_pool1d avg_pool2d avg_pool3d
 bfloat16 broadcast_to channel_shuffle chunk clone col2im conj conj_physical contiguous cpu cuda cumsum diag diag_embed
 diagonal double dsplit expand fft fft2 fftn fftshift flatten flip fliplr flipud float gather half hfft hfft2 hfftn
 hsplit ifft ifft2 ifftn ifftshift ihfft ihfft2 ihfftn im2col imag index_select irfft irfft2 irfftn mH mT masked_select
@@ -48,7 +50,7 @@ TOGETHER = "atleast_1d atleast_2d atleast_3d broadcast_tensors cartesian_prod me
 """Linear in all arguments."""
 
 ZERO = """
-bernoulli ceil detach detach_copy fix floor floor_divide heaviside new_tensor round sgn sign trunc
+bernoulli ceil detach detach_copy fix floor floor_divide heaviside new_tensor round sign trunc
 """
 """Piecewise constant, or cut from the tangent as under `torch.func.jvp`."""
 
@@ -96,8 +98,9 @@ def _fill(function: Callable) -> Rule:
     """The rule of `masked_fill` and `index_fill` by a number: zero there."""
 
     def rule(out, x, *args, **kwargs):
-        *places, filled = args if "value" not in kwargs else (*args, kwargs["value"])
-        if not is_dual(x) or isinstance(filled, Tensor) or is_dual(filled):
+        given = [*args, *kwargs.values()]
+        places, filled = given[:-1], given[-1]
+        if not is_dual(x) or kwargs.keys() - {"value"} or isinstance(filled, Tensor) or is_dual(filled):
             return NotImplemented
         return function(x.dot, *places, 0)
 
@@ -113,6 +116,21 @@ def _pad(function: Callable) -> Rule:
 
 def _constant_pad(function: Callable) -> Rule:
     return lambda out, x, pad, value=0: function(x.dot, pad, 0)
+
+
+def _as_strided(function: Callable) -> Rule:
+    """The storage offset counts from the start of the memory, in which the tangent may lie elsewhere."""
+
+    def rule(out, x, size, stride, storage_offset=None):
+        offset = x.dot.storage_offset() + out.storage_offset() - x.value.storage_offset()
+        if x.dot.stride() != x.value.stride():
+            raise InputError("pmf.jvp: as_strided got a moving value that is expanded; expected a contiguous one")
+        try:
+            return function(x.dot, size, stride, offset)
+        except RuntimeError as error:
+            raise InputError("pmf.jvp: as_strided reads beyond the tensor that moves; expected places in it") from error
+
+    return rule
 
 
 JOINT: dict[str, tuple[tuple[int, str], ...]] = {
@@ -137,8 +155,15 @@ def _register(names: str, rule_of: Callable[[Callable], Rule]) -> None:
 
 def _scatter(function: Callable) -> Rule:
     """Linear in input and source together, unless it reduces."""
-    linear = jointly_linear(function, (0, "input"), (3, "src"))
+    linear = jointly_linear(function, (0, "input"), (3, "src"), (4, "value"))
     return lambda out, *args, **kwargs: NotImplemented if "reduce" in kwargs else linear(out, *args, **kwargs)
+
+
+def _scatter_reduce(function: Callable, args: tuple, kwargs: dict) -> Any:
+    """By `torch.func.jvp`, which is wrong for products."""
+    if argument(args, kwargs, (4, "reduce")) == "prod":
+        return refused("expected no product: torch.func.jvp is wrong there")(function, args, kwargs)
+    return by_torch_func(function, args, kwargs)
 
 
 def _view(view: Callable, args: tuple, kwargs: dict) -> Any:
@@ -150,12 +175,15 @@ def _view(view: Callable, args: tuple, kwargs: dict) -> Any:
 _VIEW = ruled(linear_in_first(Tensor.view))
 HANDLERS[Tensor.view] = _view
 _register("scatter", _scatter)
+for _function in named("scatter_reduce"):
+    HANDLERS[_function] = _scatter_reduce
 _register(LINEAR, linear_in_first)
 _register(LIKE, _like)
 _register(STACKING, _stacking)
 _register("masked_fill index_fill", _fill)
 _register("pad", _pad)
 _register("constant_pad_nd", _constant_pad)
+_register("as_strided", _as_strided)
 _register(TOGETHER, _together)
 for _name, _slots in JOINT.items():
     for _function in named(_name):

@@ -1,4 +1,4 @@
-"""What wraps a network: autograd.Functions, activation checkpointing, DDP and FSDP2."""
+"""What wraps a network: autograd.Functions, backward hooks, activation checkpointing, DDP and FSDP2."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pmf.tangents.handlers import refused, ruled
 from pmf.tangents.rules import HANDLERS, Handler, is_dual
 
 
-def _passed_on(out: tuple, owner: Any, *inputs: Any) -> tuple:
-    """The rule of a Function that returns its inputs."""
-    return tuple(x.dot if is_dual(x) else None for x in inputs)
+def _passed_on(out: tuple, *args: Any) -> tuple:
+    """The rule of a Function that returns its last arguments."""
+    return tuple(x.dot if is_dual(x) else None for x in args[len(args) - len(out) :])
 
 
 def _named(function: type, apply: Callable) -> Callable:

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 import pmf
 from pmf import layers, ops
 from pmf.counting import saved_bytes
+from tests.pmf.jvp_checks import drawn
 
 
 class Block(nn.Module):
@@ -160,3 +161,19 @@ def test_functions_that_networks_call_compile(function, given):
 def test_a_function_that_compilers_cannot_follow_is_named(function, given, message):
     with pytest.raises(Exception, match=message):
         compiled(function, *given)
+
+
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_backward_hooks_of_a_submodule(register):
+    def network():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 6), nn.SiLU(), nn.Linear(6, 6)).double()
+
+    plain, hooked = network(), network()
+    getattr(hooked[1], register)(lambda module, *gradients: (2 * gradients[0][0],))
+    x, v = drawn(3, 6).requires_grad_(), drawn(3, 6, seed=1)
+    out, dot = pmf.jvp(hooked, (x,), (v,))
+    assert torch.equal(out, plain(x))
+    torch.testing.assert_close(dot, torch.func.jvp(plain, (x.detach(),), (v,))[1])
+    (got,), (expected,) = torch.autograd.grad(out.sum(), x), torch.autograd.grad(hooked(x).sum(), x)
+    assert torch.equal(got, expected)

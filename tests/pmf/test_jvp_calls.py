@@ -1,0 +1,104 @@
+"""`pmf.jvp` as a call: what goes in and comes out, and several threads at once."""
+
+import dataclasses
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import pmf
+from pmf import InputError
+from tests.pmf.jvp_checks import F64, drawn
+
+
+@dataclasses.dataclass
+class Output:
+    sample: torch.Tensor
+
+
+class Held:
+    __slots__ = ("sample",)
+
+    def __init__(self, sample):
+        self.sample = sample
+
+
+@pytest.mark.parametrize(
+    "function",
+    [Output, Held, lambda x: {x}, lambda x: (x * i for i in range(2)), lambda x: [Output([{"a": x}])]],
+    ids=["dataclass", "slots", "set", "generator", "nested"],
+)
+def test_outputs_that_would_hide_tangents_are_refused(function):
+    with pytest.raises(InputError, match=r"the function returned .*; expected tensors, or lists, tuples and dicts"):
+        pmf.jvp(function, (drawn(3),), (1,))
+    assert pmf.jvp(lambda x: (x, function(x)), (drawn(3),), (1,), has_aux=True)[1].sum() == 3
+
+
+@pytest.mark.parametrize(
+    ("primal", "tangent", "message"),
+    [
+        (drawn(3), torch.complex(drawn(3), drawn(3)), "tangent of a real primal must be real, got torch.complex128"),
+        (drawn(3), 1j, "tangent of a real primal must be real, got complex"),
+        (drawn(3), drawn(3).to("meta"), "device and layout of its primal, cpu and torch.strided, got meta"),
+        (drawn(3), drawn(3).to_sparse(), "got cpu and torch.sparse_coo"),
+        (drawn(3).to_sparse(), 1, "primal with tangent must be dense, got .* torch.sparse"),
+        (torch.nested.nested_tensor([drawn(3)], layout=torch.jagged), 1, "primal with tangent must be dense"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_tangents_that_do_not_fit_are_named(primal, tangent, message):
+    with pytest.raises(InputError, match=message):
+        pmf.jvp(torch.sin, (primal,), (tangent,))
+
+
+@pytest.mark.parametrize("rows", ["2", 2.0])
+def test_rows_must_be_a_number(rows):
+    with pytest.raises(InputError, match="rows must be an int, got"):
+        pmf.jvp(torch.sin, (drawn(3),), (drawn(2),), rows=rows)
+
+
+@pytest.mark.parametrize("function", [torch.sum, lambda x: x.sum(0), lambda x: (x, x.mean())])
+def test_outputs_without_samples_cannot_be_joined(function):
+    with pytest.raises(InputError, match=r"with rows outputs must have \(2, 3\) samples in two calls, got"):
+        pmf.jvp(function, (drawn(5, 4),), (drawn(3, 4),), rows=3)
+
+
+def test_rows_with_tangents_that_are_numbers_or_of_scalars():
+    z, t, s = drawn(4, 2), drawn(4, seed=1), torch.tensor(0.5, dtype=F64)
+
+    def function(z, t, s):
+        return z * t[:, None] * s
+
+    all_rows = pmf.jvp(function, (z, t, s), (1, 1, s))[1]
+    torch.testing.assert_close(pmf.jvp(function, (z, t, s), (1, 1, s), rows=3)[1], all_rows[1:])
+    torch.testing.assert_close(pmf.jvp(function, (z, t, s), (1, 1, 0.5), rows=3)[1], all_rows[1:])
+
+
+def test_views_of_expanded_primals():
+    x, v = drawn(6).expand(2, 3, 6), drawn(3, 2, 6, seed=2).transpose(0, 1)
+    out, dot = pmf.jvp(lambda x: x.view(6, 6), (x,), (v,))
+    assert torch.equal(out, x.reshape(6, 6)) and torch.equal(dot, v.reshape(6, 6))
+
+
+def test_calls_of_several_threads():
+    def function(x):
+        return F.elu(x) * torch.zeros_like(x).add_(x) * torch.erf(x)
+
+    expected = [torch.func.jvp(function, (drawn(4, seed=i),), (drawn(4, seed=9),)) for i in range(4)]
+    wrong = []
+
+    def run(i):
+        try:
+            for _ in range(100):
+                out, dot = pmf.jvp(function, (drawn(4, seed=i),), (drawn(4, seed=9),))
+                torch.testing.assert_close((out, dot), expected[i], rtol=1e-12, atol=1e-12)
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
