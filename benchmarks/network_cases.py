@@ -113,5 +113,6 @@ def network_case(size: str, batch: int, device: torch.device) -> Case:
     """The step of one network; the UNet has no explicit duals, as no layer with tangents has a convolution."""
     ways = {name: way for name, way in WAYS.items() if "DiT" in size or way is not explicit}
     providers = {name: partial(meanflow_step, size, batch, device, way) for name, way in ways.items()}
-    tests = {"": "pmf/test_jvp.py", "explicit": "pmf/test_ops.py"}
+    attention, norm = "kernels/test_attention.py", "kernels/test_norm.py"
+    tests = {"": "pmf/test_jvp.py", "pmf.jvp": attention, "duals": attention, "explicit": norm}
     return Case(f"MeanFlow {size} batch {batch}", providers, tests)

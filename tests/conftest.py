@@ -60,3 +60,12 @@ def away_from_the_checkout(monkeypatch):
     """Keep diffusers and transformers from taking the folder `kernels` for the package of that name."""
     root = Path(__file__).parents[1]
     monkeypatch.setattr(sys, "path", [path for path in sys.path if Path(path).resolve() != root])
+
+
+@pytest.fixture
+def one_thread():
+    """On a busy machine, threads that wait for one another would be measured."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -44,7 +44,9 @@ def jvp(
     Returns (out, out_dot), with has_aux (out, out_dot, aux). out_dot has the structure of out; it is zero where
     nothing moves, and None for leaves that are not tensors.
 
-    Numerics: values are those of `function(*primals)` bit by bit; tangents are computed in the dtypes of their values.
+    Numerics: values are those of `function(*primals)` bit by bit, except that PyTorch's fused inference path of
+    nn.MultiheadAttention and nn.TransformerEncoderLayer (in eval, without gradients) is not taken and rounds otherwise;
+    tangents are computed in the dtypes of their values.
     Inside, a value that moves is a Tensor with a second one beside it. Cut from the tangent, as under torch.func.jvp:
     `detach()`, `data`, `item()`.
 

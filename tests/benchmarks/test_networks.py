@@ -67,15 +67,6 @@ def test_steps_hold_no_more_than_flow_matching(size):
         assert peak[way] <= 1.25 * peak[PLAIN] < 0.5 * peak[JOINT]
 
 
-@pytest.fixture
-def one_thread():
-    """On a busy machine, threads that wait for one another would be measured."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("size", SMALL)
 def test_pmf_jvp_takes_at_most_nine_tenths_of_the_joint_jvp(size):

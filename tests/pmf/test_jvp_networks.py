@@ -108,6 +108,7 @@ def test_tangent_gradients_and_bytes_of_an_unmodified_network(kind):
     assert (got - wanted).norm() < 1e-9 * wanted.norm()
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_a_step_takes_at_most_nine_tenths_of_the_time_of_a_joint_jvp(kind):
     """0.44 to 0.70 where this was written; the runs take turns, so load on the machine slows both."""
