@@ -67,8 +67,9 @@ class Job:
         if self.suite == "ops":
             found = op_cases(self.size, self.batch, device) if self.size in MODELS else long_attention_cases(device)
         else:
-            make = {"steps": step_case, "sampling": sampling_case, "memory": largest_batch_case}
-            found = [make.get(self.suite, network_case)(self.size, self.batch, device)]
+            makers = {"steps": step_case, "sampling": sampling_case, "memory": largest_batch_case}
+            makers["networks"] = network_case
+            found = [makers[self.suite](self.size, self.batch, device)]
         return {case.name: case for case in found}
 
     def tests(self) -> set[str]:
