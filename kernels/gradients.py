@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
-from pmf.private import transforming
+from pmf.private import apply_without_transforms, transforming
 
 
 def nested_forward_mode(op: str) -> RuntimeError:
@@ -53,9 +53,16 @@ class _Underivable(torch.autograd.Function):
         return tuple(map(torch.stack, zip(*found, strict=True))), (0,) * len(found[0])
 
 
+def unrecorded_without_grad(outputs):
+    """A Function's outputs. Where gradients are off, they are detached: PyTorch records Functions in transforms."""
+    if torch.is_grad_enabled():
+        return outputs
+    return outputs.detach() if isinstance(outputs, Tensor) else tuple(x.detach() for x in outputs)
+
+
 def underivable(function: Callable, op: str | Callable[..., str], *arguments):
     """`function(*arguments)`, gradients of `op` (or of the op that `op(*arguments)` names), without derivatives."""
-    return _Underivable.apply(function, op, *arguments)
+    return unrecorded_without_grad(_Underivable.apply(function, op, *arguments))
 
 
 def _views(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -86,14 +93,24 @@ class _Once(torch.autograd.Function):
         return _Once.apply(op, *tensors), in_dims[1:]
 
 
-@functools.cache
-def _hook(op: str) -> Callable:
+class _Anchor(torch.autograd.Function):
+    """(*tensors) -> an empty tensor that depends on them and keeps nothing of them."""
+
+    @staticmethod
+    def forward(ctx, *tensors: Tensor) -> Tensor:
+        return tensors[0].new_empty(0)
+
+
+_anchor = apply_without_transforms(_Anchor)
+
+
+def _hook(op: str, *anchors: Tensor) -> Callable:
     """A hook that makes the gradients of a node `underivable`, if autograd records them."""
 
     def hook(gradients, given):
         if not torch.is_grad_enabled():
             return None
-        there = [x for x in (*gradients, *given) if x is not None]  # those given, as a library may record nothing
+        there = [x for x in (*gradients, *given, *anchors) if x is not None]
         marked = iter(underivable(_views, op, *there))
         return tuple(None if x is None else next(marked) for x in gradients)
 
@@ -115,5 +132,7 @@ def differentiable_once(
     outputs = function(*inputs, *others, **options)
     node = outputs[0].grad_fn
     if node is not None:
-        node.register_hook(_hook(op))
+        # A library's own Function may record nothing in its backward.
+        anchors = (_anchor(*inputs),) if isinstance(node, BackwardCFunction) else ()
+        node.register_hook(_hook(op, *anchors))
     return outputs

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from pmf.errors import no_vmap
-from pmf.kernels.gradients import nested_forward_mode, underivable
+from pmf.kernels.gradients import nested_forward_mode, underivable, unrecorded_without_grad
 from pmf.kernels.launching import launch as launch
 from pmf.private import FakeTensor, apply_without_transforms, intercepted, ordinary
 
@@ -245,7 +245,7 @@ def differentiable(name: str, op: str, forward: Operator, save: Callable, backwa
         if torch.compiler.is_compiling():
             return _asked_for(compiled_way(*arguments))
         if not _direct(arguments):
-            return _asked_for(long_way(*arguments))
+            return _asked_for(unrecorded_without_grad(long_way(*arguments)))
         if _elsewhere(arguments[0]):
             with torch.cuda.device(arguments[0].device):
                 return call(*arguments)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pmf.dual import Dual, tail, tangent_rows, total
+from pmf.private import forward_mode, transform_level
 from pmf.reference.tangent import accumulate
 
 
@@ -19,6 +20,14 @@ def _tokens(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(0, (-1, heads)).transpose(1, 2)
 
 
+def _softmax(scores: Tensor) -> Tensor:
+    """Over the last dimension. PyTorch's own gives tangents without gradient under forward_ad outside torch.func."""
+    if not forward_mode() or transform_level() is not None:
+        return torch.softmax(scores, -1)
+    weights = torch.exp(scores - scores.detach().amax(-1, keepdim=True))
+    return weights / weights.sum(-1, keepdim=True)
+
+
 def attention(q: Dual, k: Dual, v: Dual, *, scale: float) -> Dual:
     """o = softmax(scale q k^T) v, and its tangent; see `pmf.ops.attention`.
 
@@ -27,7 +36,7 @@ def attention(q: Dual, k: Dual, v: Dual, *, scale: float) -> Dual:
     """
     heads = q.value.shape[2]
     q_heads, k_heads, v_heads = (_heads(x.value) for x in (q, k, v))
-    p = torch.softmax(scale * accumulate(torch.bmm(q_heads, k_heads.mT)), -1)
+    p = _softmax(scale * accumulate(torch.bmm(q_heads, k_heads.mT)))
     mixed = torch.bmm(p.to(v_heads.dtype), v_heads)
     o = _tokens(mixed, heads)
 
