@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -241,15 +241,19 @@ def is_aten(function: Any) -> bool:
     return operator and str(function).startswith("aten")
 
 
+def unrecorded() -> AbstractContextManager:
+    """A context without gradients, unseen by selective checkpoints: their second run must meet the same operators."""
+    if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
+        return torch.no_grad()
+    return _unseen()
+
+
 @contextmanager
-def unseen_by_selective_checkpoints() -> Iterator[None]:
-    """Hide what is computed inside from selective checkpointing, whose second run must meet the same operators."""
+def _unseen() -> Iterator[None]:
     from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
-    if isinstance(_get_current_dispatch_mode(), torch.utils.checkpoint._CachingTorchDispatchMode):
-        with _disable_current_modes():
-            yield
-    else:
+    selective = isinstance(_get_current_dispatch_mode(), torch.utils.checkpoint._CachingTorchDispatchMode)
+    with torch.no_grad(), _disable_current_modes() if selective else nullcontext():
         yield
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,9 +27,9 @@ class DualTensor(Tensor):
 
     value: Tensor
     _tangent: Tensor | None
-    _view: Callable[[Tensor], Tensor] | None
+    _view: Callable[[Tensor], Tensor] | None = None
     """If this is a view of a DualTensor without tangent: the same view of the tangent that the other gets later."""
-    _viewed: DualTensor | None
+    _viewed: DualTensor | None = None
 
     @staticmethod
     def __new__(cls, value: Tensor, *dot: Tensor | None) -> DualTensor:
@@ -37,7 +37,7 @@ class DualTensor(Tensor):
         if len(dot) != 1:
             raise InputError("pmf.jvp: type(x) of a moving value makes no tensor; expected torch functions")
         made = make_shell(cls, value)
-        made.value, made._tangent, made._viewed, made._view = value, *dot, None, None
+        made.value, made._tangent = value, *dot
         if _calls.open:
             _calls.open[-1].append(weakref.ref(made))
         return made
@@ -189,12 +189,12 @@ def open_call() -> Iterator[None]:
 
 def propagate(function: Callable, args: tuple, kwargs: dict | None) -> Any:
     """The result of a torch function some of whose arguments are carriers."""
-    if not torch.compiler.is_compiling():
+    handler = None
+    if torch.compiler.is_compiling():
+        handler = TRACED_METHODS.get(getattr(function, "__name__", ""))
+    else:
         _check_surroundings(function)
-    name = getattr(function, "__name__", "") if torch.compiler.is_compiling() else ""
-    handler = TRACED_METHODS[name] if name in TRACED_METHODS else HANDLERS.get(function)
-    if handler is None:
-        handler = HANDLERS[None]
+    handler = handler or HANDLERS.get(function) or HANDLERS[None]
     return handler(function, args, {} if kwargs is None else kwargs)
 
 
@@ -325,6 +325,49 @@ def _rebuilt(like: Any, parts: list) -> Any:
     if all([a is b for a, b in zip(like, parts, strict=True)]):
         return like
     return type(like)(*parts) if hasattr(like, "_fields") else type(like)(parts)
+
+
+class Given(NamedTuple):
+    """The arguments of a function, without their carriers."""
+
+    values: list
+    duals: list
+    """With `Dual`s in place of the carriers that move, and the values of those that stand still."""
+    named_values: dict
+    named_duals: dict
+    at_rest: list[DualTensor]
+    """The DualTensors without tangent."""
+    moving: bool
+
+
+def given(args: tuple, kwargs: dict) -> Given:
+    """The parts of the arguments, in one pass: every call of every function takes it."""
+    values, duals, at_rest, moving = _split(args)
+    if not kwargs:
+        return Given(values, duals, {}, {}, at_rest, moving)
+    named = _split(kwargs.values())
+    named_values, named_duals = (dict(zip(kwargs, part, strict=True)) for part in named[:2])
+    return Given(values, duals, named_values, named_duals, at_rest + named[2], moving or named[3])
+
+
+def _split(arguments: Iterable[Any]) -> tuple[list, list, list[DualTensor], bool]:
+    values: list[Any] = []
+    duals: list[Any] = []
+    at_rest: list[DualTensor] = []
+    moving = False
+    for x in arguments:
+        value = dual = x
+        if type(x) in CARRIERS:
+            value, dot = x.value, x.tangent
+            dual = value if dot is None else Dual(value, dot)
+            moving = moving or dot is not None
+            at_rest += standing_still(x) if dot is None else ()
+        elif isinstance(x, (tuple, list, dict)):
+            value, dual, moving = values_of(x), duals_of(x), moving or moves(x)
+            at_rest += standing_still(x)
+        values.append(value)
+        duals.append(dual)
+    return values, duals, at_rest, moving
 
 
 def values_of(x: Any) -> Any:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from pmf.errors import InputError
-from pmf.private import tree_leaves, unseen_by_selective_checkpoints
+from pmf.private import tree_leaves, unrecorded
 from pmf.tangents.carriers import (
     CARRIERS,
     carrier,
-    duals_of,
     give,
+    given,
     moves,
-    standing_still,
     start_viewed,
     values_of,
     views_of_still,
@@ -45,20 +43,22 @@ def ruled(rule: Rule) -> Handler:
     def handle(function, args, kwargs):
         if kwargs.get("out") is not None:
             raise InputError(f"pmf.jvp: {name_of(function)} got a moving value and out=; expected no out")
-        out = function(*values_of(args), **values_of(kwargs))
+        parts = given(args, kwargs)
+        out = function(*parts.values, **parts.named_values)
         if not has_tangent(out):
             return out
-        moving = moves(args) or moves(kwargs)
-        at_rest = standing_still((*args, *kwargs.values()))
-        if len(at_rest) == 1 and not moving:
-            given, named = _first_by_position(args, dict(kwargs))
-            if given and given[0] is at_rest[0]:
-                rest, named = values_of(given[1:]), values_of(named)
-                return views_of_still(out, given[0], lambda dot: function(dot, *rest, **named))
-        if not (start_viewed(out, at_rest) or moving):
+        if parts.at_rest:
+            if len(parts.at_rest) == 1 and not parts.moving:
+                first, named = _first_by_position(args, dict(kwargs))
+                if first and first[0] is parts.at_rest[0]:
+                    rest, named = values_of(first[1:]), values_of(named)
+                    return views_of_still(out, first[0], lambda dot: function(dot, *rest, **named))
+            if start_viewed(out, parts.at_rest):
+                parts = given(args, kwargs)
+        if not parts.moving:
             return out
-        with torch.no_grad(), nullcontext() if torch.compiler.is_compiling() else unseen_by_selective_checkpoints():
-            duals, named = _first_by_position(duals_of(args), duals_of(kwargs))
+        with unrecorded():
+            duals, named = _first_by_position(parts.duals, parts.named_duals)
             dots = rule(out, *duals, **named)
             if dots is NotImplemented:
                 dots = tangents_by_torch_func(function, out, duals, named)
@@ -67,7 +67,7 @@ def ruled(rule: Rule) -> Handler:
     return handle
 
 
-def _first_by_position(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def _first_by_position(args: Sequence, kwargs: dict) -> tuple[Sequence, dict]:
     """The arguments, the first of them without its name: rules take it by position. An `out` of None is dropped."""
     kwargs.pop("out", None)
     for name in ("input", "tensors"):

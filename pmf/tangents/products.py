@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pmf.dual import Dual
 from pmf.private import grouped_mm
 from pmf.tangents.handlers import ruled
 from pmf.tangents.rules import HANDLERS, Rule, is_dual, multilinear, named, value
@@ -30,6 +31,8 @@ for _names, _second in PRODUCTS.items():
 for _name, _spatial in WEIGHTED.items():
     for _function in named(_name):
         HANDLERS[_function] = ruled(multilinear(_function, FIRST, (1, "weight"), added=(2, "bias"), spatial=_spatial))
+ADDED: dict[str, Callable] = {"addmm": torch.mm, "baddbmm": torch.bmm, "addmv": torch.mv, "addr": torch.outer}
+"""Sums beta x + alpha product(a, b), and their product."""
 HANDLERS[grouped_mm] = ruled(multilinear(grouped_mm, FIRST, (1, "mat2")))
 
 
@@ -38,6 +41,20 @@ def _scaled(x: Any, alpha: Any) -> Tensor | None:
     if not is_dual(x):
         return None
     return x.dot if type(alpha) in (int, float) and alpha == 1 else x.dot * alpha
+
+
+def _added(product: Callable) -> Rule:
+    """beta x_dot + alpha (a_dot b + a b_dot)."""
+
+    def rule(out, x, a, b, *, beta=1, alpha=1):
+        terms = [x.dot.expand(out.shape) * beta] if is_dual(x) and beta != 0 else []
+        if is_dual(a):
+            terms.append(_scaled(Dual(a.value, product(a.dot, value(b))), alpha))
+        if is_dual(b):
+            terms.append(_scaled(Dual(b.value, product(value(a), b.dot)), alpha))
+        return sum(terms[1:], terms[0]) if terms else torch.zeros_like(out)
+
+    return rule
 
 
 def _sum(sign: int, reverse: bool = False) -> Rule:
@@ -84,6 +101,11 @@ for _names, _rule in (
 ):
     for _function in named(*_names.split()):
         HANDLERS[_function] = ruled(_rule)
+
+
+for _name, _product in ADDED.items():
+    for _function in named(_name):
+        HANDLERS[_function] = ruled(_added(_product))
 
 
 def _einsum(function: Callable) -> Rule:

@@ -87,9 +87,8 @@ def values(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
 
 def moving_elsewhere(args: tuple, kwargs: dict, *slots: tuple[int, str]) -> bool:
     """Whether an argument moves that is at none of the slots."""
-    positions, names = [index for index, _ in slots], [name for _, name in slots]
-    positional = any([is_dual(x) and i not in positions for i, x in enumerate(args)])
-    return positional or any([is_dual(x) and name not in names for name, x in kwargs.items()])
+    places = (*enumerate(args), *kwargs.items())
+    return any([type(x) is Dual and all([place not in slot for slot in slots]) for place, x in places])
 
 
 def linear_in_first(function: Callable) -> Rule:

@@ -52,6 +52,11 @@ RULES = {  # of x [4, 6]
     "bias of a convolution": lambda x: F.conv1d(W, W[:, :, None].expand(6, 6, 1), x[0]),
     "bias of channels": lambda x: F.conv2d(x[None, None], W[:3, :3].expand(3, 1, 3, 3), x[0, :3]),
     "bias of a transposed convolution": lambda x: F.conv_transpose1d(x[None], W[:4, :, None].expand(4, 6, 2), x[1]),
+    "sum with a product": lambda x: (
+        torch.addmm(x[0], W, x.mT @ x, beta=0.5, alpha=2.0) + torch.addmm(W, W, x.mT @ W[:4])
+    ),
+    "sum with products": lambda x: torch.baddbmm(x, W[None, :4], (x.mT @ x)[None], beta=0.0)[0].addr(x[:, 0], x[1]),
+    "sum with a vector": lambda x: x[:, 0].addmv(x, W[0], alpha=3.0),
     "bias alone": bias_written_later,
     "selected": lambda x: x.where(EVEN, W[:4]) + W[:4].where(EVEN, x),
     "selected by keyword": lambda x: torch.where(condition=EVEN, input=x, other=W[:4]),
