@@ -81,6 +81,36 @@ def test_views_of_expanded_primals():
     assert torch.equal(out, x.reshape(6, 6)) and torch.equal(dot, v.reshape(6, 6))
 
 
+OVERLAPPING = {
+    "expanded": lambda: drawn(1, 6).expand(4, 6),
+    "windows": lambda: drawn(15).unfold(0, 6, 3),
+    "interleaved": lambda: drawn(20).as_strided((4, 6), (2, 2)),
+}
+
+
+@pytest.mark.parametrize(
+    "function", [torch.sin, torch.erf, lambda x: x.std(0), lambda x: (x * 1)[:, 1:].mul_(x[:, 1:])]
+)
+@pytest.mark.parametrize("kind", OVERLAPPING)
+def test_primals_whose_elements_share_memory_have_a_tangent_each(kind, function):
+    x, v = OVERLAPPING[kind](), drawn(4, 6, seed=2)
+    out, dot = pmf.jvp(function, (x,), (v,))
+    assert torch.equal(out, function(x))
+    expected = torch.func.jvp(function, (x.contiguous(),), (v,))[1]
+    torch.testing.assert_close(dot, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(0, 6), (0, 6, 2)])
+def test_empty_primals(shape):
+    def function(x):
+        y = torch.empty_like(x)
+        y[:, :3].copy_(F.group_norm(x, 2)[:, 3:]).mul_(2)
+        return y
+
+    out, dot = pmf.jvp(function, (drawn(*shape),), (1,))
+    assert out.shape == dot.shape == shape
+
+
 def test_calls_of_several_threads():
     def function(x):
         return F.elu(x) * torch.zeros_like(x).add_(x) * torch.erf(x)
