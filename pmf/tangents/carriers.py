@@ -30,6 +30,8 @@ class DualTensor(Tensor):
     _view: Callable[[Tensor], Tensor] | None
     """If this is a view of a DualTensor without tangent: the same view of the tangent that the other gets later."""
     _viewed: DualTensor | None
+    _call: list[weakref.ref] | None
+    """The open call of `pmf.jvp` that made this, also where another thread meets it."""
 
     @staticmethod
     def __new__(cls, value: Tensor, *dot: Tensor | None) -> DualTensor:
@@ -38,8 +40,9 @@ class DualTensor(Tensor):
             raise InputError("pmf.jvp: type(x) of a moving value makes no tensor; expected torch functions")
         made = make_shell(cls, value)
         made.value, made._tangent, made._viewed, made._view = value, *dot, None, None
-        if _calls.open:
-            _calls.open[-1].append(weakref.ref(made))
+        made._call = _calls.open[-1] if _calls.open else None
+        if made._call is not None:
+            made._call.append(weakref.ref(made))
         return made
 
     @property
@@ -59,7 +62,7 @@ class DualTensor(Tensor):
 
     def stop(self) -> None:
         """Act as the value alone from now on."""
-        self._tangent = self._viewed = self._view = None
+        self._tangent = self._viewed = self._view = self._call = None
 
     @staticmethod
     def __torch_function__(function, types, args=(), kwargs=None):
@@ -176,20 +179,36 @@ def open_call() -> Iterator[None]:
     """Inside the context values move; after it, what is left of them (in closures, say) acts as plain values."""
     if _calls.open:
         raise InputError("pmf.jvp: expected a function without pmf.jvp in it, got a nested call")
-    _calls.open.append([])
-    _calls.level, _calls.inference = transform_level(), torch.is_inference_mode_enabled()
+    call: list[weakref.ref] = []
     try:
-        yield
+        with _joined(call):
+            yield
     finally:
-        for reference in _calls.open.pop():
+        for reference in call:
             left = reference()
             if left is not None:
                 left.stop()
 
 
+@contextmanager
+def _joined(call: list[weakref.ref]) -> Iterator[None]:
+    """Inside the context this thread makes DualTensors of the call."""
+    _calls.open.append(call)
+    _calls.level, _calls.inference = transform_level(), torch.is_inference_mode_enabled()
+    try:
+        yield
+    finally:
+        _calls.open.pop()
+
+
 def propagate(function: Callable, args: tuple, kwargs: dict | None) -> Any:
     """The result of a torch function some of whose arguments are carriers."""
     if not torch.compiler.is_compiling():
+        if not _calls.open:  # another thread, or the call is over
+            calls = [x._call for x in _carriers(args, kwargs) if x._call is not None]
+            if calls:
+                with _joined(calls[0]):
+                    return propagate(function, args, kwargs)
         _check_surroundings(function)
     name = getattr(function, "__name__", "") if torch.compiler.is_compiling() else ""
     handler = TRACED_METHODS[name] if name in TRACED_METHODS else HANDLERS.get(function)

@@ -1,5 +1,6 @@
 """`pmf.jvp` as a call: what goes in and comes out, and several threads at once."""
 
+import concurrent.futures
 import dataclasses
 import threading
 
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 
 import pmf
 from pmf import InputError
-from tests.pmf.jvp_checks import F64, drawn
+from tests.pmf.jvp_checks import F64, compare, drawn
 
 
 @dataclasses.dataclass
@@ -132,3 +133,32 @@ def test_calls_of_several_threads():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def in_thread(function):
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+def viewed(x, run):
+    y = torch.zeros_like(x)
+    view = run(lambda: y[:2])
+    y.add_(x)
+    return view * 1
+
+
+@pytest.mark.parametrize("function", [viewed, lambda x, run: run(lambda: torch.erf(x) * x.sum())])
+def test_threads_of_the_function(function):
+    """torch.func.jvp loses tangents in them, so its function runs without."""
+    x, v = drawn(4), drawn(4, seed=1)
+    out, dot = pmf.jvp(lambda x: function(x, in_thread), (x,), (v,))
+    plain, expected = torch.func.jvp(lambda x: function(x, lambda part: part()), (x,), (v,))
+    assert torch.equal(out, plain)
+    torch.testing.assert_close(dot, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_tangents_of_the_threads_of_the_function_are_freed_with_the_call():
+    kept = []
+    pmf.jvp(lambda x: in_thread(lambda: kept.append(x.sin()) or x * 2), (drawn(3),), (drawn(3),))
+    assert kept[0].tangent is None
+    compare(lambda x: x * kept[0], [drawn(3)], [drawn(3, seed=1)])
