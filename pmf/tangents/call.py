@@ -13,9 +13,10 @@ from torch import Tensor
 from pmf.errors import InputError
 from pmf.private import forward_mode, operators_of, tree_broadcast, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from pmf.tangents import attention, in_place, norms, pointwise, products, queries, shapes, wrappers  # noqa: F401 (they register)
-from pmf.tangents.carriers import CARRIERS, carrier, fitted, open_call
+from pmf.tangents.carriers import CARRIERS, carrier, open_call
 from pmf.tangents.fallback import forward_mode_around
 from pmf.tangents.handlers import ruled
+from pmf.tangents.memory import fitted
 from pmf.tangents.rules import HANDLERS, Rule
 
 Number = int | float | complex

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from pmf.dual import Dual
 from pmf.errors import InputError
 from pmf.private import inside_function, make_shell, storage_id, transform_level, tree_leaves
+from pmf.tangents.memory import fitted
 from pmf.tangents.rules import HANDLERS, Handler, can_move, name_of
 
 
@@ -30,6 +31,8 @@ class DualTensor(Tensor):
     _view: Callable[[Tensor], Tensor] | None = None
     """If this is a view of a DualTensor without tangent: the same view of the tangent that the other gets later."""
     _viewed: DualTensor | None = None
+    _call: list[weakref.ref] | None = None
+    """The open call of `pmf.jvp` that made this, also where another thread meets it."""
 
     @staticmethod
     def __new__(cls, value: Tensor, *dot: Tensor | None) -> DualTensor:
@@ -39,7 +42,8 @@ class DualTensor(Tensor):
         made = make_shell(cls, value)
         made.value, made._tangent = value, *dot
         if _calls.open:
-            _calls.open[-1].append(weakref.ref(made))
+            made._call = call = _calls.open[-1]
+            call.append(weakref.ref(made))
         return made
 
     @property
@@ -59,7 +63,7 @@ class DualTensor(Tensor):
 
     def stop(self) -> None:
         """Act as the value alone from now on."""
-        self._tangent = self._viewed = self._view = None
+        self._tangent = self._viewed = self._view = self._call = None
 
     @staticmethod
     def __torch_function__(function, types, args=(), kwargs=None):
@@ -176,15 +180,26 @@ def open_call() -> Iterator[None]:
     """Inside the context values move; after it, what is left of them (in closures, say) acts as plain values."""
     if _calls.open:
         raise InputError("pmf.jvp: expected a function without pmf.jvp in it, got a nested call")
-    _calls.open.append([])
+    call: list[weakref.ref] = []
+    try:
+        with _joined(call):
+            yield
+    finally:
+        for reference in call:
+            left = reference()
+            if left is not None:
+                left.stop()
+
+
+@contextmanager
+def _joined(call: list[weakref.ref]) -> Iterator[None]:
+    """Inside the context this thread makes DualTensors of the call."""
+    _calls.open.append(call)
     _calls.level, _calls.inference = transform_level(), torch.is_inference_mode_enabled()
     try:
         yield
     finally:
-        for reference in _calls.open.pop():
-            left = reference()
-            if left is not None:
-                left.stop()
+        _calls.open.pop()
 
 
 def propagate(function: Callable, args: tuple, kwargs: dict | None) -> Any:
@@ -193,6 +208,11 @@ def propagate(function: Callable, args: tuple, kwargs: dict | None) -> Any:
     if torch.compiler.is_compiling():
         handler = TRACED_METHODS.get(getattr(function, "__name__", ""))
     else:
+        if not _calls.open:  # another thread, or the call is over
+            calls = [x._call for x in _carriers(args, kwargs) if x._call is not None]
+            if calls:
+                with _joined(calls[0]):
+                    return propagate(function, args, kwargs)
         _check_surroundings(function)
     handler = handler or HANDLERS.get(function) or HANDLERS[None]
     return handler(function, args, {} if kwargs is None else kwargs)
@@ -230,18 +250,6 @@ def carrier_of(dual: Dual) -> Any:
     return dual.value if dual.dot is None else carrier(dual.value, fitted(dual.dot, dual.value))
 
 
-def fitted(dot: Tensor, value: Tensor) -> Tensor:
-    """`dot` in the shape, dtype and strides of `value`.
-
-    With equal strides, views of the value are views of the tangent, so that in-place functions write to both.
-    """
-    if dot.dtype == value.dtype and dot.shape == value.shape and dot.stride() == value.stride():
-        return dot
-    if 0 in value.stride():  # an expanded tensor has no memory of its own to write to; its views fit contiguous ones
-        return dot.to(value.dtype).expand(value.shape).contiguous()
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device).copy_(dot)
-
-
 def give(out: Any, dots: Any) -> Any:
     """Outputs with their tangents; an output whose tangent is None stays as it is."""
     if dots is None:
@@ -274,13 +282,6 @@ def views_of_still(out: Any, x: Any, again: Callable[[Tensor], Any]) -> Any:
     return view
 
 
-def standing_still(x: Any) -> list[DualTensor]:
-    """The DualTensors without tangent that are x, or in the lists and tuples in x."""
-    if type(x) is DualTensor:
-        return [x] if x.tangent is None else []
-    return [one for part in x for one in standing_still(part)] if isinstance(x, (tuple, list)) else []
-
-
 def start_viewed(out: Any, given: list[DualTensor]) -> bool:
     """Start those of the given that `out` has views of; whether there are any. Outside of a call nothing starts."""
     memory = {storage_id(x) for x in tree_leaves(out) if can_move(x)} if given and _calls.open else ()
@@ -304,19 +305,19 @@ def _carriers(*trees: Any) -> list[DualTensor]:
     return [x for x in tree_leaves(trees) if type(x) is DualTensor]
 
 
-def _each(x: Any, change: Callable[[Any], Any]) -> Any:
+def each(x: Any, change: Callable[[Any], Any]) -> Any:
     """x with its carriers changed, also those in lists, tuples and dicts."""
     kind = type(x)
     if kind in CARRIERS:
         return change(x)
     if kind is tuple:
-        return tuple([_each(part, change) for part in x])
+        return tuple([each(part, change) for part in x])
     if kind is list:
-        return [_each(part, change) for part in x]
+        return [each(part, change) for part in x]
     if kind is dict:
-        return {name: _each(part, change) for name, part in x.items()}
+        return {name: each(part, change) for name, part in x.items()}
     if isinstance(x, (tuple, list)):
-        return _rebuilt(x, [_each(part, change) for part in x])
+        return _rebuilt(x, [each(part, change) for part in x])
     return x
 
 
@@ -327,54 +328,6 @@ def _rebuilt(like: Any, parts: list) -> Any:
     return type(like)(*parts) if hasattr(like, "_fields") else type(like)(parts)
 
 
-class Given(NamedTuple):
-    """The arguments of a function, without their carriers."""
-
-    values: list
-    duals: list
-    """With `Dual`s in place of the carriers that move, and the values of those that stand still."""
-    named_values: dict
-    named_duals: dict
-    at_rest: list[DualTensor]
-    """The DualTensors without tangent."""
-    moving: bool
-
-
-def given(args: tuple, kwargs: dict) -> Given:
-    """The parts of the arguments, in one pass: every call of every function takes it."""
-    values, duals, at_rest, moving = _split(args)
-    if not kwargs:
-        return Given(values, duals, {}, {}, at_rest, moving)
-    named = _split(kwargs.values())
-    named_values, named_duals = (dict(zip(kwargs, part, strict=True)) for part in named[:2])
-    return Given(values, duals, named_values, named_duals, at_rest + named[2], moving or named[3])
-
-
-def _split(arguments: Iterable[Any]) -> tuple[list, list, list[DualTensor], bool]:
-    values: list[Any] = []
-    duals: list[Any] = []
-    at_rest: list[DualTensor] = []
-    moving = False
-    for x in arguments:
-        value = dual = x
-        if type(x) in CARRIERS:
-            value, dot = x.value, x.tangent
-            dual = value if dot is None else Dual(value, dot)
-            moving = moving or dot is not None
-            at_rest += standing_still(x) if dot is None else ()
-        elif isinstance(x, (tuple, list, dict)):
-            value, dual, moving = values_of(x), duals_of(x), moving or moves(x)
-            at_rest += standing_still(x)
-        values.append(value)
-        duals.append(dual)
-    return values, duals, at_rest, moving
-
-
 def values_of(x: Any) -> Any:
     """x with the values of its carriers."""
-    return _each(x, lambda moving: moving.value)
-
-
-def duals_of(x: Any) -> Any:
-    """x with `Dual`s in place of its carriers, and the values of those that stand still."""
-    return _each(x, lambda moving: moving.value if moving.tangent is None else Dual(moving.value, moving.tangent))
+    return each(x, lambda moving: moving.value)

@@ -25,6 +25,7 @@ from pmf.private import (
     tree_unflatten,
     version,
 )
+from pmf.tangents.memory import overlaps
 from pmf.tangents.rules import can_move, is_dual, name_of
 
 FORWARD_MODE = threading.RLock()
@@ -107,7 +108,7 @@ def tangents_by_torch_func(function: Callable, out: Any, args: tuple, kwargs: di
         with FORWARD_MODE, sdpa_kernel(SDPBackend.MATH), torch.inference_mode(False), torch.no_grad():
             leaves = [x.map(_ordinary) if is_dual(x) else _ordinary(x) for x in leaves]
             moving: list[Dual] = [leaves[i] for i in places]
-            primals, tangents = tuple(x.value.detach() for x in moving), tuple(x.dot for x in moving)
+            primals, tangents = tuple(_primal(x.value) for x in moving), tuple(x.dot for x in moving)
             dots = [_owned(dot, tangents) for dot in torch.func.jvp(floats, primals, tangents)[1]]
     except (RuntimeError, NotImplementedError) as error:
         raise InputError(
@@ -121,6 +122,11 @@ def tangents_by_torch_func(function: Callable, out: Any, args: tuple, kwargs: di
 def _owned(dot: Tensor, given: tuple) -> Tensor:
     """dot in memory of its own, to which in-place functions can write."""
     return dot.clone() if is_zero_tensor(dot) or storage_id(dot) in map(storage_id, given) else dot
+
+
+def _primal(x: Tensor) -> Tensor:
+    """x for `torch.func.jvp`, which takes no dense tangent of a tensor that overlaps itself."""
+    return x.detach().contiguous() if overlaps(x) else x.detach()
 
 
 def _ordinary(x: Any) -> Any:

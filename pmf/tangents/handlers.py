@@ -9,11 +9,11 @@ import torch
 
 from pmf.errors import InputError
 from pmf.private import tree_leaves, unrecorded
+from pmf.tangents.arguments import given
 from pmf.tangents.carriers import (
     CARRIERS,
     carrier,
     give,
-    given,
     moves,
     start_viewed,
     values_of,

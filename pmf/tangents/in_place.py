@@ -12,6 +12,7 @@ from pmf.errors import InputError
 from pmf.private import FUNCTION_NAMESPACES
 from pmf.tangents.carriers import CARRIERS, moves, propagate, values_of
 from pmf.tangents.handlers import refused
+from pmf.tangents.memory import overlaps
 from pmf.tangents.random_state import replayed
 from pmf.tangents.rules import HANDLERS, Handler, name_of
 
@@ -39,8 +40,7 @@ def _target(function: Callable, args: tuple, kwargs: dict) -> Any:
             f"pmf.jvp: {name_of(function)} writes a moving value into a tensor that does not move; "
             "expected one made like a moving tensor (x.new_zeros(...), torch.empty_like(x))"
         )
-    sizes = zip(target.value.shape, target.value.stride(), strict=True)
-    if not torch.compiler.is_compiling() and sum((n - 1) * step for n, step in sizes) + 1 < target.value.numel():
+    if not torch.compiler.is_compiling() and overlaps(target.value):
         raise InputError(f"pmf.jvp: {name_of(function)} writes to a tensor that overlaps itself; expected its clone()")
     return target
 

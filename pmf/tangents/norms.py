@@ -46,8 +46,9 @@ def _group_norm(out, input, num_groups, weight=None, bias=None, eps=1e-5, *unuse
     if not _fits(input, weight, bias):
         return NotImplemented
     x, dot = (part.to(out.dtype).contiguous() for part in input)
-    batch, channels = x.shape[:2]
-    sizes = batch, channels, x[0, 0].numel() if batch else 0, num_groups
+    if not out.numel():  # PyTorch's parts of the norm take no empty tensors
+        return dot
+    sizes = *x.shape[:2], x[0, 0].numel(), num_groups
     _, mean, rstd = _ATEN.native_group_norm(x, None, None, *sizes, eps)
     dot = _ATEN.native_group_norm_backward(dot, x, mean, rstd, None, *sizes, ONLY_INPUT)[0]
     return _weighted(dot, weight, channel=1)

@@ -1,5 +1,6 @@
 """`pmf.jvp` as a call: what goes in and comes out, and several threads at once."""
 
+import concurrent.futures
 import dataclasses
 import threading
 
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 
 import pmf
 from pmf import InputError
-from tests.pmf.jvp_checks import F64, drawn
+from tests.pmf.jvp_checks import F64, compare, drawn
 
 
 @dataclasses.dataclass
@@ -81,6 +82,36 @@ def test_views_of_expanded_primals():
     assert torch.equal(out, x.reshape(6, 6)) and torch.equal(dot, v.reshape(6, 6))
 
 
+OVERLAPPING = {
+    "expanded": lambda: drawn(1, 6).expand(4, 6),
+    "windows": lambda: drawn(15).unfold(0, 6, 3),
+    "interleaved": lambda: drawn(20).as_strided((4, 6), (2, 2)),
+}
+
+
+@pytest.mark.parametrize(
+    "function", [torch.sin, torch.erf, lambda x: x.std(0), lambda x: (x * 1)[:, 1:].mul_(x[:, 1:])]
+)
+@pytest.mark.parametrize("kind", OVERLAPPING)
+def test_primals_whose_elements_share_memory_have_a_tangent_each(kind, function):
+    x, v = OVERLAPPING[kind](), drawn(4, 6, seed=2)
+    out, dot = pmf.jvp(function, (x,), (v,))
+    assert torch.equal(out, function(x))
+    expected = torch.func.jvp(function, (x.contiguous(),), (v,))[1]
+    torch.testing.assert_close(dot, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(0, 6), (0, 6, 2)])
+def test_empty_primals(shape):
+    def function(x):
+        y = torch.empty_like(x)
+        y[:, :3].copy_(F.group_norm(x, 2)[:, 3:]).mul_(2)
+        return y
+
+    out, dot = pmf.jvp(function, (drawn(*shape),), (1,))
+    assert out.shape == dot.shape == shape
+
+
 def test_calls_of_several_threads():
     def function(x):
         return F.elu(x) * torch.zeros_like(x).add_(x) * torch.erf(x)
@@ -102,3 +133,32 @@ def test_calls_of_several_threads():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def in_thread(function):
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+def viewed(x, run):
+    y = torch.zeros_like(x)
+    view = run(lambda: y[:2])
+    y.add_(x)
+    return view * 1
+
+
+@pytest.mark.parametrize("function", [viewed, lambda x, run: run(lambda: torch.erf(x) * x.sum())])
+def test_threads_of_the_function(function):
+    """torch.func.jvp loses tangents in them, so its function runs without."""
+    x, v = drawn(4), drawn(4, seed=1)
+    out, dot = pmf.jvp(lambda x: function(x, in_thread), (x,), (v,))
+    plain, expected = torch.func.jvp(lambda x: function(x, lambda part: part()), (x,), (v,))
+    assert torch.equal(out, plain)
+    torch.testing.assert_close(dot, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_tangents_of_the_threads_of_the_function_are_freed_with_the_call():
+    kept = []
+    pmf.jvp(lambda x: in_thread(lambda: kept.append(x.sin()) or x * 2), (drawn(3),), (drawn(3),))
+    assert kept[0].tangent is None
+    compare(lambda x: x * kept[0], [drawn(3)], [drawn(3, seed=1)])

@@ -73,6 +73,7 @@ RULES = {  # of x [4, 6]
     "generator": lambda x: torch.normal(x, 1.0, generator=torch.Generator().manual_seed(3)),
     "moving affine batch norm": lambda x: F.batch_norm(x, *statistics(6), x[0], x[1], True),
     "moving affine instance norm": lambda x: F.instance_norm(x[None], *statistics(4), x[:, 0], x[:, 1], True),
+    "complex already": lambda x: (x * 1j).cdouble().abs() + x.cdouble().real,
     "sign of complex numbers": lambda x: torch.complex(x, W[:4]).sgn().real + x.sgn(),
     "filled by an element of its own": lambda x: (lambda y: y.fill_(y[0, 1]))(x * 1) * x,
     "no out": lambda x: torch.linalg.solve(x[:, :4], x, out=None) + torch.sum(x, 1, keepdim=True, out=None),
