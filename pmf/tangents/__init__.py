@@ -1,6 +1,7 @@
 """`pmf.jvp`: the tangent of any network beside its value, by a rule for every function that the network calls.
 
-`carriers` make a value with its tangent look like a tensor; `propagate` runs a function on them; `rules` is the
-registry that the other modules fill: `shapes`, `products`, `pointwise`, `norms`, `attention` and `in_place`. What has
-no rule goes to `fallback`, and `wrappers` lets checkpointing, DDP and FSDP2 see only values. `call` has `jvp` itself.
+`carriers` make a value with its tangent look like a tensor; `handlers` run a function on them, `arguments` takes them
+apart, and `memory` says how tangents lie; `rules` is the registry that the other modules fill: `shapes`, `products`,
+`pointwise`, `norms`, `attention` and `in_place`. What has no rule goes to `fallback`, and `wrappers` lets
+checkpointing, DDP and FSDP2 see only values. `call` has `jvp` itself.
 """
