@@ -51,9 +51,9 @@ def jvp(
     Inside, a value that moves is a Tensor with a second one beside it. Cut from the tangent, as under torch.func.jvp:
     `detach()`, `data`, `item()`.
 
-    Errors: `InputError` names the function where the tangent would be lost: an autograd.Function or custom operator
-    without `pmf.jvp.rule`, reentrant checkpointing, torch.vmap, TorchScript, numpy; outputs in objects that are no
-    lists, tuples or dicts; and bad primals or tangents.
+    Errors: `InputError` names the function where the tangent would be lost: an autograd.Function without `jvp`
+    or a custom operator, unless `pmf.jvp.rule` knows it; reentrant checkpointing, torch.vmap, TorchScript, numpy;
+    outputs in objects that are no lists, tuples or dicts; and bad primals or tangents.
     """
     if forward_mode() and (torch.compiler.is_compiling() or forward_mode_around()):
         raise InputError("pmf.jvp: expected no torch.func.jvp or forward_ad around it, which it would not carry on")

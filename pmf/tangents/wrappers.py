@@ -6,9 +6,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
+
 from pmf.private import PASSES_INPUTS_ON, REENTRANT_CHECKPOINT, UNUSED_PARAMETERS, intercepted_by
 from pmf.tangents.carriers import CARRIERS, moves, values_of
-from pmf.tangents.handlers import refused, ruled
+from pmf.tangents.handlers import by_torch_func, refused, ruled
 from pmf.tangents.rules import HANDLERS, Handler, is_dual
 
 
@@ -38,7 +40,9 @@ def _handler(function: type, args: tuple) -> Handler:
         return refused("DDP looks for unused parameters behind it; expected find_unused_parameters=False")
     if name in PASSES_INPUTS_ON:
         return ruled(_passed_on)
-    return refused("an autograd.Function hides tangents; expected one registered by pmf.jvp.rule")
+    if getattr(function, "jvp") is not torch.autograd.Function.jvp:  # noqa: B009 (unknown to mypy)
+        return by_torch_func
+    return refused("an autograd.Function hides tangents; expected one with a jvp, or registered by pmf.jvp.rule")
 
 
 def _apply(function: type, apply: Callable, args: tuple, kwargs: dict) -> Any:

@@ -47,6 +47,38 @@ class Squared(torch.autograd.Function):
         return 2 * x * y * gradient, x * x * gradient
 
 
+class Sine(torch.autograd.Function):
+    """With a tangent of its own, in the form that torch.func takes."""
+
+    @staticmethod
+    def forward(x):
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.saved_tensors[0].cos() * gradient
+
+    @staticmethod
+    def jvp(ctx, dot):
+        return ctx.saved_tensors[0].cos() * dot
+
+
+class OldSine(Sine):
+    """The same in a form that torch.func does not take."""
+
+    setup_context = torch.autograd.Function.setup_context
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+
 @pmf.jvp.rule(Squared)
 def squared(out, x, y):
     return 2 * x.value * x.dot * y
@@ -69,6 +101,7 @@ def scripted(x):
 LOSSES = {
     "autograd.Function": (lambda x: Scaled.apply(x), "Scaled got a moving value; an autograd.Function hides"),
     "identity Function": (lambda x: Passed.apply(x), "Passed got a moving value"),
+    "autograd.Function with a context": (lambda x: OldSine.apply(x), "OldSine has no rule, and torch.func.jvp fails"),
     "apply looked up early": (applied_early, "autograd.Function"),
     "reentrant checkpoint": (
         lambda x: checkpoint(torch.sin, x, use_reentrant=True),
@@ -138,6 +171,10 @@ def test_registered_functions_move():
     finally:
         for one in operators_of(triple):
             HANDLERS.pop(one)
+
+
+def test_functions_with_a_jvp_move():
+    compare(lambda x: Sine.apply(x * x) * x, [drawn(3, 4)], [drawn(3, 4, seed=1)])
 
 
 @pytest.mark.parametrize(
