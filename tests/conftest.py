@@ -1,8 +1,6 @@
 """Without a GPU the kernels run in Triton's interpreter; allocations hold NaN until they are written."""
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -53,13 +51,6 @@ def inception_weights(fidelity, tmp_path_factory):
     file = tmp_path_factory.mktemp("inception") / "inception.pth"
     torch.save(network.state_dict(), file)
     return file
-
-
-@pytest.fixture
-def away_from_the_checkout(monkeypatch):
-    """Keep diffusers and transformers from taking the folder `kernels` for the package of that name."""
-    root = Path(__file__).parents[1]
-    monkeypatch.setattr(sys, "path", [path for path in sys.path if Path(path).resolve() != root])
 
 
 @pytest.fixture

@@ -76,7 +76,7 @@ def random_weights(*networks):
 
 
 @pytest.fixture
-def scripts(monkeypatch, away_from_the_checkout):
+def scripts(monkeypatch):
     """The modules of the scripts, importable."""
     monkeypatch.syspath_prepend(EXAMPLES)
 

@@ -12,7 +12,6 @@ from pmf.timing import measure
 pytestmark = [
     pytest.mark.extras,
     pytest.mark.filterwarnings("ignore"),
-    pytest.mark.usefixtures("away_from_the_checkout"),
 ]
 F64 = torch.float64
 
