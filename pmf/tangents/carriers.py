@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pmf.dual import Dual
 from pmf.errors import InputError
-from pmf.private import inside_function, make_shell, storage_id, transform_level, tree_leaves
+from pmf.private import inside_function, make_shell, multiply_in_order, storage_id, transform_level, tree_leaves
 from pmf.tangents.memory import fitted
 from pmf.tangents.rules import HANDLERS, Handler, can_move, name_of
 
@@ -237,7 +237,10 @@ def _check_surroundings(function: Callable) -> None:
 
 def carrier(value: Tensor, dot: Tensor | None) -> Any:
     """`value` and its tangent as one object that behaves as a tensor."""
-    return TracedDualTensor(value, dot) if torch.compiler.is_compiling() else DualTensor(value, dot)
+    if not torch.compiler.is_compiling():
+        return DualTensor(value, dot)
+    multiply_in_order()
+    return TracedDualTensor(value, dot)
 
 
 def as_dual(x: Any) -> Dual:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import jvp as forward_jvp  # scripts may put pmf.jvp in its place
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pmf.dual import Dual
@@ -109,7 +110,7 @@ def tangents_by_torch_func(function: Callable, out: Any, args: tuple, kwargs: di
             leaves = [x.map(_ordinary) if is_dual(x) else _ordinary(x) for x in leaves]
             moving: list[Dual] = [leaves[i] for i in places]
             primals, tangents = tuple(_primal(x.value) for x in moving), tuple(x.dot for x in moving)
-            dots = [_owned(dot, tangents) for dot in torch.func.jvp(floats, primals, tangents)[1]]
+            dots = [_owned(dot, tangents) for dot in forward_jvp(floats, primals, tangents)[1]]
     except (RuntimeError, NotImplementedError) as error:
         raise InputError(
             f"pmf.jvp: {name_of(function)} has no rule, and torch.func.jvp fails: {first_line(error)}"

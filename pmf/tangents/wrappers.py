@@ -29,7 +29,7 @@ def _named(function: type, apply: Callable) -> Callable:
     return run
 
 
-def _handler(function: type, args: tuple) -> Handler:
+def _handler(function: type[torch.autograd.Function], args: tuple) -> Handler:
     """The handler of an autograd.Function."""
     name = f"{function.__module__}.{function.__qualname__}"
     if function in HANDLERS:
@@ -40,7 +40,7 @@ def _handler(function: type, args: tuple) -> Handler:
         return refused("DDP looks for unused parameters behind it; expected find_unused_parameters=False")
     if name in PASSES_INPUTS_ON:
         return ruled(_passed_on)
-    if getattr(function, "jvp") is not torch.autograd.Function.jvp:  # noqa: B009 (unknown to mypy)
+    if function.jvp is not torch.autograd.Function.jvp:
         return by_torch_func
     return refused("an autograd.Function hides tangents; expected one with a jvp, or registered by pmf.jvp.rule")
 

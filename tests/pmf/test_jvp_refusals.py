@@ -47,36 +47,39 @@ class Squared(torch.autograd.Function):
         return 2 * x * y * gradient, x * x * gradient
 
 
-class Sine(torch.autograd.Function):
-    """With a tangent of its own, in the form that torch.func takes."""
+class Weights(torch.autograd.Function):
+    """softmax(q k^T), as attention in some U-Nets, with a forward mode of its own."""
 
     @staticmethod
-    def forward(x):
-        return x.sin()
+    def forward(q, k):
+        return torch.softmax(q @ k.mT, -1)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
+        ctx.save_for_backward(*inputs, output)
+        ctx.save_for_forward(*inputs, output)
 
     @staticmethod
     def backward(ctx, gradient):
-        return ctx.saved_tensors[0].cos() * gradient
+        q, k, weights = ctx.saved_tensors
+        scores = weights * (gradient - (weights * gradient).sum(-1, keepdim=True))
+        return scores @ k, scores.mT @ q
 
     @staticmethod
-    def jvp(ctx, dot):
-        return ctx.saved_tensors[0].cos() * dot
+    def jvp(ctx, q_dot, k_dot):
+        q, k, weights = ctx.saved_tensors
+        scores = (0 if q_dot is None else q_dot @ k.mT) + (0 if k_dot is None else q @ k_dot.mT)
+        return weights * (scores - (weights * scores).sum(-1, keepdim=True))
 
 
-class OldSine(Sine):
+class OldWeights(Weights):
     """The same in a form that torch.func does not take."""
 
     setup_context = torch.autograd.Function.setup_context
 
     @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.sin()
+    def forward(ctx, q, k):
+        return torch.softmax(q @ k.mT, -1)
 
 
 @pmf.jvp.rule(Squared)
@@ -101,7 +104,10 @@ def scripted(x):
 LOSSES = {
     "autograd.Function": (lambda x: Scaled.apply(x), "Scaled got a moving value; an autograd.Function hides"),
     "identity Function": (lambda x: Passed.apply(x), "Passed got a moving value"),
-    "autograd.Function with a context": (lambda x: OldSine.apply(x), "OldSine has no rule, and torch.func.jvp fails"),
+    "autograd.Function with a context": (
+        lambda x: OldWeights.apply(x[None], x[None]),
+        "OldWeights has no rule, and torch.func.jvp fails",
+    ),
     "apply looked up early": (applied_early, "autograd.Function"),
     "reentrant checkpoint": (
         lambda x: checkpoint(torch.sin, x, use_reentrant=True),
@@ -156,6 +162,21 @@ def test_an_identity_function_looked_up_early_loses_no_gradient():
     assert dot.abs().max() > 0
 
 
+@pytest.mark.parametrize("moving", ["q", "k", "both"])
+def test_functions_with_a_forward_mode_of_their_own_move(moving):
+    k = drawn(2, 5, 3, seed=1)
+    of_q = {"q": lambda x: Weights.apply(x, k), "k": lambda x: Weights.apply(k, x)}
+    compare(of_q.get(moving, lambda x: Weights.apply(x.sin(), x * x)), [drawn(2, 5, 3)], [drawn(2, 5, 3, seed=2)])
+
+
+def test_a_script_may_put_it_in_place_of_torch_func_jvp(monkeypatch):
+    x, v = drawn(4), drawn(4, seed=1)
+    expected = torch.func.jvp(torch.special.erfcx, (x,), (v,))
+    monkeypatch.setattr(torch.func, "jvp", pmf.jvp)
+    for a, b in zip(torch.func.jvp(torch.special.erfcx, (x,), (v,)), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_registered_functions_move():
     x, v = drawn(6).requires_grad_(), drawn(6, seed=1)
     out, dot = pmf.jvp(lambda x: Squared.apply(x, W[0]), (x,), (v,))
@@ -171,10 +192,6 @@ def test_registered_functions_move():
     finally:
         for one in operators_of(triple):
             HANDLERS.pop(one)
-
-
-def test_functions_with_a_jvp_move():
-    compare(lambda x: Sine.apply(x * x) * x, [drawn(3, 4)], [drawn(3, 4, seed=1)])
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """`pmf.jvp` of networks that DDP or FSDP2 wraps, in two processes, and under torch.compile."""
 
+import operator
 import os
 
 import pytest
@@ -146,6 +147,20 @@ def compiled(function, *given, **options):
 def test_functions_that_networks_call_compile(function, given):
     for got, expected in zip(*compiled(function, *given), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("operation", [operator.matmul, operator.imatmul, operator.sub, operator.truediv])
+@pytest.mark.parametrize("reflected", [False, True])
+def test_compiled_operators_take_their_operands_in_order(operation, reflected):
+    torch._dynamo.reset()
+    x, other, v = drawn(4, 4), drawn(4, 4, seed=1), drawn(4, 4, seed=2)
+
+    def function(x):
+        return operation(other, x) if reflected else operation(x, other)
+
+    got = torch.compile(lambda: pmf.jvp(function, (x,), (v,)), fullgraph=True, backend="aot_eager")()
+    for a, b in zip(got, torch.func.jvp(function, (x,), (v,)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
