@@ -125,6 +125,7 @@ TRACED_METHODS: dict[str, Handler] = {
     "__rdiv__": _flipped(torch.div),
     "__rpow__": _flipped(torch.pow),
     "__rmatmul__": _flipped(torch.matmul),
+    "pow": lambda method, args, kwargs: HANDLERS[torch.pow](torch.pow, args, kwargs),
     "unflatten": lambda method, args, kwargs: HANDLERS[torch.unflatten](torch.unflatten, args, kwargs),
 }
 """For compilers, which cannot look up methods that PyTorch writes in Python, their handlers by name."""

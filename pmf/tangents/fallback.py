@@ -91,8 +91,15 @@ def shares_memory(out: Any, *arguments: Any) -> bool:
     return any(storage_id(x) in memory for x in tree_leaves(out) if can_move(x))
 
 
+def check_eager(function: Callable) -> None:
+    """Errors: `InputError` in a compiler, which does not trace what follows."""
+    if torch.compiler.is_compiling():
+        raise InputError(f"pmf.jvp: {name_of(function)} has no rule that compiles; expected a function that has one")
+
+
 def tangents_by_torch_func(function: Callable, out: Any, args: tuple, kwargs: dict) -> Any:
     """The tangents of `out = function(*args, **kwargs)`, by computing it again under `torch.func.jvp`."""
+    check_eager(function)
     before = versions(args, kwargs)
     leaves, spec = tree_flatten((args, kwargs), is_leaf=is_dual)
     places = [i for i, x in enumerate(leaves) if is_dual(x)]

@@ -20,6 +20,7 @@ from pmf.tangents.carriers import (
     views_of_still,
 )
 from pmf.tangents.fallback import (
+    check_eager,
     composite_body,
     is_torch,
     mutated,
@@ -141,8 +142,7 @@ NO_RULE = "it is not a function of PyTorch and has no rule; expected one registe
 
 def by_torch_func(function: Callable, args: tuple, kwargs: dict) -> Any:
     """The handler that computes a function twice: recorded, and under `torch.func.jvp`, unrecorded."""
-    if torch.compiler.is_compiling():
-        raise InputError(f"pmf.jvp: {name_of(function)} has no rule that compiles; expected a function that has one")
+    check_eager(function)
     before = versions(args, kwargs)
 
     def check_arguments() -> None:

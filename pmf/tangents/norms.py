@@ -74,6 +74,18 @@ def _standardised(x: Tensor, dot: Tensor, dims: list[int], eps: float, *, centre
     return rstd * (dot - n * (n * dot).mean(dims, keepdim=True))
 
 
+def _variance(out, x, dim=None, unbiased=True, keepdim=False, correction=None):
+    """2 sum((x - mean) x_dot) / (n - correction), where var sums n numbers."""
+    if isinstance(dim, bool):
+        dim, unbiased = None, dim
+    dim = None if dim in ([], ()) else dim
+    correction = int(unbiased) if correction is None else correction
+    if x.value.is_complex() or not out.numel() or x.value.numel() <= correction * out.numel():
+        return NotImplemented
+    centred = x.value - x.value.mean(dim, keepdim=True)
+    return (centred * x.dot).sum(dim, keepdim=keepdim) * (2 / (x.value.numel() / out.numel() - correction))
+
+
 def _running_norm(function: Callable, first: int) -> Rule:
     """The rule of batch norm (first = 0) and instance norm (first = 2): dimension `first` and the spatial ones."""
 
@@ -99,6 +111,7 @@ for _name, _rule in (
     ("layer_norm", _layer_norm),
     ("group_norm", _group_norm),
     ("rms_norm", _rms_norm),
+    ("var", _variance),
 ):
     for _function in named(_name):
         HANDLERS[_function] = ruled(_rule)

@@ -18,6 +18,12 @@ register_hook register_post_accumulate_grad_hook result_type retain_grad size st
 """
 """Answered by the value: its shape, its numbers, the hooks of its gradient."""
 
+COMPARING = """
+__eq__ __ge__ __gt__ __le__ __lt__ __ne__ eq ge greater greater_equal gt isfinite isinf isnan isneginf isposinf le less
+less_equal logical_and logical_not logical_or logical_xor lt ne not_equal signbit
+"""
+"""Their results are true or false."""
+
 LOSING = """
 __array__ __array_wrap__ __cuda_array_interface__ __deepcopy__ __dlpack__ __reduce_ex__ backward data_ptr module_load
 numpy resize resize_as share_memory_ storage storage_type to_dense to_mkldnn to_sparse untyped_storage
@@ -40,7 +46,7 @@ for _name, _member in inspect.getmembers(Tensor, inspect.isgetsetdescriptor):
     HANDLERS.setdefault(_setter, refused("expected an attribute that is read"))
 HANDLERS[setter("requires_grad")] = still
 
-for _function in named(*ASKING.split()):
+for _function in named(*ASKING.split(), *COMPARING.split()):
     HANDLERS[_function] = still
 for _name in LOSING.split():
     if hasattr(Tensor, _name) and callable(getattr(Tensor, _name)):

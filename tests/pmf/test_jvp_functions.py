@@ -136,6 +136,7 @@ UNARY = {  # of x [3, 4, 6]
     "new": lambda x: x.new_zeros(3, 4, 6).index_add_(1, INDEX[:4], x) + torch.zeros_like(x),
     "loss": lambda x: F.mse_loss(x, W[:4].expand(3, 4, 6), reduction="none") + F.smooth_l1_loss(x, x.detach() + 1),
     "cumulative": lambda x: x.cumprod(1) + x.logsumexp(-1, keepdim=True) + x.var(1, keepdim=True) + x.std(),
+    "variance": lambda x: x.var(1, keepdim=True) + x.var(False) + torch.var(x, (0, 2), correction=2)[:, None],
     "inverse": lambda x: torch.linalg.solve(x @ x.mT + 5 * torch.eye(4, dtype=F64), x),
 }
 

@@ -142,7 +142,9 @@ def compiled(function, *given, **options):
 @pytest.mark.parametrize(
     ("function", "given"),
     [(F.silu, ()), (F.relu, ()), (F.leaky_relu, (0.2,)), (F.mish, ()), (F.dropout, (0.5, False)),
-     (F.dropout, (0.0,)), (F.dropout1d, (0.5, False)), (F.softmax, (-1,)), (F.layer_norm, ((5,),)), (F.gelu, ())],
+     (F.dropout, (0.0,)), (F.dropout1d, (0.5, False)), (F.softmax, (-1,)), (F.layer_norm, ((5,),)), (F.gelu, ()),
+     (torch.var, (-1,)), (operator.pow, (2,)), (operator.mul, (torch.ones(5),)),
+     (lambda x: torch.where(x > 0, x, x < x.cos()), ()), (lambda x: x * x.isfinite(), ())],
 )  # fmt: skip
 def test_functions_that_networks_call_compile(function, given):
     for got, expected in zip(*compiled(function, *given), strict=True):
@@ -167,6 +169,7 @@ def test_compiled_operators_take_their_operands_in_order(operation, reflected):
     ("function", "given", "message"),
     [
         (torch.cumprod, (0,), "cumprod has no rule that compiles"),
+        (lambda x: 2**x, (), "pow has no rule that compiles"),
         (F.silu, (True,), "silu got inplace=True, which does not compile"),
         (F.leaky_relu, (0.1, True), "leaky_relu got inplace=True, which does not compile"),
         (F.dropout, (0.1, True), "dropout with p 0.1 in training has no rule that compiles"),
