@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -60,12 +61,26 @@ def ruled(rule: Rule) -> Handler:
             return out
         with unrecorded():
             duals, named = _first_by_position(parts.duals, parts.named_duals)
-            dots = rule(out, *duals, **named)
+            try:
+                dots = rule(out, *duals, **named)
+            except TypeError:
+                if not is_torch(function) or _takes(rule, out, *duals, **named):
+                    raise
+                dots = NotImplemented  # another form of the call, such as torch.softmax(x, axis=1)
             if dots is NotImplemented:
                 dots = tangents_by_torch_func(function, out, duals, named)
         return give(out, dots)
 
     return handle
+
+
+def _takes(rule: Rule, *args: Any, **kwargs: Any) -> bool:
+    """Whether a rule has parameters for these arguments."""
+    try:
+        inspect.signature(rule).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 def _first_by_position(args: Sequence, kwargs: dict) -> tuple[Sequence, dict]:

@@ -57,6 +57,13 @@ RULES = {  # of x [4, 6]
     ),
     "sum with products": lambda x: torch.baddbmm(x, W[None, :4], (x.mT @ x)[None], beta=0.0)[0].addr(x[:, 0], x[1]),
     "sum with a vector": lambda x: x[:, 0].addmv(x, W[0], alpha=3.0),
+    "sum with a product by keyword": lambda x: (
+        torch.addmm(input=W, mat1=W, mat2=W, beta=0.5)
+        @ torch.addmv(W[0], mat=x.mT, vec=x[:, 0])
+        * torch.addr(x[:, :4], vec1=x[:, 0], vec2=x[:, 1]).sum()
+    ),
+    "names of numpy": lambda x: (x.softmax(axis=1) + torch.log_softmax(x, axis=0)) * x.var(axis=1, keepdims=True),
+    "operands of numpy": lambda x: torch.add(x, x2=x * x) - torch.sub(x1=W[:4], x2=x) / torch.exp(a=x),
     "bias alone": bias_written_later,
     "selected": lambda x: x.where(EVEN, W[:4]) + W[:4].where(EVEN, x),
     "selected by keyword": lambda x: torch.where(condition=EVEN, input=x, other=W[:4]),
