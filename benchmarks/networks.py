@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pmf import Dual, ops
-from pmf.dual import total
 from pmf.layers import Residual, linear_dual
+from pmf.pair import total
 
 FREQUENCIES = 128
 

@@ -20,7 +20,7 @@ from pmf import ops
 from pmf.benchmarks.cases import Case
 from pmf.config import LOSSES, MODELS, ModelConfig
 from pmf.draws import sample_draws
-from pmf.dual import Dual
+from pmf.pair import Dual
 from pmf.private import reread_buffers
 from pmf.step_plan import StepPlan
 from pmf.timing import Run

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 import pmf
 from pmf import Dual, ops
-from pmf.dual import tangent_rows
 from pmf.layers import Residual, linear_dual
+from pmf.pair import tangent_rows
 
 
 def unported(part: Callable[..., Tensor], *inputs: Dual) -> Dual:

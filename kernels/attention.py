@@ -41,11 +41,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pmf.dual import Dual, tail, tangent_rows
 from pmf.kernels import flash, registration
 from pmf.kernels.heads import Heads, Steps
 from pmf.kernels.registration import Chip
 from pmf.kernels.tiles import product
+from pmf.pair import Dual, tail, tangent_rows
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 FLOAT32_COLUMNS = tl.constexpr(16)

@@ -38,10 +38,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pmf.dual import Dual
 from pmf.kernels import registration, sums
 from pmf.kernels.registration import Chip, RowTile
 from pmf.kernels.tiles import load_vector, normalise, normalise_dot
+from pmf.pair import Dual
 
 MAX_WIDTH = 8192
 """The widest row that a program keeps in registers."""

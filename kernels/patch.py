@@ -31,12 +31,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pmf.dual import Dual
 from pmf.kernels import registration
 from pmf.kernels.patch_backward import patch_backward
 from pmf.kernels.patches import Shape, patch_offset, value_offset
 from pmf.kernels.registration import Chip
 from pmf.kernels.tiles import product
+from pmf.pair import Dual
 from pmf.private import transforming
 
 FLOAT32_COLUMNS = tl.constexpr(32)

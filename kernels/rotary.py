@@ -30,11 +30,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pmf.dual import Dual
 from pmf.kernels import registration, sums
 from pmf.kernels.heads import Heads, Steps
 from pmf.kernels.registration import Chip
 from pmf.kernels.tiles import load_vector, normalise, normalise_dot, rotate, row_mean
+from pmf.pair import Dual
 
 MAX_HEAD_DIM = 128
 """The widest head that a program keeps in registers."""

@@ -19,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pmf.dual import Dual
 from pmf.kernels import registration
 from pmf.kernels.registration import Chip, RowTile
 from pmf.kernels.tiles import silu
+from pmf.pair import Dual
 
 
 @functools.cache

@@ -11,10 +11,10 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time, names load on f
     from pmf.config import LOSSES, MODELS, SAMPLING, LossConfig, ModelConfig
     from pmf.cuda_graphs import CapturedStep
     from pmf.draws import Draws, sample_draws
-    from pmf.dual import Dual
     from pmf.errors import InputError
     from pmf.loss import LossOutput, pmf_loss
     from pmf.model import PMFDiT, create_model
+    from pmf.pair import Dual
     from pmf.perceptual import PerceptualLoss
     from pmf.published_weights import convert_official_state_dict, export_official_state_dict, infer_config
     from pmf.sampling import Sampler, generate
@@ -56,7 +56,7 @@ _HOMES = {
     "pmf.config": ("LOSSES", "MODELS", "SAMPLING", "LossConfig", "ModelConfig"),
     "pmf.cuda_graphs": ("CapturedStep",),
     "pmf.draws": ("Draws", "sample_draws"),
-    "pmf.dual": ("Dual",),
+    "pmf.pair": ("Dual",),
     "pmf.errors": ("InputError",),
     "pmf.loss": ("LossOutput", "pmf_loss"),
     "pmf.model": ("PMFDiT", "create_model"),

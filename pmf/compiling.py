@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pmf.dual import Dual
 from pmf.layers import Block, Residual
+from pmf.pair import Dual
 from pmf.private import open_batch, tree_map_only
 
 _compilations = itertools.count()

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pmf.config import ModelConfig
 from pmf.draws import Draws
-from pmf.dual import Dual
 from pmf.model import create_model
+from pmf.pair import Dual
 from pmf.private import TorchDispatchMode, storage_id, tree_leaves
 from pmf.step_plan import StepPlan
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pmf import dispatch, reference
-from pmf.dual import ABSENT, Dual
 from pmf.errors import InputError, no_vmap
+from pmf.pair import ABSENT, Dual
 from pmf.private import batched_by_autograd, forward_mode, is_dual_tensor, mapped
 from pmf.tangents.carriers import CARRIERS, as_dual, carrier_of
 from pmf.unrecorded import Sources, without_gradient

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from pmf import ops
 from pmf.config import ModelConfig
-from pmf.dual import ABSENT, Dual, tail, total
 from pmf.errors import InputError
 from pmf.packing import Join, PackedModule
+from pmf.pair import ABSENT, Dual, tail, total
 from pmf.tangents.carriers import CARRIERS, as_dual, carrier_of, moves
 from pmf.wide import wide_linear
 

@@ -24,8 +24,8 @@ from torch import Tensor
 from pmf import ops
 from pmf.config import LossConfig
 from pmf.draws import Draws
-from pmf.dual import Dual
 from pmf.errors import require
+from pmf.pair import Dual
 from pmf.step_plan import PlannedStep, plan_step
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from pmf.config import ModelConfig, model_config
 from pmf.counting import per_block, saved_bytes
-from pmf.dual import Dual
 from pmf.model import PMFDiT, create_model
+from pmf.pair import Dual
 from pmf.private import FakeTensorMode
 from pmf.reference.jvp import model_jvp
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from pmf import dispatch, ops
 from pmf.compiling import CompiledBlocks
 from pmf.config import PREFIX_TOKENS, ModelConfig, model_config
-from pmf.dual import ABSENT, Dual, tail, tangent_rows, total
 from pmf.errors import readable, require
 from pmf.layers import Block, FinalLayer, PatchEmbed, Residual, ScalarEmbedders
 from pmf.packing import held_weights, joined_weights
+from pmf.pair import ABSENT, Dual, tail, tangent_rows, total
 from pmf.recompute import recompute_in_backward
 from pmf.tangents.carriers import as_dual, carrier_of, moves
 from pmf.weights import matching_weights, read_weights

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from pmf.dual import Dual
+from pmf.pair import Dual
 from pmf.private import tree_flatten, tree_unflatten
 
 

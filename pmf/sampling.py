@@ -14,9 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pmf.config import MODELS, SAMPLING, Guidance, ModelConfig
-from pmf.dual import Dual
 from pmf.errors import readable, require
 from pmf.noise import seeded_noise
+from pmf.pair import Dual
 
 if TYPE_CHECKING:
     from pmf.model import PMFDiT

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from pmf.config import LossConfig
 from pmf.draws import Draws, check_batch, to_device
-from pmf.dual import tail
 from pmf.errors import require
+from pmf.pair import tail
 
 if TYPE_CHECKING:
     from pmf.model import PMFDiT

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pmf.dual import Dual
+from pmf.pair import Dual
 from pmf.private import recorded_levels
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pmf.dual import Dual, tail, tangent_rows, total
+from pmf.pair import Dual, tail, tangent_rows, total
 from pmf.private import forward_mode, transform_level
 from pmf.reference.tangent import accumulate
 

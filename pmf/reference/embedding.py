@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from pmf.dual import Dual, tail
+from pmf.pair import Dual, tail
 from pmf.reference.tangent import accumulate
 
 FEATURES = 256

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pmf.dual import ABSENT, Dual, tail, tangent_rows, total
+from pmf.pair import ABSENT, Dual, tail, tangent_rows, total
 from pmf.reference.tangent import accumulate, own_gradient, plus_product
 
 Kind = Literal["rms", "layer"]

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pmf.dual import tail
+from pmf.pair import tail
 from pmf.reference.patch import patchify, unpatchify
 from pmf.reference.tangent import accumulate
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from pmf.dual import ABSENT, Dual, tail, tangent_rows
+from pmf.pair import ABSENT, Dual, tail, tangent_rows
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pmf.dual import Dual, tail
+from pmf.pair import Dual, tail
 from pmf.reference.norm import normalise, normalise_dot
 from pmf.reference.tangent import accumulate
 

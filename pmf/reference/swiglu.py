@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from pmf.dual import Dual, tail
+from pmf.pair import Dual, tail
 from pmf.reference.tangent import accumulate
 
 

@@ -1,4 +1,4 @@
-"""Precision and recording in the tangent formulas; helpers that only add and select are in `pmf.dual`."""
+"""Precision and recording in the tangent formulas; helpers that only add and select are in `pmf.pair`."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from pmf.dual import Dual
+from pmf.pair import Dual
 from pmf.tangents.carriers import CARRIERS, DualTensor, each, moves, values_of
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pmf import ops
 from pmf.dispatch import implementation
-from pmf.dual import Dual, total
 from pmf.errors import InputError
+from pmf.pair import Dual, total
 from pmf.tangents.handlers import ruled
 from pmf.tangents.rules import HANDLERS, is_dual, named
 from pmf.tangents.rules import value as plain

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pmf.dual import Dual
 from pmf.errors import InputError
+from pmf.pair import Dual
 from pmf.private import inside_function, make_shell, multiply_in_order, storage_id, transform_level, tree_leaves
 from pmf.tangents.memory import fitted
 from pmf.tangents.rules import HANDLERS, Handler, can_move, name_of

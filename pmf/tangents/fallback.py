@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.func import jvp as forward_jvp  # scripts may put pmf.jvp in its place
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pmf.dual import Dual
 from pmf.errors import InputError, first_line
+from pmf.pair import Dual
 from pmf.private import (
     FUNCTION_NAMESPACES,
     forward_mode,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pmf.dual import Dual
+from pmf.pair import Dual
 from pmf.private import grouped_mm
 from pmf.tangents.handlers import ruled
 from pmf.tangents.rules import HANDLERS, Rule, is_dual, multilinear, named, value

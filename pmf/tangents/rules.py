@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pmf.dual import Dual
+from pmf.pair import Dual
 from pmf.private import FUNCTION_NAMESPACES
 
 Rule = Callable[..., Any]

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pmf.dual import Dual
 from pmf.errors import InputError
+from pmf.pair import Dual
 from pmf.tangents.handlers import by_torch_func, made_like, refused, ruled, still
 from pmf.tangents.rules import (
     HANDLERS,

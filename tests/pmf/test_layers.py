@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from pmf import layers, ops
-from pmf.dual import Dual
 from pmf.errors import InputError
 from pmf.packing import held_weights
+from pmf.pair import Dual
 from tests.networks import TINY, relative_error
 
 WIDTH = TINY.hidden_size

@@ -5,7 +5,7 @@ import torch
 
 import pmf
 from pmf.counting import saved_bytes
-from pmf.dual import Dual
+from pmf.pair import Dual
 from pmf.reference.jvp import model_jvp
 from tests.kernels.checks import DEVICE
 from tests.networks import TINY, model_inputs, random_model, relative_error

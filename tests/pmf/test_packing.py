@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pmf
 from pmf import layers
-from pmf.dual import Dual
 from pmf.packing import Join, PackedModule, held_weights
+from pmf.pair import Dual
 from tests.networks import TINY, random_model
 from tests.pmf.test_loss import LOSS, step_inputs
 

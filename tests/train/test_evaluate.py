@@ -57,7 +57,7 @@ class Copier(torch.nn.Module):
         train, _ = digits()
         places = [(train.labels == c).nonzero()[:, 0] for c in range(10)]
         chosen = [places[c][i % len(places[c])] for i, c in enumerate(y.tolist())]
-        from pmf.dual import Dual
+        from pmf.pair import Dual
 
         return {"u": Dual(train.images[torch.stack(chosen)].flatten(2))}
 

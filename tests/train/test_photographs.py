@@ -96,7 +96,7 @@ class Copier(torch.nn.Module):
         self.held_weights = contextlib.nullcontext
 
     def predict_dual(self, z, h, omega, t_min, t_max, y, *, heads):
-        from pmf.dual import Dual
+        from pmf.pair import Dual
 
         train, _ = photographs(32)
         chosen = [540 * ((c + self.shift) % 10) + 7 * i % 540 for i, c in enumerate(y.tolist())]

@@ -1,0 +1,57 @@
+"""Images to tokens."""
+
+from __future__ import annotations
+
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from pmf.autocast import product_dtype
+from pmf.errors import InputError
+from pmf.inputs import Inputs, Moving, Pair
+from pmf.pair import Dual
+
+
+@overload
+def patch_embed(
+    images: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, positions: Tensor,
+    prefix: Tensor | None = None, *, impl: str | None = None,
+) -> Tensor: ...  # fmt: skip
+@overload
+def patch_embed(
+    images: Pair, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, positions: Tensor,
+    prefix: Moving | None = None, *, impl: str | None = None,
+) -> Dual: ...  # fmt: skip
+def patch_embed(images, weight1, bias1, weight2, bias2, positions, prefix=None, *, impl=None):
+    """Image to token sequence: [prefix, (patches weight1 + bias1) weight2 + bias2] + positions.
+
+    Args: images [B, c, H, W]; weight1 [E, c, p, p], the p x p convolution of stride p; bias1 [E];
+    weight2 [C, E, 1, 1]; bias2 [C]; positions [S, C]; prefix [B, P, C] or None (P = 0);
+    S = P + (H / p) (W / p).
+    Returns [B, S, C]. Tangents: of images and prefix.
+    """
+    fixed = {"weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2, "positions": positions}
+    inputs = Inputs("patch_embed", {"images": images, "prefix": prefix}, fixed)
+    images, prefix = (dual.value for dual in inputs.duals)
+    inputs.shape("images", images, None, None, None, None)
+    batch, channels, height, width = images.shape
+    inputs.shape("weight1", weight1, None, channels, None, None)
+    inner, _, patch, _ = weight1.shape
+    inputs.shape("weight1", weight1, inner, channels, patch, patch)
+    if height % patch != 0 or width % patch != 0:
+        sides = f"sides that are multiples of the patch size {patch}, got {height} x {width}"
+        raise InputError(f"patch_embed: images must have {sides}")
+    inputs.shape("bias1", bias1, inner)
+    inputs.shape("weight2", weight2, None, inner, 1, 1)
+    outer = weight2.shape[0]
+    inputs.shape("bias2", bias2, outer)
+    prefix_length = 0
+    if prefix is not None:
+        inputs.shape("prefix", prefix, batch, None, outer)
+        prefix_length = prefix.shape[1]
+    inputs.shape("positions", positions, prefix_length + (height // patch) * (width // patch), outer)
+    run = inputs.implementation(impl, patch, inner)
+    images, prefix = inputs.duals
+    dtype = weight1.dtype if weight1.dtype == torch.float64 else product_dtype(weight1)
+    return inputs.give(run.patch_embed(images, **fixed, prefix=prefix, dtype=dtype))

@@ -1,0 +1,53 @@
+"""Pointwise functions of MLPs and embedders."""
+
+from __future__ import annotations
+
+from typing import overload
+
+from torch import Tensor
+
+from pmf import reference
+from pmf.errors import InputError
+from pmf.inputs import Inputs, Pair
+from pmf.pair import Dual
+
+
+@overload
+def swiglu(x: Tensor, *, impl: str | None = None) -> Tensor: ...
+@overload
+def swiglu(x: Pair, *, impl: str | None = None) -> Dual: ...
+def swiglu(x, *, impl=None):
+    """SwiGLU's pointwise half: silu(a) b for x = [a, b], and its tangent silu'(a) a_dot b + silu(a) b_dot.
+
+    Args: x [B, S, 2F]. Returns [B, S, F]. Tangents: of x.
+    """
+    inputs = Inputs("swiglu", {"x": x})
+    value = inputs.duals[0].value
+    inputs.shape("x", value, None, None, None)
+    if value.shape[-1] % 2 != 0:
+        raise InputError(f"swiglu: x must have an even last dimension, got {value.shape[-1]}")
+    run = inputs.implementation(impl)
+    return inputs.give(run.swiglu(*inputs.duals))
+
+
+@overload
+def scalar_features(s: Tensor) -> Tensor: ...
+@overload
+def scalar_features(s: Pair) -> Dual: ...
+def scalar_features(s):
+    """Sinusoidal features of scalars, [cos(s f), sin(s f)] with f_i = 10000^(-i / 128): [B] -> [B, 256]."""
+    inputs = Inputs("scalar_features", {"s": s})
+    inputs.shape("s", inputs.duals[0].value, None)
+    return inputs.give(reference.scalar_features(*inputs.duals))
+
+
+@overload
+def silu(x: Tensor) -> Tensor: ...
+@overload
+def silu(x: Pair) -> Dual: ...
+def silu(x):
+    """silu(x) = x sigmoid(x), and its tangent (sigmoid + silu (1 - sigmoid)) x_dot: any shape [B, ...]."""
+    inputs = Inputs("silu", {"x": x})
+    if inputs.duals[0].value is None:
+        inputs.shape("x", None)
+    return inputs.give(reference.silu(*inputs.duals))
