@@ -162,9 +162,24 @@ class Inputs:
             if want is not None and want != size:
                 self._wrong_shape(name, tensor, expected)
 
-    def _wrong_shape(self, name: str, tensor: Tensor, expected: tuple[int | None, ...]) -> None:
-        wanted = ", ".join("any" if size is None else str(size) for size in expected)
-        raise InputError(f"{self.op}: {name} must have shape [{wanted}], got {list(tensor.shape)}")
+    def one_of_shapes(self, name: str, tensor: Tensor | None, *allowed: tuple[int | None, ...], hint: str = "") -> None:
+        """`shape` for inputs with several `allowed` shapes, all of which the error says; `hint` ends it."""
+        if tensor is None:
+            raise InputError(f"{self.op}: {name} must be a floating tensor, got None")
+        sizes = tensor.shape
+        for expected in allowed:
+            if len(sizes) == len(expected) and all(
+                want is None or want == size for want, size in zip(expected, sizes, strict=True)
+            ):
+                return
+        self._wrong_shape(name, tensor, *allowed, hint=hint)
+
+    def _wrong_shape(self, name: str, tensor: Tensor, *allowed: tuple[int | None, ...], hint: str = "") -> None:
+        *others, last = dict.fromkeys(
+            f"[{', '.join('any' if size is None else str(size) for size in expected)}]" for expected in allowed
+        )
+        wanted = f"{', '.join(others)} or {last}" if others else last
+        raise InputError(f"{self.op}: {name} must have shape {wanted}, got {list(tensor.shape)}{hint}")
 
     def cast(self, dtype: torch.dtype) -> None:
         """Convert values and tangents to `dtype`."""
