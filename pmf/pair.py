@@ -20,8 +20,9 @@ class Dual(NamedTuple):
     dot: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Dual:
-        """Apply a linear function that acts on each sample separately to both value and tangent."""
-        return Dual(function(self.value), None if self.dot is None else function(self.dot))
+        """Apply a linear function that acts on each sample separately to both value and tangent; None stays None."""
+        value = self.value if self.value is None else function(self.value)
+        return Dual(value, None if self.dot is None else function(self.dot))
 
 
 ABSENT = Dual(cast(Tensor, None))

@@ -2,101 +2,156 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import overload
 
+import torch
 from torch import Tensor
 
 from pmf.autocast import product_dtype
 from pmf.errors import InputError
 from pmf.inputs import Inputs, Moving, Pair
-from pmf.pair import Dual
+from pmf.pair import Dual, total
+from pmf.reference.tangent import accumulate
 
 
-def _modulation(inputs: Inputs, name: str, modulation: Dual, samples: int, width: int) -> None:
-    """Check that a modulation is [B, C], or [C] without tangent."""
+def _modulation(inputs: Inputs, name: str, modulation: Dual, x: Tensor) -> None:
+    """Check that a modulation of x [B, ..., C] is [C] without tangent, [B, C], [B, 1, C], or has the shape of x."""
     value, dot = modulation
-    if value is not None and value.ndim == 2:
-        inputs.shape(name, value, samples, width)
-        return
-    if dot is not None:
+    samples, *between, width = x.shape
+    inputs.one_of_shapes(
+        name, value, (width,), (samples, width), (samples, *(1 for _ in between), width), tuple(x.shape)
+    )
+    if dot is not None and value.ndim == 1:
         raise InputError(f"{inputs.op}: {name} per channel takes no tangent; expand it to [B, C]")
-    inputs.shape(name, value, width)
 
 
-def _norm(inputs: Inputs, x: Tensor, weight: Tensor | None, scale: Dual, shift: Dual, kind: str) -> tuple[int, int]:
-    """Check the inputs that every norm takes; return the number of samples and the width of x."""
-    if x is None or x.ndim != 3:
-        inputs.shape("x", x, None, None, None)
-    samples, _, width = x.shape
-    if weight is not None:
-        inputs.shape("weight", weight, width)
-    if scale.value is not None:
-        _modulation(inputs, "scale", scale, samples, width)
-    if shift.value is not None:
-        _modulation(inputs, "shift", shift, samples, width)
+def _check(inputs: Inputs, weight: Tensor | None, bias: Tensor | None, kind: str) -> Tensor:
+    """Check what every norm takes; `inputs` are x, a branch if there is one, and modulations. Return x."""
+    x = inputs.duals[0].value
+    inputs.one_of_shapes("x", x, (None,) * 2, (None,) * 3, (None,) * 4)
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is not None:
+            inputs.shape(name, vector, x.shape[-1])
+    for name, modulation in zip(inputs.names, inputs.duals, strict=True):
+        if name in ("gate", "scale", "shift") and modulation.value is not None:
+            _modulation(inputs, name, modulation, x)
     if kind not in ("rms", "layer"):
         raise InputError(f'{inputs.op}: kind must be "rms" or "layer", got {kind!r}')
-    return samples, width
+    return x
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """[B, C], [B, S, C] or [B, H, W, C] as [B, S, C]; channels and [B, 1, C] stay vectors, [C] and [B, C]."""
+    if x.ndim < 2:
+        return x
+    return x.flatten(1, -2) if x.ndim > 2 else x[:, None]
+
+
+def _vectors(modulation: Tensor) -> Tensor:
+    """A modulation as [C], [B, C], or, if tokens differ, [B, S, C]."""
+    if modulation.ndim < 3:
+        return modulation
+    tokens = modulation.flatten(1, -2)
+    return tokens[:, 0] if tokens.shape[1] == 1 else tokens
+
+
+def _beside_tokens(vector: Tensor | None, tokens: bool) -> Tensor | None:
+    """A vector in the accumulation dtype, one per sample as [B, 1, C] if it is to be added to `tokens` [B, S, C]."""
+    if vector is None:
+        return None
+    return accumulate(vector[:, None] if tokens and vector.ndim == 2 else vector)
+
+
+def _with_bias(bias: Tensor | None, scale: Dual, shift: Dual) -> Dual:
+    """The shift of a norm with a bias: bias (1 + scale) + shift, and bias scale_dot + shift_dot."""
+    if bias is None:
+        return shift
+    tokens = any(m.value is not None and m.value.ndim == 3 for m in (scale, shift))
+    wide = [_beside_tokens(vector, tokens) for vector in (bias, *scale, *shift)]
+    bias, scale_value, scale_dot, shift_value, shift_dot = wide
+    value = total(bias if scale_value is None else bias * (1 + scale_value), shift_value)
+    with torch.no_grad():
+        dot = total(None if scale_dot is None else bias * scale_dot, shift_dot)
+    return Dual(value, dot).map(_vectors)
+
+
+def _eps(eps: float | None, x: Tensor) -> float:
+    """`eps`, or what nn.RMSNorm takes for None: the epsilon of the accumulation dtype."""
+    if eps is not None:
+        return eps
+    return torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
+
+
+def _shaped(x: Tensor) -> Callable[[Tensor], Tensor]:
+    """What returns results [B, S, C] to the shape of x."""
+    sizes = x.shape[1:]
+    return lambda y: y if len(sizes) == 2 else y.reshape(y.shape[0], *sizes)
 
 
 @overload
 def norm_modulate(
     x: Tensor, weight: Tensor | None = None, scale: Tensor | None = None, shift: Tensor | None = None,
-    *, kind: str = "rms", eps: float = 1e-6, impl: str | None = None,
+    bias: Tensor | None = None, *, kind: str = "rms", eps: float | None = 1e-6, impl: str | None = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def norm_modulate(
     x: Pair, weight: Tensor | None = None, scale: Moving | None = None, shift: Moving | None = None,
-    *, kind: str = "rms", eps: float = 1e-6, impl: str | None = None,
+    bias: Tensor | None = None, *, kind: str = "rms", eps: float | None = 1e-6, impl: str | None = None,
 ) -> Dual: ...  # fmt: skip
-def norm_modulate(x, weight=None, scale=None, shift=None, *, kind="rms", eps=1e-6, impl=None):
-    """Normalise over the last dimension, then modulate (adaLN): y = n(x) weight (1 + scale) + shift.
+def norm_modulate(x, weight=None, scale=None, shift=None, bias=None, *, kind="rms", eps=1e-6, impl=None):
+    """Normalise over the last dimension, then modulate (adaLN): y = (n(x) weight + bias) (1 + scale) + shift.
 
     n(x) = (x - mu) / sqrt(mean((x - mu)^2) + eps), with mu = mean(x) for kind "layer" and 0 for "rms".
     n_dot = (c_dot - n mean(n c_dot)) / sqrt(...), c_dot = x_dot - mean(x_dot) or x_dot.
 
-    Args: x [B, S, C]; weight [C] or None (ones); scale, shift [B, C], [C] or None (zeros).
-    Returns y [B, S, C] in the autocast dtype if autocast is on, else in that of x.
-    Tangents: of x, and of scale and shift per sample.
+    Args: x [B, C], [B, S, C] or [B, H, W, C]; weight, bias [C] or None (ones, zeros); scale, shift per channel [C],
+    per sample [B, C] or [B, 1, C], per token (in the shape of x), or None (zeros); eps None is nn.RMSNorm's, 1.2e-7
+    (2.2e-16 in float64).
+    Returns y in the shape of x, in the autocast dtype if autocast is on, else in that of x.
+    Tangents: of x, and of scale and shift per sample or token.
     """
-    inputs = Inputs("norm_modulate", {"x": x, "scale": scale, "shift": shift}, {"weight": weight})
+    inputs = Inputs("norm_modulate", {"x": x, "scale": scale, "shift": shift}, {"weight": weight, "bias": bias})
+    value = _check(inputs, weight, bias, kind)
+    run = inputs.implementation(impl, value.shape[-1])
     x, scale, shift = inputs.duals
-    _, width = _norm(inputs, x.value, weight, scale, shift, kind)
-    run = inputs.implementation(impl, width)
-    x, scale, shift = inputs.duals
-    y = run.norm_modulate(x, weight, scale, shift, kind=kind, eps=eps, out_dtype=product_dtype(x.value))
-    return inputs.give(y)
+    scale, shift = scale.map(_vectors), shift.map(_vectors)
+    options = dict(kind=kind, eps=_eps(eps, x.value), out_dtype=product_dtype(x.value))
+    y = run.norm_modulate(x.map(_tokens), weight, scale, _with_bias(bias, scale, shift), **options)
+    return inputs.give(y.map(_shaped(value)))
 
 
 @overload
 def residual_norm_modulate(
-    x: Tensor, branch: Tensor, gate: Tensor, weight: Tensor | None = None, scale: Tensor | None = None,
-    shift: Tensor | None = None, *, kind: str = "rms", eps: float = 1e-6, impl: str | None = None,
+    x: Tensor, branch: Tensor, gate: Tensor | None = None, weight: Tensor | None = None, scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    bias: Tensor | None = None, *, kind: str = "rms", eps: float | None = 1e-6, impl: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def residual_norm_modulate(
-    x: Pair, branch: Moving, gate: Moving, weight: Tensor | None = None, scale: Moving | None = None,
-    shift: Moving | None = None, *, kind: str = "rms", eps: float = 1e-6, impl: str | None = None,
+    x: Pair, branch: Moving, gate: Moving | None = None, weight: Tensor | None = None, scale: Moving | None = None,
+    shift: Moving | None = None,
+    bias: Tensor | None = None, *, kind: str = "rms", eps: float | None = 1e-6, impl: str | None = None,
 ) -> tuple[Dual, Dual]: ...  # fmt: skip
-def residual_norm_modulate(x, branch, gate, weight=None, scale=None, shift=None, *, kind="rms", eps=1e-6, impl=None):
-    """Gated residual, then `norm_modulate`: x_new = x + gate branch, y = n(x_new) weight (1 + scale) + shift.
+def residual_norm_modulate(
+    x, branch, gate=None, weight=None, scale=None, shift=None, bias=None, *, kind="rms", eps=1e-6, impl=None
+):
+    """Gated residual, then `norm_modulate`: x_new = x + gate branch, y = (n(x_new) weight + bias) (1 + scale) + shift.
 
     x_new_dot = x_dot + gate branch_dot + gate_dot branch.
 
-    Args: x, branch [B, S, C]; gate [C] or [B, C]; the rest as in `norm_modulate`.
+    Args: x and branch of one shape; gate as scale, or None (one); the rest as in `norm_modulate`.
     Returns x_new in the dtype of x, and y.
-    Tangents: of x and branch, and of gate, scale and shift per sample.
+    Tangents: of x and branch, and of gate, scale and shift per sample or token.
     """
     moving = {"x": x, "branch": branch, "gate": gate, "scale": scale, "shift": shift}
-    inputs = Inputs("residual_norm_modulate", moving, {"weight": weight})
-    x, branch, gate, scale, shift = inputs.duals
-    samples, width = _norm(inputs, x.value, weight, scale, shift, kind)
-    if branch.value is None or branch.value.shape != x.value.shape:
-        inputs.shape("branch", branch.value, *x.value.shape)
-    _modulation(inputs, "gate", gate, samples, width)
-    run = inputs.implementation(impl, width)
-    x, branch, gate, scale, shift = inputs.duals
-    x_new, y = run.residual_norm_modulate(
-        x, branch, gate, weight, scale, shift, kind=kind, eps=eps, out_dtype=product_dtype(x.value)
-    )
-    return inputs.give(x_new), inputs.give(y)
+    inputs = Inputs("residual_norm_modulate", moving, {"weight": weight, "bias": bias})
+    value = _check(inputs, weight, bias, kind)
+    inputs.shape("branch", inputs.duals[1].value, *value.shape)
+    run = inputs.implementation(impl, value.shape[-1])
+    x, branch, *modulations = inputs.duals
+    gate, scale, shift = (m.map(_vectors) for m in modulations)
+    options = dict(kind=kind, eps=_eps(eps, x.value), out_dtype=product_dtype(x.value))
+    x, branch, shift = x.map(_tokens), branch.map(_tokens), _with_bias(bias, scale, shift)
+    x_new, y = run.residual_norm_modulate(x, branch, gate, weight, scale, shift, **options)
+    return inputs.give(x_new.map(_shaped(value))), inputs.give(y.map(_shaped(value)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import torch
@@ -56,7 +57,7 @@ def normalise(x: Tensor, kind: Kind, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _per_token(modulation: Tensor | None) -> Tensor | None:
-    """[B, C] as [B, 1, C], [C] unchanged: broadcastable to [B, S, C]."""
+    """[B, C] as [B, 1, C], others unchanged: broadcastable to [B, S, C]."""
     if modulation is None:
         return None
     modulation = accumulate(modulation)
@@ -64,10 +65,16 @@ def _per_token(modulation: Tensor | None) -> Tensor | None:
 
 
 def _rows(parameter: Tensor | None, rows: int) -> Tensor | None:
-    """The last `rows` samples of a per-sample modulation; a per-channel one as a whole."""
+    """The last `rows` samples of a parameter per sample or token; one per channel as a whole."""
     if parameter is None or parameter.ndim < 3:
         return None if parameter is None else parameter.detach()
     return tail(parameter, rows)
+
+
+def _times(*factors: Tensor | None) -> Tensor | None:
+    """The product of the factors that are there; None is one."""
+    present = [f for f in factors if f is not None]
+    return functools.reduce(torch.mul, present) if present else None
 
 
 def norm_modulate(
@@ -83,10 +90,9 @@ def norm_modulate(
     """y = n(x) weight (1 + scale) + shift, and its tangent; see `pmf.ops.norm_modulate`."""
     out_dtype = out_dtype or x.value.dtype
     n, rstd = normalise(accumulate(x.value), kind, eps)
-    weight, scale_token, shift_token = (_per_token(p) for p in (weight, scale.value, shift.value))
-    factors = [f for f in (weight, None if scale_token is None else 1 + scale_token) if f is not None]
-    factor = torch.mul(*factors) if len(factors) == 2 else factors[0] if factors else None
-    y = n if factor is None else n * factor
+    weight, scale_token, shift_token = map(_per_token, (weight, scale.value, shift.value))
+    factor = _times(weight, None if scale_token is None else 1 + scale_token)
+    y = _times(n, factor)
     y = (y if shift_token is None else y + shift_token).to(out_dtype)
 
     rows = tangent_rows((x.dot, scale.dot, shift.dot))
@@ -98,8 +104,7 @@ def norm_modulate(
         if y_dot is not None and factor is not None:
             y_dot.mul_(factor)
         if scale.dot is not None:
-            factor_dot = _per_token(scale.dot)
-            factor_dot = factor_dot if weight is None else weight * factor_dot
+            factor_dot = _times(weight, _per_token(scale.dot))
             y_dot = n * factor_dot if y_dot is None else y_dot.addcmul_(n, factor_dot)
         if shift.dot is not None:
             shift_dot = _per_token(shift.dot)
@@ -110,7 +115,7 @@ def norm_modulate(
 def residual_norm_modulate(
     x: Dual,
     branch: Dual,
-    gate: Dual,
+    gate: Dual = ABSENT,
     weight: Tensor | None = None,
     scale: Dual = ABSENT,
     shift: Dual = ABSENT,
@@ -121,12 +126,15 @@ def residual_norm_modulate(
 ) -> tuple[Dual, Dual]:
     """x_new = x + gate branch, and y = norm_modulate(x_new)."""
     gate_token = _per_token(gate.value)
-    value = (accumulate(x.value) + gate_token * accumulate(branch.value)).to(x.value.dtype)
+    value = (accumulate(x.value) + _times(gate_token, accumulate(branch.value))).to(x.value.dtype)
     rows = tangent_rows((x.dot, branch.dot, gate.dot))
     dot = None
     if rows is not None:
         with torch.no_grad():
-            moved = plus_product(x.dot, _rows(gate_token, rows), branch.dot)
+            if gate_token is None:
+                moved = total(x.dot, None if branch.dot is None else accumulate(branch.dot))
+            else:
+                moved = plus_product(x.dot, _rows(gate_token, rows), branch.dot)
             dot = plus_product(moved, tail(branch.value, rows), _per_token(gate.dot)).to(x.value.dtype)
     x_new = Dual(value, dot)
     return x_new, norm_modulate(x_new, weight, scale, shift, kind=kind, eps=eps, out_dtype=out_dtype)

@@ -7,6 +7,7 @@ that of the reference in the kernel's own precision, plus one rounding step.
 from __future__ import annotations
 
 import contextlib
+import re
 import zlib
 
 import torch
@@ -188,9 +189,11 @@ def check_forward_mode(op: str, primals, moving: tuple[int, ...], *, own_backwar
         torch.func.jvp(tangent_of, parts, dots)
     gradient = torch.func.grad(lambda *p: sum(v.float().sum() for v in _flat(of_moving(*p))))
     compiled = torch.compile(gradient, backend="aot_eager", fullgraph=True)
-    if own_backward:
-        close(compiled(*parts), gradient(*parts))
-        return
-    # Dynamo drops the backward rule here: it or we must raise, never return a wrong gradient.
-    with pytest.raises(Exception, match=r"gradient was lost|AutogradFunctionContextVariable|setup_context"):
-        compiled(*parts)
+    # Dynamo drops some backward rules here: it or we must raise, never return a wrong gradient.
+    try:
+        found = compiled(*parts)
+    except Exception as error:
+        if own_backward or not re.search("gradient was lost|AutogradFunctionContextVariable|setup_context", str(error)):
+            raise
+    else:
+        close(found, gradient(*parts))

@@ -44,7 +44,7 @@ def norm_cases(size: str, stream, low):
     """The residual norm of a published block and of an adaLN block, and the first norm of a network."""
     import torch
 
-    from pmf.kernels import norm
+    from pmf.kernels import norm, norm_backward
 
     width = SIZES[size][0]
     x, y = _meta(BATCH, LENGTH, width, dtype=stream), _meta(BATCH, LENGTH, width, dtype=low)
@@ -68,19 +68,40 @@ def norm_cases(size: str, stream, low):
     needs = [True, True, False, False]
     yield (
         "backward",
-        lambda: norm.norm_backward.function(y, x, x, y, channel, channel, None, None, stats, low, False, needs),
+        lambda: norm_backward.norm_backward.function(
+            y, x, x, y, channel, channel, None, None, stats, low, False, True, needs
+        ),
     )
     if size in ("B", "H"):
-        alone = (y, None, x, None, None, channel, None, None, stats, low, False, [False, True, False, False])
+        alone = (y, None, x, None, None, channel, None, None, stats, None, False, False, [False, True, False, False])
         yield "forward alone", lambda: norm.norm_forward.function(*first, *none, *options)
-        yield "backward alone", lambda: norm.norm_backward.function(*alone)
+        yield "backward alone", lambda: norm_backward.norm_backward.function(*alone)
     adaln_stats = _meta(BATCH, LENGTH, 2, dtype=torch.float32)
     yield (
         "backward adaln",
-        lambda: norm.norm_backward.function(
-            y, x, x, y, sample, channel, sample, sample, adaln_stats, low, True, [True] * 4
+        lambda: norm_backward.norm_backward.function(
+            y, x, x, y, sample, channel, sample, sample, adaln_stats, low, True, True, [True] * 4
         ),
     )
+    if size in ("B", "H"):
+        yield from _token_cases(width, stream, low)
+
+
+def _token_cases(width: int, stream, low):
+    """Modulations per token, slices of wider rows, after a residual without gate's tangent and with it."""
+    import torch
+
+    from pmf.kernels import norm, norm_backward
+
+    x, y = _meta(BATCH, LENGTH, width, dtype=stream), _meta(BATCH, LENGTH, width, dtype=low)
+    token = _meta(BATCH, LENGTH, 6 * width, dtype=low)[..., width : 2 * width]
+    half, halves = BATCH // 2, (x[: BATCH // 2], y[: BATCH // 2])
+    stats = _meta(BATCH, LENGTH, 2, dtype=torch.float32)
+    options, inputs = (True, 1e-6, low), (x, y, token, None, token, token)
+    dots = (*halves, *(token[:half],) * 3)
+    yield "dual token", lambda: norm.norm_forward.function(*inputs, *dots, *options)
+    arguments = (y, x, *inputs, stats, low, True, True, [True, False, True, True])
+    yield "backward token", lambda: norm_backward.norm_backward.function(*arguments)
 
 
 def swiglu_cases(size: str, stream, low):

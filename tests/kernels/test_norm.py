@@ -21,7 +21,7 @@ from tests.kernels.checks import (
 )
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-LAYOUTS = ("absent", "channel", "sample")
+LAYOUTS = ("absent", "channel", "sample", "token")
 MODULATIONS = list(itertools.product(("absent", "channel"), LAYOUTS, LAYOUTS))
 DTYPES = ((F32, F32, F32), (F32, BF16, F32), (BF16, BF16, F32), (F16, F16, F16), (BF16, BF16, BF16))
 """Dtypes of x, branch and parameters; the second row is a float32 stream under bfloat16 autocast."""
@@ -29,26 +29,32 @@ MODES = ("none", "partial", "full")
 SHAPES = list(itertools.product((1, 17, 276), (64, 96, 768, 1280)))
 
 
-def parameter(layout: str, batch: int, width: int, gen, dtype, name: str):
-    """A weight, gate, scale or shift in one layout; per sample it is a slice of a wider row, as in adaLN."""
+def parameter(layout: str, x, gen, dtype, name: str):
+    """A weight, gate, scale, shift or bias of x in one layout; per sample or token it is a slice of wider rows."""
+    batch, *between, width = x.shape
     if layout == "absent":
         return None
     mean = 1.0 if name == "weight" else 0.0
     if layout == "channel":
         return randn(width, gen=gen, dtype=dtype, mean=mean)
-    return randn(batch, 3 * width, gen=gen, dtype=dtype, mean=mean)[:, width : 2 * width]
+    rows = {"sample": (), "one": (1,) * len(between), "token": between}[layout]
+    return randn(batch, *rows, 3 * width, gen=gen, dtype=dtype, mean=mean)[..., width : 2 * width]
 
 
 def inputs(residual, batch, length, width, layouts, mode, dtypes, seed):
-    """Primals and tangents; layouts: gate, weight, scale, shift; dtypes: x, branch, parameters."""
+    """Primals and tangents; layouts: gate, weight, scale, shift, bias; dtypes: x, branch, parameters.
+
+    `length` may be a tuple: the sizes between batch and width.
+    """
     gen = generator(seed, residual, batch, length, width, layouts, mode)
     stream, low, param = dtypes
-    primals = [randn(batch, length, width, gen=gen, dtype=stream, mean=0.3)]
+    shape = (batch, *(length if isinstance(length, tuple) else (length,)), width)
+    primals = [randn(*shape, gen=gen, dtype=stream, mean=0.3)]
     if residual:
-        primals.append(randn(batch, length, width, gen=gen, dtype=low))
-    names = ("gate", "weight", "scale", "shift")
+        primals.append(randn(*shape, gen=gen, dtype=low))
+    names = ("gate", "weight", "scale", "shift", "bias")[: len(layouts)]
     for name, layout in zip(names if residual else names[1:], layouts if residual else layouts[1:], strict=True):
-        primals.append(parameter(layout, batch, width, gen, param, name))
+        primals.append(parameter(layout, primals[0], gen, param, name))
     rows = {"none": 0, "partial": max(batch - 1, 1), "full": batch}[mode]
     weight = 3 if residual else 1
     tangents = [
@@ -84,16 +90,57 @@ def test_shapes(length, width, dtypes, mode, residual):
 @pytest.mark.parametrize("kind", ("rms", "layer"))
 @pytest.mark.parametrize("layout", MODULATIONS, ids="-".join)
 def test_layouts(layout, kind, residual):
-    """Weight, scale and shift absent, per channel and per sample, in every combination."""
-    gate = "sample" if layout[2] == "sample" else "channel"
+    """Weight, scale and shift absent, per channel, per sample and per token, in every combination."""
+    gate = layout[1] if layout[2] == "sample" else layout[2]
     primals, tangents = inputs(residual, 3, 5, 24, (gate, *layout), "partial", (F32, F32, F32), kind)
     check(op_of(residual), primals, tangents, kind=kind)
 
 
 @pytest.mark.parametrize("residual", (False, True))
-def test_each_tangent_alone(residual):
+@pytest.mark.parametrize("kind", ("rms", "layer"))
+@pytest.mark.parametrize("weight", ("absent", "channel"))
+@pytest.mark.parametrize(
+    ("scale", "shift"), [("absent", "absent"), ("sample", "absent"), ("channel", "token"), ("token", "sample")]
+)
+def test_bias(scale, shift, weight, kind, residual):
+    """A bias, as LayerNorm has one, beside modulations in every layout."""
+    layouts = ("absent", weight, scale, shift, "channel")
+    primals, tangents = inputs(residual, 3, 5, 24, layouts, "partial", (F32, F32, F32), kind)
+    check(op_of(residual), primals, tangents, kind=kind)
+
+
+@pytest.mark.parametrize("residual", (False, True))
+@pytest.mark.parametrize("between", [(), (4, 3), (5,)], ids=("2d", "4d", "3d"))
+@pytest.mark.parametrize("layout", ("one", "sample", "token", "channel"))
+def test_two_to_four_dimensions(layout, between, residual):
+    """x [B, C], [B, S, C] and [B, H, W, C], with modulations [B, 1, C] too."""
+    layouts = (layout, "channel", layout, layout, "channel")
+    primals, tangents = inputs(residual, 3, between, 24, layouts, "partial", (F32, BF16, F32), 0)
+    check(op_of(residual), primals, tangents, kind="layer")
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize(("length", "width"), [(1, 40), (33, 768), (276, 64)])
+def test_tokens_in_every_dtype(length, width, dtypes):
+    layouts = ("token", "channel", "token", "token")
+    primals, tangents = inputs(True, 2, length, width, layouts, "partial", dtypes, 0)
+    check("residual_norm_modulate", primals, tangents, kind="layer")
+
+
+@pytest.mark.parametrize("dtype", (F32, BF16, F16))
+def test_eps_none_is_that_of_rms_norm(dtype):
+    """Of values so small that eps counts."""
+    x = randn(3, 5, 24, gen=generator(0), dtype=dtype) / 2048
+    expected = torch.nn.RMSNorm(24, eps=None)(x)
+    torch.testing.assert_close(ops.norm_modulate(x, eps=None, impl="triton"), expected)
+    torch.testing.assert_close(ops.norm_modulate(x.double(), eps=None), torch.nn.RMSNorm(24, eps=None)(x.double()))
+
+
+@pytest.mark.parametrize("layout", ("sample", "token"))
+@pytest.mark.parametrize("residual", (False, True))
+def test_each_tangent_alone(residual, layout):
     """A tangent of one input only: the others are zero, and absent parts of the result stay None."""
-    layouts = ("sample", "channel", "sample", "sample")
+    layouts = (layout, "channel", layout, layout)
     primals, tangents = inputs(residual, 3, 5, 24, layouts, "partial", (F32, BF16, F32), 0)
     for i, tangent in enumerate(tangents):
         if tangent is not None:
@@ -101,10 +148,11 @@ def test_each_tangent_alone(residual):
             check(op_of(residual), primals, alone, kind="layer")
 
 
+@pytest.mark.parametrize("layout", ("sample", "token"))
 @pytest.mark.parametrize("residual", (False, True))
-def test_views(residual):
+def test_views(residual, layout):
     """Inputs and tangents that are views with gaps."""
-    layouts = ("sample", "channel", "sample", "sample")
+    layouts = (layout, "channel", layout, layout)
     primals, tangents = inputs(residual, 3, 17, 40, layouts, "partial", (F32, BF16, F32), 0)
     primals = tuple(strided(p) for p in primals)
     tangents = tuple(None if t is None else strided(t) for t in tangents)
@@ -114,7 +162,7 @@ def test_views(residual):
 
 
 @pytest.mark.parametrize("residual", (False, True))
-@pytest.mark.parametrize("layout", ("channel", "sample"))
+@pytest.mark.parametrize("layout", ("channel", "sample", "token"))
 def test_views_of_every_other_channel(layout, residual):
     layouts = (layout, "channel", layout, layout)
     primals, tangents = inputs(residual, 3, 5, 24, layouts, "partial", (F32, BF16, F32), 0)
@@ -129,7 +177,7 @@ def test_views_of_every_other_channel(layout, residual):
     length=st.integers(0, 140),
     width=st.integers(12, 130),
     kind=st.sampled_from(("rms", "layer")),
-    gate=st.sampled_from(LAYOUTS[1:]),
+    gate=st.sampled_from(LAYOUTS),
     layout=st.sampled_from(MODULATIONS),
     mode=st.sampled_from(MODES),
     dtypes=st.sampled_from(DTYPES),
@@ -139,9 +187,10 @@ def test_any_shape(residual, batch, length, width, kind, gate, layout, mode, dty
     check(op_of(residual), primals, tangents, kind=kind)
 
 
+@pytest.mark.parametrize("layout", ("sample", "token"))
 @pytest.mark.parametrize("residual", (False, True))
-def test_compilers_and_checkpointing(residual):
-    layouts = ("sample", "channel", "sample", "sample")
+def test_compilers_and_checkpointing(residual, layout):
+    layouts = (layout, "channel", layout, layout, "channel")
     primals, tangents = inputs(residual, 3, 5, 24, layouts, "partial", (F32, BF16, F32), 0)
     check_compiles(op_of(residual), primals, tangents)
 
@@ -189,7 +238,7 @@ def test_registered_operators():
     x_new, _, _, _, stats = torch.ops.pmf.norm_forward(*primals, *dots, True, 1e-6, BF16)
     torch.library.opcheck(
         torch.ops.pmf.norm_backward.default,
-        (x_new, x_new, x_new, *primals[1:], stats, BF16, True, [True] * 4),
+        (x_new, x_new, x_new, *primals[1:], stats, BF16, True, True, [True] * 4),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -204,7 +253,11 @@ def test_registered_operators():
         ),
         (dict(x=torch.randn(2, 5, 8200)), "width must be at most 8192 .* got 8200"),
         (dict(weight=torch.ones(7)), r"weight must have shape \[8\], got \[7\]"),
-        (dict(shift=torch.ones(3, 8)), r"shift must have shape \[2, 8\], got \[3, 8\]"),
+        (
+            dict(shift=torch.ones(3, 8)),
+            r"shift must have shape \[8\], \[2, 8\], \[2, 1, 8\] or \[2, 5, 8\], got \[3, 8\]",
+        ),
+        (dict(bias=torch.ones(2, 8)), r"bias must have shape \[8\], got \[2, 8\]"),
     ],
 )
 def test_bad_input(change, message):
