@@ -116,15 +116,19 @@ def block_ops(config: ModelConfig, batch: int) -> list[Op]:
 
     norm, residual = per_token(6 * width, 10 * width), per_token(12 * width, 18 * width)
     rotation, gating = per_token(8 * width, 16 * width), per_token(6 * hidden, 10 * hidden)
+    activation, tokens = per_token(16 * width, 24 * width), per_token(18 * width, 30 * width)
     per_channel = (stream, branch, weight, weight, None, None)
     per_sample = (stream, branch, vector, weight, vector, vector)
+    each_token = (stream, branch, branch, weight, branch, branch)
     test, prefix = "kernels/test_norm.py", {"prefix_length": config.prefix_length}
     return [
         Op("norm_modulate", (stream, weight, None, None), (0,), norm, test),
         Op("residual_norm_modulate", per_channel, (0, 1), residual, test),
         Op("residual_norm_modulate", per_sample, (0, 1, 2, 4, 5), residual, test, label=" adaln"),
+        Op("residual_norm_modulate", each_token, (0, 1, 2, 4, 5), tokens, test, label=" per token"),
         Op("qk_norm_rope", qkv, (0,), rotation, "kernels/test_rotary.py", constant=(3, 4), options=prefix),
-        Op("swiglu", ((SLIM, *rows, 2 * hidden),), (0,), gating, "kernels/test_swiglu.py"),
+        Op("swiglu", ((SLIM, *rows, 2 * hidden),), (0,), gating, "kernels/test_pointwise.py"),
+        Op("gelu", ((SLIM, *rows, 4 * width),), (0,), activation, "kernels/test_pointwise.py"),
     ]
 
 

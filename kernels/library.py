@@ -13,8 +13,9 @@ from pmf.kernels.norm import norm_modulate as norm_modulate
 from pmf.kernels.norm import residual_norm_modulate as residual_norm_modulate
 from pmf.kernels.objective import pmf_objective as pmf_objective
 from pmf.kernels.patch import patch_embed as patch_embed
+from pmf.kernels.pointwise import gelu as gelu
+from pmf.kernels.pointwise import swiglu as swiglu
 from pmf.kernels.rotary import qk_norm_rope as qk_norm_rope
-from pmf.kernels.swiglu import swiglu as swiglu
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LIMITS: dict[str, Callable[..., str | None] | None] = {
@@ -22,6 +23,7 @@ LIMITS: dict[str, Callable[..., str | None] | None] = {
     "residual_norm_modulate": norm.unsupported,
     "qk_norm_rope": rotary.unsupported,
     "swiglu": None,
+    "gelu": None,
     "attention": _attention.unsupported,
     "patch_embed": patch.unsupported,
     "pmf_objective": None,

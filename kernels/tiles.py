@@ -75,6 +75,23 @@ def silu(b_a):
 
 
 @triton.jit
+def gelu(b_x, TANH: tl.constexpr):
+    """gelu(x) = x P(x) and its derivative, with P the normal distribution's function, or for TANH an approximation."""
+    if TANH:
+        b_square = b_x * b_x
+        b_2u = 1.5957691216057308 * (b_x + 0.044715 * b_square * b_x)  # 2 sqrt(2 / pi)
+        b_e = tl.exp(-tl.abs(b_2u))
+        b_larger = 1.0 / (1.0 + b_e)
+        b_p = tl.where(b_2u > 0, b_larger, b_e * b_larger)
+        # P (1 - P), without the cancellation of 1 - P
+        b_p_dot = b_e * b_larger * b_larger * (1.5957691216057308 + 0.21406444881780067 * b_square)
+    else:
+        b_p = 0.5 + 0.5 * tl.erf(0.7071067811865476 * b_x)  # 1 / sqrt(2)
+        b_p_dot = 0.3989422804014327 * tl.exp(-0.5 * b_x * b_x)  # 1 / sqrt(2 pi)
+    return b_x * b_p, b_p + b_x * b_p_dot
+
+
+@triton.jit
 def rotate(b_x, b_cos, b_sin):
     """Rotate the adjacent pairs (a, b) of every row: (a cos - b sin, a sin + b cos). [R, D]; [R, D / 2]."""
     R: tl.constexpr = b_x.shape[0]

@@ -23,8 +23,8 @@ from tests.kernels import test_model as networks
 from tests.kernels import test_norm as norm
 from tests.kernels import test_objective as objective
 from tests.kernels import test_patch as patch
+from tests.kernels import test_pointwise as pointwise
 from tests.kernels import test_rotary as rotary
-from tests.kernels import test_swiglu as swiglu
 from tests.kernels.checks import DEVICE, check, evaluate, tf32x3, within_budget
 from tests.networks import every_row_in_full, golden, random_model, relative_error
 
@@ -91,9 +91,11 @@ def test_products_that_give_float32(width, values):
 
 @DTYPES
 @pytest.mark.parametrize("width", (2048, 2730, 3416))
-def test_swiglu(width, dtype):
+def test_swiglu_and_gelu(width, dtype):
     for rows in (0, 2, 3):
-        check("swiglu", *swiglu.inputs(3, TOKENS, width, rows, dtype))
+        check("swiglu", *pointwise.inputs(3, TOKENS, width, rows, dtype))
+        for approximate in ("none", "tanh"):
+            check("gelu", *pointwise.inputs(3, TOKENS, width, rows, dtype), approximate=approximate)
 
 
 @DTYPES

@@ -21,6 +21,7 @@ from pmf.ops.norms import norm_modulate as norm_modulate
 from pmf.ops.norms import residual_norm_modulate as residual_norm_modulate
 from pmf.ops.objective import pmf_objective as pmf_objective
 from pmf.ops.patches import patch_embed as patch_embed
+from pmf.ops.pointwise import gelu as gelu
 from pmf.ops.pointwise import scalar_features as scalar_features
 from pmf.ops.pointwise import silu as silu
 from pmf.ops.pointwise import swiglu as swiglu

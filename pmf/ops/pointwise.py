@@ -19,15 +19,32 @@ def swiglu(x: Pair, *, impl: str | None = None) -> Dual: ...
 def swiglu(x, *, impl=None):
     """SwiGLU's pointwise half: silu(a) b for x = [a, b], and its tangent silu'(a) a_dot b + silu(a) b_dot.
 
-    Args: x [B, S, 2F]. Returns [B, S, F]. Tangents: of x.
+    Args: x [B, 2F], [B, S, 2F] or [B, H, W, 2F]. Returns the same with F. Tangents: of x.
     """
     inputs = Inputs("swiglu", {"x": x})
     value = inputs.duals[0].value
-    inputs.shape("x", value, None, None, None)
+    inputs.one_of_shapes("x", value, (None,) * 2, (None,) * 3, (None,) * 4)
     if value.shape[-1] % 2 != 0:
         raise InputError(f"swiglu: x must have an even last dimension, got {value.shape[-1]}")
     run = inputs.implementation(impl)
     return inputs.give(run.swiglu(*inputs.duals))
+
+
+@overload
+def gelu(x: Tensor, *, approximate: str = "none", impl: str | None = None) -> Tensor: ...
+@overload
+def gelu(x: Pair, *, approximate: str = "none", impl: str | None = None) -> Dual: ...
+def gelu(x, *, approximate="none", impl=None):
+    """gelu(x) = x Phi(x), and its tangent gelu'(x) x_dot; `approximate` is "none" or "tanh", as in F.gelu.
+
+    Args: x [B, F], [B, S, F] or [B, H, W, F]. Returns the same shape. Tangents: of x.
+    """
+    inputs = Inputs("gelu", {"x": x})
+    inputs.one_of_shapes("x", inputs.duals[0].value, (None,) * 2, (None,) * 3, (None,) * 4)
+    if approximate not in ("none", "tanh"):
+        raise InputError(f'gelu: approximate must be "none" or "tanh", got {approximate!r}')
+    run = inputs.implementation(impl)
+    return inputs.give(run.gelu(*inputs.duals, approximate=approximate))
 
 
 @overload

@@ -117,7 +117,7 @@ def test_every_provider_names_existing_tests():
     step = step_cases.step_case("small", 2, CPU)
     assert step.tests_of("lean") == {"pmf/test_loss.py"}
     assert step.tests_of("lean, captured") == {"pmf/test_loss.py", "pmf/test_cuda_graphs.py"}
-    assert case_of("swiglu", "dual").tests_of("triton") == {"kernels/test_swiglu.py"}
+    assert case_of("swiglu", "dual").tests_of("triton") == {"kernels/test_pointwise.py"}
 
 
 def test_every_published_shape_has_a_case():

@@ -286,7 +286,7 @@ def test_providers_are_grouped_into_processes():
     jobs = {s: plan.jobs_of(s, Options(("pMF-digits",), 2, device="cpu")) for s in ("steps", "ops", "memory")}
     assert all(len(job.pairs) == 1 for job in jobs["steps"]) and len(jobs["memory"]) == 1
     assert [job.pairs[0][0].split()[0] for job in jobs["ops"]] == [
-        *("norm_modulate", "residual_norm_modulate", "qk_norm_rope", "swiglu"),
+        *("norm_modulate", "residual_norm_modulate", "qk_norm_rope", "swiglu", "gelu"),
         *("patch_embed", "attention", "pmf_objective"),
     ]
     assert {case for case, _ in jobs["ops"][0].pairs} == {

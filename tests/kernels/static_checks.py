@@ -104,15 +104,20 @@ def _token_cases(width: int, stream, low):
     yield "backward token", lambda: norm_backward.norm_backward.function(*arguments)
 
 
-def swiglu_cases(size: str, stream, low):
-    """Rows of the padded MLP width."""
-    from pmf.kernels import swiglu
+def pointwise_cases(size: str, stream, low):
+    """SwiGLU's rows of the padded MLP width, GELU's of four times the network's width."""
+    from pmf.kernels import pointwise
 
     width = SIZES[size][2]
     x, dy = _meta(BATCH, LENGTH, 2 * width, dtype=low), _meta(BATCH, LENGTH, width, dtype=low)
-    yield "forward", lambda: swiglu.swiglu_forward.function(x, None)
-    yield "dual", lambda: swiglu.swiglu_forward.function(x, x[: BATCH // 2])
-    yield "backward", lambda: swiglu.swiglu_backward.function(dy, x)
+    yield "forward", lambda: pointwise.swiglu_forward.function(x, None)
+    yield "dual", lambda: pointwise.swiglu_forward.function(x, x[: BATCH // 2])
+    yield "backward", lambda: pointwise.swiglu_backward.function(dy, x)
+    for tanh in (False, True):
+        y, name = _meta(BATCH, LENGTH, 4 * SIZES[size][0], dtype=low), "gelu tanh" if tanh else "gelu"
+        yield f"forward {name}", lambda y=y, tanh=tanh: pointwise.gelu_forward.function(y, None, tanh)
+        yield f"dual {name}", lambda y=y, tanh=tanh: pointwise.gelu_forward.function(y, y[: BATCH // 2], tanh)
+        yield f"backward {name}", lambda y=y, tanh=tanh: pointwise.gelu_backward.function(y, y, tanh)
 
 
 def attention_cases(size: str, stream, low):
@@ -201,7 +206,7 @@ def patch_cases(size: str, stream, low):
 FAMILIES = {
     "norm": norm_cases,
     "rotary": rotary_cases,
-    "swiglu": swiglu_cases,
+    "pointwise": pointwise_cases,
     "attention": attention_cases,
     "objective": objective_cases,
     "patch": patch_cases,

@@ -11,7 +11,7 @@ from tests.kernels.static_checks import CHIPS
 
 triton = pytest.importorskip("triton")
 
-FAMILIES = ("norm", "rotary", "swiglu")
+FAMILIES = ("norm", "rotary", "pointwise")
 PRODUCTS = ("attention", "patch")
 UNITS = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 """Instructions of the matrix units."""
