@@ -7,7 +7,7 @@ import importlib.util
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors and type checkers; at run time, names load on first use to keep the import fast
-    from pmf import layers, ops, optim
+    from pmf import dual, layers, ops, optim
     from pmf.config import LOSSES, MODELS, SAMPLING, LossConfig, ModelConfig
     from pmf.cuda_graphs import CapturedStep
     from pmf.draws import Draws, sample_draws
@@ -40,6 +40,7 @@ __all__ = [
     "__version__",
     "convert_official_state_dict",
     "create_model",
+    "dual",
     "export_official_state_dict",
     "generate",
     "infer_config",

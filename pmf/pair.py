@@ -1,4 +1,4 @@
-"""`Dual`, a value with its tangent, and helpers that tangent formulas share."""
+"""`Dual`, a value with its tangent, and helpers that tangent formulas share; `pmf.dual` has what users call."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple, cast
 
 from torch import Tensor
+
+from pmf.errors import InputError
 
 
 class Dual(NamedTuple):
@@ -18,6 +20,17 @@ class Dual(NamedTuple):
 
     value: Tensor
     dot: Tensor | None = None
+
+    @classmethod
+    def of(cls, given: Dual | Tensor | tuple[Tensor, Tensor | None] | None) -> Dual:
+        """`given` as a Dual: a tensor alone stands still, a tuple is (value, tangent), None is `ABSENT`."""
+        if isinstance(given, Dual):
+            return given
+        if not isinstance(given, tuple):
+            return cls(cast(Tensor, given))
+        if len(given) != 2:
+            raise InputError(f"Dual: expected a tensor or a pair (value, tangent), got {len(given)} values")
+        return cls(*given)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Dual:
         """Apply a linear function that acts on each sample separately to both value and tangent; None stays None."""

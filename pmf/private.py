@@ -240,6 +240,12 @@ def version(x: Tensor) -> int:
     return x._version
 
 
+def hooked(module: torch.nn.Module) -> bool:
+    """Whether a call of the module runs hooks of its own."""
+    kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return any(kinds)
+
+
 def operators_of(function: Any) -> tuple:
     """What stands for a function in `__torch_function__`: all overloads of an operator, else the function itself."""
     if isinstance(function, torch.library.CustomOpDef):

@@ -31,7 +31,7 @@ def _join(values: list, dots: list, structure: Any) -> Any:
     return tree_unflatten(leaves, spec)
 
 
-def recompute_in_backward(layer: Callable, *inputs: Any, compiled: bool = False) -> Any:
+def checkpoint_values(layer: Callable, *inputs: Any, compiled: bool = False) -> Any:
     """`layer(*inputs)`, keeping only the values of `inputs` for backward.
 
     The first run computes values and tangents, the run in backward only values. Tangents record nothing, so both

@@ -16,7 +16,7 @@ RULES = {
     "kernels": r"pmf\.kernels.*|pmf\.(pair|errors|private)",
     "pmf/private.py": r"nothing",
     "pmf/autocast.py": r"pmf\.private",
-    "pmf/pair.py": r"nothing",
+    "pmf/pair.py": r"pmf\.errors",
     "pmf/reference": r"pmf\.(reference.*|pair|private)",
     "pmf/dispatch.py": r"pmf\.reference|pmf\.kernels.*|pmf\.(errors|private)",
     "pmf/errors.py": r"pmf\.private",
@@ -25,7 +25,9 @@ RULES = {
     "pmf/inputs.py": r"pmf\.(dispatch|pair|errors|private|reference|tangents\.carriers|unrecorded)",
     "pmf/ops": r"pmf\.(ops.*|autocast|dispatch|pair|errors|inputs|reference)",
     "pmf/packing.py": r"pmf\.(autocast|private)",
-    "pmf/layers.py": r"pmf\.(ops.*|autocast|config|pair|errors|packing|tangents\.carriers|wide)",
+    "pmf/dual.py": r"pmf\.(errors|pair|private|recompute|tangents\.call)",
+    "pmf/layers": r"pmf\.(layers.*|ops.*|dual|pair|errors|packing|tangents\.carriers|wide)",
+    "pmf/blocks.py": r"pmf\.(layers.*|config|dual|pair)",
     "pmf/config.py": r"pmf\.errors",
     "pmf/atomic_files.py": r"pmf\.errors",
     "pmf/jax_files.py": r"pmf\.errors",
@@ -33,9 +35,10 @@ RULES = {
     "pmf/published_weights.py": r"pmf\.(reference.*|config|errors)",
     "pmf/jax_states.py": r"pmf\.(config|errors|hub|jax_files|published_weights)",
     "pmf/weights.py": r"pmf\.(atomic_files|config|errors|hub|jax_files|jax_states|published_weights)",
-    "pmf/compiling.py": r"pmf\.(pair|layers|private)",
+    "pmf/compiling.py": r"pmf\.(blocks|pair|layers|private)",
     "pmf/recompute.py": r"pmf\.(pair|private)",
-    "pmf/model.py": r"pmf\.(ops.*|dispatch|compiling|config|pair|errors|layers|packing|recompute|tangents.*|weights)",
+    "pmf/model.py": r"pmf\.(ops|dispatch|blocks|compiling|config|pair|errors|layers|packing|recompute|tangents.*|"
+    "weights)",
     "pmf/draws.py": r"pmf\.(config|errors)",
     "pmf/step_plan.py": r"pmf\.(config|draws|pair|errors)",
     "pmf/loss.py": r"pmf\.(ops.*|config|draws|pair|errors|step_plan)",
@@ -50,7 +53,7 @@ RULES = {
     "pmf/sharded.py": r"nothing",
     "pmf/optim": r"pmf\.(optim.*|errors|jax_states|private|sharded)",
     "pmf/fine_tuning.py": r"pmf\.(errors|model)",
-    "pmf/parallel.py": r"pmf\.(config|draws|layers|loss|model|sharded)",
+    "pmf/parallel.py": r"pmf\.(blocks|config|draws|loss|model|sharded)",
     "pmf/metrics.py": r"pmf\.(atomic_files|errors)",
     "pmf": r"pmf(?!\.(train|benchmarks|kernels)).*",
     "train": r"pmf(?!\.(benchmarks|kernels)).*",
@@ -177,7 +180,7 @@ def test_editors_see_the_public_names():
     assert ast.unparse(block.test) == "TYPE_CHECKING"
     seen = {alias.name: node.module for node in block.body for alias in node.names}
     loaded = {name: module for module, names in pmf._HOMES.items() for name in names}
-    assert seen == loaded | dict.fromkeys(("layers", "ops", "optim"), "pmf")
+    assert seen == loaded | dict.fromkeys(("dual", "layers", "ops", "optim"), "pmf")
     assert sorted(pmf.__all__) == sorted([*seen, "__version__"])
     assert (Path(pmf.__file__).parent / "py.typed").exists()
 
