@@ -13,6 +13,7 @@ from pmf.kernels.norm import norm_modulate as norm_modulate
 from pmf.kernels.norm import residual_norm_modulate as residual_norm_modulate
 from pmf.kernels.objective import pmf_objective as pmf_objective
 from pmf.kernels.patch import patch_embed as patch_embed
+from pmf.kernels.rotary import norm_rope as norm_rope
 from pmf.kernels.rotary import qk_norm_rope as qk_norm_rope
 from pmf.kernels.swiglu import swiglu as swiglu
 
@@ -21,6 +22,7 @@ LIMITS: dict[str, Callable[..., str | None] | None] = {
     "norm_modulate": norm.unsupported,
     "residual_norm_modulate": norm.unsupported,
     "qk_norm_rope": rotary.unsupported,
+    "norm_rope": rotary.unsupported,
     "swiglu": None,
     "attention": _attention.unsupported,
     "patch_embed": patch.unsupported,
