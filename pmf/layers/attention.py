@@ -97,10 +97,9 @@ class Attention(DualModule, PackedModule):
 
     def _heads(self, packed: Dual, rope: Rope | None) -> tuple[Dual, Dual, Dual]:
         """q, k and v [B, S, H, D] of the projected tokens, normalised and rotated."""
-        given = rope is not None
-        require(
-            given == (self.rope is not None), f"Attention: rope is {self.rope!r}, got {'' if given else 'no '}tables"
-        )
+        if (rope is None) != (self.rope is None):
+            wanted, got = ("no tables", "some") if self.rope is None else ("tables", "none")
+            raise InputError(f"Attention: with rope={self.rope!r} forward expects {wanted}, got {got}")
         heads = packed.map(lambda p: p.unflatten(-1, (-1, self.head_dim)))
         if self.qk_norm is None and rope is None:
             sizes = [self.num_heads, self.num_kv_heads, self.num_kv_heads]

@@ -121,10 +121,10 @@ class PatchEmbed(DualModule):
     def _by_one_product(self, images: Dual, prefix: Dual) -> Dual:
         weight, bias = self.proj.weight, self.proj.bias
         _, channels, p, _ = weight.shape
-        _, *sizes = shape = tuple(images.value.shape)
-        fits = len(sizes) == 3 and sizes[0] == channels and sizes[1] % p == sizes[2] % p == 0
+        sizes = list(images.value.shape)
+        fits = len(sizes) == 4 and sizes[1] == channels and sizes[2] % p == sizes[3] % p == 0
         require(
-            fits, f"PatchEmbed: images must be [B, {channels}, H, W] with sides that {p} divides, got {list(shape)}"
+            fits, f"PatchEmbed: images must be [B, {channels}, H, W] with sides that {p} divides, got {sizes}"
         )
         patches = images.map(lambda x: ops.patchify(x.to(weight.dtype), p))
         tokens = linear_dual(patches, weight.permute(0, 2, 3, 1).flatten(1), bias)

@@ -147,7 +147,7 @@ def attention_cases(size: str, stream, low):
 
 
 def rotary_cases(size: str, stream, low):
-    """Packed q, k, v of a published block."""
+    """Packed q, k, v of a published block, and what other networks do with theirs."""
     import torch
 
     from pmf.kernels import rotary
@@ -157,12 +157,34 @@ def rotary_cases(size: str, stream, low):
     qkv = _meta(BATCH, LENGTH, 3, heads, head_dim, dtype=low)
     weight = _meta(head_dim, dtype=torch.float32)
     table = _meta(LENGTH - PREFIX, head_dim // 2, dtype=torch.float32)
-    inputs = (weight, weight, table, table)
-    d = _meta(BATCH, LENGTH, heads, head_dim, dtype=low)
-    options = (PREFIX, 1e-6)
-    yield "forward", lambda: rotary.qk_norm_rope_forward.function(qkv, None, *inputs, *options)
-    yield "dual", lambda: rotary.qk_norm_rope_forward.function(qkv, qkv[: BATCH // 2], *inputs, *options)
-    yield "backward", lambda: rotary.qk_norm_rope_backward.function(qkv, *inputs, d, d, d, *options, True)
+    wide = _meta(width, dtype=torch.float32)
+    published = (weight, weight, None, None, table, table)
+    forms = {"": (qkv, published, heads, "rms", False, False)}
+    if size in ("B", "H"):
+        each, grouped = (_meta(BATCH, *table.shape, dtype=torch.float32),) * 2, qkv.flatten(2, 3)[:, :, : 3 * heads // 2]
+        forms |= {
+            " layer half": (qkv, (weight,) * 4 + (table,) * 2, heads, "layer", False, True),
+            " grouped": (grouped, published, heads // 4, "rms", False, False),
+            " tables per sample": (qkv, (weight, weight, None, None, *each), heads, "rms", False, False),
+            " across": (qkv, (wide, wide, None, None, table, table), heads, "rms", True, False),
+            " alone": (qkv[:, :, 0], (weight, None, None, None, table, table), 0, "rms", False, False),
+        }
+    for label, (x, inputs, kv_heads, *form) in forms.items():
+        yield from _heads_cases(label, x, inputs, kv_heads, (PREFIX, 1e-6, *form))
+
+
+def _heads_cases(label: str, x, inputs, kv_heads: int, options):
+    """Value, value and tangent, and gradients."""
+    from pmf.kernels import rotary
+
+    heads = x.shape[3] if x.ndim == 5 else x.shape[2] - 2 * kv_heads
+    dq, dk = (_meta(*x.shape[:2], n, x.shape[-1], dtype=x.dtype) for n in (heads, kv_heads))
+    d = (dq, dk, dk) if kv_heads else (dq, None, None)
+    needs = [p is not None for p in inputs[:4]]
+    run, back = rotary.heads_forward.function, rotary.heads_backward.function
+    yield f"forward{label}", lambda: run(x, None, *inputs, kv_heads, *options)
+    yield f"dual{label}", lambda: run(x, x[: BATCH // 2], *inputs, kv_heads, *options)
+    yield f"backward{label}", lambda: back(x, *inputs, *d, kv_heads, *options, needs)
 
 
 def objective_cases(size: str, stream, low):
