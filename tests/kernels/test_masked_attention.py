@@ -3,17 +3,23 @@
 Where keys are padded, they and their tangents hold NaN: neither values nor tangents nor gradients may read it.
 """
 
+import functools
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import pmf
 from pmf import Dual, dispatch, ops
 from pmf.errors import InputError
 from pmf.kernels import attention, flash
+from pmf.tangents import attention as rule
+from pmf.tangents.rules import value as plain
 from tests.kernels.checks import (
     DEVICE,
     check,
@@ -315,3 +321,61 @@ def test_float64_is_pytorch_s(kind):
     heads = (x.transpose(1, 2) for x in primals)
     expected = F.scaled_dot_product_attention(*heads, **masks(*primals[:2], **options)).transpose(1, 2)
     assert relative_error(ops.attention(*primals, **options, impl="reference"), expected) < 1e-14
+
+
+# F.scaled_dot_product_attention inside pmf.jvp.
+
+
+@pytest.fixture
+def decided(monkeypatch):
+    """On any machine, let the rule choose as for tensors on a GPU; the list of its choices."""
+    choose, choices = rule._on_kernels, []
+
+    def as_on_gpus(q, k, v, *options):
+        heads = (plain(x) for x in (q, k, v))
+        parts = [SimpleNamespace(shape=x.shape, ndim=x.ndim, dtype=x.dtype, is_cuda=True) for x in heads]
+        choices.append(choose(*parts, *options))
+        return choices[-1]
+
+    monkeypatch.setattr(rule, "_on_kernels", as_on_gpus)
+    monkeypatch.setenv("PMF_IMPL", "triton")
+    return choices
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "heads", "options", "kernel"),
+    [
+        (33, 20, (4, 4), {}, True),
+        (33, 33, (4, 4), {"is_causal": True, "scale": 0.3}, True),
+        (33, 20, (4, 2), {"enable_gqa": True}, True),
+        (33, 33, (6, 2), {"enable_gqa": True, "is_causal": True}, True),
+        (33, 20, (4, 4), {"is_causal": True}, False),
+        (33, 33, (4, 1), {}, False),
+        (33, 33, (4, 4), {"attn_mask": torch.ones(33, 33, dtype=torch.bool, device=DEVICE).tril(1)}, False),
+    ],
+)
+def test_the_rule_of_pytorch_s_attention(decided, queries, keys, heads, options, kernel):
+    """The value is PyTorch's, bit by bit; the tangent is the kernel's where it has one for the options."""
+
+    def heads_first(dtype, seed):
+        shapes = ((2, heads[0], queries, 16), (2, heads[1], keys, 16), (2, heads[1], keys, 16))
+        return tuple(randn(*shape, gen=generator(seed, i)).to(dtype) for i, shape in enumerate(shapes))
+
+    def run(dtype):
+        function = functools.partial(F.scaled_dot_product_attention, **options)
+        primals, tangents = heads_first(dtype, 0), heads_first(dtype, 1)
+        value, dot = pmf.jvp(function, primals, tangents)
+        assert torch.equal(value, function(*primals))
+        return dot
+
+    found = run(F32)
+    assert decided == [kernel]
+    low, true = (rule_by_formula(heads_first, dtype, options) for dtype in (F32, torch.float64))
+    within_budget("pmf.jvp", found, low, true, steps=tf32x3(3))
+
+
+def rule_by_formula(heads_first, dtype, options):
+    """The tangent by `torch.func.jvp` of PyTorch's formula."""
+    with sdpa_kernel(SDPBackend.MATH):
+        function = functools.partial(F.scaled_dot_product_attention, **options)
+        return torch.func.jvp(function, heads_first(dtype, 0), heads_first(dtype, 1))[1]
