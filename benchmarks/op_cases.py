@@ -155,11 +155,12 @@ def attention_op(
     batch: int, length: int, heads: int, head_dim: int, groups: int, causal: bool = False, lengths: tuple[int, ...] = ()
 ) -> Op:
     """Attention with tangents on every row. Only keys that are read count; all gradients are written."""
-    read = sum(lengths) if lengths else batch * length
+    each = lengths or (length,) * batch
+    read = sum(each)
     queries, keys, written = (
         2 * head_dim * n for n in (batch * length * heads, read * groups, batch * length * groups)
     )
-    pairs = batch * length * (length + 1) // 2 if causal else read * length
+    pairs = sum(n * length - (n * (n - 1) // 2 if causal else 0) for n in each)
     products = 2 * heads * pairs * head_dim
     moved = 2 * (queries + keys), 4 * (queries + keys), 4 * queries + 2 * (keys + written)
     options: dict[str, Any] = {"causal": True} if causal else {}
