@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pmf.private import FakeTensor, mapped
+from pmf.private import FakeTensor, mapped, traced_by_fx
 
 
 class InputError(Exception):
@@ -37,6 +37,6 @@ def readable(*tensors: Tensor) -> bool:
 
     Those that `torch.vmap` maps over have no single value.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or traced_by_fx():
         return False
     return all(t.device.type == "cpu" and not isinstance(t, FakeTensor) and not mapped(t) for t in tensors)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, cast
 
+import torch
 from torch import Tensor
 
 from pmf.errors import InputError
@@ -50,6 +51,14 @@ def tangent_rows(tangents: Iterable[Tensor | None]) -> int | None:
 def tail(value: Tensor, rows: int) -> Tensor:
     """The last `rows` samples, detached."""
     return value.detach()[value.shape[0] - rows :]
+
+
+def without_padding(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """x [B, S, H, D] with zero, whatever they held, in the tokens beyond the lengths [B]; x itself without lengths."""
+    if lengths is None:
+        return x
+    beyond = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
+    return x.masked_fill(beyond[:, :, None, None], 0)
 
 
 def total(*terms: Tensor | None) -> Tensor | None:

@@ -131,6 +131,11 @@ def intercepted() -> bool:
     )
 
 
+def traced_by_fx() -> bool:
+    """Whether make_fx traces, for `torch.func.linearize` too: it raises where a value is read."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 

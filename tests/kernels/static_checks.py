@@ -30,6 +30,7 @@ TYPES = {
     "torch.float32": "fp32",
     "torch.bfloat16": "bf16",
     "torch.float16": "fp16",
+    "torch.int32": "i32",
     "torch.int64": "i64",
 }
 
@@ -121,7 +122,10 @@ def pointwise_cases(size: str, stream, low):
 
 
 def attention_cases(size: str, stream, low):
-    """Heads of 40, 64 and 128 (size B), of 80 (size H); in float32 those of 80 and 128."""
+    """Heads of 40, 64 and 128 (size B), of 80 (size H); in float32 those of 80 and 128.
+
+    Those of 64, 80 and 128 also causal, in groups of 4 with key lengths, and all of it.
+    """
     import torch
 
     from pmf.kernels import attention, registration
@@ -136,6 +140,18 @@ def attention_cases(size: str, stream, low):
             f"tangent D {head_dim}",
             lambda q=q, k=k, v=v, lse=lse: attention.attention_tangent.function(q, k, v, q, k, v, q, lse, 0.1),
         )
+        if head_dim in (64, 80, 128):
+            few, lengths = _meta(2, BATCH, LENGTH, heads // 4, head_dim, dtype=low), _meta(BATCH, dtype=torch.int32)
+            for name, keys, options in (
+                ("causal", (k, v), (None, True)),
+                ("grouped lengths", few, (lengths, False)),
+                ("grouped lengths causal", few, (lengths.long(), True)),
+            ):
+
+                def masked(q=q, keys=tuple(keys), lse=lse, options=options):
+                    attention.attention_tangent.function(q, *keys, q, *keys, q, lse, 0.1, *options)
+
+                yield f"tangent D {head_dim} {name}", masked
         if head_dim in (64, 80) and low == torch.bfloat16 and registration.chip(q.device).capability == 90:
             for tile in attention.HOPPER_TILES:
 

@@ -35,6 +35,12 @@ def patch_primals(prefix):
     )
 
 
+def with_lengths(q, k, v, **options):
+    """Attention with a length for each of the last samples."""
+    lengths = torch.tensor([4, 1, k.value.shape[1]])
+    return reference.attention(q, k, v, key_lengths=lengths[B - len(q.value) :], **options)
+
+
 CASES = {
     "norm rms": (
         reference.norm_modulate,
@@ -99,6 +105,30 @@ CASES = {
     ),
     "gelu": (reference.gelu, lambda: (draw(B, S, C),), (0,), dict(approximate="none")),
     "gelu tanh": (reference.gelu, lambda: (draw(B, S, C),), (0,), dict(approximate="tanh")),
+    "attention causal": (
+        reference.attention,
+        lambda: tuple(draw(B, S, H, D) for _ in range(3)),
+        (0, 1, 2),
+        dict(scale=D**-0.5, causal=True),
+    ),
+    "attention grouped": (
+        reference.attention,
+        lambda: (draw(B, S, 3 * H, D), draw(B, 5, H, D), draw(B, 5, H, D)),
+        (0, 1, 2),
+        dict(scale=D**-0.5),
+    ),
+    "attention lengths": (
+        with_lengths,
+        lambda: (draw(B, S, H, D), draw(B, 5, H, D), draw(B, 5, H, D)),
+        (0, 1, 2),
+        dict(scale=D**-0.5),
+    ),
+    "attention grouped causal lengths": (
+        with_lengths,
+        lambda: (draw(B, S, 3 * H, D), draw(B, S, H, D), draw(B, S, H, D)),
+        (0, 1, 2),
+        dict(scale=D**-0.5, causal=True),
+    ),
     "swiglu": (reference.swiglu, lambda: (draw(B, S, 2 * C),), (0,), {}),
     "silu": (reference.silu, lambda: (draw(B, C),), (0,), {}),
     "scalar": (reference.scalar_features, lambda: (draw(B),), (0,), {}),
