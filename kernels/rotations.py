@@ -59,7 +59,9 @@ def load_heads(p_heads, i_head, m_head, D: tl.constexpr, WIDTH: tl.constexpr, FO
 
 
 @triton.jit
-def store_block(p_heads, i_head, m_head, b_x, k: tl.constexpr, COUNT: tl.constexpr, D: tl.constexpr, FORM: tl.constexpr):
+def store_block(
+    p_heads, i_head, m_head, b_x, k: tl.constexpr, COUNT: tl.constexpr, D: tl.constexpr, FORM: tl.constexpr
+):
     """Store block k of COUNT in the layout that `load_heads` reads."""
     WIDTH: tl.constexpr = b_x.shape[1]
     SIDE: tl.constexpr = D // 2 if FORM.half else D

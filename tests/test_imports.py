@@ -23,7 +23,7 @@ RULES = {
     "pmf/unrecorded.py": r"pmf\.(pair|private)",
     "pmf/tangents": r"pmf\.(tangents.*|ops.*|dispatch|pair|errors|private)",
     "pmf/inputs.py": r"pmf\.(dispatch|pair|errors|private|reference|tangents\.carriers|unrecorded)",
-    "pmf/ops": r"pmf\.(ops.*|autocast|dispatch|pair|errors|inputs|reference)",
+    "pmf/ops": r"pmf\.(ops.*|autocast|dispatch|pair|errors|inputs|reference.*)",
     "pmf/packing.py": r"pmf\.(autocast|private)",
     "pmf/dual.py": r"pmf\.(errors|pair|private|recompute|tangents\.call)",
     "pmf/layers": r"pmf\.(layers.*|ops.*|dual|pair|errors|packing|tangents\.carriers|wide)",

@@ -16,6 +16,7 @@ from pmf.layers.blocks import DiTBlock as DiTBlock
 from pmf.layers.blocks import LayerScale as LayerScale
 from pmf.layers.blocks import SiTBlock as SiTBlock
 from pmf.layers.blocks import ViTBlock as ViTBlock
+from pmf.layers.diffusers_blocks import BasicTransformerBlock as BasicTransformerBlock
 from pmf.layers.embeddings import PatchEmbed as PatchEmbed
 from pmf.layers.embeddings import ScalarEmbedder as ScalarEmbedder
 from pmf.layers.embeddings import ScalarEmbedders as ScalarEmbedders

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from pmf import ops
 from pmf.dual import chunk, dual, linear_dual
-from pmf.errors import require
-from pmf.layers.base import DualModule
+from pmf.errors import InputError, require
+from pmf.layers.base import DualModule, Linears, check_linear
+from pmf.ops.heads import Norm, Pairs
 from pmf.packing import Join, PackedModule
 from pmf.pair import Dual
-
-Linears = Callable[..., nn.Linear]
 
 
 class Rope(NamedTuple):
@@ -24,16 +23,15 @@ class Rope(NamedTuple):
     sin: Tensor
 
 
-def _norm(kind: str | None, dim: int, eps: float | None) -> nn.Module:
+def _norm(kind: Norm | None, dim: int, eps: float | None) -> nn.Module:
     """The parameters of a norm of queries or keys."""
     require(kind in (None, "rms", "layer"), f'Attention: qk_norm must be None, "rms" or "layer", got {kind!r}')
     return nn.Identity() if kind is None else (nn.RMSNorm if kind == "rms" else nn.LayerNorm)(dim, eps=eps)
 
 
 def _joined(layers: Sequence[nn.Linear]) -> tuple[Join, ...]:
-    """The layers' weights as one, and their biases if they have any. Errors: adapters, which would be passed by."""
-    for layer in layers:
-        require(isinstance(layer, nn.Linear), f"Attention: projections must be nn.Linear layers, got {type(layer)}")
+    """The layers' weights as one, and their biases if they have any."""
+    check_linear("Attention", *layers)
     weights = Join.of(*(layer.weight for layer in layers))
     return (weights,) if layers[0].bias is None else (weights, Join.of(*(layer.bias for layer in layers)))
 
@@ -49,19 +47,20 @@ class Attention(DualModule, PackedModule):
 
     def __init__(
         self, dim: int, num_heads: int = 8, *, num_kv_heads: int | None = None, qkv_bias: bool = False,
-        qk_norm: str | None = None, norm_across_heads: bool = False, eps: float | None = 1e-6, rope: str | None = None,
-        prefix_length: int = 0, causal: bool = False, proj_bias: bool = True, linear: Linears = nn.Linear,
-        impl: str | None = None,
+        qk_norm: Norm | None = None, norm_across_heads: bool = False, eps: float | None = 1e-6,
+        rope: Pairs | None = None, prefix_length: int = 0, causal: bool = False, proj_bias: bool = True,
+        linear: Linears = nn.Linear, impl: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__(impl)
         require(dim % num_heads == 0, f"Attention: dim must be a multiple of num_heads, got {dim} and {num_heads}")
-        require(rope in (None, "adjacent", "half"), f'Attention: rope must be None, "adjacent" or "half", got {rope!r}')
         self.num_heads, self.head_dim = num_heads, dim // num_heads
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         require(
             self.num_kv_heads > 0 and num_heads % self.num_kv_heads == 0,
             f"Attention: num_kv_heads must divide num_heads {num_heads}, got {num_kv_heads}",
         )
+        known = rope in (None, "adjacent", "half")
+        require(known, f'Attention: rope must be None, "adjacent" or "half", got {rope!r}')
         self.qk_norm, self.norm_across_heads, self.eps = qk_norm, norm_across_heads, eps
         self.rope, self.prefix_length, self.causal = rope, prefix_length, causal
         kv_dim = self.num_kv_heads * self.head_dim
@@ -91,8 +90,7 @@ class Attention(DualModule, PackedModule):
         out_weight, out_bias = next(packed), None if out.bias is None else next(packed)
         q, k, v = self._heads(linear_dual(Dual.of(x), weight, bias), rope)
         grouped = self.num_kv_heads != self.num_heads
-        options = dict(causal=self.causal, key_lengths=key_lengths, enable_gqa=grouped, impl=self.impl)
-        mixed = ops.attention(q, k, v, **options)
+        mixed = ops.attention(q, k, v, causal=self.causal, key_lengths=key_lengths, enable_gqa=grouped, impl=self.impl)
         return linear_dual(mixed.map(lambda o: o.flatten(2)), out_weight, out_bias)
 
     def _heads(self, packed: Dual, rope: Rope | None) -> tuple[Dual, Dual, Dual]:
@@ -137,7 +135,7 @@ class CrossAttention(DualModule):
 
     def __init__(
         self, dim: int, num_heads: int = 8, *, context_dim: int | None = None, qkv_bias: bool = False,
-        qk_norm: str | None = None, eps: float | None = 1e-6, proj_bias: bool = True, linear: Linears = nn.Linear,
+        qk_norm: Norm | None = None, eps: float | None = 1e-6, proj_bias: bool = True, linear: Linears = nn.Linear,
         impl: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__(impl)
@@ -156,6 +154,10 @@ class CrossAttention(DualModule):
         k, v = chunk(dual(self.kv, context), 2)
         return dual(self.q, x), k, v
 
+    def output(self, mixed: Dual) -> Dual:
+        """The last projection."""
+        return dual(self.proj, mixed)
+
     def forward_dual(self, x: Dual, context: Dual, *, key_lengths: Tensor | None = None) -> Dual:
         """x [B, S, C], context [B, T, E] -> [B, S, C]; key_lengths int [B]: the context's tokens that count."""
         parts = self.project(Dual.of(x), Dual.of(context))
@@ -163,8 +165,8 @@ class CrossAttention(DualModule):
         if self.qk_norm is not None:
             q, k = self._normalised(q, self.q_norm), self._normalised(k, self.k_norm)
         mixed = ops.attention(q, k, v, key_lengths=key_lengths, impl=self.impl)
-        return dual(self.proj, mixed.map(lambda o: o.flatten(2)))
+        return self.output(mixed.map(lambda o: o.flatten(2)))
 
     def _normalised(self, heads: Dual, norm: nn.Module) -> Dual:
-        bias = getattr(norm, "bias", None)
-        return ops.norm_rope(heads, norm.weight, bias=bias, norm=self.qk_norm, eps=self.eps, impl=self.impl)
+        weight, bias = (getattr(norm, name, None) for name in ("weight", "bias"))
+        return ops.norm_rope(heads, weight, bias=bias, norm=self.qk_norm, eps=self.eps, impl=self.impl)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +14,16 @@ from pmf.packing import Join, PackedModule
 from pmf.pair import Dual
 from pmf.tangents.carriers import CARRIERS, as_dual, carrier_of, moves
 from pmf.wide import wide_linear
+
+Linears = Callable[..., nn.Linear]
+"""Makes a Linear layer from (in_features, out_features, bias=...), such as nn.Linear itself."""
+
+
+def check_linear(owner: str, *layers: nn.Module) -> None:
+    """Errors: `InputError` on a layer whose weight alone is not what it computes, such as one with an adapter."""
+    for layer in layers:
+        if not isinstance(layer, nn.Linear):
+            raise InputError(f"{owner}: projections must be nn.Linear layers, got {type(layer).__name__}")
 
 
 def _dual(given: Any) -> Any:

@@ -13,6 +13,7 @@ from pmf.layers.attention import Attention, Rope
 from pmf.layers.base import DualModule
 from pmf.layers.mlp import Mlp
 from pmf.layers.norms import NormModulate, Residual
+from pmf.ops.heads import Norm, Pairs
 from pmf.pair import Dual
 
 
@@ -25,7 +26,7 @@ class DiTBlock(DualModule):
 
     def __init__(
         self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, *, qkv_bias: bool = True,
-        qk_norm: str | None = None, rope: str | None = None, causal: bool = False, act: str = "gelu_tanh",
+        qk_norm: Norm | None = None, rope: Pairs | None = None, causal: bool = False, act: str = "gelu_tanh",
         impl: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__(impl)
@@ -77,7 +78,7 @@ class ViTBlock(DualModule):
 
     def __init__(
         self, dim: int, num_heads: int, mlp_ratio: float = 4.0, qkv_bias: bool = False, qk_norm: bool = False,
-        *, proj_bias: bool = True, init_values: float | None = None, act: str = "gelu", rope: str | None = None,
+        *, proj_bias: bool = True, init_values: float | None = None, act: str = "gelu", rope: Pairs | None = None,
         eps: float = 1e-6, impl: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__(impl)

@@ -123,9 +123,7 @@ class PatchEmbed(DualModule):
         _, channels, p, _ = weight.shape
         sizes = list(images.value.shape)
         fits = len(sizes) == 4 and sizes[1] == channels and sizes[2] % p == sizes[3] % p == 0
-        require(
-            fits, f"PatchEmbed: images must be [B, {channels}, H, W] with sides that {p} divides, got {sizes}"
-        )
+        require(fits, f"PatchEmbed: images must be [B, {channels}, H, W] with sides that {p} divides, got {sizes}")
         patches = images.map(lambda x: ops.patchify(x.to(weight.dtype), p))
         tokens = linear_dual(patches, weight.permute(0, 2, 3, 1).flatten(1), bias)
         tokens = tokens if prefix.value is None else concatenate([prefix, tokens], 1)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 from torch import nn
 
 from pmf import ops
 from pmf.dual import linear_dual
 from pmf.errors import require
-from pmf.layers.base import DualModule
+from pmf.layers.base import DualModule, Linears, check_linear
 from pmf.packing import Join, PackedModule
 from pmf.pair import Dual
 
@@ -24,33 +24,39 @@ class Mlp(DualModule, PackedModule):
 
     def __init__(
         self, dim: int, hidden: int, *, act: str = "gelu", bias: bool = True,
-        linear: Callable[..., nn.Linear] = nn.Linear, impl: str | None = None,
+        linear: Linears = nn.Linear, impl: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__(impl)
         require(act in ACTIVATIONS, f"Mlp: act must be one of {ACTIVATIONS}, got {act!r}")
         self.act, self.dim, self.hidden = act, dim, hidden
-        if act == "swiglu":
+        self._add_projections(dim, hidden, bias, linear)
+
+    def _add_projections(self, dim: int, hidden: int, bias: bool, linear: Linears) -> None:
+        """Make the Linear layers that `projections` returns."""
+        if self.act == "swiglu":
             self.w1, self.w3 = linear(dim, hidden, bias=bias), linear(dim, hidden, bias=bias)
             self.w2 = linear(hidden, dim, bias=bias)
         else:
             self.fc1, self.fc2 = linear(dim, hidden, bias=bias), linear(hidden, dim, bias=bias)
 
-    def joins(self) -> tuple[Join, ...]:
-        """One weight for w1 and w3, and w2, with the hidden width padded with zeros to a multiple of 8; the biases.
+    def projections(self) -> tuple[Sequence[nn.Linear], nn.Linear]:
+        """The layers to the hidden width, two for swiglu, and the one back."""
+        return ([self.w1, self.w3], self.w2) if self.act == "swiglu" else ([self.fc1], self.fc2)
 
-        The zeros keep every row 16-byte aligned and do not change the result.
+    def joins(self) -> tuple[Join, ...]:
+        """The weights to the hidden width as one, that back, then the biases; for swiglu with the hidden width padded
+        with zeros to a multiple of 8, which keep every row 16-byte aligned and do not change the result.
         """
-        if self.act != "swiglu":
-            parts = self.fc1.weight, self.fc2.weight, self.fc1.bias, self.fc2.bias
-            return tuple(Join.of(part) for part in parts if part is not None)
-        hidden = self.hidden + -self.hidden % 8
+        first, second = self.projections()
+        check_linear("Mlp", *first, second)
+        hidden = self.hidden + (-self.hidden % 8 if self.act == "swiglu" else 0)
         weights = (
-            Join((self.w1.weight, self.w3.weight), (hidden, self.dim)),
-            Join((self.w2.weight,), (self.dim, hidden)),
+            Join(tuple(layer.weight for layer in first), (hidden, self.dim)),
+            Join((second.weight,), (self.dim, hidden)),
         )
-        if self.w1.bias is None:
+        if second.bias is None:
             return weights
-        return *weights, Join((self.w1.bias, self.w3.bias), (hidden,)), Join.of(self.w2.bias)
+        return *weights, Join(tuple(layer.bias for layer in first), (hidden,)), Join.of(second.bias)
 
     def forward_dual(self, x: Dual) -> Dual:
         """x [B, C], [B, S, C] or [B, H, W, C]; returns the same shape."""

@@ -177,7 +177,10 @@ def rotary_cases(size: str, stream, low):
     published = (weight, weight, None, None, table, table)
     forms = {"": (qkv, published, heads, "rms", False, False)}
     if size in ("B", "H"):
-        each, grouped = (_meta(BATCH, *table.shape, dtype=torch.float32),) * 2, qkv.flatten(2, 3)[:, :, : 3 * heads // 2]
+        each, grouped = (
+            (_meta(BATCH, *table.shape, dtype=torch.float32),) * 2,
+            qkv.flatten(2, 3)[:, :, : 3 * heads // 2],
+        )
         forms |= {
             " layer half": (qkv, (weight,) * 4 + (table,) * 2, heads, "layer", False, True),
             " grouped": (grouped, published, heads // 4, "rms", False, False),
