@@ -90,14 +90,14 @@ CASES = {  # their block, ours, moving inputs, how theirs and ours are called wi
     "diffusers DiT": (
         lambda: theirs_of_diffusers("ada_norm_zero", **ZERO),
         lambda: ours_of_diffusers("ada_norm_zero", **ZERO),
-        lambda: (tokens(), 1000 * torch.rand(3, dtype=torch.float64)),
+        lambda: (tokens(), torch.rand(3, dtype=torch.float64)),
         lambda block, x, t: block(x, timestep=t, class_labels=LABELS),
         lambda block, x, t: block(x, t, class_labels=LABELS),
     ),
     "diffusers DiT with context": (
         lambda: theirs_of_diffusers("ada_norm_zero", **ZERO, **CROSS),
         lambda: ours_of_diffusers("ada_norm_zero", **ZERO, **CROSS),
-        lambda: (tokens(), 1000 * torch.rand(3, dtype=torch.float64), tokens(5)),
+        lambda: (tokens(), torch.rand(3, dtype=torch.float64), tokens(5)),
         lambda block, x, t, c: block(x, timestep=t, class_labels=LABELS, encoder_hidden_states=c),
         lambda block, x, t, c: block(x, t, c, class_labels=LABELS),
     ),
