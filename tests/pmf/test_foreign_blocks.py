@@ -128,7 +128,7 @@ def randomised(block):
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_gradients_and_tangents_are_those_of_the_block_whose_state_dict_is_loaded(name):
     make_theirs, make_ours, draw, call_theirs, call_ours = CASES[name]
-    theirs, ours = randomised(make_theirs()), make_ours().double()
+    theirs, ours = randomised(make_theirs()).eval(), make_ours().double()  # in training, diffusers drops labels
     ours.load_state_dict(theirs.state_dict(), strict=True)
     theirs.load_state_dict(ours.state_dict(), strict=True)
     torch.manual_seed(1)
@@ -156,7 +156,7 @@ def test_times_are_embedded_as_by_diffusers():
     )  # fmt: skip
     ours, x, t = ours_of_diffusers("ada_norm_zero", **ZERO), tokens().float(), torch.tensor([0.0, 12.0, 999.0])
     ours.load_state_dict(theirs.state_dict())
-    expected = theirs(x, timestep=t, class_labels=LABELS)
+    expected = theirs.eval()(x, timestep=t, class_labels=LABELS)
     torch.testing.assert_close(ours(x, t, class_labels=LABELS), expected, rtol=1e-4, atol=1e-4)
 
 
