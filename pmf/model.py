@@ -146,7 +146,9 @@ class PMFDiT(nn.Module):
         run = block.forward_residual if compiled is None else functools.partial(compiled, block)
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             return run(stream, self._rope, vector)
-        return checkpoint_values(run, stream, self._rope, vector, compiled=compiled is not None)
+        return checkpoint_values(
+            run, stream, self._rope, vector, preserve_rng_state=False, compiled=compiled is not None
+        )
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile the blocks as a few graphs that all blocks share; pass `options` to `torch.compile`.
