@@ -77,12 +77,14 @@ class _TimeAndLabel(DualModule):
         self.timestep_embedder = nn.ModuleDict({"linear_1": nn.Linear(256, dim), "linear_2": nn.Linear(dim, dim)})
         self.class_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, dim)})
 
-    def forward_dual(self, timestep: Dual, class_labels: Tensor) -> Dual:
+    def forward_dual(self, timestep: Dual, class_labels: Tensor, hidden_dtype: torch.dtype | None = None) -> Dual:
+        """The embedding, in `hidden_dtype` if that is given."""
         first, second = self.timestep_embedder.values()
         dtype = next(first.parameters()).dtype
         features = ops.scalar_features(Dual.of(timestep), 256, shift=1.0).map(lambda x: x.to(dtype))
         time = dual(second, ops.silu(dual(first, features)))
-        return add(time, self.class_embedder["embedding_table"](class_labels))
+        embedding = add(time, self.class_embedder["embedding_table"](class_labels))
+        return embedding.map(lambda x: x.to(hidden_dtype or x.dtype))
 
 
 class _AdaLayerNormZero(nn.Module):
@@ -90,12 +92,13 @@ class _AdaLayerNormZero(nn.Module):
 
     def __init__(self, dim: int, num_classes: int | None) -> None:
         super().__init__()
-        self.emb = None if num_classes is None else _TimeAndLabel(dim, num_classes)
+        self.embeds = num_classes is not None
+        self.emb = _TimeAndLabel(dim, num_classes) if self.embeds else None
         self.linear = nn.Linear(dim, 6 * dim)
 
     def modulations(self, condition: Dual, class_labels: Tensor | None) -> tuple[Dual, ...]:
         """(shift, scale, gate) of attention and of the MLP."""
-        if self.emb is not None:
+        if self.embeds:
             if class_labels is None:
                 raise InputError("BasicTransformerBlock: class_labels must be given with num_embeds_ada_norm, got None")
             condition = self.emb.forward_dual(condition, class_labels)
@@ -103,7 +106,9 @@ class _AdaLayerNormZero(nn.Module):
 
 
 class BasicTransformerBlock(DualModule):
-    """diffusers' block with adaLN, `norm_type` "ada_norm_zero" (DiT) or "ada_norm_single" (PixArt); no dropout.
+    """diffusers' block with adaLN, `norm_type` "ada_norm_zero" (DiT) or "ada_norm_single" (PixArt).
+
+    It drops neither activations nor labels in training.
 
     x + gate attn1(norm(x)), then x + attn2(x, context) if there is a cross_attention_dim, then x + gate ff(norm(x)).
 
@@ -146,6 +151,21 @@ class BasicTransformerBlock(DualModule):
         else:
             self.norm3 = norms[2]
         self.ff = _FeedForward(dim, ff_inner_dim or 4 * dim, act=act, bias=ff_bias, impl=impl)
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: None = None, encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: None = None, timestep: Tensor | None = None,
+        cross_attention_kwargs: dict | None = None, class_labels: Tensor | None = None,
+        added_cond_kwargs: dict | None = None,
+    ) -> Tensor:  # fmt: skip
+        """As diffusers calls its block. Errors: `InputError` on masks; `forward_dual` takes lengths."""
+        unused = dict(
+            attention_mask=attention_mask, encoder_attention_mask=encoder_attention_mask,
+            cross_attention_kwargs=cross_attention_kwargs or None, added_cond_kwargs=added_cond_kwargs or None,
+        )  # fmt: skip
+        for name, given in unused.items():
+            require(given is None, f"BasicTransformerBlock: {name} must be None, got {type(given).__name__}")
+        return super().forward(hidden_states, timestep, encoder_hidden_states, class_labels=class_labels)
 
     def _modulations(self, condition: Dual, class_labels: Tensor | None) -> tuple[Dual, ...]:
         if not self.single:

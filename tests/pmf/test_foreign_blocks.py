@@ -7,11 +7,13 @@ import torch
 from torch import nn
 
 from pmf import layers
+from pmf.errors import InputError
 from pmf.pair import Dual
 from tests.networks import relative_error
 
 timm_blocks = pytest.importorskip("timm.models.vision_transformer")
 diffusers_attention = pytest.importorskip("diffusers.models.attention")
+DiTTransformer2DModel = pytest.importorskip("diffusers").DiTTransformer2DModel
 pytestmark = [pytest.mark.extras, pytest.mark.filterwarnings("ignore")]
 WIDTH, HEADS, CLASSES = 32, 4, 10
 
@@ -65,12 +67,11 @@ VIT = dict(qkv_bias=True, qk_norm=True, init_values=0.1)
 ZERO, SINGLE = dict(attention_bias=True, num_embeds_ada_norm=CLASSES), dict(attention_bias=True)
 CROSS = dict(cross_attention_dim=WIDTH)
 LABELS = torch.tensor([1, 9, 10])
-CASES = {  # their block, ours, moving inputs, how theirs and ours are called with them
+CASES = {  # their block, ours, moving inputs, how both are called with them
     "timm ViT": (
         lambda: timm_blocks.Block(WIDTH, HEADS),
         lambda: layers.ViTBlock(WIDTH, HEADS),
         lambda: (tokens(),),
-        lambda block, x: block(x),
         lambda block, x: block(x),
     ),
     "timm ViT, qk norm, layer scale": (
@@ -78,13 +79,11 @@ CASES = {  # their block, ours, moving inputs, how theirs and ours are called wi
         lambda: layers.ViTBlock(WIDTH, HEADS, **VIT),
         lambda: (tokens(),),
         lambda block, x: block(x),
-        lambda block, x: block(x),
     ),
     "DiT": (
         TheirDiTBlock,
         lambda: layers.DiTBlock(WIDTH, HEADS),
         lambda: (tokens(), vector(WIDTH)),
-        lambda block, *inputs: block(*inputs),
         lambda block, *inputs: block(*inputs),
     ),
     "diffusers DiT": (
@@ -92,28 +91,24 @@ CASES = {  # their block, ours, moving inputs, how theirs and ours are called wi
         lambda: ours_of_diffusers("ada_norm_zero", **ZERO),
         lambda: (tokens(), torch.rand(3, dtype=torch.float64)),
         lambda block, x, t: block(x, timestep=t, class_labels=LABELS),
-        lambda block, x, t: block(x, t, class_labels=LABELS),
     ),
     "diffusers DiT with context": (
         lambda: theirs_of_diffusers("ada_norm_zero", **ZERO, **CROSS),
         lambda: ours_of_diffusers("ada_norm_zero", **ZERO, **CROSS),
         lambda: (tokens(), torch.rand(3, dtype=torch.float64), tokens(5)),
         lambda block, x, t, c: block(x, timestep=t, class_labels=LABELS, encoder_hidden_states=c),
-        lambda block, x, t, c: block(x, t, c, class_labels=LABELS),
     ),
     "diffusers PixArt": (
         lambda: theirs_of_diffusers("ada_norm_single", **SINGLE),
         lambda: ours_of_diffusers("ada_norm_single", **SINGLE),
         lambda: (tokens(), vector(6 * WIDTH)),
         lambda block, x, t: block(x, timestep=t),
-        lambda block, x, t: block(x, t),
     ),
     "diffusers PixArt with context": (
         lambda: theirs_of_diffusers("ada_norm_single", **SINGLE, **CROSS),
         lambda: ours_of_diffusers("ada_norm_single", **SINGLE, **CROSS),
         lambda: (tokens(), vector(6 * WIDTH), tokens(5)),
         lambda block, x, t, c: block(x, timestep=t, encoder_hidden_states=c),
-        lambda block, x, t, c: block(x, t, c),
     ),
 }
 
@@ -127,13 +122,13 @@ def randomised(block):
 
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_gradients_and_tangents_are_those_of_the_block_whose_state_dict_is_loaded(name):
-    make_theirs, make_ours, draw, call_theirs, call_ours = CASES[name]
+    make_theirs, make_ours, draw, call = CASES[name]
     theirs, ours = randomised(make_theirs()).eval(), make_ours().double()  # in training, diffusers drops labels
     ours.load_state_dict(theirs.state_dict(), strict=True)
     theirs.load_state_dict(ours.state_dict(), strict=True)
     torch.manual_seed(1)
     inputs = [x.requires_grad_() for x in draw()]
-    wanted, y = call_theirs(theirs, *inputs), call_ours(ours, *inputs)
+    wanted, y = call(theirs, *inputs), call(ours, *inputs)
     assert relative_error(y, wanted) < 1e-12
     names, cotangent = list(theirs.state_dict()), torch.randn_like(y)
     expected = torch.autograd.grad(wanted, [*inputs, *map(theirs.get_parameter, names)], cotangent)
@@ -143,8 +138,9 @@ def test_outputs_gradients_and_tangents_are_those_of_the_block_whose_state_dict_
     inputs = [x.detach() for x in inputs]
     dots = tuple(map(torch.randn_like, inputs))
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        _, expected = torch.func.jvp(functools.partial(call_theirs, theirs), tuple(inputs), dots)
-    _, dot = call_ours(ours.forward_dual, *(Dual(x, x_dot[1:]) for x, x_dot in zip(inputs, dots, strict=True)))
+        _, expected = torch.func.jvp(functools.partial(call, theirs), tuple(inputs), dots)
+    labels = {"class_labels": LABELS} if "diffusers DiT" in name else {}
+    _, dot = ours.forward_dual(*(Dual(x, x_dot[1:]) for x, x_dot in zip(inputs, dots, strict=True)), **labels)
     assert relative_error(dot, expected[1:]) < 1e-12
 
 
@@ -157,7 +153,7 @@ def test_times_are_embedded_as_by_diffusers():
     ours, x, t = ours_of_diffusers("ada_norm_zero", **ZERO), tokens().float(), torch.tensor([0.0, 12.0, 999.0])
     ours.load_state_dict(theirs.state_dict())
     expected = theirs.eval()(x, timestep=t, class_labels=LABELS)
-    torch.testing.assert_close(ours(x, t, class_labels=LABELS), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours(x, timestep=t, class_labels=LABELS), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_published_vit_of_blocks_of_ours():
@@ -170,6 +166,34 @@ def test_a_published_vit_of_blocks_of_ours():
         ours.load_state_dict(theirs.state_dict())
         network.blocks[i] = ours
     torch.testing.assert_close(network(x), expected)
+
+
+def test_the_dit_of_diffusers_of_blocks_of_ours():
+    """The whole network with its blocks replaced, in float32; its last layer reads the first block's embedding."""
+    torch.manual_seed(0)
+    sizes = dict(num_attention_heads=HEADS, attention_head_dim=WIDTH // HEADS, num_layers=2)
+    network = DiTTransformer2DModel(**sizes, in_channels=4, sample_size=8, num_embeds_ada_norm=CLASSES).eval()
+    call = functools.partial(network, torch.randn(3, 4, 8, 8), torch.tensor([0.0, 12.0, 999.0]), class_labels=LABELS)
+    expected = call().sample
+    for i, theirs in enumerate(network.transformer_blocks):
+        ours = ours_of_diffusers("ada_norm_zero", **ZERO)
+        ours.load_state_dict(theirs.state_dict())
+        network.transformer_blocks[i] = ours
+    torch.testing.assert_close(call().sample, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_masks_are_refused():
+    block = ours_of_diffusers("ada_norm_single")
+    with pytest.raises(InputError, match=r"^BasicTransformerBlock: attention_mask must be None, got Tensor$"):
+        block(tokens(), attention_mask=tokens(), timestep=vector(6 * WIDTH))
+
+
+def test_adapters_are_refused():
+    """Ours read the weights alone, so an adapter would be lost."""
+    block = layers.ViTBlock(WIDTH, HEADS).double()
+    block.attn.qkv = nn.Sequential(block.attn.qkv)
+    with pytest.raises(InputError, match=r"^Attention: projections must be nn.Linear layers, got Sequential$"):
+        block(tokens())
 
 
 def test_embedders_of_dit():
