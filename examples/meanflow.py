@@ -1,6 +1,6 @@
 """MeanFlow on diffusers' DiT: learn handwritten digits, then draw them in one step.
 
-    pip install diffusers
+    pip install '.[train]' diffusers
     python examples/meanflow.py --help
 
 The loss is that of arXiv 2505.13447. Its derivative comes from `pmf.jvp`, where scripts call `torch.func.jvp`; at the

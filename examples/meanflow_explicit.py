@@ -1,6 +1,6 @@
 """The same MeanFlow with tangents passed by hand, so that only the samples with r < t have one.
 
-    pip install diffusers
+    pip install '.[train]' diffusers
     python examples/meanflow_explicit.py --help
 
 Half of the samples have r = t: V = u there, whatever du/dt is. A `pmf.Dual` holds a value and the tangent of its last

@@ -1,6 +1,6 @@
 """The same MeanFlow with fused layers in the blocks of diffusers' DiT.
 
-    pip install diffusers
+    pip install '.[train]' diffusers
     python examples/meanflow_fused.py --help
 
 The blocks keep their parameters and names, so checkpoints stay as they are. `pmf.jvp` carries the tangent through fused
