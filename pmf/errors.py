@@ -1,6 +1,9 @@
-"""The exception for bad input, and when input values can be checked."""
+"""The exception for bad input and missing packages, and when input values can be checked."""
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -30,6 +33,18 @@ def no_vmap(op: str) -> RuntimeError:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+@contextlib.contextmanager
+def extra(name: str, sentence: str) -> Iterator[None]:
+    """Turn a failure to import inside the `with` block into an `InputError` that says which extra to install.
+
+    `sentence` says what needs it and ends in "needs".
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(f"{sentence} pip install 'pixel-meanflow[{name}]': {first_line(error)}") from error
 
 
 def readable(*tensors: Tensor) -> bool:

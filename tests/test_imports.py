@@ -48,7 +48,7 @@ RULES = {
     "pmf/crops.py": r"pmf\.(autocast|errors)",
     "pmf/perceptual.py": r"pmf\.(autocast|crops|errors)",
     "pmf/data": r"pmf\.(data.*|atomic_files|draws|errors|images)",
-    "pmf/images.py": r"pmf\.atomic_files",
+    "pmf/images.py": r"pmf\.(atomic_files|errors)",
     "pmf/features.py": r"pmf\.(atomic_files|errors|metrics)",
     "pmf/sharded.py": r"nothing",
     "pmf/optim": r"pmf\.(optim.*|errors|jax_states|private|sharded)",
@@ -141,12 +141,39 @@ def python(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
 
 
-def test_import_needs_neither_triton_nor_the_training_stack():
-    hidden = "import sys; sys.modules['triton'] = None; import pmf, torch; "
-    use = "m = pmf.create_model('pMF-digits', impl='reference'); pmf.generate(m, [1]); "
-    names = "assert not {'matplotlib', 'sklearn', 'tyro', 'pmf.train'} & set(sys.modules)"
-    result = python(hidden + use + names)
-    assert result.returncode == 0, result.stderr
+def without(packages, code):
+    """Run code in a process where these packages do not import."""
+    return python(f"import sys; sys.modules.update(dict.fromkeys({sorted(packages)})); {code}")
+
+
+def optional_packages():
+    """Whatever our files import beyond the standard library and the core's dependencies; PyTorch brings fsspec."""
+    core = {"pmf", "torch", "triton", "numpy", "einops", "safetensors", "fsspec"} | sys.stdlib_module_names
+    return {name.split(".")[0] for file in modules().values() for name in imported(file)} - core
+
+
+@pytest.mark.parametrize("hidden", (set(), {"triton"}))
+def test_the_core_needs_no_extra_and_no_triton(hidden):
+    packages = optional_packages()
+    assert packages > {"PIL", "matplotlib", "sklearn", "tqdm", "tyro"}
+    result = without(packages | hidden, f"import runpy; runpy.run_path({str(ROOT / 'tests/core_alone.py')!r})")
+    assert result.returncode == 0 and "the core works" in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("missing", ("PIL", "matplotlib", "sklearn", "tqdm", "tyro"))
+def test_the_command_line_without_its_extra_is_one_line(missing):
+    result = without({missing}, "sys.argv[1:] = ['--help']; from pmf.train.cli import main; main()")
+    assert result.returncode == 2 and result.stdout == ""
+    needs = "pmf: the command line needs pip install 'pixel-meanflow[train]'"
+    assert result.stderr == f"{needs}: No module named '{missing}'\n"
+
+
+@pytest.mark.parametrize(("module", "name"), (("pmf.train", "pmf"), ("pmf.benchmarks", "pmf.benchmarks")))
+def test_programs_without_the_extra_are_one_line(module, name):
+    run = f"import runpy; sys.argv = ['x', '--help']; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    result = without(optional_packages(), run)
+    assert result.returncode == 2 and result.stdout == ""
+    assert re.fullmatch(rf"{name}: the command line needs pip install 'pixel-meanflow\[train\]': .*\n", result.stderr)
 
 
 def test_import_takes_under_two_seconds_beyond_torch():
