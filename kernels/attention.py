@@ -222,6 +222,7 @@ def _tangent(
         stop = tl.minimum(tl.maximum(tl.load(p_lengths + i_b), 1), length_k).to(tl.int32)
     if CAUSAL:
         stop = tl.minimum(stop, (i_tile + 1) * M)
+        b_stop = tl.minimum(i_m + 1, stop)  # of every row
     m_m = i_m < length_q
     q_step, k_step, v_step = steps.q.token * 8, steps.k.token * 8, steps.v.token * 8
     q_dot_step, k_dot_step, v_dot_step = dot_steps.q.token * 8, dot_steps.k.token * 8, dot_steps.v.token * 8
@@ -267,7 +268,7 @@ def _tangent(
         b_s = _scores(b_q0, b_q1, p_q, i_m, m_m, q_step, b_k0, b_k1, p_k, i_n, m_n, k_step, b_s, D, D1)
         m_p = m_n[None, :]
         if CAUSAL:
-            m_p = m_p & (i_n[None, :] <= i_m[:, None])
+            m_p = i_n[None, :] < b_stop[:, None]
         b_p = tl.where(m_p, tl.exp2(b_s * (scale * LOG2_E) - b_lse[:, None]), 0.0)
         if FLOAT32:
             b_sum_p += tl.sum(b_p, 1)

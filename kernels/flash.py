@@ -3,18 +3,18 @@
 All backends here take and return heads as [B, S, H, D], and return the log-sum-exp (natural logarithm) as float32
 [B, H, S_q]. `decide` chooses the first that can run:
 
-| backend        | what it is                           | where it can run                    | sm_90, sm_100 | else |
-|----------------|--------------------------------------|-------------------------------------|---------------|------|
-| `cudnn`        | cuDNN's, through PyTorch             | bfloat16, float16; from sm_80 on    | 1st           | 3rd  |
-| `flash_attn`   | the package flash-attn, 2.x          | bfloat16, float16; from sm_80 on    | 2nd           | 1st  |
-| `flash`        | PyTorch's FlashAttention             | bfloat16, float16; from sm_80 on    | 3rd           | 2nd  |
-| `efficient`    | PyTorch's memory-efficient attention | float32 too; every CUDA device      | last          | last |
-| `flash_attn_4` | the package flash-attn-4             | bfloat16, float16; sm_90 and sm_100 | by request    |      |
+| backend        | what it is                 | where it can run           | sm_90, sm_100 | else | lengths | groups |
+|----------------|----------------------------|----------------------------|---------------|------|---------|--------|
+| `cudnn`        | cuDNN's, through PyTorch   | bf16, fp16; from sm_80 on  | 1st           | 3rd  | no      | yes    |
+| `flash_attn`   | the package flash-attn 2   | bf16, fp16; from sm_80 on  | 2nd           | 1st  | no      | yes    |
+| `flash`        | PyTorch's FlashAttention   | bf16, fp16; from sm_80 on  | 3rd           | 2nd  | no      | yes    |
+| `efficient`    | PyTorch's memory-efficient | fp32 too; all CUDA devices | last          | last | yes     | copies |
+| `flash_attn_4` | the package flash-attn-4   | bf16, fp16; sm_90, sm_100  | by request    |      | no      | yes    |
+| `cpu`          | PyTorch's for CPUs         | all CPUs                   |               |      | yes     | copies |
 
-On the CPU (Triton's interpreter) it is always `cpu`, PyTorch's FlashAttention for CPUs. A single key needs
-no backend. All take `causal`. All but `efficient` and `cpu` take fewer key heads than query heads; for these two, key
-heads are copied. Only these two take `key_lengths`, as a bias of 0 and -inf: one row of keys per sample, or with
-`causal` one per query.
+lengths: `key_lengths`, as a bias of 0 and -inf: one row of keys per sample, or with `causal` one per query. groups:
+fewer key heads than query heads, or copies of them (of PyTorch's, all copy on AMD). All take `causal`. `cpu` serves
+Triton's interpreter and cannot be requested. A single key needs no backend.
 
 Times measured on an H200, as fractions of the time of PyTorch's FlashAttention, which has the kernels of flash-attn 2
 (forward and backward, bfloat16, all keys):
@@ -263,7 +263,7 @@ def _by_pytorch(
 ) -> tuple[Tensor, Tensor]:
     """`attention` by one of the backends that are PyTorch's."""
     bias = None if key_lengths is None else _bias(q, k, key_lengths, causal)
-    if backend in UNGROUPED:
+    if backend in UNGROUPED or torch.version.hip:
         k, v = _repeated(k, q.shape[2]), _repeated(v, q.shape[2])
     options: dict[str, Any] = dict(scale=scale, is_causal=causal and bias is None)
     if backend == "cpu":
