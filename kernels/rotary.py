@@ -45,7 +45,6 @@ from pmf.kernels.rotations import (
     load_vector_block,
     normalised,
     normalised_dot,
-    side,
     store_block,
     table_rows,
     token_rows,
@@ -147,10 +146,7 @@ def _tangent(
     heads: tl.constexpr, D: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
     """Store the heads' tangents."""
-    if FORM.norm is None:
-        n_dot = widened(x_dot)
-    else:
-        n_dot = normalised_dot(n, b_rstd, x_dot, m_head[:, None], heads, D, FORM)
+    n_dot = widened(x_dot) if FORM.norm is None else normalised_dot(n, b_rstd, x_dot, m_head[:, None], heads, D, FORM)
     _store_turned(p_y_dot, i_head, m_dot, n_dot, p_weight, None, cos, sin, i_h, m_head, D, FORM)
 
 
@@ -191,7 +187,7 @@ def _forward(
             k_dot = load_heads(p_qkv_dot + H * D, i_in_dot, m_k_dot, D, WIDTH, FORM)
     cos, sin = (), ()
     if p_tables is not None:
-        i_table = table_rows(i_token, length, prefix, FORM)
+        i_table = table_rows(i_token, tokens, length, prefix, FORM)
         cos = load_table(p_tables[0], i_table, 1.0, D, WIDTH, FORM)
         sin = load_table(p_tables[1], i_table, 0.0, D, WIDTH, FORM)
 

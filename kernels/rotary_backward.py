@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -38,6 +39,15 @@ MOST_VALUES = 8192
 """The most (padded) values that a tile has if statistics are of all heads together."""
 
 
+class Sums(NamedTuple):
+    """Gradients of weights and biases, each or None; in kernels, pointers to partial sums."""
+
+    q_weight: Any
+    k_weight: Any
+    q_bias: Any
+    k_bias: Any
+
+
 @dataclass(frozen=True)
 class HeadTile:
     """`tokens` times `heads` rows; `block` columns, padded, of a head or, if halves form pairs, of each half."""
@@ -63,7 +73,9 @@ class HeadTile:
 def tile_of(heads: int, head_dim: int, chip: Chip, half: bool = False, across: bool = False) -> HeadTile:
     """All heads of a token if they fit (or must), several tokens if heads are few; 8 values per thread.
 
-    q and k of a program's tokens rotate by the same angles, read from cache for every head.
+    q and k of a program's tokens rotate by the same angles, read from cache for every head. 16 values per thread if q
+    and k are processed one after the other: the two blocks of a head are read 16 bytes at a time, and fewer warps wait
+    for each other's part of a sum across heads.
     """
     block, halves = registration.power_of_two(side(head_dim, half)), 2 if half else 1
     width = block * halves
@@ -73,7 +85,8 @@ def tile_of(heads: int, head_dim: int, chip: Chip, half: bool = False, across: b
     else:
         together = min(together, 4096 // width)
         tokens = max((64 if chip.interpreted else 1024 // width) // together, 1)
-    warps = 1 if chip.interpreted else min(max(tokens * together * block // 256, 1), 16)
+    per_warp = 512 if half or across else 256
+    warps = 1 if chip.interpreted else min(max(tokens * together * width // per_warp, 1), 16)
     return HeadTile(tokens, together, block, halves, warps)
 
 
@@ -118,7 +131,7 @@ def _negative(x):
 @triton.jit
 def _zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     y = ()  # type: tuple
-    for i in tl.static_range(COUNT):
+    for _ in tl.static_range(COUNT):
         y = y + (tl.zeros([ROWS, BLOCK], tl.float32),)
     return y
 
@@ -126,7 +139,7 @@ def _zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _load(p_heads, i_head, mask, SIDE: tl.constexpr, FORM: tl.constexpr):
     """A block of whole heads or, if halves form pairs, one of each half."""
-    blocks = (tl.load(p_heads + i_head, mask=mask, other=0.0),)
+    blocks = (tl.load(p_heads + i_head, mask=mask, other=0.0),)  # type: tuple
     if FORM.half:
         blocks = blocks + (tl.load(p_heads + SIDE + i_head, mask=mask, other=0.0),)
     return blocks
@@ -162,8 +175,8 @@ def _backward(
 ):  # fmt: skip
     """Process every num_programs-th tile: heads of q, and of k and v if p_d has their gradients.
 
-    OUT: stride between tokens of dqkv; p_weights: of q and k; p_tables: cos and sin; p_d: `Heads` of gradients, STEPS their `Steps`; p_sums: partial sums
-    for both weights and both biases, each or None.
+    p_weights: of q and k; p_tables: cos and sin; p_d: `Heads` of gradients, STEPS their `Steps`; p_sums: `Sums`;
+    OUT: the stride between tokens of dqkv.
     """
     GROUPS: tl.constexpr = tl.cdiv(H, HEADS)
     COUNT: tl.constexpr = 2 if FORM.half else 1
@@ -201,35 +214,35 @@ def _backward(
             dv = _load(p_d.v, i_dv, m_k, SIDE, FORM)
         cos, sin = (), ()
         if p_tables is not None:
-            i_table = table_rows(i_token, length, prefix, FORM)
+            i_table = table_rows(i_token, tokens, length, prefix, FORM)
             if HEADS == ROWS:
                 i_table = tl.max(i_table, 0, keep_dims=True)
             cos = load_table(p_tables[0], i_table, 1.0, D, BLOCK, FORM)
             sin = load_table(p_tables[1], i_table, 0.0, D, BLOCK, FORM)
 
         dx, terms, bias_terms = _turn_back(q, dq, q_weight, cos, sin, mask, eps, H, D, FORM)
-        if p_sums[0] is not None:
+        if p_sums.q_weight is not None:
             sum_q = plus(sum_q, terms)
-        if p_sums[2] is not None:
+        if p_sums.q_bias is not None:
             sum_q_bias = plus(sum_q_bias, bias_terms)
         _store(p_dqkv, i_out, mask, dx, SIDE)
         if p_d.k is not None:
             dx, terms, bias_terms = _turn_back(k, dk, k_weight, cos, sin, m_k, eps, G, D, FORM)
-            if p_sums[1] is not None:
+            if p_sums.k_weight is not None:
                 sum_k = plus(sum_k, terms)
-            if p_sums[3] is not None:
+            if p_sums.k_bias is not None:
                 sum_k_bias = plus(sum_k_bias, bias_terms)
             _store(p_dqkv + H * D, i_out, m_k, dx, SIDE)
         if p_d.v is not None:
             _store(p_dqkv + (H + G) * D, i_out, m_k, dv, SIDE)
-    if p_sums[0] is not None:
-        _store_sums(p_sums[0], sum_q, i_r, H, D, FORM)
-    if p_sums[1] is not None:
-        _store_sums(p_sums[1], sum_k, i_r, G, D, FORM)
-    if p_sums[2] is not None:
-        _store_sums(p_sums[2], sum_q_bias, i_r, H, D, FORM)
-    if p_sums[3] is not None:
-        _store_sums(p_sums[3], sum_k_bias, i_r, G, D, FORM)
+    if p_sums.q_weight is not None:
+        _store_sums(p_sums.q_weight, sum_q, i_r, H, D, FORM)
+    if p_sums.k_weight is not None:
+        _store_sums(p_sums.k_weight, sum_k, i_r, G, D, FORM)
+    if p_sums.q_bias is not None:
+        _store_sums(p_sums.q_bias, sum_q_bias, i_r, H, D, FORM)
+    if p_sums.k_bias is not None:
+        _store_sums(p_sums.k_bias, sum_k_bias, i_r, G, D, FORM)
 
 
 @registration.gradient_operator(lambda *arguments: "qk_norm_rope" if arguments[10] else "norm_rope")
@@ -240,29 +253,30 @@ def heads_backward(
     kv_heads: int, prefix: int, eps: float, norm: str | None, across: bool, half: bool, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dqkv, dq_weight, dk_weight, dq_bias, dk_bias; `needs` says which of the last four to compute."""
-    samples, length, heads, head_dim = dq.shape
+    _, length, heads, head_dim = dq.shape
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     parameters = (q_weight, k_weight, q_bias, k_bias)
     trained = [p if need else None for p, need in zip(parameters, needs, strict=True)]
     if registration.shapes_only(qkv):
-        return dqkv, *(None if p is None else torch.empty_like(p) for p in trained)
+        return dqkv, *Sums(*(None if p is None else torch.empty_like(p) for p in trained))
     form, tables = Form(norm, across, half, cos is not None and cos.ndim == 3), contiguous(cos, sin)
     run = functools.partial(_run, tables=tables, length=length, prefix=prefix, eps=eps, form=form)
     rows, out = token_rows(qkv), token_rows(dqkv)
     d, weights = Heads(*map(registration.unit_step, (dq, dk, dv))), contiguous(q_weight, k_weight)
-    if dk is None or not (half or across):
+    if dk is None or not (half or across or kv_heads < heads):
         return dqkv, *run(rows, out, d, weights, trained)
-    # Two blocks of a head, or weights for each head, take too many registers: first q, and v, which needs none, then k.
+    # Two blocks of a head, or weights for each head, take too many registers for both, and fewer heads of k would leave
+    # threads idle: first q, and v, which is only copied, then k.
     of_q = run(rows, out, Heads(d.q, None, d.v), weights, [trained[0], None, trained[2], None])
     k, dk_out = (x[:, heads * head_dim :] for x in (rows, out))
     of_k = run(k, dk_out, Heads(d.k, None, None), (weights[1], None), [trained[1], None, trained[3], None])
-    return dqkv, of_q[0], of_k[0], of_q[2], of_k[2]
+    return dqkv, of_q.q_weight, of_k.q_weight, of_q.q_bias, of_k.q_bias
 
 
 def _run(
     rows: Tensor, out: Tensor, d: Heads, weights: tuple, trained: Sequence[Tensor | None],
     *, tables: tuple, length: int, prefix: int, eps: float, form: Form,
-) -> list[Tensor | None]:  # fmt: skip
+) -> Sums:  # fmt: skip
     """Write the gradients of q and of what else `d` has to `out`; return those of the weights and biases `trained`."""
     samples, _, heads, head_dim = d.q.shape
     kv_heads = 0 if d.v is None else d.v.shape[2]
@@ -274,7 +288,7 @@ def _run(
     partials = [None if p is None else rows.new_empty(programs, p.shape[0], dtype=torch.float32) for p in trained]
     registration.launch(
         _backward, programs,
-        rows, weights, None if tables[0] is None else tables, d, out, tuple(partials),
+        rows, weights, None if tables[0] is None else tables, d, out, Sums(*partials),
         samples * length, length, prefix, rows.stride(0), eps, tiles,
         STEPS=Heads(*(None if x is None else Steps(*x.stride()[:3]) for x in d)),
         H=heads, G=kv_heads, D=head_dim, OUT=out.stride(0), FORM=form,
@@ -284,7 +298,7 @@ def _run(
     return _added_up(partials, programs, trained)
 
 
-def _added_up(partials: Sequence[Tensor | None], programs: int, trained: Sequence[Tensor | None]) -> list:
+def _added_up(partials: Sequence[Tensor | None], programs: int, trained: Sequence[Tensor | None]) -> Sums:
     """The sums of the partial buffers that are there, those of equal width by one launch."""
     found: list[Tensor | None] = [None] * len(trained)
     for width in dict.fromkeys(p.shape[0] for p in trained if p is not None):
@@ -293,4 +307,4 @@ def _added_up(partials: Sequence[Tensor | None], programs: int, trained: Sequenc
         added = sums.add_up([partials[i] for i in chosen], shares, [trained[i] for i in chosen])
         for i, total in zip(chosen, added, strict=True):
             found[i] = total
-    return found
+    return Sums(*found)

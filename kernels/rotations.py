@@ -98,11 +98,12 @@ def load_vectors(p_vector, i_h, m_h, D: tl.constexpr, WIDTH: tl.constexpr, COUNT
 
 
 @triton.jit
-def table_rows(i_token, length, prefix, FORM: tl.constexpr):
-    """Each token's row of the tables; negative in the prefix."""
+def table_rows(i_token, tokens, length, prefix, FORM: tl.constexpr):
+    """Each token's row of the tables; negative in the prefix, and beyond the last token if a sample has its own."""
     i_row = i_token % length - prefix
     if FORM.per_sample:
-        i_row = tl.where(i_row < 0, -1, (i_token // length).to(tl.int64) * (length - prefix) + i_row)
+        i_own = (i_token // length).to(tl.int64) * (length - prefix) + i_row
+        i_row = tl.where((i_row >= 0) & (i_token < tokens), i_own, -1)
     return i_row
 
 
@@ -195,7 +196,7 @@ def _centred(x, mask, heads: tl.constexpr, D: tl.constexpr, FORM: tl.constexpr):
         b_mean = _mean(b_sum, heads, D, FORM)
         centred = ()  # type: tuple
         for i in tl.static_range(len(x)):
-            m_c = (i % COUNT * WIDTH + tl.arange(0, WIDTH) < SIDE)[None, :]
+            m_c = (tl.arange(0, WIDTH) + i % COUNT * WIDTH < SIDE)[None, :]
             centred = centred + (tl.where(mask & m_c, y[i] - b_mean, 0.0),)
         y = centred
     return y
@@ -208,11 +209,8 @@ def normalised(
     """n = (x - mu) / sqrt(mean((x - mu)^2) + eps), mu = 0 for "rms", and 1 / sqrt(...), rounded to nearest if EXACT."""
     n = _centred(x, mask, heads, D, FORM)
     b_mean = _mean_product(n, n, heads, D, FORM)
-    if EXACT:
-        # rsqrt's error is the same in a whole row and would add up in gradients of parameters.
-        b_rstd = tl.div_rn(1.0, tl.sqrt_rn(b_mean + eps))
-    else:
-        b_rstd = tl.rsqrt(b_mean + eps)
+    # rsqrt's error is the same in a whole row and would add up in gradients of parameters.
+    b_rstd = tl.div_rn(1.0, tl.sqrt_rn(b_mean + eps)) if EXACT else tl.rsqrt(b_mean + eps)
     y = ()  # type: tuple
     for i in tl.static_range(len(x)):
         y = y + (n[i] * b_rstd,)

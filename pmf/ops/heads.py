@@ -48,7 +48,7 @@ def qk_norm_rope(
     inputs = Inputs("qk_norm_rope", {"qkv": qkv}, fixed)
     value = inputs.duals[0].value
     heads, kv_heads = _packed(inputs, value, num_kv_heads)
-    _tables(inputs, "qkv", value, cos, sin, pairs, prefix_length)
+    _tables(inputs, "qkv", value, pairs, prefix_length)
     _parameters(inputs, norm, across_heads, "q_", heads, value.shape[-1])
     _parameters(inputs, norm, across_heads, "k_", kv_heads, value.shape[-1])
     run = _implementation(inputs, impl, heads, across_heads)
@@ -94,14 +94,14 @@ def norm_rope(
     inputs = Inputs("norm_rope", {"x": x}, fixed)
     value = inputs.duals[0].value
     inputs.shape("x", value, None, None, None, None)
-    _tables(inputs, "x", value, cos, sin, pairs, prefix_length)
+    _tables(inputs, "x", value, pairs, prefix_length)
     _parameters(inputs, norm, across_heads, "", value.shape[2], value.shape[3])
     run = _implementation(inputs, impl, value.shape[2], across_heads)
     options = _options(value, norm, across_heads, pairs, prefix_length, eps)
     return inputs.give(run.norm_rope(*inputs.duals, **fixed, **options))
 
 
-def _packed(inputs: Inputs, qkv: Tensor | None, kv_heads: int | None) -> tuple[int, int]:
+def _packed(inputs: Inputs, qkv: Tensor, kv_heads: int | None) -> tuple[int, int]:
     """Check the shape of qkv; return the numbers of heads of q, and of k and v."""
     if kv_heads is None:
         hint = ": [B, S, 3, H, D]; with num_kv_heads = G, [B, S, H + 2 G, D]"
@@ -115,25 +115,23 @@ def _packed(inputs: Inputs, qkv: Tensor | None, kv_heads: int | None) -> tuple[i
     return packed - 2 * kv_heads, kv_heads
 
 
-def _tables(
-    inputs: Inputs, name: str, x: Tensor, cos: Tensor | None, sin: Tensor | None, pairs: str, prefix: int
-) -> None:
+def _tables(inputs: Inputs, name: str, x: Tensor, pairs: str, prefix: int) -> None:
     """Check what describes the rotation."""
-    length, head_dim = x.shape[1], x.shape[-1]
+    length, head_dim, cos, sin = x.shape[1], x.shape[-1], inputs.fixed["cos"], inputs.fixed["sin"]
     if pairs not in ("adjacent", "half"):
         raise InputError(f'{inputs.op}: pairs must be "adjacent" or "half", got {pairs!r}')
     if not 0 <= prefix <= length:
         raise InputError(f"{inputs.op}: prefix_length must lie in [0, {length}], got {prefix}")
     if (cos is None) != (sin is None):
         raise InputError(f"{inputs.op}: {'cos' if cos is None else 'sin'} must be given with the other table, got None")
-    if cos is None:
+    if cos is None or sin is None:
         return
     if head_dim % 2 != 0:
         raise InputError(f"{inputs.op}: head_dim must be even, got {head_dim}")
     rows = length - prefix
-    shapes = ((rows, head_dim // 2), (x.shape[0], rows, head_dim // 2))
+    shapes: list[tuple[int, ...]] = [(rows, head_dim // 2), (x.shape[0], rows, head_dim // 2)]
     for table_name, table in (("cos", cos), ("sin", sin)):
-        if table.shape not in shapes:
+        if tuple(table.shape) not in shapes:
             hint = _table_hint(name, x, table, rows, pairs, prefix)
             inputs.one_of_shapes(table_name, table, *shapes, hint=hint)
     if sin.shape != cos.shape:

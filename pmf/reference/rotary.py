@@ -30,11 +30,13 @@ def rope_tables(grid_size: int, head_dim: int, *, theta: float = 10000.0, device
     return angles.cos().float(), angles.sin().float()
 
 
-def _turn(cos: Tensor, sin: Tensor, prefix_length: int, heads: int) -> Tensor:
+def _turn(cos: Tensor | None, sin: Tensor | None, prefix_length: int, x: Tensor) -> Tensor | None:
     """Tables [(B,) N, D / 2] as (cos, sin) pairs [(B,) S, H, D / 2, 2]; prefix tokens do not rotate: (1, 0)."""
+    if cos is None or sin is None:
+        return None
     before = (0, 0, prefix_length, 0)
-    turn = torch.stack([F.pad(cos, before, value=1.0), F.pad(sin, before)], -1)
-    return turn.unsqueeze(-3).expand(*turn.shape[:-2], heads, -1, -1).contiguous()
+    turn = torch.stack([F.pad(cos, before, value=1.0), F.pad(sin, before)], -1).to(accumulate(x[:0]).dtype)
+    return turn.unsqueeze(-3).expand(*turn.shape[:-2], x.shape[2], -1, -1).contiguous()
 
 
 def _rotate(x: Tensor, turn: Tensor, pairs: Pairs) -> Tensor:
@@ -63,18 +65,30 @@ def norm_rope(
     eps: float = 1e-6,
 ) -> Dual:
     """y = R(n(x) weight + bias), x [B, S, H, D]; see `pmf.ops.norm_rope`."""
-    value, (heads, _) = accumulate(x.value), x.value.shape[2:]
-    # Expand both factors to a token's width: products with them, and the sums after those, run along whole tokens.
-    if weight is not None:
-        weight = _per_head(weight, heads, across_heads)
-    turn = None if cos is None else _turn(cos.to(value.dtype), sin.to(value.dtype), prefix_length, heads)
+    turn = _turn(cos, sin, prefix_length, x.value)
+    return _norm_rope(x, weight, bias, turn, norm, across_heads, pairs, eps)
 
-    n, rstd = value, None
+
+def _norm_rope(
+    x: Dual,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    turn: Tensor | None,
+    norm: Kind | None,
+    across_heads: bool,
+    pairs: Pairs,
+    eps: float,
+) -> Dual:
+    value, heads = accumulate(x.value), x.value.shape[2]
+    # Expand the factors to a token's width: products with them, and the sums after those, run along whole tokens.
+    weight, bias = (None if p is None else _per_head(p, heads, across_heads) for p in (weight, bias))
+
+    n = value
     if norm is not None:
         n, rstd = normalise(value.flatten(2) if across_heads else value, norm, eps)
     y = n.view_as(value)
     y = y if weight is None else y * weight
-    y = y if bias is None else y + _per_head(bias, heads, across_heads)
+    y = y if bias is None else y + bias
     y = y if turn is None else _rotate(y, turn, pairs)
     y = y.to(x.value.dtype)
     if x.dot is None:
@@ -106,13 +120,19 @@ def qk_norm_rope(
     q_bias: Tensor | None = None,
     k_bias: Tensor | None = None,
     num_kv_heads: int | None = None,
-    **options,
+    norm: Kind | None = "rms",
+    across_heads: bool = False,
+    pairs: Pairs = "adjacent",
+    prefix_length: int = 0,
+    eps: float = 1e-6,
 ) -> tuple[Dual, Dual, Dual]:
-    """q, k = `norm_rope` of each, v unchanged; see `pmf.ops.qk_norm_rope`. options: those of `norm_rope`."""
+    """q, k = `norm_rope` of each, v unchanged; see `pmf.ops.qk_norm_rope`."""
     q, k, v = (Dual(*parts) for parts in zip(*(_parts(x, num_kv_heads) for x in qkv), strict=True))
+    turn, options = _turn(cos, sin, prefix_length, q.value), (norm, across_heads, pairs, eps)
+    k_turn = None if turn is None else turn[..., : k.value.shape[2], :, :]
     return (
-        norm_rope(q, q_weight, cos, sin, bias=q_bias, **options),
-        norm_rope(k, k_weight, cos, sin, bias=k_bias, **options),
+        _norm_rope(q, q_weight, q_bias, turn, *options),
+        _norm_rope(k, k_weight, k_bias, k_turn, *options),
         v if v.dot is None else Dual(v.value, v.dot.detach()),
     )
 

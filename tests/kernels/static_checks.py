@@ -166,8 +166,6 @@ def rotary_cases(size: str, stream, low):
     """Packed q, k, v of a published block, and what other networks do with theirs."""
     import torch
 
-    from pmf.kernels import rotary
-
     width, heads, _ = SIZES[size]
     head_dim = width // heads
     qkv = _meta(BATCH, LENGTH, 3, heads, head_dim, dtype=low)
@@ -186,7 +184,6 @@ def rotary_cases(size: str, stream, low):
             " grouped": (grouped, published, heads // 4, "rms", False, False),
             " tables per sample": (qkv, (weight, weight, None, None, *each), heads, "rms", False, False),
             " across": (qkv, (wide, wide, None, None, table, table), heads, "rms", True, False),
-            " alone": (qkv[:, :, 0], (weight, None, None, None, table, table), 0, "rms", False, False),
         }
     for label, (x, inputs, kv_heads, *form) in forms.items():
         yield from _heads_cases(label, x, inputs, kv_heads, (PREFIX, 1e-6, *form))
