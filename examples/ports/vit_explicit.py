@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from einops import rearrange
+import torch.nn.functional as F
 from harness import drawn, main
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ class Embedding(nn.Module):
 
     def forward(self, s: Tensor) -> Tensor:
         """s [B] -> [B, C]."""
-        angle = s[:, None] * 10000 ** (-torch.arange(128).to(s) / 128)
+        index = torch.arange(128, device=s.device, dtype=s.dtype)
+        angle = s[:, None] * 10000 ** (-index / 128)
         return self.mlp(torch.cat([angle.cos(), angle.sin()], 1))
 
 
@@ -46,7 +47,7 @@ class ViT(nn.Module):
 
     def images(self, x: Tensor) -> Tensor:
         """The patches among tokens as images."""
-        return rearrange(self.vit.head(x[:, 3:]), "b (h w) (p q) -> b 1 (h p) (w q)", h=4, p=2)
+        return F.pixel_shuffle(self.vit.head(x[:, 3:]).mT.unflatten(2, (4, 4)), 2)
 
     def forward(self, z: Tensor, t: Tensor, r: Tensor, y: Tensor) -> Tensor:
         """z [B, 1, 8, 8]; t, r float [B]; y int64 [B]."""
