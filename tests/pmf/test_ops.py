@@ -51,7 +51,7 @@ one, meta = torch.ones(8), torch.empty(2, 5, 8, device="meta")
         (lambda: ops.swiglu(x[..., :7]), "swiglu: x must have an even last dimension, got 7"),
         (
             lambda: ops.qk_norm_rope(qkv, torch.ones(8), torch.ones(8), angles, angles, prefix_length=1),
-            r"qk_norm_rope: cos must have shape \[4, 4\], got \[5, 4\]",
+            r"qk_norm_rope: cos must have shape \[4, 4\] or \[2, 4, 4\], got \[5, 4\]: \[N, D / 2\] or \[B, N, D / 2\]",
         ),
         (
             lambda: ops.qk_norm_rope(qkv, torch.ones(8), torch.ones(8), angles, angles, prefix_length=6),
