@@ -33,7 +33,8 @@ def attention(q, k, v, *, scale=None, causal=False, key_lengths=None, enable_gqa
     enable_gqa: k and v may have fewer heads, G; query head h reads key head h // (H / G).
     causal: query i reads keys 0 to i; S_q must be S_k.
     key_lengths: int32 or int64 [B], from 1 to S_k (checked on CPUs only); queries of sample b read keys 0 to
-    key_lengths[b] - 1. The others may hold anything, NaN too. All queries are computed.
+    key_lengths[b] - 1. The others may hold anything, NaN too (PyTorch's masks let NaN through; here k and v are
+    copied without it). All queries are computed.
     Returns o [B, S_q, H, D]. Tangents: of q, k and v.
     """
     inputs = Inputs("attention", {"q": q, "k": k, "v": v})

@@ -349,6 +349,7 @@ def cudnn(q, k, v, bias, with_lse, scale, is_causal):
 
 def efficient(q, k, v, bias, with_lse, scale, is_causal):
     assert with_lse is True and q.shape[1] == k.shape[1] == v.shape[1]
+    assert bias is None or not is_causal  # PyTorch never passes both
     o, lse = formula(q, k, v, scale, is_causal, bias)
     return o, torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.nan)
 
