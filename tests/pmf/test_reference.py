@@ -81,12 +81,17 @@ CASES = {
     ),
     "rope across heads": (
         reference.qk_norm_rope,
-        lambda: (draw(B, S, 3, H, D), draw(H * D), draw(H * D), *tables(S - 1, B)),
+        lambda: (draw(B, S, 3, H, D), draw(H * D), draw(H * D), *tables(S - 1)),
         (0,),
         dict(across_heads=True, prefix_length=1),
     ),
     "rope alone": (reference.norm_rope, lambda: (draw(B, S, H, D), None, *tables(S)), (0,), dict(norm=None)),
-    "norm of heads": (reference.norm_rope, lambda: (draw(B, S, H, D), draw(D), None, None), (0,), dict(norm="layer")),
+    "heads normalised": (
+        reference.norm_rope,
+        lambda: (draw(B, S, H, D), draw(D), None, None),
+        (0,),
+        dict(norm="layer"),
+    ),
     "attention": (
         reference.attention,
         lambda: (draw(B, S, H, D), draw(B, 5, H, D), draw(B, 5, H, D)),
@@ -248,6 +253,9 @@ def test_heads_are_normalised_by_torch_and_rotated_by_real_formulas(norm, pairs,
         expected.append(torch.cat([n[:, :prefix], turned], 1))
         alone = ops.norm_rope(part, weight, bias=bias, **options)
         assert relative_error(alone, expected[-1]) < 1e-13
+        if norm is None:  # y is linear in x
+            y, y_dot = ops.norm_rope(Dual(part, part[1:]), **options)
+            assert relative_error(y_dot, y[1:]) < 1e-13
     q, k, v = ops.qk_norm_rope(qkv, num_kv_heads=kv_heads, **parameters, **options)
     assert relative_error(q, expected[0]) < 1e-13 and relative_error(k, expected[1]) < 1e-13
     assert torch.equal(v, qkv[:, :, heads + kv_heads :])
