@@ -219,9 +219,10 @@ def _backward(
             cos = load_table(p_tables[0], i_table, 1.0, D, BLOCK, FORM)
             sin = load_table(p_tables[1], i_table, 0.0, D, BLOCK, FORM)
 
+        weight = q_weight
         if p_weights[0] is not None and FORM.across:  # as many as values: reloading them spares registers
-            q_weight = load_vectors(p_weights[0], i_r, i_r < H, D, BLOCK, COUNT, FORM)
-        dx, terms, bias_terms = _turn_back(q, dq, q_weight, cos, sin, mask, eps, H, D, FORM)
+            weight = load_vectors(p_weights[0], i_r, i_r < H, D, BLOCK, COUNT, FORM)
+        dx, terms, bias_terms = _turn_back(q, dq, weight, cos, sin, mask, eps, H, D, FORM)
         if p_sums.q_weight is not None:
             sum_q = plus(sum_q, terms)
         if p_sums.q_bias is not None:
