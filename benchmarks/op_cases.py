@@ -132,8 +132,29 @@ def block_ops(config: ModelConfig, batch: int) -> list[Op]:
         Op("residual_norm_modulate", per_sample, (0, 1, 2, 4, 5), residual, test, label=" adaln"),
         Op("residual_norm_modulate", each_token, (0, 1, 2, 4, 5), tokens, test, label=" per token"),
         Op("qk_norm_rope", qkv, (0,), rotation, "kernels/test_rotary.py", constant=(3, 4), options=prefix),
+        *other_heads(config, batch),
         Op("swiglu", ((SLIM, *rows, 2 * hidden),), (0,), gating, "kernels/test_pointwise.py"),
         Op("gelu", ((SLIM, *rows, 4 * width),), (0,), activation, "kernels/test_pointwise.py"),
+    ]
+
+
+def other_heads(config: ModelConfig, batch: int) -> list[Op]:
+    """The heads of other networks, at this one's shapes."""
+    heads, head_dim, length = config.num_heads, config.head_dim, config.sequence_length
+    kv_heads, table = max(heads // 4, 1), (WIDE, length, head_dim // 2)
+
+    def op(label: str, weight: int, q: int, k: int, **options: Any) -> Op:
+        packed = (q + 2 * k,) if "num_kv_heads" in options else (3, q)
+        qkv, values = (SLIM, batch, length, *packed, head_dim), 2 * batch * length * head_dim
+        inputs, moved = (qkv, (WIDE, weight), (WIDE, weight), table, table), with_tangents(2 * (q + k), 3 * q + 5 * k)
+        counted = (values * moved[0], values * moved[1], values * moved[2])
+        test = "kernels/test_rotary_forms.py"
+        return Op("qk_norm_rope", inputs, (0,), counted, test, constant=(3, 4), options=options, label=label)
+
+    return [
+        op(" layer half", head_dim, heads, heads, norm="layer", pairs="half"),
+        op(" grouped", head_dim, heads, kv_heads, num_kv_heads=kv_heads),
+        op(" across heads", heads * head_dim, heads, heads, across_heads=True),
     ]
 
 

@@ -70,12 +70,11 @@ class HeadTile:
 
 
 @functools.cache
-def tile_of(heads: int, head_dim: int, chip: Chip, half: bool = False, across: bool = False) -> HeadTile:
-    """All heads of a token if they fit (or must), several tokens if heads are few; 8 values per thread.
+def tile_of(heads: int, head_dim: int, chip: Chip, half: bool, across: bool, both: bool) -> HeadTile:
+    """All heads of a token if they fit (or must), several tokens if heads are few.
 
-    q and k of a program's tokens rotate by the same angles, read from cache for every head. 16 values per thread if q
-    and k are processed one after the other: the two blocks of a head are read 16 bytes at a time, and fewer warps wait
-    for each other's part of a sum across heads.
+    Of `both` q and k, which rotate by the same angles, read from cache for every head, a thread has 8 values each.
+    Of one of them it has 16: fewer warps wait for each other, and 16 bytes of each half are read at a time.
     """
     block, halves = registration.power_of_two(side(head_dim, half)), 2 if half else 1
     width = block * halves
@@ -85,7 +84,7 @@ def tile_of(heads: int, head_dim: int, chip: Chip, half: bool = False, across: b
     else:
         together = min(together, 4096 // width)
         tokens = max((64 if chip.interpreted else 1024 // width) // together, 1)
-    per_warp = 512 if half or across else 256
+    per_warp = 256 if both else 512
     warps = 1 if chip.interpreted else min(max(tokens * together * width // per_warp, 1), 16)
     return HeadTile(tokens, together, block, halves, warps)
 
@@ -184,7 +183,7 @@ def _backward(
     i_c = tl.arange(0, BLOCK)
     i_r = tl.arange(0, ROWS)
     q_weight, k_weight = (), ()
-    if p_weights[0] is not None:
+    if p_weights[0] is not None and not FORM.across:
         q_weight = load_vectors(p_weights[0], i_r, i_r < H, D, BLOCK, COUNT, FORM)
     if p_weights[1] is not None:
         k_weight = load_vectors(p_weights[1], i_r, i_r < G, D, BLOCK, COUNT, FORM)
@@ -220,7 +219,10 @@ def _backward(
             cos = load_table(p_tables[0], i_table, 1.0, D, BLOCK, FORM)
             sin = load_table(p_tables[1], i_table, 0.0, D, BLOCK, FORM)
 
-        dx, terms, bias_terms = _turn_back(q, dq, q_weight, cos, sin, mask, eps, H, D, FORM)
+        weight = q_weight
+        if p_weights[0] is not None and FORM.across:  # as many as values: reloading them spares registers
+            weight = load_vectors(p_weights[0], i_r, i_r < H, D, BLOCK, COUNT, FORM)
+        dx, terms, bias_terms = _turn_back(q, dq, weight, cos, sin, mask, eps, H, D, FORM)
         if p_sums.q_weight is not None:
             sum_q = plus(sum_q, terms)
         if p_sums.q_bias is not None:
@@ -281,7 +283,7 @@ def _run(
     samples, _, heads, head_dim = d.q.shape
     kv_heads = 0 if d.v is None else d.v.shape[2]
     chip = registration.chip(rows.device)
-    tile = tile_of(heads, head_dim, chip, form.half, form.across)
+    tile = tile_of(heads, head_dim, chip, form.half, form.across, d.k is not None)
     tiles = registration.cdiv(samples * length, tile.tokens) * registration.cdiv(heads, tile.heads)
     operands = 2 * (d.k is not None) + (d.v is not None) + 2
     programs, stages = backward_grid(tiles, tile, operands, d.q.element_size(), chip)
@@ -293,7 +295,7 @@ def _run(
         STEPS=Heads(*(None if x is None else Steps(*x.stride()[:3]) for x in d)),
         H=heads, G=kv_heads, D=head_dim, OUT=out.stride(0), FORM=form,
         HEADS=tile.heads, ROWS=tile.rows, BLOCK=tile.block, STAGES=stages, num_warps=tile.warps,
-        maxnreg=128 if form.half or form.across else None,
+        maxnreg=128 if d.k is None else None,
     )  # fmt: skip
     return _added_up(partials, programs, trained)
 

@@ -33,6 +33,13 @@ SHAPES = {  # of every input; the numbers of those that have tangents; those tha
     "residual_norm_modulate": ([(2, 3, 8), (2, 3, 8), (8,), (8,), (2, 8), (2, 8)], (0, 1, 4, 5), (), {}),
     "residual_norm_modulate, a moving gate": ([(2, 3, 8), (2, 3, 8), (2, 8)], (0, 2), (), {}),
     "qk_norm_rope": ([(2, 5, 3, 2, 8), (8,), (8,), (4, 4), (4, 4)], (0,), (3, 4), {"prefix_length": 1}),
+    "qk_norm_rope, grouped heads": (
+        [(2, 5, 5, 8), (8,), (8,), (5, 4), (5, 4)],
+        (0,),
+        (3, 4),
+        {"num_kv_heads": 1, "norm": "layer", "pairs": "half"},
+    ),
+    "norm_rope": ([(2, 5, 2, 8), (16,), (2, 5, 4), (2, 5, 4)], (0,), (2, 3), {"across_heads": True}),
     "attention": ([(2, 5, 2, 8), (2, 4, 2, 8), (2, 4, 2, 8)], (0, 1, 2), (), {}),
     "norm_modulate, per token": ([(2, 3, 8), None, (2, 3, 8), (2, 1, 8), (8,)], (0, 2, 3), (), {}),
     "norm_modulate, [B, C]": ([(2, 8), (8,), (2, 8)], (0, 2), (), {}),
