@@ -6,10 +6,10 @@ OLDEST_PYTHON ?= $(shell for v in 3.10 3.11 3.12 3.13; do \
 	for p in python$$v $${PYENV_ROOT:-$$HOME/.pyenv}/versions/$$v.*/bin/python; do \
 	$$p -c 'import venv' 2>/dev/null && echo $$p && exit; done; done)
 
-.PHONY: demo test test-gpu test-oldest test-extras docs clean
+.PHONY: demo test wheel test-gpu test-oldest test-extras docs clean
 
 # Train on handwritten digits, draw samples, measure them: runs/digits.
-demo: .venv/core
+demo: .venv/train
 	$(BIN)/pmf digits --out runs/digits --overwrite
 	$(BIN)/pmf eval runs/digits
 
@@ -19,6 +19,19 @@ test: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+# The wheel alone in an empty environment, used from an empty folder: nothing of the extras, a step, a sample, `pmf`.
+# build/lib is removed because setuptools would pack what an earlier build left there.
+wheel:
+	rm -rf .venv-wheel build/lib
+	$(PYTHON) -m venv .venv-wheel
+	mkdir .venv-wheel/empty
+	.venv-wheel/bin/python -m pip wheel --quiet --no-deps --wheel-dir .venv-wheel .
+	.venv-wheel/bin/python -m pip install --quiet --constraint constraints.txt .venv-wheel/*.whl
+	! .venv-wheel/bin/python -m pip list | grep -iE '^(matplotlib|scikit-learn|tyro|pillow|tqdm) '
+	cd .venv-wheel/empty && ../bin/python - <$(CURDIR)/tests/core_alone.py
+	cd .venv-wheel/empty && ! ../bin/pmf --help 2>../message
+	test $$(wc -l < .venv-wheel/message) = 1 && grep "pip install 'pixel-meanflow\[train\]'" .venv-wheel/message
 
 # The tests that need a GPU, then every kernel test on it; many processes compile the kernels.
 test-gpu: .venv/dev
@@ -39,18 +52,18 @@ docs: .venv/docs
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet docs build/docs
 
 clean:
-	rm -rf .venv .venv-oldest .venv-extras
+	rm -rf .venv .venv-wheel .venv-oldest .venv-extras
 
-.venv/core: pyproject.toml constraints.txt
+.venv/train: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train]'
 	touch $@
 
-.venv/dev: .venv/core
+.venv/dev: .venv/train
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-.venv/docs: .venv/core
+.venv/docs: .venv/train
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
@@ -62,6 +75,6 @@ clean:
 .venv-extras/ready: pyproject.toml constraints-extras.txt
 	$(PYTHON) -m venv .venv-extras
 	.venv-extras/bin/python -m pip install --quiet --constraint constraints-extras.txt \
-		--editable '.[perceptual,eval,jax,jax-checkpoints,flash]' \
+		--editable '.[train,perceptual,eval,jax,jax-checkpoints,flash]' \
 		optax timm diffusers pytest pytest-benchmark pytest-xdist hypothesis
 	touch $@

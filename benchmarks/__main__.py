@@ -8,12 +8,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-import tyro
-
 from pmf.benchmarks.figures import plot, report
 from pmf.benchmarks.measuring import run
 from pmf.benchmarks.plan import Options
-from pmf.errors import InputError
+from pmf.errors import InputError, extra
 
 SUITES = {
     "ops": "Measure each op at the shapes of a block.",
@@ -39,6 +37,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure, report or plot. Bad input is one line on stderr and exit status 2."""
     commands = {**{suite: command(suite) for suite in SUITES}, "report": report, "plot": plot}
     try:
+        with extra("train", "the command line needs"):
+            import tyro
         tyro.extras.subcommand_cli_from_dict(
             commands, prog="python -m pmf.benchmarks", args=arguments, config=(tyro.conf.OmitArgPrefixes,)
         )

@@ -11,7 +11,7 @@ from pmf.benchmarks.ledger import RESULTS, ROOT, Key, key, records_of
 from pmf.benchmarks.network_cases import PLAIN
 from pmf.benchmarks.op_cases import VALUE_ALONE
 from pmf.benchmarks.step_cases import BUDGETS_GB, JOINT
-from pmf.errors import require
+from pmf.errors import extra, require
 from pmf.timing import Record
 
 BUSY = 0.9
@@ -214,7 +214,8 @@ def plot(ledger: Path | None = None, out: Path = RESULTS) -> None:
 
 def write_bars(bars: dict[str, float], unit: str, file: Path) -> None:
     """Write horizontal bars with their values as a PNG."""
-    from matplotlib.figure import Figure
+    with extra("train", "out: a plot needs"):
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 1.2 + 0.2 * len(bars)), layout="constrained")
     axes = figure.add_subplot(xlabel=unit)

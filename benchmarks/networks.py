@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,32 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pmf import Dual, ops
-from pmf.layers import Residual, linear_dual
-from pmf.pair import total
+from pmf.dual import add, chunk, dual, gated_residual
 
 FREQUENCIES = 128
-
-
-def linear(layer: nn.Linear, x: Dual) -> Dual:
-    """x W^T + b, and x_dot W^T."""
-    return linear_dual(x, layer.weight, layer.bias)
-
-
-@torch.no_grad()
-def gelu_dot(x: Tensor, x_dot: Tensor) -> Tensor:
-    """gelu'(x) x_dot: the tangent of a pointwise function is its gradient's formula."""
-    return torch.ops.aten.gelu_backward(x_dot, x, approximate="tanh")
-
-
-def gelu(x: Dual) -> Dual:
-    """GELU by tanh, and its tangent; the tangent covers every sample."""
-    return Dual(F.gelu(x.value, approximate="tanh"), None if x.dot is None else gelu_dot(x.value, x.dot))
-
-
-def chunk(x: Dual, parts: int) -> tuple[Dual, ...]:
-    """Equal parts of the last dimension."""
-    dots = (None,) * parts if x.dot is None else x.dot.chunk(parts, -1)
-    return tuple(map(Dual, x.value.chunk(parts, -1), dots))
 
 
 class Embedding(nn.Module):
@@ -54,7 +30,7 @@ class Embedding(nn.Module):
 
     def forward_dual(self, s: Dual) -> Dual:
         """The embedding of s, and its tangent."""
-        return linear(self.fc2, ops.silu(linear(self.fc1, ops.scalar_features(s))))
+        return dual(self.fc2, ops.silu(dual(self.fc1, ops.scalar_features(s))))
 
 
 class Block(nn.Module):
@@ -79,14 +55,14 @@ class Block(nn.Module):
 
     def forward_dual(self, x: Dual, condition: Dual) -> Dual:
         """The same with tangents."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = chunk(linear(self.modulation, condition), 6)
+        shift1, scale1, gate1, shift2, scale2, gate2 = chunk(dual(self.modulation, condition), 6)
         y = ops.norm_modulate(x, None, scale1, shift1, kind="layer", eps=self.norm.eps)
-        q, k, v = (part.map(lambda p: p.unflatten(-1, (self.heads, -1))) for part in chunk(linear(self.qkv, y), 3))
+        q, k, v = (part.map(lambda p: p.unflatten(-1, (self.heads, -1))) for part in chunk(dual(self.qkv, y), 3))
         mixed = ops.attention(q, k, v).map(lambda o: o.flatten(2))
         x, y = ops.residual_norm_modulate(
-            x, linear(self.out, mixed), gate1, None, scale2, shift2, kind="layer", eps=self.norm.eps
+            x, dual(self.out, mixed), gate1, None, scale2, shift2, kind="layer", eps=self.norm.eps
         )
-        return Residual(x, linear(self.fc2, gelu(linear(self.fc1, y))), gate2).add()
+        return gated_residual(x, dual(self.fc2, ops.gelu(dual(self.fc1, y), approximate="tanh")), gate2)
 
 
 class DiT(nn.Module):
@@ -120,16 +96,13 @@ class DiT(nn.Module):
 
     def forward_dual(self, z: Dual, t: Dual, r: Dual) -> Dual:
         """The same with tangents of z and t; r stands still."""
-        time, span = self.time.forward_dual(t), self.span.forward_dual(Dual(t.value - r.value, t.dot))
-        condition = ops.silu(Dual(time.value + span.value, total(time.dot, span.dot)))
-        convolve = partial(F.conv2d, stride=self.patch)
-        x = linear_dual(z, self.embed.weight, self.embed.bias, linear=convolve).map(lambda p: p.flatten(2).mT)
-        x = Dual(x.value + self.positions, x.dot)
+        condition = ops.silu(add(dual(self.time, t), dual(self.span, Dual(t.value - r.value, t.dot))))
+        x = add(dual(self.embed, z).map(lambda p: p.flatten(2).mT), self.positions)
         for block in self.blocks:
             x = block.forward_dual(x, condition)
-        shift, scale = chunk(linear(self.modulation, condition), 2)
+        shift, scale = chunk(dual(self.modulation, condition), 2)
         y = ops.norm_modulate(x, None, scale, shift, kind="layer", eps=self.norm.eps)
-        return linear(self.head, y).map(self.to_image)
+        return dual(self.head, y).map(self.to_image)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

@@ -56,6 +56,8 @@ class Op:
     every_row: bool = False
     """Tangents on every row, not only on the last half."""
     options: dict[str, Any] = field(default_factory=dict)
+    lengths: tuple[int, ...] = ()
+    """Attention's key_lengths."""
     label: str = ""
     """Tells apart two entries of the same op."""
 
@@ -77,8 +79,11 @@ class Op:
     def run(self, primals: Primals, tangents: Primals, impl: str = "triton") -> Any:
         """Call our op under bfloat16 autocast, as in training; with tangents it also gives tangents."""
         inputs = [p if p_dot is None else Dual(p, p_dot) for p, p_dot in zip(primals, tangents, strict=True)]
-        with torch.autocast(primals[0].device.type, dtype=torch.bfloat16):
-            return getattr(ops, self.name)(*inputs, impl=impl, **self.options)
+        device, options = primals[0].device, self.options
+        if self.lengths:
+            options = options | {"key_lengths": placed(self.lengths, device)}
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            return getattr(ops, self.name)(*inputs, impl=impl, **options)
 
     def prepare(self, way: Way, mode: str, device: torch.device) -> Run:
         """Make the inputs and return the function to time."""
@@ -127,8 +132,29 @@ def block_ops(config: ModelConfig, batch: int) -> list[Op]:
         Op("residual_norm_modulate", per_sample, (0, 1, 2, 4, 5), residual, test, label=" adaln"),
         Op("residual_norm_modulate", each_token, (0, 1, 2, 4, 5), tokens, test, label=" per token"),
         Op("qk_norm_rope", qkv, (0,), rotation, "kernels/test_rotary.py", constant=(3, 4), options=prefix),
+        *other_heads(config, batch),
         Op("swiglu", ((SLIM, *rows, 2 * hidden),), (0,), gating, "kernels/test_pointwise.py"),
         Op("gelu", ((SLIM, *rows, 4 * width),), (0,), activation, "kernels/test_pointwise.py"),
+    ]
+
+
+def other_heads(config: ModelConfig, batch: int) -> list[Op]:
+    """The heads of other networks, at this one's shapes."""
+    heads, head_dim, length = config.num_heads, config.head_dim, config.sequence_length
+    kv_heads, table = max(heads // 4, 1), (WIDE, length, head_dim // 2)
+
+    def op(label: str, weight: int, q: int, k: int, **options: Any) -> Op:
+        packed = (q + 2 * k,) if "num_kv_heads" in options else (3, q)
+        qkv, values = (SLIM, batch, length, *packed, head_dim), 2 * batch * length * head_dim
+        inputs, moved = (qkv, (WIDE, weight), (WIDE, weight), table, table), with_tangents(2 * (q + k), 3 * q + 5 * k)
+        counted = (values * moved[0], values * moved[1], values * moved[2])
+        test = "kernels/test_rotary_forms.py"
+        return Op("qk_norm_rope", inputs, (0,), counted, test, constant=(3, 4), options=options, label=label)
+
+    return [
+        op(" layer half", head_dim, heads, heads, norm="layer", pairs="half"),
+        op(" grouped", head_dim, heads, kv_heads, num_kv_heads=kv_heads),
+        op(" across heads", heads * head_dim, heads, heads, across_heads=True),
     ]
 
 
@@ -144,20 +170,54 @@ def patch_op(config: ModelConfig, batch: int) -> Op:
     return Op("patch_embed", inputs, (0, 6), with_tangents(moved, moved), test, operations, constant=(0,))
 
 
-def attention_cases(name: str, batch: int, length: int, heads: int, head_dim: int, device: torch.device) -> list[Case]:
-    """Attention with tangents on every row: on each backend and tile, and by rivals."""
+@lru_cache(maxsize=2)
+def placed(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Lengths as a tensor, cached so that the copy is not timed."""
+    return torch.tensor(lengths, dtype=torch.int32, device=device)
+
+
+def attention_op(
+    batch: int, length: int, heads: int, head_dim: int, groups: int, causal: bool = False, lengths: tuple[int, ...] = ()
+) -> Op:
+    """Attention with tangents on every row. Only keys that are read count; all gradients are written."""
+    each = lengths or (length,) * batch
+    read = sum(each)
+    queries, keys, written = (
+        2 * head_dim * n for n in (batch * length * heads, read * groups, batch * length * groups)
+    )
+    pairs = sum(n * length - (n * (n - 1) // 2 if causal else 0) for n in each)
+    products = 2 * heads * pairs * head_dim
+    moved = 2 * (queries + keys), 4 * (queries + keys), 4 * queries + 2 * (keys + written)
+    options: dict[str, Any] = {"causal": True} if causal else {}
+    kinds = [
+        *(["causal"] if causal else []),
+        *(["grouped"] if groups < heads else []),
+        *(["lengths"] if lengths else []),
+    ]
+    if groups < heads:
+        options["enable_gqa"] = True
+    row = (SLIM, batch, length)
+    return Op(
+        "attention", ((*row, heads, head_dim), *((*row, groups, head_dim),) * 2), (0, 1, 2), moved,
+        f"kernels/test_{'masked_' if kinds else ''}attention.py", (2 * products, 7 * products, 5 * products),
+        every_row=True, options=options, lengths=lengths, label="".join(f" {kind}" for kind in kinds),
+    )  # fmt: skip
+
+
+def attention_cases(
+    name: str, batch: int, length: int, heads: int, head_dim: int, device: torch.device, *, groups: int = 0, **kind: Any
+) -> list[Case]:
+    """Attention on each backend and tile, and by rivals; `groups` (0: `heads`), `kind`: see `attention_op`."""
     from pmf.kernels.attention import HOPPER_TILES, tangent_with
 
-    values, products = batch * length * heads * head_dim * 2, 2 * batch * heads * length**2 * head_dim
-    inputs, test = ((SLIM, batch, length, heads, head_dim),) * 3, "kernels/test_attention.py"
-    moved, operations = (4 * values, 8 * values, 8 * values), (2 * products, 7 * products, 5 * products)
-    op = Op("attention", inputs, (0, 1, 2), moved, test, operations, every_row=True)
-
+    op = attention_op(batch, length, heads, head_dim, groups or heads, **kind)
     on_gpu = device.type == "cuda"
-    backends = {f"triton, {b}": ops.use_attention_backend(b)(op.run) for b in BACKENDS if on_gpu}
+    backends = {f"triton, {b}": ops.use_attention_backend(b)(op.run) for b in BACKENDS if on_gpu and not op.lengths}
     tiles = {f"triton {t.queries}x{t.keys} w{t.warps} s{t.stages}": t for t in HOPPER_TILES if on_gpu}
     dual: dict[str, Way] = {VALUE_ALONE: lambda primals, tangents: op.run(primals, (None,) * 3)}
     dual |= {name: tangent_with(tile)(op.run) for name, tile in tiles.items()}
+    if op.label:
+        return op.cases(name, device, forward=backends, dual=dual, backward=backends)
     dual["plain attention, torch.func.jvp"] = partial(torch.func.jvp, partial(ops.attention, impl="reference"))
     if importlib.util.find_spec("jvp_flash_attention") and length % 32 == 0 and head_dim in (16, 32, 64, 128):
         dual["jvp_flash_attention"] = jvp_flash_attention
@@ -223,6 +283,8 @@ def op_cases(size: str, batch: int, device: torch.device) -> list[Case]:
 
 
 def long_attention_cases(device: torch.device) -> list[Case]:
-    """Attention at lengths and head widths that pMF does not use, 16384 tokens at a time."""
-    shapes = ((f"S {length} D {d}", 16384 // length, length, 16, d, device) for length, d in LONG)
-    return [case for shape in shapes for case in attention_cases(*shape)]
+    """Attention at lengths and head widths that pMF does not use, 16384 tokens at a time; at the last also masked."""
+    shapes = [(f"S {length} D {d}", 16384 // length, length, 16, d, device) for length, d in LONG]
+    kinds: list[dict[str, Any]] = [{"causal": True}, {"groups": 4, "lengths": (1024, 2048, 3072, 4096)}]
+    masked = [case for kind in kinds for case in attention_cases(*shapes[-1], **kind)]
+    return [*(case for shape in shapes for case in attention_cases(*shape)), *masked]

@@ -1,6 +1,6 @@
 """`attention`: a FlashAttention computes the value, one kernel the tangent.
 
-    o = softmax(S) v,  S = scale q k^T                                     (kernels/flash.py)
+    o = softmax(S) v,  S = scale q k^T, -inf where a query does not read   (kernels/flash.py)
 
     P     = exp(S - lse)                     S_dot = scale (q_dot k^T + q k_dot^T)
     H     = P * (S_dot - shift)              G     = P v_dot + H v
@@ -9,11 +9,13 @@
 The primal provides o and the log-sum-exp, so P is final as soon as it is computed: no online softmax, one
 accumulator, and at most five products per tile (S; q_dot k^T and q k_dot^T if q and k have tangents, H v if
 either has one; P v_dot if v has one). FlashAttention computes the value's backward; the tangent saves nothing.
+A program visits the keys up to its sample's length, if causal up to its last query. What lies beyond a length is not
+read; the value's backends read it, so k and v are cleared there. Query head h reads key head h // (H / G) in place.
 
 Rounding. H is rounded to the dtype of v before it is multiplied. Two things keep that error small:
 
 1. Subtracting a constant per row from S_dot does not change o_dot, because the rows of P sum to one.
-   `shift` is the mean of S_dot over 16 keys spread evenly over the sequence. A common mode of the
+   `shift` is the mean of S_dot over 16 keys spread evenly over those that the program visits. A common mode of the
    tangents (k_dot = c + small parts, as from a shift of the conditioning) adds the same q c to a whole
    row, so it cancels in S_dot - shift and does not affect the rounding of H. The mean of n random keys
    increases a row's spread by the factor sqrt(1 + 1 / n), 3% here; a single key would add 41% and might
@@ -45,7 +47,7 @@ from pmf.kernels import flash, registration
 from pmf.kernels.heads import Heads, Steps
 from pmf.kernels.registration import Chip
 from pmf.kernels.tiles import product
-from pmf.pair import Dual, tail, tangent_rows
+from pmf.pair import Dual, tail, tangent_rows, without_padding
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 FLOAT32_COLUMNS = tl.constexpr(16)
@@ -112,7 +114,7 @@ def split(head_dim: int) -> tuple[int, int]:
     return (whole, 0) if first < 16 or first + second >= whole else (first, second)
 
 
-def tangent_tile(head_dim: int, length: int, dtype: torch.dtype, chip: Chip) -> TangentTile:
+def tangent_tile(head_dim: int, length: int, dtype: torch.dtype, chip: Chip, masked: bool = False) -> TangentTile:
     """128 queries, so that keys and values are read few times, and as many keys as fit with them.
 
     A program holds S and S_dot (queries x keys) and the accumulator (queries x D) in float32, and q, q_dot, P and H
@@ -120,7 +122,7 @@ def tangent_tile(head_dim: int, length: int, dtype: torch.dtype, chip: Chip) -> 
     16 keys at D 128 (sm_120 spills there, so it takes fewer queries). Blackwell (sm_100) has 512 columns of tensor
     memory in all, too few for 64 keys and two accumulators.
     Keys and values take 4 x keys x D values of shared memory per stage: three stages if they fit, and at most
-    96 KB, except on Hopper and sm_100.
+    96 KB, except on Hopper and sm_100. In float32, masks take the last registers of 32 queries.
 
     On Hopper up to D 96, two programs per processor with 32 keys beat one with 64; up to D 64, 64 queries win if
     128 would leave many rows of the last tile empty (measured on an H200 at D 64, 80 and 128, S 276 and 4096).
@@ -129,7 +131,7 @@ def tangent_tile(head_dim: int, length: int, dtype: torch.dtype, chip: Chip) -> 
     if chip.interpreted:
         return TangentTile(128, 64, 1, 1)
     if dtype == torch.float32:
-        return TangentTile(32 if padded <= 80 else 16, 16, 8, 1)
+        return TangentTile(32 if padded <= 80 and not masked else 16, 16, 8, 1)
     if generation == 9:
         if padded > 96:
             return TangentTile(128, 64, 8, 2)
@@ -195,24 +197,37 @@ def _head_offset(steps, i_b, i_h):
 
 @triton.jit
 def _tangent(
-    p, p_dot, p_o, p_lse, p_o_dot, steps, dot_steps, o_steps, o_dot_steps, heads, length_q, length_k, scale,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    p, p_dot, p_o, p_lse, p_lengths, p_o_dot, steps, dot_steps, o_steps, o_dot_steps,
+    heads, group, length_q, length_k, scale,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """M queries of one head of one sample against all keys, N at a time.
+    """M queries of one head of one sample against the keys that they read, N at a time.
 
-    p, p_dot: `Heads`; steps, dot_steps: the `Steps` of each.
+    p, p_dot: `Heads`; steps, dot_steps: the `Steps` of each; p_lengths: None, or numbers of keys of the samples;
+    group: the number of query heads that share a key head.
     """
     MOVES: tl.constexpr = (p_dot.q is not None) or (p_dot.k is not None)
     FLOAT32: tl.constexpr = p.q.dtype.element_ty == tl.float32
     tiles = tl.cdiv(length_q, M)
-    i_m = tl.program_id(0) % tiles * M + tl.arange(0, M)
+    i_tile = tl.program_id(0) % tiles
+    if CAUSAL:
+        i_tile = tiles - 1 - i_tile  # the longest programs start first
+    i_m = i_tile * M + tl.arange(0, M)
     i_bh = tl.program_id(0) // tiles
     i_b, i_h = (i_bh // heads).to(tl.int64), (i_bh % heads).to(tl.int64)
+    i_g = (i_bh % heads // group).to(tl.int64)
+    stop = length_k
+    if p_lengths is not None:
+        # Lengths on a GPU are not checked; these limits keep all reads inside of k and v.
+        stop = tl.minimum(tl.maximum(tl.load(p_lengths + i_b), 1), length_k).to(tl.int32)
+    if CAUSAL:
+        stop = tl.minimum(stop, (i_tile + 1) * M)
+        b_stop = tl.minimum(i_m + 1, stop)  # of every row
     m_m = i_m < length_q
     q_step, k_step, v_step = steps.q.token * 8, steps.k.token * 8, steps.v.token * 8
     q_dot_step, k_dot_step, v_dot_step = dot_steps.q.token * 8, dot_steps.k.token * 8, dot_steps.v.token * 8
 
-    p_k = p.k + _head_offset(steps.k, i_b, i_h)
+    p_k = p.k + _head_offset(steps.k, i_b, i_g)
     p_q = p.q + _head_offset(steps.q, i_b, i_h)
     b_q0, b_q1 = _load_parts(p_q, i_m, m_m, q_step, D, D0, D1)
     b_lse = tl.load(p_lse + i_bh.to(tl.int64) * length_q + i_m, mask=m_m, other=0.0) * LOG2_E
@@ -222,8 +237,8 @@ def _tangent(
     b_acc1 = tl.zeros([M, D1 if D1 > 0 else 16], tl.float32)
 
     if MOVES:
-        p_v = p.v + _head_offset(steps.v, i_b, i_h)
-        i_few = tl.arange(0, SHIFT_KEYS) * length_k // SHIFT_KEYS
+        p_v = p.v + _head_offset(steps.v, i_b, i_g)
+        i_few = tl.arange(0, SHIFT_KEYS) * stop // SHIFT_KEYS
         b_few = tl.zeros([M, SHIFT_KEYS], tl.float32)
         m_few = i_few >= 0
         if p_dot.q is not None:
@@ -235,7 +250,7 @@ def _tangent(
                 b_few0, b_few1, p_k, i_few, m_few, k_step, b_few, D, D1,
             )  # fmt: skip
         if p_dot.k is not None:
-            p_k_dot = p_dot.k + _head_offset(dot_steps.k, i_b, i_h)
+            p_k_dot = p_dot.k + _head_offset(dot_steps.k, i_b, i_g)
             b_few0, b_few1 = _load_parts(p_k_dot, i_few, m_few, k_dot_step, D, D0, D1)
             b_few = _scores(
                 b_q0, b_q1, p_q, i_m, m_m, q_step,
@@ -243,15 +258,18 @@ def _tangent(
             )  # fmt: skip
         b_shift = tl.sum(b_few, 1) * (scale / SHIFT_KEYS)
     if p_dot.v is not None:
-        p_v_dot = p_dot.v + _head_offset(dot_steps.v, i_b, i_h)
+        p_v_dot = p_dot.v + _head_offset(dot_steps.v, i_b, i_g)
 
-    for i_s in range(0, length_k, N):
+    for i_s in range(0, stop, N):
         i_n = i_s + tl.arange(0, N)
-        m_n = i_n < length_k
+        m_n = i_n < stop
         b_k0, b_k1 = _load_parts(p_k, i_n, m_n, k_step, D, D0, D1)
         b_s = tl.zeros([M, N], tl.float32)
         b_s = _scores(b_q0, b_q1, p_q, i_m, m_m, q_step, b_k0, b_k1, p_k, i_n, m_n, k_step, b_s, D, D1)
-        b_p = tl.where(m_n[None, :], tl.exp2(b_s * (scale * LOG2_E) - b_lse[:, None]), 0.0)
+        m_p = m_n[None, :]
+        if CAUSAL:
+            m_p = i_n[None, :] < b_stop[:, None]
+        b_p = tl.where(m_p, tl.exp2(b_s * (scale * LOG2_E) - b_lse[:, None]), 0.0)
         if FLOAT32:
             b_sum_p += tl.sum(b_p, 1)
         if p_dot.v is not None:
@@ -308,6 +326,8 @@ def attention_tangent(
     o: Tensor,
     lse: Tensor,
     scale: float,
+    key_lengths: Tensor | None = None,
+    causal: bool = False,
 ) -> Tensor:
     """o_dot, contiguous."""
     o_dot = o.new_empty(o.shape)
@@ -315,14 +335,15 @@ def attention_tangent(
         return o_dot
     q, k, v, q_dot, k_dot, v_dot, o = (flash.aligned(x) for x in (q, k, v, q_dot, k_dot, v_dot, o))
     samples, length_q, heads, head_dim = q.shape
-    tile = _forced.get() or tangent_tile(head_dim, length_q, q.dtype, registration.chip(q.device))
+    masked = causal or key_lengths is not None
+    tile = _forced.get() or tangent_tile(head_dim, length_q, q.dtype, registration.chip(q.device), masked)
     widths = split(head_dim)
     registration.launch(
         _tangent, samples * heads * registration.cdiv(length_q, tile.queries),
-        Heads(q, k, v), Heads(q_dot, k_dot, v_dot), o, lse.contiguous(), o_dot,
+        Heads(q, k, v), Heads(q_dot, k_dot, v_dot), o, lse.contiguous(), registration.unit_step(key_lengths), o_dot,
         Heads(_steps(q), _steps(k), _steps(v)), Heads(_steps(q_dot), _steps(k_dot), _steps(v_dot)),
-        _steps(o), _steps(o_dot), heads, length_q, k.shape[1], scale,
-        D=head_dim, D0=widths[0], D1=widths[1], M=tile.queries, N=tile.keys,
+        _steps(o), _steps(o_dot), heads, heads // max(k.shape[2], 1), length_q, k.shape[1], scale,
+        D=head_dim, D0=widths[0], D1=widths[1], M=tile.queries, N=tile.keys, CAUSAL=causal,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return o_dot
@@ -338,10 +359,13 @@ _tangent_alone = registration.differentiable(
 )
 
 
-def attention(q: Dual, k: Dual, v: Dual, *, scale: float) -> Dual:
+def attention(
+    q: Dual, k: Dual, v: Dual, *, scale: float, causal: bool = False, key_lengths: Tensor | None = None
+) -> Dual:
     """`pmf.reference.attention`: the value by a FlashAttention, the tangent by Triton."""
-    q_value, k_value, v_value = (flash.aligned(x.value) for x in (q, k, v))
-    o, lse = flash.attention(q_value, k_value, v_value, scale)
+    q_value = flash.aligned(q.value)
+    k_value, v_value = (flash.aligned(without_padding(x.value, key_lengths)) for x in (k, v))
+    o, lse = flash.attention(q_value, k_value, v_value, scale, causal, key_lengths)
     dots = (q.dot, k.dot, v.dot)
     rows = tangent_rows(dots)
     if rows is None:
@@ -350,4 +374,5 @@ def attention(q: Dual, k: Dual, v: Dual, *, scale: float) -> Dual:
     tangent = attention_tangent if torch.compiler.is_compiling() else _tangent_alone
     with torch.no_grad():
         last = [tail(x, rows) for x in (q_value, k_value, v_value, o, lse)]
-        return Dual(o, tangent(*last[:3], *dots, *last[3:], scale))
+        lengths = None if key_lengths is None else tail(key_lengths, rows)
+        return Dual(o, tangent(*last[:3], *dots, *last[3:], scale, lengths, causal))

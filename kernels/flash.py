@@ -3,17 +3,21 @@
 All backends here take and return heads as [B, S, H, D], and return the log-sum-exp (natural logarithm) as float32
 [B, H, S_q]. `decide` chooses the first that can run:
 
-| backend        | what it is                           | where it can run                    | sm_90, sm_100 | else |
-|----------------|--------------------------------------|-------------------------------------|---------------|------|
-| `cudnn`        | cuDNN's, through PyTorch             | bfloat16, float16; from sm_80 on    | 1st           | 3rd  |
-| `flash_attn`   | the package flash-attn, 2.x          | bfloat16, float16; from sm_80 on    | 2nd           | 1st  |
-| `flash`        | PyTorch's FlashAttention             | bfloat16, float16; from sm_80 on    | 3rd           | 2nd  |
-| `efficient`    | PyTorch's memory-efficient attention | float32 too; every CUDA device      | last          | last |
-| `flash_attn_4` | the package flash-attn-4             | bfloat16, float16; sm_90 and sm_100 | by request    |      |
+| backend        | what it is                 | where it can run           | sm_90, sm_100 | else | lengths | groups |
+|----------------|----------------------------|----------------------------|---------------|------|---------|--------|
+| `cudnn`        | cuDNN's, through PyTorch   | bf16, fp16; from sm_80 on  | 1st           | 3rd  | no      | yes    |
+| `flash_attn`   | the package flash-attn 2   | bf16, fp16; from sm_80 on  | 2nd           | 1st  | no      | yes    |
+| `flash`        | PyTorch's FlashAttention   | bf16, fp16; from sm_80 on  | 3rd           | 2nd  | no      | yes    |
+| `efficient`    | PyTorch's memory-efficient | fp32 too; all CUDA devices | last          | last | yes     | copies |
+| `flash_attn_4` | the package flash-attn-4   | bf16, fp16; sm_90, sm_100  | by request    |      | no      | yes    |
+| `cpu`          | PyTorch's for CPUs         | all CPUs                   |               |      | yes     | copies |
 
-On the CPU (Triton's interpreter) it is always `cpu`, PyTorch's FlashAttention for CPUs. A single key needs
-no backend. Times measured on an H200, as fractions of the time of PyTorch's FlashAttention, which has the kernels of
-flash-attn 2 (forward and backward, bfloat16):
+lengths: `key_lengths`, as a bias of 0 and -inf: one row of keys per sample, or with `causal` one per query. groups:
+fewer key heads than query heads, or copies of them (of PyTorch's, all copy on AMD). All take `causal`. `cpu` serves
+Triton's interpreter and cannot be requested. A single key needs no backend.
+
+Times measured on an H200, as fractions of the time of PyTorch's FlashAttention, which has the kernels of flash-attn 2
+(forward and backward, bfloat16, all keys):
 
 |              | S 276, D 64 | S 276, D 80 | S 4096, D 128 |
 |--------------|-------------|-------------|---------------|
@@ -64,6 +68,8 @@ RECENT = ("cudnn", "flash_attn", "flash")
 """The order of preference on sm_90 and sm_100."""
 ELSEWHERE = ("flash_attn", "flash", "cudnn")
 """The order of preference on other chips."""
+UNGROUPED = ("efficient", "cpu")
+"""Backends that do not take fewer key heads than query heads in every supported PyTorch."""
 ALIGNMENT = 8
 """Rows of heads start at multiples of 8 values: 16 bytes in half precision, as all libraries require."""
 
@@ -116,12 +122,16 @@ def _missing(load: Callable) -> str | None:
     return None
 
 
-def obstacle(backend: str, device: str, dtype: str, capability: int, head_dim: int) -> str | None:
+def obstacle(
+    backend: str, device: str, dtype: str, capability: int, head_dim: int, lengths: bool = False
+) -> str | None:
     """The reason why a backend cannot run, worded to follow its name, or None if it can."""
     if device != "cuda":
         return f"needs cuda tensors, got {device}"
     if backend == "efficient":
         return None
+    if lengths:
+        return "takes no key_lengths"
     if dtype not in ("torch.bfloat16", "torch.float16"):
         return f"takes bfloat16 and float16, got {dtype.removeprefix('torch.')}"
     if capability < 80:
@@ -150,14 +160,16 @@ def _capability(index: int | None) -> int:
     return 10 * major + minor
 
 
-def decide(device: str, dtype: str, capability: int, head_dim: int, requested: str | None = None) -> tuple[str, str]:
+def decide(
+    device: str, dtype: str, capability: int, head_dim: int, requested: str | None = None, lengths: bool = False
+) -> tuple[str, str]:
     """The backend for a device type, dtype name, compute capability times ten and head_dim, and the reason.
 
-    requested: one of `BACKENDS`, or None for the first that can run.
+    requested: one of `BACKENDS`, or None for the first that can run. lengths: whether there are `key_lengths`.
     Errors: `InputError` if the requested one cannot run.
     """
     if requested is not None:
-        reason = obstacle(requested, device, dtype, capability, head_dim)
+        reason = obstacle(requested, device, dtype, capability, head_dim, lengths)
         require(reason is None, f"attention: backend {requested} was requested, but it {reason}")
         return requested, "requested"
     if device != "cuda":
@@ -166,17 +178,17 @@ def decide(device: str, dtype: str, capability: int, head_dim: int, requested: s
         return "efficient", "FlashAttention takes no float32"
     passed: list[str] = []
     for backend in RECENT if capability // 10 in (9, 10) else ELSEWHERE:
-        reason = _switched_off(backend) or obstacle(backend, device, dtype, capability, head_dim)
+        reason = _switched_off(backend) or obstacle(backend, device, dtype, capability, head_dim, lengths)
         if reason is None:
             return backend, "; ".join(passed) or f"the first choice on sm_{capability}"
         passed.append(f"{backend} {reason}")
     return "efficient", "; ".join(passed)
 
 
-def backend_of(device: str, index: int | None, dtype: str, head_dim: int) -> tuple[str, str]:
+def backend_of(device: str, index: int | None, dtype: str, head_dim: int, lengths: bool = False) -> tuple[str, str]:
     """`decide` for a device of this machine and the backend currently requested."""
     capability = _capability(index) if device == "cuda" else 0
-    return decide(device, dtype, capability, head_dim, _requested or _from_environment())
+    return decide(device, dtype, capability, head_dim, _requested or _from_environment(), lengths)
 
 
 @functools.cache
@@ -186,20 +198,22 @@ def _report(backend: str, dtype: str, reason: str) -> None:
 
 @functools.cache
 def _chosen(*place_and_switches) -> str:
-    backend, reason = backend_of(*place_and_switches[:4])
+    backend, reason = backend_of(*place_and_switches[:5])
     _report(backend, place_and_switches[2], reason)
     return backend
 
 
 @constant
-def choose(device: str, index: int | None, dtype: str, head_dim: int, requested: str | None) -> str:
+def choose(
+    device: str, index: int | None, dtype: str, head_dim: int, requested: str | None, lengths: bool = False
+) -> str:
     """The backend that `backend_of` chooses; log each choice once.
 
     requested: `_requested`, passed so that compilers notice its changes.
     """
     cuda = torch.backends.cuda
     switches = requested, os.environ.get("PMF_ATTENTION"), cuda.cudnn_sdp_enabled(), cuda.flash_sdp_enabled()
-    return _chosen(device, index, dtype, head_dim, *switches)
+    return _chosen(device, index, dtype, head_dim, lengths, *switches)
 
 
 def _starts_aligned(x: Tensor) -> bool:
@@ -224,32 +238,75 @@ def aligned(x: Tensor | None) -> Tensor | None:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """o [B, S_q, H, D], contiguous, and the log-sum-exp of every row of scores, float32 [B, H, S_q].
+def _repeated(x: Tensor, heads: int) -> Tensor:
+    """Keys or values [B, S, G, D] with `heads` heads, each repeated for the query heads that share it."""
+    groups = x.shape[2]
+    return x if groups == heads else x[:, :, :, None].expand(-1, -1, -1, heads // groups, -1).flatten(2, 3)
 
-    Args: q, k, v `aligned`. Gradients come from the libraries' own autograd, and have no derivatives.
+
+def _bias(q: Tensor, k: Tensor, key_lengths: Tensor, causal: bool) -> Tensor:
+    """0 where a query reads a key, else -inf: [B, H, S_q, S_k], expanded from one head and, unless causal, one query.
+
+    Rows start at multiples of 16 values, as the memory-efficient attention requires.
     """
-    if q.numel() == 0:  # no library accepts that; the formula keeps the autograd graph connected
+    (samples, queries, heads, _), keys = q.shape, k.shape[1]
+    i_k = torch.arange(-(-keys // 16) * 16, device=q.device)
+    seen = i_k < key_lengths[:, None, None, None]
+    if causal:
+        seen = seen & (i_k <= torch.arange(queries, device=q.device)[:, None])
+    bias = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, -torch.inf)
+    return bias[..., :keys].expand(samples, heads, queries, keys)
+
+
+def _by_pytorch(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, key_lengths: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`attention` by one of the backends that are PyTorch's."""
+    bias = None if key_lengths is None else _bias(q, k, key_lengths, causal)
+    if backend in UNGROUPED or torch.version.hip:
+        k, v = _repeated(k, q.shape[2]), _repeated(v, q.shape[2])
+    options: dict[str, Any] = dict(scale=scale, is_causal=causal and bias is None)
+    if backend == "cpu":
+        options["attn_mask"] = bias
+    asked = (bias, True) if backend in ("cudnn", "efficient") else ()  # return the log-sum-exp
+    heads = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    o, lse, *_ = differentiable_once("attention", SCALED_DOT_PRODUCT[backend], heads, asked, **options)
+    if asked:  # cuDNN's has a last dimension of one; the memory-efficient one is padded to 32 rows
+        lse = lse.flatten(2)[:, :, : q.shape[1]]
+    return o.transpose(1, 2).contiguous(), lse
+
+
+def _without_library(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`attention` of no queries, or with a single key."""
+    k, v = _repeated(k, q.shape[2]), _repeated(v, q.shape[2])
+    if q.numel() == 0:  # the formula keeps the autograd graph connected
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k)
         return torch.einsum("bhqk,bkhd->bqhd", scores, v), scores.detach().sum(-1).float()
-    if k.shape[1] == 1:  # cuDNN does not accept that; the weights are one
-        scores = scale * (q.float() * k.float()).sum(-1, keepdim=True)
-        return scores.softmax(-1).to(v.dtype) * v, scores.detach()[..., 0].mT.contiguous()
+    scores = scale * (q.float() * k.float()).sum(-1, keepdim=True)  # the weights are one
+    return scores.softmax(-1).to(v.dtype) * v, scores.detach()[..., 0].mT.contiguous()
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False, key_lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """o [B, S_q, H, D], contiguous, and the log-sum-exp of every row of scores, float32 [B, H, S_q].
+
+    Args: q, k, v `aligned`; keys beyond `key_lengths` finite.
+    Gradients come from the libraries' own autograd, and have no derivatives.
+    """
+    if q.numel() == 0 or k.shape[1] == 1:  # no library accepts the first, cuDNN not the second
+        return _without_library(q, k, v, scale)
     head_dim = operator.index(q.shape[-1])  # makes compilers specialise on this size
-    backend = choose(q.device.type, q.device.index, str(q.dtype), head_dim, _requested)
+    place = q.device.type, q.device.index, str(q.dtype), head_dim
+    backend = choose(*place, _requested, key_lengths is not None)
     if backend == "flash_attn_4":
-        return flash_attn_4.attention(q, k, v, scale)
+        return flash_attn_4.attention(q, k, v, scale, causal)
     if backend == "flash_attn" and not torch.compiler.is_compiling() and transform_level() is not None:
         requested = _requested or _from_environment()
         require(requested is None, "attention: backend flash_attn was requested, but it takes no torch.func transforms")
         backend = "flash" if torch.backends.cuda.is_flash_attention_available() else "efficient"
     if backend == "flash_attn":
-        options: dict[str, Any] = dict(softmax_scale=scale, return_attn_probs=True)
+        options: dict[str, Any] = dict(softmax_scale=scale, causal=causal, return_attn_probs=True)
         o, lse, *_ = differentiable_once("attention", flash_attn_2(), (q, k, v), **options)
         return o, lse
-    asked = (None, True) if backend in ("cudnn", "efficient") else ()  # no bias; return the log-sum-exp
-    heads = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    o, lse, *_ = differentiable_once("attention", SCALED_DOT_PRODUCT[backend], heads, asked, scale=scale)
-    if asked:  # cuDNN's has a last dimension of one; the memory-efficient one is padded to 32 rows
-        lse = lse.flatten(2)[:, :, : q.shape[1]]
-    return o.transpose(1, 2).contiguous(), lse
+    return _by_pytorch(backend, q, k, v, scale, causal, key_lengths)

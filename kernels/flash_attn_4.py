@@ -1,7 +1,7 @@
 """flash-attn-4 (FlashAttention on CuTe, for Hopper and Blackwell) as two operators.
 
-    o, lse     = flash_attn_4_forward(q, k, v, scale)                  lse = log sum exp(scale q k^T), natural
-    dq, dk, dv = flash_attn_4_backward(q, k, v, o, lse, do, scale)
+    o, lse     = flash_attn_4_forward(q, k, v, scale, causal)          lse = log sum exp(scale q k^T), natural
+    dq, dk, dv = flash_attn_4_backward(q, k, v, o, lse, do, scale, causal)
 
 Compilers cannot trace its Python launcher, so an operator hides it: `torch.compile` with fullgraph
 sees one opaque call. Saved for backward: q, k, v, o, lse. The log-sum-exp has no gradient here. Sums
@@ -52,34 +52,35 @@ def library() -> tuple:
 
 
 @registration.operator
-def flash_attn_4_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def flash_attn_4_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False) -> tuple[Tensor, Tensor]:
     """o, contiguous, and the log-sum-exp [B, H, S_q] in float32, computed by the package."""
     samples, length, heads, _ = q.shape
     o, lse = q.new_empty(q.shape), q.new_empty(samples, heads, length, dtype=torch.float32)
     if not registration.shapes_only(q):
-        library()[0](q, k, v, softmax_scale=scale, return_lse=True, out=o, lse=lse)
+        library()[0](q, k, v, softmax_scale=scale, causal=causal, return_lse=True, out=o, lse=lse)
     return o, lse
 
 
 @registration.gradient_operator("attention")
 def flash_attn_4_backward(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, scale: float, causal: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv, contiguous, computed by the package; summed in a fixed order if deterministic algorithms are on."""
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     if not registration.shapes_only(q):
         fixed = torch.are_deterministic_algorithms_enabled()
-        library()[1](q, k, v, o, do, lse, softmax_scale=scale, deterministic=fixed, dq=dq, dk=dk, dv=dv)
+        options = dict(softmax_scale=scale, causal=causal, deterministic=fixed)
+        library()[1](q, k, v, o, do, lse, **options, dq=dq, dk=dk, dv=dv)
     return dq, dk, dv
 
 
 def _save(ctx, inputs, outputs):
-    q, k, v, ctx.scale = inputs
+    q, k, v, *ctx.options = inputs
     ctx.save_for_backward(q, k, v, *outputs)
 
 
 def _gradients(ctx, do, *_):
-    return flash_attn_4_backward(*ctx.saved_tensors, do, ctx.scale)
+    return flash_attn_4_backward(*ctx.saved_tensors, do, *ctx.options)
 
 
 _flash_attn_4 = registration.differentiable(
@@ -87,6 +88,6 @@ _flash_attn_4 = registration.differentiable(
 )
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False) -> tuple[Tensor, Tensor]:
     """o [B, S_q, H, D] in the dtype of q, and the log-sum-exp of every row of scores, float32 [B, H, S_q]."""
-    return _flash_attn_4(q, k, v, scale)
+    return _flash_attn_4(q, k, v, scale, causal)

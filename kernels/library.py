@@ -15,6 +15,7 @@ from pmf.kernels.objective import pmf_objective as pmf_objective
 from pmf.kernels.patch import patch_embed as patch_embed
 from pmf.kernels.pointwise import gelu as gelu
 from pmf.kernels.pointwise import swiglu as swiglu
+from pmf.kernels.rotary import norm_rope as norm_rope
 from pmf.kernels.rotary import qk_norm_rope as qk_norm_rope
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -22,6 +23,7 @@ LIMITS: dict[str, Callable[..., str | None] | None] = {
     "norm_modulate": norm.unsupported,
     "residual_norm_modulate": norm.unsupported,
     "qk_norm_rope": rotary.unsupported,
+    "norm_rope": rotary.unsupported,
     "swiglu": None,
     "gelu": None,
     "attention": _attention.unsupported,

@@ -3,8 +3,8 @@
     y = silu(a) b                         y_dot = silu'(a) a_dot b + silu(a) b_dot
     y = gelu(x)                           y_dot = gelu'(x) x_dot
 
-gelu(x) = x P with P = Phi(x) = (1 + erf(x / sqrt 2)) / 2 and gelu' = P + x exp(-x^2 / 2) / sqrt(2 pi); approximated,
-P = sigmoid(2 u) with u = sqrt(2 / pi) (x + 0.044715 x^3), which is (1 + tanh u) / 2, and gelu' = P + 2 x P (1 - P) u'.
+gelu(x) = x P with P = (1 + erf(x / sqrt 2)) / 2, computed to 7.5e-8, and gelu' = P + x exp(-x^2 / 2) / sqrt(2 pi).
+By tanh: P = sigmoid(2 u) = (1 + tanh u) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), gelu' = P + 2 x P (1 - P) u'.
 
 Backward: da = dy silu'(a) b, db = dy silu(a); dx = dy gelu'(x). Saved: x, the output of the product before it; the
 functions are recomputed. Nothing is saved for tangents. Computed in float32.

@@ -86,8 +86,15 @@ def gelu(b_x, TANH: tl.constexpr):
         # P (1 - P), without the cancellation of 1 - P
         b_p_dot = b_e * b_larger * b_larger * (1.5957691216057308 + 0.21406444881780067 * b_square)
     else:
-        b_p = 0.5 + 0.5 * tl.erf(0.7071067811865476 * b_x)  # 1 / sqrt(2)
-        b_p_dot = 0.3989422804014327 * tl.exp(-0.5 * b_x * b_x)  # 1 / sqrt(2 pi)
+        # erfc to 1.5e-7 by one exponential, which the derivative needs too (Abramowitz and Stegun, 7.1.26).
+        b_e = tl.exp(-0.5 * b_x * b_x)
+        b_t = 1.0 / (1.0 + 0.23164188 * tl.abs(b_x))  # 0.3275911 / sqrt(2)
+        b_tail = 0.5307027145 * b_t - 0.7265760135
+        b_tail = b_tail * b_t + 0.7107068705
+        b_tail = b_tail * b_t - 0.142248368
+        b_tail = (b_tail * b_t + 0.127414796) * b_t * b_e  # the smaller of P and 1 - P
+        b_p = tl.where(b_x > 0, 1.0 - b_tail, b_tail)
+        b_p_dot = 0.3989422804014327 * b_e  # 1 / sqrt(2 pi)
     return b_x * b_p, b_p + b_x * b_p_dot
 
 

@@ -7,7 +7,7 @@ import importlib.util
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors and type checkers; at run time, names load on first use to keep the import fast
-    from pmf import layers, ops, optim
+    from pmf import dual, layers, ops, optim
     from pmf.config import LOSSES, MODELS, SAMPLING, LossConfig, ModelConfig
     from pmf.cuda_graphs import CapturedStep
     from pmf.draws import Draws, sample_draws
@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time, names load on f
     from pmf.pair import Dual
     from pmf.perceptual import PerceptualLoss
     from pmf.published_weights import convert_official_state_dict, export_official_state_dict, infer_config
+    from pmf.recompute import checkpoint_values
     from pmf.sampling import Sampler, generate
     from pmf.tangents.call import jvp
     from pmf.weights import save_model
@@ -38,8 +39,10 @@ __all__ = [
     "PerceptualLoss",
     "Sampler",
     "__version__",
+    "checkpoint_values",
     "convert_official_state_dict",
     "create_model",
+    "dual",
     "export_official_state_dict",
     "generate",
     "infer_config",
@@ -62,6 +65,7 @@ _HOMES = {
     "pmf.model": ("PMFDiT", "create_model"),
     "pmf.perceptual": ("PerceptualLoss",),
     "pmf.published_weights": ("convert_official_state_dict", "export_official_state_dict", "infer_config"),
+    "pmf.recompute": ("checkpoint_values",),
     "pmf.sampling": ("Sampler", "generate"),
     "pmf.tangents.call": ("jvp",),
     "pmf.weights": ("save_model",),

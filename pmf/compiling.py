@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pmf.layers import Block, Residual
+from pmf.blocks import Block
+from pmf.layers import Residual, Rope
 from pmf.pair import Dual
 from pmf.private import open_batch, tree_map_only
 
@@ -34,7 +35,7 @@ class CompiledBlocks:
             for recorded, name in ((True, "recorded"), (False, "unrecorded"))
         }
 
-    def __call__(self, block: Block, stream: Residual, rope: tuple[Tensor, Tensor], vector: Dual) -> Residual:
+    def __call__(self, block: Block, stream: Residual, rope: Rope, vector: Dual) -> Residual:
         """As `block.forward_residual(stream, rope, vector)`."""
         recorded = torch.is_grad_enabled()
         if not recorded:
@@ -42,7 +43,7 @@ class CompiledBlocks:
         return self._passes[recorded](block, stream, rope, vector)
 
 
-def _block_pass(block: Block, stream: Residual, rope: tuple[Tensor, Tensor], vector: Dual) -> Residual:
+def _block_pass(block: Block, stream: Residual, rope: Rope, vector: Dual) -> Residual:
     return block.forward_residual(stream, rope, vector)
 
 

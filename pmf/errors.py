@@ -1,11 +1,14 @@
-"""The exception for bad input, and when input values can be checked."""
+"""The exception for bad input and missing packages, and when input values can be checked."""
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from pmf.private import FakeTensor, mapped
+from pmf.private import FakeTensor, mapped, traced_by_fx
 
 
 class InputError(Exception):
@@ -32,11 +35,23 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+@contextlib.contextmanager
+def extra(name: str, sentence: str) -> Iterator[None]:
+    """Turn a failure to import inside the `with` block into an `InputError` that says which extra to install.
+
+    `sentence` says what needs it and ends in "needs".
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(f"{sentence} pip install 'pixel-meanflow[{name}]': {first_line(error)}") from error
+
+
 def readable(*tensors: Tensor) -> bool:
     """Whether values can be read without waiting for a GPU or breaking a graph: real CPU tensors, uncompiled code.
 
     Those that `torch.vmap` maps over have no single value.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or traced_by_fx():
         return False
     return all(t.device.type == "cpu" and not isinstance(t, FakeTensor) and not mapped(t) for t in tensors)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -12,12 +13,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from pmf.atomic_files import write_atomically
-from pmf.errors import InputError, require
+from pmf.errors import InputError, extra, require
 from pmf.metrics import Resize, Statistics, frechet_distance, inception_score, precision_recall
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -57,11 +56,19 @@ def images_of(files: list[Path]) -> Source:
 
 
 def _read_image(file: Path) -> Tensor:
+    with extra("eval", f"reference: {file} needs"):
+        from PIL import Image
     try:
         with Image.open(file) as picture:
             return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"reference: {file} is not a readable picture: {error}") from error
+
+
+def _bar(total: int) -> AbstractContextManager:
+    with extra("eval", "progress: a progress bar needs"):
+        from tqdm import tqdm
+    return tqdm(total=total, unit="image", desc="features")
 
 
 @dataclass(frozen=True)
@@ -91,14 +98,15 @@ class Chunks:
     def compute(
         self, spans: list[range], source: Source, extractor: Extractor, *, batch_size: int, progress: bool = True
     ) -> None:
-        """Compute these chunks and write each one as soon as it is complete."""
-        with tqdm(total=sum(map(len, spans)), unit="image", desc="features", disable=not progress) as bar:
+        """Compute these chunks and write each one as soon as it is complete. `progress` shows a bar."""
+        with _bar(sum(map(len, spans))) if progress else nullcontext() as bar:
             for span in spans:
                 parts = []
                 for start in range(span.start, span.stop, batch_size):
                     batch = range(start, min(start + batch_size, span.stop))
                     parts += [[x.cpu() for x in extractor(images)] for images in source(batch)]
-                    bar.update(len(batch))
+                    if bar is not None:
+                        bar.update(len(batch))
                 self._write(span, *map(torch.cat, zip(*parts, strict=True)))
 
     def _write(self, span: range, features: Tensor, logits: Tensor) -> None:

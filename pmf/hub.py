@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path, PurePath
 
-from pmf.errors import InputError, first_line, require
+from pmf.errors import InputError, extra, first_line, require
 from pmf.jax_files import is_state
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".zip")
@@ -94,11 +94,9 @@ def _sampling_weights(config: Path | None) -> str | None:
 
 def _download(hub_id: str, weights: str | None) -> tuple[Path, str | None]:
     """Download only the file that is needed; fall back to the local cache if the hub cannot be reached."""
-    try:
+    with extra("hub", f"source: {hub_id} is not a path; hub ids need"):
         from huggingface_hub import HfApi, hf_hub_download, snapshot_download
         from huggingface_hub.errors import RepositoryNotFoundError
-    except ImportError:
-        raise InputError(f"source: {hub_id} is not a path; hub ids need pip install 'pixel-meanflow[hub]'") from None
     try:
         names = [file.rfilename for file in HfApi().model_info(hub_id).siblings or ()]
     except Exception as error:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
 from pmf.atomic_files import write_atomically
+from pmf.errors import extra
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 GAP = 2
 
@@ -27,7 +31,9 @@ def to_bytes(images: Tensor) -> Tensor:
 
 
 def save_png(path: str | Path, pixels: np.ndarray) -> None:
-    """Write pixels uint8 [H, W, c] (c 1 or 3). Errors: `InputError` when `path` cannot be written."""
+    """Write pixels uint8 [H, W, c] (c 1 or 3). Errors: `InputError` if `path` cannot be written, or without pillow."""
+    with extra("train", "path: a picture needs"):
+        from PIL import Image
     picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
     write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
 
@@ -36,7 +42,7 @@ def save_grid(path: str | Path, images: Tensor, *, columns: int, min_side: int =
     """Write images [n, c, H, W] in [-1, 1] (c 1 or 3) as one PNG, row by row.
 
     Small images are enlarged by whole pixels until their side reaches `min_side`; a line two pixels wide
-    separates neighbours. Errors: `InputError` when `path` cannot be written.
+    separates neighbours. Errors: see `save_png`.
     """
     pixels = to_bytes(images.float().cpu())
     zoom = max(1, -(-min_side // pixels.shape[2]))
@@ -46,18 +52,20 @@ def save_grid(path: str | Path, images: Tensor, *, columns: int, min_side: int =
     save_png(path, grid[:-GAP, :-GAP].numpy())
 
 
-def centre_crop(picture: Image.Image, size: int) -> Image.Image:
+def centre_crop(picture: PIL.Image.Image, size: int) -> PIL.Image.Image:
     """The central square of a picture at `size` x `size` pixels, RGB.
 
     This is ADM's preparation of ImageNet, on which published statistics are based: halve with a box filter while the
     short side is at least twice `size`, resize the short side to `size` with a bicubic filter, crop the centre.
     EXIF orientation is ignored.
     """
+    from PIL.Image import Resampling
+
     picture = picture.convert("RGB")
     while min(picture.size) >= 2 * size:
-        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+        picture = picture.resize((picture.width // 2, picture.height // 2), Resampling.BOX)
     scale = size / min(picture.size)
     width, height = (round(side * scale) for side in picture.size)
-    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    picture = picture.resize((width, height), Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return picture.crop((left, top, left + size, top + size))

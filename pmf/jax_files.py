@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from pmf.errors import InputError, first_line, require
+from pmf.errors import InputError, extra, first_line, require
 
 ORBAX_FILES = ("_METADATA", "manifest.ocdbt", "checkpoint")
 """A folder that has any of these is an orbax checkpoint."""
@@ -138,14 +138,10 @@ def open_state(source: Path) -> Iterator[StateFile]:
             _unpack(source, folder)
         try:
             stack.enter_context(_quiet())
-            yield StateFile(_latest(folder))
+            with extra("jax-checkpoints", f"source: {source} is a JAX train state, which needs"):
+                yield StateFile(_latest(folder))
         except InputError as error:
             raise InputError(str(error).replace(str(folder), str(source))) from error
-        except ImportError as error:
-            raise InputError(
-                f"source: {source} is a JAX train state, which needs pip install 'pixel-meanflow[jax-checkpoints]' "
-                f"({first_line(error)})"
-            ) from error
         except Exception as error:  # reading a corrupt checkpoint can raise anything
             raise InputError(f"source: {source} is not a readable JAX train state: {first_line(error)}") from error
 

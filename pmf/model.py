@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from pmf import dispatch, ops
+from pmf.blocks import Block, FinalLayer
 from pmf.compiling import CompiledBlocks
 from pmf.config import PREFIX_TOKENS, ModelConfig, model_config
 from pmf.errors import readable, require
-from pmf.layers import Block, FinalLayer, PatchEmbed, Residual, ScalarEmbedders
+from pmf.layers import PatchEmbed, Residual, Rope, ScalarEmbedders
 from pmf.packing import held_weights, joined_weights
 from pmf.pair import ABSENT, Dual, tail, tangent_rows, total
-from pmf.recompute import recompute_in_backward
+from pmf.recompute import checkpoint_values
 from pmf.tangents.carriers import as_dual, carrier_of, moves
 from pmf.weights import matching_weights, read_weights
 
@@ -94,7 +95,10 @@ class PMFDiT(nn.Module):
         self.config, self.impl, self.checkpointing = config, impl, checkpointing
         shared = config.depth - config.aux_head_depth
         self.conditioning = Conditioning(config)
-        self.patch_embed = PatchEmbed(config, impl)
+        self.patch_embed = PatchEmbed(
+            config.image_size, config.patch_size, config.in_channels, config.hidden_size, bottleneck=config.bottleneck,
+            positions=True, prefix_length=config.prefix_length, impl=impl,
+        )  # fmt: skip
         self.shared_blocks = nn.ModuleList(Block(config, impl) for _ in range(shared))
         self.head_blocks = nn.ModuleDict()
         self.final_layers = nn.ModuleDict()
@@ -133,8 +137,8 @@ class PMFDiT(nn.Module):
         return {head: self._head(head, stream, vector, head in tangents) for head in heads}
 
     @property
-    def _rope(self) -> tuple[Tensor, Tensor]:
-        return self.rope_cos, self.rope_sin
+    def _rope(self) -> Rope:
+        return Rope(self.rope_cos, self.rope_sin)
 
     def _block(self, block: Block, stream: Residual, vector: Dual) -> Residual:
         """Run one block; with "block" checkpointing, backward recomputes its values, never its tangents."""
@@ -142,7 +146,9 @@ class PMFDiT(nn.Module):
         run = block.forward_residual if compiled is None else functools.partial(compiled, block)
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             return run(stream, self._rope, vector)
-        return recompute_in_backward(run, stream, self._rope, vector, compiled=compiled is not None)
+        return checkpoint_values(
+            run, stream, self._rope, vector, preserve_rng_state=False, compiled=compiled is not None
+        )
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile the blocks as a few graphs that all blocks share; pass `options` to `torch.compile`.

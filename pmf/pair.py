@@ -1,11 +1,14 @@
-"""`Dual`, a value with its tangent, and helpers that tangent formulas share."""
+"""`Dual`, a value with its tangent, and helpers that tangent formulas share; `pmf.dual` has what users call."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, cast
 
+import torch
 from torch import Tensor
+
+from pmf.errors import InputError
 
 
 class Dual(NamedTuple):
@@ -18,6 +21,17 @@ class Dual(NamedTuple):
 
     value: Tensor
     dot: Tensor | None = None
+
+    @classmethod
+    def of(cls, given: Dual | Tensor | tuple[Tensor, Tensor | None] | None) -> Dual:
+        """`given` as a Dual: a tensor alone stands still, a tuple is (value, tangent), None is `ABSENT`."""
+        if isinstance(given, Dual):
+            return given
+        if not isinstance(given, tuple):
+            return cls(cast(Tensor, given))
+        if len(given) != 2:
+            raise InputError(f"Dual: expected a tensor or a pair (value, tangent), got {len(given)} values")
+        return cls(*given)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Dual:
         """Apply a linear function that acts on each sample separately to both value and tangent; None stays None."""
@@ -37,6 +51,14 @@ def tangent_rows(tangents: Iterable[Tensor | None]) -> int | None:
 def tail(value: Tensor, rows: int) -> Tensor:
     """The last `rows` samples, detached."""
     return value.detach()[value.shape[0] - rows :]
+
+
+def without_padding(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """x [B, S, H, D] with zero, whatever they held, in the tokens beyond the lengths [B]; x itself without lengths."""
+    if lengths is None:
+        return x
+    beyond = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
+    return x.masked_fill(beyond[:, :, None, None], 0)
 
 
 def total(*terms: Tensor | None) -> Tensor | None:

@@ -11,9 +11,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
+from pmf.blocks import Block
 from pmf.config import LossConfig
 from pmf.draws import Draws
-from pmf.layers import Block
 from pmf.loss import pmf_loss
 from pmf.model import PMFDiT
 

@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from pmf.autocast import no_autocast
 from pmf.crops import draw_crops, resize_crops
-from pmf.errors import InputError, first_line, require
+from pmf.errors import InputError, extra, first_line, require
 
 CROP_SIZE = 224
 CONVNEXT = "facebook/convnextv2-base-22k-224"
@@ -203,10 +203,10 @@ class PerceptualLoss(nn.Module):
 def _loading(argument: str, source: str) -> Iterator[None]:
     """Turn any failure to load `argument` into a one-line `InputError`."""
     try:
-        yield
-    except ImportError as error:
-        extra = "needs pip install 'pixel-meanflow[perceptual]'"
-        raise InputError(f"{argument}: {extra}: {first_line(error)}") from error
+        with extra("perceptual", f"{argument}: needs"):
+            yield
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"{argument}: cannot load {source!r}: {first_line(error)}") from error
 

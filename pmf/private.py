@@ -131,6 +131,11 @@ def intercepted() -> bool:
     )
 
 
+def traced_by_fx() -> bool:
+    """Whether make_fx traces, for `torch.func.linearize` too: it raises where a value is read."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
@@ -238,6 +243,12 @@ def inside_function() -> bool:
 def version(x: Tensor) -> int:
     """How often x has been written to."""
     return x._version
+
+
+def hooked(module: torch.nn.Module) -> bool:
+    """Whether a call of the module runs hooks of its own."""
+    kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return any(kinds)
 
 
 def operators_of(function: Any) -> tuple:

@@ -31,12 +31,14 @@ def _join(values: list, dots: list, structure: Any) -> Any:
     return tree_unflatten(leaves, spec)
 
 
-def recompute_in_backward(layer: Callable, *inputs: Any, compiled: bool = False) -> Any:
-    """`layer(*inputs)`, keeping only the values of `inputs` for backward.
+def checkpoint_values(layer: Callable, *inputs: Any, preserve_rng_state: bool = True, compiled: bool = False) -> Any:
+    """`layer(*inputs)`, keeping only the values of `inputs` for backward: activation checkpointing of dual code.
 
     The first run computes values and tangents, the run in backward only values. Tangents record nothing, so both
     runs record the same operations.
 
+    Inputs are Duals, tensors, and trees of them; in a plain tuple, both tensors are kept. Returns what `layer` does.
+    `preserve_rng_state`: the second run draws the random numbers of the first; False saves time if it draws none.
     `compiled`: the graphs with and without tangents may save different tensors, so the first run records nothing and
     backward differentiates the second (reentrant checkpointing): `backward` works, `torch.autograd.grad` does not.
     """
@@ -55,5 +57,5 @@ def recompute_in_backward(layer: Callable, *inputs: Any, compiled: bool = False)
         # Reentrant checkpointing makes these the outputs of one autograd node, which a parameter cannot be.
         return tuple(v.clone() if compiled and isinstance(v, nn.Parameter) else v for v in out_values)
 
-    out_values = checkpoint(run, *values, use_reentrant=compiled, preserve_rng_state=False)
+    out_values = checkpoint(run, *values, use_reentrant=compiled, preserve_rng_state=preserve_rng_state)
     return _join(list(out_values), tangents_out, outline[0])

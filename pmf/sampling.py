@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import numbers
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from pmf.config import MODELS, SAMPLING, Guidance, ModelConfig
-from pmf.errors import readable, require
+from pmf.errors import extra, readable, require
 from pmf.noise import seeded_noise
 from pmf.pair import Dual
 
@@ -46,7 +45,8 @@ def generate(
     variance, or seeds, one integer per image (default 0, 1, 2, ...); omega >= 1, the guidance scale,
     and [t_min, t_max], its interval, default to the published setting of the model's preset;
     batch_size images at a time; progress shows a progress bar.
-    Errors: `InputError` on labels out of range, both noise and seeds, wrong shapes, NaN, or no preset.
+    Errors: `InputError` on labels out of range, both noise and seeds, wrong shapes, NaN, no preset, or a progress bar
+    without tqdm.
     """
     _check_count("steps", steps)
     _check_count("batch_size", batch_size)
@@ -190,8 +190,12 @@ class _Request:
 
     def parts(self, batch_size: int, progress: bool) -> Iterator[slice]:
         """The batches, with a progress bar if requested."""
-        starts = range(0, len(self.labels), batch_size)
-        for start in tqdm(starts, desc="sampling", unit="batch", disable=not progress):
+        starts: Iterable[int] = range(0, len(self.labels), batch_size)
+        if progress:
+            with extra("train", "progress: a progress bar needs"):
+                from tqdm import tqdm
+            starts = tqdm(starts, desc="sampling", unit="batch")
+        for start in starts:
             yield slice(start, start + batch_size)
 
     def noise_of(self, part: slice, device: torch.device | None = None, out: Tensor | None = None) -> Tensor:

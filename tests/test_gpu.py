@@ -19,6 +19,7 @@ from pmf.memory import saved_per_row
 from pmf.noise import seeded_noise
 from pmf.wide import wide_linear
 from tests.kernels import test_attention as attention
+from tests.kernels import test_masked_attention as masked_attention
 from tests.kernels import test_model as networks
 from tests.kernels import test_norm as norm
 from tests.kernels import test_objective as objective
@@ -150,16 +151,23 @@ def test_every_attention_library(backend, head_dim):
     check("attention", primals, (None, tangents[1], None))
     check("attention", *heads(head_dim, BF16, rows=None, length=1030))
     check("attention", *attention.inputs(2, 70, 33, head_dim, 2, torch.float16))
+    for kind in masked_attention.KINDS:
+        if "lengths" not in kind or backend == "efficient":
+            *parts, options = masked_attention.problem(kind, 3, TOKENS, 33, (6, 2), head_dim, 2, BF16)
+            check("attention", *parts, **options)
 
 
 @pytest.mark.parametrize("head_dim", (64, 80))
 def test_the_log_sum_exp_of_every_attention_library(backend, head_dim):
     """Its error becomes a relative error of the tangent's probabilities: it must be far below their rounding."""
     q, k, v = heads(head_dim, BF16)[0]
-    lse = flash.attention(q, k, v, 0.1)[1]
-    truth = torch.logsumexp(0.1 * torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()), -1)
-    assert lse.dtype == F32 and lse.shape == truth.shape
-    assert (lse - truth).abs().max() < torch.finfo(BF16).eps / 64
+    for causal in (False, True):
+        lse = flash.attention(q, k, v, 0.1, causal)[1]
+        scores = 0.1 * torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double())
+        later = torch.ones_like(scores, dtype=torch.bool).triu(1)
+        truth = torch.logsumexp(scores.masked_fill(later, -torch.inf) if causal else scores, -1)
+        assert lse.dtype == F32 and lse.shape == truth.shape
+        assert (lse - truth).abs().max() < torch.finfo(BF16).eps / 64
 
 
 @pytest.mark.parametrize("head_dim", (64, 80))

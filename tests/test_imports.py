@@ -16,16 +16,18 @@ RULES = {
     "kernels": r"pmf\.kernels.*|pmf\.(pair|errors|private)",
     "pmf/private.py": r"nothing",
     "pmf/autocast.py": r"pmf\.private",
-    "pmf/pair.py": r"nothing",
+    "pmf/pair.py": r"pmf\.errors",
     "pmf/reference": r"pmf\.(reference.*|pair|private)",
     "pmf/dispatch.py": r"pmf\.reference|pmf\.kernels.*|pmf\.(errors|private)",
     "pmf/errors.py": r"pmf\.private",
     "pmf/unrecorded.py": r"pmf\.(pair|private)",
     "pmf/tangents": r"pmf\.(tangents.*|ops.*|dispatch|pair|errors|private)",
     "pmf/inputs.py": r"pmf\.(dispatch|pair|errors|private|reference|tangents\.carriers|unrecorded)",
-    "pmf/ops": r"pmf\.(ops.*|autocast|dispatch|pair|errors|inputs|reference)",
+    "pmf/ops": r"pmf\.(ops.*|autocast|dispatch|pair|errors|inputs|reference.*)",
     "pmf/packing.py": r"pmf\.(autocast|private)",
-    "pmf/layers.py": r"pmf\.(ops.*|autocast|config|pair|errors|packing|tangents\.carriers|wide)",
+    "pmf/dual.py": r"pmf\.(errors|pair|private|recompute|tangents\.call)",
+    "pmf/layers": r"pmf\.(layers.*|ops.*|dual|pair|errors|packing|tangents\.carriers|wide)",
+    "pmf/blocks.py": r"pmf\.(layers.*|config|dual|pair)",
     "pmf/config.py": r"pmf\.errors",
     "pmf/atomic_files.py": r"pmf\.errors",
     "pmf/jax_files.py": r"pmf\.errors",
@@ -33,9 +35,10 @@ RULES = {
     "pmf/published_weights.py": r"pmf\.(reference.*|config|errors)",
     "pmf/jax_states.py": r"pmf\.(config|errors|hub|jax_files|published_weights)",
     "pmf/weights.py": r"pmf\.(atomic_files|config|errors|hub|jax_files|jax_states|published_weights)",
-    "pmf/compiling.py": r"pmf\.(pair|layers|private)",
+    "pmf/compiling.py": r"pmf\.(blocks|pair|layers|private)",
     "pmf/recompute.py": r"pmf\.(pair|private)",
-    "pmf/model.py": r"pmf\.(ops.*|dispatch|compiling|config|pair|errors|layers|packing|recompute|tangents.*|weights)",
+    "pmf/model.py": r"pmf\.(ops|dispatch|blocks|compiling|config|pair|errors|layers|packing|recompute|tangents.*|"
+    "weights)",
     "pmf/draws.py": r"pmf\.(config|errors)",
     "pmf/step_plan.py": r"pmf\.(config|draws|pair|errors)",
     "pmf/loss.py": r"pmf\.(ops.*|config|draws|pair|errors|step_plan)",
@@ -45,12 +48,12 @@ RULES = {
     "pmf/crops.py": r"pmf\.(autocast|errors)",
     "pmf/perceptual.py": r"pmf\.(autocast|crops|errors)",
     "pmf/data": r"pmf\.(data.*|atomic_files|draws|errors|images)",
-    "pmf/images.py": r"pmf\.atomic_files",
+    "pmf/images.py": r"pmf\.(atomic_files|errors)",
     "pmf/features.py": r"pmf\.(atomic_files|errors|metrics)",
     "pmf/sharded.py": r"nothing",
     "pmf/optim": r"pmf\.(optim.*|errors|jax_states|private|sharded)",
     "pmf/fine_tuning.py": r"pmf\.(errors|model)",
-    "pmf/parallel.py": r"pmf\.(config|draws|layers|loss|model|sharded)",
+    "pmf/parallel.py": r"pmf\.(blocks|config|draws|loss|model|sharded)",
     "pmf/metrics.py": r"pmf\.(atomic_files|errors)",
     "pmf": r"pmf(?!\.(train|benchmarks|kernels)).*",
     "train": r"pmf(?!\.(benchmarks|kernels)).*",
@@ -138,12 +141,39 @@ def python(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
 
 
-def test_import_needs_neither_triton_nor_the_training_stack():
-    hidden = "import sys; sys.modules['triton'] = None; import pmf, torch; "
-    use = "m = pmf.create_model('pMF-digits', impl='reference'); pmf.generate(m, [1]); "
-    names = "assert not {'matplotlib', 'sklearn', 'tyro', 'pmf.train'} & set(sys.modules)"
-    result = python(hidden + use + names)
-    assert result.returncode == 0, result.stderr
+def without(packages, code):
+    """Run code in a process where these packages do not import."""
+    return python(f"import sys; sys.modules.update(dict.fromkeys({sorted(packages)})); {code}")
+
+
+def optional_packages():
+    """Whatever our files import beyond the standard library and the core's dependencies; PyTorch brings fsspec."""
+    core = {"pmf", "torch", "triton", "numpy", "einops", "safetensors", "fsspec"} | sys.stdlib_module_names
+    return {name.split(".")[0] for file in modules().values() for name in imported(file)} - core
+
+
+@pytest.mark.parametrize("hidden", (set(), {"triton"}))
+def test_the_core_needs_no_extra_and_no_triton(hidden):
+    packages = optional_packages()
+    assert packages > {"PIL", "matplotlib", "sklearn", "tqdm", "tyro"}
+    result = without(packages | hidden, f"import runpy; runpy.run_path({str(ROOT / 'tests/core_alone.py')!r})")
+    assert result.returncode == 0 and "the core works" in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("missing", ("PIL", "matplotlib", "sklearn", "tqdm", "tyro"))
+def test_the_command_line_without_its_extra_is_one_line(missing):
+    result = without({missing}, "sys.argv[1:] = ['--help']; from pmf.train.cli import main; main()")
+    assert result.returncode == 2 and result.stdout == ""
+    needs = "pmf: the command line needs pip install 'pixel-meanflow[train]'"
+    assert result.stderr == f"{needs}: No module named '{missing}'\n"
+
+
+@pytest.mark.parametrize(("module", "name"), (("pmf.train", "pmf"), ("pmf.benchmarks", "pmf.benchmarks")))
+def test_programs_without_the_extra_are_one_line(module, name):
+    run = f"import runpy; sys.argv = ['x', '--help']; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    result = without(optional_packages(), run)
+    assert result.returncode == 2 and result.stdout == ""
+    assert re.fullmatch(rf"{name}: the command line needs pip install 'pixel-meanflow\[train\]': .*\n", result.stderr)
 
 
 def test_import_takes_under_two_seconds_beyond_torch():
@@ -177,7 +207,7 @@ def test_editors_see_the_public_names():
     assert ast.unparse(block.test) == "TYPE_CHECKING"
     seen = {alias.name: node.module for node in block.body for alias in node.names}
     loaded = {name: module for module, names in pmf._HOMES.items() for name in names}
-    assert seen == loaded | dict.fromkeys(("layers", "ops", "optim"), "pmf")
+    assert seen == loaded | dict.fromkeys(("dual", "layers", "ops", "optim"), "pmf")
     assert sorted(pmf.__all__) == sorted([*seen, "__version__"])
     assert (Path(pmf.__file__).parent / "py.typed").exists()
 

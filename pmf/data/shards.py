@@ -18,18 +18,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from pmf.atomic_files import write_atomically
 from pmf.data.training_data import CorruptImageError
-from pmf.errors import InputError, first_line, require
+from pmf.errors import InputError, extra, first_line, require
 
-try:
+with extra("data", "data: prepared images need"):
     import pyarrow as pa
     import xxhash
-except ImportError as error:
-    raise InputError(f"data: prepared images need pip install 'pixel-meanflow[data]': {error}") from None
+    from PIL import Image
 
 CLASSES_FILE = "classes.txt"
 COLUMNS = dict(image=pa.large_binary(), label=pa.int32(), key=pa.string(), checksum=pa.int64(), reason=pa.string())

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from pmf.dispatch import use_attention_backend as use_attention_backend
 from pmf.ops.attention import attention as attention
+from pmf.ops.heads import norm_rope as norm_rope
 from pmf.ops.heads import qk_norm_rope as qk_norm_rope
 from pmf.ops.norms import norm_modulate as norm_modulate
 from pmf.ops.norms import residual_norm_modulate as residual_norm_modulate

@@ -12,7 +12,7 @@ from pmf.autocast import product_dtype
 from pmf.errors import InputError
 from pmf.inputs import Inputs, Moving, Pair
 from pmf.pair import Dual, total
-from pmf.reference.tangent import accumulate
+from pmf.reference.tangent import accumulate, epsilon
 
 
 def _modulation(inputs: Inputs, name: str, modulation: Dual, x: Tensor) -> None:
@@ -76,13 +76,6 @@ def _with_bias(bias: Tensor | None, scale: Dual, shift: Dual) -> Dual:
     return Dual(value, dot).map(_vectors)
 
 
-def _eps(eps: float | None, x: Tensor) -> float:
-    """`eps`, or what nn.RMSNorm takes for None: the epsilon of the accumulation dtype."""
-    if eps is not None:
-        return eps
-    return torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
-
-
 def _shaped(x: Tensor) -> Callable[[Tensor], Tensor]:
     """What returns results [B, S, C] to the shape of x."""
     sizes = x.shape[1:]
@@ -116,7 +109,7 @@ def norm_modulate(x, weight=None, scale=None, shift=None, bias=None, *, kind="rm
     run = inputs.implementation(impl, value.shape[-1])
     x, scale, shift = inputs.duals
     scale, shift = scale.map(_vectors), shift.map(_vectors)
-    options = dict(kind=kind, eps=_eps(eps, x.value), out_dtype=product_dtype(x.value))
+    options = dict(kind=kind, eps=epsilon(eps, x.value), out_dtype=product_dtype(x.value))
     y = run.norm_modulate(x.map(_tokens), weight, scale, _with_bias(bias, scale, shift), **options)
     return inputs.give(y.map(_shaped(value)))
 
@@ -151,7 +144,7 @@ def residual_norm_modulate(
     run = inputs.implementation(impl, value.shape[-1])
     x, branch, *modulations = inputs.duals
     gate, scale, shift = (m.map(_vectors) for m in modulations)
-    options = dict(kind=kind, eps=_eps(eps, x.value), out_dtype=product_dtype(x.value))
+    options = dict(kind=kind, eps=epsilon(eps, x.value), out_dtype=product_dtype(x.value))
     x, branch, shift = x.map(_tokens), branch.map(_tokens), _with_bias(bias, scale, shift)
     x_new, y = run.residual_norm_modulate(x, branch, gate, weight, scale, shift, **options)
     return inputs.give(x_new.map(_shaped(value))), inputs.give(y.map(_shaped(value)))

@@ -48,14 +48,20 @@ def gelu(x, *, approximate="none", impl=None):
 
 
 @overload
-def scalar_features(s: Tensor) -> Tensor: ...
+def scalar_features(s: Tensor, features: int = 256, *, max_period: float = 10000.0, shift: float = 0.0) -> Tensor: ...
 @overload
-def scalar_features(s: Pair) -> Dual: ...
-def scalar_features(s):
-    """Sinusoidal features of scalars, [cos(s f), sin(s f)] with f_i = 10000^(-i / 128): [B] -> [B, 256]."""
+def scalar_features(s: Pair, features: int = 256, *, max_period: float = 10000.0, shift: float = 0.0) -> Dual: ...
+def scalar_features(s, features=256, *, max_period=10000.0, shift=0.0):
+    """Sinusoidal features of scalars, [cos(s f), sin(s f)] with f_i = max_period^(-i / (features / 2 - shift)).
+
+    Args: s [B]. Returns [B, features], features an even number; float32, or float64 for float64. Tangents: of s.
+    DiT and SiT have shift 0, diffusers' DiT 1.
+    """
     inputs = Inputs("scalar_features", {"s": s})
     inputs.shape("s", inputs.duals[0].value, None)
-    return inputs.give(reference.scalar_features(*inputs.duals))
+    if features < 2 or features % 2 != 0:
+        raise InputError(f"scalar_features: features must be even and positive, got {features}")
+    return inputs.give(reference.scalar_features(*inputs.duals, features, max_period=max_period, shift=shift))
 
 
 @overload

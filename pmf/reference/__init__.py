@@ -12,12 +12,13 @@ from pmf.reference.norm import norm_modulate, residual_norm_modulate
 from pmf.reference.objective import pmf_objective, pmf_objective_fields
 from pmf.reference.patch import patch_embed, patchify, unpatchify
 from pmf.reference.pointwise import gelu, swiglu
-from pmf.reference.rotary import qk_norm_rope, rope_tables
+from pmf.reference.rotary import norm_rope, qk_norm_rope, rope_tables
 
 __all__ = [
     "attention",
     "gelu",
     "norm_modulate",
+    "norm_rope",
     "patch_embed",
     "patchify",
     "pmf_objective",

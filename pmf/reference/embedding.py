@@ -13,21 +13,21 @@ FEATURES = 256
 MAX_PERIOD = 10000.0
 
 
-def scalar_features(s: Dual) -> Dual:
-    """[cos(s f), sin(s f)] of scalars s [B], f_i = 10000^(-i / 128): [B, 256], and the tangent."""
-    half = FEATURES // 2
+def scalar_features(s: Dual, features: int = FEATURES, *, max_period: float = MAX_PERIOD, shift: float = 0.0) -> Dual:
+    """[cos(s f), sin(s f)] of scalars s [B], f_i = max_period^(-i / (features / 2 - shift)), and the tangent."""
+    half = features // 2
     scalar = accumulate(s.value)
     index = torch.arange(half, device=scalar.device, dtype=scalar.dtype)
-    frequency = torch.exp(-math.log(MAX_PERIOD) / half * index)
+    frequency = torch.exp(-math.log(max_period) / (half - shift) * index)
     angle = scalar[:, None] * frequency
     cos, sin = angle.cos(), angle.sin()
-    features = torch.cat([cos, sin], -1)
+    value = torch.cat([cos, sin], -1)
     if s.dot is None:
-        return Dual(features)
+        return Dual(value)
     with torch.no_grad():
         angle_dot = accumulate(s.dot)[:, None] * frequency
         rows = s.dot.shape[0]
-        return Dual(features, torch.cat([-tail(sin, rows) * angle_dot, tail(cos, rows) * angle_dot], -1))
+        return Dual(value, torch.cat([-tail(sin, rows) * angle_dot, tail(cos, rows) * angle_dot], -1))
 
 
 def silu(x: Dual) -> Dual:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from pmf.pair import Dual, tail
 from pmf.reference.tangent import accumulate
@@ -29,21 +26,15 @@ def swiglu(x: Dual) -> Dual:
         return Dual(y, y_dot.to(dtype))
 
 
-def _gelu_slope(x: Tensor, approximate: str) -> Tensor:
-    """gelu'(x) = P + x P', with gelu(x) = x P(x); for "tanh", P = (1 + tanh u) / 2 = sigmoid(2 u)."""
-    if approximate == "tanh":
-        u, u_dot = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3), math.sqrt(2 / math.pi) * (1 + 0.134145 * x**2)
-        p = torch.sigmoid(2 * u)
-        return p + 2 * x * p * (1 - p) * u_dot
-    return (1 + torch.erf(x / math.sqrt(2))) / 2 + x * torch.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
-
-
 def gelu(x: Dual, *, approximate: str) -> Dual:
-    """y = gelu(x), and y_dot = gelu'(x) x_dot."""
+    """y = x P(x), and y_dot = (P(x) + x P'(x)) x_dot, the formula of the gradient, which PyTorch has in one function.
+
+    P is the normal distribution's function or, for "tanh", (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2.
+    """
     dtype = x.value.dtype
     y = F.gelu(accumulate(x.value), approximate=approximate).to(dtype)
     if x.dot is None:
         return Dual(y)
     with torch.no_grad():
         last = accumulate(tail(x.value, x.dot.shape[0]))
-        return Dual(y, (_gelu_slope(last, approximate) * accumulate(x.dot)).to(dtype))
+        return Dual(y, torch.ops.aten.gelu_backward(accumulate(x.dot), last, approximate=approximate).to(dtype))

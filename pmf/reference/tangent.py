@@ -18,6 +18,13 @@ def accumulate(value: Tensor) -> Tensor:
     return value if value.dtype in (torch.float32, torch.float64) else value.float()
 
 
+def epsilon(eps: float | None, x: Tensor) -> float:
+    """A norm's eps, or for None what nn.RMSNorm takes: the epsilon of x's accumulation dtype."""
+    if eps is not None:
+        return eps
+    return torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
+
+
 def plus_product(sum: Tensor | None, a: Tensor | None, b: Tensor | None) -> Tensor | None:
     """sum + a b in the accumulation dtype; None is zero."""
     if sum is not None:

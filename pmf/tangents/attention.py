@@ -56,13 +56,18 @@ def _plain(out: Tensor, q: Any, k: Any, v: Any, mask: Any, is_causal: bool, scal
     return dot + weights_dot @ plain(v) - weights_dot.sum(-1, keepdim=True) * out
 
 
-def _on_kernels(q: Any, k: Any, v: Any, mask: Any, is_causal: bool) -> bool:
-    """Whether the Triton kernel can compute the tangent: attention over all keys, in the shapes that it takes."""
+def _on_kernels(q: Any, k: Any, v: Any, mask: Any, is_causal: bool, enable_gqa: bool) -> bool:
+    """Whether the Triton kernel can compute the tangent: attention without mask, in the shapes that it takes."""
     numbers = [plain(x) for x in (q, k, v)]
-    if mask is not None or is_causal or any(x.ndim != 4 for x in numbers) or not numbers[0].is_cuda:
+    if mask is not None or any(x.ndim != 4 for x in numbers) or not numbers[0].is_cuda:
         return False
     q, k, v = numbers
-    if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1] or q.dtype != k.dtype:
+    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1] or q.dtype != k.dtype:
+        return False
+    if is_causal and q.shape[2] != k.shape[2]:
+        return False
+    heads, groups = q.shape[1], k.shape[1]
+    if heads != groups and (not enable_gqa or groups == 0 or heads % groups):
         return False
     module = implementation("attention", None, "cuda", (q.dtype, v.dtype), (q.shape[-1],))
     return module.__name__ != "pmf.reference"
@@ -74,10 +79,11 @@ def _attention(out, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=
             f"pmf.jvp: scaled_dot_product_attention got dropout_p {dropout_p}, whose mask is not known; expected 0"
         )
     scale = plain(query).shape[-1] ** -0.5 if scale is None else scale
-    if _on_kernels(query, key, value, attn_mask, is_causal):
+    if _on_kernels(query, key, value, attn_mask, is_causal, enable_gqa):
         # Ops take [B, S, H, D]; the product that they need again costs less than a second form of the value.
         duals = [_mapped(x, lambda part: part.detach().transpose(1, 2)) for x in (query, key, value)]
-        return ops.attention(*(x if is_dual(x) else Dual(x) for x in duals), scale=scale).dot.transpose(1, 2)
+        options: dict[str, Any] = dict(scale=scale, causal=is_causal, enable_gqa=enable_gqa)
+        return ops.attention(*(x if is_dual(x) else Dual(x) for x in duals), **options).dot.transpose(1, 2)
     if enable_gqa:
         heads = plain(query).shape[-3]
         key, value = _repeated(key, heads), _repeated(value, heads)

@@ -71,7 +71,7 @@ def test_bytes_are_those_of_inputs_and_outputs():
         rows = [x for x in (*primals, *tensors([results])) if x is not None and x.ndim >= 3]
         moved = sum(x.numel() * x.element_size() for x in rows)
         if op.name == "qk_norm_rope":  # v is neither read nor written
-            moved = moved * 2 // 3
+            moved -= 2 * results[2].numel() * results[2].element_size()
         assert moved == op.bytes[0], op.name
 
 
@@ -100,6 +100,33 @@ def test_attention_is_measured_on_every_backend_and_tile():
         assert relative_error(tangent("triton"), tangent(name)) < 2**-8
 
 
+@pytest.mark.parametrize(
+    ("kind", "label"),
+    [
+        ({"causal": True}, "causal"),
+        ({"groups": 2, "lengths": (3, 7)}, "grouped lengths"),
+        ({"groups": 2, "lengths": (3, 7), "causal": True}, "causal grouped lengths"),
+    ],
+)
+def test_masked_attention(kind, label):
+    """Operations are those of the pairs that are read, bytes those of the rows that are read or written."""
+    cases = op_cases.attention_cases("small", 2, 7, 4, 16, CPU, **kind)
+    for case in cases:
+        assert all(torch.isfinite(x).all() for x in tensors(case.providers["triton"]()()))
+    seen = torch.ones(2, 7, 7, dtype=torch.bool)
+    if "causal" in kind:
+        seen = seen.tril()
+    if "lengths" in kind:
+        seen[0, :, 3:] = False
+    products = 2 * 4 * 16 * seen.sum().item()
+    assert [case.operations_of("triton") for case in cases] == [2 * products, 7 * products, 5 * products]
+    keys = 2 * 16 * kind.get("groups", 4)
+    queries, read, written = 2 * 2 * 7 * 4 * 16, keys * seen.any(1).sum().item(), keys * 2 * 7
+    moved = 2 * (queries + read), 4 * (queries + read), 4 * queries + 2 * (read + written)
+    assert tuple(case.bytes for case in cases) == moved
+    assert cases[1].name == f"attention dual small {label}"
+
+
 def test_each_provider_is_rated_by_what_it_computes():
     step = step_cases.step_case("small", 64, CPU)
     counted, draws = row_operations(SMALL), step_cases.step_inputs("small", 64, CPU)[2]
@@ -113,7 +140,7 @@ def test_each_provider_is_rated_by_what_it_computes():
 def test_every_provider_names_existing_tests():
     every = [*op_cases.op_cases("small", 2, CPU), step_cases.sampling_case("pMF-digits", 2, CPU)]
     files = {test for case in (*every, step_cases.step_case("small", 2, CPU)) for test in case.tests.values()}
-    assert len(files) == 9 and all((pathlib.Path(__file__).parents[1] / file).is_file() for file in files)
+    assert len(files) == 10 and all((pathlib.Path(__file__).parents[1] / file).is_file() for file in files)
     step = step_cases.step_case("small", 2, CPU)
     assert step.tests_of("lean") == {"pmf/test_loss.py"}
     assert step.tests_of("lean, captured") == {"pmf/test_loss.py", "pmf/test_cuda_graphs.py"}
@@ -125,7 +152,8 @@ def test_every_published_shape_has_a_case():
         names = [case.name for case in op_cases.op_cases(f"pMF-{size}", 2, CPU)]
         assert len(names) == len(set(names))
         assert f"attention dual {size}" in names and f"patch_embed backward {size}" in names
-    assert "attention dual S 4096 D 128" in [case.name for case in op_cases.long_attention_cases(CPU)]
+    names = [case.name for case in op_cases.long_attention_cases(GPU)]
+    assert {f"attention dual S 4096 D 128{kind}" for kind in ("", " causal", " grouped lengths")} <= set(names)
 
 
 @pytest.mark.parametrize("size", ["pMF-B/32", "pMF-L/32", "pMF-H/32"])  # test_counting.py counts the others

@@ -30,6 +30,7 @@ TYPES = {
     "torch.float32": "fp32",
     "torch.bfloat16": "bf16",
     "torch.float16": "fp16",
+    "torch.int32": "i32",
     "torch.int64": "i64",
 }
 
@@ -121,7 +122,10 @@ def pointwise_cases(size: str, stream, low):
 
 
 def attention_cases(size: str, stream, low):
-    """Heads of 40, 64 and 128 (size B), of 80 (size H); in float32 those of 80 and 128."""
+    """Heads of 40, 64 and 128 (size B), of 80 (size H); in float32 those of 80 and 128.
+
+    Those of 64, 80 and 128 also causal, in groups of 4 with key lengths, and all of it.
+    """
     import torch
 
     from pmf.kernels import attention, registration
@@ -136,6 +140,18 @@ def attention_cases(size: str, stream, low):
             f"tangent D {head_dim}",
             lambda q=q, k=k, v=v, lse=lse: attention.attention_tangent.function(q, k, v, q, k, v, q, lse, 0.1),
         )
+        if head_dim in (64, 80, 128):
+            few, lengths = _meta(2, BATCH, LENGTH, heads // 4, head_dim, dtype=low), _meta(BATCH, dtype=torch.int32)
+            for name, keys, options in (
+                ("causal", (k, v), (None, True)),
+                ("grouped lengths", few, (lengths, False)),
+                ("grouped lengths causal", few, (lengths.long(), True)),
+            ):
+
+                def masked(q=q, keys=tuple(keys), lse=lse, options=options):
+                    attention.attention_tangent.function(q, *keys, q, *keys, q, lse, 0.1, *options)
+
+                yield f"tangent D {head_dim} {name}", masked
         if head_dim in (64, 80) and low == torch.bfloat16 and registration.chip(q.device).capability == 90:
             for tile in attention.HOPPER_TILES:
 
@@ -147,22 +163,44 @@ def attention_cases(size: str, stream, low):
 
 
 def rotary_cases(size: str, stream, low):
-    """Packed q, k, v of a published block."""
+    """Packed q, k, v of a published block, and what other networks do with theirs."""
     import torch
-
-    from pmf.kernels import rotary
 
     width, heads, _ = SIZES[size]
     head_dim = width // heads
     qkv = _meta(BATCH, LENGTH, 3, heads, head_dim, dtype=low)
     weight = _meta(head_dim, dtype=torch.float32)
     table = _meta(LENGTH - PREFIX, head_dim // 2, dtype=torch.float32)
-    inputs = (weight, weight, table, table)
-    d = _meta(BATCH, LENGTH, heads, head_dim, dtype=low)
-    options = (PREFIX, 1e-6)
-    yield "forward", lambda: rotary.qk_norm_rope_forward.function(qkv, None, *inputs, *options)
-    yield "dual", lambda: rotary.qk_norm_rope_forward.function(qkv, qkv[: BATCH // 2], *inputs, *options)
-    yield "backward", lambda: rotary.qk_norm_rope_backward.function(qkv, *inputs, d, d, d, *options, True)
+    wide = _meta(width, dtype=torch.float32)
+    published = (weight, weight, None, None, table, table)
+    forms = {"": (qkv, published, heads, "rms", False, False)}
+    if size in ("B", "H"):
+        each, grouped = (
+            (_meta(BATCH, *table.shape, dtype=torch.float32),) * 2,
+            qkv.flatten(2, 3)[:, :, : 3 * heads // 2],
+        )
+        forms |= {
+            " layer half": (qkv, (weight,) * 4 + (table,) * 2, heads, "layer", False, True),
+            " grouped": (grouped, published, heads // 4, "rms", False, False),
+            " tables per sample": (qkv, (weight, weight, None, None, *each), heads, "rms", False, False),
+            " across": (qkv, (wide, wide, None, None, table, table), heads, "rms", True, False),
+        }
+    for label, (x, inputs, kv_heads, *form) in forms.items():
+        yield from _heads_cases(label, x, inputs, kv_heads, (PREFIX, 1e-6, *form))
+
+
+def _heads_cases(label: str, x, inputs, kv_heads: int, options):
+    """Value, value and tangent, and gradients."""
+    from pmf.kernels import rotary
+
+    heads = x.shape[3] if x.ndim == 5 else x.shape[2] - 2 * kv_heads
+    dq, dk = (_meta(*x.shape[:2], n, x.shape[-1], dtype=x.dtype) for n in (heads, kv_heads))
+    d = (dq, dk, dk) if kv_heads else (dq, None, None)
+    needs = [p is not None for p in inputs[:4]]
+    run, back = rotary.heads_forward.function, rotary.heads_backward.function
+    yield f"forward{label}", lambda: run(x, None, *inputs, kv_heads, *options)
+    yield f"dual{label}", lambda: run(x, x[: BATCH // 2], *inputs, kv_heads, *options)
+    yield f"backward{label}", lambda: back(x, *inputs, *d, kv_heads, *options, needs)
 
 
 def objective_cases(size: str, stream, low):

@@ -173,10 +173,12 @@ def test_any_shape(batch, length_q, length_k, heads, head_dim, share, dtype):
     check_within(*inputs(batch, length_q, length_k, head_dim, round(share * batch), dtype, heads, 1))
 
 
-def tangent_error(primals, tangents):
+def tangent_error(primals, tangents, **options):
     """Root mean square errors of the bf16 tangents of the kernel and of the reference."""
-    truth = evaluate("attention", primals, tangents, None, impl="reference", dtype=torch.float64)[1][0]
-    runs = (evaluate("attention", primals, tangents, None, impl=impl)[1][0] for impl in ("triton", "reference"))
+    truth = evaluate("attention", primals, tangents, None, impl="reference", dtype=torch.float64, **options)[1][0]
+    runs = (
+        evaluate("attention", primals, tangents, None, impl=impl, **options)[1][0] for impl in ("triton", "reference")
+    )
     return [(run.double() - truth).square().mean().sqrt().item() for run in runs]
 
 

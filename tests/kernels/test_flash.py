@@ -1,5 +1,6 @@
 """The primal of attention: the choice of library, and the layout of the heads it gets."""
 
+import itertools
 import logging
 import sys
 
@@ -11,6 +12,7 @@ from pmf.errors import InputError
 from pmf.kernels import flash, flash_attn_4
 from tests.kernels.checks import DEVICE, close, dual_op, evaluate, strided
 from tests.kernels.test_attention import inputs
+from tests.kernels.test_masked_attention import ALL, problem
 
 F32, BF16 = torch.float32, torch.bfloat16
 HALF = "torch.bfloat16"
@@ -322,40 +324,75 @@ def test_one_key_is_exact(dtype):
 # Stand-ins with the libraries' signatures compute by formula: layouts, padding, scale.
 
 
-def formula(q, k, v, scale):
+def formula(q, k, v, scale, causal, bias=None):
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     s = scale * q @ k.mT
+    s = s if bias is None else s + bias
+    s = s.masked_fill(torch.ones_like(s).triu(1).bool(), -torch.inf) if causal else s
     return s.softmax(-1) @ v, s.logsumexp(-1)
 
 
-def heads_first(q, k, v, *_, scale, **__):
-    return *formula(q, k, v, scale), None
+def heads_first(q, k, v, *, scale, is_causal):
+    return *formula(q, k, v, scale, is_causal), None
 
 
-def package(q, k, v, softmax_scale, return_attn_probs):
-    o, lse = formula(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale)
+def package(q, k, v, softmax_scale, causal, return_attn_probs):
+    o, lse = formula(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale, causal)
     return o.transpose(1, 2).contiguous(), lse, None
 
 
-def cudnn(q, k, v, bias, with_lse, scale):
+def cudnn(q, k, v, bias, with_lse, scale, is_causal):
     assert bias is None and with_lse is True
-    o, lse = formula(q, k, v, scale)
+    o, lse = formula(q, k, v, scale, is_causal)
     return o, lse[..., None]
 
 
-def efficient(q, k, v, bias, with_lse, scale):
-    assert bias is None and with_lse is True
-    o, lse = formula(q, k, v, scale)
+def efficient(q, k, v, bias, with_lse, scale, is_causal):
+    assert with_lse is True and q.shape[1] == k.shape[1] == v.shape[1]
+    assert bias is None or not is_causal  # PyTorch never passes both
+    o, lse = formula(q, k, v, scale, is_causal, bias)
     return o, torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.nan)
 
 
-@pytest.mark.parametrize("backend", ("flash_attn", "flash", "cudnn", "efficient"))
-def test_every_primal_gives_what_the_tangent_needs(monkeypatch, backend):
+@pytest.mark.parametrize(
+    ("backend", "kind"),
+    [
+        *itertools.product(("flash_attn", "flash", "cudnn", "efficient"), ((), ("causal",), ("grouped",))),
+        *itertools.product(("efficient",), (("lengths",), ALL)),
+    ],
+)
+def test_every_primal_gives_what_the_tangent_needs(monkeypatch, backend, kind):
     played = {"flash": heads_first, "cudnn": cudnn, "efficient": efficient}
-    primals, tangents = inputs(2, 20, 33, 16, 1, F32)
-    expected = dual_op("attention", primals, tangents, impl="reference", scale=0.3)
+    primals, tangents, options = problem(kind, 2, 20, 33, (4, 2), 16, 1, F32)
+    expected = dual_op("attention", primals, tangents, impl="reference", scale=0.3, **options)
     monkeypatch.setattr(flash, "choose", lambda *_: backend)
     monkeypatch.setattr(flash, "flash_attn_2", lambda: package)
     monkeypatch.setattr(flash, "SCALED_DOT_PRODUCT", played)
-    found = dual_op("attention", primals, tangents, impl="triton", scale=0.3)
+    found = dual_op("attention", primals, tangents, impl="triton", scale=0.3, **options)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", ("flash", "cudnn", "efficient"))
+def test_pytorch_s_backends_on_meta_tensors(monkeypatch, backend):
+    """Shapes of values, log-sum-exps and gradients where nothing is computed; heads of keys in groups."""
+    monkeypatch.setattr(flash, "choose", lambda *_: backend)
+    q, k, v = (torch.empty(3, 33, n, 80, dtype=BF16, device="meta", requires_grad=True) for n in (4, 2, 2))
+    lengths = torch.empty(3, dtype=torch.int64, device="meta") if backend == "efficient" else None
+    for causal, given in ((True, None), (False, lengths), (True, lengths)):
+        o, lse = flash.attention(q, k, v, 0.1, causal, given)
+        assert o.shape == q.shape and o.is_contiguous() and lse.shape == (3, 4, 33) and lse.dtype == F32
+        assert [x.shape for x in torch.autograd.grad(o.sum(), (q, k, v))] == [q.shape, k.shape, v.shape]
+
+
+def test_key_lengths_go_to_the_memory_efficient_attention(installed):
+    """Whatever else could run; the reason says which did not."""
+    installed(FLASH_ATTN_2 | FLASH_ATTN_4)
+    for capability in (75, 80, 90):
+        backend, reason = flash.decide("cuda", HALF, capability, 64, lengths=True)
+        assert backend == "efficient" and "cudnn takes no key_lengths" in reason
+        assert flash.decide("cuda", HALF, capability, 64, "efficient", lengths=True)[0] == "efficient"
+    assert flash.decide("cpu", HALF, 0, 64, lengths=True)[0] == "cpu"
+    for backend in set(flash.BACKENDS) - {"efficient"}:
+        with pytest.raises(InputError, match=f"backend {backend} was requested, but it takes no key_lengths$"):
+            flash.decide("cuda", HALF, 90, 64, backend, lengths=True)

@@ -15,27 +15,35 @@ from pmf.kernels import flash, flash_attn_4
 from tests.kernels.checks import DEVICE, check, check_compiles, check_forward_mode
 from tests.kernels.test_attention import inputs
 from tests.kernels.test_flash import clean  # noqa: F401 (a fixture that every test uses)
+from tests.kernels.test_masked_attention import problem
 
 F32, BF16 = torch.float32, torch.bfloat16
 
 
-def forward(q, k, v, softmax_scale, return_lse, out, lse):
+def repeated(x, heads):
+    """Keys or values, heads first, with a head for each of the queries'."""
+    return x.transpose(1, 2).repeat_interleave(heads // x.shape[2], 1)
+
+
+def forward(q, k, v, softmax_scale, causal, return_lse, out, lse):
     """The package's forward, computed by PyTorch's FlashAttention for CPUs."""
     assert return_lse and out.is_contiguous() and lse.dtype == F32
-    heads = (x.transpose(1, 2) for x in (q, k, v))
-    o, found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, scale=softmax_scale)
+    heads = (repeated(x, q.shape[2]) for x in (q, k, v))
+    options = {"is_causal": causal, "scale": softmax_scale}
+    o, found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, **options)
     out.copy_(o.transpose(1, 2))
     lse.copy_(found)
     return out, lse, None, None, None
 
 
-def backward(q, k, v, out, dout, lse, softmax_scale, deterministic, dq, dk, dv):
-    heads = (x.transpose(1, 2) for x in (dout, q, k, v, out))
+def backward(q, k, v, out, dout, lse, softmax_scale, causal, deterministic, dq, dk, dv):
+    heads = (repeated(x, q.shape[2]) for x in (dout, q, k, v, out))
     gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *heads, lse.float(), 0.0, False, scale=softmax_scale
+        *heads, lse.float(), 0.0, causal, scale=softmax_scale
     )
     for into, gradient in zip((dq, dk, dv), gradients, strict=True):
-        into.copy_(gradient.transpose(1, 2))
+        shared = gradient.unflatten(1, (into.shape[2], -1)).sum(2)
+        into.copy_(shared.transpose(1, 2))
 
 
 NO_GPU = pytest.mark.skipif(DEVICE == "cuda", reason="where there is a GPU, test_gpu.py runs the package")
@@ -54,6 +62,10 @@ def test_flash_attn_4_as_an_operator(on_flash_attn_4):
     primals, tangents = inputs(3, 20, 33, 16, 2, BF16)
     check("attention", primals, tangents)
     check("attention", *inputs(2, 276, 276, 80, None, BF16))
+    for kind in (("causal",), ("grouped",), ("causal", "grouped")):
+        *heads, options = problem(kind, 3, 20, 33, (4, 2), 16, 2, BF16)
+        check("attention", *heads, **options)
+        check_compiles("attention", *heads, **options)
     check_compiles("attention", primals, tangents)
     check_forward_mode("attention", primals, (0, 1, 2))
     assert ops.attention(primals[0][:0], primals[1][:0], primals[2][:0], impl="triton").shape == (0, 20, 2, 16)
@@ -124,9 +136,11 @@ def test_the_installed_flash_attn_4_compiles_for_hopper():
         for head_dim in (24, 64, 96, 120, 128):
             assert flash_attn_4.limit(90, head_dim) is None
             with FakeTensorMode():
-                q, k = (torch.empty(2, s, 12, head_dim, dtype=torch.bfloat16, device="cuda") for s in (276, 276))
-                o, lse = forward(q, k, k, 0.125)
-                assert [x.shape for x in backward(q, k, k, o, lse, o, 0.125)] == [q.shape] * 3
+                q, k, few = (torch.empty(2, 276, n, head_dim, dtype=torch.bfloat16, device="cuda") for n in (12, 12, 3))
+                for keys, causal in ((k, False), (few, True)):
+                    o, lse = forward(q, keys, keys, 0.125, causal)
+                    gradients = backward(q, keys, keys, o, lse, o, 0.125, causal)
+                    assert [x.shape for x in gradients] == [q.shape, keys.shape, keys.shape]
         print("compiled")
     """
     target = {"FLASH_ATTENTION_ARCH": "sm_90", "CUTE_DSL_ARCH": "sm_90a", "FLASH_ATTENTION_NUM_SMS": "132"}

@@ -25,6 +25,7 @@ from tests.networks import model_inputs, random_model, relative_error
 pytest.importorskip("triton")
 
 WEIGHTS = ((6, 3, 4, 4), (6,), (8, 6, 1, 1), (8,))
+MASKED = {"causal": True, "enable_gqa": True, "key_lengths": torch.tensor([2, 5], device=DEVICE)}
 SHAPES = {  # of every input; the numbers of those that have tangents; those that are not differentiated; options
     "norm_modulate": ([(2, 3, 8), (8,), (2, 8), (2, 8)], (0, 2, 3), (), {"kind": "layer"}),
     "norm_modulate, x alone": ([(2, 3, 8)], (0,), (), {}),
@@ -32,10 +33,18 @@ SHAPES = {  # of every input; the numbers of those that have tangents; those tha
     "residual_norm_modulate": ([(2, 3, 8), (2, 3, 8), (8,), (8,), (2, 8), (2, 8)], (0, 1, 4, 5), (), {}),
     "residual_norm_modulate, a moving gate": ([(2, 3, 8), (2, 3, 8), (2, 8)], (0, 2), (), {}),
     "qk_norm_rope": ([(2, 5, 3, 2, 8), (8,), (8,), (4, 4), (4, 4)], (0,), (3, 4), {"prefix_length": 1}),
+    "qk_norm_rope, grouped heads": (
+        [(2, 5, 5, 8), (8,), (8,), (5, 4), (5, 4)],
+        (0,),
+        (3, 4),
+        {"num_kv_heads": 1, "norm": "layer", "pairs": "half"},
+    ),
+    "norm_rope": ([(2, 5, 2, 8), (16,), (2, 5, 4), (2, 5, 4)], (0,), (2, 3), {"across_heads": True}),
     "attention": ([(2, 5, 2, 8), (2, 4, 2, 8), (2, 4, 2, 8)], (0, 1, 2), (), {}),
     "norm_modulate, per token": ([(2, 3, 8), None, (2, 3, 8), (2, 1, 8), (8,)], (0, 2, 3), (), {}),
     "norm_modulate, [B, C]": ([(2, 8), (8,), (2, 8)], (0, 2), (), {}),
     "residual_norm_modulate, no gate": ([(2, 3, 4, 8), (2, 3, 4, 8), None, (8,)], (0, 1), (), {}),
+    "attention, masked": ([(2, 5, 2, 8), (2, 5, 1, 8), (2, 5, 1, 8)], (0, 1, 2), (), MASKED),
     "swiglu": ([(2, 3, 8)], (0,), (), {}),
     "gelu": ([(2, 3, 8)], (0,), (), {}),
     "gelu, tanh": ([(2, 8)], (0,), (), {"approximate": "tanh"}),
@@ -189,7 +198,7 @@ def assert_agrees(name: str, way: Callable) -> None:
     """Assert that both implementations give the same tensors, within the budget of one op, and the same None."""
     truth, low = (outcome(name, "reference", dtype, way) for dtype in (torch.float64, torch.float32))
     kernel = outcome(name, "triton", torch.float32, way)
-    steps = tf32x3(3) if name == "attention" else 4  # sin, cos and their products round too
+    steps = tf32x3(3) if name.startswith("attention") else 4  # sin, cos and their products round too
     assert len(kernel) == len(low) == len(truth) > 0
     for parts in zip(kernel, low, truth, strict=True):
         assert len({part is None for part in parts}) == 1
@@ -210,7 +219,7 @@ def test_agrees(name, way):
 @pytest.mark.parametrize("name", SHAPES)
 def test_kernels_refuse(name, way):
     words, run = RAISE[way]
-    if name in PLAIN or (name, way) == ("attention", "vmap"):
+    if name in PLAIN or (name.partition(",")[0], way) == ("attention", "vmap"):
         assert_agrees(name, run)
         return
     assert all(x is None or x.isfinite().all() for x in outcome(name, "reference", torch.float64, run))

@@ -189,7 +189,7 @@ def test_our_network_moves_on_both_heads(conditioning):
 
 
 def test_fused_layers_mix_with_unported_code():
-    norm = layers.NormModulate(6).double()
+    norm = layers.NormModulate(6, elementwise_affine=True).double()
 
     def mixed(x):
         y = norm(x, x.mean(1), scale_of(x))

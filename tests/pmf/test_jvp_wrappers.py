@@ -23,8 +23,8 @@ class Block(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        self.norm1 = layers.NormModulate(width, kind="layer")
-        self.norm2 = layers.NormModulate(width, kind="layer")
+        self.norm1 = layers.NormModulate(width, kind="layer", elementwise_affine=True)
+        self.norm2 = layers.NormModulate(width, kind="layer", elementwise_affine=True)
         self.modulation, self.qkv = nn.Linear(width, 6 * width), nn.Linear(width, 3 * width)
         self.out, self.up, self.down = nn.Linear(width, width), nn.Linear(width, 4 * width), nn.Linear(2 * width, width)
 

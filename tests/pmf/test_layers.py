@@ -1,7 +1,9 @@
 import pytest
 import torch
 
-from pmf import layers, ops
+import pmf
+from pmf import blocks, layers, ops
+from pmf.counting import saved_bytes
 from pmf.errors import InputError
 from pmf.packing import held_weights
 from pmf.pair import Dual
@@ -27,31 +29,127 @@ def tokens():
 
 ADALN = TINY.__class__(**{**TINY.__dict__, "conditioning": "adaln"})
 
-LAYERS = {
-    "Linear": (lambda: layers.Linear(WIDTH, 5, bias=True), ()),
-    "NormModulate": (lambda: layers.NormModulate(WIDTH), ()),
-    "Attention": (lambda: layers.Attention(TINY), (rope(),)),
-    "SwiGLU": (lambda: layers.SwiGLU(TINY), ()),
-    "Block": (lambda: layers.Block(TINY), (rope(),)),
-    "FinalLayer": (lambda: layers.FinalLayer(TINY), ()),
+
+def drawn(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def table():
+    angle = drawn(TINY.sequence_length, WIDTH // 4 // 2)
+    return layers.Rope(angle.cos(), angle.sin())
+
+
+ATTENTIONS = {
+    "plain": dict(),
+    "biases, rms, adjacent pairs": dict(qkv_bias=True, qk_norm="rms", rope="adjacent"),
+    "layer norm, half pairs": dict(qk_norm="layer", rope="half"),
+    "norm alone, no output bias": dict(qk_norm="rms", proj_bias=False),
+    "rotation alone, causal": dict(rope="adjacent", causal=True),
+    "grouped heads": dict(num_kv_heads=2, qkv_bias=True, qk_norm="layer", rope="half"),
+    "across heads": dict(qk_norm="rms", norm_across_heads=True, rope="half"),
+    "across heads, grouped": dict(qk_norm="layer", norm_across_heads=True, num_kv_heads=1),
 }
+LAYERS = {
+    "Linear": (lambda: layers.Linear(WIDTH, 5, bias=True), lambda: ()),
+    "norm": (lambda: layers.NormModulate(WIDTH), lambda: (drawn(3, WIDTH), drawn(3, WIDTH))),
+    "norm, affine": (
+        lambda: layers.NormModulate(WIDTH, kind="layer", elementwise_affine=True, bias=True, eps=1e-5),
+        lambda: (drawn(3, 1, WIDTH), tokens()),
+    ),
+    "SeparateAttention": (
+        lambda: layers.SeparateAttention(WIDTH, 4, qk_norm="rms", rope="adjacent"),
+        lambda: (table(),),
+    ),
+    "CrossAttention": (lambda: layers.CrossAttention(WIDTH, 4, context_dim=12), lambda: (drawn(3, 5, 12),)),
+    "CrossAttention, norm": (
+        lambda: layers.CrossAttention(WIDTH, 4, qkv_bias=True, qk_norm="layer"),
+        lambda: (drawn(3, 5, WIDTH),),
+    ),
+    "DiTBlock": (lambda: layers.DiTBlock(WIDTH, 4), lambda: (drawn(3, WIDTH),)),
+    "DiTBlock, per token": (
+        lambda: layers.DiTBlock(WIDTH, 4, qk_norm="rms", rope="half", act="swiglu"),
+        lambda: (tokens(), table()),
+    ),
+    "ViTBlock": (lambda: layers.ViTBlock(WIDTH, 4), lambda: ()),
+    "ViTBlock, everything": (
+        lambda: layers.ViTBlock(WIDTH, 4, qkv_bias=True, qk_norm=True, init_values=0.1, rope="adjacent"),
+        lambda: (table(),),
+    ),
+    "pMF's block": (lambda: blocks.Block(TINY), lambda: (rope(),)),
+    "pMF's last layer": (lambda: blocks.FinalLayer(TINY), lambda: ()),
+    **{
+        f"Attention, {name}": (
+            lambda options=options: layers.Attention(WIDTH, 4, **options),
+            lambda options=options: (table(),) if "rope" in options else (),
+        )
+        for name, options in ATTENTIONS.items()
+    },
+    **{
+        f"Mlp, {act}": (lambda act=act: layers.Mlp(WIDTH, 21, act=act), lambda: ())
+        for act in ("swiglu", "gelu", "gelu_tanh")
+    },
+    "Mlp without bias": (lambda: layers.Mlp(WIDTH, 21, bias=False), lambda: ()),
+}
+
+
+def parts(name):
+    """A layer, its inputs, and a tangent of the last samples of each tensor among them."""
+    torch.manual_seed(1)
+    make, others = LAYERS[name]
+    layer, inputs = randomise(make()), (tokens(), *others())
+    return layer, inputs, tuple(torch.randn_like(x) if isinstance(x, torch.Tensor) else None for x in inputs)
+
+
+def expected(layer, inputs, dots):
+    """Value and tangent by torch.func.jvp."""
+    moving = [i for i, dot in enumerate(dots) if dot is not None]
+
+    def of_moving(*values):
+        given = list(inputs)
+        for i, value in zip(moving, values, strict=True):
+            given[i] = value
+        return layer(*given)
+
+    return torch.func.jvp(of_moving, tuple(inputs[i] for i in moving), tuple(dots[i] for i in moving))
 
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_forward_dual_is_forward_and_its_jvp(name, rows):
-    make, extra = LAYERS[name]
-    layer, x = randomise(make()), tokens()
-    x_dot = torch.randn_like(x[3 - rows :])
-    y, y_dot = layer.forward_dual(Dual(x, x_dot), *extra)
-    value, tangent = torch.func.jvp(lambda x: layer(x, *extra), (x[3 - rows :],), (x_dot,))
-    assert relative_error(y[3 - rows :], value) < 1e-12
-    assert relative_error(y_dot, tangent) < 1e-12
-    assert not y_dot.requires_grad and y.requires_grad
+    """Given Duals, plain pairs, or tensors inside pmf.jvp."""
+    layer, inputs, dots = parts(name)
+    value, tangent = expected(layer, inputs, dots)
+    duals = [x if dot is None else Dual(x, dot[3 - rows :]) for x, dot in zip(inputs, dots, strict=True)]
+    y, y_dot = layer.forward_dual(*duals)
+    assert relative_error(y, value) < 1e-12
+    assert relative_error(y_dot, tangent[3 - rows :]) < 1e-12
+    assert not y_dot.requires_grad and y.requires_grad == any(True for _ in layer.parameters())
+    pairs = [tuple(x) if isinstance(x, Dual) else x for x in duals]
+    assert all(map(torch.equal, layer.forward_dual(*pairs), (y, y_dot)))
+    if rows == 3:
+        moved = [0 if dot is None else dot for dot in dots]
+        assert all(
+            relative_error(*pair) < 1e-12 for pair in zip(pmf.jvp(layer, inputs, tuple(moved)), (y, y_dot), strict=True)
+        )
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_backward_keeps_nothing_of_the_tangent(name):
+    layer, inputs, dots = parts(name)
+    inputs = [x.requires_grad_() if isinstance(x, torch.Tensor) else x for x in inputs]
+    duals = [x if dot is None else Dual(x, dot) for x, dot in zip(inputs, dots, strict=True)]
+    trained = [*layer.parameters(), *(x for x in inputs if isinstance(x, torch.Tensor))]
+    plain = saved_bytes(lambda: layer(*inputs), layer.parameters())
+    assert saved_bytes(lambda: layer.forward_dual(*duals).value, layer.parameters()) <= plain
+    gradients = [
+        torch.autograd.grad(run().square().sum(), trained)
+        for run in (lambda: layer(*inputs), lambda: layer.forward_dual(*duals).value)
+    ]
+    assert all(map(torch.equal, *gradients))
 
 
 def test_block_under_adaln_takes_the_tangent_of_its_condition():
-    block = randomise(layers.Block(ADALN))
+    block = randomise(blocks.Block(ADALN))
     x = torch.randn(3, ADALN.sequence_length, WIDTH, dtype=torch.float64)
     c = torch.randn(3, WIDTH, dtype=torch.float64)
     x_dot, c_dot = torch.randn_like(x[1:]), torch.randn_like(c[1:])
@@ -65,11 +163,11 @@ def test_block_starts_as_the_identity():
         x = torch.randn(2, config.sequence_length, WIDTH)
         condition = () if config is TINY else (torch.randn(2, WIDTH),)
         table = ops.rope_tables(config.grid_size, config.head_dim)
-        assert torch.equal(layers.Block(config)(x, table, *condition), x)
+        assert torch.equal(blocks.Block(config)(x, table, *condition), x)
 
 
 def test_mlp_padding_changes_nothing():
-    mlp = randomise(layers.SwiGLU(TINY))
+    mlp = randomise(layers.Mlp(WIDTH, TINY.mlp_width, act="swiglu", bias=False))
     assert mlp.w1.out_features % 8 != 0
     x = tokens()
     plain = torch.nn.functional.silu(x @ mlp.w1.weight.T) * (x @ mlp.w3.weight.T) @ mlp.w2.weight.T
@@ -78,19 +176,20 @@ def test_mlp_padding_changes_nothing():
 
 def test_initialisation_follows_the_published_laws():
     torch.manual_seed(0)
-    linear = layers.SwiGLU(TINY.__class__(hidden_size=512, num_heads=8)).w1
+    config = TINY.__class__(hidden_size=512, num_heads=8)
+    linear = blocks.Block(config).mlp.w1
     assert linear.weight.std().item() == pytest.approx(0.32 / 512**0.5, rel=0.02)
     embedder = layers.ScalarEmbedder(512)
     assert embedder.fc1.weight.std().item() == pytest.approx(1 / 256**0.5, rel=0.02)
     assert embedder.fc1.bias.abs().max() == 0
-    patch = layers.PatchEmbed(TINY.__class__(hidden_size=512, num_heads=8))
+    patch = layers.PatchEmbed(256, 16, 3, 512, bottleneck=128, positions=True, prefix_length=20)
     assert patch.positions.std().item() == pytest.approx(0.02, rel=0.02)
     fan_in, fan_out = 3 * 16 * 16, 128
     assert patch.proj1.weight.abs().max().item() == pytest.approx((6 / (fan_in + fan_out)) ** 0.5, rel=0.01)
 
 
 def test_weights_are_joined_once_while_held():
-    attention = randomise(layers.Attention(TINY))
+    attention = randomise(blocks.Block(TINY)).attn
     x = tokens()
     plain = attention(x, rope())
     assert attention.packed()[0] is not attention.packed()[0]
@@ -106,13 +205,13 @@ def test_weights_are_joined_once_while_held():
 
 
 def test_inputs_by_name():
-    norm, x = randomise(layers.NormModulate(WIDTH)), tokens()
+    norm, x = randomise(layers.NormModulate(WIDTH, elementwise_affine=True)), tokens()
     scale, shift = torch.randn(2, 3, WIDTH, dtype=torch.float64)
     assert torch.equal(norm(x=x, shift=shift, scale=scale), norm(x, scale, shift))
 
 
 def test_forward_refuses_a_tangent():
-    norm, x = randomise(layers.NormModulate(WIDTH)), tokens()
+    norm, x = randomise(layers.NormModulate(WIDTH, elementwise_affine=True)), tokens()
     assert torch.equal(norm(Dual(x)), norm(x))
     with pytest.raises(InputError, match=r"^NormModulate: forward takes values only, got a tangent; use forward_dual"):
         norm(Dual(x, x))

@@ -7,7 +7,7 @@ from pmf import Dual, InputError, dispatch, ops
 
 x = torch.randn(2, 5, 8)
 qkv = torch.randn(2, 5, 3, 2, 8)
-angles = torch.randn(5, 4)
+heads, angles = qkv[:, :, 0], torch.randn(5, 4)
 one, meta = torch.ones(8), torch.empty(2, 5, 8, device="meta")
 
 
@@ -51,11 +51,54 @@ one, meta = torch.ones(8), torch.empty(2, 5, 8, device="meta")
         (lambda: ops.swiglu(x[..., :7]), "swiglu: x must have an even last dimension, got 7"),
         (
             lambda: ops.qk_norm_rope(qkv, torch.ones(8), torch.ones(8), angles, angles, prefix_length=1),
-            r"qk_norm_rope: cos must have shape \[4, 4\], got \[5, 4\]",
+            r"qk_norm_rope: cos must have shape \[4, 4\] or \[2, 4, 4\], got \[5, 4\]: \[N, D / 2\] or \[B, N, D / 2\]",
         ),
         (
             lambda: ops.qk_norm_rope(qkv, torch.ones(8), torch.ones(8), angles, angles, prefix_length=6),
             r"prefix_length must lie in \[0, 5\], got 6",
+        ),
+        (
+            lambda: ops.norm_rope(heads, None, angles.repeat(1, 2), angles),
+            r"cos must have shape \[5, 4\] or \[2, 5, 4\], got \[5, 8\].* repeated to D, pass cos\[\.\.\., ::2\]",
+        ),
+        (
+            lambda: ops.norm_rope(heads, None, angles, angles.repeat(1, 2), pairs="half"),
+            r"sin must have shape .*, got \[5, 8\].* repeated to D, pass cos\[\.\.\., : D // 2\]",
+        ),
+        (
+            lambda: ops.norm_rope(heads.transpose(1, 2), None, angles, angles),
+            r"cos must have shape \[2, 4\] .*; is x \[B, H, S, D\]\? It must be \[B, S, H, D\]: transpose\(1, 2\)",
+        ),
+        (lambda: ops.norm_rope(heads, None, angles), "norm_rope: sin must be given with the other table, got None"),
+        (lambda: ops.norm_rope(heads, None, angles, angles.expand(2, 5, 4)), r"sin must have shape \[5, 4\], got"),
+        (lambda: ops.norm_rope(heads[0]), r"norm_rope: x must have shape \[any, any, any, any\], got \[5, 2, 8\]"),
+        (lambda: ops.norm_rope(heads[..., :7], None, angles, angles), "norm_rope: head_dim must be even, got 7"),
+        (lambda: ops.norm_rope(heads, norm=None), "norm_rope: there is nothing to do: norm, cos and sin are None"),
+        (lambda: ops.norm_rope(heads, norm="batch"), 'norm_rope: norm must be "rms", "layer" or None, got \'batch\''),
+        (lambda: ops.norm_rope(heads, pairs="even"), 'norm_rope: pairs must be "adjacent" or "half", got \'even\''),
+        (
+            lambda: ops.norm_rope(heads, one, angles, angles, norm=None),
+            r"norm_rope: weight must be None with norm=None, got \[8\]",
+        ),
+        (
+            lambda: ops.norm_rope(heads, bias=torch.ones(16)),
+            r"norm_rope: bias must have shape \[8\], got \[16\], across_heads=False: \[D\]",
+        ),
+        (
+            lambda: ops.qk_norm_rope(qkv, one, across_heads=True),
+            r"q_weight must have shape \[16\], got \[8\], across_heads=True: \[H D\]",
+        ),
+        (
+            lambda: ops.qk_norm_rope(heads),
+            r"qkv must have shape \[any, any, 3, any, any\], got .*: \[B, S, 3, H, D\]; with num_kv_heads = G",
+        ),
+        (
+            lambda: ops.qk_norm_rope(qkv, num_kv_heads=2),
+            r"qkv must have shape \[any, any, any, any\], got .*num_kv_heads",
+        ),
+        (
+            lambda: ops.qk_norm_rope(qkv.flatten(2, 3), num_kv_heads=3),
+            r"num_kv_heads must lie in \[1, 2\] for 6 heads H \+ 2 G, G <= H, got 3",
         ),
         (
             lambda: ops.attention(qkv[:, :, 0], qkv[:, :, 1, :1], qkv[:, :, 2]),

@@ -17,8 +17,8 @@ def draw(*shape):
     return torch.randn(*shape, dtype=torch.float64)
 
 
-def tables(length):
-    angle = draw(length, D // 2)
+def tables(length, *samples):
+    angle = draw(*samples, length, D // 2)
     return angle.cos(), angle.sin()
 
 
@@ -33,6 +33,12 @@ def patch_primals(prefix):
         positions,
         draw(B, 3, C) if prefix else None,
     )
+
+
+def with_lengths(q, k, v, **options):
+    """Attention with a length for each of the last samples."""
+    lengths = torch.tensor([4, 1, k.value.shape[1]])
+    return reference.attention(q, k, v, key_lengths=lengths[B - len(q.value) :], **options)
 
 
 CASES = {
@@ -73,6 +79,25 @@ CASES = {
         (0,),
         dict(prefix_length=2),
     ),
+    "rope half of grouped heads": (
+        reference.qk_norm_rope,
+        lambda: (draw(B, S, 2 * H, D), draw(D), None, *tables(S)),
+        (0,),
+        dict(norm="layer", pairs="half", num_kv_heads=1),
+    ),
+    "rope across heads": (
+        reference.qk_norm_rope,
+        lambda: (draw(B, S, 3, H, D), draw(H * D), draw(H * D), *tables(S - 1)),
+        (0,),
+        dict(across_heads=True, prefix_length=1),
+    ),
+    "rope alone": (reference.norm_rope, lambda: (draw(B, S, H, D), None, *tables(S)), (0,), dict(norm=None)),
+    "heads normalised": (
+        reference.norm_rope,
+        lambda: (draw(B, S, H, D), draw(D), None, None),
+        (0,),
+        dict(norm="layer"),
+    ),
     "attention": (
         reference.attention,
         lambda: (draw(B, S, H, D), draw(B, 5, H, D), draw(B, 5, H, D)),
@@ -99,6 +124,30 @@ CASES = {
     ),
     "gelu": (reference.gelu, lambda: (draw(B, S, C),), (0,), dict(approximate="none")),
     "gelu tanh": (reference.gelu, lambda: (draw(B, S, C),), (0,), dict(approximate="tanh")),
+    "attention causal": (
+        reference.attention,
+        lambda: tuple(draw(B, S, H, D) for _ in range(3)),
+        (0, 1, 2),
+        dict(scale=D**-0.5, causal=True),
+    ),
+    "attention grouped": (
+        reference.attention,
+        lambda: (draw(B, S, 3 * H, D), draw(B, 5, H, D), draw(B, 5, H, D)),
+        (0, 1, 2),
+        dict(scale=D**-0.5),
+    ),
+    "attention lengths": (
+        with_lengths,
+        lambda: (draw(B, S, H, D), draw(B, 5, H, D), draw(B, 5, H, D)),
+        (0, 1, 2),
+        dict(scale=D**-0.5),
+    ),
+    "attention grouped causal lengths": (
+        with_lengths,
+        lambda: (draw(B, S, 3 * H, D), draw(B, S, H, D), draw(B, S, H, D)),
+        (0, 1, 2),
+        dict(scale=D**-0.5, causal=True),
+    ),
     "swiglu": (reference.swiglu, lambda: (draw(B, S, 2 * C),), (0,), {}),
     "silu": (reference.silu, lambda: (draw(B, C),), (0,), {}),
     "scalar": (reference.scalar_features, lambda: (draw(B),), (0,), {}),
@@ -213,6 +262,53 @@ def test_rotation_is_complex_multiplication_by_the_angle():
         assert relative_error(actual[:, 2:], torch.view_as_real(pairs * turn).flatten(-2)) < 1e-14
         assert torch.equal(actual[:, :2], plain[:, :2])
     assert torch.equal(v, qkv[:, :, 2])
+
+
+def rotated(x, cos, sin, pairs):
+    """The rotation as diffusers' apply_rotary_emb writes it, with tables repeated to D."""
+    if pairs == "adjacent":
+        cos, sin = cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1)
+        real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack([-imaginary, real], -1).flatten(-2)
+    else:
+        cos, sin = torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
+        real, imaginary = x.unflatten(-1, (2, -1)).unbind(-2)
+        turned = torch.cat([-imaginary, real], -1)
+    return x * cos + turned * sin
+
+
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("samples", [(), (B,)])
+@pytest.mark.parametrize("pairs", ["adjacent", "half"])
+@pytest.mark.parametrize("norm", ["rms", "layer", None])
+def test_heads_are_normalised_by_torch_and_rotated_by_real_formulas(norm, pairs, samples, across):
+    torch.manual_seed(0)
+    heads, kv_heads, prefix = 3, 2, 2
+    qkv, (cos, sin) = draw(B, S, heads + 2 * kv_heads, D), tables(S - prefix, *samples)
+    parameters = {}
+    options = dict(cos=cos, sin=sin, norm=norm, across_heads=across, pairs=pairs, prefix_length=prefix, eps=None)
+    parts = {"q": qkv[:, :, :heads], "k": qkv[:, :, heads : heads + kv_heads]}
+    expected = []
+    for name, part in parts.items():
+        width = (part.shape[2] * D if across else D,)
+        weight, bias = (draw(*width), draw(*width)) if norm else (None, None)
+        parameters |= {f"{name}_weight": weight, f"{name}_bias": bias}
+        wide = part.flatten(2) if across else part
+        if norm == "rms":
+            wide = F.rms_norm(wide, width, weight) + bias
+        elif norm == "layer":
+            wide = F.layer_norm(wide, width, weight, bias, torch.finfo(torch.float64).eps)
+        n = wide.reshape(part.shape)
+        turned = rotated(n[:, prefix:], cos.unsqueeze(-2), sin.unsqueeze(-2), pairs)
+        expected.append(torch.cat([n[:, :prefix], turned], 1))
+        alone = ops.norm_rope(part, weight, bias=bias, **options)
+        assert relative_error(alone, expected[-1]) < 1e-13
+        if norm is None:  # y is linear in x
+            y, y_dot = ops.norm_rope(Dual(part, part[1:]), **options)
+            assert relative_error(y_dot, y[1:]) < 1e-13
+    q, k, v = ops.qk_norm_rope(qkv, num_kv_heads=kv_heads, **parameters, **options)
+    assert relative_error(q, expected[0]) < 1e-13 and relative_error(k, expected[1]) < 1e-13
+    assert torch.equal(v, qkv[:, :, heads + kv_heads :])
 
 
 def test_rotation_takes_heads_of_any_layout():

@@ -17,7 +17,7 @@ from urllib.parse import parse_qsl
 import fsspec
 from PIL import Image
 
-from pmf.errors import InputError, first_line, require
+from pmf.errors import InputError, extra, first_line, require
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -81,10 +81,8 @@ def open_source(spec: str) -> Source:
     kind, _, rest = spec.partition(":")
     forms = {"folder": _folder, "hf": _hugging_face, "wds": _web_dataset}
     require(kind in forms and rest != "", f"source: expected {FORMS}; got {spec!r}")
-    try:
+    with extra("data", f"source: {kind} needs"):
         return forms[kind](rest)
-    except ImportError as error:
-        raise InputError(f"source: {kind} needs pip install 'pixel-meanflow[data]': {first_line(error)}") from None
 
 
 def _digest(*parts: str) -> str:

@@ -1,0 +1,179 @@
+"""Explicit dual code: arithmetic on values with tangents, and any module on them.
+
+Every function takes tensors, pairs (value, tangent) and `Dual`s alike, and gives `Dual`s. The first dimension is the
+samples; a tangent covers the last B_dot of them, all tangents equally many. Values are recorded for backward as plain
+PyTorch would; tangents never are, so backward keeps nothing of them.
+
+    from pmf.dual import Dual, add, chunk, concatenate, dual, multiply, pointwise
+
+    shift, scale, gate = chunk(dual(linear, condition), 3)
+    x = gated_residual(x, dual(mlp, ops.norm_modulate(x, None, scale, shift)), gate)
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pmf.errors import InputError, require
+from pmf.pair import Dual as Dual
+from pmf.pair import tail
+from pmf.pair import tangent_rows as tangent_rows
+from pmf.private import hooked, tree_flatten, tree_unflatten
+from pmf.recompute import checkpoint_values as checkpoint_values
+from pmf.tangents.call import jvp
+
+Given = Dual | Tensor | tuple
+"""A Dual, a tensor that stands still, or a pair (value, tangent)."""
+
+
+def _rows(name: str, duals: Iterable[Dual]) -> int | None:
+    """B_dot, the same of all tangents; None without tangents. Errors: `InputError` if they differ."""
+    found = {dual.dot.shape[0] for dual in duals if dual.dot is not None}
+    require(len(found) < 2, f"{name}: all tangents must cover equally many samples, got {sorted(found)}")
+    return next(iter(found), None)
+
+
+def _last(value: Tensor, rows: int, like: Tensor) -> Tensor:
+    """The last `rows` samples of an operand of `like`, detached; what is shared by all samples as a whole."""
+    shared = value.ndim < like.ndim or value.shape[0] == 1 != like.shape[0]
+    return value.detach() if shared else tail(value, rows)
+
+
+def add(*terms: Given) -> Dual:
+    """The sum of terms that broadcast, and the sum of their tangents."""
+    duals = [Dual.of(term) for term in terms]
+    value = functools.reduce(torch.add, (dual.value for dual in duals))
+    rows = _rows("add", duals)
+    if rows is None:
+        return Dual(value)
+    with torch.no_grad():
+        dot = functools.reduce(torch.add, (dual.dot for dual in duals if dual.dot is not None))
+        return Dual(value, dot.expand(rows, *value.shape[1:]))
+
+
+def multiply(*factors: Given) -> Dual:
+    """The product of factors that broadcast; its tangent is the sum of each factor's tangent times the others."""
+    duals = [Dual.of(factor) for factor in factors]
+    value = functools.reduce(torch.mul, (dual.value for dual in duals))
+    rows = _rows("multiply", duals)
+    if rows is None:
+        return Dual(value)
+    with torch.no_grad():
+        terms = []
+        for i, moving in enumerate(duals):
+            if moving.dot is not None:
+                others = (_last(dual.value, rows, value) for j, dual in enumerate(duals) if j != i)
+                terms.append(functools.reduce(torch.mul, others, moving.dot))
+        return Dual(value, functools.reduce(torch.add, terms).expand(rows, *value.shape[1:]))
+
+
+def pointwise(function: Callable[[Tensor], Tensor], x: Given) -> Dual:
+    """f(x) and f'(x) x_dot of a function of each number alone: F.gelu, torch.tanh, lambda x: x * x.
+
+    The derivative is that of `torch.func.jvp`, on the samples with a tangent.
+    """
+    x = Dual.of(x)
+    value = function(x.value)
+    if x.dot is None:
+        return Dual(value)
+    with torch.no_grad():
+        return Dual(value, torch.func.jvp(function, (tail(x.value, len(x.dot)),), (x.dot,))[1])
+
+
+def chunk(x: Given, parts: int, dim: int = -1) -> tuple[Dual, ...]:
+    """Equal parts along a dimension that is not the samples'; views, as of `torch.chunk`."""
+    x = Dual.of(x)
+    _check_dim("chunk", x, dim)
+    size = x.value.shape[dim]
+    require(size % parts == 0, f"chunk: dim {dim} must have a size that {parts} divides, got {size}")
+    dots = (None,) * parts if x.dot is None else x.dot.chunk(parts, dim)
+    return tuple(map(Dual, x.value.chunk(parts, dim), dots))
+
+
+def concatenate(parts: Sequence[Given], dim: int = -1) -> Dual:
+    """`torch.cat` along a dimension that is not the samples'; a part without tangent has zeros."""
+    duals = [Dual.of(part) for part in parts]
+    _check_dim("concatenate", duals[0], dim)
+    value, rows = torch.cat([dual.value for dual in duals], dim), _rows("concatenate", duals)
+    if rows is None:
+        return Dual(value)
+    with torch.no_grad():
+        dots = [torch.zeros_like(tail(d.value, rows)) if d.dot is None else d.dot for d in duals]
+        return Dual(value, torch.cat(dots, dim))
+
+
+def _check_dim(name: str, x: Dual, dim: int) -> None:
+    if dim % x.value.ndim == 0:
+        raise InputError(f"{name}: dim must not be that of the samples, 0, got {dim}")
+
+
+def gated_residual(x: Given, branch: Given, gate: Given | None = None) -> Dual:
+    """x + gate branch, and x_dot + gate branch_dot + gate_dot branch, in the dtype of x.
+
+    x, branch [B, S, C]; gate [C], [B, C], [B, 1, C], [B, S, C] or None (one).
+    """
+    x = Dual.of(x)
+    if gate is not None:
+        gate = Dual.of(gate)
+        branch = multiply(gate.map(lambda g: g[:, None] if g.ndim == 2 and x.value.ndim == 3 else g), branch)
+    return add(x, branch).map(lambda part: part.to(x.value.dtype))
+
+
+def linear_dual(
+    x: Dual, weight: Tensor, bias: Tensor | None = None, *, linear: Callable[..., Tensor] = F.linear
+) -> Dual:
+    """x W^T + b, and x_dot W^T: two products, so that backward keeps no tangent alive."""
+    value = linear(x.value, weight, bias)
+    if x.dot is None:
+        return Dual(value)
+    with torch.no_grad():
+        return Dual(value, linear(x.dot, weight))
+
+
+def dual(function: Callable, *inputs: Given | None) -> Any:
+    """`function(*inputs)` and its tangent: of our layers, of any module, of any function of tensors.
+
+    Layers with `forward_dual` compute both in one pass, as do nn.Linear, nn.Conv2d, nn.Embedding and an nn.Sequential
+    of such. Anything else is called by `pmf.jvp`, which records what a plain call would; where the tangents cover only
+    some samples, these are then computed twice. Results have the structure of the function's, with Duals for tensors.
+    """
+    duals = [Dual.of(x) for x in inputs]
+    if hasattr(function, "forward_dual"):
+        return function.forward_dual(*duals)
+    if len(duals) == 1 and isinstance(function, nn.Module) and not hooked(function):
+        if type(function) is nn.Sequential:
+            return functools.reduce(lambda x, part: dual(part, x), function, duals[0])
+        if type(function) is nn.Linear:
+            return linear_dual(duals[0], function.weight, function.bias)
+        if type(function) is nn.Conv2d and function.padding_mode == "zeros":
+            return _convolution(function, duals[0])
+    return _by_jvp(function, duals)
+
+
+def _convolution(layer: nn.Conv2d, x: Dual) -> Dual:
+    """The convolution of the value, and that of the tangent without bias."""
+    if x.dot is None:
+        return Dual(layer(x.value))
+    with torch.no_grad():
+        dot = F.conv2d(x.dot, layer.weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+    return Dual(layer(x.value), dot)
+
+
+def _by_jvp(function: Callable, duals: list[Dual]) -> Any:
+    values, dots = zip(*duals, strict=True)
+    rows = _rows("dual", duals)
+    if rows is None:
+        result, moved = function(*values), None
+    else:
+        partial = any(dot is not None and len(dot) < len(value) for value, dot in duals)
+        result, moved = jvp(function, values, dots, rows=rows if partial else None)
+    leaves, spec = tree_flatten(result)
+    dot_leaves = [None] * len(leaves) if moved is None else tree_flatten(moved, is_leaf=lambda x: x is None)[0]
+    pairs = zip(leaves, dot_leaves, strict=True)
+    return tree_unflatten([Dual(x, d) if isinstance(x, Tensor) else x for x, d in pairs], spec)

@@ -1,0 +1,172 @@
+"""Self-attention and cross-attention with normalised and rotated heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from pmf import ops
+from pmf.dual import chunk, dual, linear_dual
+from pmf.errors import InputError, require
+from pmf.layers.base import DualModule, Linears, check_linear
+from pmf.ops.heads import Norm, Pairs
+from pmf.packing import Join, PackedModule
+from pmf.pair import Dual
+
+
+class Rope(NamedTuple):
+    """cos and sin of the tokens' rotary angles, [N, D / 2] or [B, N, D / 2] each; of images: `ops.rope_tables`."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def _norm(kind: Norm | None, dim: int, eps: float | None) -> nn.Module:
+    """The parameters of a norm of queries or keys."""
+    require(kind in (None, "rms", "layer"), f'Attention: qk_norm must be None, "rms" or "layer", got {kind!r}')
+    return nn.Identity() if kind is None else (nn.RMSNorm if kind == "rms" else nn.LayerNorm)(dim, eps=eps)
+
+
+def _joined(layers: Sequence[nn.Linear]) -> tuple[Join, ...]:
+    """The layers' weights as one, and their biases if they have any."""
+    check_linear("Attention", *layers)
+    weights = Join.of(*(layer.weight for layer in layers))
+    return (weights,) if layers[0].bias is None else (weights, Join.of(*(layer.bias for layer in layers)))
+
+
+class Attention(DualModule, PackedModule):
+    """Multi-head self-attention; the parameters `qkv`, `q_norm`, `k_norm` and `proj` are timm's.
+
+    qk_norm: the norm of queries and keys, over each head or, with norm_across_heads, over the whole width.
+    rope: "adjacent" or "half", the pairs of channels that the tables of `forward` rotate; None: no positions.
+    num_kv_heads: fewer heads of keys and values (grouped queries). prefix_length: the first tokens do not rotate.
+    causal: a token attends to those before it and itself. `linear` makes the Linear layers.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int = 8, *, num_kv_heads: int | None = None, qkv_bias: bool = False,
+        qk_norm: Norm | None = None, norm_across_heads: bool = False, eps: float | None = 1e-6,
+        rope: Pairs | None = None, prefix_length: int = 0, causal: bool = False, proj_bias: bool = True,
+        linear: Linears = nn.Linear, impl: str | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(impl)
+        require(dim % num_heads == 0, f"Attention: dim must be a multiple of num_heads, got {dim} and {num_heads}")
+        self.num_heads, self.head_dim = num_heads, dim // num_heads
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        require(
+            self.num_kv_heads > 0 and num_heads % self.num_kv_heads == 0,
+            f"Attention: num_kv_heads must divide num_heads {num_heads}, got {num_kv_heads}",
+        )
+        known = rope in (None, "adjacent", "half")
+        require(known, f'Attention: rope must be None, "adjacent" or "half", got {rope!r}')
+        self.qk_norm, self.norm_across_heads, self.eps = qk_norm, norm_across_heads, eps
+        self.rope, self.prefix_length, self.causal = rope, prefix_length, causal
+        kv_dim = self.num_kv_heads * self.head_dim
+        self._add_projections(dim, kv_dim, qkv_bias, proj_bias, linear)
+        self.q_norm = _norm(qk_norm, dim if norm_across_heads else self.head_dim, eps)
+        self.k_norm = _norm(qk_norm, kv_dim if norm_across_heads else self.head_dim, eps)
+
+    def _add_projections(self, dim: int, kv_dim: int, qkv_bias: bool, proj_bias: bool, linear: Linears) -> None:
+        """Make the Linear layers that `projections` returns."""
+        self.qkv = linear(dim, dim + 2 * kv_dim, bias=qkv_bias)
+        self.proj = linear(dim, dim, bias=proj_bias)
+
+    def projections(self) -> tuple[Sequence[nn.Linear], nn.Linear]:
+        """The layers whose results, side by side, are q, k and v; and that of the result."""
+        return [self.qkv], self.proj
+
+    def joins(self) -> tuple[Join, ...]:
+        """One weight for q, k and v, the output weight, and the biases of each."""
+        inputs, out = self.projections()
+        return *_joined(inputs), *_joined([out])
+
+    def forward_dual(self, x: Dual, rope: Rope | None = None, *, key_lengths: Tensor | None = None) -> Dual:
+        """x [B, S, C] -> [B, S, C]; rope: the tables; key_lengths int [B]: the tokens of each sample that count."""
+        inputs, out = self.projections()
+        packed = iter(self.packed())
+        weight, bias = next(packed), None if inputs[0].bias is None else next(packed)
+        out_weight, out_bias = next(packed), None if out.bias is None else next(packed)
+        q, k, v = self._heads(linear_dual(Dual.of(x), weight, bias), rope)
+        grouped = self.num_kv_heads != self.num_heads
+        mixed = ops.attention(q, k, v, causal=self.causal, key_lengths=key_lengths, enable_gqa=grouped, impl=self.impl)
+        return linear_dual(mixed.map(lambda o: o.flatten(2)), out_weight, out_bias)
+
+    def _heads(self, packed: Dual, rope: Rope | None) -> tuple[Dual, Dual, Dual]:
+        """q, k and v [B, S, H, D] of the projected tokens, normalised and rotated."""
+        if (rope is None) != (self.rope is None):
+            wanted, got = ("no tables", "some") if self.rope is None else ("tables", "none")
+            raise InputError(f"Attention: with rope={self.rope!r} forward expects {wanted}, got {got}")
+        heads = packed.map(lambda p: p.unflatten(-1, (-1, self.head_dim)))
+        if self.qk_norm is None and rope is None:
+            sizes = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
+            dots = [None] * 3 if heads.dot is None else heads.dot.split(sizes, 2)
+            q, k, v = map(Dual, heads.value.split(sizes, 2), dots)
+            return q, k, v
+        norms = self.q_norm, self.k_norm
+        q_weight, k_weight = (getattr(norm, "weight", None) for norm in norms)
+        q_bias, k_bias = (getattr(norm, "bias", None) for norm in norms)
+        return ops.qk_norm_rope(
+            heads, q_weight, k_weight, *(rope or (None, None)), q_bias=q_bias, k_bias=k_bias,
+            num_kv_heads=self.num_kv_heads, norm=self.qk_norm, across_heads=self.norm_across_heads,
+            pairs=self.rope or "adjacent", prefix_length=self.prefix_length, eps=self.eps, impl=self.impl,
+        )  # fmt: skip
+
+
+class SeparateAttention(Attention):
+    """`Attention` with a projection each, `q_proj`, `k_proj`, `v_proj` and `out_proj`, as optimizers like Muon want."""
+
+    def _add_projections(self, dim: int, kv_dim: int, qkv_bias: bool, proj_bias: bool, linear: Linears) -> None:
+        require(kv_dim == dim, "SeparateAttention: grouped-query heads have projections of two sizes; use Attention")
+        self.q_proj, self.k_proj, self.v_proj = (linear(dim, dim, bias=qkv_bias) for _ in range(3))
+        self.out_proj = linear(dim, dim, bias=proj_bias)
+
+    def projections(self) -> tuple[Sequence[nn.Linear], nn.Linear]:
+        """q, k and v; and the output."""
+        return [self.q_proj, self.k_proj, self.v_proj], self.out_proj
+
+
+class CrossAttention(DualModule):
+    """Multi-head attention of tokens to a context of other length: `q`, `kv`, `q_norm`, `k_norm`, `proj`.
+
+    context_dim: the context's width, by default that of the tokens; the rest as in `Attention`.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int = 8, *, context_dim: int | None = None, qkv_bias: bool = False,
+        qk_norm: Norm | None = None, eps: float | None = 1e-6, proj_bias: bool = True, linear: Linears = nn.Linear,
+        impl: str | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(impl)
+        require(dim % num_heads == 0, f"CrossAttention: dim must be a multiple of num_heads, got {dim} and {num_heads}")
+        self.head_dim, self.qk_norm, self.eps = dim // num_heads, qk_norm, eps
+        self._add_projections(dim, dim if context_dim is None else context_dim, qkv_bias, proj_bias, linear)
+        self.q_norm, self.k_norm = (_norm(qk_norm, self.head_dim, eps) for _ in range(2))
+
+    def _add_projections(self, dim: int, context_dim: int, qkv_bias: bool, proj_bias: bool, linear: Linears) -> None:
+        self.q = linear(dim, dim, bias=qkv_bias)
+        self.kv = linear(context_dim, 2 * dim, bias=qkv_bias)
+        self.proj = linear(dim, dim, bias=proj_bias)
+
+    def project(self, x: Dual, context: Dual) -> tuple[Dual, Dual, Dual]:
+        """q [B, S, C] of the tokens, k and v [B, T, C] of the context."""
+        k, v = chunk(dual(self.kv, context), 2)
+        return dual(self.q, x), k, v
+
+    def output(self, mixed: Dual) -> Dual:
+        """The last projection."""
+        return dual(self.proj, mixed)
+
+    def forward_dual(self, x: Dual, context: Dual, *, key_lengths: Tensor | None = None) -> Dual:
+        """x [B, S, C], context [B, T, E] -> [B, S, C]; key_lengths int [B]: the context's tokens that count."""
+        parts = self.project(Dual.of(x), Dual.of(context))
+        q, k, v = (part.map(lambda p: p.unflatten(-1, (-1, self.head_dim))) for part in parts)
+        if self.qk_norm is not None:
+            q, k = self._normalised(q, self.q_norm), self._normalised(k, self.k_norm)
+        mixed = ops.attention(q, k, v, key_lengths=key_lengths, impl=self.impl)
+        return self.output(mixed.map(lambda o: o.flatten(2)))
+
+    def _normalised(self, heads: Dual, norm: nn.Module) -> Dual:
+        weight, bias = (getattr(norm, name, None) for name in ("weight", "bias"))
+        return ops.norm_rope(heads, weight, bias=bias, norm=self.qk_norm, eps=self.eps, impl=self.impl)

@@ -1,0 +1,95 @@
+"""`DualModule`, on which all layers with tangents are built, and Linear layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from pmf.dual import linear_dual
+from pmf.errors import InputError
+from pmf.packing import Join, PackedModule
+from pmf.pair import Dual
+from pmf.tangents.carriers import CARRIERS, as_dual, carrier_of, moves
+from pmf.wide import wide_linear
+
+Linears = Callable[..., nn.Linear]
+"""Makes a Linear layer from (in_features, out_features, bias=...), such as nn.Linear itself."""
+
+
+def check_linear(owner: str, *layers: nn.Module) -> None:
+    """Errors: `InputError` on a layer whose weight alone is not what it computes, such as one with an adapter."""
+    for layer in layers:
+        if not isinstance(layer, nn.Linear):
+            raise InputError(f"{owner}: projections must be nn.Linear layers, got {type(layer).__name__}")
+
+
+def _dual(given: Any) -> Any:
+    """A floating tensor or None as a `Dual`, without tangent unless it moves; anything else unchanged."""
+    if given is None or type(given) in CARRIERS:
+        return as_dual(given)
+    return Dual(given) if isinstance(given, Tensor) and given.is_floating_point() else given
+
+
+class DualModule(nn.Module):
+    """A layer whose `forward(*values)` is `forward_dual` without tangents.
+
+    `forward_dual` takes tensors, pairs (value, tangent) and Duals; `forward` tensors.
+    """
+
+    def __init__(self, impl: str | None = None) -> None:
+        super().__init__()
+        self.impl = impl
+
+    def forward(self, *inputs, **named):
+        """`forward_dual` of the same inputs without tangents; returns only the value. Inside `pmf.jvp` values move.
+
+        Errors: `InputError` on an input with a tangent.
+        """
+        result = self.forward_dual(*map(_dual, inputs), **{name: _dual(given) for name, given in named.items()})
+        if moves([*inputs, *named.values()]):
+            return carrier_of(result)
+        if result.dot is not None:
+            raise InputError(f"{type(self).__name__}: forward takes values only, got a tangent; use forward_dual")
+        return result.value
+
+
+class Linear(PackedModule, nn.Linear):
+    """torch.nn.Linear with a tangent; weights drawn from N(0, gain^2 / fan_in), bias 0."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = False, gain: float = 1.0):
+        self.gain = gain
+        super().__init__(in_features, out_features, bias=bias)
+
+    def reset_parameters(self) -> None:
+        """Draw the weights."""
+        nn.init.normal_(self.weight, std=self.gain / math.sqrt(self.in_features))
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def joins(self) -> tuple[Join, ...]:
+        """Weight and bias."""
+        return tuple(Join.of(parameter) for parameter in (self.weight, self.bias) if parameter is not None)
+
+    def forward_dual(self, x: Dual) -> Dual:
+        """x W^T + b, and its tangent."""
+        return linear_dual(Dual.of(x), *self.packed())
+
+
+class WideLinear(Linear):
+    """A Linear whose result is at least float32: the product is not rounded, and autocast does not cast the bias."""
+
+    def joins(self) -> tuple[Join, ...]:
+        """Only the weight; the bias is added without a cast."""
+        return (Join.of(self.weight),)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x W^T + b."""
+        return carrier_of(self.forward_dual(as_dual(x)))
+
+    def forward_dual(self, x: Dual) -> Dual:
+        """x W^T + b, and x_dot W^T."""
+        (weight,) = self.packed()
+        return linear_dual(Dual.of(x), weight, self.bias, linear=wide_linear)

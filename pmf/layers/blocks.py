@@ -1,0 +1,106 @@
+"""Transformer blocks with the parameter names of DiT, SiT and timm, so that their state dicts load strictly."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import nn
+
+from pmf import ops
+from pmf.dual import chunk, dual
+from pmf.layers.attention import Attention, Rope
+from pmf.layers.base import DualModule
+from pmf.layers.mlp import Mlp
+from pmf.layers.norms import NormModulate, Residual
+from pmf.ops.heads import Norm, Pairs
+from pmf.pair import Dual
+
+
+class DiTBlock(DualModule):
+    """A block of DiT and SiT with adaLN-Zero: x + gate attn(norm(x)), then x + gate mlp(norm(x)).
+
+    Shift, scale and gate of both halves come from silu(condition) through a Linear that starts at zero, as the block
+    does then: it is the identity. qk_norm, rope and causal are those of `Attention`.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, *, qkv_bias: bool = True,
+        qk_norm: Norm | None = None, rope: Pairs | None = None, causal: bool = False, act: str = "gelu_tanh",
+        impl: str | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(impl)
+        self.norm1 = NormModulate(hidden_size, kind="layer", impl=impl)
+        self.attn = Attention(
+            hidden_size, num_heads, qkv_bias=qkv_bias, qk_norm=qk_norm, rope=rope, causal=causal, impl=impl
+        )
+        self.norm2 = NormModulate(hidden_size, kind="layer", impl=impl)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act=act, impl=impl)
+        modulation = nn.Linear(hidden_size, 6 * hidden_size)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), modulation)
+        nn.init.zeros_(modulation.weight)
+        nn.init.zeros_(modulation.bias)
+
+    def forward_residual(self, residual: Residual, condition: Dual, rope: Rope | None = None) -> Residual:
+        """Run the block on a stream whose last branch is pending; leave the block's own MLP branch pending.
+
+        So the addition is fused with the next block's first norm.
+        """
+        modulations = chunk(dual(self.adaLN_modulation[1], ops.silu(condition)), 6)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulations
+        x, y = self.norm1.after_residual(residual, scale1, shift1)
+        residual = Residual(x, self.attn.forward_dual(y, rope), gate1)
+        x, y = self.norm2.after_residual(residual, scale2, shift2)
+        return Residual(x, self.mlp.forward_dual(y), gate2)
+
+    def forward_dual(self, x: Dual, c: Dual, rope: Rope | None = None) -> Dual:
+        """x [B, S, C] -> [B, S, C]; condition c [B, C], or per token [B, S, C]."""
+        return self.forward_residual(Residual(Dual.of(x)), Dual.of(c), rope).add()
+
+
+SiTBlock = DiTBlock
+"""SiT's block is DiT's."""
+
+
+class LayerScale(nn.Module):
+    """A gate per channel, `gamma`."""
+
+    def __init__(self, dim: int, init_values: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), init_values))
+
+
+class ViTBlock(DualModule):
+    """timm's block of vision transformers: x + ls1 attn(norm1(x)), then x + ls2 mlp(norm2(x)).
+
+    init_values: that of the layer scales `ls1` and `ls2`; None: there are none. Norms are nn.LayerNorms.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float = 4.0, qkv_bias: bool = False, qk_norm: bool = False,
+        *, proj_bias: bool = True, init_values: float | None = None, act: str = "gelu", rope: Pairs | None = None,
+        eps: float = 1e-6, impl: str | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(impl)
+        affine = dict(elementwise_affine=True, bias=True)
+        norm = functools.partial(NormModulate, dim, kind="layer", **affine, eps=eps, impl=impl)
+        self.norm1 = norm()
+        self.attn = Attention(
+            dim, num_heads, qkv_bias=qkv_bias, qk_norm="layer" if qk_norm else None, eps=eps, rope=rope,
+            proj_bias=proj_bias, impl=impl,
+        )  # fmt: skip
+        self.ls1 = None if init_values is None else LayerScale(dim, init_values)
+        self.norm2 = norm()
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act=act, impl=impl)
+        self.ls2 = None if init_values is None else LayerScale(dim, init_values)
+
+    def forward_residual(self, residual: Residual, rope: Rope | None = None) -> Residual:
+        """Run the block on a stream whose last branch is pending; leave the block's own MLP branch pending."""
+        gate1, gate2 = (None if scale is None else Dual(scale.gamma) for scale in (self.ls1, self.ls2))
+        x, y = self.norm1.after_residual(residual)
+        x, y = self.norm2.after_residual(Residual(x, self.attn.forward_dual(y, rope), gate1))
+        return Residual(x, self.mlp.forward_dual(y), gate2)
+
+    def forward_dual(self, x: Dual, rope: Rope | None = None) -> Dual:
+        """x [B, S, C] -> [B, S, C]."""
+        return self.forward_residual(Residual(Dual.of(x)), rope).add()

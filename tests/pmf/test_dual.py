@@ -1,0 +1,179 @@
+"""`pmf.dual`: arithmetic on values with tangents against torch.func.jvp, and any module on them."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import pmf
+from pmf import layers
+from pmf.counting import saved_bytes
+from pmf.dual import (
+    Dual,
+    add,
+    checkpoint_values,
+    chunk,
+    concatenate,
+    dual,
+    gated_residual,
+    multiply,
+    pointwise,
+)
+from pmf.errors import InputError
+from tests.networks import relative_error
+
+B, S, C = 4, 5, 8
+
+
+def drawn(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+FUNCTIONS = {  # explicit, in PyTorch, shapes of the inputs
+    "add": (add, lambda *x: sum(x), [(B, S, C), (B, 1, C), (C,)]),
+    "multiply": (multiply, lambda x, y, z: x * y * z, [(B, S, C), (B, 1, C), (C,)]),
+    "multiply, small first": (multiply, torch.mul, [(B, 1, 1), (B, S, C)]),
+    "pointwise": (functools.partial(pointwise, F.gelu), F.gelu, [(B, S, C)]),
+    "chunk": (lambda x: chunk(x, 4)[2], lambda x: x.chunk(4, -1)[2], [(B, S, C)]),
+    "chunk of tokens": (lambda x: chunk(x, 5, 1)[3], lambda x: x.chunk(5, 1)[3], [(B, S, C)]),
+    "concatenate": (lambda *x: concatenate(x, 1), lambda *x: torch.cat(x, 1), [(B, 2, C), (B, S, C)]),
+    "concatenate channels": (lambda *x: concatenate(x), lambda *x: torch.cat(x, -1), [(B, 2), (B, C)]),
+    "gated residual": (gated_residual, lambda x, y, g: x + g[:, None] * y, [(B, S, C), (B, S, C), (B, C)]),
+    "gated residual, token": (gated_residual, lambda x, y, g: x + g * y, [(B, S, C)] * 3),
+    "gated residual, channel": (gated_residual, lambda x, y, g: x + g * y, [(B, S, C), (B, S, C), (C,)]),
+    "residual": (gated_residual, torch.add, [(B, S, C), (B, S, C)]),
+    "two dimensions": (gated_residual, lambda x, y, g: x + g * y, [(B, C)] * 3),
+}
+
+
+def moving_sets(shapes):
+    """Every way in which some of the inputs move; what has no samples stands still."""
+    able = [i for i, shape in enumerate(shapes) if shape[0] == B]
+    for mask in range(1, 2 ** len(able)):
+        yield [i for k, i in enumerate(able) if mask >> k & 1]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("rows", [1, 3, B])
+def test_tangents_are_those_of_torch_func_jvp(name, rows):
+    explicit, plain, shapes = FUNCTIONS[name]
+    inputs = [drawn(*shape).requires_grad_() for shape in shapes]
+    for moving in moving_sets(shapes):
+        dots = [torch.randn_like(x) if i in moving else torch.zeros_like(x) for i, x in enumerate(inputs)]
+        for dot in dots:
+            if len(dot) == B:
+                dot[: B - rows] = 0
+        value, expected = torch.func.jvp(plain, tuple(inputs), tuple(dots))
+        pairs = [(x, dots[i][B - rows :]) if i in moving else x for i, x in enumerate(inputs)]
+        y, y_dot = explicit(*pairs)
+        assert torch.equal(y, plain(*inputs)) and y.requires_grad and not y_dot.requires_grad
+        assert relative_error(y_dot, expected[B - rows :]) < 1e-13, moving
+        assert y_dot.shape == value[B - rows :].shape
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_nothing_moves_without_tangents_and_tangents_record_nothing(name):
+    explicit, plain, shapes = FUNCTIONS[name]
+    inputs = [drawn(*shape).requires_grad_() for shape in shapes]
+    assert explicit(*inputs).dot is None
+    pairs = [Dual(x, torch.randn_like(x)) if len(x) == B else x for x in inputs]
+    assert saved_bytes(lambda: explicit(*pairs), inputs) <= saved_bytes(lambda: plain(*inputs), inputs)
+
+
+MODULES = {
+    "Linear": (lambda: nn.Linear(C, 3), (B, S, C)),
+    "Linear without bias": (lambda: nn.Linear(C, 3, bias=False), (B, C)),
+    "Conv2d": (lambda: nn.Conv2d(C, 6, 3, stride=2, padding=1, groups=2), (B, C, 6, 6)),
+    "Conv2d, circular": (lambda: nn.Conv2d(C, 3, 3, padding=1, padding_mode="circular"), (B, C, 6, 6)),
+    "Sequential": (lambda: nn.Sequential(nn.Linear(C, 6), nn.SiLU(), nn.Sequential(nn.Linear(6, 3))), (B, C)),
+    "LayerNorm": (lambda: nn.LayerNorm(C), (B, S, C)),
+    "ours": (lambda: layers.Mlp(C, 16), (B, S, C)),
+    "ours in Sequential": (lambda: nn.Sequential(layers.NormModulate(C), nn.Linear(C, 2)), (B, S, C)),
+    "a transformer of PyTorch": (lambda: nn.TransformerEncoderLayer(C, 2, 16, 0.0, batch_first=True), (B, S, C)),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("rows", [2, B])
+def test_modules(name, rows):
+    make, shape = MODULES[name]
+    torch.manual_seed(0)
+    module, x = make().double(), drawn(*shape)
+    x_dot = torch.randn_like(x[B - rows :])
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        value, expected = torch.func.jvp(module, (x[B - rows :],), (x_dot,))
+    y, y_dot = dual(module, (x, x_dot))
+    assert relative_error(y[B - rows :], value) < 1e-12 and relative_error(y_dot, expected) < 1e-12
+    assert y.requires_grad and not y_dot.requires_grad
+    assert dual(module, x).dot is None and torch.equal(dual(module, x).value, module(x))
+
+
+def test_an_index_stands_still():
+    table, index = nn.Embedding(7, C), torch.tensor([1, 0, 6])
+    y, y_dot = dual(table, index)
+    assert torch.equal(y, table(index)) and y_dot is None
+
+
+def test_hooks_run():
+    linear = nn.Linear(C, 3).double()
+    linear.register_forward_hook(lambda module, inputs, output: 2 * output)
+    x = drawn(B, C)
+    y, y_dot = dual(nn.Sequential(linear), (x, x))
+    assert torch.equal(y, 2 * F.linear(x, linear.weight, linear.bias))
+    assert relative_error(y_dot, 2 * x @ linear.weight.T) < 1e-14
+
+
+def test_functions_of_several_inputs_and_outputs():
+    x, y = drawn(B, C), drawn(B, C)
+    result = dual(lambda x, y: dict(product=x * y, parts=(x, 3)), (x, x[2:]), y)
+    assert relative_error(result["product"].dot, x[2:] * y[2:]) < 1e-14
+    assert torch.equal(result["parts"][0].dot, x[2:]) and result["parts"][1] == 3
+
+
+def test_checkpointed_values_are_recomputed_without_tangents():
+    block = layers.DiTBlock(C, 2).double()
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    x, c = drawn(B, S, C).requires_grad_(), drawn(B, C)
+    given = Dual(x, torch.randn_like(x[1:])), Dual(c, torch.randn_like(c[1:]))
+
+    def outcome(run):
+        y, y_dot = run()
+        return y, y_dot, *torch.autograd.grad(y.square().sum(), [x, *block.parameters()])
+
+    plain = outcome(lambda: block.forward_dual(*given))
+    checkpointed = outcome(lambda: pmf.checkpoint_values(block.forward_dual, *given))
+    assert all(map(torch.equal, plain, checkpointed))
+    assert saved_bytes(lambda: checkpoint_values(block.forward_dual, *given), block.parameters()) <= 8 * (
+        x.numel() + c.numel()
+    )
+
+
+def test_checkpointed_values_draw_the_same_random_numbers():
+    module, x = nn.Sequential(nn.Linear(C, C), nn.Dropout(), nn.Linear(C, C)).double(), drawn(B, C).requires_grad_()
+
+    def outcome(run):
+        torch.manual_seed(0)
+        y, y_dot = run(functools.partial(dual, module), Dual(x, torch.ones_like(x)))
+        return y, y_dot, *torch.autograd.grad(y.square().sum(), [x, *module.parameters()])
+
+    assert all(map(torch.equal, outcome(lambda layer, x: layer(x)), outcome(checkpoint_values)))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: add((x, x[1:]), (x, x[2:])), r"add: all tangents must cover equally many samples, got \[2, 3\]"),
+        (lambda x: multiply((x, x, x)), r"Dual: expected a tensor or a pair \(value, tangent\), got 3 values"),
+        (lambda x: chunk(x, 2, 0), "chunk: dim must not be that of the samples, 0, got 0"),
+        (lambda x: concatenate([x, x], -2), "concatenate: dim must not be that of the samples, 0, got -2"),
+        (lambda x: chunk(x, 3), "chunk: dim -1 must have a size that 3 divides, got 8"),
+        (lambda x: dual(nn.Linear(C, 2), (x, x[1:]), (x, x[2:])), "dual: all tangents must cover equally many"),
+    ],
+)
+def test_bad_input_is_one_line(call, message):
+    with pytest.raises(InputError, match=message) as error:
+        call(drawn(B, C))
+    assert "\n" not in str(error.value)
