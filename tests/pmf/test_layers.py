@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 import pmf
 from pmf import blocks, layers, ops
@@ -64,6 +65,10 @@ LAYERS = {
     "CrossAttention, norm": (
         lambda: layers.CrossAttention(WIDTH, 4, qkv_bias=True, qk_norm="layer"),
         lambda: (drawn(3, 5, WIDTH),),
+    ),
+    "CrossAttention, norm across heads": (
+        lambda: layers.CrossAttention(WIDTH, 4, context_dim=12, qk_norm="rms", norm_across_heads=True),
+        lambda: (drawn(3, 5, 12),),
     ),
     "DiTBlock": (lambda: layers.DiTBlock(WIDTH, 4), lambda: (drawn(3, WIDTH),)),
     "DiTBlock, per token": (
@@ -146,6 +151,26 @@ def test_backward_keeps_nothing_of_the_tangent(name):
         for run in (lambda: layer(*inputs), lambda: layer.forward_dual(*duals).value)
     ]
     assert all(map(torch.equal, *gradients))
+
+
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_cross_attention_is_that_of_torch(norm, across):
+    layer = randomise(layers.CrossAttention(WIDTH, 4, context_dim=12, qk_norm=norm, norm_across_heads=across))
+    x, context, lengths = tokens(), drawn(3, 5, 12), torch.tensor([5, 1, 3])
+
+    def heads(x, norm=None):
+        x = x if norm is None or not across else norm(x)
+        x = x.unflatten(-1, (4, -1))
+        return (x if norm is None or across else norm(x)).transpose(1, 2)
+
+    k, v = layer.kv(context).chunk(2, -1)
+    mask = (torch.arange(5) < lengths[:, None])[:, None, None]
+    mixed = F.scaled_dot_product_attention(
+        heads(layer.q(x), layer.q_norm), heads(k, layer.k_norm), heads(v), attn_mask=mask
+    )
+    expected = layer.proj(mixed.transpose(1, 2).flatten(2))
+    assert relative_error(layer(x, context, key_lengths=lengths), expected) < 1e-12
 
 
 def test_block_under_adaln_takes_the_tangent_of_its_condition():
