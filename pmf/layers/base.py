@@ -20,10 +20,10 @@ Linears = Callable[..., nn.Linear]
 
 
 def check_linear(owner: str, *layers: nn.Module) -> None:
-    """Errors: `InputError` on a layer whose weight alone is not what it computes, such as one with an adapter."""
+    """Errors: `InputError` on a layer whose weight and bias alone are not what it computes, such as an adapter."""
     for layer in layers:
-        if not isinstance(layer, nn.Linear):
-            raise InputError(f"{owner}: projections must be nn.Linear layers, got {type(layer).__name__}")
+        if type(layer).forward is not nn.Linear.forward or "forward" in vars(layer):
+            raise InputError(f"{owner}: projections must be plain nn.Linear layers, got {type(layer).__name__}")
 
 
 def _dual(given: Any) -> Any:

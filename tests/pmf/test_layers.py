@@ -250,3 +250,21 @@ def test_bad_input_is_one_line():
     block = layers.BasicTransformerBlock(64, 4, 16, cross_attention_dim=8)
     with pytest.raises(InputError, match=r"^BasicTransformerBlock: encoder_hidden_states must be given .*, got None$"):
         block(x, timestep=x[:, 0])
+
+
+class Doubled(torch.nn.Linear):
+    """A Linear that is more than its weight."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_projections_that_are_more_than_their_weights_are_refused():
+    """Layers read weights and biases alone."""
+    x, mlp = torch.randn(2, 5, 8), layers.Mlp(8, 16, linear=Doubled)
+    with pytest.raises(InputError, match=r"^Mlp: projections must be plain nn.Linear layers, got Doubled$"):
+        mlp(x)
+    attention = layers.Attention(8, 2)
+    attention.proj.forward = lambda x: x
+    with pytest.raises(InputError, match=r"^Attention: projections must be plain nn.Linear layers, got Linear$"):
+        attention(x)
