@@ -151,7 +151,8 @@ def dual(function: Callable, *inputs: Given | None) -> Any:
     duals = [Dual.of(x) for x in inputs]
     if hasattr(function, "forward_dual"):
         return function.forward_dual(*duals)
-    if len(duals) == 1 and isinstance(function, nn.Module) and not hooked(function):
+    changed = isinstance(function, nn.Module) and (hooked(function) or "forward" in vars(function))
+    if len(duals) == 1 and not changed:
         if type(function) is nn.Sequential:
             return functools.reduce(lambda x, part: dual(part, x), function, duals[0])
         if type(function) is nn.Linear:
