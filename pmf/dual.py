@@ -151,8 +151,7 @@ def dual(function: Callable, *inputs: Given | None) -> Any:
     duals = [Dual.of(x) for x in inputs]
     if hasattr(function, "forward_dual"):
         return function.forward_dual(*duals)
-    changed = isinstance(function, nn.Module) and (hooked(function) or "forward" in vars(function))
-    if len(duals) == 1 and not changed:
+    if len(duals) == 1 and isinstance(function, nn.Module) and not hooked(function):
         if type(function) is nn.Sequential:
             return functools.reduce(lambda x, part: dual(part, x), function, duals[0])
         if type(function) is nn.Linear:
