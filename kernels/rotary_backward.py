@@ -71,18 +71,19 @@ class HeadTile:
 
 @functools.cache
 def tile_of(heads: int, head_dim: int, chip: Chip, half: bool, across: bool, both: bool) -> HeadTile:
-    """All heads of a token if they fit (or must), several tokens if heads are few.
+    """All heads of a token if they fit (or must), several tokens if heads are few; one head if its q or k comes alone
+    and the number of heads is no power of two, so that no row is empty.
 
     Of `both` q and k, which rotate by the same angles, read from cache for every head, a thread has 8 values each.
     Of one of them it has 16: fewer warps wait for each other, and 16 bytes of each half are read at a time.
     """
     block, halves = registration.power_of_two(side(head_dim, half)), 2 if half else 1
     width = block * halves
-    together = registration.power_of_two(heads)
+    padded = registration.power_of_two(heads)
     if across:
-        tokens = 1
+        together, tokens = padded, 1
     else:
-        together = min(together, 4096 // width)
+        together = 1 if padded != heads and not both else min(padded, 4096 // width)
         tokens = max((64 if chip.interpreted else 1024 // width) // together, 1)
     per_warp = 256 if both else 512
     warps = 1 if chip.interpreted else min(max(tokens * together * width // per_warp, 1), 16)
