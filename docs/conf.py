@@ -1,5 +1,9 @@
 """Sphinx's configuration: Markdown pages, and an API reference from docstrings; `make docs` builds them."""
 
+import re
+
+from sphinx.util import logging
+
 import pmf
 
 project = "pixel-meanflow"
@@ -35,6 +39,24 @@ def keep_tables_and_equations(app, what, name, obj, options, lines: list[str]) -
     lines[:] = "\n\n".join(paragraphs).splitlines()
 
 
+def separate_endings(app, what, name, obj, options, lines: list[str]) -> None:
+    """Let code in single backticks end within a word: reStructuredText does not read `Dual`s otherwise."""
+    text = re.sub(r"`([^`]+)`(?=(\w?))", lambda code: code[0] + ("\\ " if code[2] else ""), "\n".join(lines))
+    lines[:] = text.splitlines()
+
+
+def miss_no_public_name(app, env) -> None:
+    """Warn of public names that no page lists."""
+    public = [f"{home}.{name}" for home, names in pmf._HOMES.items() for name in names]
+    for package in (pmf.layers, pmf.ops):
+        public += [f"{package.__name__}.{name}" for name, value in vars(package).items() if callable(value)]
+    for name in public:
+        if name not in env.domains["py"].objects:
+            logging.getLogger(__name__).warning("no page lists %s", name)
+
+
 def setup(app) -> None:
-    """Register the hook."""
+    """Register the hooks."""
     app.connect("autodoc-process-docstring", keep_tables_and_equations)
+    app.connect("autodoc-process-docstring", separate_endings)
+    app.connect("env-check-consistency", miss_no_public_name)

@@ -276,7 +276,9 @@ DIGITS = ModelSettings(
 _NAMED = {**PUBLISHED, "pMF-digits": DIGITS}
 
 MODELS: dict[str, ModelConfig] = {name: settings.network for name, settings in _NAMED.items()}
+"""The networks by name."""
 LOSSES: dict[str, LossConfig] = {name: settings.loss for name, settings in _NAMED.items()}
+"""Their losses."""
 SAMPLING: dict[str, dict[str, float]] = {
     f"{name}{suffix}": asdict(guidance)
     for name, settings in _NAMED.items()

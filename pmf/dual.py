@@ -28,8 +28,8 @@ from pmf.private import hooked, tree_flatten, tree_unflatten
 from pmf.recompute import checkpoint_values as checkpoint_values
 from pmf.tangents.call import jvp
 
-Given = Dual | Tensor | tuple
-"""A Dual, a tensor that stands still, or a pair (value, tangent)."""
+Given = Dual | Tensor | tuple | float
+"""A Dual, a tensor or number that stands still, or a pair (value, tangent)."""
 
 
 def _rows(name: str, duals: Iterable[Dual]) -> int | None:
@@ -39,8 +39,10 @@ def _rows(name: str, duals: Iterable[Dual]) -> int | None:
     return next(iter(found), None)
 
 
-def _last(value: Tensor, rows: int, like: Tensor) -> Tensor:
+def _last(value: Tensor | float, rows: int, like: Tensor) -> Tensor | float:
     """The last `rows` samples of an operand of `like`, detached; what is shared by all samples as a whole."""
+    if not isinstance(value, Tensor):
+        return value
     shared = value.ndim < like.ndim or value.shape[0] == 1 != like.shape[0]
     return value.detach() if shared else tail(value, rows)
 
@@ -116,12 +118,15 @@ def _check_dim(name: str, x: Dual, dim: int) -> None:
 def gated_residual(x: Given, branch: Given, gate: Given | None = None) -> Dual:
     """x + gate branch, and x_dot + gate branch_dot + gate_dot branch, in the dtype of x.
 
-    x, branch [B, S, C]; gate [C], [B, C], [B, 1, C], [B, S, C] or None (one).
+    x, branch [B, C], [B, S, C] or [B, H, W, C]; gate [C], [B, C], [B, 1, C], in the shape of x, or None (one).
     """
     x = Dual.of(x)
     if gate is not None:
         gate = Dual.of(gate)
-        branch = multiply(gate.map(lambda g: g[:, None] if g.ndim == 2 and x.value.ndim == 3 else g), branch)
+        if isinstance(gate.value, Tensor) and gate.value.ndim == 2:
+            between = (1,) * (x.value.ndim - 2)
+            gate = gate.map(lambda g: g.reshape(len(g), *between, g.shape[1]))
+        branch = multiply(gate, branch)
     return add(x, branch).map(lambda part: part.to(x.value.dtype))
 
 

@@ -23,8 +23,8 @@ class Dual(NamedTuple):
     dot: Tensor | None = None
 
     @classmethod
-    def of(cls, given: Dual | Tensor | tuple[Tensor, Tensor | None] | None) -> Dual:
-        """`given` as a Dual: a tensor alone stands still, a tuple is (value, tangent), None is `ABSENT`."""
+    def of(cls, given: Dual | Tensor | tuple[Tensor, Tensor | None] | float | None) -> Dual:
+        """`given` as a Dual: a tensor or number stands still, a tuple is (value, tangent), None is `ABSENT`."""
         if isinstance(given, Dual):
             return given
         if not isinstance(given, tuple):

@@ -4,7 +4,6 @@ Each layer is written once, as `forward_dual` on `Dual`s; `forward` calls it wit
 with the values that move. Tokens are [B, S, C], heads [B, S, H, D].
 """
 
-from pmf.dual import linear_dual as linear_dual
 from pmf.layers.attention import Attention as Attention
 from pmf.layers.attention import CrossAttention as CrossAttention
 from pmf.layers.attention import Rope as Rope

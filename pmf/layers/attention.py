@@ -135,14 +135,15 @@ class CrossAttention(DualModule):
 
     def __init__(
         self, dim: int, num_heads: int = 8, *, context_dim: int | None = None, qkv_bias: bool = False,
-        qk_norm: Norm | None = None, eps: float | None = 1e-6, proj_bias: bool = True, linear: Linears = nn.Linear,
-        impl: str | None = None,
+        qk_norm: Norm | None = None, norm_across_heads: bool = False, eps: float | None = 1e-6,
+        proj_bias: bool = True, linear: Linears = nn.Linear, impl: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__(impl)
         require(dim % num_heads == 0, f"CrossAttention: dim must be a multiple of num_heads, got {dim} and {num_heads}")
         self.head_dim, self.qk_norm, self.eps = dim // num_heads, qk_norm, eps
+        self.norm_across_heads = norm_across_heads
         self._add_projections(dim, dim if context_dim is None else context_dim, qkv_bias, proj_bias, linear)
-        self.q_norm, self.k_norm = (_norm(qk_norm, self.head_dim, eps) for _ in range(2))
+        self.q_norm, self.k_norm = (_norm(qk_norm, dim if norm_across_heads else self.head_dim, eps) for _ in range(2))
 
     def _add_projections(self, dim: int, context_dim: int, qkv_bias: bool, proj_bias: bool, linear: Linears) -> None:
         self.q = linear(dim, dim, bias=qkv_bias)
@@ -169,4 +170,7 @@ class CrossAttention(DualModule):
 
     def _normalised(self, heads: Dual, norm: nn.Module) -> Dual:
         weight, bias = (getattr(norm, name, None) for name in ("weight", "bias"))
-        return ops.norm_rope(heads, weight, bias=bias, norm=self.qk_norm, eps=self.eps, impl=self.impl)
+        return ops.norm_rope(
+            heads, weight, bias=bias, norm=self.qk_norm, across_heads=self.norm_across_heads, eps=self.eps,
+            impl=self.impl,
+        )  # fmt: skip

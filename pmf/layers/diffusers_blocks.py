@@ -193,6 +193,8 @@ class BasicTransformerBlock(DualModule):
 
     def _crossed(self, residual: Residual, context: Dual, lengths: Tensor | None) -> Residual:
         """The stream after cross-attention, which has no norm before it in PixArt."""
+        given = context.value is not None
+        require(given, "BasicTransformerBlock: encoder_hidden_states must be given with cross_attention_dim, got None")
         if self.single:
             x = y = residual.add()
         else:

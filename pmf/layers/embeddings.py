@@ -127,4 +127,8 @@ class PatchEmbed(DualModule):
         patches = images.map(lambda x: ops.patchify(x.to(weight.dtype), p))
         tokens = linear_dual(patches, weight.permute(0, 2, 3, 1).flatten(1), bias)
         tokens = tokens if prefix.value is None else concatenate([prefix, tokens], 1)
-        return tokens if self.positions is None else add(tokens, self.positions)
+        if self.positions is None:
+            return tokens
+        wanted, length = len(self.positions), tokens.value.shape[1]
+        require(wanted == length, f"PatchEmbed: prefix and images must give {wanted} tokens, got {length}")
+        return add(tokens, self.positions)

@@ -145,3 +145,7 @@ def test_the_page_shows_the_code_of_the_scripts():
     assert len(blocks) >= 4
     for block in blocks:
         assert block in scripts
+    (lines,) = re.findall(r"^```diff\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    for signs, step in ((" -", "before"), (" +", "jvp")):
+        shown = "".join(line[1:] for line in lines.splitlines(keepends=True) if line[0] in signs)
+        assert all(shown in (PORTS / f"{port}_{step}.py").read_text() for port in NETWORKS)

@@ -35,6 +35,11 @@ FUNCTIONS = {  # explicit, in PyTorch, shapes of the inputs
     "add": (add, lambda *x: sum(x), [(B, S, C), (B, 1, C), (C,)]),
     "multiply": (multiply, lambda x, y, z: x * y * z, [(B, S, C), (B, 1, C), (C,)]),
     "multiply, small first": (multiply, torch.mul, [(B, 1, 1), (B, S, C)]),
+    "numbers": (
+        lambda x: gated_residual(multiply(0.5, x, x), add(x, 3), 0.1),
+        lambda x: 0.5 * x * x + 0.1 * (x + 3),
+        [(B, C)],
+    ),
     "pointwise": (functools.partial(pointwise, F.gelu), F.gelu, [(B, S, C)]),
     "chunk": (lambda x: chunk(x, 4)[2], lambda x: x.chunk(4, -1)[2], [(B, S, C)]),
     "chunk of tokens": (lambda x: chunk(x, 5, 1)[3], lambda x: x.chunk(5, 1)[3], [(B, S, C)]),
@@ -43,6 +48,7 @@ FUNCTIONS = {  # explicit, in PyTorch, shapes of the inputs
     "gated residual": (gated_residual, lambda x, y, g: x + g[:, None] * y, [(B, S, C), (B, S, C), (B, C)]),
     "gated residual, token": (gated_residual, lambda x, y, g: x + g * y, [(B, S, C)] * 3),
     "gated residual, channel": (gated_residual, lambda x, y, g: x + g * y, [(B, S, C), (B, S, C), (C,)]),
+    "gated residual, images": (gated_residual, lambda x, y, g: x + g[:, None, None] * y, [(B, S, B, C)] * 2 + [(B, C)]),
     "residual": (gated_residual, torch.add, [(B, S, C), (B, S, C)]),
     "two dimensions": (gated_residual, lambda x, y, g: x + g * y, [(B, C)] * 3),
 }

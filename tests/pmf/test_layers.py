@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 import pmf
 from pmf import blocks, layers, ops
@@ -64,6 +65,10 @@ LAYERS = {
     "CrossAttention, norm": (
         lambda: layers.CrossAttention(WIDTH, 4, qkv_bias=True, qk_norm="layer"),
         lambda: (drawn(3, 5, WIDTH),),
+    ),
+    "CrossAttention, norm across heads": (
+        lambda: layers.CrossAttention(WIDTH, 4, context_dim=12, qk_norm="rms", norm_across_heads=True),
+        lambda: (drawn(3, 5, 12),),
     ),
     "DiTBlock": (lambda: layers.DiTBlock(WIDTH, 4), lambda: (drawn(3, WIDTH),)),
     "DiTBlock, per token": (
@@ -148,6 +153,26 @@ def test_backward_keeps_nothing_of_the_tangent(name):
     assert all(map(torch.equal, *gradients))
 
 
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_cross_attention_is_that_of_torch(norm, across):
+    layer = randomise(layers.CrossAttention(WIDTH, 4, context_dim=12, qk_norm=norm, norm_across_heads=across))
+    x, context, lengths = tokens(), drawn(3, 5, 12), torch.tensor([5, 1, 3])
+
+    def heads(x, norm=None):
+        x = x if norm is None or not across else norm(x)
+        x = x.unflatten(-1, (4, -1))
+        return (x if norm is None or across else norm(x)).transpose(1, 2)
+
+    k, v = layer.kv(context).chunk(2, -1)
+    mask = (torch.arange(5) < lengths[:, None])[:, None, None]
+    mixed = F.scaled_dot_product_attention(
+        heads(layer.q(x), layer.q_norm), heads(k, layer.k_norm), heads(v), attn_mask=mask
+    )
+    expected = layer.proj(mixed.transpose(1, 2).flatten(2))
+    assert relative_error(layer(x, context, key_lengths=lengths), expected) < 1e-12
+
+
 def test_block_under_adaln_takes_the_tangent_of_its_condition():
     block = randomise(blocks.Block(ADALN))
     x = torch.randn(3, ADALN.sequence_length, WIDTH, dtype=torch.float64)
@@ -215,3 +240,13 @@ def test_forward_refuses_a_tangent():
     assert torch.equal(norm(Dual(x)), norm(x))
     with pytest.raises(InputError, match=r"^NormModulate: forward takes values only, got a tangent; use forward_dual"):
         norm(Dual(x, x))
+
+
+def test_bad_input_is_one_line():
+    x, images = torch.randn(2, 5, 64), torch.randn(2, 3, 32, 32)
+    embed = layers.PatchEmbed(32, 4, 3, 64, positions=True, prefix_length=2)
+    with pytest.raises(InputError, match=r"^PatchEmbed: prefix and images must give 66 tokens, got 64$"):
+        embed(images)
+    block = layers.BasicTransformerBlock(64, 4, 16, cross_attention_dim=8)
+    with pytest.raises(InputError, match=r"^BasicTransformerBlock: encoder_hidden_states must be given .*, got None$"):
+        block(x, timestep=x[:, 0])
