@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pmf import ops
 from pmf.dual import chunk, dual, linear_dual
 from pmf.errors import InputError, require
-from pmf.layers.base import DualModule, Linears, check_linear
+from pmf.layers.base import DualModule, Linears, check_linear, check_tokens
 from pmf.ops.heads import Norm, Pairs
 from pmf.packing import Join, PackedModule
 from pmf.pair import Dual
@@ -52,7 +52,8 @@ class Attention(DualModule, PackedModule):
         linear: Linears = nn.Linear, impl: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__(impl)
-        require(dim % num_heads == 0, f"Attention: dim must be a multiple of num_heads, got {dim} and {num_heads}")
+        whole = num_heads > 0 and dim % num_heads == 0
+        require(whole, f"Attention: dim must be a multiple of num_heads, got {dim} and {num_heads}")
         self.num_heads, self.head_dim = num_heads, dim // num_heads
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         require(
@@ -84,11 +85,12 @@ class Attention(DualModule, PackedModule):
 
     def forward_dual(self, x: Dual, rope: Rope | None = None, *, key_lengths: Tensor | None = None) -> Dual:
         """x [B, S, C] -> [B, S, C]; rope: the tables; key_lengths int [B]: the tokens of each sample that count."""
-        inputs, out = self.projections()
+        x, (inputs, out) = Dual.of(x), self.projections()
+        check_tokens("Attention", "x", x, self.num_heads * self.head_dim)
         packed = iter(self.packed())
         weight, bias = next(packed), None if inputs[0].bias is None else next(packed)
         out_weight, out_bias = next(packed), None if out.bias is None else next(packed)
-        q, k, v = self._heads(linear_dual(Dual.of(x), weight, bias), rope)
+        q, k, v = self._heads(linear_dual(x, weight, bias), rope)
         grouped = self.num_kv_heads != self.num_heads
         mixed = ops.attention(q, k, v, causal=self.causal, key_lengths=key_lengths, enable_gqa=grouped, impl=self.impl)
         return linear_dual(mixed.map(lambda o: o.flatten(2)), out_weight, out_bias)
@@ -139,10 +141,12 @@ class CrossAttention(DualModule):
         proj_bias: bool = True, linear: Linears = nn.Linear, impl: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__(impl)
-        require(dim % num_heads == 0, f"CrossAttention: dim must be a multiple of num_heads, got {dim} and {num_heads}")
+        whole = num_heads > 0 and dim % num_heads == 0
+        require(whole, f"CrossAttention: dim must be a multiple of num_heads, got {dim} and {num_heads}")
+        self.dim, self.context_dim = dim, dim if context_dim is None else context_dim
         self.head_dim, self.qk_norm, self.eps = dim // num_heads, qk_norm, eps
         self.norm_across_heads = norm_across_heads
-        self._add_projections(dim, dim if context_dim is None else context_dim, qkv_bias, proj_bias, linear)
+        self._add_projections(dim, self.context_dim, qkv_bias, proj_bias, linear)
         self.q_norm, self.k_norm = (_norm(qk_norm, dim if norm_across_heads else self.head_dim, eps) for _ in range(2))
 
     def _add_projections(self, dim: int, context_dim: int, qkv_bias: bool, proj_bias: bool, linear: Linears) -> None:
@@ -161,7 +165,10 @@ class CrossAttention(DualModule):
 
     def forward_dual(self, x: Dual, context: Dual, *, key_lengths: Tensor | None = None) -> Dual:
         """x [B, S, C], context [B, T, E] -> [B, S, C]; key_lengths int [B]: the context's tokens that count."""
-        parts = self.project(Dual.of(x), Dual.of(context))
+        x, context = Dual.of(x), Dual.of(context)
+        check_tokens("CrossAttention", "x", x, self.dim)
+        check_tokens("CrossAttention", "context", context, self.context_dim)
+        parts = self.project(x, context)
         q, k, v = (part.map(lambda p: p.unflatten(-1, (-1, self.head_dim))) for part in parts)
         if self.qk_norm is not None:
             q, k = self._normalised(q, self.q_norm), self._normalised(k, self.k_norm)
