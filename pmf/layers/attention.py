@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from pmf import ops
-from pmf.dual import chunk, dual, linear_dual
+from pmf.dual import acts_as, chunk, dual, linear_dual
 from pmf.errors import InputError, require
 from pmf.layers.base import DualModule, Linears, check_linear, check_tokens
 from pmf.ops.heads import Norm, Pairs
@@ -29,9 +29,18 @@ def _norm(kind: Norm | None, dim: int, eps: float | None) -> nn.Module:
     return nn.Identity() if kind is None else (nn.RMSNorm if kind == "rms" else nn.LayerNorm)(dim, eps=eps)
 
 
+def _parameters(norm: nn.Module, kind: Norm | None) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias of a norm. Errors: `InputError` on another than `_norm` made, which would not be computed."""
+    if not acts_as(norm, nn.Identity if kind is None else nn.RMSNorm if kind == "rms" else nn.LayerNorm):
+        raise InputError(f"Attention: with qk_norm={kind!r} q_norm and k_norm must be as they were, got {norm}")
+    return getattr(norm, "weight", None), getattr(norm, "bias", None)
+
+
 def _joined(layers: Sequence[nn.Linear]) -> tuple[Join, ...]:
     """The layers' weights as one, and their biases if they have any."""
     check_linear("Attention", *layers)
+    if len({layer.bias is None for layer in layers}) > 1:
+        raise InputError("Attention: projections must all have a bias, or none of them")
     weights = Join.of(*(layer.weight for layer in layers))
     return (weights,) if layers[0].bias is None else (weights, Join.of(*(layer.bias for layer in layers)))
 
@@ -106,9 +115,9 @@ class Attention(DualModule, PackedModule):
             dots = [None] * 3 if heads.dot is None else heads.dot.split(sizes, 2)
             q, k, v = map(Dual, heads.value.split(sizes, 2), dots)
             return q, k, v
-        norms = self.q_norm, self.k_norm
-        q_weight, k_weight = (getattr(norm, "weight", None) for norm in norms)
-        q_bias, k_bias = (getattr(norm, "bias", None) for norm in norms)
+        (q_weight, q_bias), (k_weight, k_bias) = (
+            _parameters(norm, self.qk_norm) for norm in (self.q_norm, self.k_norm)
+        )
         return ops.qk_norm_rope(
             heads, q_weight, k_weight, *(rope or (None, None)), q_bias=q_bias, k_bias=k_bias,
             num_kv_heads=self.num_kv_heads, norm=self.qk_norm, across_heads=self.norm_across_heads,
@@ -176,7 +185,7 @@ class CrossAttention(DualModule):
         return self.output(mixed.map(lambda o: o.flatten(2)))
 
     def _normalised(self, heads: Dual, norm: nn.Module) -> Dual:
-        weight, bias = (getattr(norm, name, None) for name in ("weight", "bias"))
+        weight, bias = _parameters(norm, self.qk_norm)
         return ops.norm_rope(
             heads, weight, bias=bias, norm=self.qk_norm, across_heads=self.norm_across_heads, eps=self.eps,
             impl=self.impl,

@@ -310,9 +310,43 @@ def test_parametrised_projections_are_taken():
     assert layer.qkv.parametrizations.weight.original1.grad is not None
 
 
+@pytest.mark.parametrize("change", ["stride", "padding", "hook"])
+def test_another_convolution_of_patches_is_refused(change):
+    layer = layers.PatchEmbed(8, 4, 3, WIDTH)
+    if change == "hook":
+        layer.proj.register_forward_hook(lambda module, inputs, output: 2 * output)
+    else:
+        layer.proj = torch.nn.Conv2d(3, WIDTH, 4, **{"stride": 4, change: 2})
+    with pytest.raises(
+        InputError, match=r"^PatchEmbed: proj must be a Conv2d of square patches without hooks, got Conv"
+    ):
+        layer(torch.randn(2, 3, 8, 8))
+
+
+def replaced(layer, name, part):
+    setattr(layer, name, part)
+    return layer.double()
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (
+            lambda x: replaced(layers.Attention(WIDTH, 4, qk_norm="rms"), "k_norm", torch.nn.LayerNorm(WIDTH // 4))(x),
+            "Attention: with qk_norm='rms' q_norm and k_norm must be as they were, got LayerNorm",
+        ),
+        (
+            lambda x: replaced(layers.CrossAttention(WIDTH, 4, qk_norm="layer"), "q_norm", torch.nn.Identity())(x, x),
+            "with qk_norm='layer' q_norm and k_norm must be as they were, got Identity",
+        ),
+        (
+            lambda x: replaced(layers.SeparateAttention(WIDTH, 4), "k_proj", torch.nn.Linear(WIDTH, WIDTH))(x),
+            "Attention: projections must all have a bias, or none of them",
+        ),
+        (
+            lambda x: layers.PatchEmbed(4, 4, 3, WIDTH, positions=True)(torch.randn(2, 3, 8, 8)),
+            "PatchEmbed: images and prefix must make 1 tokens, got 4",
+        ),
         (lambda x: layers.Attention(WIDTH, 4)(x[0]), r"Attention: x must be a tensor \[B, S, \d+\], got \[\d+, \d+\]"),
         (lambda x: layers.Attention(WIDTH, 4)(x[..., 1:]), r"Attention: x must be a tensor \[B, S, \d+\], got"),
         (lambda x: layers.CrossAttention(WIDTH, 4)(x, None), "CrossAttention: context must be a tensor .*got NoneType"),
