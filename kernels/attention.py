@@ -197,14 +197,14 @@ def _head_offset(steps, i_b, i_h):
 
 @triton.jit
 def _tangent(
-    p, p_dot, p_o, p_lse, p_lengths, p_o_dot, steps, dot_steps, o_steps, o_dot_steps,
+    p, p_dot, p_o, p_lse, p_lengths, p_o_dot, steps, dot_steps, out_steps,
     heads, group, length_q, length_k, scale,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """M queries of one head of one sample against the keys that they read, N at a time.
 
-    p, p_dot: `Heads`; steps, dot_steps: the `Steps` of each; p_lengths: None, or numbers of keys of the samples;
-    group: the number of query heads that share a key head.
+    p, p_dot: `Heads`; steps, dot_steps: the `Steps` of each, out_steps of o and o_dot; p_lengths: None, or numbers of
+    keys of the samples; group: the number of query heads that share a key head.
     """
     MOVES: tl.constexpr = (p_dot.q is not None) or (p_dot.k is not None)
     FLOAT32: tl.constexpr = p.q.dtype.element_ty == tl.float32
@@ -299,15 +299,15 @@ def _tangent(
                 b_acc1 = product(b_h, b_v1, b_acc1)
 
     if MOVES:
-        p_o += _head_offset(o_steps, i_b, i_h)
-        b_o0, b_o1 = _load_parts(p_o, i_m, m_m, o_steps.token * 8, D, D0, D1)
+        p_o += _head_offset(out_steps[0], i_b, i_h)
+        b_o0, b_o1 = _load_parts(p_o, i_m, m_m, out_steps[0].token * 8, D, D0, D1)
         b_acc0 -= b_sum[:, None] * b_o0.to(tl.float32)
         if D1 > 0:
             b_acc1 -= b_sum[:, None] * b_o1.to(tl.float32)
     if FLOAT32:
         b_acc0 = b_acc0 / b_sum_p[:, None]
         b_acc1 = b_acc1 / b_sum_p[:, None]
-    p_o_dot += _head_offset(o_dot_steps, i_b, i_h) + i_m[:, None] * (o_dot_steps.token * 8)
+    p_o_dot += _head_offset(out_steps[1], i_b, i_h) + i_m[:, None] * (out_steps[1].token * 8)
     i_d = tl.arange(0, D0)[None, :]
     tl.store(p_o_dot + i_d, b_acc0.to(p_o_dot.dtype.element_ty), mask=m_m[:, None] & (i_d < D))
     if D1 > 0:
@@ -342,7 +342,7 @@ def attention_tangent(
         _tangent, samples * heads * registration.cdiv(length_q, tile.queries),
         Heads(q, k, v), Heads(q_dot, k_dot, v_dot), o, lse.contiguous(), registration.unit_step(key_lengths), o_dot,
         Heads(_steps(q), _steps(k), _steps(v)), Heads(_steps(q_dot), _steps(k_dot), _steps(v_dot)),
-        _steps(o), _steps(o_dot), heads, heads // max(k.shape[2], 1), length_q, k.shape[1], scale,
+        (_steps(o), _steps(o_dot)), heads, heads // max(k.shape[2], 1), length_q, k.shape[1], scale,
         D=head_dim, D0=widths[0], D1=widths[1], M=tile.queries, N=tile.keys, CAUSAL=causal,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -39,6 +39,7 @@ from pmf.kernels.registration import Chip
 from pmf.kernels.rotary_backward import MOST_VALUES, heads_backward
 from pmf.kernels.rotations import (
     Form,
+    Tokens,
     contiguous,
     load_heads,
     load_table,
@@ -153,12 +154,12 @@ def _tangent(
 @triton.jit
 def _forward(
     p_qkv, p_qkv_dot, p_weights, p_biases, p_tables, p_q, p_k, p_q_dot, p_k_dot,
-    tokens, first_dot_token, length, prefix, step, dot_step, eps,
+    tokens, first_dot_token, step, dot_step, eps,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, FORM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """ROWS heads of q and of k; `step` and `dot_step` are the strides between tokens of qkv and of qkv_dot.
 
-    p_weights, p_biases: of q and k; p_tables: cos and sin.
+    tokens: `Tokens`; p_weights, p_biases: of q and k; p_tables: cos and sin.
     """
     if FORM.across:
         i_h = tl.arange(0, ROWS)
@@ -167,7 +168,7 @@ def _forward(
     else:
         i_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         i_token, i_h = i_row // H, i_row % H
-        mask = i_token < tokens
+        mask = i_token < tokens.total
     i_head = i_h * D
     m_k = mask & (i_h < G) if G < H else mask
     i_in = i_token.to(tl.int64) * step + i_head
@@ -187,7 +188,7 @@ def _forward(
             k_dot = load_heads(p_qkv_dot + H * D, i_in_dot, m_k_dot, D, WIDTH, FORM)
     cos, sin = (), ()
     if p_tables is not None:
-        i_table = table_rows(i_token, tokens, length, prefix, FORM)
+        i_table = table_rows(i_token, tokens, FORM)
         cos = load_table(p_tables[0], i_table, 1.0, D, WIDTH, FORM)
         sin = load_table(p_tables[1], i_table, 0.0, D, WIDTH, FORM)
 
@@ -239,7 +240,7 @@ def heads_forward(
         _forward, tokens if across else registration.cdiv(tokens * heads, turned),
         rows, dot_rows, contiguous(q_weight, k_weight), contiguous(q_bias, k_bias),
         None if cos is None else contiguous(cos, sin), q, k, q_dot, k_dot,
-        tokens, registration.first_dot(samples, qkv_dot) * length, length, prefix,
+        Tokens(tokens, length, prefix), registration.first_dot(samples, qkv_dot) * length,
         rows.stride(0), 0 if dot_rows is None else dot_rows.stride(0), eps,
         H=heads, G=kv_heads, D=head_dim, FORM=form, ROWS=turned, WIDTH=width, num_warps=warps,
         maxnreg=_registers(head_dim, half, across),

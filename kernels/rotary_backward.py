@@ -21,6 +21,7 @@ from pmf.kernels.heads import Heads, Steps
 from pmf.kernels.registration import Chip
 from pmf.kernels.rotations import (
     Form,
+    Tokens,
     contiguous,
     load_table,
     load_vectors,
@@ -71,18 +72,19 @@ class HeadTile:
 
 @functools.cache
 def tile_of(heads: int, head_dim: int, chip: Chip, half: bool, across: bool, both: bool) -> HeadTile:
-    """All heads of a token if they fit (or must), several tokens if heads are few.
+    """All heads of a token if they fit (or must), several tokens if heads are few; one head if its q or k comes alone
+    and the number of heads is no power of two, so that no row is empty.
 
     Of `both` q and k, which rotate by the same angles, read from cache for every head, a thread has 8 values each.
     Of one of them it has 16: fewer warps wait for each other, and 16 bytes of each half are read at a time.
     """
     block, halves = registration.power_of_two(side(head_dim, half)), 2 if half else 1
     width = block * halves
-    together = registration.power_of_two(heads)
+    padded = registration.power_of_two(heads)
     if across:
-        tokens = 1
+        together, tokens = padded, 1
     else:
-        together = min(together, 4096 // width)
+        together = 1 if padded != heads and not both else min(padded, 4096 // width)
         tokens = max((64 if chip.interpreted else 1024 // width) // together, 1)
     per_warp = 256 if both else 512
     warps = 1 if chip.interpreted else min(max(tokens * together * width // per_warp, 1), 16)
@@ -168,14 +170,14 @@ def _store_sums(p_sum, x, i_h, heads: tl.constexpr, D: tl.constexpr, FORM: tl.co
 
 @triton.jit
 def _backward(
-    p_qkv, p_weights, p_tables, p_d, p_dqkv, p_sums, tokens, length, prefix, step, eps, tiles,
+    p_qkv, p_weights, p_tables, p_d, p_dqkv, p_sums, tokens, step, eps, tiles,
     STEPS: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, OUT: tl.constexpr, FORM: tl.constexpr,
     HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Process every num_programs-th tile: heads of q, and of k and v if p_d has their gradients.
 
     p_weights: of q and k; p_tables: cos and sin; p_d: `Heads` of gradients, STEPS their `Steps`; p_sums: `Sums`;
-    OUT: the stride between tokens of dqkv.
+    tokens: `Tokens`; OUT: the stride between tokens of dqkv.
     """
     GROUPS: tl.constexpr = tl.cdiv(H, HEADS)
     COUNT: tl.constexpr = 2 if FORM.half else 1
@@ -193,9 +195,9 @@ def _backward(
     sum_k_bias = _zeros(COUNT, ROWS, BLOCK)
     for i_tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
         i_token, i_h = i_tile // GROUPS * (ROWS // HEADS) + i_r // HEADS, i_tile % GROUPS * HEADS + i_r % HEADS
-        mask = ((i_token < tokens) & (i_h < H))[:, None] & (i_c < SIDE)[None, :]
+        mask = ((i_token < tokens.total) & (i_h < H))[:, None] & (i_c < SIDE)[None, :]
         m_k = mask & (i_h < G)[:, None] if G < H else mask
-        i_b, i_s = (i_token // length).to(tl.int64), (i_token % length).to(tl.int64)
+        i_b, i_s = (i_token // tokens.length).to(tl.int64), (i_token % tokens.length).to(tl.int64)
         i_row = i_h[:, None] * D + i_c[None, :]
         i_in = i_token.to(tl.int64)[:, None] * step + i_row
         i_out = i_token.to(tl.int64)[:, None] * OUT + i_row
@@ -213,7 +215,7 @@ def _backward(
             dv = _load(p_d.v, i_dv, m_k, SIDE, FORM)
         cos, sin = (), ()
         if p_tables is not None:
-            i_table = table_rows(i_token, tokens, length, prefix, FORM)
+            i_table = table_rows(i_token, tokens, FORM)
             if HEADS == ROWS:
                 i_table = tl.max(i_table, 0, keep_dims=True)
             cos = load_table(p_tables[0], i_table, 1.0, D, BLOCK, FORM)
@@ -291,7 +293,7 @@ def _run(
     registration.launch(
         _backward, programs,
         rows, weights, None if tables[0] is None else tables, d, out, Sums(*partials),
-        samples * length, length, prefix, rows.stride(0), eps, tiles,
+        Tokens(samples * length, length, prefix), rows.stride(0), eps, tiles,
         STEPS=Heads(*(None if x is None else Steps(*x.stride()[:3]) for x in d)),
         H=heads, G=kv_heads, D=head_dim, OUT=out.stride(0), FORM=form,
         HEADS=tile.heads, ROWS=tile.rows, BLOCK=tile.block, STAGES=stages, num_warps=tile.warps,

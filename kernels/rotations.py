@@ -30,6 +30,14 @@ class Form(NamedTuple):
     """Whether every sample has tables of its own."""
 
 
+class Tokens(NamedTuple):
+    """How many tokens there are in all, in a sample, and in the prefix of a sample."""
+
+    total: int
+    length: int
+    prefix: int
+
+
 def side(head_dim: int, half: bool) -> int:
     """Columns from the first of a head to its last or, if halves form pairs, of one half."""
     return head_dim // 2 if half else head_dim
@@ -98,12 +106,15 @@ def load_vectors(p_vector, i_h, m_h, D: tl.constexpr, WIDTH: tl.constexpr, COUNT
 
 
 @triton.jit
-def table_rows(i_token, tokens, length, prefix, FORM: tl.constexpr):
-    """Each token's row of the tables; negative in the prefix, and beyond the last token if a sample has its own."""
-    i_row = i_token % length - prefix
+def table_rows(i_token, tokens, FORM: tl.constexpr):
+    """Each token's row of the tables; negative in the prefix, and beyond the last token if a sample has its own.
+
+    tokens: `Tokens`.
+    """
+    i_row = i_token % tokens.length - tokens.prefix
     if FORM.per_sample:
-        i_own = (i_token // length).to(tl.int64) * (length - prefix) + i_row
-        i_row = tl.where((i_row >= 0) & (i_token < tokens), i_own, -1)
+        i_own = (i_token // tokens.length).to(tl.int64) * (tokens.length - tokens.prefix) + i_row
+        i_row = tl.where((i_row >= 0) & (i_token < tokens.total), i_own, -1)
     return i_row
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,15 +27,25 @@ from pmf.pair import tangent_rows as tangent_rows
 from pmf.private import hooked, tree_flatten, tree_unflatten
 from pmf.recompute import checkpoint_values as checkpoint_values
 from pmf.tangents.call import jvp
+from pmf.tangents.carriers import as_dual, carrier_of, inside_call
 
+Kind = TypeVar("Kind", bound=nn.Module)
 Given = Dual | Tensor | tuple | float
 """A Dual, a tensor or number that stands still, or a pair (value, tangent)."""
 
 
-def _rows(name: str, duals: Iterable[Dual]) -> int | None:
-    """B_dot, the same of all tangents; None without tangents. Errors: `InputError` if they differ."""
-    found = {dual.dot.shape[0] for dual in duals if dual.dot is not None}
+def _rows(name: str, duals: Iterable[Dual], result: Tensor | None = None) -> int | None:
+    """B_dot, the same of all tangents; None without tangents.
+
+    Errors: `InputError` if they differ, and on what moves but is broadcast to the samples of `result`.
+    """
+    moving = [dual for dual in duals if dual.dot is not None]
+    found = {dual.dot.shape[0] for dual in moving}
     require(len(found) < 2, f"{name}: all tangents must cover equally many samples, got {sorted(found)}")
+    for value, _ in moving if result is not None else ():
+        if value.ndim != result.ndim or len(value) != len(result):
+            wanted = f"{result.ndim} dimensions and {len(result)} samples; expand it"
+            raise InputError(f"{name}: what has a tangent must have all {wanted}, got {list(value.shape)}")
     return next(iter(found), None)
 
 
@@ -51,7 +61,7 @@ def add(*terms: Given) -> Dual:
     """The sum of terms that broadcast, and the sum of their tangents."""
     duals = [Dual.of(term) for term in terms]
     value = functools.reduce(torch.add, (dual.value for dual in duals))
-    rows = _rows("add", duals)
+    rows = _rows("add", duals, value)
     if rows is None:
         return Dual(value)
     with torch.no_grad():
@@ -63,7 +73,7 @@ def multiply(*factors: Given) -> Dual:
     """The product of factors that broadcast; its tangent is the sum of each factor's tangent times the others."""
     duals = [Dual.of(factor) for factor in factors]
     value = functools.reduce(torch.mul, (dual.value for dual in duals))
-    rows = _rows("multiply", duals)
+    rows = _rows("multiply", duals, value)
     if rows is None:
         return Dual(value)
     with torch.no_grad():
@@ -118,16 +128,24 @@ def _check_dim(name: str, x: Dual, dim: int) -> None:
 def gated_residual(x: Given, branch: Given, gate: Given | None = None) -> Dual:
     """x + gate branch, and x_dot + gate branch_dot + gate_dot branch, in the dtype of x.
 
-    x, branch [B, C], [B, S, C] or [B, H, W, C]; gate [C], [B, C], [B, 1, C], in the shape of x, or None (one).
+    x, branch [B, ..., C]; gate [C], [B, C], [B, 1, C] (as many ones as x has sides), in the shape of x, or None (one).
     """
     x = Dual.of(x)
     if gate is not None:
-        gate = Dual.of(gate)
-        if isinstance(gate.value, Tensor) and gate.value.ndim == 2:
-            between = (1,) * (x.value.ndim - 2)
-            gate = gate.map(lambda g: g.reshape(len(g), *between, g.shape[1]))
-        branch = multiply(gate, branch)
+        branch = multiply(_beside(x.value, Dual.of(gate)), branch)
     return add(x, branch).map(lambda part: part.to(x.value.dtype))
+
+
+def _beside(x: Tensor, gate: Dual) -> Dual:
+    """A gate of x [B, ..., C] that broadcasts to its shape: [B, C] as [B, 1, C]. Errors: `InputError` on others."""
+    if not isinstance(gate.value, Tensor):
+        return gate
+    (samples, *between, width), sizes = x.shape, tuple(gate.value.shape)
+    vectors = (samples, *(1 for _ in between), width)
+    if sizes not in ((width,), (samples, width), vectors, tuple(x.shape)):
+        expected = f"[C], [B, C], [B, 1, C] or the shape of x, {list(x.shape)}"
+        raise InputError(f"gated_residual: gate must have shape {expected}, got {list(sizes)}")
+    return gate.map(lambda g: g.reshape(-1, *vectors[1:])) if len(sizes) == 2 else gate
 
 
 def linear_dual(
@@ -149,16 +167,23 @@ def dual(function: Callable, *inputs: Given | None) -> Any:
     some samples, these are then computed twice. Results have the structure of the function's, with Duals for tensors.
     """
     duals = [Dual.of(x) for x in inputs]
-    if hasattr(function, "forward_dual"):
+    if hasattr(function, "forward_dual") and not (isinstance(function, nn.Module) and hooked(function)):
         return function.forward_dual(*duals)
-    if len(duals) == 1 and isinstance(function, nn.Module) and not hooked(function):
-        if type(function) is nn.Sequential:
+    if len(duals) == 1:
+        if acts_as(function, nn.Sequential):
             return functools.reduce(lambda x, part: dual(part, x), function, duals[0])
-        if type(function) is nn.Linear:
+        if acts_as(function, nn.Linear):
             return linear_dual(duals[0], function.weight, function.bias)
-        if type(function) is nn.Conv2d and function.padding_mode == "zeros":
+        if acts_as(function, nn.Conv2d) and function.padding_mode == "zeros":
             return _convolution(function, duals[0])
     return _by_jvp(function, duals)
+
+
+def acts_as(module: Any, kind: type[Kind]) -> TypeGuard[Kind]:
+    """Whether a call of the module does what `kind` does with its weights, and nothing else; parametrised, it may."""
+    if not isinstance(module, kind) or hooked(module):
+        return False
+    return type(module).forward is kind.forward and "forward" not in module.__dict__
 
 
 def _convolution(layer: nn.Conv2d, x: Dual) -> Dual:
@@ -173,10 +198,13 @@ def _convolution(layer: nn.Conv2d, x: Dual) -> Dual:
 def _by_jvp(function: Callable, duals: list[Dual]) -> Any:
     values, dots = zip(*duals, strict=True)
     rows = _rows("dual", duals)
+    partial = any(dot is not None and len(dot) < len(value) for value, dot in duals)
+    if rows is not None and not partial and inside_call():  # of a layer that it calls: values move again
+        leaves, spec = tree_flatten(function(*map(carrier_of, duals)))
+        return tree_unflatten([as_dual(x) if isinstance(x, Tensor) else x for x in leaves], spec)
     if rows is None:
         result, moved = function(*values), None
     else:
-        partial = any(dot is not None and len(dot) < len(value) for value, dot in duals)
         result, moved = jvp(function, values, dots, rows=rows if partial else None)
     leaves, spec = tree_flatten(result)
     dot_leaves = [None] * len(leaves) if moved is None else tree_flatten(moved, is_leaf=lambda x: x is None)[0]

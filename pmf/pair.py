@@ -25,18 +25,31 @@ class Dual(NamedTuple):
     @classmethod
     def of(cls, given: Dual | Tensor | tuple[Tensor, Tensor | None] | float | None) -> Dual:
         """`given` as a Dual: a tensor or number stands still, a tuple is (value, tangent), None is `ABSENT`."""
-        if isinstance(given, Dual):
-            return given
         if not isinstance(given, tuple):
             return cls(cast(Tensor, given))
         if len(given) != 2:
             raise InputError(f"Dual: expected a tensor or a pair (value, tangent), got {len(given)} values")
-        return cls(*given)
+        dual = given if isinstance(given, Dual) else cls(*given)
+        if dual.dot is not None and not _covers(dual.value, dual.dot):
+            wanted, got = (f"of shape {list(x.shape)}" if isinstance(x, Tensor) else repr(x) for x in dual)
+            raise InputError(
+                f"Dual: a tangent must have the shape of its value's last samples; value {wanted}, tangent {got}"
+            )
+        return dual
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Dual:
         """Apply a linear function that acts on each sample separately to both value and tangent; None stays None."""
         value = self.value if self.value is None else function(self.value)
         return Dual(value, None if self.dot is None else function(self.dot))
+
+
+def _covers(value: Tensor | None, dot: Tensor) -> bool:
+    """Whether a tangent has the shape of the last samples of its value."""
+    if not (isinstance(value, Tensor) and isinstance(dot, Tensor)):
+        return False
+    if value.ndim != dot.ndim or value.shape[1:] != dot.shape[1:]:
+        return False
+    return value.ndim == 0 or dot.shape[0] <= value.shape[0]
 
 
 ABSENT = Dual(cast(Tensor, None))

@@ -60,11 +60,11 @@ def as_users_run():
 @pytest.mark.parametrize(
     "dtypes", ((F32, F32, F32), (F32, BF16, F32), (BF16, BF16, BF16)), ids=("f32", "mixed", "bf16")
 )
-@pytest.mark.parametrize("layout", ("channel", "sample"))
+@pytest.mark.parametrize("layout", ("channel", "sample", "token"))
 @BLOCKS
 def test_norms(width, head_dim, layout, dtypes):
-    """The norms of the published block and of adaLN; mixed: a float32 stream under bfloat16 autocast."""
-    modulation = "absent" if layout == "channel" else "sample"
+    """Of the published block, of adaLN, per token; mixed: a float32 stream under bfloat16 autocast."""
+    modulation = "absent" if layout == "channel" else layout
     autocast = BF16 if dtypes[:2] == (F32, BF16) else None
     for residual, mode in ((True, "partial"), (False, "full"), (True, "none")):
         layouts = (layout, "channel", modulation, modulation)

@@ -26,7 +26,7 @@ RULES = {
     "pmf/inputs.py": r"pmf\.(dispatch|pair|errors|private|reference|tangents\.carriers|unrecorded)",
     "pmf/ops": r"pmf\.(ops.*|autocast|dispatch|pair|errors|inputs|reference(\.tangent)?)",
     "pmf/packing.py": r"pmf\.(autocast|private)",
-    "pmf/dual.py": r"pmf\.(errors|pair|private|recompute|tangents\.call)",
+    "pmf/dual.py": r"pmf\.(errors|pair|private|recompute|tangents\.(call|carriers))",
     "pmf/layers": r"pmf\.(layers.*|ops(\.heads)?|dual|pair|errors|packing|tangents\.carriers|wide)",
     "pmf/blocks.py": r"pmf\.(layers|config|dual|pair)",
     "pmf/config.py": r"pmf\.errors",

@@ -1,4 +1,4 @@
-"""MeanFlow on diffusers' DiT, as scripts write it."""
+"""MeanFlow (arXiv 2505.13447) on diffusers' DiT."""
 
 from __future__ import annotations
 

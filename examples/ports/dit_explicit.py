@@ -1,4 +1,4 @@
-"""MeanFlow on diffusers' DiT, with explicit tangents of the samples where r < t alone."""
+"""MeanFlow (arXiv 2505.13447) on diffusers' DiT."""
 
 from __future__ import annotations
 

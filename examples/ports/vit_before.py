@@ -1,4 +1,4 @@
-"""MeanFlow on timm's ViT, as scripts write it."""
+"""MeanFlow (arXiv 2505.13447) on timm's ViT."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MeanFlow on timm's ViT, with explicit tangents of the samples where r < t alone."""
+"""MeanFlow (arXiv 2505.13447) on timm's ViT."""
 
 from __future__ import annotations
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from pmf import ops
-from pmf.dual import chunk, dual, linear_dual
+from pmf.dual import acts_as, chunk, dual, linear_dual
 from pmf.errors import InputError, require
-from pmf.layers.base import DualModule, Linears, check_linear
+from pmf.layers.base import DualModule, Linears, check_linear, check_tokens
 from pmf.ops.heads import Norm, Pairs
 from pmf.packing import Join, PackedModule
 from pmf.pair import Dual
@@ -29,9 +29,18 @@ def _norm(kind: Norm | None, dim: int, eps: float | None) -> nn.Module:
     return nn.Identity() if kind is None else (nn.RMSNorm if kind == "rms" else nn.LayerNorm)(dim, eps=eps)
 
 
+def _parameters(norm: nn.Module, kind: Norm | None) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias of a norm. Errors: `InputError` on another than `_norm` made, which would not be computed."""
+    if not acts_as(norm, nn.Identity if kind is None else nn.RMSNorm if kind == "rms" else nn.LayerNorm):
+        raise InputError(f"Attention: with qk_norm={kind!r} q_norm and k_norm must be as they were, got {norm}")
+    return getattr(norm, "weight", None), getattr(norm, "bias", None)
+
+
 def _joined(layers: Sequence[nn.Linear]) -> tuple[Join, ...]:
     """The layers' weights as one, and their biases if they have any."""
     check_linear("Attention", *layers)
+    if len({layer.bias is None for layer in layers}) > 1:
+        raise InputError("Attention: projections must all have a bias, or none of them")
     weights = Join.of(*(layer.weight for layer in layers))
     return (weights,) if layers[0].bias is None else (weights, Join.of(*(layer.bias for layer in layers)))
 
@@ -52,7 +61,8 @@ class Attention(DualModule, PackedModule):
         linear: Linears = nn.Linear, impl: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__(impl)
-        require(dim % num_heads == 0, f"Attention: dim must be a multiple of num_heads, got {dim} and {num_heads}")
+        whole = num_heads > 0 and dim % num_heads == 0
+        require(whole, f"Attention: dim must be a multiple of num_heads, got {dim} and {num_heads}")
         self.num_heads, self.head_dim = num_heads, dim // num_heads
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         require(
@@ -84,11 +94,12 @@ class Attention(DualModule, PackedModule):
 
     def forward_dual(self, x: Dual, rope: Rope | None = None, *, key_lengths: Tensor | None = None) -> Dual:
         """x [B, S, C] -> [B, S, C]; rope: the tables; key_lengths int [B]: the tokens of each sample that count."""
-        inputs, out = self.projections()
+        x, (inputs, out) = Dual.of(x), self.projections()
+        check_tokens("Attention", "x", x, self.num_heads * self.head_dim)
         packed = iter(self.packed())
         weight, bias = next(packed), None if inputs[0].bias is None else next(packed)
         out_weight, out_bias = next(packed), None if out.bias is None else next(packed)
-        q, k, v = self._heads(linear_dual(Dual.of(x), weight, bias), rope)
+        q, k, v = self._heads(linear_dual(x, weight, bias), rope)
         grouped = self.num_kv_heads != self.num_heads
         mixed = ops.attention(q, k, v, causal=self.causal, key_lengths=key_lengths, enable_gqa=grouped, impl=self.impl)
         return linear_dual(mixed.map(lambda o: o.flatten(2)), out_weight, out_bias)
@@ -104,9 +115,9 @@ class Attention(DualModule, PackedModule):
             dots = [None] * 3 if heads.dot is None else heads.dot.split(sizes, 2)
             q, k, v = map(Dual, heads.value.split(sizes, 2), dots)
             return q, k, v
-        norms = self.q_norm, self.k_norm
-        q_weight, k_weight = (getattr(norm, "weight", None) for norm in norms)
-        q_bias, k_bias = (getattr(norm, "bias", None) for norm in norms)
+        (q_weight, q_bias), (k_weight, k_bias) = (
+            _parameters(norm, self.qk_norm) for norm in (self.q_norm, self.k_norm)
+        )
         return ops.qk_norm_rope(
             heads, q_weight, k_weight, *(rope or (None, None)), q_bias=q_bias, k_bias=k_bias,
             num_kv_heads=self.num_kv_heads, norm=self.qk_norm, across_heads=self.norm_across_heads,
@@ -139,14 +150,12 @@ class CrossAttention(DualModule):
         proj_bias: bool = True, linear: Linears = nn.Linear, impl: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__(impl)
-        require(dim % num_heads == 0, f"CrossAttention: dim must be a multiple of num_heads, got {dim} and {num_heads}")
-        self.head_dim, self.qk_norm, self.norm_across_heads, self.eps = (
-            dim // num_heads,
-            qk_norm,
-            norm_across_heads,
-            eps,
-        )
-        self._add_projections(dim, dim if context_dim is None else context_dim, qkv_bias, proj_bias, linear)
+        whole = num_heads > 0 and dim % num_heads == 0
+        require(whole, f"CrossAttention: dim must be a multiple of num_heads, got {dim} and {num_heads}")
+        self.dim, self.context_dim = dim, dim if context_dim is None else context_dim
+        self.head_dim, self.qk_norm, self.eps = dim // num_heads, qk_norm, eps
+        self.norm_across_heads = norm_across_heads
+        self._add_projections(dim, self.context_dim, qkv_bias, proj_bias, linear)
         self.q_norm, self.k_norm = (_norm(qk_norm, dim if norm_across_heads else self.head_dim, eps) for _ in range(2))
 
     def _add_projections(self, dim: int, context_dim: int, qkv_bias: bool, proj_bias: bool, linear: Linears) -> None:
@@ -165,7 +174,10 @@ class CrossAttention(DualModule):
 
     def forward_dual(self, x: Dual, context: Dual, *, key_lengths: Tensor | None = None) -> Dual:
         """x [B, S, C], context [B, T, E] -> [B, S, C]; key_lengths int [B]: the context's tokens that count."""
-        parts = self.project(Dual.of(x), Dual.of(context))
+        x, context = Dual.of(x), Dual.of(context)
+        check_tokens("CrossAttention", "x", x, self.dim)
+        check_tokens("CrossAttention", "context", context, self.context_dim)
+        parts = self.project(x, context)
         q, k, v = (part.map(lambda p: p.unflatten(-1, (-1, self.head_dim))) for part in parts)
         if self.qk_norm is not None:
             q, k = self._normalised(q, self.q_norm), self._normalised(k, self.k_norm)
@@ -173,7 +185,7 @@ class CrossAttention(DualModule):
         return self.output(mixed.map(lambda o: o.flatten(2)))
 
     def _normalised(self, heads: Dual, norm: nn.Module) -> Dual:
-        weight, bias = (getattr(norm, name, None) for name in ("weight", "bias"))
+        weight, bias = _parameters(norm, self.qk_norm)
         return ops.norm_rope(
             heads, weight, bias=bias, norm=self.qk_norm, across_heads=self.norm_across_heads, eps=self.eps,
             impl=self.impl,

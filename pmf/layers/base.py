@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pmf.dual import linear_dual
+from pmf.dual import acts_as, linear_dual
 from pmf.errors import InputError
 from pmf.packing import Join, PackedModule
 from pmf.pair import Dual
@@ -20,10 +20,19 @@ Linears = Callable[..., nn.Linear]
 
 
 def check_linear(owner: str, *layers: nn.Module) -> None:
-    """Errors: `InputError` on a layer whose weight and bias alone are not what it computes, such as an adapter."""
+    """Errors: `InputError` on a layer whose weight alone is not what it computes: with an adapter, or with hooks."""
     for layer in layers:
-        if type(layer).forward is not nn.Linear.forward or "forward" in vars(layer):
-            raise InputError(f"{owner}: projections must be plain nn.Linear layers, got {type(layer).__name__}")
+        if not acts_as(layer, nn.Linear):
+            own = " with a forward or hooks of its own, which would not run" if isinstance(layer, nn.Linear) else ""
+            raise InputError(f"{owner}: projections must be nn.Linear layers, got {type(layer).__name__}{own}")
+
+
+def check_tokens(owner: str, name: str, x: Dual, width: int) -> None:
+    """Errors: `InputError` unless x is [B, S, width]."""
+    shape = getattr(x.value, "shape", None)
+    if shape is None or len(shape) != 3 or shape[2] != width:
+        got = type(x.value).__name__ if shape is None else list(shape)
+        raise InputError(f"{owner}: {name} must be a tensor [B, S, {width}], got {got}")
 
 
 def _dual(given: Any) -> Any:

@@ -170,8 +170,13 @@ class BasicTransformerBlock(DualModule):
     def _modulations(self, condition: Dual, class_labels: Tensor | None) -> tuple[Dual, ...]:
         if not self.single:
             return cast(_AdaLayerNormZero, self.norm1).modulations(condition, class_labels)
-        table = self.scale_shift_table.flatten()
-        return chunk(add(condition.map(lambda c: c.flatten(1)), table), 6)
+        table, condition = self.scale_shift_table.flatten(), condition.map(lambda c: c.flatten(1))
+        if condition.value.shape[1] != len(table):
+            got = list(condition.value.shape)
+            raise InputError(
+                f"BasicTransformerBlock: timestep must be [B, {len(table)}] with ada_norm_single, got {got}"
+            )
+        return chunk(add(condition, table), 6)
 
     def forward_dual(
         self, x: Dual, condition: Dual, context: Dual = ABSENT, *, class_labels: Tensor | None = None,
@@ -179,6 +184,8 @@ class BasicTransformerBlock(DualModule):
     ) -> Dual:  # fmt: skip
         """x [B, S, C] -> [B, S, C]; context [B, T, E], of whose tokens context_lengths int [B] count."""
         x, condition, context = Dual.of(x), Dual.of(condition), Dual.of(context)
+        if condition.value is None:
+            raise InputError("BasicTransformerBlock: timestep must be a floating tensor, got None")
         shift1, scale1, gate1, shift2, scale2, gate2 = self._modulations(condition, class_labels)
         if self.single:
             y = cast(NormModulate, self.norm1).forward_dual(x, scale1, shift1)

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pmf import ops
-from pmf.dual import add, concatenate, dual, linear_dual
-from pmf.errors import require
+from pmf.dual import acts_as, add, concatenate, dual, linear_dual
+from pmf.errors import InputError, require
 from pmf.layers.base import DualModule, Linear
 from pmf.packing import Join, PackedModule
 from pmf.pair import ABSENT, Dual
@@ -121,6 +121,8 @@ class PatchEmbed(DualModule):
     def _by_one_product(self, images: Dual, prefix: Dual) -> Dual:
         weight, bias = self.proj.weight, self.proj.bias
         _, channels, p, _ = weight.shape
+        if not self._tiles(self.proj):
+            raise InputError(f"PatchEmbed: proj must be a Conv2d of square patches without hooks, got {self.proj}")
         sizes = list(images.value.shape)
         fits = len(sizes) == 4 and sizes[1] == channels and sizes[2] % p == sizes[3] % p == 0
         require(fits, f"PatchEmbed: images must be [B, {channels}, H, W] with sides that {p} divides, got {sizes}")
@@ -129,6 +131,14 @@ class PatchEmbed(DualModule):
         tokens = tokens if prefix.value is None else concatenate([prefix, tokens], 1)
         if self.positions is None:
             return tokens
-        wanted, length = len(self.positions), tokens.value.shape[1]
-        require(wanted == length, f"PatchEmbed: prefix and images must give {wanted} tokens, got {length}")
+        length, got = len(self.positions), tokens.value.shape[1]
+        if got != length:
+            raise InputError(f"PatchEmbed: images and prefix must make {length} tokens, got {got}")
         return add(tokens, self.positions)
+
+    @staticmethod
+    def _tiles(conv: nn.Conv2d) -> bool:
+        """Whether a convolution is one product with each patch."""
+        whole = conv.stride == conv.kernel_size and conv.padding == (0, 0) and conv.groups == 1
+        square = conv.kernel_size[0] == conv.kernel_size[1] and conv.dilation == (1, 1)
+        return acts_as(conv, nn.Conv2d) and whole and square

@@ -84,6 +84,8 @@ def _serves(groups: int, heads: int, enable_gqa: bool) -> bool:
 def _check_lengths(key_lengths: Tensor, k: Tensor) -> None:
     """Errors: `InputError` on lengths of another form, and where they can be read on those beyond S_k."""
     wanted = "attention: key_lengths must be an int32 or int64 tensor"
+    if isinstance(key_lengths, Dual):  # what a layer made of a floating tensor
+        key_lengths = key_lengths.value
     known = isinstance(key_lengths, Tensor) and key_lengths.dtype in (torch.int32, torch.int64)
     if not known:
         raise InputError(f"{wanted}, got {getattr(key_lengths, 'dtype', type(key_lengths).__name__)}")

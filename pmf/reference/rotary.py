@@ -48,6 +48,8 @@ def _rotate(x: Tensor, turn: Tensor, pairs: Pairs) -> Tensor:
     if torch.compiler.is_compiling():  # compilers fuse only real products; in eager mode, a complex one is one pass
         (a, b), (cos, sin) = couples.unbind(-1), turn.unbind(-1)
         return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+    if couples.storage_offset() % 2:  # where no complex number can lie
+        couples = couples.clone()
     return torch.view_as_real(torch.view_as_complex(couples) * torch.view_as_complex(turn)).flatten(-2)
 
 

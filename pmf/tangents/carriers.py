@@ -250,8 +250,15 @@ def as_dual(x: Any) -> Dual:
 
 
 def carrier_of(dual: Dual) -> Any:
-    """A `Dual` as one object that behaves as a tensor; the value alone if it has no tangent."""
-    return dual.value if dual.dot is None else carrier(dual.value, fitted(dual.dot, dual.value))
+    """A `Dual` as one object that behaves as a tensor; the value alone if it has no tangent.
+
+    If a weight moves too, the value is a carrier already, whose tangent is the weight's part.
+    """
+    if dual.dot is None:
+        return dual.value
+    (value, by_weights), (dot, _) = as_dual(dual.value), as_dual(dual.dot)
+    with torch.no_grad():
+        return carrier(value, fitted(dot if by_weights is None else dot + by_weights, value))
 
 
 def give(out: Any, dots: Any) -> Any:
@@ -293,6 +300,11 @@ def start_viewed(out: Any, given: list[DualTensor]) -> bool:
     for x in viewed:
         x.start()
     return bool(viewed)
+
+
+def inside_call() -> bool:
+    """Whether `pmf.jvp` runs in this thread, in eager mode."""
+    return not torch.compiler.is_compiling() and bool(_calls.open)
 
 
 def moves(x: Any) -> bool:

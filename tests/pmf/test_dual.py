@@ -131,6 +131,38 @@ def test_hooks_run():
     assert relative_error(y_dot, 2 * x @ linear.weight.T) < 1e-14
 
 
+def test_hooks_of_our_layers_run():
+    norm, x = layers.NormModulate(C), drawn(B, C)
+    norm.register_forward_hook(lambda module, inputs, output: 2 * output)
+    y, y_dot = dual(norm, (x, x))
+    assert (
+        torch.equal(y, norm(x)) and relative_error(y_dot, 2 * layers.NormModulate(C).forward_dual((x, x)).dot) < 1e-14
+    )
+
+
+class _Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("change", ["parametrised", "own forward", "own class"])
+@pytest.mark.parametrize("inside", [False, True], ids=["alone", "inside pmf.jvp"])
+def test_changed_linear_layers(change, inside):
+    linear, x = (_Doubled if change == "own class" else nn.Linear)(C, C).double(), drawn(B, C)
+    if change == "parametrised":
+        nn.utils.parametrizations.weight_norm(linear)
+        linear.parametrizations.weight.original0.data.mul_(2)
+    if change == "own forward":
+        linear.forward = lambda x: F.linear(x, linear.weight).square()
+    block = layers.CrossAttention(C, 2).double()
+    block.q = linear
+    function = (lambda x: block(x, x)) if inside else linear
+    y, y_dot = pmf.jvp(function, (x[:, None],), (x[:, None],)) if inside else dual(linear, (x, x))
+    given = x[:, None] if inside else x
+    expected, expected_dot = torch.func.jvp(function, (given,), (given,))
+    assert relative_error(y, expected) < 1e-13 and relative_error(y_dot, expected_dot) < 1e-13
+
+
 def test_functions_of_several_inputs_and_outputs():
     x, y = drawn(B, C), drawn(B, C)
     result = dual(lambda x, y: dict(product=x * y, parts=(x, 3)), (x, x[2:]), y)
@@ -172,6 +204,16 @@ def test_checkpointed_values_draw_the_same_random_numbers():
     ("call", "message"),
     [
         (lambda x: add((x, x[1:]), (x, x[2:])), r"add: all tangents must cover equally many samples, got \[2, 3\]"),
+        (lambda x: add(x, (x[:1], x[:1])), r"add: what has a tangent must have all 2 dimensions and 4 samples"),
+        (lambda x: multiply(x, (x[0], x[0])), r"multiply: what has a tangent must .* expand it, got \[8\]"),
+        (lambda x: add(x[None], (x, x)), r"add: what has a tangent must have all 3 dimensions and 1 samples"),
+        (
+            lambda x: add(x, (x, x[:, :1])),
+            r"Dual: a tangent must .* value of shape \[4, 8\], tangent of shape \[4, 1\]",
+        ),
+        (lambda x: dual(nn.Linear(C, 2), Dual(x[1:], x)), r"value of shape \[3, 8\], tangent of shape \[4, 8\]"),
+        (lambda x: dual(nn.Linear(C, 2), Dual(x, 1)), r"value of shape \[4, 8\], tangent 1"),
+        (lambda x: gated_residual(x, x, x[:, None]), r"gated_residual: gate must have shape .*got \[4, 1, 8\]"),
         (lambda x: multiply((x, x, x)), r"Dual: expected a tensor or a pair \(value, tangent\), got 3 values"),
         (lambda x: chunk(x, 2, 0), "chunk: dim must not be that of the samples, 0, got 0"),
         (lambda x: concatenate([x, x], -2), "concatenate: dim must not be that of the samples, 0, got -2"),

@@ -252,19 +252,114 @@ def test_bad_input_is_one_line():
         block(x, timestep=x[:, 0])
 
 
-class Doubled(torch.nn.Linear):
-    """A Linear that is more than its weight."""
+LAST_WEIGHTS = {
+    "Attention": (lambda: layers.Attention(WIDTH, 4), "proj.weight"),
+    "Attention's bias": (lambda: layers.Attention(WIDTH, 4), "proj.bias"),
+    "Mlp": (lambda: layers.Mlp(WIDTH, 40), "fc2.weight"),
+    "ViTBlock": (lambda: layers.ViTBlock(WIDTH, 4, init_values=0.3), "ls2.gamma"),
+    "WideLinear": (lambda: layers.WideLinear(WIDTH, 8), "weight"),
+}
 
+
+@pytest.mark.parametrize("name", LAST_WEIGHTS)
+@pytest.mark.parametrize("input_moves", [False, True])
+def test_a_weight_and_the_input_move(name, input_moves):
+    make, weight = LAST_WEIGHTS[name]
+    layer = randomise(make())
+    primals = layer.get_parameter(weight).detach(), tokens()
+    dots = torch.randn_like(primals[0]), torch.randn_like(primals[1]) if input_moves else torch.zeros_like(primals[1])
+
+    def run(weight_value, x):
+        return torch.func.functional_call(layer, {weight: weight_value}, (x,))
+
+    _, dot = pmf.jvp(run, primals, dots if input_moves else (dots[0], None))
+    assert relative_error(dot, torch.func.jvp(run, primals, dots)[1]) < 1e-12
+
+
+class _Doubled(torch.nn.Linear):
     def forward(self, x):
         return 2 * super().forward(x)
 
 
-def test_projections_that_are_more_than_their_weights_are_refused():
-    """Layers read weights and biases alone."""
-    x, mlp = torch.randn(2, 5, 8), layers.Mlp(8, 16, linear=Doubled)
-    with pytest.raises(InputError, match=r"^Mlp: projections must be plain nn.Linear layers, got Doubled$"):
-        mlp(x)
-    attention = layers.Attention(8, 2)
-    attention.proj.forward = lambda x: x
-    with pytest.raises(InputError, match=r"^Attention: projections must be plain nn.Linear layers, got Linear$"):
-        attention(x)
+@pytest.mark.parametrize("change", ["class", "forward", "hook"])
+@pytest.mark.parametrize("make", [lambda: layers.Attention(WIDTH, 4).double(), lambda: layers.Mlp(WIDTH, 40).double()])
+def test_projections_that_are_more_than_their_weights_are_refused(make, change):
+    layer = make()
+    last = layer.projections()[1]
+    if change == "class":
+        last.__class__ = _Doubled
+    elif change == "forward":
+        last.forward = lambda x: 2 * x
+    else:
+        last.register_forward_hook(lambda module, inputs, output: 2 * output)
+    with pytest.raises(
+        InputError, match=r"projections must be nn.Linear layers, got .* with a forward or hooks of its own"
+    ):
+        layer(tokens())
+
+
+def test_parametrised_projections_are_taken():
+    layer = layers.Attention(WIDTH, 4).double()
+    torch.nn.utils.parametrizations.weight_norm(layer.qkv)
+    layer.qkv.parametrizations.weight.original0.data.mul_(2)
+    plain = layers.Attention(WIDTH, 4).double()
+    plain.load_state_dict({"qkv.weight": layer.qkv.weight.detach(), **layer.proj.state_dict(prefix="proj.")})
+    x = tokens()
+    assert torch.equal(layer(x), plain(x))
+    layer(x).sum().backward()
+    assert layer.qkv.parametrizations.weight.original1.grad is not None
+
+
+@pytest.mark.parametrize("change", ["stride", "padding", "hook"])
+def test_another_convolution_of_patches_is_refused(change):
+    layer = layers.PatchEmbed(8, 4, 3, WIDTH)
+    if change == "hook":
+        layer.proj.register_forward_hook(lambda module, inputs, output: 2 * output)
+    else:
+        layer.proj = torch.nn.Conv2d(3, WIDTH, 4, **{"stride": 4, change: 2})
+    with pytest.raises(
+        InputError, match=r"^PatchEmbed: proj must be a Conv2d of square patches without hooks, got Conv"
+    ):
+        layer(torch.randn(2, 3, 8, 8))
+
+
+def replaced(layer, name, part):
+    setattr(layer, name, part)
+    return layer.double()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda x: replaced(layers.Attention(WIDTH, 4, qk_norm="rms"), "k_norm", torch.nn.LayerNorm(WIDTH // 4))(x),
+            "Attention: with qk_norm='rms' q_norm and k_norm must be as they were, got LayerNorm",
+        ),
+        (
+            lambda x: replaced(layers.CrossAttention(WIDTH, 4, qk_norm="layer"), "q_norm", torch.nn.Identity())(x, x),
+            "with qk_norm='layer' q_norm and k_norm must be as they were, got Identity",
+        ),
+        (
+            lambda x: replaced(layers.SeparateAttention(WIDTH, 4), "k_proj", torch.nn.Linear(WIDTH, WIDTH))(x),
+            "Attention: projections must all have a bias, or none of them",
+        ),
+        (
+            lambda x: layers.PatchEmbed(4, 4, 3, WIDTH, positions=True)(torch.randn(2, 3, 8, 8)),
+            "PatchEmbed: images and prefix must make 1 tokens, got 4",
+        ),
+        (lambda x: layers.Attention(WIDTH, 4)(x[0]), r"Attention: x must be a tensor \[B, S, \d+\], got \[\d+, \d+\]"),
+        (lambda x: layers.Attention(WIDTH, 4)(x[..., 1:]), r"Attention: x must be a tensor \[B, S, \d+\], got"),
+        (lambda x: layers.CrossAttention(WIDTH, 4)(x, None), "CrossAttention: context must be a tensor .*got NoneType"),
+        (lambda x: layers.Attention(WIDTH, 0), "Attention: dim must be a multiple of num_heads, got .* and 0"),
+        (lambda x: layers.Attention(WIDTH, 4).double()(x, key_lengths=x[:, 0, 0]), "key_lengths .*, got torch.float64"),
+        (lambda x: layers.BasicTransformerBlock(WIDTH, 1, WIDTH)(x), "timestep must be a floating tensor, got None"),
+        (
+            lambda x: layers.BasicTransformerBlock(WIDTH, 1, WIDTH, norm_type="ada_norm_single")(x, timestep=x[:, 0]),
+            r"timestep must be \[B, \d+\] with ada_norm_single, got \[3, \d+\]",
+        ),
+    ],
+)
+def test_bad_input_of_layers_is_one_line(call, message):
+    with pytest.raises(InputError, match=message) as error:
+        call(tokens())
+    assert "\n" not in str(error.value)

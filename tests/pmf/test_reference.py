@@ -323,6 +323,15 @@ def test_rotation_takes_heads_of_any_layout():
         assert torch.allclose(x.dot, y.dot, rtol=1e-14, atol=1e-14)
 
 
+@pytest.mark.parametrize("pairs", ["adjacent", "half"])
+def test_rotation_takes_heads_from_any_place_in_memory(pairs):
+    memory, angle = torch.randn(1 + 2 * 3 * 2 * 8), torch.randn(3, 4)
+    x = memory[1:].view(2, 3, 2, 8)
+    tables = dict(cos=angle.cos(), sin=angle.sin(), norm=None, pairs=pairs)
+    actual, expected = (ops.norm_rope(given, **tables) for given in ((x, x[1:]), (x.clone(), x[1:].clone())))
+    assert torch.equal(actual.value, expected.value) and torch.equal(actual.dot, expected.dot)
+
+
 def test_rope_tables_turn_rows_first_then_columns():
     cos, sin = reference.rope_tables(4, 16)
     frequency = 10000.0 ** (-torch.arange(4, dtype=torch.float64) / 4)
