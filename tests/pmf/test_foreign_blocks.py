@@ -192,7 +192,7 @@ def test_adapters_are_refused():
     """Ours read the weights alone, so an adapter would be lost."""
     block = layers.ViTBlock(WIDTH, HEADS).double()
     block.attn.qkv = nn.Sequential(block.attn.qkv)
-    with pytest.raises(InputError, match=r"^Attention: projections must be plain nn.Linear layers, got Sequential$"):
+    with pytest.raises(InputError, match=r"^Attention: projections must be nn.Linear layers, got Sequential$"):
         block(tokens())
 
 
