@@ -16,7 +16,7 @@ html_theme = "furo"
 # An unknown name in a reference is an error; types of other packages are not looked up.
 nitpicky = True
 nitpick_ignore_regex = [
-    ("py:.*", r"(torch|numpy|pathlib|collections|contextlib|PIL|pa|pyarrow|pmf\.packing)\..*|Tensor")
+    ("py:.*", r"(torch|numpy|pathlib|collections|contextlib|PIL|pa|pyarrow|pmf\.packing)\..*|Tensor|pmf\.dual\.Kind")
 ]
 
 myst_fence_as_directive = ["mermaid"]
