@@ -179,9 +179,12 @@ def dual(function: Callable, *inputs: Given | None) -> Any:
     return _by_jvp(function, duals)
 
 
-def acts_as(module: Any, kind: type[Kind]) -> TypeGuard[Kind]:
-    """Whether a call of the module does what `kind` does with its weights, and nothing else; parametrised, it may."""
-    if not isinstance(module, kind) or hooked(module):
+def acts_as(module: Any, kind: type[Kind], *, hooks: bool = False) -> TypeGuard[Kind]:
+    """Whether a call of the module does what `kind` does with its weights, and nothing else.
+
+    It may be parametrised, and with `hooks` have hooks.
+    """
+    if not isinstance(module, kind) or (hooked(module) and not hooks):
         return False
     return type(module).forward is kind.forward and "forward" not in module.__dict__
 

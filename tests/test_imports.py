@@ -27,7 +27,7 @@ RULES = {
     "pmf/ops": r"pmf\.(ops.*|autocast|dispatch|pair|errors|inputs|reference(\.tangent)?)",
     "pmf/packing.py": r"pmf\.(autocast|private)",
     "pmf/dual.py": r"pmf\.(errors|pair|private|recompute|tangents\.(call|carriers))",
-    "pmf/layers": r"pmf\.(layers.*|ops(\.heads)?|dual|pair|errors|packing|tangents\.carriers|wide)",
+    "pmf/layers": r"pmf\.(layers.*|ops(\.heads)?|dual|pair|errors|packing|private|tangents\.carriers|wide)",
     "pmf/blocks.py": r"pmf\.(layers|config|dual|pair)",
     "pmf/config.py": r"pmf\.errors",
     "pmf/atomic_files.py": r"pmf\.errors",

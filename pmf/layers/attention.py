@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pmf import ops
 from pmf.dual import acts_as, chunk, dual, linear_dual
 from pmf.errors import InputError, require
-from pmf.layers.base import DualModule, Linears, check_linear, check_tokens
+from pmf.layers.base import DualModule, Linears, check_linear, check_tokens, warn_of_hooks
 from pmf.ops.heads import Norm, Pairs
 from pmf.packing import Join, PackedModule
 from pmf.pair import Dual
@@ -31,8 +31,10 @@ def _norm(kind: Norm | None, dim: int, eps: float | None) -> nn.Module:
 
 def _parameters(norm: nn.Module, kind: Norm | None) -> tuple[Tensor | None, Tensor | None]:
     """Weight and bias of a norm. Errors: `InputError` on another than `_norm` made, which would not be computed."""
-    if not acts_as(norm, nn.Identity if kind is None else nn.RMSNorm if kind == "rms" else nn.LayerNorm):
+    known = nn.Identity if kind is None else nn.RMSNorm if kind == "rms" else nn.LayerNorm
+    if not acts_as(norm, known, hooks=True):
         raise InputError(f"Attention: with qk_norm={kind!r} q_norm and k_norm must be as they were, got {norm}")
+    warn_of_hooks("Attention", norm)
     return getattr(norm, "weight", None), getattr(norm, "bias", None)
 
 

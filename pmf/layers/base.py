@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pmf.dual import acts_as, linear_dual
 from pmf.errors import InputError
 from pmf.packing import Join, PackedModule
 from pmf.pair import Dual
+from pmf.private import hooked
 from pmf.tangents.carriers import CARRIERS, as_dual, carrier_of, moves
 from pmf.wide import wide_linear
 
@@ -20,11 +23,21 @@ Linears = Callable[..., nn.Linear]
 
 
 def check_linear(owner: str, *layers: nn.Module) -> None:
-    """Errors: `InputError` on a layer whose weight alone is not what it computes: with an adapter, or with hooks."""
+    """Errors: `InputError` on a layer whose weight and bias alone are not what it computes, such as an adapter.
+
+    Hooks, which tools that watch every module set, are only warned of.
+    """
     for layer in layers:
-        if not acts_as(layer, nn.Linear):
-            own = " with a forward or hooks of its own, which would not run" if isinstance(layer, nn.Linear) else ""
+        if not acts_as(layer, nn.Linear, hooks=True):
+            own = " with a forward of its own" if isinstance(layer, nn.Linear) else ""
             raise InputError(f"{owner}: projections must be nn.Linear layers, got {type(layer).__name__}{own}")
+    warn_of_hooks(owner, *layers)
+
+
+def warn_of_hooks(owner: str, *parts: nn.Module) -> None:
+    """Warn of hooks of parts whose weights alone are read."""
+    if any(map(hooked, parts)) and not torch.compiler.is_compiling():
+        warnings.warn(f"{owner}: hooks of its parts do not run, because their weights alone are read", stacklevel=2)
 
 
 def check_tokens(owner: str, name: str, x: Dual, width: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pmf import ops
 from pmf.dual import acts_as, add, concatenate, dual, linear_dual
 from pmf.errors import InputError, require
-from pmf.layers.base import DualModule, Linear
+from pmf.layers.base import DualModule, Linear, warn_of_hooks
 from pmf.packing import Join, PackedModule
 from pmf.pair import ABSENT, Dual
 
@@ -122,7 +122,8 @@ class PatchEmbed(DualModule):
         weight, bias = self.proj.weight, self.proj.bias
         _, channels, p, _ = weight.shape
         if not self._tiles(self.proj):
-            raise InputError(f"PatchEmbed: proj must be a Conv2d of square patches without hooks, got {self.proj}")
+            raise InputError(f"PatchEmbed: proj must be a Conv2d of square patches, got {self.proj}")
+        warn_of_hooks("PatchEmbed", self.proj)
         sizes = list(images.value.shape)
         fits = len(sizes) == 4 and sizes[1] == channels and sizes[2] % p == sizes[3] % p == 0
         require(fits, f"PatchEmbed: images must be [B, {channels}, H, W] with sides that {p} divides, got {sizes}")
@@ -141,4 +142,4 @@ class PatchEmbed(DualModule):
         """Whether a convolution is one product with each patch."""
         whole = conv.stride == conv.kernel_size and conv.padding == (0, 0) and conv.groups == 1
         square = conv.kernel_size[0] == conv.kernel_size[1] and conv.dilation == (1, 1)
-        return acts_as(conv, nn.Conv2d) and whole and square
+        return acts_as(conv, nn.Conv2d, hooks=True) and whole and square
