@@ -1,21 +1,27 @@
-"""Snapshots to resume from: PyTorch's distributed checkpoints, written in the background, each complete or absent."""
+"""Snapshots to resume from: PyTorch's distributed checkpoints, written in the background, each complete or absent.
+
+A damaged one is noticed by its checksums and set aside, and the one before it is used.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import shutil
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from pmf.errors import InputError, first_line
+from pmf.errors import InputError, first_line, require
+from pmf.train.checkpoint_files import CheckedPlanner, CheckedReader, CheckedWriter, damage, files_of, read_metadata
 from pmf.train.distributed import World
 
 FOLDER = "checkpoints"
@@ -49,11 +55,11 @@ class Snapshots:
         self.publish(wait=True)
         if self.world.broadcast(self._path(step).exists()):
             return
-        partial = self._partial(step)
-        self.world.main_first(lambda: _make_room(partial))
+        folder = self._partial(step)
+        self.world.main_first(partial(_make_room, folder))
         try:
             future = dcp.async_save(
-                state, checkpoint_id=str(partial), process_group=self.group, no_dist=self.group is None
+                state, storage_writer=CheckedWriter(folder), process_group=self.group, no_dist=self.group is None
             )
         except FAILURES as error:
             raise self._failure(step, error) from error
@@ -79,23 +85,66 @@ class Snapshots:
         except FAILURES as error:
             raise self._failure(step, error) from error
 
+    def newest(self) -> int:
+        """The step of the newest snapshot that is whole. Damaged ones after it are set aside, which is said.
+
+        Every process must call; they share the checking. Errors: `InputError` when there is none.
+        """
+        steps, faults = self.world.broadcast(self.steps()), {}
+        run = self.folder.parent
+        require(bool(steps), f"resume: {run} has no complete checkpoint, nothing was saved there yet")
+        for step in reversed(steps):
+            fault = self._fault(step)
+            if fault is None:
+                self.world.main_first(partial(self._set_aside, faults, step))
+                return step
+            faults[step] = fault
+        told = "; ".join(f"{self._path(step).name}: {fault}" for step, fault in faults.items())
+        raise InputError(f"resume: every checkpoint of {run} is damaged: {told}")
+
+    def _fault(self, step: int) -> str | None:
+        """What is wrong with a snapshot; None if it is whole."""
+        files, fault = [], None
+        try:
+            files = files_of(self._path(step)) if self.world.main else []
+        except InputError as error:
+            fault = str(error)
+        files, fault = self.world.broadcast((files, fault))
+        faults = [fault, *(damage(file) for file in files[self.world.rank :: self.world.size])]
+        return next(filter(None, itertools.chain(*self.world.gather(faults))), None)
+
+    def _set_aside(self, faults: dict[int, str], step: int) -> None:
+        """Hide damaged snapshots from later runs, which write new ones of these steps; nothing is deleted."""
+        for damaged, fault in faults.items():
+            path = self._path(damaged)
+            aside = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.replace(aside)
+            self.world.say(f"resume: {path} is damaged: {fault}; it is now {aside.name}. Going back to step {step}")
+
     def load(self, step: int, state: dict[str, Any]) -> None:
         """Read that snapshot into the tensors of `state`, in place.
 
         Errors: `InputError` when it does not fit the state or cannot be read.
         """
         with self._reading(step) as path:
-            dcp.load(state, checkpoint_id=path, no_dist=self.group is None, process_group=self.group)
+            dcp.load(
+                state,
+                storage_reader=CheckedReader(path),
+                planner=CheckedPlanner(),
+                process_group=self.group,
+                no_dist=self.group is None,
+            )
 
     def names(self, step: int) -> set[str]:
         """The names of all values in that snapshot, keys joined by dots. Errors: `InputError` if it cannot be read."""
         with self._reading(step) as path:
-            return set(dcp.FileSystemReader(path).read_metadata().state_dict_metadata)
+            return set(read_metadata(path).state_dict_metadata)
 
     @contextlib.contextmanager
-    def _reading(self, step: int) -> Iterator[str]:
+    def _reading(self, step: int) -> Iterator[Path]:
         try:
-            yield str(self._path(step))
+            yield self._path(step)
         except FAILURES as error:
             raise InputError(f"resume: cannot continue from {self._path(step)}: {_reason(error)}") from error
 
@@ -113,11 +162,11 @@ class Snapshots:
         return InputError(f"path: cannot write {self._path(step)}: {_reason(error)}; {last}")
 
 
-def _make_room(partial: Path) -> None:
+def _make_room(folder: Path) -> None:
     """Create the folder of a new snapshot, and delete unfinished ones."""
-    for torn in partial.parent.glob(".step-*"):
+    for torn in folder.parent.glob(".step-*"):
         shutil.rmtree(torn)
-    partial.mkdir(parents=True)
+    folder.mkdir(parents=True)
 
 
 def _synchronise(folder: Path) -> None:
@@ -135,4 +184,4 @@ def _reason(error: BaseException) -> str:
         error = error.__cause__
     if isinstance(error, dcp.CheckpointException) and error.failures:  # one per rank
         error = next(iter(error.failures.values()))[0]
-    return first_line(error)
+    return (isinstance(error, OSError) and error.strerror) or first_line(error)
