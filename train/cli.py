@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
+import time
 from collections.abc import Iterable
 
-from pmf.errors import InputError, extra
+import torch
+
+import pmf
+from pmf.errors import InputError, extra, first_line
+from pmf.train.distributed import CommonError
+from pmf.train.terminal import soft_output
 
 COMMANDS = {
     "train": ("pmf.train.loop", "train a preset or resume a run; start it with torchrun for several GPUs"),
@@ -17,6 +24,9 @@ COMMANDS = {
     "doctor": ("pmf.train.doctor", "check a run before it starts: kernels, memory, speed, data, and what to change"),
 }
 """Command name -> (module whose `command(arguments)` runs, help line)."""
+
+PATIENCE = 3.0
+"""Seconds that the other processes of a run leave to the first one to report an error."""
 
 PACKAGES = ("PIL", "matplotlib", "sklearn", "tqdm", "tyro")
 """Those of the extra `train`."""
@@ -33,19 +43,38 @@ def _find_packages() -> None:
 def _usage(presets: Iterable[str]) -> str:
     lines = "\n".join(f"  {name:8}{text}" for name, (_, text) in COMMANDS.items())
     return (
-        f"usage: pmf COMMAND [options]\n\n{lines}\n\n`pmf COMMAND --help` explains every option. Presets to train: "
-        f"{', '.join(presets)};\n`pmf digits` is short for `pmf train digits`."
+        f"usage: pmf COMMAND [options], or pmf --version\n\n{lines}\n\n`pmf COMMAND --help` explains every option. "
+        f"Presets to train: {', '.join(presets)};\n`pmf digits` is short for `pmf train digits`."
     )
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one command. Bad input ends with one line on standard error and exit status 2."""
-    try:
-        _find_packages()
-        _run(sys.argv[1:] if arguments is None else arguments)
-    except (InputError, OSError) as error:
-        print(f"pmf: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Run one command.
+
+    Bad input and a failing system end with one line on standard error and exit status 2, Ctrl-C with status 130.
+    """
+    with soft_output():
+        try:
+            _find_packages()
+            _run(sys.argv[1:] if arguments is None else arguments)
+        except (InputError, OSError) as error:
+            _report(error, str(error))
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            advice = "`pmf doctor` with the same options says what fits"
+            _report(error, f"out of memory ({first_line(error)}); {advice}")
+        except KeyboardInterrupt:
+            print("\npmf: interrupted", file=sys.stderr)
+            sys.exit(130)
+
+
+def _report(error: BaseException, message: str) -> None:
+    """Print the line, once for all processes, and exit."""
+    other = int(os.environ.get("RANK", 0)) > 0
+    if other and not isinstance(error, CommonError):
+        time.sleep(PATIENCE)  # if the first process fails as well, it reports, and torchrun ends this one meanwhile
+    if not (other and isinstance(error, CommonError)):
+        print(f"pmf: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _run(arguments: list[str]) -> None:
@@ -53,6 +82,9 @@ def _run(arguments: list[str]) -> None:
 
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage(PRESETS))
+        return
+    if arguments[0] == "--version":
+        print(f"pixel-meanflow {pmf.__version__}")
         return
     if arguments[0] in PRESETS:
         arguments = ["train", *arguments]

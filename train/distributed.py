@@ -38,6 +38,10 @@ def pick_device(name: str) -> torch.device:
         raise InputError(f"device: cannot use {name!r}: {first_line(error)}") from None
 
 
+class CommonError(InputError):
+    """An error that every process raises at the same place; the main one reports it."""
+
+
 @dataclass(frozen=True)
 class World:
     """The processes of a run or an evaluation, as seen by one of them."""
@@ -78,6 +82,13 @@ class World:
             dist.broadcast_object_list(box, group=self.group)
         return box[0]
 
+    def gather(self, value: T) -> list[T]:
+        """Return every process's value, in order of rank, on every process."""
+        box = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(box, value, group=self.group)
+        return box
+
     def share(self, items: list[T]) -> list[T]:
         """Return this process's share of the main process's list."""
         return self.broadcast(items)[self.rank :: self.size]
@@ -88,7 +99,7 @@ class World:
             dist.barrier(group=self.group)
 
     def main_first(self, work: Callable[[], T]) -> T:
-        """Run `work` on the main process only; return its result, or raise its error, on every process."""
+        """Run `work` on the main process only; return its result, or raise a `CommonError`, on every process."""
         result: Any = None
         message = None
         if self.main:
@@ -98,8 +109,14 @@ class World:
                 message = str(error)
         result, message = self.broadcast((result, message))
         if message is not None:
-            raise InputError(message)
+            raise CommonError(message)
         return result
+
+    def raise_first(self, error: InputError | None) -> None:
+        """Raise the error of the first process that has one, as a `CommonError`, on every process."""
+        message = next(filter(None, self.gather(error and str(error))), None)
+        if message is not None:
+            raise CommonError(message) from error
 
 
 def join(device: str, sharding: str | None = None) -> World:

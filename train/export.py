@@ -17,7 +17,8 @@ from pmf.images import save_grid
 from pmf.sharded import whole
 from pmf.train.config import RunConfig
 from pmf.train.distributed import World
-from pmf.train.run_directory import CURVE_FILE, SAMPLES_FILE
+from pmf.train.run_directory import CURVE_FILE, SAMPLES_FILE, metrics
+from pmf.train.terminal import decoration
 
 PICTURE_ROWS = 8
 
@@ -46,19 +47,21 @@ def _samples(
     file: Path, tensors: dict[str, Tensor], config: RunConfig, device: torch.device, network: pmf.PMFDiT | None
 ) -> None:
     """Write a grid of samples: a column for each of the first ten classes."""
-    network = network or pmf.create_model(config.model, impl=config.impl, aux_head=False, device=device)
-    network.load_state_dict(tensors, strict=False)  # the sampling network has no v head
-    columns = min(10, config.model.num_classes)
-    images = pmf.generate(network, list(range(columns)) * PICTURE_ROWS, **asdict(config.sampling))
-    save_grid(file, images, columns=columns)
+    with decoration(SAMPLES_FILE):
+        network = network or pmf.create_model(config.model, impl=config.impl, aux_head=False, device=device)
+        network.load_state_dict(tensors, strict=False)  # the sampling network has no v head
+        columns = min(10, config.model.num_classes)
+        images = pmf.generate(network, list(range(columns)) * PICTURE_ROWS, **asdict(config.sampling))
+        save_grid(file, images, columns=columns)
 
 
-def export_curve(directory: Path, metrics: list[dict]) -> None:
+def export_curve(directory: Path) -> None:
     """Write the loss curve of a run's metrics."""
-    kept = [record for record in metrics if record.get("loss") is not None]
+    kept = [[record.get(name) for name in ("step", "loss_u", "loss_v")] for record in metrics(directory)]
+    kept = [values for values in kept if all(isinstance(value, (int, float)) for value in values)]
     if kept:  # none if every step was skipped or metrics.jsonl is lost
-        terms = {name: [record[name] for record in kept] for name in ("loss_u", "loss_v")}
-        save_loss_curve(directory / CURVE_FILE, [record["step"] for record in kept], terms)
+        steps, u, v = map(list, zip(*kept, strict=True))
+        save_loss_curve(directory / CURVE_FILE, steps, {"loss_u": u, "loss_v": v})
 
 
 def save_loss_curve(path: str | Path, steps: list[int], terms: dict[str, list[float]]) -> None:

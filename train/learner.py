@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -20,9 +21,9 @@ from pmf.optim import EMA, build_optimizers, learning_rate
 from pmf.optim.authors_state import check_fits, fill_run
 from pmf.parallel import LossModule, synchronise_gradients, wrap
 from pmf.perceptual import PerceptualLoss
-from pmf.sharded import full, give
+from pmf.sharded import full, give, local
 from pmf.train.config import RunConfig
-from pmf.train.distributed import World
+from pmf.train.distributed import CommonError, World
 from pmf.train.snapshots import Snapshots
 
 
@@ -57,6 +58,8 @@ class Learner:
         self.optimizers = build_optimizers(self.model, config.optimizer, world.mesh)
         self.emas = {f"ema_{k:g}": EMA(self.model, k) for k in config.ema_half_lives}
         self.step = self.skipped = 0
+        self.intact = True
+        """Whether the state is that of `step`, not half of an update."""
         if init is not None and config.init_state:
             self.step = self._continue_authors_run(init)
 
@@ -95,28 +98,32 @@ class Learner:
 
     # One step.
 
-    def train_step(self, x: Tensor, y: Tensor, stop: bool = False) -> dict[str, float]:
+    def train_step(self, x: Tensor, y: Tensor, stop: float = 0.0) -> dict[str, float]:
         """Take one step on this process's images: draws, loss, gradients, Muon and Adam, averages.
 
-        Return the values to report, equal on every process; among them "stop", positive if any process asked for it.
-        Loss and gradient norm are read once, between backward and update; if any value is not finite, the step changes
-        neither weights nor optimizers and counts as skipped.
+        Return the values to report, equal on every process; among them "stop", positive if any process asked for it
+        and infinite if any process has no images: then the step changes nothing. Loss and gradient norm are read once,
+        between backward and update; if any value is not finite, the step changes neither weights nor optimizers and
+        counts as skipped.
         """
         terms = self._gradients(x, y)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         terms["gradient_norm"] = full(norm)
         terms["stop"] = torch.tensor(float(stop), device=self.world.device)
         record = dict(zip(terms, self.world.mean(torch.stack([*terms.values()]).float()).tolist(), strict=True))
-        if all(map(math.isfinite, record.values())):
-            if self.config.optimizer.clip_norm:
-                torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.optimizer.clip_norm, norm)
-            self._update(record)
-            self.skipped = 0
-        else:
-            self._skip(record)
+        if record["stop"] < math.inf:
+            self.intact = False
+            if all(map(math.isfinite, record.values())):
+                if self.config.optimizer.clip_norm:
+                    torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.optimizer.clip_norm, norm)
+                self._update(record)
+                self.skipped = 0
+            else:
+                self._skip(record)
+            self.step += 1
+            self.intact = True
         for part in self.optimizers.values():
             part.zero_grad()
-        self.step += 1
         return record
 
     def _gradients(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -162,17 +169,28 @@ class Learner:
             ema.update(self.model, config.batch_size, (self.step + 1) * config.batch_size)
 
     def _skip(self, record: dict[str, float]) -> None:
-        """Count a non-finite step. Errors: `InputError` on more than max_skipped of them in a row."""
+        """Count a non-finite step. Errors: `CommonError` on more than max_skipped of them in a row."""
         self.skipped += 1
-        bad = ", ".join(name for name, value in record.items() if not math.isfinite(value))
-        require(
-            self.skipped <= self.config.max_skipped,
-            f"loss: not finite at step {self.step + 1} and {self.skipped - 1} before it ({bad}"
-            f"{_first_bad_gradient(self.model)}), expected a lower learning rate or clip_norm; the last checkpoint "
-            f"in {self.config.resume or self.config.out} is untouched",
-        )
+        if self.skipped > self.config.max_skipped:
+            bad = ", ".join(name for name, value in record.items() if not math.isfinite(value))
+            raise CommonError(
+                f"loss: not finite at step {self.step + 1} and {self.skipped - 1} before it ({bad}"
+                f"{_first_bad_gradient(self.model)}), expected a lower learning rate or clip_norm; the last checkpoint "
+                f"in {self.config.resume or self.config.out} is untouched"
+            )
 
     # Saving and resuming.
+
+    def fault(self, state: dict[str, Any]) -> str | None:
+        """Why the state, which `state` returned, is not worth saving; None if it is. Every process must call.
+
+        A network that skips steps may have weights from which none can be taken, and would replace better ones.
+        """
+        if self.skipped or not self.intact:
+            return f"the last {self.skipped} steps were skipped" if self.skipped else "an update was interrupted"
+        bad = next((name for name, t in _tensors(state) if not bool(torch.isfinite(local(t)).all())), None)
+        first = next(filter(None, self.world.gather(bad)), None)
+        return first and f"{first} is not finite"
 
     def state(self) -> dict[str, Any]:
         """Everything that later steps depend on. Its tensors are the run's own, not copies."""
@@ -194,9 +212,7 @@ class Learner:
 
     def load(self, snapshots: Snapshots) -> None:
         """Resume from the latest snapshot, with the optimizer settings of the configuration."""
-        steps, directory = self.world.broadcast(snapshots.steps()), self.config.resume
-        require(bool(steps), f"resume: {directory} has no complete checkpoint, nothing was saved there yet")
-        latest, last = steps[-1], self.config.steps
+        latest, last, directory = snapshots.newest(), self.config.steps, self.config.resume
         require(latest <= last, f"steps: {directory} is already at step {latest}, expected at least that, got {last}")
         state, known = self.state(), snapshots.names(latest)
         settings = {name: copy.deepcopy(part["param_groups"]) for name, part in state["optimizers"].items()}
@@ -227,6 +243,14 @@ def _perceptual(config: RunConfig, device: torch.device, dtype: torch.dtype) -> 
         device=device,
         dtype=dtype,
     )
+
+
+def _tensors(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """All tensors in nested dicts, with their names."""
+    if isinstance(state, Tensor):
+        yield name, state
+    for key, value in state.items() if isinstance(state, dict) else ():
+        yield from _tensors(value, f"{name}.{key}".lstrip("."))
 
 
 def _first_bad_gradient(model: pmf.PMFDiT) -> str:

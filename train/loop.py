@@ -1,12 +1,20 @@
-"""`pmf train`: the training loop with data, snapshots, metrics, pictures and evaluations. Runs resume bit for bit."""
+"""`pmf train`: the training loop with data, snapshots, metrics, pictures and evaluations. Runs resume bit for bit.
+
+Every end but SIGKILL saves: a stop signal, data that cannot be read, an error in a step.
+"""
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from pmf.data import Loader, TrainingData
@@ -14,14 +22,19 @@ from pmf.errors import InputError, require
 from pmf.train import run_directory
 from pmf.train.config import RunConfig
 from pmf.train.data.by_name import open_data
-from pmf.train.distributed import World, join, leave
+from pmf.train.directory_lock import locked
+from pmf.train.distributed import CommonError, World, join, leave
 from pmf.train.evaluation.periodic import PeriodicEvaluation
 from pmf.train.export import export_curve, export_weights
 from pmf.train.learner import Learner
 from pmf.train.presets import configured
 from pmf.train.progress import Progress
+from pmf.train.run_directory import CURVE_FILE
 from pmf.train.snapshots import Snapshots
 from pmf.train.stop_signals import StopRequest
+from pmf.train.terminal import decoration
+
+log = logging.getLogger(__name__)
 
 
 class Trainer(Learner):
@@ -36,42 +49,79 @@ class Trainer(Learner):
         self.data = data
         self.directory = config.resume or config.out
         self.snapshots = Snapshots(self.directory, self.world, config.keep_checkpoints)
-        if config.resume is not None:
-            self.load(self.snapshots)
-        self.evaluation = PeriodicEvaluation(config, self.world, self.directory) if config.eval_every else None
-        self.metrics = self.world.main_first(self._open_directory)
-        self.fix_bucket_order()
+        self.owed = False
+        """Whether a snapshot was due when the state was not worth saving."""
+        with ExitStack() as lock:
+            if config.resume is not None:
+                self._lock(lock)
+                self.load(self.snapshots)
+            self.evaluation = PeriodicEvaluation(config, self.world, self.directory) if config.eval_every else None
+            if config.resume is None:
+                self._lock(lock)
+            self.last_record = self.world.main_first(self._open_directory)
+            self.fix_bucket_order()
+            self.lock = lock.pop_all()
 
-    def _open_directory(self) -> list[dict]:
-        if self.config.resume is None:
+    def _lock(self, stack: ExitStack) -> None:
+        """Lock the directory, for the main process, until the stack is closed at the end of `run`."""
+        argument = "resume" if self.config.resume is not None else "out"
+
+        def enter() -> None:
+            stack.enter_context(locked(self.directory, argument))
+
+        self.world.main_first(enter)
+
+    def _open_directory(self) -> dict | None:
+        resumed = self.config.resume is not None
+        if not resumed:
             run_directory.make_room(self.directory, self.config.overwrite)
+        run_directory.keep_data_identity(self.directory, self.config.data, self.data, resumed)
         stored = replace(self.config, out=self.directory, resume=None, overwrite=False)
         run_directory.write_config(self.directory, stored)
-        return run_directory.metrics_until(self.directory, self.step)
+        return run_directory.keep_metrics_until(self.directory, self.step)
 
     def run(self) -> None:
-        """Train to the last step. Ctrl-C, SIGTERM and SIGUSR1 save and stop; a full disk stops without saving."""
-        if self.evaluation is not None:
-            self.evaluation.prepare()
-        if self.step == self.config.steps:  # it stopped while exporting the last step
-            self._export()
-        batches, main = self._loader(), self.world.main
-        reports = Progress(self.directory, self.metrics, self.step, self.config.steps) if main else nullcontext()
-        stopped = False
-        with StopRequest() as stop, self._pending_snapshot_kept(), reports as progress:
+        """Train to the last step. The stop signals save and stop; a full disk stops without saving."""
+        with self.lock:
+            if self.evaluation is not None:
+                self.evaluation.prepare()
+            if self.step == self.config.steps:  # it stopped while exporting the last step
+                self._export()
+            # The loader comes first: its workers ignore the stop signals.
+            with closing(self._loader()) as batches, StopRequest(self.world.main) as stop, self._saved_on_failure():
+                stopped = self._train(batches, stop)
+        if stopped:
+            self._say_saved(f"stopped at step {self.step}")
+
+    def _train(self, batches: Loader, stop: StopRequest) -> bool:
+        """Train to the last step or to a stop; return whether it was a stop."""
+        main, stopped = self.world.main, False
+        reports = Progress(self.directory, self.last_record, self.step, self.config.steps) if main else nullcontext()
+        with reports as progress:
             self._evaluate_when_due(progress)  # the run may have stopped during this step's evaluation
             while self.step < self.config.steps and not stopped:
                 began = time.perf_counter()
-                record = self.train_step(*next(batches), stop.requested)
-                stopped = record.pop("stop") > 0
+                (x, y), failure = self._images(batches)
+                record = self.train_step(x, y, math.inf if failure else stop.requested)
+                stopped = record["stop"] > 0
+                if record.pop("stop") == math.inf:
+                    self.world.raise_first(failure)
                 if progress is not None:
                     speed = self.config.batch_size / (time.perf_counter() - began)
                     progress.add({"step": self.step, **record, "images_per_second": speed})
                 self._save_when_due(stopped)
                 if not stopped:
                     self._evaluate_when_due(progress)
-        if stopped:
-            self.world.say(f"stopped at step {self.step}; continue with --resume {self.directory}")
+        return stopped
+
+    def _images(self, batches: Loader) -> tuple[tuple[Tensor, Tensor], InputError | None]:
+        """The next batch; if there is none, a blank one and the reason: the other processes wait in their steps."""
+        try:
+            return next(batches), None
+        except InputError as error:
+            count, device = self.config.batch_size // self.world.size, self.world.device
+            x = torch.zeros(count, *self.config.model.image_shape, device=device)
+            return (x, torch.zeros(count, dtype=torch.int64, device=device)), error
 
     def _loader(self) -> Loader:
         return Loader(
@@ -88,28 +138,51 @@ class Trainer(Learner):
         )
 
     @contextmanager
-    def _pending_snapshot_kept(self) -> Iterator[None]:
-        """When a step fails, finish writing the pending snapshot: every process has copied its part."""
+    def _saved_on_failure(self) -> Iterator[None]:
+        """When a step fails, save what is intact, and finish writing the pending snapshot.
+
+        If only one process of several fails, the others cannot take part: what is pending has all their parts.
+        """
         try:
             yield
-        except Exception:
-            with suppress(InputError):  # the first failure is the one to report
+        except BaseException as failure:
+            with suppress(Exception):  # the first failure is the one to report
+                if self.world.size == 1 or isinstance(failure, CommonError):
+                    self._save()
                 self.snapshots.publish(wait=True)
+                self._say_saved(f"failed after step {self.step}")
             raise
+
+    def _say_saved(self, event: str) -> None:
+        saved = self.snapshots.steps()
+        end = f"is saved at step {saved[-1]}; continue with --resume {self.directory}" if saved else "is not saved"
+        self.world.say(f"{event}; the run {end}")
+
+    def _save(self) -> None:
+        """Start saving the state, or say why it is not worth saving; it is saved then as soon as it is."""
+        state = self.state()
+        fault = self.fault(state)
+        if fault is None:
+            self.snapshots.save(self.step, state)
+        elif self.world.main:
+            log.warning("step %d is not saved: %s", self.step, fault)
+        self.owed = self.skipped > 0
 
     def _save_when_due(self, stopped: bool) -> None:
         last = stopped or self.step == self.config.steps
         evaluated = self.evaluation is not None and self.evaluation.due(self.step)
-        if last or evaluated or self.step % self.config.save_every == 0:
-            self.snapshots.save(self.step, self.state())
+        due = last or evaluated or self.step % self.config.save_every == 0
+        if due or (self.owed and not self.skipped):
+            self._save()
         self.snapshots.publish(wait=last or evaluated)  # a step must be resumable before it is measured
         if last or self.step % self.config.sample_every == 0:
             self._export()
 
     def _export(self) -> None:
+        """Write the weights and pictures."""
         network = None if self.evaluation is None else self.evaluation.network
         export_weights(self.directory, self.step, self._weights(), self.config, self.world, network)
-        self.world.main_first(lambda: export_curve(self.directory, self.metrics))
+        self.world.main_first(partial(_draw_curve, self.directory))
 
     def _evaluate_when_due(self, progress: Progress | None) -> None:
         if self.evaluation is not None and self.evaluation.due(self.step):
@@ -120,6 +193,11 @@ class Trainer(Learner):
     def _weights(self) -> dict[str, dict[str, Tensor]]:
         """The weights and their averages by name: the run's own tensors, whole or in shards."""
         return {"model": self.model.state_dict(), **{name: ema.state_dict() for name, ema in self.emas.items()}}
+
+
+def _draw_curve(directory: Path) -> None:
+    with decoration(CURVE_FILE):
+        export_curve(directory)
 
 
 def check_data(data: TrainingData, config: RunConfig) -> None:

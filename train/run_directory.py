@@ -6,15 +6,19 @@ import contextlib
 import itertools
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pmf.atomic_files import write_atomically
+from pmf.data import TrainingData
 from pmf.errors import InputError, require
 from pmf.train.config import CONFIG_FILE, RunConfig, load_run_config, to_json
+from pmf.train.directory_lock import LOCK_FILE
 from pmf.train.snapshots import FOLDER
 
 METRICS_FILE = "metrics.jsonl"
+DATA_FILE = "data.json"
 SAMPLES_FILE = "samples.png"
 CURVE_FILE = "loss.png"
 EVALUATION_FOLDER = "eval"
@@ -30,7 +34,7 @@ def make_room(directory: Path, overwrite: bool) -> None:
         return
     for torn in directory.glob(f".{CONFIG_FILE}.*"):  # left by a run killed while it stored its configuration
         torn.unlink()
-    if not any(directory.iterdir()):
+    if not any(entry.name != LOCK_FILE for entry in directory.iterdir()):
         return
     require(_is_run(directory), f"out: {directory} is not empty and holds no run, expected another --out")
     saved = any((directory / FOLDER).glob("step-*"))
@@ -50,22 +54,57 @@ def write_config(directory: Path, config: RunConfig) -> None:
     write_atomically(directory / CONFIG_FILE, lambda temporary: temporary.write_text(to_json(config)))
 
 
-def metrics_until(directory: Path, step: int) -> list[dict]:
-    """Return the metrics up to `step`; remove later ones, of steps that were not saved, from the file."""
-    file = directory / METRICS_FILE
-    kept = list(itertools.takewhile(lambda record: record["step"] <= step, read_json_lines(file)))
-    text = "".join(json.dumps(record) + "\n" for record in kept)
-    write_atomically(file, lambda temporary: temporary.write_text(text))
-    return kept
+def keep_data_identity(directory: Path, spec: str, data: TrainingData, resumed: bool) -> None:
+    """Store what identifies a run's data: number of images and classes, and its fingerprint if it has one.
+
+    Errors: `InputError` if a resumed run's data has changed under the same name. Other data may be chosen by name.
+    """
+    file = directory / DATA_FILE
+    now = {"data": spec, "images": len(data), "classes": data.num_classes}
+    now["fingerprint"] = getattr(data, "fingerprint", None)
+    before = next(json_lines(file), {}) if resumed else {}
+    if before.get("data") == spec:
+        known = {name: value for name, value in now.items() if value is not None and before.get(name) is not None}
+        changed = [name for name, value in known.items() if value != before[name]]
+        told = ", ".join(f"{name} {before[name]} then, {now[name]} now" for name in changed)
+        require(
+            not changed,
+            f"data: {spec} is not what {directory} was trained on ({told}): expected the same pictures; to go on with "
+            "others, give their directory another name and choose it by --data",
+        )
+    write_atomically(file, lambda temporary: temporary.write_text(json.dumps(now) + "\n"))
 
 
-def read_json_lines(file: Path) -> list[dict[str, Any]]:
-    """Read the records of a file of JSON lines: none if it does not exist; lines torn by a crash are skipped."""
-    records = []
-    for line in file.read_text().splitlines() if file.is_file() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
-    return records
+def metrics(directory: Path) -> Iterator[dict[str, Any]]:
+    """The records of a run's steps and evaluations, in order."""
+    return (record for record in json_lines(directory / METRICS_FILE) if isinstance(record.get("step"), int))
+
+
+def keep_metrics_until(directory: Path, step: int) -> dict[str, Any] | None:
+    """Remove the metrics of steps after `step`, which were not saved, from the file; return the last one kept."""
+    last = None
+
+    def copy(temporary: Path) -> None:
+        nonlocal last
+        with open(temporary, "w") as file:
+            for last in itertools.takewhile(lambda record: record["step"] <= step, metrics(directory)):
+                file.write(json.dumps(last) + "\n")
+
+    write_atomically(directory / METRICS_FILE, copy)
+    return last
+
+
+def json_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """The objects in a file of JSON lines, none if it does not exist; other lines, such as torn ones, are skipped."""
+    if not file.is_file():
+        return
+    with open(file, "rb") as lines:
+        for line in lines:
+            record = None
+            with contextlib.suppress(ValueError, RecursionError):  # not JSON, not UTF-8
+                record = json.loads(line)
+            if isinstance(record, dict):
+                yield record
 
 
 def _is_run(directory: Path) -> bool:
@@ -80,6 +119,6 @@ def _run_files(directory: Path) -> list[Path]:
     """The files a run writes, except config.json: it marks the directory as a run's until the next run replaces it."""
     pictures = (SAMPLES_FILE, CURVE_FILE)
     patterns = [FOLDER, "tensorboard/events.*", f"{EVALUATION_FOLDER}/results.jsonl", f"{EVALUATION_FOLDER}/.*"]
-    for name in (METRICS_FILE, *pictures, "model.safetensors", "ema_*.safetensors"):
+    for name in (METRICS_FILE, DATA_FILE, *pictures, "model.safetensors", "ema_*.safetensors"):
         patterns += [name, f".{name}.*"]  # and temporary files of a killed run
     return [path for pattern in patterns for path in directory.glob(pattern)]

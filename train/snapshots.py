@@ -22,7 +22,7 @@ import torch.distributed.checkpoint as dcp
 
 from pmf.errors import InputError, first_line, require
 from pmf.train.checkpoint_files import CheckedPlanner, CheckedReader, CheckedWriter, damage, files_of, read_metadata
-from pmf.train.distributed import World
+from pmf.train.distributed import CommonError, World
 
 FOLDER = "checkpoints"
 FAILURES = (Exception, dcp.CheckpointException)  # the latter is a BaseException
@@ -90,8 +90,8 @@ class Snapshots:
 
         Every process must call; they share the checking. Errors: `InputError` when there is none.
         """
-        steps, faults = self.world.broadcast(self.steps()), {}
-        run = self.folder.parent
+        faults: dict[int, str] = {}
+        steps, run = self.world.broadcast(self.steps()), self.folder.parent
         require(bool(steps), f"resume: {run} has no complete checkpoint, nothing was saved there yet")
         for step in reversed(steps):
             fault = self._fault(step)
@@ -100,7 +100,7 @@ class Snapshots:
                 return step
             faults[step] = fault
         told = "; ".join(f"{self._path(step).name}: {fault}" for step, fault in faults.items())
-        raise InputError(f"resume: every checkpoint of {run} is damaged: {told}")
+        raise CommonError(f"resume: every checkpoint of {run} is damaged: {told}")
 
     def _fault(self, step: int) -> str | None:
         """What is wrong with a snapshot; None if it is whole."""
@@ -146,7 +146,7 @@ class Snapshots:
         try:
             yield self._path(step)
         except FAILURES as error:
-            raise InputError(f"resume: cannot continue from {self._path(step)}: {_reason(error)}") from error
+            raise CommonError(f"resume: cannot continue from {self._path(step)}: {_reason(error)}") from error
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
@@ -154,12 +154,12 @@ class Snapshots:
     def _partial(self, step: int) -> Path:
         return self.folder / f".step-{step:08d}"
 
-    def _failure(self, step: int, error: BaseException) -> InputError:
+    def _failure(self, step: int, error: BaseException) -> CommonError:
         if self.world.main:
             shutil.rmtree(self._partial(step), ignore_errors=True)
         kept = self.steps()
         last = f"the last complete checkpoint is that of step {kept[-1]}" if kept else "no checkpoint is complete"
-        return InputError(f"path: cannot write {self._path(step)}: {_reason(error)}; {last}")
+        return CommonError(f"path: cannot write {self._path(step)}: {_reason(error)}; {last}")
 
 
 def _make_room(folder: Path) -> None:

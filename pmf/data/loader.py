@@ -21,7 +21,7 @@ from pmf.images import to_float
 
 MAX_CORRUPT = 100
 PREFETCH = 4
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
 """Signals that ask a run to save and stop. Slurm's --signal=USR1@60 sends SIGUSR1 60 seconds before the time limit."""
 
 log = logging.getLogger(__name__)

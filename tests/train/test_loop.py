@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import pmf
+from pmf.data.loader import STOP_SIGNALS
 from pmf.draws import step_seed
 from pmf.optim import OptimizerConfig
 from pmf.train import run_directory
@@ -49,6 +50,7 @@ def test_a_run_directory_holds_everything(finished):
     weights = {f"{name}.safetensors" for name in ("model", "ema_500", "ema_1000", "ema_2000")}
     assert names - {"tensorboard"} == weights | {
         "config.json",
+        "data.json",
         "metrics.jsonl",
         "checkpoints",
         "samples.png",
@@ -110,7 +112,7 @@ def test_metrics_of_steps_that_were_not_saved_are_dropped(finished, tmp_path):
     assert losses(out) == losses(finished)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_an_interrupted_run_saves_and_continues_exactly(tmp_path, number):
     """With the default optimizer, whose learning rate depends on the step."""
     decaying = dict(optimizer=RunConfig().optimizer, save_every=100)
@@ -234,7 +236,7 @@ def test_wrong_places_are_refused(finished, tmp_path):
     shutil.copytree(finished / "checkpoints", tmp_path / "checkpoints")
     for file in tmp_path.glob("checkpoints/*/*.distcp"):
         os.truncate(file, 1000)
-    with pytest.raises(pmf.InputError, match=r"resume: cannot continue from .*step-00000006: ") as error:
+    with pytest.raises(pmf.InputError, match=r"resume: every checkpoint of .* is damaged: step-00000006: ") as error:
         Trainer(config(tmp_path, resume=tmp_path), digits()[0])
     assert "\n" not in str(error.value)
     with pytest.raises(pmf.InputError, match="path: cannot write"):

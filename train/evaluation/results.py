@@ -14,7 +14,7 @@ import torch
 import pmf
 from pmf.errors import InputError
 from pmf.features import Extractor
-from pmf.train.run_directory import read_json_lines
+from pmf.train.run_directory import json_lines
 
 
 class Results:
@@ -26,7 +26,7 @@ class Results:
     def find(self, key: str, **values: object) -> dict[str, Any] | None:
         """The last line with this key and these values; None if there is none."""
         wanted = {"key": key, **values}
-        found = [line for line in read_json_lines(self.file) if wanted.items() <= line.items()]
+        found = [line for line in json_lines(self.file) if wanted.items() <= line.items()]
         return found[-1] if found else None
 
     def append(self, line: dict[str, Any]) -> None:

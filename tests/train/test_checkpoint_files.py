@@ -1,0 +1,135 @@
+"""Checkpoints are checked before they are used, and reading one runs nothing that it names."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+import pmf
+from pmf.train.checkpoint_files import CheckedPlanner, CheckedReader, CheckedWriter, read_metadata
+from pmf.train.config import load_run_config
+from pmf.train.demo import digits
+from pmf.train.loop import Trainer
+from tests.train.test_killed import complete
+from tests.train.test_loop import config, losses, train
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return train(config(tmp_path_factory.mktemp("run") / "whole"))
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def resumed(run: Path, **changes) -> Trainer:
+    return Trainer(dataclasses.replace(load_run_config(run), resume=run, **changes), digits()[0])
+
+
+def flip(file: Path, position: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[position] ^= 1 << (position % 8)
+    file.write_bytes(content)
+
+
+def test_any_flipped_bit_is_found_and_the_run_goes_on_from_the_checkpoint_before(run, finished, capsys):
+    newest = run / "checkpoints" / "step-00000006"
+    sizes = {file.name: file.stat().st_size for file in newest.iterdir()}
+    chosen = random.Random(0)
+    for name in sorted(sizes):
+        shutil.rmtree(newest, ignore_errors=True)
+        shutil.copytree(finished / "checkpoints" / newest.name, newest)
+        flip(newest / name, chosen.randrange(sizes[name]))
+        assert resumed(run).step == 3, name
+        assert f"resume: {newest} is damaged: " in (told := capsys.readouterr().out) and "Going back to step 3" in told
+        assert complete(run) == [3] and (newest.parent / "damaged-step-00000006").exists()
+    resumed(run).run()
+    assert complete(run) == [3, 6] and losses(run) == losses(finished)
+
+
+@pytest.mark.parametrize("change", ["missing", "torn", "empty"])
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])
+def test_a_file_that_is_not_whole_is_found(run, change, name):
+    file = run / "checkpoints" / "step-00000006" / name
+    if change == "missing":
+        file.unlink()
+    else:
+        os.truncate(file, file.stat().st_size - 1 if change == "torn" else 0)
+    assert resumed(run).step == 3
+
+
+def test_checkpoints_without_checksums_are_read_as_before(run):
+    for beside in run.glob("checkpoints/*/*.crc32"):
+        beside.unlink()
+    for beside in run.glob("checkpoints/*/.*.crc32"):
+        beside.unlink()
+    assert resumed(run).step == 6
+
+
+class Runs:
+    """A value whose unpickling creates a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.file}",)
+
+
+def without_checksums(folder: Path) -> None:
+    for beside in folder.glob("*.crc32"):
+        beside.unlink()
+    for beside in folder.glob(".*.crc32"):
+        beside.unlink()
+
+
+@pytest.mark.parametrize("place", ["whole", "planner_data", "storage_data"])
+def test_metadata_from_a_stranger_run_nothing(run, tmp_path, place):
+    folder, proof = run / "checkpoints" / "step-00000006", tmp_path / "proof"
+    metadata = read_metadata(folder)
+    if place == "whole":
+        metadata = Runs(proof)
+    else:
+        setattr(metadata, place, {"x": Runs(proof)})
+    without_checksums(folder)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert resumed(run).step == 3 and not proof.exists()
+
+
+def test_values_from_a_stranger_run_nothing(tmp_path):
+    """A value that is not a tensor is a pickle inside the file of values."""
+    proof = tmp_path / "proof"
+    dcp.save({"step": Runs(proof), "w": torch.ones(3)}, storage_writer=CheckedWriter(tmp_path / "c"), no_dist=True)
+    proof.unlink(missing_ok=True)
+    state = {"step": 0, "w": torch.zeros(3)}
+    with pytest.raises(BaseException, match=r"Weights only load failed|Unsupported"):
+        dcp.load(state, storage_reader=CheckedReader(tmp_path / "c"), planner=CheckedPlanner(), no_dist=True)
+    assert not proof.exists()
+
+
+def test_a_checkpoint_refers_to_no_file_outside_of_it(run, tmp_path):
+    folder = run / "checkpoints" / "step-00000006"
+    metadata = read_metadata(folder)
+    for index, info in metadata.storage_data.items():
+        metadata.storage_data[index] = dataclasses.replace(info, relative_path=f"../step-00000003/{info.relative_path}")
+    without_checksums(folder)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert resumed(run).step == 3
+
+
+def test_when_all_are_damaged_each_is_named(run):
+    for step in (3, 6):
+        flip(run / "checkpoints" / f"step-{step:08d}" / "__0_0.distcp", 1000)
+    with pytest.raises(pmf.InputError, match=r"is damaged: step-00000006: __0_0.distcp does not .*; step-00000003: "):
+        resumed(run)
+    assert complete(run) == [3, 6]
