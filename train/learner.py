@@ -98,20 +98,19 @@ class Learner:
 
     # One step.
 
-    def train_step(self, x: Tensor, y: Tensor, stop: float = 0.0) -> dict[str, float]:
+    def train_step(self, x: Tensor, y: Tensor, stop: bool = False) -> dict[str, float]:
         """Take one step on this process's images: draws, loss, gradients, Muon and Adam, averages.
 
-        Return the values to report, equal on every process; among them "stop", positive if any process asked for it
-        and infinite if any process has no images: then the step changes nothing. Loss and gradient norm are read once,
-        between backward and update; if any value is not finite, the step changes neither weights nor optimizers and
-        counts as skipped.
+        Return the values to report, equal on every process; among them "stop", positive if any process asked for it:
+        then the step changes nothing. Loss and gradient norm are read once, between backward and update; if any value
+        is not finite, the step changes neither weights nor optimizers and counts as skipped.
         """
         terms = self._gradients(x, y)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         terms["gradient_norm"] = full(norm)
         terms["stop"] = torch.tensor(float(stop), device=self.world.device)
         record = dict(zip(terms, self.world.mean(torch.stack([*terms.values()]).float()).tolist(), strict=True))
-        if record["stop"] < math.inf:
+        if record["stop"] == 0:
             self.intact = False
             if all(map(math.isfinite, record.values())):
                 if self.config.optimizer.clip_norm:

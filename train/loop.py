@@ -6,7 +6,6 @@ Every end but SIGKILL saves: a stop signal, data that cannot be read, an error i
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
@@ -31,7 +30,7 @@ from pmf.train.presets import configured
 from pmf.train.progress import Progress
 from pmf.train.run_directory import CURVE_FILE
 from pmf.train.snapshots import Snapshots
-from pmf.train.stop_signals import StopRequest
+from pmf.train.stop_signals import StopRequest, StopWaiting
 from pmf.train.terminal import decoration
 
 log = logging.getLogger(__name__)
@@ -101,12 +100,9 @@ class Trainer(Learner):
             self._evaluate_when_due(progress)  # the run may have stopped during this step's evaluation
             while self.step < self.config.steps and not stopped:
                 began = time.perf_counter()
-                (x, y), failure = self._images(batches)
-                record = self.train_step(x, y, math.inf if failure else stop.requested)
-                stopped = record["stop"] > 0
-                if record.pop("stop") == math.inf:
-                    self.world.raise_first(failure)
-                if progress is not None:
+                record = self._step(batches, stop)
+                stopped = record is None
+                if record is not None and progress is not None:
                     speed = self.config.batch_size / (time.perf_counter() - began)
                     progress.add({"step": self.step, **record, "images_per_second": speed})
                 self._save_when_due(stopped)
@@ -114,14 +110,32 @@ class Trainer(Learner):
                     self._evaluate_when_due(progress)
         return stopped
 
-    def _images(self, batches: Loader) -> tuple[tuple[Tensor, Tensor], InputError | None]:
-        """The next batch; if there is none, a blank one and the reason: the other processes wait in their steps."""
+    def _step(self, batches: Loader, stop: StopRequest) -> dict[str, float] | None:
+        """Take a step on the next batch and return its record; None if any process is asked to stop.
+
+        Errors: `CommonError` if any process has no batch. Others may be in their steps already, so that one takes part
+        in a step that changes nothing.
+        """
+        batch = failure = None
         try:
-            return next(batches), None
+            with stop.ends_waiting():
+                batch = next(batches)
+        except StopWaiting:
+            pass
         except InputError as error:
-            count, device = self.config.batch_size // self.world.size, self.world.device
-            x = torch.zeros(count, *self.config.model.image_shape, device=device)
-            return (x, torch.zeros(count, dtype=torch.int64, device=device)), error
+            failure = error
+        record = None
+        if batch is not None or self.world.size > 1:
+            record = self.train_step(*(batch or self._blank()), stop=batch is None)
+        if record is None or record.pop("stop") > 0:
+            self.world.raise_first(failure)
+            return None
+        return record
+
+    def _blank(self) -> tuple[Tensor, Tensor]:
+        count, device = self.config.batch_size // self.world.size, self.world.device
+        x = torch.zeros(count, *self.config.model.image_shape, device=device)
+        return x, torch.zeros(count, dtype=torch.int64, device=device)
 
     def _loader(self) -> Loader:
         return Loader(

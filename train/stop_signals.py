@@ -1,12 +1,18 @@
-"""Stop requests: Ctrl-C, a closed terminal, SIGTERM and others ask the loop to save and stop after the current step."""
+"""Stop requests: Ctrl-C, a closed terminal, SIGTERM and others ask the loop to save and stop after its current step."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from pmf.data.loader import STOP_SIGNALS
+
+
+class StopWaiting(BaseException):
+    """Ends a wait for images that a stop signal made pointless. Code that reads images does not catch it."""
 
 
 class StopRequest:
@@ -16,7 +22,7 @@ class StopRequest:
     """
 
     def __init__(self, told: bool = True) -> None:
-        self.requested, self.told = False, told
+        self.requested, self.told, self.waiting = False, told, False
 
     def __enter__(self) -> StopRequest:
         ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
@@ -25,11 +31,24 @@ class StopRequest:
         return self
 
     def _request(self, number: int, frame: object) -> None:
-        now = "is still about to save" if self.requested else "saves and stops after at most one more step"
+        now = "is still about to save" if self.requested else "saves and stops after the step it is in"
         self.requested = True
         if self.told:
             end = f"kill -9 {os.getpid()} ends it unsaved"
             print(f"\n{signal.Signals(number).name}: the run {now} ({end})", file=sys.stderr, flush=True)
+        if self.waiting:
+            raise StopWaiting
+
+    @contextmanager
+    def ends_waiting(self) -> Iterator[None]:
+        """A context that a stop signal, before or inside it, leaves at once by `StopWaiting`."""
+        self.waiting = True
+        try:
+            if self.requested:
+                raise StopWaiting
+            yield
+        finally:
+            self.waiting = False
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
 import time
 from pathlib import Path
 
@@ -71,10 +72,49 @@ def test_the_first_signal_says_that_the_run_saves_and_further_ones_change_nothin
     trainer.run()
     captured = capsys.readouterr()
     told = [line for line in captured.err.splitlines() if line.startswith("SIG")]
-    assert told[0].startswith("SIGINT: the run saves and stops after at most one more step (kill -9 ")
+    assert told[0].startswith("SIGINT: the run saves and stops after the step it is in (kill -9 ")
     assert len(told) == 4 and all("is still about to save" in line for line in told[1:])
-    assert "stopped at step 3; the run is saved at step 3; continue with --resume" in captured.out
-    assert complete(tmp_path / "run") == [3]
+    assert "stopped at step 2; the run is saved at step 2; continue with --resume" in captured.out
+    assert complete(tmp_path / "run") == [2]
+
+
+class Unreadable:
+    """Digits of which those after the first `readable` reads cannot be read."""
+
+    def __init__(self, readable: int) -> None:
+        self.data, self.left = digits()[0], readable
+
+    def __getattr__(self, name):
+        return getattr(self.data, name)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def read(self, index):
+        self.left -= 1
+        if self.left < 0:
+            raise CorruptImageError(f"image {index}", "gone")
+        return self.data.read(index)
+
+
+class Stuck(Unreadable):
+    """Digits whose reading does not end, after the first ones."""
+
+    def read(self, index):
+        self.left -= 1
+        if self.left < 0:
+            time.sleep(600)
+        return self.data.read(index)
+
+
+@pytest.mark.parametrize("workers", (0, 1))
+def test_a_stop_signal_ends_the_wait_for_images(tmp_path, workers):
+    trainer = Trainer(config(tmp_path / "run", workers=workers), Stuck(20))
+    timer = threading.Timer(8, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    began = time.monotonic()
+    trainer.run()
+    assert time.monotonic() - began < 20 and complete(tmp_path / "run") == [2]
 
 
 def test_a_hangup_that_nohup_ignores_stays_ignored(tmp_path):
@@ -166,25 +206,6 @@ def test_half_an_update_is_not_saved(tmp_path):
     with pytest.raises(RuntimeError, match="a bug"):
         trainer.run()
     assert complete(tmp_path / "run") == [3]
-
-
-class Unreadable:
-    """Digits of which those after the first `readable` reads cannot be read."""
-
-    def __init__(self, readable: int) -> None:
-        self.data, self.left = digits()[0], readable
-
-    def __getattr__(self, name):
-        return getattr(self.data, name)
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def read(self, index):
-        self.left -= 1
-        if self.left < 0:
-            raise CorruptImageError(f"image {index}", "gone")
-        return self.data.read(index)
 
 
 def test_data_that_cannot_be_read_any_more_save_the_run(tmp_path):
