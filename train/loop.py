@@ -31,7 +31,7 @@ from pmf.train.progress import Progress
 from pmf.train.run_directory import CURVE_FILE
 from pmf.train.snapshots import Snapshots
 from pmf.train.stop_signals import StopRequest, StopWaiting
-from pmf.train.terminal import decoration
+from pmf.train.terminal import decoration, soft_output
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Trainer(Learner):
 
     def run(self) -> None:
         """Train to the last step. The stop signals save and stop; a full disk stops without saving."""
-        with self.lock:
+        with soft_output(), self.lock:
             if self.evaluation is not None:
                 self.evaluation.prepare()
             if self.step == self.config.steps:  # it stopped while exporting the last step
@@ -126,7 +126,7 @@ class Trainer(Learner):
             failure = error
         record = None
         if batch is not None or self.world.size > 1:
-            record = self.train_step(*(batch or self._blank()), stop=batch is None)
+            record = self.train_step(*(batch or self._blank()), batch is None)
         if record is None or record.pop("stop") > 0:
             self.world.raise_first(failure)
             return None
