@@ -62,6 +62,7 @@ class CapturedStep:
 
     Each call uses the autocast state it is called in. Weights may change in place between calls; all gradients are
     views of one fixed buffer. Perceptual terms, whose number of rows varies, run uncaptured between the two halves.
+    Other threads may sample from the network meanwhile, but not train it: a capture replaces its parameters by aliases.
     Errors: `InputError` as in `pmf_loss`, on sharded weights (FSDP), on a call during another, and if the model's
     parameters have been replaced since construction.
     """
