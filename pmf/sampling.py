@@ -66,12 +66,12 @@ def generate(
 
 
 class Sampler:
-    """A faster `generate`: batches of one size in fixed buffers, with the blocks' weights joined once per call.
+    """A faster `generate`: batches of one size, with the blocks' weights joined once per call.
 
     On CUDA, the constructor captures a batch as one CUDA graph, which avoids the overhead of Python and of launches;
     other devices run the same code without graphs. Blocks may be compiled by `model.compile_blocks()`. Everything
     runs in the model's dtype (autocast is off): on a GPU, use `dtype=torch.bfloat16` and `aux_head=False`. Threads may
-    share one; on CUDA, their calls run one after another and must be on one stream.
+    share one; on CUDA, where the batch has fixed buffers, their calls wait for each other and must be on one stream.
 
     Args: see `generate`. Errors: `InputError` as in `generate`, and if the model's parameters have been replaced
     since construction (changes in place take effect).
