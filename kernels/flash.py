@@ -73,8 +73,10 @@ UNGROUPED = ("efficient", "cpu")
 ALIGNMENT = 8
 """Rows of heads start at multiples of 8 values: 16 bytes in half precision, as all libraries require."""
 
+_requests: dict[object, str] = {}
+"""The backends that open `use`s request; threads may end them in any order."""
 _requested: str | None = None
-"""The backend that `use` requests. Compilers guard a module's global, but not a ContextVar."""
+"""The last of them. Compilers guard a module's global, but not a ContextVar."""
 
 
 @contextlib.contextmanager
@@ -86,11 +88,14 @@ def use(backend: str | None) -> Iterator[None]:
     global _requested
     known = backend is None or backend in BACKENDS
     require(known, f"attention backend: expected one of {BACKENDS}, got {backend!r}")
-    before, _requested = _requested, backend or _requested
+    request = object()
+    if backend is not None:
+        _requests[request] = _requested = backend
     try:
         yield
     finally:
-        _requested = before
+        _requests.pop(request, None)
+        _requested = next(reversed(_requests.values()), None)
 
 
 def _from_environment() -> str | None:

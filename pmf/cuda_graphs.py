@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -61,8 +62,9 @@ class CapturedStep:
 
     Each call uses the autocast state it is called in. Weights may change in place between calls; all gradients are
     views of one fixed buffer. Perceptual terms, whose number of rows varies, run uncaptured between the two halves.
-    Errors: `InputError` as in `pmf_loss`, on sharded weights (FSDP), and if the model's parameters have been replaced
-    since construction.
+    Other threads may sample from the network meanwhile, but not train it: a capture replaces its parameters by aliases.
+    Errors: `InputError` as in `pmf_loss`, on sharded weights (FSDP), on a call during another, and if the model's
+    parameters have been replaced since construction.
     """
 
     def __init__(self, model: PMFDiT, loss_config: LossConfig, *, scale: float = 1.0) -> None:
@@ -74,6 +76,7 @@ class CapturedStep:
         self.device = self._parameters[0].device
         self._places = self._parameter_places()
         self._gradients = _Gradients(self._parameters)
+        self._turn = threading.Lock()
         self._halves: dict[tuple, _Halves] = {}
         self._buffers: dict[tuple, Tensor] = {}
         self._graphs = _Graphs(self.device) if self.device.type == "cuda" else None
@@ -86,6 +89,13 @@ class CapturedStep:
         perceptual: PerceptualFunction | None = None,
     ) -> LossOutput:
         """Add the gradients to `.grad`; return the loss and its terms, detached. Arguments: see `pmf_loss`."""
+        require(self._turn.acquire(blocking=False), "CapturedStep: expected one call at a time, got two")
+        try:
+            return self._step(x, y, draws, perceptual)
+        finally:
+            self._turn.release()
+
+    def _step(self, x: Tensor, y: Tensor, draws: Draws, perceptual: PerceptualFunction | None) -> LossOutput:
         step = plan_step(self.model, x, y, draws, self.config)
         message = "model: its parameters were replaced, expected those the step was built on"
         require(self._parameter_places() == self._places, message)

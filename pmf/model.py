@@ -17,7 +17,7 @@ from pmf.compiling import CompiledBlocks
 from pmf.config import PREFIX_TOKENS, ModelConfig, model_config
 from pmf.errors import readable, require
 from pmf.layers import PatchEmbed, Residual, Rope, ScalarEmbedders
-from pmf.packing import held_weights, joined_weights
+from pmf.packing import Held, held_weights, joined_weights
 from pmf.pair import ABSENT, Dual, tail, tangent_rows, total
 from pmf.recompute import checkpoint_values
 from pmf.tangents.carriers import as_dual, carrier_of, moves
@@ -222,11 +222,11 @@ class PMFDiT(nn.Module):
         v = self._velocity(Dual(z), Dual(t), images["v"]).value if "v" in images else None
         return u.value, v, u.dot
 
-    def held_weights(self, weights: list[tuple[Tensor, ...]] | None = None) -> contextlib.AbstractContextManager[None]:
+    def held_weights(self, weights: list[Held] | None = None) -> contextlib.AbstractContextManager[None]:
         """Join the blocks' weights once for all passes inside the context, or use those of `joined_weights`."""
         return held_weights(self, self.rope_cos.device.type, weights)
 
-    def joined_weights(self) -> list[tuple[Tensor, ...]]:
+    def joined_weights(self) -> list[Held]:
         """The blocks' weights, joined for fewer, larger products."""
         return joined_weights(self, self.rope_cos.device.type)
 

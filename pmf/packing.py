@@ -8,6 +8,7 @@ as they are available.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -69,10 +70,38 @@ class Join(NamedTuple):
         return [place[rows:] for place in joined.chunk(len(self.parts))] if between_rows else [joined]
 
 
+class Held(NamedTuple):
+    """The joined weights of one layer, and the passes that they serve: those in the mode that they were made in."""
+
+    weights: tuple[Tensor, ...]
+    device_type: str
+    dtype: torch.dtype | None
+    """The autocast dtype."""
+    recorded: bool
+    """Whether backward reaches the parameters."""
+
+    def serves(self) -> bool:
+        """Whether a pass that joined the weights here and now would get the same ones."""
+        recorded = self.recorded or not torch.is_grad_enabled()
+        return recorded and self.dtype == autocast_dtype(self.device_type)
+
+
+class _Holder(threading.local):
+    """What the contexts of this thread hold of one layer, the innermost last; other threads hold their own."""
+
+    def __init__(self) -> None:  # Dynamo would take an attribute of the class for a constant
+        self.open: list[Held] = []
+
+    def __reduce__(self):
+        return _Holder, ()  # copies of a layer hold nothing
+
+
 class PackedModule(nn.Module):
     """A layer whose weights are joined and cast on every call, or once per step."""
 
-    _held: tuple[Tensor, ...] | None = None
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self._holder = _Holder()
 
     def joins(self) -> tuple[Join, ...]:
         """The weights that `packed` gives, and the parameters in them."""
@@ -80,12 +109,15 @@ class PackedModule(nn.Module):
 
     @property
     def held(self) -> bool:
-        """Whether an enclosing `held_weights` holds the weights, so the parameters are whole and do not change."""
-        return self._held is not None
+        """Whether a `held_weights` of this thread holds the weights, so the parameters are whole and do not change."""
+        return len(self._holder.open) > 0
 
     def packed(self) -> tuple[Tensor, ...]:
-        """The weights that `held_weights` holds, else freshly joined ones."""
-        return tuple(join.recorded() for join in self.joins()) if self._held is None else self._held
+        """The weights that the innermost `held_weights` holds for such a pass, else freshly joined ones."""
+        for held in reversed(self._holder.open):
+            if held.serves():
+                return held.weights
+        return tuple(join.recorded() for join in self.joins())
 
 
 Joins = list[tuple[PackedModule, tuple[Join, ...]]]
@@ -168,23 +200,37 @@ def _joined(modules: Joins, dtype: torch.dtype | None) -> list[tuple[Tensor, ...
     return result
 
 
-def joined_weights(model: nn.Module, device_type: str) -> list[tuple[Tensor, ...]]:
+def _held(modules: Joins, device_type: str) -> list[Held]:
+    dtype, recorded = autocast_dtype(device_type), torch.is_grad_enabled()
+    return [Held(joined, device_type, dtype, recorded) for joined in _joined(modules, dtype)]
+
+
+def joined_weights(model: nn.Module, device_type: str) -> list[Held]:
     """The joined weights of every `PackedModule`, cast under autocast."""
-    return _joined(_joins(model), autocast_dtype(device_type))
+    return _held(_joins(model), device_type)
 
 
 @contextlib.contextmanager
-def held_weights(model: nn.Module, device_type: str, weights: list[tuple[Tensor, ...]] | None = None) -> Iterator[None]:
+def held_weights(model: nn.Module, device_type: str, weights: list[Held] | None = None) -> Iterator[None]:
     """Join the weights of every `PackedModule` once for all passes inside the context, or hold those given.
 
+    They serve this thread's passes of the same autocast dtype, and only if they were recorded those that are recorded.
     The parameters must not change inside the context.
     """
     modules = _joins(model)
+    held = _held(modules, device_type) if weights is None else weights
+    stacks = [module._holder.open for module, _ in modules]  # those of this thread, though another may end the context
     try:
-        held = _joined(modules, autocast_dtype(device_type)) if weights is None else weights
-        for (module, _), joined in zip(modules, held, strict=True):
-            module._held = joined
+        for stack, one in zip(stacks, held, strict=True):
+            stack.append(one)
         yield
     finally:
-        for module, _ in modules:
-            module._held = None
+        for stack, one in zip(stacks, held, strict=True):
+            _drop(stack, one)
+
+
+def _drop(stack: list[Held], held: Held) -> None:
+    """Take `held` out; contexts may end in any order."""
+    place = next((i for i in reversed(range(len(stack))) if stack[i] is held), None)
+    if place is not None:
+        del stack[place]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import numbers
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from pmf.pair import Dual
 
 if TYPE_CHECKING:
     from pmf.model import PMFDiT
+    from pmf.packing import Held
 
 Result = TypeVar("Result")
 
@@ -64,11 +66,12 @@ def generate(
 
 
 class Sampler:
-    """A faster `generate`: batches of one size in fixed buffers, with the blocks' weights joined once per call.
+    """A faster `generate`: batches of one size, with the blocks' weights joined once per call.
 
     On CUDA, the constructor captures a batch as one CUDA graph, which avoids the overhead of Python and of launches;
     other devices run the same code without graphs. Blocks may be compiled by `model.compile_blocks()`. Everything
-    runs in the model's dtype (autocast is off): on a GPU, use `dtype=torch.bfloat16` and `aux_head=False`.
+    runs in the model's dtype (autocast is off): on a GPU, use `dtype=torch.bfloat16` and `aux_head=False`. Threads may
+    share one; on CUDA, where the batch has fixed buffers, their calls wait for each other and must be on one stream.
 
     Args: see `generate`. Errors: `InputError` as in `generate`, and if the model's parameters have been replaced
     since construction (changes in place take effect).
@@ -91,12 +94,9 @@ class Sampler:
         self.device = next(model.parameters()).device
         self._places = self._parameter_places()
         with self._inference():
-            shape = (batch_size, *model.config.image_shape)
-            self._noise = torch.zeros(shape, device=self.device, dtype=torch.float32)
-            self._labels = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
+            self._fixed, self._turn = self._buffers(), threading.Lock()
             self._join = self._prepared(model.joined_weights)
-            self._weights = self._join()
-            self._run = self._prepared(self._batch)
+            self._run = self._prepared(self._batch, *self._fixed, self._join())
 
     def __call__(
         self,
@@ -110,15 +110,23 @@ class Sampler:
         request = _Request.of(self.model.config, labels, noise, seeds)
         message = "model: its parameters were replaced, expected those the Sampler was built on"
         require(self._parameter_places() == self._places, message)
-        with self._inference():
-            images = self._noise.new_empty(len(request.labels), *self._noise.shape[1:])
-            self._weights = self._join()
+        captured = self.device.type == "cuda"
+        with self._turn if captured else contextlib.nullcontext(), self._inference():
+            noise, labels = self._fixed if captured else self._buffers()
+            images = noise.new_empty(len(request.labels), *noise.shape[1:])
+            weights = self._join()
             for part in request.parts(self.batch_size, progress):
                 rows = len(request.labels[part])
-                request.noise_of(part, out=self._noise[:rows])
-                self._labels[:rows].copy_(request.labels[part], non_blocking=True)
-                images[part] = self._run()[:rows]
+                request.noise_of(part, out=noise[:rows])
+                labels[:rows].copy_(request.labels[part], non_blocking=True)
+                images[part] = self._run(noise, labels, weights)[:rows]
         return images
+
+    def _buffers(self) -> tuple[Tensor, Tensor]:
+        """Noise and labels of one batch."""
+        shape = (self.batch_size, *self.model.config.image_shape)
+        noise = torch.zeros(shape, device=self.device, dtype=torch.float32)
+        return noise, torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
 
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:
@@ -129,14 +137,13 @@ class Sampler:
     def _parameter_places(self) -> list[int]:
         return [p.data_ptr() for p in self.model.parameters()]
 
-    def _batch(self) -> Tensor:
-        """The images for the noise and labels in the buffers."""
-        z = self.model.config.noise_scale * self._noise
-        with self.model.held_weights(self._weights):
-            return _integrate(self.model, z, self._labels, self.steps, self._guidance)
+    def _batch(self, noise: Tensor, labels: Tensor, weights: list[Held]) -> Tensor:
+        """The images of one batch."""
+        with self.model.held_weights(weights):
+            return _integrate(self.model, self.model.config.noise_scale * noise, labels, self.steps, self._guidance)
 
-    def _prepared(self, work: Callable[[], Result]) -> Callable[[], Result]:
-        """Capture `work` as a CUDA graph with fixed outputs, after runs that initialise compilers and libraries."""
+    def _prepared(self, work: Callable[..., Result], *fixed: Any) -> Callable[..., Result]:
+        """`work`; on CUDA a graph of `work(*fixed)` with fixed outputs, after runs that initialise compilers."""
         if self.device.type != "cuda":
             return work
         graph = torch.cuda.CUDAGraph()
@@ -145,13 +152,13 @@ class Sampler:
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(2):
-                    work()
+                    work(*fixed)
             torch.cuda.current_stream().wait_stream(stream)
             # thread_local: other threads, such as a loader's pinning thread, may call CUDA during the capture.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                results = work()
+                results = work(*fixed)
 
-        def replay() -> Result:
+        def replay(*_: Any) -> Result:
             graph.replay()
             return results
 

@@ -7,7 +7,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import pmf
-from pmf.step_plan import StepPlan
+from pmf.loss import squared_errors
+from pmf.step_plan import StepPlan, plan_step
 from tests.kernels.checks import DEVICE
 from tests.networks import TINY, random_model, relative_error
 
@@ -105,3 +106,16 @@ def test_inductor():
     expected = pmf.generate(plain, [0, 3, 5, 1], omega=2.0, t_min=0.1, t_max=0.9)
     assert relative_error(sampler([0, 3, 5, 1]), expected) < 1e-5
     assert counter.frame_count == 2
+
+
+def test_a_planned_loss_is_one_graph_that_leaves_nothing_held():
+    model, (x, y, draws, config) = random_model(dataclasses.replace(TINY, depth=2), dtype=F32), step(0)
+    planned = plan_step(model, x, y, draws, config)
+
+    def loss():
+        return squared_errors(model, planned, config).rows.mean()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    found, expected = (torch.autograd.grad(run(), list(model.parameters())) for run in (compiled, loss))
+    assert all(relative_error(a, b) < 1e-6 for a, b in zip(found, expected, strict=True))
+    assert not model.shared_blocks[0].mlp.held
