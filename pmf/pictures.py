@@ -34,6 +34,8 @@ LITTER |= {"Thumbs.db", "ehthumbs.db", "desktop.ini", "Icon\r"}
 """What systems leave in folders; names that start with a dot are litter too."""
 MAX_SIDE = 16384
 """Largest side of a prepared picture."""
+MAX_BYTES = 1 << 30
+"""Largest encoded picture."""
 ORIENTATION = 0x0112
 FRAMES = "had several frames: only the first is shown"
 TRANSPARENCY = "had transparency: shown on white"
@@ -80,10 +82,12 @@ def leads_up(target: str, above: tuple[str, ...]) -> bool:
 
 
 def read_file(path: str | Path) -> bytes:
-    """The bytes of a file. Errors: `InputError` if it is a pipe, a device or a folder; `OSError`."""
+    """The bytes of a file. Errors: `InputError` if it is no file or a huge one; `OSError`."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # else opening a pipe would wait for its writer
     with open(handle, "rb") as file:
-        require(stat.S_ISREG(os.fstat(file.fileno()).st_mode), "it is a pipe, a device or a folder, not a file")
+        state = os.fstat(file.fileno())
+        require(stat.S_ISREG(state.st_mode), "it is a pipe, a device or a folder, not a file")
+        require(state.st_size <= MAX_BYTES, f"it has {state.st_size:,} bytes, expected at most {MAX_BYTES:,}")
         return file.read()
 
 
@@ -125,8 +129,12 @@ def read_picture(data: bytes, note: Callable[[str], object] = lambda lost: None)
 
     Errors: `InputError` says what is wrong with it; decoders may raise anything on torn pictures.
     """
-    picture = from_npy(data) if data.startswith(b"\x93NUMPY") else open_picture(data)
-    return to_rgb(picture, note)
+    return to_rgb(opened(data), note)
+
+
+def opened(data: bytes) -> PIL.Image.Image:
+    """A picture, encoded by one of FORMATS or npy, as it is. Errors: see `open_picture` and `from_npy`."""
+    return from_npy(data) if data.startswith(b"\x93NUMPY") else open_picture(data)
 
 
 def from_npy(data: bytes) -> PIL.Image.Image:

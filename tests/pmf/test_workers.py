@@ -174,6 +174,7 @@ def test_a_slow_batch_is_waited_for():
     assert len(next(loader)[0]) == 40
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # from PyTorch's half-made iterator
 def test_workers_that_cannot_start_are_an_error_and_those_that_did_are_ended(monkeypatch):
     start, before, started = multiprocessing.Process.start, children(), []
 

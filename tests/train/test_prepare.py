@@ -19,8 +19,10 @@ from pmf.train.data.by_name import open_data
 
 datasets = pytest.importorskip("datasets")
 from pmf.data.shards import PreparedShards, open_shard  # noqa: E402
+from pmf.train.data.hugging_face import row_samples  # noqa: E402
 from pmf.train.data.prepare import PrepareConfig, _row, command, prepare, verify  # noqa: E402
-from pmf.train.data.sources import Sample, open_source, row_samples  # noqa: E402
+from pmf.train.data.samples import Sample  # noqa: E402
+from pmf.train.data.sources import open_source  # noqa: E402
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -267,7 +269,6 @@ def tar(file, entries):
 
 
 def test_webdataset_shards_are_a_source(tmp_path):
-    pytest.importorskip("webdataset")
     for shard in range(5):
         numbers = range(5 * shard, min(5 * shard + 5, 21))
         label = ("cls", lambda n: str(n // 7).encode()) if shard else ("json", lambda n: b'{"label": %d}' % (n // 7))
@@ -283,7 +284,9 @@ def test_webdataset_shards_are_a_source(tmp_path):
     unnamed = config(None, tmp_path / "unnamed", source=pattern)
     with pytest.raises(InputError, match="classes: expected names of 3 classes, got 2"):
         prepare(dataclasses.replace(unnamed, classes=names))
-    assert prepare(unnamed).classes == ("0", "1", "2")
+    with pytest.raises(InputError, match=r"classes: .* was begun with other names of classes"):
+        prepare(unnamed)
+    assert prepare(dataclasses.replace(unnamed, out=tmp_path / "numbers")).classes == ("0", "1", "2")
     assert [s.key for s in open_source(pattern).samples(19)] == ["000000019", "000000020"]
     torn = tmp_path / "shard-000004.tar"
     torn.write_bytes(torn.read_bytes()[:900])
@@ -297,7 +300,6 @@ def test_webdataset_shards_are_a_source(tmp_path):
 @pytest.mark.parametrize("encoding", ["npy", "png", "jpg"])
 def test_shards_of_earlier_versions_are_refused_with_the_command_that_converts_them(tmp_path, encoding):
     """Tar shards of npy, png or jpg with a dataset.json; conversion keeps pixels, labels and class names."""
-    pytest.importorskip("webdataset")
     old, entries = tmp_path / "old", []
     old.mkdir()
     for n in range(6):
@@ -356,12 +358,12 @@ def test_rows_that_only_name_their_files_are_read_too(folder):
     rows = {"image": [str(folder / "bee/2.png"), str(folder / "bee/none.png"), None], "label": [1, 1, 1]}
     columns = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Value("int64")})
     source = datasets.Dataset.from_dict(rows, features=columns)
-    made = [_row(20, "png", sample) for sample in row_samples(source, "image", "label", 0)]
-    assert made[0]["image"] == _row(20, "png", Sample("", encoded(9), 1))["image"]
-    assert "No such file" in made[1]["reason"] and made[2]["reason"] == "it has no bytes"
+    made = [_row(20, "png", sample)[0] for sample in row_samples(source, "image", "label", 0)]
+    assert made[0]["image"] == _row(20, "png", Sample("", encoded(9), 1))[0]["image"]
+    assert "No such file" in made[1]["reason"] and made[2]["reason"].startswith("it has no bytes")
 
 
-@pytest.mark.parametrize(("package", "spec"), [("webdataset", "wds:a.tar"), ("datasets", "hf:owner/name")])
+@pytest.mark.parametrize(("package", "spec"), [("braceexpand", "wds:a.tar"), ("datasets", "hf:owner/name")])
 def test_a_missing_package_is_named_by_its_extra(monkeypatch, package, spec):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(InputError, match=r"pip install 'pixel-meanflow\[data\]'"):
