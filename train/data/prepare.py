@@ -117,10 +117,6 @@ def _class_names(config: PrepareConfig, source: Source) -> tuple[str, ...]:
         require(len(names) >= len(source.classes), f"classes: expected names of {len(source.classes)} classes, {got}")
     elif names:
         shards.check_classes(names, "source")
-    file = config.out / shards.CLASSES_FILE
-    if names and file.exists():
-        same = shards.read_classes(file, "out") == names
-        require(same, f"classes: {file} has other names; expected those, another --out, or that file removed")
     return names
 
 
@@ -133,7 +129,7 @@ class _Preparation:
     """The shards of one directory: those of an earlier run, and the missing ones, which it makes."""
 
     def __init__(self, config: PrepareConfig, source: Source, names: tuple[str, ...]) -> None:
-        self.config, self.source = config, source
+        self.config, self.source, self.names = config, source, names
         fingerprint = f"{FORMAT}:{source.fingerprint}:{digest(names)}"
         size, encoding, count = config.size, config.encoding, config.shard_images
         self.settings = Settings(config.source, fingerprint, size, encoding, count)
@@ -145,6 +141,9 @@ class _Preparation:
         """Yield all shards in order and make the missing ones; neither interruptions nor workers change them."""
         out, count = self.config.out, self.config.shard_images
         there = _begun(out, self.settings)
+        if self.names and (out / shards.CLASSES_FILE).exists():
+            same = shards.read_classes(out / shards.CLASSES_FILE, "out") == self.names
+            require(same, f"classes: {out}/classes.txt has other names; expected those, or that file removed")
         samples: Iterator[Sample] = iter(())
         reached = -1
         with ThreadPool(max(1, self.config.workers)) as pool, tqdm(desc="preparing", unit="image") as bar:
@@ -170,16 +169,13 @@ class _Preparation:
         def rows() -> Iterator[dict[str, Any]]:
             convert = partial(_row, self.config.size, self.config.encoding)
             for row, kinds in _in_order(convert, samples, pool, 4 * max(1, self.config.workers)):
+                if row["reason"] is not None and (folder := self.source.folder) is not None:
+                    require(folder.is_dir(), f"source: {folder} has vanished; mount it and run the same command again")
                 self._judge(row["key"], row["reason"])
                 lost.update(kinds)
                 yield row
 
-        try:
-            shards.write_shard(file, self.settings, rows(), lost)
-        except Exception:
-            gone = self.source.folder is not None and not self.source.folder.is_dir()
-            require(not gone, f"source: {self.source.folder} has vanished; mount it and run the same command again")
-            raise
+        shards.write_shard(file, self.settings, rows(), lost)
         return shards.open_shard(file)
 
     def _judge(self, key: str, reason: str | None) -> None:

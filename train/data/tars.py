@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -48,7 +48,7 @@ def rows(urls: list[str], start: int) -> Iterator[dict[str, str | bytes]]:
     for url in urls:
         try:
             with _opened(url) as file:
-                for row in _rows(file, lambda seen, before=position: before + seen >= start):
+                for row in _rows(file, start - position):
                     if position >= start:
                         yield row
                     position += 1
@@ -60,8 +60,8 @@ def _opened(url: str) -> BinaryIO:
     return open(url, "rb") if is_local(url) else fsspec.open(url, "rb").open()
 
 
-def _rows(file: BinaryIO, wanted: Callable[[int], bool]) -> Iterator[dict[str, str | bytes]]:
-    """The samples of an archive; bytes of the i-th are read only if `wanted(i)`."""
+def _rows(file: BinaryIO, first: int) -> Iterator[dict[str, str | bytes]]:
+    """The samples of an archive; bytes of the i-th are read only if i >= `first`."""
     seekable = file.seekable()
     row: dict[str, str | bytes] = {}
     seen = 0
@@ -77,7 +77,7 @@ def _rows(file: BinaryIO, wanted: Callable[[int], bool]) -> Iterator[dict[str, s
             row = row or {"key": key}
             require(suffix not in row, f"it holds {printable(member.name)} twice")
             if suffix in READ:
-                read = wanted(seen) and member.size <= MAX_BYTES
+                read = seen >= first and member.size <= MAX_BYTES
                 entry = archive.extractfile(member) if read else None
                 row[suffix] = entry.read() if entry else b""
         if seekable:
@@ -99,7 +99,7 @@ def _split(name: str) -> tuple[str, str] | None:
     """Name and suffix of an entry, which begins at the first dot of the file's name; None for litter."""
     folder, base = os.path.split(name)
     stem, dot, suffix = base.partition(".")
-    meta = base.startswith("__") and base.endswith("__")
+    meta = stem.startswith("__") and stem.endswith("__")
     if not stem or not dot or meta or any(map(is_litter, Path(name).parts)):
         return None
     return os.path.join(folder, stem), suffix.lower()
