@@ -32,7 +32,12 @@ def no_vmap(op: str) -> RuntimeError:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type if the message is empty."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return printable(next(iter(str(error).strip().splitlines()), type(error).__name__))
+
+
+def printable(name: object) -> str:
+    """A name on one line of UTF-8: control characters, line breaks and bytes that are not UTF-8 are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
 
 
 @contextlib.contextmanager

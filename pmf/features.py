@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,10 +19,11 @@ import torch
 from torch import Tensor
 
 from pmf.atomic_files import write_atomically
-from pmf.errors import InputError, extra, require
+from pmf.errors import InputError, extra, first_line, printable, require
 from pmf.metrics import Resize, Statistics, frechet_distance, inception_score, precision_recall
+from pmf.pictures import SUFFIXES, is_picture, read_file, read_picture, walk
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+log = logging.getLogger(__name__)
 SPLITS = 10
 """Splits of the images; the Inception score is the mean over them."""
 Source = Callable[[range], Iterable[Tensor]]
@@ -36,33 +40,45 @@ class Extractor(Protocol):
 
 
 def find_images(folder: Path) -> list[Path]:
-    """All image files below a folder (png, jpg, jpeg, webp, bmp), sorted by path; raise `InputError` if none."""
+    """All pictures below a folder by their names, see `pmf.pictures`, sorted by path; raise `InputError` if none."""
     require(folder.is_dir(), f"reference: {folder} does not exist, expected a folder of images or an npz archive")
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    try:
+        found = sorted(Path(entry.path) for entry in walk(folder) if is_picture(entry.name))
+    except OSError as error:
+        raise InputError(f"reference: cannot list {printable(error.filename)}: {error.strerror}") from error
     require(bool(found), f"reference: {folder} holds no {', '.join(SUFFIXES)}")
     return found
 
 
 def images_of(files: list[Path]) -> Source:
-    """Decode the files to RGB bytes at their own size; stack consecutive images of equal size."""
+    """Decode the files to RGB bytes at their own size; stack consecutive images of equal size.
+
+    The first picture that loses something, such as transparency, is named in a warning.
+    """
+    lost: set[str] = set()
 
     def read(batch: range) -> Iterator[Tensor]:
-        with ThreadPoolExecutor() as pool:
-            images = list(pool.map(_read_image, (files[i] for i in batch)))
+        with ThreadPool(min(32, (os.cpu_count() or 1) + 4)) as pool:  # unlike an executor, it is left at Ctrl-C
+            images = list(pool.imap(partial(_read_image, lost), [files[i] for i in batch]))
         for _, group in groupby(images, key=lambda image: image.shape):
             yield torch.stack(list(group))
 
     return read
 
 
-def _read_image(file: Path) -> Tensor:
+def _read_image(lost: set[str], file: Path) -> Tensor:
     with extra("eval", f"reference: {file} needs"):
-        from PIL import Image
+        import PIL.Image  # noqa: F401
+
+    def note(kind: str) -> None:
+        if kind not in lost:
+            lost.add(kind)
+            log.warning("reference: %s %s; other pictures may be the same", printable(file), kind)
+
     try:
-        with Image.open(file) as picture:
-            return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"reference: {file} is not a readable picture: {error}") from error
+        return torch.from_numpy(np.array(read_picture(read_file(file), note))).permute(2, 0, 1)
+    except Exception as error:  # decoders may raise anything on torn files
+        raise InputError(f"reference: {printable(file)} is not a readable picture: {first_line(error)}") from error
 
 
 def _bar(total: int) -> AbstractContextManager:

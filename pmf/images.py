@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from torch.nn.functional import pad
 
 from pmf.atomic_files import write_atomically
 from pmf.errors import extra
+from pmf.pictures import checked_size, to_rgb
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -52,20 +54,29 @@ def save_grid(path: str | Path, images: Tensor, *, columns: int, min_side: int =
     save_png(path, grid[:-GAP, :-GAP].numpy())
 
 
-def centre_crop(picture: PIL.Image.Image, size: int) -> PIL.Image.Image:
-    """The central square of a picture at `size` x `size` pixels, RGB.
+def centre_crop(
+    picture: PIL.Image.Image, size: int, note: Callable[[str], object] = lambda lost: None
+) -> PIL.Image.Image:
+    """The central square of a picture at `size` x `size` pixels, RGB (see `pmf.pictures.to_rgb`, also for `note`).
 
     This is ADM's preparation of ImageNet, on which published statistics are based: halve with a box filter while the
     short side is at least twice `size`, resize the short side to `size` with a bicubic filter, crop the centre.
-    EXIF orientation is ignored.
+    EXIF orientation is ignored. Errors: those of `to_rgb`; `InputError` if the resized picture would be too large.
     """
     from PIL.Image import Resampling
 
-    picture = picture.convert("RGB")
+    checked_size(*_sides_at(picture.size, size))  # a strip of 8000 x 1 pixels would become gigantic
+    picture = to_rgb(picture, note)
     while min(picture.size) >= 2 * size:
         picture = picture.resize((picture.width // 2, picture.height // 2), Resampling.BOX)
-    scale = size / min(picture.size)
-    width, height = (round(side * scale) for side in picture.size)
+    width, height = _sides_at(picture.size, size)
     picture = picture.resize((width, height), Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return picture.crop((left, top, left + size, top + size))
+
+
+def _sides_at(sides: tuple[int, int], size: int) -> tuple[int, int]:
+    """A picture's sides once the shorter one is `size`."""
+    scale = size / min(sides)
+    width, height = (round(side * scale) for side in sides)
+    return width, height

@@ -5,6 +5,7 @@ Those of Triton are in `pmf.kernels.launching`. test_private.py fails on private
 
 from __future__ import annotations
 
+import multiprocessing.queues
 import operator
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -346,3 +347,44 @@ def _patch(kinds: tuple[type, ...], apply: Callable, plain: Callable) -> Callabl
 def _holds(x: Any, kinds: tuple[type, ...]) -> bool:
     """Whether one of `kinds` is in x, a list, tuple or dict."""
     return any(type(leaf) in kinds for leaf in tree_leaves(x))
+
+
+def worker_processes(batches: Any) -> list[multiprocessing.Process]:
+    """The workers of a DataLoader's iterator."""
+    return list(getattr(batches, "_workers", ()))
+
+
+def forget_workers(batches: Any) -> None:
+    """Raise nothing when a worker of this DataLoader's iterator dies, except where the next batch is asked for."""
+    if getattr(batches, "_worker_pids_set", False):
+        torch._C._remove_worker_pids(id(batches))
+        batches._worker_pids_set = False
+
+
+def timed_out(error: Exception) -> bool:
+    """Whether a DataLoader's iterator says that no batch came within its timeout; it can be asked again."""
+    return str(error).startswith("DataLoader timed out after ")
+
+
+def on_unsendable(act: Callable[[Exception, object], None]) -> None:
+    """Call `act` when a process cannot send what it has put into a queue: the receiver would wait for ever."""
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(act)  # type: ignore[attr-defined]
+
+
+def ask_workers_to_end(batches: Any) -> bool:
+    """Tell the workers of a DataLoader's iterator to end, unless one is dead: it may hold the locks of their queues.
+
+    The iterator's own way waits for one after another, and at last sends a signal that ours ignore.
+    """
+    batches._shutdown = True
+    healthy = all(worker.is_alive() for worker in batches._workers)
+    if healthy:
+        batches._workers_done_event.set()
+        for queue in batches._index_queues:
+            queue.put(None)
+    if hasattr(batches, "_pin_memory_thread"):
+        batches._pin_memory_thread_done_event.set()
+        batches._worker_result_queue.cancel_join_thread()
+        batches._worker_result_queue.put((None, None))
+        batches._pin_memory_thread.join(1)
+    return healthy

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pmf.data.loader import STOP_SIGNALS
+from pmf.data.workers import STOP_SIGNALS
 
 
 class StopWaiting(BaseException):

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import itertools
 import logging
-import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing.util import Finalize
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
 
+from pmf.data.reading import Reader
 from pmf.data.training_data import CorruptImageError, TrainingData
+from pmf.data.workers import STOP_SIGNALS, Batches
 from pmf.draws import step_seed
-from pmf.errors import require
+from pmf.errors import InputError, require
 from pmf.images import to_float
 
+__all__ = ["MAX_CORRUPT", "STOP_SIGNALS", "Loader", "epoch_order"]
+
 MAX_CORRUPT = 100
-PREFETCH = 4
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
-"""Signals that ask a run to save and stop. Slurm's --signal=USR1@60 sends SIGUSR1 60 seconds before the time limit."""
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +46,8 @@ class Loader:
 
     An unreadable image is named in a warning and replaced by the next readable one, so that batches keep their size
     and every run makes the same replacement. Errors: `InputError` if the batch is not divisible by the number of
-    ranks, and once this rank has met more than `max_corrupt` different unreadable images.
+    ranks, once this rank has met more than `max_corrupt` different unreadable images, for images and labels that are
+    not as `TrainingData` has them, for whatever else `data.read` raises, and if a worker dies. It closes the loader.
     """
 
     def __init__(
@@ -65,7 +64,6 @@ class Loader:
         device: torch.device | str = "cpu",
         max_corrupt: int = MAX_CORRUPT,
     ) -> None:
-        require(len(data) > 0, "data: expected at least one image, got none")
         require(0 <= rank < world, f"rank: expected a number in [0, {world}), got {rank}")
         require(
             batch_size > 0 and batch_size % world == 0,
@@ -73,45 +71,44 @@ class Loader:
         )
         for name, value in (("workers", workers), ("first_step", first_step), ("max_corrupt", max_corrupt)):
             require(value >= 0, f"{name}: expected a number >= 0, got {value}")
+        reader = Reader.of(data, max_corrupt)
         self.step = first_step
         """The step whose batch comes next."""
         self.device, self.max_corrupt = torch.device(device), max_corrupt
         self._corrupt: set[str] = set()
-        loader = DataLoader(
-            _Images(data, max_corrupt),
-            batch_sampler=_shares(len(data), batch_size, seed, rank, world, first_step, flip),
-            collate_fn=_collate,
-            num_workers=workers,
-            pin_memory=self.device.type == "cuda",
-            prefetch_factor=PREFETCH if workers else None,
-            worker_init_fn=_ignore_stop_signals,
-            generator=torch.Generator(),  # else it would draw from the global generator
-        )
-        # Block the signals until the workers ignore them.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        try:
-            self._batches = [iter(loader)]
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        # At exit, multiprocessing sends SIGTERM, which workers ignore, so end them before that.
-        Finalize(self, self._batches.clear, exitpriority=100)
+        indices = _shares(reader.length, batch_size, seed, rank, world, first_step, flip)
+        self._batches = Batches(reader, indices, workers, pin_memory=self.device.type == "cuda")
+        # At exit, multiprocessing sends SIGTERM, which workers ignore, and waits: end them before that.
+        self._end = Finalize(self, self._batches.end, exitpriority=100)
 
     def close(self) -> None:
-        """End the workers. Deleting the loader does the same."""
-        self._batches.clear()
+        """End the workers, within seconds. Deleting the loader, an error and the end of the process do the same."""
+        self._end()
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self
 
     def __next__(self) -> tuple[Tensor, Tensor]:
-        if not self._batches:
+        if not self._end.still_active():
             raise StopIteration
-        images, labels, failures = next(self._batches[0])
-        for failure in failures:
-            self._count(failure)
-        require(images is not None, f"data: no readable image follows {failures[0].key if failures else ''}")
+        try:
+            images, labels = self._next()
+        except Exception:
+            self.close()
+            raise
         self.step += 1
         return to_float(images.to(self.device, non_blocking=True)), labels.to(self.device, non_blocking=True)
+
+    def _next(self) -> tuple[Tensor, Tensor]:
+        batch = self._batches.take()
+        if batch.error is not None:
+            line, cause = batch.error
+            raise InputError(line) from cause
+        for failure in batch.unreadable:
+            self._count(failure)
+        if batch.images is None:
+            raise InputError(f"data: no readable image follows {batch.unreadable[0].key}")
+        return batch.images, batch.labels
 
     def _count(self, failure: CorruptImageError) -> None:
         if failure.key in self._corrupt:
@@ -137,39 +134,3 @@ def _shares(
         positions = range(step * batch_size + rank * share, step * batch_size + (rank + 1) * share)
         indices = [int(epoch_order(length, seed, position // length)[position % length]) for position in positions]
         yield list(zip(indices, mirrored[rank * share : (rank + 1) * share].tolist(), strict=True))
-
-
-@dataclass(frozen=True)
-class _Images(Dataset):
-    """Item (index, mirror) is an image, its label, and the failures to read the images before it.
-
-    The image is None if more than `max_corrupt` images in a row are unreadable, or all are.
-    """
-
-    data: TrainingData
-    max_corrupt: int
-
-    def __getitem__(self, item: tuple[int, bool]) -> tuple[Tensor | None, int, list[CorruptImageError]]:
-        (index, mirror), length = item, len(self.data)
-        failures: list[CorruptImageError] = []
-        for position in range(index, index + min(length, self.max_corrupt + 1)):
-            try:
-                image, label = self.data.read(position % length)
-                return image.flip(-1) if mirror else image, label, failures
-            except CorruptImageError as error:
-                failures.append(error)
-        return None, 0, failures
-
-
-def _collate(
-    items: list[tuple[Tensor | None, int, list[CorruptImageError]]],
-) -> tuple[Tensor | None, Tensor, list[CorruptImageError]]:
-    images, labels, failures = zip(*items, strict=True)
-    missing = any(image is None for image in images)
-    return None if missing else default_collate(list(images)), torch.tensor(labels), [*itertools.chain(*failures)]
-
-
-def _ignore_stop_signals(worker: int) -> None:
-    """Ignore the stop signals: they reach the whole process group, but workers must still deliver the last batches."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)

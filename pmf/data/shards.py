@@ -2,15 +2,18 @@
 
 Shard i of a directory, `shard-00000i.arrow`, has one row for each position [i n, (i + 1) n) of the source, so that a
 single shard can be made again. A row holds the image, its label, its key in the source, and a checksum of image and
-label; or, if the picture cannot be used, the reason. The metadata records the shard's source and settings. The last
-shard has fewer than n rows, possibly none. `classes.txt` names the classes, one per line, and is written last.
+label; or, if the picture cannot be used, the reason. The metadata records the shard's source, settings and number, and
+what its pictures lost. The last shard has fewer than n rows, possibly none. `classes.txt` names the classes, one per
+line, and is written last.
 """
 
 from __future__ import annotations
 
-import io
+import functools
 import itertools
 import json
+import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,16 +25,19 @@ from torch import Tensor
 
 from pmf.atomic_files import write_atomically
 from pmf.data.training_data import CorruptImageError
-from pmf.errors import InputError, extra, first_line, require
+from pmf.errors import InputError, extra, first_line, printable, require
+from pmf.pictures import MAX_SIDE, open_picture, read_file, to_rgb
 
 with extra("data", "data: prepared images need"):
+    import PIL.Image  # noqa: F401
     import pyarrow as pa
+    import pyarrow.compute as pc
     import xxhash
-    from PIL import Image
 
 CLASSES_FILE = "classes.txt"
 COLUMNS = dict(image=pa.large_binary(), label=pa.int32(), key=pa.string(), checksum=pa.int64(), reason=pa.string())
 SCHEMA = pa.schema(COLUMNS)
+ENCODINGS = ("npy", "png", "jpg")
 BATCH = 64
 """Number of rows gathered before they are copied into Arrow."""
 
@@ -67,13 +73,17 @@ def checksum(image: bytes | pa.Buffer, label: int) -> int:
     return xxhash.xxh3_64_intdigest(image, seed=label) >> 1
 
 
-def write_shard(file: Path, settings: Settings, rows: Iterator[dict[str, Any]]) -> None:
-    """Write the rows of a shard, atomically. Errors: see `write_atomically`."""
+def write_shard(file: Path, settings: Settings, rows: Iterator[dict[str, Any]], lost: Counter[str]) -> None:
+    """Write the rows of a shard, atomically; `lost`, which `rows` may fill, counts what pictures lost.
+
+    Errors: see `write_atomically`.
+    """
     batches = []
     while some := list(itertools.islice(rows, BATCH)):
         batches.append(pa.RecordBatch.from_pylist(some, SCHEMA))
     table = pa.Table.from_batches(batches, SCHEMA)
-    table = table.replace_schema_metadata({"settings": json.dumps(asdict(settings)), "rows": str(len(table))})
+    counts = dict(rows=str(len(table)), number=str(shard_number(file)), lost=json.dumps(dict(sorted(lost.items()))))
+    table = table.replace_schema_metadata({"settings": json.dumps(asdict(settings)), **counts})
 
     def write(temporary: Path) -> None:
         with pa.ipc.new_file(str(temporary), table.schema) as writer:
@@ -83,22 +93,68 @@ def write_shard(file: Path, settings: Settings, rows: Iterator[dict[str, Any]]) 
 
 
 def open_shard(file: Path) -> pa.Table:
-    """Map a shard into memory. Errors: `InputError` if it is missing or torn."""
+    """Map a shard into memory. Errors: `InputError` if it is missing or torn, or is another shard by its number."""
     try:
         table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
         table.validate(full=True)  # else a flipped bit in an offset could crash the process
-        settings_of(table)
-        whole = table.schema == SCHEMA and len(table) == int(table.schema.metadata[b"rows"])
-        whole = whole and table["image"].is_valid().equals(table["reason"].is_null())
+        settings = settings_of(table)
+        metadata = table.schema.metadata
+        whole = table.schema == SCHEMA and len(table) == int(metadata[b"rows"]) <= settings.shard_images
+        whole = whole and _whole_columns(table, settings) and sum(lost_of(table).values()) >= 0
+        number = int(metadata.get(b"number", shard_number(file)))  # earlier versions did not write it
     except Exception as error:  # a flipped bit can make any of this fail
         raise InputError(f"data: {file} is missing or torn: {first_line(error)}") from error
     require(whole, f"data: {file} is torn: it does not hold what was written")
+    exchanged = f"data: {file} was written as shard-{number:06d}.arrow: shards were exchanged or renamed"
+    require(number == shard_number(file), exchanged)
     return table
 
 
+def _whole_columns(table: pa.Table, settings: Settings) -> bool:
+    """Whether each row has an image of the right size and a label, or a reason."""
+    there = table["image"].is_valid()
+    labels = table["label"].filter(there).to_numpy()
+    lengths = set(pc.unique(pc.binary_length(table["image"])).to_pylist()) - {None}
+    return (
+        there.equals(table["reason"].is_null())
+        and all(table[name].null_count == 0 for name in ("label", "key", "checksum"))
+        and labels.min(initial=0) >= 0
+        and (settings.encoding != "npy" or lengths <= {3 * settings.size**2})
+    )
+
+
 def settings_of(table: pa.Table) -> Settings:
-    """The settings that a shard was made with."""
-    return Settings(**json.loads(table.schema.metadata[b"settings"]))
+    """The settings that a shard was made with. Errors: `ValueError` and others if they cannot be right."""
+    settings = Settings(**json.loads(table.schema.metadata[b"settings"]))
+    if not (0 < settings.size <= MAX_SIDE and settings.shard_images > 0 and settings.encoding in ENCODINGS):
+        raise ValueError(f"its settings are {settings}")
+    return settings
+
+
+def lost_of(table: pa.Table) -> Counter[str]:
+    """What pictures of a shard lost, see `pmf.pictures.to_rgb`, and how many."""
+    return Counter(json.loads(table.schema.metadata.get(b"lost", b"{}")))
+
+
+def read_classes(file: Path, argument: str) -> tuple[str, ...]:
+    """Class names from a text file, one a line. Errors: `InputError` for `argument` if the file cannot be read."""
+    try:
+        return tuple(read_file(file).decode("utf-8-sig").splitlines())
+    except (OSError, InputError, UnicodeDecodeError) as error:
+        raise InputError(f"{argument}: {printable(file)} cannot be read: {first_line(error)}") from error
+
+
+def check_classes(names: tuple[str, ...], argument: str) -> None:
+    """Raise `InputError` unless all names are different, not empty and one line of UTF-8 each."""
+    require(len(names) > 0, f"{argument}: expected the names of the classes, one a line, got none")
+    lines: dict[str, int] = {}
+    for line, name in enumerate(names, 1):
+        whole = name.strip() != "" and name.splitlines() == [name] and "\0" not in name
+        whole = whole and name.encode(errors="replace").decode() == name
+        require(whole, f"{argument}: class {line} is called {printable(name)!r}, expected one line of UTF-8")
+        same = f"{argument}: classes {lines.get(name)} and {line} are both called {name!r}, expected different names"
+        require(name not in lines, same)
+        lines[name] = line
 
 
 class PreparedShards:
@@ -129,8 +185,12 @@ class PreparedShards:
         self._images, self._keys = table["image"], table["key"]
         self._labels, self._checksums = table["label"].to_numpy(), table["checksum"].to_numpy()
         self._rows = np.flatnonzero(self._images.is_valid().to_numpy())
-        self.classes = tuple((self.directory / CLASSES_FILE).read_text().splitlines())
+        self._sizes = _sizes(self.directory, len(tables))
+        self.classes = read_classes(self.directory / CLASSES_FILE, "data")
         """The classes' names."""
+        labels = 1 + int(self._labels[self._rows].max(initial=-1))
+        named = f"data: {directory}: expected names of {labels} classes in {CLASSES_FILE}, got {len(self.classes)}"
+        require(labels <= len(self.classes), named)
 
     def __reduce__(self) -> tuple[type[PreparedShards], tuple[Path]]:
         return PreparedShards, (self.directory,)
@@ -148,23 +208,54 @@ class PreparedShards:
     def __len__(self) -> int:
         return len(self._rows)
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Digest of size, encoding, class names, labels and the images' checksums."""
+        digest = xxhash.xxh3_128(repr((self.settings.size, self.settings.encoding, self.classes)).encode())
+        digest.update(self._labels[self._rows].data)
+        digest.update(self._checksums[self._rows].data)
+        return digest.hexdigest()
+
     def stored(self, index: int) -> tuple[pa.Buffer, int]:
         """(bytes, label), checked. Errors: `CorruptImageError` names the shard and the picture's key in the source."""
         row = self._rows[index].item()
+        self._check_size(row // self.settings.shard_images)
         data, label = self._images[row].as_buffer(), self._labels[row].item()
         if checksum(data, label) != self._checksums[row]:
-            file = shard_file(self.directory, row // self.settings.shard_images)
-            reason = "its checksum is not the one it was written with"
-            raise CorruptImageError(f"{file.name}: {self._keys[row]}", reason)
+            raise CorruptImageError(self._name(row), "its checksum is not the one it was written with")
         return data, label
+
+    def _check_size(self, number: int) -> None:
+        """Refuse a shard that was cut since it was mapped: reading it would end the process with SIGBUS."""
+        file, (inode, size) = self._sizes[number]
+        try:
+            now = os.stat(file)
+        except OSError:  # it was removed or cannot be reached; what is mapped may still be read
+            return
+        if now.st_ino == inode and now.st_size < size:
+            raise InputError(f"data: {file} became shorter while it was in use: run `pmf data prepare` again")
 
     def read(self, index: int) -> tuple[Tensor, int]:
         """(image, label). Errors: see `stored`."""
         data, label = self.stored(index)
         if self.settings.encoding == "npy":
             return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(self.image_shape), label
-        with Image.open(io.BytesIO(data)) as picture:
-            return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).contiguous(), label
+        try:
+            picture = open_picture(pa.BufferReader(data))
+            require(picture.size == self.image_shape[1:], f"it has {picture.size} pixels")
+            return torch.from_numpy(np.array(to_rgb(picture))).permute(2, 0, 1).contiguous(), label
+        except Exception as error:  # decoders may raise anything
+            raise CorruptImageError(self._name(self._rows[index].item()), first_line(error)) from error
+
+    def _name(self, row: int) -> str:
+        """The shard and the key of a row."""
+        return f"{shard_file(self.directory, row // self.settings.shard_images).name}: {self._keys[row]}"
+
+
+def _sizes(directory: Path, count: int) -> list[tuple[str, tuple[int, int]]]:
+    """Path, inode and size of each shard."""
+    files = [str(shard_file(directory, number)) for number in range(count)]
+    return [(file, (state.st_ino, state.st_size)) for file in files for state in (os.stat(file),)]
 
 
 def _refuse_earlier_version(directory: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -20,7 +22,11 @@ class CorruptImageError(Exception):
 
 
 class TrainingData(Protocol):
-    """Labelled images of one shape, read by index in any order and from any process."""
+    """Labelled images of one shape, read by index in any order and from any process.
+
+    Data may also have a property `fingerprint: str`, a digest of their images, labels and classes in their order, by
+    which a resumed run can notice other data.
+    """
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -60,6 +66,14 @@ class ImageSet:
     def num_classes(self) -> int:
         """One more than the largest label."""
         return int(self.labels.max()) + 1
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of images, labels and class names."""
+        digest = hashlib.sha256(repr((self.images.dtype, list(self.images.shape), self.classes)).encode())
+        for tensor in (self.images, self.labels.long()):
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def read(self, index: int) -> tuple[Tensor, int]:
         """(image, label)."""

@@ -18,7 +18,8 @@ def picture(file, size, mode="RGB", seed=0):
     channels = {"RGB": (3,), "RGBA": (4,), "L": ()}[mode]
     pixels = np.random.default_rng(seed).integers(0, 256, (*size, *channels), dtype=np.uint8)
     Image.fromarray(pixels).save(file)
-    return Image.open(file).convert("RGB")
+    white = Image.new("RGBA", size[::-1], "white")
+    return Image.alpha_composite(white, Image.open(file).convert("RGBA")).convert("RGB")
 
 
 def test_a_folder_is_read_to_the_bottom_in_order_and_hidden_files_are_not(tmp_path):

@@ -1,6 +1,5 @@
 import logging
 import os
-import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ import pytest
 import torch
 
 from pmf.data import CorruptImageError, ImageSet, Loader, epoch_order
+from pmf.data.loader import STOP_SIGNALS
 from pmf.errors import InputError
 from pmf.images import to_float
 from pmf.train.demo import digits
@@ -139,7 +139,7 @@ def test_impossible_loaders_are_refused(change, message):
 SIGNALLED = """
 import os, signal, torch
 from pmf.data import ImageSet, Loader
-for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT):
     signal.signal(number, lambda *_: print("asked to stop", flush=True))
 data = ImageSet(torch.zeros(64, 1, 2, 2), torch.arange(64))
 kept = []
@@ -153,7 +153,7 @@ print("done", flush=True)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_workers_outlive_the_signal_that_stops_the_run_and_end_with_it(number):
     code = SIGNALLED.replace("NUMBER", str(int(number)))
     result = subprocess.run(

@@ -53,3 +53,12 @@ for arguments in (["data", "verify", {str(tmp_path)!r}], ["train", "digits", "--
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("pmf: data: prepared images need pip install 'pixel-meanflow[data]'") == 2
+
+
+def test_a_fingerprint_of_data_in_memory_tells_images_labels_and_classes():
+    images, labels = torch.arange(16.0).view(4, 1, 2, 2), torch.arange(4)
+    same = ImageSet(images.clone(), labels.int(), ("a",))
+    other = [ImageSet(images + 1, labels, ("a",)), ImageSet(images, labels.flip(0), ("a",)), ImageSet(images, labels)]
+    other += [ImageSet(images.view(4, 1, 4, 1), labels, ("a",)), ImageSet(images.to(torch.uint8), labels, ("a",))]
+    digests = {data.fingerprint for data in (ImageSet(images, labels, ("a",)), same, *other)}
+    assert len(digests) == 6 and ImageSet(images.mT, labels).fingerprint not in digests

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import pmf
-from pmf.data.loader import STOP_SIGNALS
+from pmf.data.workers import STOP_SIGNALS
 from pmf.draws import step_seed
 from pmf.optim import OptimizerConfig
 from pmf.train import run_directory

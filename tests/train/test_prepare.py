@@ -5,7 +5,6 @@ import pickle
 import shlex
 import shutil
 import sys
-import tarfile
 
 import numpy as np
 import pytest
@@ -19,62 +18,11 @@ from pmf.train.data.by_name import open_data
 
 datasets = pytest.importorskip("datasets")
 from pmf.data.shards import PreparedShards, open_shard  # noqa: E402
-from pmf.train.data.prepare import PrepareConfig, _row, command, prepare, verify  # noqa: E402
-from pmf.train.data.sources import Sample, open_source, row_samples  # noqa: E402
-
-CLASSES = ("ant", "bee", "cat")
-
-
-def picture(number, side=20):
-    noise = np.random.default_rng(number).integers(0, 256, (side, side + 4, 3), np.uint8)
-    return Image.fromarray(noise)
-
-
-def encoded(number, kind="PNG", **size):
-    buffer = io.BytesIO()
-    picture(number, **size).save(buffer, kind)
-    return buffer.getvalue()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Three classes of seven pictures, one of each in a subfolder; sorted by class and path they are 0, 1, ... 20."""
-    root = tmp_path_factory.mktemp("folder")
-    for label, name in enumerate(CLASSES):
-        (root / name / "more").mkdir(parents=True)
-        for i in range(7):
-            place = root / name / ("more/z.png" if i == 6 else f"{i}.png")
-            place.write_bytes(encoded(7 * label + i))
-    (root / "ant" / "notes.txt").write_text("no picture")
-    return root
-
-
-def expected(number, size=8):
-    return torch.from_numpy(np.array(centre_crop(picture(number), size))).permute(2, 0, 1)
-
-
-def holds_all(data, skipped=()):
-    numbers = [n for n in range(21) if n not in skipped]
-    assert len(data) == len(numbers) and data.image_shape == (3, 8, 8) and data.num_classes == 3
-    for index, number in enumerate(numbers):
-        image, label = data.read(index)
-        assert torch.equal(image, expected(number)) and label == number // 7
-        assert image.dtype == torch.uint8
-
-
-def config(folder, out, **changes):
-    return PrepareConfig(**(dict(source=f"folder:{folder}", out=out, size=8, shard_images=5, workers=0) | changes))
-
-
-def contents(directory):
-    return {file.name: file.read_bytes() for file in directory.iterdir()}
-
-
-@pytest.fixture(scope="module")
-def prepared(folder, tmp_path_factory):
-    out = tmp_path_factory.mktemp("prepared") / "shards"
-    prepare(config(folder, out))
-    return out
+from pmf.train.data.hugging_face import row_samples  # noqa: E402
+from pmf.train.data.prepare import _row, command, prepare, verify  # noqa: E402
+from pmf.train.data.samples import Sample  # noqa: E402
+from pmf.train.data.sources import open_source  # noqa: E402
+from tests.train.preparing import CLASSES, config, contents, encoded, expected, holds_all, picture, tar  # noqa: E402
 
 
 def test_cropping_halves_then_resizes_then_cuts_the_middle():
@@ -258,16 +206,7 @@ def recropped(number):
     return torch.from_numpy(np.array(centre_crop(centre_crop(picture(number), 20), 8))).permute(2, 0, 1)
 
 
-def tar(file, entries):
-    with tarfile.open(file, "w") as archive:
-        for name, data in entries:
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data)
-            archive.addfile(entry, io.BytesIO(data))
-
-
 def test_webdataset_shards_are_a_source(tmp_path):
-    pytest.importorskip("webdataset")
     for shard in range(5):
         numbers = range(5 * shard, min(5 * shard + 5, 21))
         label = ("cls", lambda n: str(n // 7).encode()) if shard else ("json", lambda n: b'{"label": %d}' % (n // 7))
@@ -283,11 +222,13 @@ def test_webdataset_shards_are_a_source(tmp_path):
     unnamed = config(None, tmp_path / "unnamed", source=pattern)
     with pytest.raises(InputError, match="classes: expected names of 3 classes, got 2"):
         prepare(dataclasses.replace(unnamed, classes=names))
-    assert prepare(unnamed).classes == ("0", "1", "2")
+    with pytest.raises(InputError, match=r"classes: .* was begun with other names of classes"):
+        prepare(unnamed)
+    assert prepare(dataclasses.replace(unnamed, out=tmp_path / "numbers")).classes == ("0", "1", "2")
     assert [s.key for s in open_source(pattern).samples(19)] == ["000000019", "000000020"]
     torn = tmp_path / "shard-000004.tar"
     torn.write_bytes(torn.read_bytes()[:900])
-    with pytest.raises(InputError, match="source: cannot be read to its end"):
+    with pytest.raises(InputError, match=r"source: .*000004.tar is cut or cannot be read: unexpected end"):
         list(open_source(pattern).samples())
     tar(tmp_path / "bare.tar", [("a.png", encoded(0))])
     with pytest.raises(InputError, match="the last is a: it has no label"):
@@ -297,7 +238,6 @@ def test_webdataset_shards_are_a_source(tmp_path):
 @pytest.mark.parametrize("encoding", ["npy", "png", "jpg"])
 def test_shards_of_earlier_versions_are_refused_with_the_command_that_converts_them(tmp_path, encoding):
     """Tar shards of npy, png or jpg with a dataset.json; conversion keeps pixels, labels and class names."""
-    pytest.importorskip("webdataset")
     old, entries = tmp_path / "old", []
     old.mkdir()
     for n in range(6):
@@ -356,12 +296,12 @@ def test_rows_that_only_name_their_files_are_read_too(folder):
     rows = {"image": [str(folder / "bee/2.png"), str(folder / "bee/none.png"), None], "label": [1, 1, 1]}
     columns = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Value("int64")})
     source = datasets.Dataset.from_dict(rows, features=columns)
-    made = [_row(20, "png", sample) for sample in row_samples(source, "image", "label", 0)]
-    assert made[0]["image"] == _row(20, "png", Sample("", encoded(9), 1))["image"]
-    assert "No such file" in made[1]["reason"] and made[2]["reason"] == "it has no bytes"
+    made = [_row(20, "png", sample)[0] for sample in row_samples(source, "image", "label", 0)]
+    assert made[0]["image"] == _row(20, "png", Sample("", encoded(9), 1))[0]["image"]
+    assert "No such file" in made[1]["reason"] and made[2]["reason"].startswith("it has no bytes")
 
 
-@pytest.mark.parametrize(("package", "spec"), [("webdataset", "wds:a.tar"), ("datasets", "hf:owner/name")])
+@pytest.mark.parametrize(("package", "spec"), [("braceexpand", "wds:a.tar"), ("datasets", "hf:owner/name")])
 def test_a_missing_package_is_named_by_its_extra(monkeypatch, package, spec):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(InputError, match=r"pip install 'pixel-meanflow\[data\]'"):

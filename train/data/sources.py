@@ -2,70 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import parse_qsl
+from typing import Any
 
-import fsspec
-from PIL import Image
-
-from pmf.errors import InputError, extra, first_line, require
-
-if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
+from pmf.errors import InputError, extra, printable, require
+from pmf.pictures import is_litter, is_picture, leads_up, read_file, walk
+from pmf.train.data import tars
+from pmf.train.data.hugging_face import open_hugging_face
+from pmf.train.data.samples import Sample, Source, digest, listed
 
 log = logging.getLogger(__name__)
 
 FORMS = "folder:PATH, hf:NAME or hf:PATH (with ?split=train&image=image&label=label), wds:PATTERN"
-HF_OPTIONS = dict(config="", image="image", label="label", split="train", streaming="")
-WDS_PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "npy")
-
-
-class Sample(NamedTuple):
-    """One picture of a source, still encoded. Values that the source lacks are None."""
-
-    key: str
-    picture: bytes | Path | str | None
-    """Its bytes, or the file or URL that holds them."""
-    label: int | None
-
-    def read(self) -> bytes:
-        """Return the picture's bytes. Errors: `InputError` if there are none, and whatever reading raises."""
-        data = self.picture
-        if isinstance(data, Path):
-            data = data.read_bytes()
-        elif isinstance(data, str):
-            with fsspec.open(data) as file:
-                data = bytes(file.read())
-        if not data:
-            raise InputError("it has no bytes")
-        return data
-
-
-@dataclass(frozen=True)
-class Source:
-    """Labelled pictures in a fixed order."""
-
-    read_from: Callable[[int], Iterator[Sample]]
-    fingerprint: str
-    """Digest of the file names (folder), row count and columns (hf) or URLs (wds): tells a changed source."""
-    classes: tuple[str, ...] = ()
-    """Class names; empty if the source does not name its classes."""
-
-    def samples(self, start: int = 0) -> Iterator[Sample]:
-        """Yield the pictures from position `start` on. Errors: `InputError` if reading fails."""
-        try:
-            yield from self.read_from(start)
-        except Exception as error:  # packages raise whatever their readers raise
-            raise InputError(f"source: cannot be read to its end: {first_line(error)}") from error
 
 
 def open_source(spec: str) -> Source:
@@ -79,14 +31,13 @@ def open_source(spec: str) -> Source:
     Errors: `InputError` for an unknown form, a missing package, or a source that cannot be opened.
     """
     kind, _, rest = spec.partition(":")
-    forms = {"folder": _folder, "hf": _hugging_face, "wds": _web_dataset}
+    forms = {"folder": _folder, "hf": open_hugging_face, "wds": _web_dataset}
     require(kind in forms and rest != "", f"source: expected {FORMS}; got {spec!r}")
-    with extra("data", f"source: {kind} needs"):
-        return forms[kind](rest)
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    try:
+        with extra("data", f"source: {kind} needs"):
+            return forms[kind](rest)
+    except OSError as error:
+        raise InputError(f"source: cannot read {printable(error.filename or rest)}: {error.strerror}") from error
 
 
 def _folder(path: str) -> Source:
@@ -97,95 +48,77 @@ def _folder(path: str) -> Source:
     """
     root = Path(path)
     require(root.is_dir(), f"source: {root} is not a directory")
-    classes = tuple(sorted(entry.name for entry in root.iterdir() if entry.is_dir()))
+    top, real = sorted(os.scandir(root), key=lambda entry: entry.name), os.path.realpath(root)
+    classes = [
+        e.name for e in top if e.is_dir() and not is_litter(e.name) and not leads_up(os.path.realpath(e), (real,))
+    ]
     require(len(classes) > 0, f"source: {root} holds no class directories")
-    found = [(name, label) for label, part in enumerate(classes) for name in _files(root, part)]
-    known = Image.registered_extensions()
-    pictures = [(name, label) for name, label in found if Path(name).suffix.lower() in known]
-    others = [name for name, _ in found if Path(name).suffix.lower() not in known]
-    if others:
-        log.warning("%s: left out %d files that do not have names of pictures, first %s", root, len(others), others[0])
+    found = [(name, label, entry) for label, part in enumerate(classes) for name, entry in _files(root, part)]
+    pictures = [(name, label, listed(entry)) for name, label, entry in found if is_picture(name)]
+    others = [name for name, _, _ in found if not is_picture(name)]
+    _warn(root, others, "that do not have names of pictures")
+    beside = [e.name for e in top if not e.is_dir() and is_picture(e.name) and not is_litter(e.name)]
+    _warn(root, beside, "beside the class directories")
+    empty = sorted({*range(len(classes))} - {label for _, label, _ in pictures})
+    if empty:
+        log.warning("%s: %d classes hold no pictures, first %s", root, len(empty), printable(classes[empty[0]]))
     require(len(pictures) > 0, f"source: {root} holds no pictures in its class directories")
 
     def read_from(start: int) -> Iterator[Sample]:
-        return (Sample(name, root / name, label) for name, label in pictures[start:])
+        return (Sample(printable(name), root / name, label) for name, label, _ in pictures[start:])
 
-    return Source(read_from, _digest(*(name for name, _ in pictures)), classes)
-
-
-def _files(root: Path, part: str) -> list[str]:
-    """All files below root/part, as sorted paths relative to root."""
-    walk = os.walk(root / part, followlinks=True)
-    return sorted(Path(place, name).relative_to(root).as_posix() for place, _, names in walk for name in names)
+    return Source(read_from, digest((*classes, *pictures)), tuple(classes), root)
 
 
-def _hugging_face(spec: str) -> Source:
-    from datasets import ClassLabel, Dataset, Image
-
-    name, _, query = spec.partition("?")
-    options = HF_OPTIONS | dict(parse_qsl(query))
-    require(options.keys() == HF_OPTIONS.keys(), f"source: hf options are {', '.join(HF_OPTIONS)}; got {query!r}")
-    try:
-        data = _load(name, options)
-    except Exception as error:  # the package raises whatever its readers raise
-        raise InputError(f"source: cannot open {name}: {first_line(error)}") from error
-    features, image, label = data.features or {}, options["image"], options["label"]
-    for column in (image, label):
-        require(column in features, f"source: {name} has no column {column!r}, its columns are {sorted(features)}")
-    names = features[label].names if isinstance(features[label], ClassLabel) else ()
-    rows = len(data) if isinstance(data, Dataset) else ""
-    undecoded = data.cast_column(image, Image(decode=False))
-    return Source(partial(row_samples, undecoded, image, label), _digest(spec, f"{rows}", f"{features}"), tuple(names))
+def _warn(root: Path, names: list[str], what: str) -> None:
+    if names:
+        log.warning("%s: left out %d files %s, first %s", printable(root), len(names), what, printable(names[0]))
 
 
-def row_samples(data: Dataset | IterableDataset, image: str, label: str, start: int) -> Iterator[Sample]:
-    """Yield the rows of a data set from `start` on; its pictures are undecoded: bytes, or a path or URL to them."""
-    for position, row in enumerate(data.skip(start), start):
-        picture = row[image] or {}
-        path = picture.get("path")
-        key = f"row {position}" + (f" ({path})" if path else "")
-        yield Sample(key, picture.get("bytes") or path, row[label])
-
-
-def _load(name: str, options: dict[str, str]) -> Dataset | IterableDataset:
-    """Load the data set of that name. Local files are streamed: `datasets` would copy them into its cache."""
-    from datasets import DatasetDict, load_dataset, load_from_disk
-
-    path, split = Path(name), options["split"]
-    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        saved = load_from_disk(name)
-        return saved[split] if isinstance(saved, DatasetDict) else saved
-    if path.is_file():
-        return load_dataset(path.suffix[1:], data_files=name, split=split, streaming=True)
-    streaming = path.is_dir() or bool(options["streaming"])
-    return load_dataset(name, options["config"] or None, split=split, streaming=streaming)
+def _files(root: Path, part: str) -> list[tuple[str, os.DirEntry]]:
+    """All files below root/part but litter, by their paths relative to root, sorted."""
+    above = (os.path.realpath(root), os.path.realpath(root / part))
+    found = ((Path(entry.path).relative_to(root).as_posix(), entry) for entry in walk(root / part, above))
+    return sorted(found, key=lambda pair: pair[0])
 
 
 def _web_dataset(pattern: str) -> Source:
-    """Open tar shards by webdataset: `datasets` takes the first entries' columns for all, and loses jpg beside png."""
-    import braceexpand
-    import webdataset
-
-    urls = list(braceexpand.braceexpand(pattern))
-    local = [Path(url) for url in urls if "://" not in url and not url.startswith("pipe:")]
+    """Open tar shards: `datasets` takes the first entries' columns for all, and loses jpg beside png."""
+    urls = tars.expand(pattern)
+    local = [Path(url) for url in urls if tars.is_local(url)]
     for file in local:
-        require(file.is_file(), f"source: there is no shard {file}")
+        require(file.is_file(), f"source: there is no shard {printable(file)}")
 
     def read_from(start: int) -> Iterator[Sample]:
-        rows = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)
-        for row in itertools.islice(rows, start, None):
-            picture = next((row[kind] for kind in WDS_PICTURES if kind in row), None)
-            yield Sample(row["__key__"], picture, _label(row))
+        for row in tars.rows(urls, start):
+            picture: Any = next((row[kind] for kind in tars.PICTURES if kind in row), None)
+            yield Sample(printable(row["key"]), picture, _label(row))
 
-    # Earlier versions prepared tar shards and wrote the class names to dataset.json beside them.
-    beside = [file.with_name("dataset.json") for file in local[:1]]
-    names = [json.loads(file.read_text())["classes"] for file in beside if file.is_file()]
-    return Source(read_from, _digest(*urls), tuple(*names))
+    classes = _classes_beside(local[0]) if local else ()
+    sizes = [listed(str(file)) for file in local]
+    return Source(read_from, digest((*urls, *sizes, *classes)), classes)
+
+
+def _classes_beside(shard: Path) -> tuple[str, ...]:
+    """Class names from dataset.json, which earlier versions wrote beside their tar shards; none if it is another's."""
+    file = shard.with_name("dataset.json")
+    if not file.is_file():
+        return ()
+    try:
+        names = json.loads(read_file(file)).get("classes", [])
+        whole = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    except (OSError, ValueError, RecursionError, AttributeError):
+        whole = False
+    require(whole, f'source: {printable(file)}: expected {{"classes": [names]}}; mend it or move it away')
+    return tuple(names)
 
 
 def _label(row: dict[str, Any]) -> int | None:
-    """The label of a WebDataset entry: its cls, or "label" in its json; None if it has neither."""
+    """The label of a WebDataset entry: its cls, or "label" in its json; None if it has no whole number there."""
     try:
-        return int(row["cls"]) if "cls" in row else int(json.loads(row["json"])["label"])
-    except (KeyError, ValueError, TypeError):
+        if "cls" in row:
+            return int(row["cls"])
+        value = json.loads(row["json"])["label"]
+        return int(value) if isinstance(value, str) or value == int(value) else None
+    except (KeyError, ValueError, TypeError, OverflowError, RecursionError):
         return None

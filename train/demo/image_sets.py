@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pmf.data.training_data import ImageSet
 from pmf.errors import InputError, require
+from pmf.pictures import read_file, read_picture
 
 # Class name -> (package, file in it, position of the square with the subject: 0 is left or top, 1 right or bottom).
 PHOTOGRAPHS = {
@@ -81,8 +82,7 @@ def _file(name: str) -> Path:
 
 def _square(name: str) -> Image.Image:
     """The square that shows the subject, as large as the photograph allows."""
-    with Image.open(_file(name)) as opened:
-        photograph = opened.convert("RGB")
+    photograph = read_picture(read_file(_file(name)))
     side = min(photograph.size)
     left, top = (round((length - side) * PHOTOGRAPHS[name][2]) for length in photograph.size)
     return photograph.crop((left, top, left + side, top + side))
