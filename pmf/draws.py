@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pmf.config import LossConfig, ModelConfig
-from pmf.errors import readable, require
+from pmf.errors import extent, readable, require
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def check_batch(x: Tensor, y: Tensor, draws: Draws, config: ModelConfig) -> None
         require(finite, "draws.noise: expected finite values, got NaN or infinity")
         require(
             bool(((y >= 0) & (y < config.num_classes)).all()),
-            f"y: expected labels in [0, {config.num_classes - 1}], got {y.min().item()} to {y.max().item()}",
+            lambda: f"y: expected labels in [0, {config.num_classes - 1}], got {extent(y)}",
         )
 
 

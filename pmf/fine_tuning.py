@@ -28,7 +28,7 @@ def copy_weights(model: PMFDiT, source: str | Path, weights: str | None = None) 
         notes.append("the v head starts as a copy of the u head")
     wanted = dict(model.named_parameters())
     surplus = sorted(set(state) - set(wanted))
-    require(not surplus, f"init: {source} holds {next(iter(surplus), '')!r}, which this network does not have")
+    require(not surplus, f"init: {source} holds {', '.join(surplus[:1])!r}, which this network does not have")
     if CLASSES in state and len(state[CLASSES]) != len(wanted[CLASSES]):
         theirs, ours = len(state.pop(CLASSES)) - 1, len(wanted.pop(CLASSES)) - 1
         notes.append(f"the table of {ours} classes is initialised at random: {source} has {theirs}")

@@ -165,6 +165,6 @@ def _check_entries(source: Path, archive: zipfile.ZipFile) -> None:
     """Check that no path leaves the archive, and that an entry is named like a train state."""
     paths = [PureWindowsPath(name) for name in archive.namelist()]  # parses both slashes, and drives
     outside = [name for name, path in zip(archive.namelist(), paths, strict=True) if path.anchor or ".." in path.parts]
-    require(not outside, f"source: {source} holds the path {next(iter(outside), '')!r}, which leads out of it")
+    require(not outside, f"source: {source} holds the path {', '.join(outside[:1])!r}, which leads out of it")
     states = any(path.name in ORBAX_FILES or _step(Path(path.name)) is not None for path in paths)
     require(states, f"source: {source} holds no JAX train state, expected checkpoint_<step> in it")

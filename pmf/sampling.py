@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pmf.config import MODELS, SAMPLING, Guidance, ModelConfig
-from pmf.errors import extra, readable, require
+from pmf.errors import extent, extra, readable, require
 from pmf.noise import seeded_noise
 from pmf.pair import Dual
 
@@ -174,7 +174,7 @@ class _Request:
         require(len(labels) > 0, "labels: expected at least one class, got none")
         require(
             bool(((labels >= 0) & (labels <= classes)).all()),
-            f"labels: expected classes in [0, {classes}], got {labels.min().item()} to {labels.max().item()}",
+            lambda: f"labels: expected classes in [0, {classes}], got {extent(labels)}",
         )
         require(noise is None or seeds is None, "noise: expected either noise or seeds, got both")
         seeds = range(len(labels)) if seeds is None else _integers("seeds", seeds).tolist()
@@ -219,7 +219,7 @@ def _integers(name: str, values: Sequence[int] | Tensor) -> Tensor:
     except (TypeError, ValueError, RuntimeError):
         tensor = torch.empty(())
     whole = tensor.ndim == 1 and not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
-    require(whole, f"{name}: expected a list of integers, got {values!r}"[:200])
+    require(whole, lambda: f"{name}: expected a list of integers, got {values!r}"[:200].partition("\n")[0])
     return tensor.to(torch.int64)
 
 

@@ -167,9 +167,11 @@ class Learner:
         bad = ", ".join(name for name, value in record.items() if not math.isfinite(value))
         require(
             self.skipped <= self.config.max_skipped,
-            f"loss: not finite at step {self.step + 1} and {self.skipped - 1} before it ({bad}"
-            f"{_first_bad_gradient(self.model)}), expected a lower learning rate or clip_norm; the last checkpoint "
-            f"in {self.config.resume or self.config.out} is untouched",
+            lambda: (
+                f"loss: not finite at step {self.step + 1} and {self.skipped - 1} before it ({bad}"
+                f"{_first_bad_gradient(self.model)}), expected a lower learning rate or clip_norm; the last checkpoint "
+                f"in {self.config.resume or self.config.out} is untouched"
+            ),
         )
 
     # Saving and resuming.

@@ -41,17 +41,17 @@ def test_flags_override_and_are_stored(run):
 
 
 def test_resume_takes_the_stored_values_and_flags_override_them(run):
-    main(["digits", "--resume", str(run), "--steps", "3"])
+    main(["train", "--resume", str(run), "--steps", "3"])
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
 
 
 def test_resume_knows_the_runs_own_values(tmp_path):
     out = tmp_path / "run"
     main(["digits", "--out", str(out), *TINY_RUN, "--ema-half-lives", "5", "--sampling-weights", "ema_5"])
-    main(["digits", f"--resume={out}", "--steps", "3", "--ema-half-lives", "5"])
+    main(["train", f"--resume={out}", "--steps", "3", "--ema-half-lives", "5"])
     assert json.loads((out / "config.json").read_text())["steps"] == 3
     with pytest.raises(SystemExit):
-        main(["digits", "--resume", str(out), "--out", str(tmp_path / "other")])
+        main(["train", "--resume", str(out), "--out", str(tmp_path / "other")])
 
 
 def test_sample_draws_one_column_per_label(run, tmp_path, capsys):
@@ -72,7 +72,7 @@ def test_eval_prints_a_line_per_number_of_steps(run, capsys):
     ("arguments", "message"),
     [
         (["eval", "/nowhere"], "source: /nowhere does not exist"),
-        (["digits", "--resume", "/nowhere"], "resume: /nowhere holds no run"),
+        (["train", "--resume", "/nowhere"], "resume: /nowhere holds no run"),
         (["digits", "--out", "/proc/run"], "path: cannot write /proc/run/config.json"),
         (["digits", "--optimizer.clip-norm", "-1"], "optimizer.clip_norm: out of range, got -1.0"),
         (["digits", "--sampling.omega", "0.5"], "omega: expected a guidance scale >= 1, got 0.5"),

@@ -23,6 +23,7 @@ from pmf.train.config import ExtractionConfig, MeasurementConfig, find_run_confi
 from pmf.train.distributed import World, join, leave, pick_device
 from pmf.train.evaluation.measurement import MakeExtractor, Measurement, demo_score
 from pmf.train.evaluation.reference import write_folder_statistics
+from pmf.train.options import EVAL_NEEDS, parse, refuse_ignored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +106,8 @@ def command(arguments: list[str]) -> None:
     if arguments[:1] == ["statistics"]:
         statistics_command(arguments[1:])
         return
-    config = tyro.cli(EvalConfig, prog="pmf eval", args=arguments)
+    config = parse(EvalConfig, "pmf eval", arguments)
+    refuse_ignored(config, EvalConfig(source=config.source), EVAL_NEEDS)
     if config.reference is None:
         evaluate_demo(config)
         return
@@ -118,7 +120,7 @@ def command(arguments: list[str]) -> None:
 
 def statistics_command(arguments: list[str]) -> None:
     """Write the statistics of a folder."""
-    config = tyro.cli(StatisticsConfig, prog="pmf eval statistics", args=arguments)
+    config = parse(StatisticsConfig, "pmf eval statistics", arguments)
     files, world = find_images(config.folder), join(config.device)
     extractor = inception(config.inception, resize=config.resize or "tf1", device=world.device)
     write_folder_statistics(files, config.out, extractor, world, config, keep=config.features)
