@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import numbers
 import types
@@ -17,17 +16,12 @@ Config = TypeVar("Config")
 LARGEST = 2**63
 
 
-@functools.cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
 def check_fields(config: Any, prefix: str = "") -> None:
     """Check every value of a dataclass against its declared type; floats must be finite, and integers below 2^63.
 
     `prefix` precedes the names in messages. Errors: `InputError` names the first value that does not fit.
     """
-    hints = _hints(type(config))
+    hints = get_type_hints(type(config))
     for field in fields(config):
         _check(f"{prefix}{field.name}", hints[field.name], getattr(config, field.name))
 
@@ -82,7 +76,7 @@ def from_json(kind: type[Config], values: Any) -> Config:
     """
     if not isinstance(values, Mapping) or not values:
         raise ValueError(f"expected the fields of {kind.__name__}, got {values!r:.80}")
-    hints = _hints(kind)
+    hints = get_type_hints(kind)
     unknown = ", ".join(sorted(set(values) - {field.name for field in fields(kind)}))  # type: ignore[arg-type]
     if unknown:
         raise ValueError(f"{kind.__name__} has no field {unknown} here: a newer version of pixel-meanflow wrote it")

@@ -21,6 +21,15 @@ if TYPE_CHECKING:
     from pmf.model import PMFDiT
 
 Result = TypeVar("Result")
+SEEDS = 2**32
+"""Seeds of images lie in [0, SEEDS)."""
+
+
+def seeds_from(first: int, count: int) -> range:
+    """The seeds of `count` images: `first`, first + 1, ... Errors: `InputError` unless all lie in [0, 2^32)."""
+    good = isinstance(first, numbers.Integral) and not isinstance(first, bool) and 0 <= first <= SEEDS - count
+    require(good, lambda: f"seed: expected an integer from 0 to {SEEDS - count}, for {count} images, got {first!r}")
+    return range(first, first + count)
 
 
 @torch.no_grad()
@@ -179,9 +188,10 @@ class _Request:
         require(noise is None or seeds is None, "noise: expected either noise or seeds, got both")
         seeds = range(len(labels)) if seeds is None else _integers("seeds", seeds).tolist()
         require(len(seeds) == len(labels), f"seeds: expected {len(labels)} of them, got {len(seeds)}")
-        require(all(0 <= seed < 2**32 for seed in seeds), "seeds: expected integers in [0, 2^32)")
+        require(all(0 <= seed < SEEDS for seed in seeds), "seeds: expected integers in [0, 2^32)")
         if noise is not None:
             wanted = [len(labels), *shape]
+            require(isinstance(noise, Tensor), lambda: f"noise: expected a tensor, got {type(noise).__name__}")
             require(list(noise.shape) == wanted, f"noise: expected shape {wanted}, got {list(noise.shape)}")
             require(noise.is_floating_point(), f"noise: expected floating values, got {noise.dtype}")
             finite = not readable(noise) or bool(torch.isfinite(noise).all())
@@ -216,10 +226,10 @@ def _integers(name: str, values: Sequence[int] | Tensor) -> Tensor:
     """A list of integers as int64 [n]. Errors: `InputError` on anything else."""
     try:
         tensor = torch.as_tensor(values if isinstance(values, Tensor) else list(values) or torch.empty(0).long())
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         tensor = torch.empty(())
     whole = tensor.ndim == 1 and not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
-    require(whole, lambda: f"{name}: expected a list of integers, got {values!r}"[:200].partition("\n")[0])
+    require(whole, lambda: f"{name}: expected a list of integers below 2^63, got {values!r}"[:200].partition("\n")[0])
     return tensor.to(torch.int64)
 
 

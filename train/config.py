@@ -214,16 +214,19 @@ def to_json(config: RunConfig) -> str:
     return json.dumps(asdict(config), indent=2, default=str)
 
 
-def load_run_config(directory: Path) -> RunConfig:
-    """Load the configuration of the run in `directory`. Errors: `InputError` if there is none or it is unreadable."""
+def load_run_config(directory: Path, name: str = "resume") -> RunConfig:
+    """Load the configuration of the run in `directory`, which the argument `name` names.
+
+    Errors: `InputError` if there is none or it is unreadable.
+    """
     file = directory / CONFIG_FILE
-    require(file.is_file(), f"resume: {directory} holds no run, expected a directory with {CONFIG_FILE}")
+    require(file.is_file(), f"{name}: {directory} holds no run, expected a directory with {CONFIG_FILE}")
     try:
         return from_json(RunConfig, json.loads(file.read_text()))
     except (InputError, ValueError, TypeError, RecursionError, OSError) as error:
-        raise InputError(f"resume: {file} is not a readable run configuration: {first_line(error)}") from error
+        raise InputError(f"{name}: {file} is not a readable run configuration: {first_line(error)}") from error
 
 
 def find_run_config(source: str) -> RunConfig | None:
     """Load the configuration of the run in directory `source`; None if `source` is something else."""
-    return load_run_config(Path(source)) if (Path(source) / CONFIG_FILE).is_file() else None
+    return load_run_config(Path(source), "source") if (Path(source) / CONFIG_FILE).is_file() else None

@@ -99,7 +99,7 @@ def parse(kind: type[Config], prog: str, arguments: list[str], default: Config |
 
 def refuse_repeated(kind: type, arguments: list[str]) -> None:
     """Raise `InputError` on an option given twice with different values, of which tyro takes the last in silence."""
-    kinds, seen = dict(_kinds(kind)), {}
+    kinds, seen = dict(_kinds(kind)), dict[str, str]()
     for name, values in _given(arguments):
         plain = re.sub(r"(^|\.)no-(?=[^.]*$)", r"\1", name)
         name, switch = (name, "") if name in kinds or kinds.get(plain) is not bool else (plain, "off")

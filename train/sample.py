@@ -13,6 +13,7 @@ from pmf.config import published_guidance
 from pmf.errors import require
 from pmf.fields import check_fields
 from pmf.images import save_grid
+from pmf.sampling import seeds_from
 from pmf.train.config import find_run_config, require_at_least
 from pmf.train.distributed import pick_device
 from pmf.train.options import parse
@@ -77,7 +78,7 @@ def command(arguments: list[str]) -> None:
     images = pmf.generate(
         model,
         list(labels) * config.rows,
-        seeds=range(config.seed, config.seed + len(labels) * config.rows),
+        seeds=seeds_from(config.seed, len(labels) * config.rows),
         steps=config.steps,
         batch_size=config.batch_size,
         progress=True,

@@ -14,6 +14,7 @@ import pmf
 from pmf.errors import require
 from pmf.images import to_float
 from pmf.metrics import Statistics, frechet_distance
+from pmf.sampling import seeds_from
 from pmf.train.demo.image_sets import digits, photographs
 
 CLASSES, PER_CLASS = 10, 50
@@ -64,7 +65,7 @@ def _labels() -> Tensor:
 
 
 def _seeds(seed: int) -> range:
-    return range(seed * CLASSES * PER_CLASS, (seed + 1) * CLASSES * PER_CLASS)
+    return seeds_from(seed * CLASSES * PER_CLASS, CLASSES * PER_CLASS)
 
 
 def _scores(samples: Tensor, real: Tensor, named: np.ndarray) -> dict[str, float]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,6 @@ import torch
 import pmf
 from pmf.errors import InputError
 from pmf.features import Extractor
-from pmf.train.run_directory import read_json_lines
 
 
 class Results:
@@ -26,8 +27,16 @@ class Results:
     def find(self, key: str, **values: object) -> dict[str, Any] | None:
         """The last line with this key and these values; None if there is none."""
         wanted = {"key": key, **values}
-        found = [line for line in read_json_lines(self.file) if wanted.items() <= line.items()]
+        found = [line for line in self._lines() if all(line.get(name) == value for name, value in wanted.items())]
         return found[-1] if found else None
+
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        """The lines that are results; others, such as torn ones, are skipped."""
+        for text in self.file.read_bytes().splitlines() if self.file.is_file() else ():
+            with contextlib.suppress(ValueError, RecursionError):
+                line = json.loads(text)
+                if isinstance(line, dict):
+                    yield line
 
     def append(self, line: dict[str, Any]) -> None:
         """Append a line in one write, so that other writers' lines stay whole, and flush it to the disk.
