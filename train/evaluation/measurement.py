@@ -120,8 +120,9 @@ class Measurement:
         if self._reference is None and self._pictures is not None:
             file = self.out / f"reference-{pictures_digest(self._pictures, self.extractor)}.npz"
             if not self.world.broadcast(file.is_file()):
-                kept = dict(keep=True, stopping=stopping)
-                write_folder_statistics(self._pictures, file, self.extractor, self.world, self.config, **kept)
+                write_folder_statistics(
+                    self._pictures, file, self.extractor, self.world, self.config, keep=True, stopping=stopping
+                )
             self._take(Statistics.load(file), file)
         assert self._reference is not None
         return self._reference

@@ -40,6 +40,7 @@ class PeriodicEvaluation:
         self.results = Results(directory / EVALUATION_FOLDER)
         demo = self.settings.reference is None
         self.dtype = torch.float32 if demo else config.dtype_on(world.device, self.settings.precision)
+        self.measurement: Measurement | None = None
         with _random_state_kept(world.device):
             if not demo:  # refuse an unusable reference before networks are made
                 image_count(self.settings, config.model, "model.in_channels")
@@ -48,7 +49,7 @@ class PeriodicEvaluation:
                 config.model, impl=config.impl, aux_head=False, device=world.device, dtype=self.dtype
             )
             if demo:
-                self.measurement, self.score = None, demo_score(config.model, config.data, world)
+                self.score = demo_score(config.model, config.data, world)
             else:
                 self.sampler = pmf.Sampler(self.network, self.settings.batch_size, **self.sampling)
 
