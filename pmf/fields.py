@@ -88,4 +88,4 @@ def _value(hint: Any, value: Any) -> Any:
         return from_json(hint, value)
     if isinstance(value, list):
         return tuple(value)
-    return Path(value) if value is not None and Path in (hint, *get_args(hint)) else value
+    return Path(value) if isinstance(value, str) and Path in (hint, *get_args(hint)) else value

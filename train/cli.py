@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import io
 import sys
 from collections.abc import Iterable
 
@@ -40,6 +41,8 @@ def _usage(presets: Iterable[str]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command. Bad input ends with one line on standard error and exit status 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # paths need not be UTF-8
     try:
         _find_packages()
         _run(sys.argv[1:] if arguments is None else arguments)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from fnmatch import fnmatch
 from typing import Any, TypeVar, get_origin, get_type_hints
 
+import torch
 import tyro
 
 from pmf.errors import InputError, require
@@ -48,6 +49,11 @@ RUN_NEEDS = (
         ),
         "without --perceptual.enabled",
         lambda c: c.perceptual.enabled,
+    ),
+    Need(
+        ("captured",),
+        "without a GPU",
+        lambda c: c.device.startswith("cuda") or (c.device == "auto" and torch.cuda.is_available()),
     ),
     Need(("perceptual.lpips",), "with --loss.lpips-weight 0", lambda c: c.loss.lpips_weight > 0),
     Need(("perceptual.convnext",), "with --loss.convnext-weight 0", lambda c: c.loss.convnext_weight > 0),

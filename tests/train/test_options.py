@@ -64,6 +64,7 @@ def test_scripts_may_repeat_what_the_run_was_started_with(stored):
         ("--perceptual.lpips random", "perceptual.lpips: has no effect without --perceptual.enabled"),
         ("--loss.convnext-weight 1", "loss.convnext_weight: has no effect without --perceptual.enabled"),
         ("--perceptual.enabled --perceptual.lpips random --loss.lpips-weight 0", "perceptual.lpips: has no effect wit"),
+        ("--captured --device cpu", "captured: has no effect without a GPU, expected False, got True"),
         ("--optimizer.decay-share 0 --optimizer.decay cosine", "optimizer.decay: has no effect without --optimizer.d"),
         ("--model.conditioning adaln --model.class-tokens 4", "model.class_tokens: has no effect with --model.cond"),
         ("--steps 5 --steps 6", "steps: expected one value, got it twice, as '5' and '6'"),
@@ -150,6 +151,7 @@ def test_stored_configurations_are_checked_alike(tmp_path):
     cases = [
         ([], "expected the fields of RunConfig, got \\[\\]"),
         ({**good, "steps": "many"}, "steps: expected an integer below 2\\^63, got 'many'"),
+        ({**good, "out": 3}, "out: expected a path, got 3"),
         ({**good, "flip": 1}, "flip: expected true or false, got 1"),
         ({**good, "loss": {"p_mean": float("nan")}}, "LossConfig: p_mean: expected a finite number, got nan"),
         ({**good, "model": 3}, "expected the fields of ModelConfig, got 3"),
