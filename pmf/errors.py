@@ -17,6 +17,9 @@ class InputError(Exception):
     Not a ValueError: command-line parsers catch and reword those.
     """
 
+    def __init__(self, message: str) -> None:
+        super().__init__(message.replace("\n", "\\n"))  # a name may hold a line break
+
 
 def require(condition: bool, message: str | Callable[[], str]) -> None:
     """Raise `InputError(message)` unless `condition` holds.

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from pmf.model import PMFDiT
 
 Result = TypeVar("Result")
+LARGEST = 10**6
+"""Steps of sampling, and images in a batch, beyond which a number must be a mistake."""
 SEEDS = 2**32
 """Seeds of images lie in [0, SEEDS)."""
 
@@ -220,6 +222,7 @@ def _check_count(name: str, value: int) -> None:
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     require(whole, f"{name}: expected an integer, got {value!r}")
     require(value >= 1, f"{name}: expected at least 1, got {value}")
+    require(value <= LARGEST, f"{name}: expected at most {LARGEST}, got {value}")
 
 
 def _integers(name: str, values: Sequence[int] | Tensor) -> Tensor:

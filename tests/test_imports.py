@@ -55,7 +55,7 @@ RULES = {
     "pmf/features.py": r"pmf\.(atomic_files|errors|metrics)",
     "pmf/sharded.py": r"nothing",
     "pmf/optim": r"pmf\.(optim.*|errors|fields|jax_states|private|sharded)",
-    "pmf/fine_tuning.py": r"pmf\.(errors|model)",
+    "pmf/fine_tuning.py": r"pmf\.(errors|model|published_weights)",
     "pmf/parallel.py": r"pmf\.(blocks|config|draws|loss|model)",
     "pmf/metrics.py": r"pmf\.(atomic_files|errors|sizes)",
     "pmf": r"pmf(?!\.(train|benchmarks|kernels)).*",

@@ -75,10 +75,11 @@ def command(arguments: list[str]) -> None:
     device = pick_device(config.device)
     model = pmf.PMFDiT.from_pretrained(config.source, weights=config.weights, aux_head=False, device=device)
     labels = config.labels or tuple(range(min(10, model.config.num_classes)))
+    seeds = seeds_from(config.seed, len(labels) * config.rows)
     images = pmf.generate(
         model,
         list(labels) * config.rows,
-        seeds=seeds_from(config.seed, len(labels) * config.rows),
+        seeds=seeds,
         steps=config.steps,
         batch_size=config.batch_size,
         progress=True,

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import pmf
+from pmf.fine_tuning import copy_weights
 from pmf.parallel import LossModule
 from pmf.sampling import seeds_from
 from tests.networks import TINY, random_model
@@ -95,3 +96,20 @@ def test_labels_are_checked(model, labels):
 def test_guidance_is_checked(model, name, value):
     with pytest.raises(pmf.InputError, match=f"{name}: "):
         pmf.generate(model, [0], **dict(omega=1.0, t_min=0.0, t_max=1.0) | {name: value})
+
+
+@pytest.mark.parametrize("name", ["steps", "batch_size"])
+def test_numbers_that_must_be_mistakes_are_refused(model, name):
+    with pytest.raises(pmf.InputError, match=f"{name}: expected at most 1000000, got 1000000000000"):
+        pmf.generate(model, [0], omega=1.0, t_min=0.0, t_max=1.0, **{name: 10**12})
+
+
+def test_every_error_is_one_line():
+    assert str(pmf.InputError("source: a\nb does not exist")) == "source: a\\nb does not exist"
+
+
+def test_a_wrapped_network_takes_weights(model, tmp_path):
+    pmf.save_model(tmp_path / "a.safetensors", TINY, model.state_dict())
+    fresh = random_model(seed=1, dtype=torch.float32)
+    assert copy_weights(torch.compile(fresh), tmp_path / "a.safetensors") == []
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), model.parameters(), strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -111,7 +112,8 @@ def command(arguments: list[str]) -> None:
     config = parse(EvalConfig, "pmf eval", arguments)
     refuse_ignored(config, EvalConfig(source=config.source), EVAL_NEEDS)
     if config.reference is None:
-        evaluate_demo(config)
+        if int(os.environ.get("RANK", 0)) == 0:
+            evaluate_demo(config)
         return
     world = join(config.device)
     lines = evaluate(config, world)

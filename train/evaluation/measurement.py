@@ -148,7 +148,7 @@ class Measurement:
         count = image_count(self.config, network.config, "source")
         seeds_from(seed, count)
         per_class, named = self.config.per_class, (self._extractor_digest, self.reference(stopping)[1])
-        self._warn(count, network.config.image_size)
+        self.warn(count, network.config.image_size)
         key = digest(network_digest(network), settings, per_class, seed, dtype, *named)
         folder = images and images.with_name(f"{images.name}-{key[:8]}")
 
@@ -176,7 +176,7 @@ class Measurement:
         self.results.append(line)
         return line
 
-    def _warn(self, count: int, image_size: int) -> None:
+    def warn(self, count: int, image_size: int) -> None:
         """Warn, once, of sets of images that are too small or of other sizes."""
         if not self._warned:
             self._warned, statistics = True, self.reference()[0]

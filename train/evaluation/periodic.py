@@ -43,7 +43,7 @@ class PeriodicEvaluation:
         self.measurement: Measurement | None = None
         with _random_state_kept(world.device):
             if not demo:  # refuse an unusable reference before networks are made
-                image_count(self.settings, config.model, "model.in_channels")
+                count = image_count(self.settings, config.model, "model.in_channels")
                 self.measurement = Measurement(self.settings, directory / EVALUATION_FOLDER, world)
             self.network = pmf.create_model(
                 config.model, impl=config.impl, aux_head=False, device=world.device, dtype=self.dtype
@@ -51,7 +51,7 @@ class PeriodicEvaluation:
             if demo:
                 self.score = demo_score(config.model, config.data, world)
             else:
-                self.sampler = pmf.Sampler(self.network, self.settings.batch_size, **self.sampling)
+                self.sampler = pmf.Sampler(self.network, min(self.settings.batch_size, count), **self.sampling)
 
     def due(self, step: int) -> bool:
         """Whether the weights after this step are to be measured."""
@@ -65,6 +65,8 @@ class PeriodicEvaluation:
         if self.measurement is not None:
             with _random_state_kept(self.world.device):
                 self.measurement.reference(stopping)
+                count = image_count(self.settings, self.config.model, "model")
+                self.measurement.warn(count, self.config.model.image_size)
 
     def measure(
         self, step: int, weights: Mapping[str, dict[str, Tensor]], stopping: Callable[[], bool] = never
