@@ -223,4 +223,4 @@ def write_bars(bars: dict[str, float], unit: str, file: Path) -> None:
     axes.tick_params("y", labelsize=7)
     axes.invert_yaxis()
     axes.margins(x=0.1, y=0.01)
-    figure.savefig(file, dpi=150, format="png")
+    write_atomically(file, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))

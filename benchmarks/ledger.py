@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from pmf.atomic_files import write_atomically
 from pmf.dispatch import attention_backend
 from pmf.timing import Record
 
@@ -132,4 +133,5 @@ class Ledger:
         if table is not None:
             name = re.sub(r"[^A-Za-z0-9]+", "-", f"{record['case']} {record['provider']}")
             profile = self.file.with_name(f"{self.file.stem}-profile-{name}.txt")
-            profile.write_text(f"{record['case']}, {record['provider']}: median {record['median_us']:.0f} us\n{table}")
+            text = f"{record['case']}, {record['provider']}: median {record['median_us']:.0f} us\n{table}"
+            write_atomically(profile, lambda temporary: temporary.write_text(text))

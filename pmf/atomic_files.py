@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,29 +13,84 @@ from safetensors import SafetensorError
 
 from pmf.errors import InputError, first_line
 
+FAILURES = (OSError, RuntimeError, ValueError, SafetensorError)
+"""What the writers of files raise: Python's own, PyTorch's, pillow's and safetensors'."""
+PROBE = 1 << 20
+"""Bytes to ask of a file system that failed, to learn why."""
+
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     """Call `write(temporary)`, then move the temporary file to `path` in one step.
 
-    Errors: `InputError` when `path` cannot be written (no directory, no permission, a full disk).
+    A file that exists keeps its permissions; a symbolic link stays, and the file that it points to is replaced; a
+    device or a pipe receives the bytes. Errors: `InputError` when `path` cannot be written (a directory, a read-only
+    file, no permission, a full disk); the old file is then unchanged.
     """
     path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    except OSError as error:
-        raise InputError(f"path: cannot write {path}: {error.strerror}") from None
+        target = Path(os.path.realpath(path))
+        mode = _mode(path)
+        if mode is not None and not stat.S_ISREG(mode):
+            _copy_into(path, write)
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:50]}.", suffix=target.suffix[:9])
+    except FAILURES as error:
+        raise _unwritable(path, error) from error
     os.close(handle)
     temporary = Path(name)
     try:
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp grants access to the owner only
-        os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"path: cannot write {path}: {first_line(error)}") from error
+        temporary.chmod(_default_mode() if mode is None else stat.S_IMODE(mode))  # mkstemp: for the owner only
+        os.replace(temporary, target)
+    except FAILURES as error:
+        raise _unwritable(path, error, temporary) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a file could not be written: the system's words where it gave some, else the error's first line."""
+    return getattr(error, "strerror", None) or first_line(error)
+
+
+def _mode(path: Path) -> int | None:
+    """The mode of what is at `path`, links followed; None if nothing is. Errors: OSError if it must not be replaced."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return None
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError("it is a directory, expected the name of a file")
+    if not mode & 0o222:
+        raise PermissionError("it is read-only")
+    return mode
+
+
+def _copy_into(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a temporary file elsewhere and copy it into the device or pipe."""
+    with tempfile.TemporaryDirectory(prefix="pmf-") as folder:
+        temporary = Path(folder) / f"content{path.suffix[:9]}"
+        write(temporary)
+        with open(temporary, "rb") as content, open(path, "wb") as device:
+            shutil.copyfileobj(content, device)
+
+
+def _default_mode() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
+
+
+def _unwritable(path: Path, error: BaseException, temporary: Path | None = None) -> InputError:
+    """The error for `path`. Libraries may not say that the disk is full: then the file system is asked for more."""
+    reason = reason_of(error)
+    if temporary is not None and not getattr(error, "errno", None) and hasattr(os, "posix_fallocate"):
+        try:
+            with open(temporary, "ab") as file:
+                os.posix_fallocate(file.fileno(), file.tell(), PROBE)
+        except OSError as why:
+            reason = reason_of(why)
+    return InputError(f"path: cannot write {path}: {reason}")

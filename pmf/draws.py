@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pmf.config import LossConfig, ModelConfig
-from pmf.errors import readable, require
+from pmf.errors import extent, readable, require
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,9 @@ def check_batch(x: Tensor, y: Tensor, draws: Draws, config: ModelConfig) -> None
     Check shapes always, and values of images, labels and noise if they are `readable`. Errors: see `pmf_loss`.
     """
     shape = list(config.image_shape)
+    require(isinstance(x, Tensor), lambda: f"x: expected a tensor, got {type(x).__name__}")
+    require(isinstance(y, Tensor), lambda: f"y: expected a tensor, got {type(y).__name__}")
+    require(x.is_floating_point(), f"x: expected floating images in [-1, 1], got {x.dtype}")
     require(
         x.ndim == 4 and list(x.shape[1:]) == shape and len(x) > 0,
         f"x: expected shape [B, {', '.join(map(str, shape))}] with B > 0, got {list(x.shape)}",
@@ -133,12 +137,23 @@ def check_batch(x: Tensor, y: Tensor, draws: Draws, config: ModelConfig) -> None
     _check_draws(draws, x.shape)
     if readable(x, y):
         require(bool(torch.isfinite(x).all()), "x: expected finite images, got NaN or infinity")
+        _warn_of_scale(x)
         finite = not readable(draws.noise) or bool(torch.isfinite(draws.noise).all())
         require(finite, "draws.noise: expected finite values, got NaN or infinity")
         require(
             bool(((y >= 0) & (y < config.num_classes)).all()),
-            f"y: expected labels in [0, {config.num_classes - 1}], got {y.min().item()} to {y.max().item()}",
+            lambda: f"y: expected labels in [0, {config.num_classes - 1}], got {extent(y)}",
         )
+
+
+def _warn_of_scale(x: Tensor) -> None:
+    """Warn of images in [0, 255] or [0, 1]; constant ones say nothing about their scale."""
+    low, high = (value.item() for value in x.aminmax())
+    bytes_like, unit = high > 20, low >= 0 and 0.5 < high <= 1 and low < high
+    if bytes_like or unit:
+        scaled = "x / 127.5 - 1" if bytes_like else "2 * x - 1"
+        got = "255" if bytes_like else "1"
+        warnings.warn(f"x: expected images in [-1, 1]; these look like [0, {got}], expected {scaled}", stacklevel=5)
 
 
 def _check_draws(draws: Draws, shape: torch.Size) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -17,11 +17,18 @@ class InputError(Exception):
     Not a ValueError: command-line parsers catch and reword those.
     """
 
+    def __init__(self, message: str) -> None:
+        super().__init__(message.replace("\n", "\\n"))  # a name may hold a line break
 
-def require(condition: bool, message: str) -> None:
-    """Raise `InputError(message)` unless `condition` holds."""
+
+def require(condition: bool, message: str | Callable[[], str]) -> None:
+    """Raise `InputError(message)` unless `condition` holds.
+
+    A message that computes something, or that can fail while the condition holds, is a function: it is called only on
+    failure.
+    """
     if not condition:
-        raise InputError(message)
+        raise InputError(message() if callable(message) else message)
 
 
 def no_vmap(op: str) -> RuntimeError:
@@ -50,6 +57,11 @@ def extra(name: str, sentence: str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise InputError(f"{sentence} pip install 'pixel-meanflow[{name}]': {first_line(error)}") from error
+
+
+def extent(values: Tensor) -> str:
+    """The range of some values, as a part of a message."""
+    return f"{values.min().item()} to {values.max().item()}" if values.numel() else "none"
 
 
 def readable(*tensors: Tensor) -> bool:

@@ -112,13 +112,24 @@ class Chunks:
         return [span for span in self.spans() if not (self.file(span).is_file() and finished(span))]
 
     def compute(
-        self, spans: list[range], source: Source, extractor: Extractor, *, batch_size: int, progress: bool = True
+        self,
+        spans: list[range],
+        source: Source,
+        extractor: Extractor,
+        *,
+        batch_size: int,
+        progress: bool = True,
+        before: Callable[[], None] = lambda: None,
     ) -> None:
-        """Compute these chunks and write each one as soon as it is complete. `progress` shows a bar."""
+        """Compute these chunks and write each one as soon as it is complete.
+
+        `progress` shows a bar. `before` is called before every batch; what it raises ends the computation.
+        """
         with _bar(sum(map(len, spans))) if progress else nullcontext() as bar:
             for span in spans:
                 parts = []
                 for start in range(span.start, span.stop, batch_size):
+                    before()
                     batch = range(start, min(start + batch_size, span.stop))
                     parts += [[x.cpu() for x in extractor(images)] for images in source(batch)]
                     if bar is not None:
@@ -134,8 +145,14 @@ class Chunks:
         for span in self.spans():
             file = self.file(span)
             require(file.is_file(), f"out: {file} is missing, expected storage that every process sees")
-            with np.load(file) as arrays:
-                yield torch.from_numpy(arrays[name])
+            try:
+                with np.load(file, allow_pickle=False) as arrays:
+                    values = torch.from_numpy(arrays[name])
+                fits = values.dtype == torch.float32 and values.ndim == 2 and len(values) == len(span)
+            except Exception as error:  # of a damaged file, anything
+                raise InputError(f"out: {file} is damaged, remove it: {first_line(error)}") from error
+            require(fits, f"out: {file} is damaged, remove it: {list(values.shape)} is not of {len(span)} images")
+            yield values
 
     def statistics(self, *, keep: bool) -> Statistics:
         """Statistics of all features, with the features themselves if `keep`."""

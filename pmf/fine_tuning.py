@@ -8,6 +8,7 @@ import torch
 
 from pmf.errors import require
 from pmf.model import PMFDiT
+from pmf.published_weights import unwrapped
 
 CLASSES = "conditioning.classes.weight"
 
@@ -16,6 +17,7 @@ CLASSES = "conditioning.classes.weight"
 def copy_weights(model: PMFDiT, source: str | Path, weights: str | None = None) -> list[str]:
     """Copy a checkpoint's weights into a network that may have other classes; return notes on what was not copied.
 
+    The network may be wrapped, by DDP or torch.compile.
     `source` and `weights` are as in `PMFDiT.from_pretrained`: our checkpoints, published ones, hub ids. If the
     checkpoint has no v head, as most published ones, the v head starts as a copy of the u head: at h = 0 both fields
     are the instantaneous velocity. A class table of another size keeps its random initial values. Errors: `InputError`
@@ -26,9 +28,9 @@ def copy_weights(model: PMFDiT, source: str | Path, weights: str | None = None) 
     if not any(".v." in name for name in state):
         state |= {name.replace(".u.", ".v."): value for name, value in state.items() if ".u." in name}
         notes.append("the v head starts as a copy of the u head")
-    wanted = dict(model.named_parameters())
+    wanted = unwrapped(dict(model.named_parameters()))
     surplus = sorted(set(state) - set(wanted))
-    require(not surplus, f"init: {source} holds {next(iter(surplus), '')!r}, which this network does not have")
+    require(not surplus, f"init: {source} holds {', '.join(surplus[:1])!r}, which this network does not have")
     if CLASSES in state and len(state[CLASSES]) != len(wanted[CLASSES]):
         theirs, ours = len(state.pop(CLASSES)) - 1, len(wanted.pop(CLASSES)) - 1
         notes.append(f"the table of {ours} classes is initialised at random: {source} has {theirs}")

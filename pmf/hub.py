@@ -18,9 +18,14 @@ def locate(source: str, weights: str | None) -> tuple[Path, str | None]:
     """The file (or folder, for a JAX train state) that `source` and `weights` name, and the average in it, if named.
 
     `weights` is a file's name with or without suffix, or "file:average" for a train state; if `source` is itself a
-    train state, "average" is enough. Errors: `InputError` lists the choices.
+    train state, "average" is enough. Likewise for a file of PyTorch with several state dicts. Errors: `InputError`
+    lists the choices.
     """
     path = Path(source)
+    try:
+        path.exists()
+    except OSError as error:  # such as a name that is too long
+        raise InputError(f"source: cannot read {source:.80}: {error.strerror}") from error
     if path.is_dir():
         names = sorted(entry.name for entry in path.iterdir())
         if _networks(names) or not is_state(path):
@@ -28,7 +33,7 @@ def locate(source: str, weights: str | None) -> tuple[Path, str | None]:
             return _with_average(path / _choose(names, file, str(path), path / "config.json"), average)
     if path.exists():
         return _in_one_file(path, weights)
-    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", source) and path.suffix not in SUFFIXES
+    is_hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source, re.ASCII) and path.suffix not in SUFFIXES
     require(
         bool(is_hub_id) and not path.parent.is_dir(),
         f"source: {source} does not exist, expected a run directory, a checkpoint file or a hub id",
@@ -53,7 +58,8 @@ def _in_one_file(path: Path, weights: str | None) -> tuple[Path, str | None]:
 
 
 def _with_average(file: Path, average: str | None) -> tuple[Path, str | None]:
-    require(average is None or is_state(file), f"weights: {file} holds one network, got {average!r} of it")
+    several = is_state(file) or file.suffix in (".pt", ".pth", ".bin")
+    require(average is None or several, f"weights: {file} holds one network, got {average!r} of it")
     return file, average
 
 
@@ -87,7 +93,7 @@ def _sampling_weights(config: Path | None) -> str | None:
         return None
     try:
         name = json.loads(config.read_text()).get("sampling_weights")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError, OSError) as error:
         raise InputError(f"source: {config} is not a readable configuration: {first_line(error)}") from error
     return None if name is None else str(name)
 

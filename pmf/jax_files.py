@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from pmf.errors import InputError, extra, first_line, require
+from pmf.sizes import check_declared
 
 ORBAX_FILES = ("_METADATA", "manifest.ocdbt", "checkpoint")
 """A folder that has any of these is an orbax checkpoint."""
@@ -80,6 +82,8 @@ class StateFile:
             self.tree = getattr(metadata, "tree", metadata)
             if self.tree is None:
                 raise ValueError("orbax finds no array names in it")
+            stored = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+            check_declared(f"source: {path}", sum(map(_bytes, _leaves(self.tree))), stored)
         else:
             from flax.serialization import msgpack_restore
 
@@ -101,6 +105,20 @@ class StateFile:
         for name in names:
             values = values[name]
         return values
+
+
+def _leaves(tree: Any) -> Iterator[Any]:
+    """The leaves of nested dicts and lists."""
+    if isinstance(tree, (dict, list, tuple)):
+        for part in tree.values() if isinstance(tree, dict) else tree:
+            yield from _leaves(part)
+    else:
+        yield tree
+
+
+def _bytes(leaf: Any) -> int:
+    """Bytes of an array of which the shape and the dtype are known; at least one per value."""
+    return math.prod(getattr(leaf, "shape", None) or ()) * getattr(getattr(leaf, "dtype", None), "itemsize", 1)
 
 
 def _map(tree: Any, leaf: Any) -> Any:
@@ -151,6 +169,7 @@ def _unpack(source: Path, folder: Path) -> None:
         with zipfile.ZipFile(source) as archive:
             _check_entries(source, archive)
             needed, free = sum(entry.file_size for entry in archive.infolist()), shutil.disk_usage(folder).free
+            check_declared(f"source: {source}", needed, source.stat().st_size)
             require(
                 needed < free,
                 f"source: {source} unpacks to {needed / 1e9:.1f} GB, and {folder.parent} has {free / 1e9:.1f} free: "
@@ -165,6 +184,6 @@ def _check_entries(source: Path, archive: zipfile.ZipFile) -> None:
     """Check that no path leaves the archive, and that an entry is named like a train state."""
     paths = [PureWindowsPath(name) for name in archive.namelist()]  # parses both slashes, and drives
     outside = [name for name, path in zip(archive.namelist(), paths, strict=True) if path.anchor or ".." in path.parts]
-    require(not outside, f"source: {source} holds the path {next(iter(outside), '')!r}, which leads out of it")
+    require(not outside, f"source: {source} holds the path {', '.join(outside[:1])!r}, which leads out of it")
     states = any(path.name in ORBAX_FILES or _step(Path(path.name)) is not None for path in paths)
     require(states, f"source: {source} holds no JAX train state, expected checkpoint_<step> in it")

@@ -5,6 +5,10 @@ The metrics take features and logits from any extractor; `inception` is the usua
 
 from __future__ import annotations
 
+import contextlib
+import math
+import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,13 +20,14 @@ from torch.nn.functional import interpolate
 
 from pmf.atomic_files import write_atomically
 from pmf.errors import InputError, first_line, require
+from pmf.sizes import check_declared
 
 Resize = Literal["tf1", "half_pixel"]
 """How an image is resized to Inception's 299 pixels, bilinearly and without antialiasing: output pixel i reads position
 i s (tf1, as in the original graph) or (i + 1/2) s - 1/2 (half_pixel, align_corners=False), with s = size / 299."""
 NAMES: dict[Resize, tuple[str, str]] = {"tf1": ("mu", "sigma"), "half_pixel": ("ref_mu", "ref_sigma")}
 """The array names of published statistics made with each resize: tf1 by ADM and JiT, half_pixel by pMF's authors."""
-INCEPTION_SIZE = 299
+INCEPTION_SIZE, INCEPTION_FEATURES = 299, 2048
 SCORE_SEED = 2020
 
 
@@ -75,25 +80,35 @@ class Statistics:
 
         Errors: `InputError` if the file cannot be read, lacks both pairs or holds both, or has arrays of wrong shape.
         """
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in archive.files}
-        except Exception as error:  # np.load can raise anything on a file that is no archive
-            raise InputError(f"reference: {path} is not a readable npz archive: {first_line(error)}") from error
-        named = {name for pair in NAMES.values() for name in pair if name in arrays}
-        resize = next((resize for resize, pair in NAMES.items() if named == set(pair)), None)
-        if resize is None:
-            raise InputError(f"reference: expected mu and sigma, or ref_mu and ref_sigma, got {sorted(arrays)}")
+        shapes, resize = cls._checked_shapes(path)
+        with _reading(path), np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in shapes}
         mu, sigma = (_float64(name, arrays[name]) for name in NAMES[resize])
-        fits = mu.ndim == 1 and sigma.shape == (len(mu), len(mu))
-        require(fits, f"reference: expected mu [d] and sigma [d, d], got {list(mu.shape)} and {list(sigma.shape)}")
         features = arrays.get("features")
-        fits = features is None or (features.ndim == 2 and features.shape[1] == len(mu) and features.dtype.kind == "f")
-        require(fits, f"reference: expected features [n, {len(mu)}], got {features is not None and features.shape}")
+        real = features is None or features.dtype.kind == "f"
+        require(real, f"reference: expected features of floats, got {features is not None and features.dtype}")
         count = _float64("count", arrays["count"]).reshape(-1)[0] if "count" in arrays else None
         held = [mu, sigma, *(values for values in (features, count) if values is not None)]
         require(all(np.isfinite(x).all() for x in held), f"reference: {path} holds NaN or infinity")
         return cls(mu, sigma, None if count is None else int(count), features, resize)
+
+    @staticmethod
+    def _checked_shapes(path: str | Path) -> tuple[dict[str, tuple[int, ...]], Resize]:
+        """The shapes of the arrays that `load` reads, checked before any is read, and the resize that names tell."""
+        with _reading(path):
+            shapes, others = _npz_shapes(path, {"count", "features", *(n for pair in NAMES.values() for n in pair)})
+        named = {name for pair in NAMES.values() for name in pair if name in shapes}
+        resize = next((resize for resize, pair in NAMES.items() if named == set(pair)), None)
+        if resize is None:
+            got = sorted({*shapes, *others})
+            raise InputError(f"reference: expected mu and sigma, or ref_mu and ref_sigma, got {got}"[:300])
+        mu, sigma = (shapes[name] for name in NAMES[resize])
+        fits = len(mu) == 1 and sigma == (*mu, *mu) and mu[0] > 0
+        require(fits, f"reference: expected mu [d] and sigma [d, d], got {list(mu)} and {list(sigma)}")
+        features = shapes.get("features", (0, *mu))
+        fits = len(features) == 2 and features[1:] == mu
+        require(fits, f"reference: expected features [n, {', '.join(map(str, mu))}], got {features}")
+        return shapes, resize
 
     def save(self, path: str | Path) -> None:
         """Write an npz archive that `load` reads, atomically; its names encode the resize (tf1 if unknown)."""
@@ -106,6 +121,36 @@ class Statistics:
                 np.savez(file, **arrays)  # type: ignore[arg-type]
 
         write_atomically(path, write)
+
+
+@contextlib.contextmanager
+def _reading(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # a file that is no archive can raise anything
+        raise InputError(f"reference: {path} is not a readable npz archive: {first_line(error)}") from error
+
+
+def _npz_shapes(path: str | Path, wanted: set[str]) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """The shapes of the wanted arrays of an archive, by their headers alone, and the names of its other entries.
+
+    Errors: `InputError` if an entry does not have the size that its header declares, or an implausible one.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    with zipfile.ZipFile(path) as archive:
+        entries = {entry.removesuffix(".npy"): archive.getinfo(entry) for entry in archive.namelist()}
+        declared = sum(entry.file_size for name, entry in entries.items() if name in wanted)
+        check_declared("it", declared, Path(path).stat().st_size)
+        for name in sorted(wanted & set(entries)):
+            with archive.open(entries[name]) as file:
+                version = np.lib.format.read_magic(file)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(file)
+                size = entries[name].file_size - file.tell()
+                fits = math.prod(shape) * dtype.itemsize == size
+                require(fits, f"{name} declares {dtype} {list(shape)} in {size} bytes")
+            shapes[name] = shape
+    return shapes, sorted(set(entries) - wanted)
 
 
 def _float64(name: str, values: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from pmf import dispatch, ops
 from pmf.blocks import Block, FinalLayer
 from pmf.compiling import CompiledBlocks
 from pmf.config import PREFIX_TOKENS, ModelConfig, model_config
-from pmf.errors import readable, require
+from pmf.errors import extent, readable, require
 from pmf.layers import PatchEmbed, Residual, Rope, ScalarEmbedders
 from pmf.packing import Held, held_weights, joined_weights
 from pmf.pair import ABSENT, Dual, tail, tangent_rows, total
@@ -270,11 +270,11 @@ class PMFDiT(nn.Module):
         require(bool(torch.isfinite(z).all()), "z: expected finite images, got NaN or infinity")
         require(
             bool(((y >= 0) & (y <= classes)).all()),
-            f"y: expected labels in [0, {classes}], got {y.min().item()} to {y.max().item()}",
+            lambda: f"y: expected labels in [0, {classes}], got {extent(y)}",
         )
         require(bool(((t >= 0) & (t <= 1)).all()), "t: expected times in [0, 1]")
         require(bool(((h >= 0) & (h <= t)).all()), "h: expected h = t - r in [0, t]")
-        require(bool((omega >= 1).all()), f"omega: expected guidance scales >= 1, got {omega.min().item():g}")
+        require(bool((omega >= 1).all()), lambda: f"omega: expected guidance scales >= 1, got {omega.min():g}")
         for name, value in (("t_min", t_min), ("t_max", t_max)):
             require(bool(((value >= 0) & (value <= 1)).all()), f"{name}: expected times in [0, 1]")
 

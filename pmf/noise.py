@@ -86,7 +86,7 @@ def _check_out(out: Tensor, shape: tuple[int, ...]) -> None:
     wanted = f"out: expected a contiguous float32 tensor {list(shape)}"
     require(isinstance(out, Tensor), f"{wanted}, got {type(out).__name__}")
     fits = out.shape == shape and out.dtype == torch.float32 and out.is_contiguous()
-    require(fits, f"{wanted}, got {out.dtype} {list(out.shape)} with strides {list(out.stride())}")
+    require(fits, lambda: f"{wanted}, got {out.dtype} {list(out.shape)} with strides {list(out.stride())}")
     require(not out.requires_grad, f"{wanted}, got one that requires a gradient")
     writable = not out.is_inference() or torch.is_inference_mode_enabled()
     require(writable, f"{wanted}, got an inference tensor outside inference mode")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,6 +16,10 @@ from pmf.reference import rope_tables
 from pmf.reference.embedding import FEATURES
 
 ROPE = "net.rope_freqs"
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+"""Parts of names that wrappers add wherever they wrap a module."""
+OUTER = {"model", "ema", "ema_model", "model_ema", "network"}
+"""Names of the whole network in the modules of training scripts, such as `pmf.parallel.LossModule`."""
 Shape = tuple[int, ...]
 
 
@@ -83,8 +88,25 @@ def _rope_freqs(config: ModelConfig) -> Tensor:
     return torch.complex(*rope_tables(config.grid_size, config.head_dim))
 
 
+def unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict without what wrappers add to its names, in any nesting: DDP, FSDP, torch.compile, averages.
+
+    Errors: `InputError` if two weights get the same name.
+    """
+    plain: dict[str, Tensor] = {}
+    for name, value in state.items():
+        short = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+        require(short not in plain, f"state dict: {name!r} names {short!r}, as another key does")
+        plain[short] = value
+    plain.pop("n_averaged", None)  # of torch.optim.swa_utils.AveragedModel
+    outer = {name.partition(".")[0] for name in plain}
+    whole = len(outer) == 1 and outer <= OUTER
+    return {name.partition(".")[2]: value for name, value in plain.items()} if whole else plain
+
+
 def _prefixed(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Prefix every key with "net.", as in the state dict of the authors' whole module, if none has the prefix."""
+    state = unwrapped(state)
     bare = [key for key in state if not key.startswith("net.")]
     if not bare:
         return state
@@ -119,7 +141,7 @@ def infer_config(state: Mapping[str, Tensor]) -> ModelConfig:
     head_depth = depth("u_heads")
     require(head_depth > 0, "state dict: key 'net.u_heads.0.attn_scale' is missing, expected a u head")
     read = ModelConfig(
-        image_size=patch * round((length - sum(counts.values())) ** 0.5),
+        image_size=patch * math.isqrt(max(length - sum(counts.values()), 0)),
         patch_size=patch,
         hidden_size=width,
         depth=depth("shared_blocks") + head_depth,
@@ -180,6 +202,7 @@ def export_official_state_dict(state: Mapping[str, Tensor], config: ModelConfig)
         config.conditioning == "in_context",
         f'conditioning: the published format needs "in_context", got {config.conditioning!r}',
     )
+    state = unwrapped(state)
     heads = ("u", "v") if any(key.startswith("final_layers.v") for key in state) else ("u",)
     exported = {ROPE: _rope_freqs(config)}
     for ours, theirs in published_names(config, heads).items():

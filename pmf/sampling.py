@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pmf.config import MODELS, SAMPLING, Guidance, ModelConfig
-from pmf.errors import extra, readable, require
+from pmf.errors import extent, extra, readable, require
 from pmf.noise import seeded_noise
 from pmf.pair import Dual
 
@@ -23,6 +23,17 @@ if TYPE_CHECKING:
     from pmf.packing import Held
 
 Result = TypeVar("Result")
+LARGEST = 10**6
+"""Steps of sampling, and images in a batch, beyond which a number must be a mistake."""
+SEEDS = 2**32
+"""Seeds of images lie in [0, SEEDS)."""
+
+
+def seeds_from(first: int, count: int) -> range:
+    """The seeds of `count` images: `first`, first + 1, ... Errors: `InputError` unless all lie in [0, 2^32)."""
+    good = isinstance(first, numbers.Integral) and not isinstance(first, bool) and 0 <= first <= SEEDS - count
+    require(good, lambda: f"seed: expected an integer from 0 to {SEEDS - count}, for {count} images, got {first!r}")
+    return range(first, first + count)
 
 
 @torch.no_grad()
@@ -181,14 +192,15 @@ class _Request:
         require(len(labels) > 0, "labels: expected at least one class, got none")
         require(
             bool(((labels >= 0) & (labels <= classes)).all()),
-            f"labels: expected classes in [0, {classes}], got {labels.min().item()} to {labels.max().item()}",
+            lambda: f"labels: expected classes in [0, {classes}], got {extent(labels)}",
         )
         require(noise is None or seeds is None, "noise: expected either noise or seeds, got both")
         seeds = range(len(labels)) if seeds is None else _integers("seeds", seeds).tolist()
         require(len(seeds) == len(labels), f"seeds: expected {len(labels)} of them, got {len(seeds)}")
-        require(all(0 <= seed < 2**32 for seed in seeds), "seeds: expected integers in [0, 2^32)")
+        require(all(0 <= seed < SEEDS for seed in seeds), "seeds: expected integers in [0, 2^32)")
         if noise is not None:
             wanted = [len(labels), *shape]
+            require(isinstance(noise, Tensor), lambda: f"noise: expected a tensor, got {type(noise).__name__}")
             require(list(noise.shape) == wanted, f"noise: expected shape {wanted}, got {list(noise.shape)}")
             require(noise.is_floating_point(), f"noise: expected floating values, got {noise.dtype}")
             finite = not readable(noise) or bool(torch.isfinite(noise).all())
@@ -217,16 +229,17 @@ def _check_count(name: str, value: int) -> None:
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     require(whole, f"{name}: expected an integer, got {value!r}")
     require(value >= 1, f"{name}: expected at least 1, got {value}")
+    require(value <= LARGEST, f"{name}: expected at most {LARGEST}, got {value}")
 
 
 def _integers(name: str, values: Sequence[int] | Tensor) -> Tensor:
     """A list of integers as int64 [n]. Errors: `InputError` on anything else."""
     try:
         tensor = torch.as_tensor(values if isinstance(values, Tensor) else list(values) or torch.empty(0).long())
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         tensor = torch.empty(())
     whole = tensor.ndim == 1 and not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
-    require(whole, f"{name}: expected a list of integers, got {values!r}"[:200])
+    require(whole, lambda: f"{name}: expected a list of integers below 2^63, got {values!r}"[:200].partition("\n")[0])
     return tensor.to(torch.int64)
 
 

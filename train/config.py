@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from pmf.config import DIGITS, Guidance, LossConfig, ModelConfig
-from pmf.errors import InputError, require
-from pmf.metrics import NAMES, Resize
-from pmf.model import CHECKPOINTING
+from pmf.errors import InputError, first_line, require
+from pmf.fields import check_fields, from_json
+from pmf.metrics import Resize
 from pmf.optim import OptimizerConfig
-from pmf.train.distributed import SHARDINGS
 
 CONFIG_FILE = "config.json"
-PRECISIONS = ("auto", "bfloat16", "float32")
 DIGITS_OPTIMIZER = OptimizerConfig(learning_rate=4e-3, decay_share=1.0)
-Config = TypeVar("Config")
 
 
 def require_at_least(config: Any, least: Literal[0, 1], *names: str) -> None:
@@ -47,6 +44,9 @@ class PerceptualConfig:
     convnext: str = "hub"
     """ConvNeXt-V2 weights: hub (the base size), a hub id, a local directory, or random (for trial runs)."""
 
+    def __post_init__(self) -> None:
+        check_fields(self, "perceptual.")
+
 
 @dataclass(frozen=True)
 class ExtractionConfig:
@@ -66,8 +66,8 @@ class ExtractionConfig:
     """Prefix of these values' names in error messages."""
 
     def __post_init__(self) -> None:
+        check_fields(self, self.prefix)
         require_at_least(self, 1, "batch_size", "chunk")
-        require_choice(self, "resize", (None, *NAMES))
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,6 @@ class EvaluationConfig(MeasurementConfig):
     auto: the precision of the run."""
 
     prefix: ClassVar[str] = "evaluation."
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_choice(self, "precision", PRECISIONS)
 
 
 @dataclass(frozen=True)
@@ -183,11 +179,9 @@ class RunConfig:
     prefix: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         require_at_least(self, 1, "steps", "batch_size", "save_every", "sample_every", "keep_checkpoints")
         require_at_least(self, 0, "workers", "max_corrupt", "max_skipped", "eval_every", "seed")
-        require_choice(self, "sharding", SHARDINGS)
-        require_choice(self, "precision", PRECISIONS)
-        require_choice(self, "checkpointing", CHECKPOINTING)
         whole = self.device_batch is None or (self.device_batch > 0 and self.batch_size % self.device_batch == 0)
         require(whole, f"device_batch: expected a divisor of batch_size {self.batch_size}, got {self.device_batch}")
         require(not self.compiled or self.sharding == "ddp", f"compiled: expected sharding ddp, got {self.sharding}")
@@ -220,33 +214,19 @@ def to_json(config: RunConfig) -> str:
     return json.dumps(asdict(config), indent=2, default=str)
 
 
-def load_run_config(directory: Path) -> RunConfig:
-    """Load the configuration of the run in `directory`. Errors: `InputError` if there is none or it is unreadable."""
+def load_run_config(directory: Path, name: str = "resume") -> RunConfig:
+    """Load the configuration of the run in `directory`, which the argument `name` names.
+
+    Errors: `InputError` if there is none or it is unreadable.
+    """
     file = directory / CONFIG_FILE
-    require(file.is_file(), f"resume: {directory} holds no run, expected a directory with {CONFIG_FILE}")
+    require(file.is_file(), f"{name}: {directory} holds no run, expected a directory with {CONFIG_FILE}")
     try:
-        return _build(RunConfig, json.loads(file.read_text()))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"resume: {file} is not a readable run configuration: {error}") from error
+        return from_json(RunConfig, json.loads(file.read_text()))
+    except (InputError, ValueError, TypeError, RecursionError, OSError) as error:
+        raise InputError(f"{name}: {file} is not a readable run configuration: {first_line(error)}") from error
 
 
 def find_run_config(source: str) -> RunConfig | None:
     """Load the configuration of the run in directory `source`; None if `source` is something else."""
-    return load_run_config(Path(source)) if (Path(source) / CONFIG_FILE).is_file() else None
-
-
-def _build(kind: type[Config], values: dict[str, Any]) -> Config:
-    """Build a dataclass from its JSON. Errors: `ValueError` on an unknown field or an empty object."""
-    hints = get_type_hints(kind)
-    unknown = ", ".join(sorted(set(values) - set(hints)))
-    if not values or unknown:
-        raise ValueError(f"expected the fields of {kind.__name__}, got {unknown or 'none'}")
-    return kind(**{name: _value(hints[name], value) for name, value in values.items()})
-
-
-def _value(hint: Any, value: Any) -> Any:
-    if isinstance(hint, type) and is_dataclass(hint):
-        return _build(hint, value)
-    if isinstance(value, list):
-        return tuple(value)
-    return Path(value) if value is not None and "Path" in str(hint) else value
+    return load_run_config(Path(source), "source") if (Path(source) / CONFIG_FILE).is_file() else None

@@ -1,4 +1,4 @@
-"""One writer at a time in a directory: a lock that the system releases when its owner ends, however it ends."""
+"""One writer at a time: locks that the system releases when their owner ends, however it ends."""
 
 from __future__ import annotations
 
@@ -8,14 +8,30 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from pmf.errors import InputError
+from pmf.errors import InputError, require
 
 LOCK_FILE = ".lock"
 log = logging.getLogger(__name__)
 _held: set[Path] = set()
+
+
+@dataclass(frozen=True)
+class Lock:
+    """A lock file that this process holds."""
+
+    path: Path
+    file: int
+    owner: int
+
+    def release(self) -> None:
+        """Remove the file and release it. A worker forked from the owner does neither."""
+        if os.getpid() == self.owner:
+            self.path.unlink(missing_ok=True)  # before it is released, so that nobody else's is removed
+            os.close(self.file)
 
 
 @contextlib.contextmanager
@@ -32,38 +48,41 @@ def locked(directory: Path, argument: str) -> Iterator[None]:
         return
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        file, owner = _acquired(path, f"{argument}: {directory}"), os.getpid()
+        lock = acquire(path)
     except OSError as error:
         raise InputError(f"{argument}: cannot write {directory}: {error.strerror}") from None
+    used = f"{argument}: {directory} is in use by {lock}"
+    require(isinstance(lock, Lock), f"{used}, expected it to have ended or another directory")
     _held.add(path)
     try:
         yield
     finally:
-        if os.getpid() == owner:  # and not a worker, forked inside the context
-            _held.discard(path)
-            path.unlink(missing_ok=True)  # before it is released, so that nobody else's is removed
-            os.close(file)
+        _held.discard(path)
+        lock.release()
 
 
-def _acquired(path: Path, what: str) -> int:
-    """A descriptor that holds the lock. Closing it, or any other of the same file, releases it."""
+def acquire(path: Path) -> Lock | str:
+    """Lock this file for this process, or return a description of the process that holds it.
+
+    Closing any descriptor of the file releases the lock, so nothing else may open it. Errors: `OSError`.
+    """
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            owner = os.pread(file, 1000, 0).decode(errors="replace").strip() or "another process"
+            owner = os.pread(file, 1000, 0).decode(errors="replace").strip()
             os.close(file)
-            raise InputError(f"{what} is in use by {owner}, expected it to have ended or another directory") from None
+            return owner or "another process"
         except OSError as error:
-            log.warning("%s cannot be locked (%s): do not start two runs in it", what, error.strerror)
+            log.warning("%s cannot be locked (%s): do not start two commands on it", path, error.strerror)
         if _is_still(path, file):
             break
         os.close(file)  # its owner removed it after we had opened it
     os.truncate(file, 0)
     now = datetime.now().isoformat(" ", "seconds")
     os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}, since {now}\n".encode(), 0)
-    return file
+    return Lock(path, file, os.getpid())
 
 
 def _is_still(path: Path, file: int) -> bool:

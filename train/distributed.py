@@ -114,7 +114,7 @@ class World:
 
     def raise_first(self, error: InputError | None) -> None:
         """Raise the error of the first process that has one, as a `CommonError`, on every process."""
-        message = next(filter(None, self.gather(error and str(error))), None)
+        message: str | None = next(filter(None, self.gather(error and str(error))), None)
         if message is not None:
             raise CommonError(message) from error
 

@@ -30,6 +30,8 @@ from pmf.train.presets import configured
 
 HEADROOM = 0.9
 """Share of the available memory that the counted memory may fill; the rest is for temporary buffers."""
+INCEPTION_BYTES = 4 * 24_000_000
+"""Of its weights."""
 PATIENCE = 20
 """Without workers every step waits for its images: reading must be this many times as fast as the step."""
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -133,8 +135,10 @@ class Doctor:
         shards = {"ddp": 1, "fsdp": self.processes, "hybrid": self.local}
         counted = counted_memory(config, self.device)
         expected = counted[config.checkpointing].sharded(shards[config.sharding]).expected(self.rows)
-        self.fits = counted[config.checkpointing].expected(self.rows) <= HEADROOM * there
-        change = memory_change(config, shards, self.rows, HEADROOM * there, counted)
+        expected += evaluation_bytes(config, self.device)
+        budget = HEADROOM * there - evaluation_bytes(config, self.device)
+        self.fits = counted[config.checkpointing].expected(self.rows) <= budget
+        change = memory_change(config, shards, self.rows, budget, counted)
         beside = " besides the perceptual networks" if config.perceptual.enabled else ""
         return f"{expected / 1e9:.2f} GB expected{beside}, {there / 1e9:.2f} GB available", change
 
@@ -178,6 +182,18 @@ def counted_memory(config: RunConfig, device: torch.device) -> dict[str, Trainin
         kind: training_memory(config.model, kind, impl, device=place, dtype=dtype, ema_copies=averages)
         for kind in CHECKPOINTING
     }
+
+
+def evaluation_bytes(config: RunConfig, device: torch.device) -> int:
+    """Bytes that evaluations while training keep: a second network, the sampler's joined weights and Inception."""
+    if not config.eval_every:
+        return 0
+    network = pmf.create_model(config.model, impl=config.impl, aux_head=False, device="meta")
+    values, settings = sum(p.numel() for p in network.parameters()), config.evaluation
+    if settings.reference is None:
+        return 4 * values  # in float32
+    dtype = config.dtype_on(device, settings.precision)
+    return 2 * dtype.itemsize * values + INCEPTION_BYTES
 
 
 def memory_change(

@@ -38,7 +38,7 @@ def export_weights(
     for name, tensors in weights.items():
         gathered = whole(tensors, keep=world.main)
         file = directory / f"{name}.safetensors"
-        world.main_first(partial(pmf.save_model, file, config.model, gathered, step=step))
+        world.main_first(partial(pmf.save_model, file, config.model, gathered, step=step, data=config.data))
         if name == config.sampling_weights:
             world.main_first(partial(_samples, directory / SAMPLES_FILE, gathered, config, world.device, network))
 

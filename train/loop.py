@@ -24,6 +24,7 @@ from pmf.train.data.by_name import open_data
 from pmf.train.directory_lock import locked
 from pmf.train.distributed import CommonError, World, join, leave
 from pmf.train.evaluation.periodic import PeriodicEvaluation
+from pmf.train.evaluation.reference import Stopped
 from pmf.train.export import export_curve, export_weights
 from pmf.train.learner import Learner
 from pmf.train.presets import configured
@@ -94,10 +95,10 @@ class Trainer(Learner):
 
     def _train(self, batches: Loader, stop: StopRequest) -> bool:
         """Train to the last step or to a stop; return whether it was a stop."""
-        main, stopped = self.world.main, False
+        main = self.world.main
         reports = Progress(self.directory, self.last_record, self.step, self.config.steps) if main else nullcontext()
         with reports as progress:
-            self._evaluate_when_due(progress)  # the run may have stopped during this step's evaluation
+            stopped = self._evaluate_when_due(progress, stop)  # the run may have stopped during this step's evaluation
             while self.step < self.config.steps and not stopped:
                 began = time.perf_counter()
                 record = self._step(batches, stop)
@@ -106,8 +107,7 @@ class Trainer(Learner):
                     speed = self.config.batch_size / (time.perf_counter() - began)
                     progress.add({"step": self.step, **record, "images_per_second": speed})
                 self._save_when_due(stopped)
-                if not stopped:
-                    self._evaluate_when_due(progress)
+                stopped = stopped or self._evaluate_when_due(progress, stop)
         return stopped
 
     def _step(self, batches: Loader, stop: StopRequest) -> dict[str, float] | None:
@@ -198,11 +198,16 @@ class Trainer(Learner):
         export_weights(self.directory, self.step, self._weights(), self.config, self.world, network)
         self.world.main_first(partial(_draw_curve, self.directory))
 
-    def _evaluate_when_due(self, progress: Progress | None) -> None:
+    def _evaluate_when_due(self, progress: Progress | None, stop: StopRequest) -> bool:
+        """Measure the weights if they are due; return whether that was stopped."""
         if self.evaluation is not None and self.evaluation.due(self.step):
-            values = self.evaluation.measure(self.step, self._weights())
+            try:
+                values = self.evaluation.measure(self.step, self._weights(), stop.is_requested)
+            except Stopped:
+                return True
             if progress is not None:
                 progress.note(self.step, values)
+        return False
 
     def _weights(self) -> dict[str, dict[str, Tensor]]:
         """The weights and their averages by name: the run's own tensors, whole or in shards."""

@@ -10,12 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-import tyro
-
 from pmf.config import DIGITS, PUBLISHED, Guidance, ModelSettings
 from pmf.errors import require
 from pmf.optim import OptimizerConfig
 from pmf.train.config import PerceptualConfig, RunConfig, load_run_config
+from pmf.train.options import RUN_NEEDS, parse, refuse_ignored, refuse_repeated
 
 Config = TypeVar("Config", bound=RunConfig)
 IMAGENET_IMAGES = 1_281_167
@@ -74,22 +73,31 @@ def run_preset(name: str) -> RunConfig:
 def configured(arguments: list[str], command: str, kind: type[Config], default: str | None = None) -> Config:
     """Parse `[PRESET] [--resume DIRECTORY] [options]` into a configuration; without a preset, that named `default`.
 
-    The preset, or the stored configuration of the resumed run, supplies the defaults of all options.
+    The preset, or the stored configuration of the resumed run, supplies the defaults of all options. Errors:
+    `InputError` on both, on an option that would be ignored, and on one given twice.
     """
-    preset = default
+    preset = None
     if arguments and not arguments[0].startswith("-"):
         preset, arguments = arguments[0], arguments[1:]
+    refuse_repeated(kind, arguments)
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--resume", type=Path)
     resumed = finder.parse_known_args(arguments)[0].resume
+    require(
+        preset is None or resumed is None,
+        f"preset: expected none beside --resume, which takes the configuration of {resumed}, got {preset!r}",
+    )
+    preset = preset or (default if resumed is None else None)
     require(
         preset is not None or resumed is not None or "--help" in arguments or "-h" in arguments,
         f"preset: expected one of {', '.join(PRESETS)}, or --resume DIRECTORY",
     )
     stored = run_preset(preset or "digits") if resumed is None else load_run_config(resumed)
-    config = tyro.cli(kind, prog=f"pmf {command} {preset or 'PRESET'}", args=arguments, default=kind(**vars(stored)))
+    stored = kind(**vars(stored))
+    config = parse(kind, f"pmf {command} {preset or 'PRESET'}", arguments, stored)
+    refuse_ignored(config, stored, RUN_NEEDS)
     require(
-        resumed is None or config.out == stored.out,
+        resumed is None or config.out in (stored.out, resumed),
         f"out: expected none beside --resume, which continues in {resumed}, got {config.out}",
     )
     return config

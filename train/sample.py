@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import tyro
 
 import pmf
 from pmf.config import published_guidance
 from pmf.errors import require
+from pmf.fields import check_fields
 from pmf.images import save_grid
-from pmf.train.config import find_run_config
+from pmf.sampling import seeds_from
+from pmf.train.config import find_run_config, require_at_least
 from pmf.train.distributed import pick_device
+from pmf.train.options import parse
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,12 @@ class SampleConfig:
     device: str = "auto"
     """Device: auto, cpu, cuda, ..."""
 
+    prefix: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require_at_least(self, 1, "rows", "steps", "batch_size")
+
 
 def _guidance(config: SampleConfig) -> dict[str, Any]:
     """omega, t_min and t_max: by name, from the flags, else from the run's configuration where `source` is a run."""
@@ -62,15 +71,15 @@ def _guidance(config: SampleConfig) -> dict[str, Any]:
 
 def command(arguments: list[str]) -> None:
     """Write a grid: one column per label, `rows` images each."""
-    config = tyro.cli(SampleConfig, prog="pmf sample", args=arguments)
-    require(config.rows > 0, f"rows: expected a positive number, got {config.rows}")
+    config = parse(SampleConfig, "pmf sample", arguments)
     device = pick_device(config.device)
     model = pmf.PMFDiT.from_pretrained(config.source, weights=config.weights, aux_head=False, device=device)
     labels = config.labels or tuple(range(min(10, model.config.num_classes)))
+    seeds = seeds_from(config.seed, len(labels) * config.rows)
     images = pmf.generate(
         model,
         list(labels) * config.rows,
-        seeds=range(config.seed, config.seed + len(labels) * config.rows),
+        seeds=seeds,
         steps=config.steps,
         batch_size=config.batch_size,
         progress=True,

@@ -30,6 +30,10 @@ class StopRequest:
         self._before = {number: signal.signal(number, self._request) for number in numbers}
         return self
 
+    def is_requested(self) -> bool:
+        """Whether a stop signal has come."""
+        return self.requested
+
     def _request(self, number: int, frame: object) -> None:
         now = "is still about to save" if self.requested else "saves and stops after the step it is in"
         self.requested = True

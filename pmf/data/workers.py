@@ -26,7 +26,15 @@ REMIND = 60
 """Seconds between warnings that no batch came."""
 STUCK = 600
 """Seconds without a batch after which workers count as stuck."""
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
+STOP_SIGNALS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGXCPU,
+)
 """Signals that ask a run to save and stop. Slurm's --signal=USR1@60 sends SIGUSR1 60 seconds before the time limit."""
 UNSENDABLE = 83
 """Exit status of a worker that could not send a batch."""

@@ -8,7 +8,7 @@ from pmf.features import Chunks, find_images, images_of
 from pmf.metrics import Statistics
 from pmf.train.config import ExtractionConfig
 from pmf.train.distributed import World, join, leave
-from pmf.train.evaluation.reference import compute_together, write_folder_statistics
+from pmf.train.evaluation.reference import compute_together, open_pictures, write_folder_statistics
 from pmf.train.evaluation.results import weights_digest
 from tests.train.evaluation import ALONE, Toy
 
@@ -99,7 +99,7 @@ def test_statistics_of_a_folder_continue_where_they_were_interrupted(tmp_path):
                 raise KeyboardInterrupt
             return super().forward(images)
 
-    files, four = find_images(tmp_path / "in"), ExtractionConfig(batch_size=4, chunk=4)
+    files, four = open_pictures(tmp_path / "in"), ExtractionConfig(batch_size=4, chunk=4)
     with pytest.raises(KeyboardInterrupt):
         write_folder_statistics(files, tmp_path / "ref.npz", Interrupted(), ALONE, four, keep=True)
     assert not (tmp_path / "ref.npz").exists()

@@ -5,6 +5,7 @@ import sys
 import zipfile
 from collections import namedtuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -76,3 +77,13 @@ def test_folders_without_networks_say_so(tmp_path):
     refused(tmp_path, r"holds no network, expected a file \*.safetensors, \*.pt, \*.pth, \*.bin, \*.zip")
     (tmp_path / "checkpoint_7.orbax-checkpoint-tmp-1").mkdir()
     refused(tmp_path, "holds no network", "ema_500")
+
+
+@pytest.mark.extras
+def test_arrays_far_larger_than_their_files_are_not_read(tmp_path, monkeypatch):
+    """The metadata of a small checkpoint can declare any shape, which reading would fill with zeros."""
+    ocp = pytest.importorskip("orbax.checkpoint")
+    saved = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    saved.save(tmp_path / "checkpoint_7", {"params": {"w": np.zeros((999, 999), np.float32)}})
+    monkeypatch.setattr("pmf.sizes.FLOOR", 1000)
+    refused(tmp_path, r"source: .*checkpoint_7 declares 0.00399 GB of content, but holds [\d,]+ bytes")

@@ -118,7 +118,7 @@ def test_statistics_are_written_whole(tmp_path):
         ),
         (dict(ref_mu=np.zeros(2), sigma=np.eye(2)), r"or ref_mu and ref_sigma, got \['ref_mu', 'sigma'\]"),
         (dict(mu=np.array(["a", "b"]), sigma=np.eye(2)), r"expected real numbers in mu, got <U1 \[2\]"),
-        (dict(mu=np.zeros(0), sigma=np.eye(2)), r"expected real numbers in mu, got float64 \[0\]"),
+        (dict(mu=np.zeros(0), sigma=np.eye(2)), r"expected mu \[d\] and sigma \[d, d\], got \[0\]"),
         (dict(mu=np.zeros(2), sigma=np.eye(2), count=np.array("x")), r"expected real numbers in count, got <U1 \[\]"),
         (dict(mu=np.zeros(3), sigma=np.eye(2)), r"expected mu \[d\] and sigma \[d, d\], got \[3\] and \[2, 2\]"),
         (dict(mu=np.full(2, np.nan), sigma=np.eye(2)), "holds NaN or infinity"),

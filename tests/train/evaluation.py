@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from pmf.metrics import Resize
 from pmf.train.distributed import World, join, leave
 from pmf.train.evaluation import command
 from pmf.train.evaluation.command import EvalConfig
+from pmf.train.evaluation.measurement import Measurement, Stopped
 from tests.networks import random_model
 
 COLOUR = pmf.ModelConfig(
@@ -68,8 +71,16 @@ def evaluate(config: EvalConfig, extractor: torch.nn.Module | None = None, world
 
 
 if __name__ == "__main__":
-    source, reference, out, delay = sys.argv[1:]
+    source, reference, out, delay, *stop_after = sys.argv[1:]
     world = join("cpu")
     config = EvalConfig(source=source, reference=Path(reference), out=Path(out), **SETTINGS)
-    evaluate(config, Toy(float(delay)), world)
+    if stop_after:
+        with contextlib.suppress(Stopped):
+            calls = iter(range(int(stop_after[0])))
+            stopping = partial(lambda calls: next(calls, None) is None, calls)
+            Measurement(config, config.out, world, lambda resize: Toy()).reference(stopping)
+            raise SystemExit("not stopped")
+        print("stopped")
+    else:
+        evaluate(config, Toy(float(delay)), world)
     leave(world)

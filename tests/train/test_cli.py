@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -41,17 +42,17 @@ def test_flags_override_and_are_stored(run):
 
 
 def test_resume_takes_the_stored_values_and_flags_override_them(run):
-    main(["digits", "--resume", str(run), "--steps", "3"])
+    main(["train", "--resume", str(run), "--steps", "3"])
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
 
 
 def test_resume_knows_the_runs_own_values(tmp_path):
     out = tmp_path / "run"
     main(["digits", "--out", str(out), *TINY_RUN, "--ema-half-lives", "5", "--sampling-weights", "ema_5"])
-    main(["digits", f"--resume={out}", "--steps", "3", "--ema-half-lives", "5"])
+    main(["train", f"--resume={out}", "--steps", "3", "--ema-half-lives", "5"])
     assert json.loads((out / "config.json").read_text())["steps"] == 3
     with pytest.raises(SystemExit):
-        main(["digits", "--resume", str(out), "--out", str(tmp_path / "other")])
+        main(["train", "--resume", str(out), "--out", str(tmp_path / "other")])
 
 
 def test_sample_draws_one_column_per_label(run, tmp_path, capsys):
@@ -72,7 +73,7 @@ def test_eval_prints_a_line_per_number_of_steps(run, capsys):
     ("arguments", "message"),
     [
         (["eval", "/nowhere"], "source: /nowhere does not exist"),
-        (["digits", "--resume", "/nowhere"], "resume: /nowhere holds no run"),
+        (["train", "--resume", "/nowhere"], "resume: /nowhere holds no run"),
         (["digits", "--out", "/proc/run"], "out: cannot write /proc/run: No such file or directory"),
         (["digits", "--optimizer.clip-norm", "-1"], "optimizer.clip_norm: out of range, got -1.0"),
         (["digits", "--sampling.omega", "0.5"], "omega: expected a guidance scale >= 1, got 0.5"),
@@ -135,3 +136,37 @@ def test_a_process_ends_with_its_status_and_all_that_it_printed(started_by_torch
 def test_unknown_commands_name_the_known_ones():
     with pytest.raises(SystemExit, match="unknown command 'paint', expected one of train, data, sample, eval"):
         main(["paint"])
+
+
+def test_paths_that_are_not_text_are_read_written_and_printed(run, tmp_path):
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    shutil.copytree(run, odd / "run")
+    command = [sys.executable, "-m", "pmf.train", "sample", os.fsencode(odd / "run"), "--rows", "1", "--labels", "1"]
+    result = subprocess.run([*command, "--out", os.fsencode(odd / "a.png")], capture_output=True, text=True)
+    assert "is not valid UTF-8" in result.stderr and result.stderr.count("\n") == 1  # safetensors takes text alone
+    (odd / "run").rename(tmp_path / "run")
+    command[4] = str(tmp_path / "run")
+    result = subprocess.run([*command, "--out", os.fsencode(odd / "a.png")], capture_output=True, text=True)
+    assert result.returncode == 0 and "wrote" in result.stdout and (odd / "a.png").is_file(), result.stderr
+
+
+@pytest.mark.parametrize("out", ["/dev/null", "pipe"])
+def test_samples_go_into_devices_and_pipes(run, tmp_path, out):
+    arguments = ["sample", str(run), "--rows", "1", "--labels", "1"]
+    if out == "pipe":
+        os.mkfifo(tmp_path / "pipe")
+        reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE)
+        main([*arguments, "--out", str(tmp_path / "pipe")])
+        assert reader.communicate()[0].startswith(b"\x89PNG")
+    else:
+        main([*arguments, "--out", out])
+        assert not os.path.isfile(out)
+
+
+@pytest.mark.parametrize("seed", ["18446744073709551616", "-1", "4294967295"])
+@pytest.mark.parametrize("command", ["sample", "eval"])
+def test_seeds_out_of_range_are_one_line(run, command, seed, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, str(run), "--seed", seed])
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("pmf: seed: expected an integer ")

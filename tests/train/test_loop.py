@@ -339,7 +339,7 @@ import resource
 from pathlib import Path
 from pmf.train.cli import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-main(["digits", "--resume", {str(out)!r}, "--steps", "6"])
+main(["train", "--resume", {str(out)!r}, "--steps", "6"])
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.returncode == 2 and "path: cannot write" in result.stderr, result.stderr

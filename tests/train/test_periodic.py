@@ -192,7 +192,7 @@ def test_killed_for_real_nothing_is_lost_or_repeated(tmp_path):
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
 def test_several_processes_measure_what_one_does(tmp_path, sharding):
     """Equal up to the order in which two processes sum gradients."""
-    flags = ["digits", *FLAGS, "--steps", "4", "--eval-every", "2", "--evaluation.weights", "model", "ema_500"]
+    flags = ["digits", *FLAGS[2:], "--steps", "4", "--eval-every", "2", "--evaluation.weights", "model", "ema_500"]
     for processes in (1, 2):
         jobs = start(processes, [*flags, "--out", str(tmp_path / str(processes)), "--sharding", sharding])
         assert all(job.wait() == 0 for job in jobs)
@@ -209,7 +209,7 @@ def test_several_processes_measure_what_one_does(tmp_path, sharding):
         (dict(weights=("ema_3",)), "evaluation.weights: expected one of model, ema_500, .*, got 'ema_3'"),
         (dict(per_class=0), "evaluation.per_class: expected a positive number, got 0"),
         (dict(chunk=0), "evaluation.chunk: expected a positive number, got 0"),
-        (dict(resize="bicubic"), "evaluation.resize: expected one of None, tf1, half_pixel, got 'bicubic'"),
+        (dict(resize="bicubic"), "evaluation.resize: expected one of tf1, half_pixel, got 'bicubic'"),
         (dict(precision="int8"), "evaluation.precision: expected one of auto, bfloat16, float32, got 'int8'"),
     ],
 )
@@ -246,9 +246,11 @@ def test_what_cannot_be_measured_is_refused_before_training(tmp_path, monkeypatc
         ImageSet(torch.zeros(20, *one.image_shape), torch.arange(20) % 5),
         **dict(reference=missing, per_class=1),
     )
-    Statistics.of(torch.randn(9, 7)).save(tmp_path / "seven.npz")
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    refused(out, r"expected pip install 'pixel-meanflow\[eval\]'", reference=tmp_path / "seven.npz")
+    Statistics.of(torch.randn(9, 7)).save(tmp_path / "seven.npz")  # refused before Inception is loaded
+    refused(out, "reference: expected statistics of 2048 features, got 7", reference=tmp_path / "seven.npz")
+    Statistics.of(torch.randn(3, 2048)).save(tmp_path / "fitting.npz")
+    refused(out, r"expected pip install 'pixel-meanflow\[eval\]'", reference=tmp_path / "fitting.npz")
 
 
 @pytest.fixture(scope="module")
@@ -329,7 +331,7 @@ def test_sharded_processes_share_an_evaluation(reference, inception_weights, tmp
     evaluation = ["--eval-every", "2", "--evaluation.reference", str(reference), "--evaluation.per-class", "1"]
     evaluation += ["--evaluation.inception", str(inception_weights), "--evaluation.chunk", "5"]
     for processes in (1, 2):
-        flags = ["digits", *FLAGS, "--steps", "2", *evaluation, "--out", str(tmp_path / str(processes))]
+        flags = ["digits", *FLAGS[2:], "--steps", "2", *evaluation, "--out", str(tmp_path / str(processes))]
         assert all(job.wait() == 0 for job in start(processes, [*flags, "--sharding", "fsdp"]))
     (one,), (two,) = lines(tmp_path / "1"), lines(tmp_path / "2")
     assert two["fid"] == pytest.approx(one["fid"], rel=1e-3) and two["resize"] == "half_pixel"

@@ -28,6 +28,7 @@ from pmf.images import centre_crop
 from pmf.pictures import MAX_SIDE, opened
 from pmf.train.data.samples import Sample, Source, digest
 from pmf.train.data.sources import open_source
+from pmf.train.directory_lock import locked
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -91,12 +92,8 @@ def prepare(config: tyro.conf.OmitArgPrefixes[PrepareConfig]) -> PreparedShards:
     source = open_source(config.source)
     names = _class_names(config, source)
     preparation = _Preparation(config, source, names)
-    labels = 0
-    for shard in preparation.shards():
-        labels = max(labels, 1 + int(shard["label"].to_numpy().max(initial=-1)))
-        require(not names or labels <= len(names), f"classes: expected names of {labels} classes, got {len(names)}")
-    require(labels > 0, f"source: {config.source} gave no usable picture")
-    _write_classes(config.out, names or tuple(map(str, range(labels))))
+    with locked(config.out, "out"):
+        _fill(config, names, preparation)
     data = PreparedShards(config.out)
     lost = f"{preparation.left_out or 'none'} left out"
     print(f"{printable(config.out)}: {len(data)} images of {data.num_classes} classes at {config.size} px; {lost}")
@@ -105,6 +102,16 @@ def prepare(config: tyro.conf.OmitArgPrefixes[PrepareConfig]) -> PreparedShards:
     if config.verify:
         verify(config.out)
     return data
+
+
+def _fill(config: PrepareConfig, names: tuple[str, ...], preparation: _Preparation) -> None:
+    """Make the missing shards, then write the classes' names."""
+    labels = 0
+    for shard in preparation.shards():
+        labels = max(labels, 1 + int(shard["label"].to_numpy().max(initial=-1)))
+        require(not names or labels <= len(names), f"classes: expected names of {labels} classes, got {len(names)}")
+    require(labels > 0, f"source: {config.source} gave no usable picture")
+    _write_classes(config.out, names or tuple(map(str, range(labels))))
 
 
 def _class_names(config: PrepareConfig, source: Source) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ import pmf
 from pmf.errors import require
 from pmf.images import to_float
 from pmf.metrics import Statistics, frechet_distance
+from pmf.sampling import SEEDS
 from pmf.train.demo.image_sets import digits, photographs
 
 CLASSES, PER_CLASS = 10, 50
@@ -64,7 +65,12 @@ def _labels() -> Tensor:
 
 
 def _seeds(seed: int) -> range:
-    return range(seed * CLASSES * PER_CLASS, (seed + 1) * CLASSES * PER_CLASS)
+    images = CLASSES * PER_CLASS
+    largest = SEEDS // images - 1
+    require(
+        0 <= seed <= largest, f"seed: expected an integer from 0 to {largest}, for {images} images each, got {seed}"
+    )
+    return range(seed * images, (seed + 1) * images)
 
 
 def _scores(samples: Tensor, real: Tensor, named: np.ndarray) -> dict[str, float]:

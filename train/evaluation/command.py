@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -11,18 +13,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import tyro
 from torch import Tensor
 
 import pmf
 from pmf.config import MODELS, Guidance, ModelConfig, published_guidance
 from pmf.errors import InputError, require
-from pmf.features import find_images
-from pmf.metrics import inception
+from pmf.metrics import INCEPTION_FEATURES, inception
 from pmf.train.config import ExtractionConfig, MeasurementConfig, find_run_config
 from pmf.train.distributed import World, join, leave, pick_device
 from pmf.train.evaluation.measurement import MakeExtractor, Measurement, demo_score
-from pmf.train.evaluation.reference import write_folder_statistics
+from pmf.train.evaluation.reference import open_pictures, warn_of_few, write_folder_statistics
+from pmf.train.options import EVAL_NEEDS, parse, refuse_ignored
+from pmf.weights import read_metadata
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +109,11 @@ def command(arguments: list[str]) -> None:
     if arguments[:1] == ["statistics"]:
         statistics_command(arguments[1:])
         return
-    config = tyro.cli(EvalConfig, prog="pmf eval", args=arguments)
+    config = parse(EvalConfig, "pmf eval", arguments)
+    refuse_ignored(config, EvalConfig(source=config.source), EVAL_NEEDS)
     if config.reference is None:
-        evaluate_demo(config)
+        if int(os.environ.get("RANK", 0)) == 0:
+            evaluate_demo(config)
         return
     world = join(config.device)
     lines = evaluate(config, world)
@@ -118,11 +124,13 @@ def command(arguments: list[str]) -> None:
 
 def statistics_command(arguments: list[str]) -> None:
     """Write the statistics of a folder."""
-    config = tyro.cli(StatisticsConfig, prog="pmf eval statistics", args=arguments)
-    files, world = find_images(config.folder), join(config.device)
+    config = parse(StatisticsConfig, "pmf eval statistics", arguments)
+    pictures, world = open_pictures(config.folder), join(config.device)
     extractor = inception(config.inception, resize=config.resize or "tf1", device=world.device)
-    write_folder_statistics(files, config.out, extractor, world, config, keep=config.features)
-    world.say(f"wrote {config.out}: statistics of {len(files)} images, {extractor.resize} resize")
+    warn_of_few(world, "folder", pictures.count, INCEPTION_FEATURES)
+    pictures.warn_of_sizes(world)
+    write_folder_statistics(pictures, config.out, extractor, world, config, keep=config.features)
+    world.say(f"wrote {config.out}: statistics of {pictures.count} images, {extractor.resize} resize")
     leave(world)
 
 
@@ -132,7 +140,7 @@ def evaluate(config: EvalConfig, world: World, make_extractor: MakeExtractor | N
     out = config.out or (run / "eval" if run.is_dir() else Path("eval") / run.stem)
     measurement = Measurement(config, out, world, make_extractor)
     lines = []
-    for model, point in _grid_points(config, world.device):
+    for model, point in _grid_points(config, world):
         draw = partial(_draw, model, point, config.dtype)
         head = {"source": config.source, "weights": point.weights}
         images = config.images and config.images / point.name
@@ -149,8 +157,10 @@ def evaluate_demo(config: EvalConfig) -> None:
 
     Errors: `InputError` on any other network: it needs a reference.
     """
-    for model, point in _grid_points(config, pick_device(config.device), steps=(1, 2)):
-        result = demo_score(model.config)(model, seed=config.seed, **point.settings)
+    world, score = World(pick_device(config.device)), None
+    for model, point in _grid_points(config, world, steps=(1, 2)):
+        score = score or demo_score(model.config, trained_on(config), world)
+        result = score(model, seed=config.seed, **point.settings)
         numbers = {name: round(value, 4) for name, value in result.items()}
         print(json.dumps({"weights": point.weights, **point.settings, **numbers}), flush=True)
 
@@ -162,14 +172,43 @@ def _draw(model: pmf.PMFDiT, point: Point, dtype: str, labels: list[int], seeds:
         return pmf.generate(model, labels, seeds=seeds, batch_size=len(labels), **point.settings)
 
 
-def _grid_points(
-    config: EvalConfig, device: torch.device, steps: tuple[int, ...] = (1,)
-) -> Iterator[tuple[pmf.PMFDiT, Point]]:
+def _grid_points(config: EvalConfig, world: World, steps: tuple[int, ...] = (1,)) -> Iterator[tuple[pmf.PMFDiT, Point]]:
     """Yield every network to measure with each of its grid points."""
     for weights in config.weights or (None,):
-        model = pmf.PMFDiT.from_pretrained(config.source, weights=weights, aux_head=False, device=device).eval()
+        model = _load_together(config.source, weights, world).eval()
         for point in grid(config, weights, model.config, steps):
             yield model, point
+
+
+def _load_together(source: str, weights: str | None, world: World) -> pmf.PMFDiT:
+    """Load a network in every process: the main one reads it (and unpacks an archive) and sends it to the others."""
+    model: pmf.PMFDiT | None = None
+
+    def read() -> ModelConfig:
+        nonlocal model
+        model = pmf.PMFDiT.from_pretrained(source, weights=weights, aux_head=False, device=world.device)
+        return model.config
+
+    shape = world.main_first(read)
+    model = model or pmf.create_model(shape, aux_head=False, device=world.device)
+    if world.size > 1:
+        for value in model.state_dict().values():
+            sent = value.cpu()
+            dist.broadcast(sent, 0, group=world.group)
+            value.copy_(sent)
+    return model
+
+
+def trained_on(config: EvalConfig) -> str | None:
+    """The training data of a checkpoint, by its metadata or by the run that it is in; None if neither tells."""
+    source = Path(config.source)
+    if not source.is_file():
+        run = find_run_config(config.source)
+        return run.data if run else None
+    with contextlib.suppress(InputError):  # a config.json beside the file may be anything
+        run = find_run_config(str(source.parent))
+        return read_metadata(source).get("data") or (run.data if run else None)
+    return None
 
 
 def grid(config: EvalConfig, weights: str | None, model: ModelConfig, steps: tuple[int, ...] = (1,)) -> list[Point]:

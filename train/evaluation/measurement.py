@@ -14,19 +14,33 @@ from torch import Tensor
 
 import pmf
 from pmf.errors import InputError, require
-from pmf.features import SPLITS, Chunks, Extractor, Source, find_images, quality
+from pmf.features import SPLITS, Chunks, Extractor, Source, quality
 from pmf.images import save_png, to_bytes
-from pmf.metrics import Resize, Statistics, inception
+from pmf.metrics import INCEPTION_FEATURES, Resize, Statistics, inception
+from pmf.sampling import seeds_from
 from pmf.train.config import MeasurementConfig
 from pmf.train.distributed import World
-from pmf.train.evaluation.reference import compute_together, folder_digest, write_folder_statistics
+from pmf.train.evaluation.lock import alone
+from pmf.train.evaluation.reference import (
+    Stopped,
+    compute_together,
+    never,
+    open_pictures,
+    pictures_digest,
+    warn,
+    warn_of_few,
+    write_folder_statistics,
+)
 from pmf.train.evaluation.results import Results, digest, extractor_digest, network_digest
 
+Score = Callable[..., dict[str, float]]
 Draw = Callable[[list[int], list[int]], Tensor]
 """(labels, seeds) -> images [n, c, H, W] in [-1, 1]."""
 MakeExtractor = Callable[..., Extractor]
 """Keyword argument `resize` -> extractor."""
 NO_REFERENCE = "reference: expected a folder of images or an npz of statistics, got none"
+DEMOS = ("digits", "photographs")
+__all__ = ["NO_REFERENCE", "Draw", "MakeExtractor", "Measurement", "Stopped", "demo_score", "image_count"]
 
 
 def image_count(config: MeasurementConfig, network: pmf.ModelConfig, name: str) -> int:
@@ -37,13 +51,24 @@ def image_count(config: MeasurementConfig, network: pmf.ModelConfig, name: str) 
     return count
 
 
-def demo_score(network: pmf.ModelConfig) -> Callable[..., dict[str, float]]:
-    """The score of `pmf.train.demo.scores` for a network of digits or photographs, told by image shape and ten classes.
+def demo_score(network: pmf.ModelConfig, data: str | None, world: World) -> Callable[..., dict[str, float]]:
+    """The score of `pmf.train.demo.scores` for a network trained on `data`: digits or photographs.
 
-    Errors: `InputError` on any other network: it needs a reference.
+    If the training data are unknown, image shape and ten classes tell, with a warning. Errors: `InputError` on any
+    other network: it needs a reference.
     """
     from pmf.train.demo.scores import evaluate_digits, evaluate_photographs
 
+    require(data in (None, *DEMOS), f"{NO_REFERENCE}; only digits and photographs do without, this is of {data}")
+    score = _score_by_shape(network, evaluate_digits, evaluate_photographs)
+    name = DEMOS[score is evaluate_photographs]
+    require(data in (None, name), f"{NO_REFERENCE}; images of this shape are no {data}")
+    if data is None:
+        warn(world, f"source: its training data are unknown; scored as {name}, by the shape of its images")
+    return score
+
+
+def _score_by_shape(network: pmf.ModelConfig, evaluate_digits: Score, evaluate_photographs: Score) -> Score:
     if network.num_classes == 10 and network.image_shape == (1, 8, 8):
         return evaluate_digits
     colour = network.num_classes == 10 and network.in_channels == 3 and network.image_size <= 64
@@ -67,11 +92,15 @@ class Measurement:
         path = config.reference
         if path is None:
             raise InputError(NO_REFERENCE)
-        self._files = find_images(path) if path.is_dir() else []
-        given = None if self._files else Statistics.load(path)
+        self._pictures = open_pictures(path) if path.is_dir() else None
+        given = None if self._pictures else Statistics.load(path)
         self.resize: Resize = config.resize or (given and given.resize) or "tf1"
-        make_extractor = make_extractor or partial(inception, config.inception, device=world.device)
+        if make_extractor is None:
+            if given is not None:  # before the network is loaded, or downloaded
+                _check_width(given, INCEPTION_FEATURES)
+            make_extractor = partial(inception, config.inception, device=world.device)
         self.extractor = make_extractor(resize=self.resize)
+        self._warned = False
         self._extractor_digest = extractor_digest(self.extractor)
         self._reference: tuple[Statistics, str] | None = None
         if given is not None:
@@ -79,17 +108,21 @@ class Measurement:
 
     def _take(self, statistics: Statistics, file: Path) -> None:
         blank = torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=self.world.device)
-        width, got = self.extractor(blank)[0].shape[1], len(statistics.mu)
-        require(got == width, f"reference: expected statistics of {width} features, got {got}")
+        _check_width(statistics, self.extractor(blank)[0].shape[1])
         named = hashlib.sha256(file.read_bytes()).hexdigest()[:32]
         self._reference = replace(statistics, resize=self.resize), named
 
-    def reference(self) -> tuple[Statistics, str]:
-        """The reference and a digest of its content. A folder's statistics are computed once and kept in `out`."""
-        if self._reference is None:
-            file = self.out / f"reference-{folder_digest(self._files, self.extractor)}.npz"
+    def reference(self, stopping: Callable[[], bool] = never) -> tuple[Statistics, str]:
+        """The reference and a digest of its content. A folder's statistics are computed once and kept in `out`.
+
+        Errors: `Stopped`, in every process, once `stopping` holds in one.
+        """
+        if self._reference is None and self._pictures is not None:
+            file = self.out / f"reference-{pictures_digest(self._pictures, self.extractor)}.npz"
             if not self.world.broadcast(file.is_file()):
-                write_folder_statistics(self._files, file, self.extractor, self.world, self.config, keep=True)
+                write_folder_statistics(
+                    self._pictures, file, self.extractor, self.world, self.config, keep=True, stopping=stopping
+                )
             self._take(Statistics.load(file), file)
         assert self._reference is not None
         return self._reference
@@ -104,35 +137,53 @@ class Measurement:
         seed: int,
         dtype: str,
         images: Path | None = None,
+        stopping: Callable[[], bool] = never,
     ) -> dict[str, Any]:
         """Return the result for a network's images at these settings: read if it is known, else computed.
 
         Every process must call, and gets the same result. An interrupted call resumes when repeated. `head`: values to
         add to the result. `images`: a directory in which to keep the images as PNGs, one folder per key; missing ones
-        are drawn again.
+        are drawn again. Errors: `Stopped`, in every process, once `stopping` holds in one; what is computed is kept.
         """
         count = image_count(self.config, network.config, "source")
-        per_class, named = self.config.per_class, (self._extractor_digest, self.reference()[1])
+        seeds_from(seed, count)
+        per_class, named = self.config.per_class, (self._extractor_digest, self.reference(stopping)[1])
+        self.warn(count, network.config.image_size)
         key = digest(network_digest(network), settings, per_class, seed, dtype, *named)
         folder = images and images.with_name(f"{images.name}-{key[:8]}")
 
         def drawn(span: range) -> bool:
             return folder is None or all(_png(folder, i).is_file() for i in span)
 
-        line: Any = self.world.broadcast(self.results.find(key))
         chunks = Chunks(self.out / f".{key}-{self.config.chunk}", count, self.config.chunk)
-        if line is None or not self.world.broadcast(drawn(range(count))):
-            source, size = self._source(draw, seed, folder), self.config.batch_size
-            compute_together(chunks, chunks.missing(drawn), source, self.extractor, self.world, size)
         head = {**head, **settings, "images": count, "seed": seed, "dtype": dtype}
-        if self.world.main:
-            if line is None:
-                against = {"reference": str(self.config.reference), "resize": self.resize}
-                reference, _ = self.reference()
-                line = {**head, **against, **quality(chunks, reference, self.world.device), "key": key}
-                self.results.append(line)
+        with alone(self.out / f".{key}.lock", self.world, stopping) as held:
+            if not held:
+                raise Stopped
+            line: Any = self.world.broadcast(self.results.find(key))
+            if line is None or not self.world.broadcast(drawn(range(count))):
+                source, size = self._source(draw, seed, folder), self.config.batch_size
+                missing = chunks.missing(drawn)
+                compute_together(chunks, missing, source, self.extractor, self.world, size, stopping)
+            line = self.world.main_first(lambda: line or self._result(chunks, head, key))
             chunks.remove()
-        return self.world.broadcast(line) | head  # equal weights share a result, each under its own name
+        return line | head  # equal weights share a result, each under its own name
+
+    def _result(self, chunks: Chunks, head: dict[str, Any], key: str) -> dict[str, Any]:
+        """The result of the finished chunks, which is stored."""
+        against = {"reference": str(self.config.reference), "resize": self.resize}
+        line = {**head, **against, **quality(chunks, self.reference()[0], self.world.device), "key": key}
+        self.results.append(line)
+        return line
+
+    def warn(self, count: int, image_size: int) -> None:
+        """Warn, once, of sets of images that are too small or of other sizes."""
+        if not self._warned:
+            self._warned, statistics = True, self.reference()[0]
+            warn_of_few(self.world, "per_class", count, len(statistics.mu))
+            warn_of_few(self.world, "reference", statistics.count, len(statistics.mu))
+            if self._pictures is not None:
+                self._pictures.warn_of_sizes(self.world, image_size)
 
     def _source(self, draw: Draw, seed: int, folder: Path | None) -> Source:
         """Image i shows class i // per_class and has seed `seed` + i."""
@@ -146,6 +197,11 @@ class Measurement:
             yield pixels
 
         return images
+
+
+def _check_width(statistics: Statistics, width: int) -> None:
+    got = len(statistics.mu)
+    require(got == width, f"reference: expected statistics of {width} features, got {got}")
 
 
 def _png(folder: Path, index: int) -> Path:

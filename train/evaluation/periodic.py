@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -17,6 +17,7 @@ from pmf.sharded import whole
 from pmf.train.config import RunConfig
 from pmf.train.distributed import World
 from pmf.train.evaluation.measurement import Measurement, demo_score, image_count
+from pmf.train.evaluation.reference import never, stop_together
 from pmf.train.evaluation.results import Results, digest, network_digest
 from pmf.train.run_directory import EVALUATION_FOLDER
 
@@ -39,40 +40,54 @@ class PeriodicEvaluation:
         self.results = Results(directory / EVALUATION_FOLDER)
         demo = self.settings.reference is None
         self.dtype = torch.float32 if demo else config.dtype_on(world.device, self.settings.precision)
+        self.measurement: Measurement | None = None
         with _random_state_kept(world.device):
+            if not demo:  # refuse an unusable reference before networks are made
+                count = image_count(self.settings, config.model, "model.in_channels")
+                self.measurement = Measurement(self.settings, directory / EVALUATION_FOLDER, world)
             self.network = pmf.create_model(
                 config.model, impl=config.impl, aux_head=False, device=world.device, dtype=self.dtype
             )
             if demo:
-                self.measurement, self.score = None, demo_score(config.model)
+                self.score = demo_score(config.model, config.data, world)
             else:
-                image_count(self.settings, config.model, "model.in_channels")
-                self.measurement = Measurement(self.settings, directory / EVALUATION_FOLDER, world)
-                self.sampler = pmf.Sampler(self.network, self.settings.batch_size, **self.sampling)
+                self.sampler = pmf.Sampler(self.network, min(self.settings.batch_size, count), **self.sampling)
 
     def due(self, step: int) -> bool:
         """Whether the weights after this step are to be measured."""
         return step > 0 and (step % self.config.eval_every == 0 or step == self.config.steps)
 
-    def prepare(self) -> None:
-        """Compute the reference statistics if the reference is a folder of images. Every process must call."""
+    def prepare(self, stopping: Callable[[], bool] = never) -> None:
+        """Compute the reference statistics if the reference is a folder of images. Every process must call.
+
+        Errors: `Stopped`, as in `measure`.
+        """
         if self.measurement is not None:
             with _random_state_kept(self.world.device):
-                self.measurement.reference()
+                self.measurement.reference(stopping)
+                count = image_count(self.settings, self.config.model, "model")
+                self.measurement.warn(count, self.config.model.image_size)
 
-    def measure(self, step: int, weights: Mapping[str, dict[str, Tensor]]) -> dict[str, float]:
-        """Return the reported numbers of the chosen weights: {"fid/ema_500": ...}. Every process must call."""
+    def measure(
+        self, step: int, weights: Mapping[str, dict[str, Tensor]], stopping: Callable[[], bool] = never
+    ) -> dict[str, float]:
+        """Return the reported numbers of the chosen weights: {"fid/ema_500": ...}. Every process must call.
+
+        Errors: `Stopped`, in every process, before the next batch once `stopping` holds in one. Nothing is lost: the
+        same call later continues with the next features.
+        """
         found: dict[str, float] = {}
         with _random_state_kept(self.world.device):
             for name in self.settings.weights or (self.config.sampling_weights,):
+                stop_together(self.world, stopping)
                 tensors = whole(weights[name], keep=self.world.main or self.measurement is not None)
                 self.network.load_state_dict(tensors, strict=False)  # it has no v head
-                line = self._line({"source": str(self.directory), "weights": name, "step": step})
+                line = self._line({"source": str(self.directory), "weights": name, "step": step}, stopping)
                 self.world.main_first(partial(self._record, line))
                 found |= {f"{metric}/{name}": line[metric] for metric in REPORTED if line.get(metric) is not None}
         return found
 
-    def _line(self, head: dict[str, Any]) -> dict[str, Any]:
+    def _line(self, head: dict[str, Any], stopping: Callable[[], bool]) -> dict[str, Any]:
         """The result for the weights that the network holds."""
         if self.measurement is None:
             return self.world.main_first(lambda: self._demo_line(head | self.sampling))
@@ -84,6 +99,7 @@ class PeriodicEvaluation:
             self.sampling,
             seed=SEED,
             dtype=dtype,
+            stopping=stopping,
         )
 
     def _demo_line(self, head: dict[str, Any]) -> dict[str, Any]:

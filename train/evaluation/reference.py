@@ -1,38 +1,179 @@
-"""Reference statistics of a folder of images, computed by all processes."""
+"""The real images of a reference, and their statistics, computed by all processes."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pmf.features import Chunks, Extractor, Source, images_of
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pmf.data.training_data import CorruptImageError
+from pmf.errors import InputError, extra
+from pmf.features import Chunks, Extractor, Source, find_images, images_of
 from pmf.train.config import ExtractionConfig
 from pmf.train.distributed import World
+from pmf.train.evaluation.lock import alone
 from pmf.train.evaluation.results import digest, extractor_digest
+
+FEW = "a Fréchet distance of so few is mostly error (their covariance has no full rank), expected at least"
+
+
+class Stopped(Exception):  # noqa: N818 (it is no error)
+    """A stop was asked for, of any process; every process raises it. What is computed is kept."""
+
+
+def never() -> bool:
+    """Nothing asks for a stop."""
+    return False
+
+
+def stop_together(world: World, stopping: Callable[[], bool]) -> None:
+    """Raise `Stopped` in every process if `stopping` holds in any. Every process must call."""
+    if stopping is never:
+        return
+    asked = torch.tensor(int(stopping()))
+    if world.size > 1:
+        dist.all_reduce(asked, dist.ReduceOp.MAX, group=world.group)
+    if asked.item():
+        raise Stopped
+
+
+def warn(world: World, text: str) -> None:
+    """Print one line on the main process's standard error."""
+    if world.main:
+        print(f"pmf: warning: {text}", file=sys.stderr, flush=True)
+
+
+def warn_of_few(world: World, name: str, count: int | None, width: int) -> None:
+    """Warn of fewer images than features."""
+    if count is not None and count < width:
+        warn(world, f"{name}: {count:,} images; {FEW} {width:,}")
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Real images, read by index."""
+
+    files: list[Path]
+    """The files that hold them."""
+    count: int
+    """Number of images."""
+    read: Source
+    """Reads them."""
+    sizes: Callable[[], Counter[tuple[int, int]]]
+    """(width, height) -> number of images, by their headers."""
+
+    def warn_of_sizes(self, world: World, wanted: int | None = None) -> None:
+        """Warn, in one line, of sizes that differ, or differ from that of the samples: only equal ones compare."""
+        sizes = self.sizes() if world.main else Counter()
+        expected = "one size" if wanted is None else f"{wanted} x {wanted}, as the samples"
+        if len(sizes) > 1 or (wanted is not None and set(sizes) - {(wanted, wanted)}):
+            most = ", ".join(f"{w} x {h} ({n:,})" for (w, h), n in sizes.most_common(3))
+            more = f" and {len(sizes) - 3} other sizes" if len(sizes) > 3 else ""
+            warn(world, f"reference: images of {most}{more}; expected {expected}")
+
+
+def open_pictures(path: Path) -> Pictures:
+    """The images of a folder, or of a directory that `pmf data prepare` filled.
+
+    Errors: `InputError` if there are none, or if a prepared directory is not complete.
+    """
+    if any(path.glob("shard-*.*")):
+        return _prepared(path)
+    files = find_images(path)
+    return Pictures(files, len(files), images_of(files), lambda: _sizes(files))
+
+
+def _prepared(path: Path) -> Pictures:
+    from pmf.data.shards import PreparedShards  # needs the extra `data`
+
+    data = PreparedShards(path)
+
+    def read(batch: range) -> Iterator[Tensor]:
+        try:
+            yield torch.stack([data.read(i)[0] for i in batch])
+        except CorruptImageError as error:
+            raise InputError(f"reference: {path} holds a corrupt image: {error}") from error
+
+    size = data.settings.size
+    files = sorted(path.glob("shard-*.arrow"))
+    return Pictures(files, len(data), read, lambda: Counter({(size, size): len(data)}))
+
+
+def _sizes(files: list[Path]) -> Counter[tuple[int, int]]:
+    with extra("eval", "reference: pictures need"):
+        from PIL import Image
+
+    def size(file: Path) -> tuple[int, int] | None:
+        try:
+            with Image.open(file) as picture:
+                return picture.size
+        except Exception:  # reading its pixels will name what is wrong
+            return None
+
+    with ThreadPoolExecutor() as pool:
+        return Counter(found for found in pool.map(size, files) if found is not None)
 
 
 def compute_together(
-    chunks: Chunks, spans: list[range], source: Source, extractor: Extractor, world: World, batch_size: int
+    chunks: Chunks,
+    spans: list[range],
+    source: Source,
+    extractor: Extractor,
+    world: World,
+    batch_size: int,
+    stopping: Callable[[], bool] = never,
 ) -> None:
-    """Compute the chunks in the main process's list, a share in every process; return when all are done."""
-    chunks.compute(world.share(spans), source, extractor, batch_size=batch_size, progress=world.main)
+    """Compute the chunks in the main process's list, a share in every process; return when all are done.
+
+    If `stopping` becomes true in any process, every process raises `Stopped` before its next batch: they agree before
+    each one, as often as the process with the most batches has some. Finished chunks stay on disk.
+    """
+    spans = world.broadcast(spans)
+    shares = [spans[rank :: world.size] for rank in range(world.size)]
+    batches = [sum(-(-len(span) // batch_size) for span in share) for share in shares]
+    agreed = 0
+
+    def agree() -> None:
+        nonlocal agreed
+        agreed += 1
+        stop_together(world, stopping)
+
+    progress = world.main
+    chunks.compute(shares[world.rank], source, extractor, batch_size=batch_size, progress=progress, before=agree)
+    while agreed < max(batches):
+        agree()
     world.wait()
 
 
-def folder_digest(files: list[Path], extractor: Extractor) -> str:
+def pictures_digest(pictures: Pictures, extractor: Extractor) -> str:
     """Digest of the files' paths, sizes and times and of the extractor: a name for the images' features."""
-    listing = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    listing = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in pictures.files]
     return digest(listing, extractor_digest(extractor))
 
 
 def write_folder_statistics(
-    files: list[Path], out: Path, extractor: Extractor, world: World, config: ExtractionConfig, *, keep: bool
+    pictures: Pictures,
+    out: Path,
+    extractor: Extractor,
+    world: World,
+    config: ExtractionConfig,
+    *,
+    keep: bool,
+    stopping: Callable[[], bool] = never,
 ) -> None:
     """Write the statistics of these images, with the features if `keep`; an interrupted call resumes when repeated."""
-    name = f".{out.name}.{folder_digest(files, extractor)}-{config.chunk}"
-    chunks = Chunks(out.parent / name, len(files), config.chunk)
-    compute_together(chunks, chunks.missing(), images_of(files), extractor, world, config.batch_size)
-    if world.main:
-        replace(chunks.statistics(keep=keep), resize=extractor.resize).save(out)
+    name = f".{out.name}.{pictures_digest(pictures, extractor)}-{config.chunk}"
+    chunks = Chunks(out.parent / name, pictures.count, config.chunk)
+    with alone(out.parent / f"{name}.lock", world, stopping) as held:
+        if not held:
+            raise Stopped
+        compute_together(chunks, chunks.missing(), pictures.read, extractor, world, config.batch_size, stopping)
+        world.main_first(lambda: replace(chunks.statistics(keep=keep), resize=extractor.resize).save(out))
         chunks.remove()
-    world.wait()

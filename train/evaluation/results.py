@@ -26,7 +26,8 @@ class Results:
     def find(self, key: str, **values: object) -> dict[str, Any] | None:
         """The last line with this key and these values; None if there is none."""
         wanted = {"key": key, **values}
-        found = [line for line in json_lines(self.file) if wanted.items() <= line.items()]
+        lines = json_lines(self.file)
+        found = [line for line in lines if all(line.get(name) == value for name, value in wanted.items())]
         return found[-1] if found else None
 
     def append(self, line: dict[str, Any]) -> None:

@@ -10,5 +10,5 @@ else
     run=("$preset" --out "$out")
 fi
 # torchrun forwards these signals to the processes, which save and exit; it kills them after this many seconds.
-export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300
+export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2,SIGXCPU TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300
 exec python -m torch.distributed.run --standalone --nproc-per-node "${GPUS:-gpu}" -m pmf.train train "${run[@]}" "$@"

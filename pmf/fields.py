@@ -1,0 +1,91 @@
+"""Configurations: checks of their values by the declared types, and configurations from JSON."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import types
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from pmf.errors import require
+
+Config = TypeVar("Config")
+LARGEST = 2**63
+
+
+def check_fields(config: Any, prefix: str = "") -> None:
+    """Check every value of a dataclass against its declared type; floats must be finite, and integers below 2^63.
+
+    `prefix` precedes the names in messages. Errors: `InputError` names the first value that does not fit.
+    """
+    hints = get_type_hints(type(config))
+    for field in fields(config):
+        _check(f"{prefix}{field.name}", hints[field.name], getattr(config, field.name))
+
+
+def _check(name: str, hint: Any, value: Any) -> None:
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind in (Union, types.UnionType):
+        if value is not None:
+            _check(name, next(part for part in parts if part is not type(None)), value)
+    elif kind is Literal:
+        listed = ", ".join(map(str, parts))
+        require(value in parts, lambda: f"{name}: expected one of {listed}, got {value!r}")
+    elif kind is tuple:
+        several = isinstance(value, (tuple, list)) and (... in parts or len(value) == len(parts))
+        wanted = "several values" if ... in parts else f"{len(parts)} values"
+        require(several, lambda: f"{name}: expected {wanted}, got {value!r}")
+        for part in value:
+            _check(name, parts[0], part)
+    elif hint in _KINDS:
+        good, wanted = _KINDS[hint]
+        require(good(value), lambda: f"{name}: expected {wanted}, got {value!r}")
+    elif isinstance(hint, type) and is_dataclass(hint):
+        require(isinstance(value, hint), lambda: f"{name}: expected {hint.__name__}, got {value!r}")
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value is a finite real number (neither a bool nor a text)."""
+    try:
+        return not isinstance(value, (bool, str, bytes)) and math.isfinite(float(value))
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def is_integer(value: Any) -> bool:
+    """Whether a value is an integer (not a bool) of at most 64 bits."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and abs(int(value)) < LARGEST
+
+
+_KINDS: dict[Any, Any] = {
+    float: (is_finite, "a finite number"),
+    int: (is_integer, "an integer below 2^63"),
+    bool: (lambda value: isinstance(value, bool), "true or false"),
+    str: (lambda value: isinstance(value, str), "a text"),
+    Path: (lambda value: isinstance(value, Path), "a path"),
+}
+
+
+def from_json(kind: type[Config], values: Any) -> Config:
+    """Build a dataclass, nested ones included, from its JSON.
+
+    Errors: `ValueError` on an unknown field, an empty object or anything else than an object, and those of the class.
+    """
+    if not isinstance(values, Mapping) or not values:
+        raise ValueError(f"expected the fields of {kind.__name__}, got {values!r:.80}")
+    hints = get_type_hints(kind)
+    unknown = ", ".join(sorted(set(values) - {field.name for field in fields(kind)}))  # type: ignore[arg-type]
+    if unknown:
+        raise ValueError(f"{kind.__name__} has no field {unknown} here: a newer version of pixel-meanflow wrote it")
+    return kind(**{name: _value(hints[name], value) for name, value in values.items()})
+
+
+def _value(hint: Any, value: Any) -> Any:
+    if isinstance(hint, type) and is_dataclass(hint):
+        return from_json(hint, value)
+    if isinstance(value, list):
+        return tuple(value)
+    return Path(value) if isinstance(value, str) and Path in (hint, *get_args(hint)) else value

@@ -1,0 +1,138 @@
+"""Options of the command line: none is given twice with different values, and none is accepted and then ignored."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from fnmatch import fnmatch
+from typing import Any, TypeVar, get_origin, get_type_hints
+
+import torch
+import tyro
+
+from pmf.errors import InputError, require
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class Need:
+    """Options that have an effect only under a condition."""
+
+    names: tuple[str, ...]
+    """Dotted names of values; * stands for any characters."""
+    otherwise: str
+    """When they have none, as words that follow "has no effect"."""
+    met: Callable[[Any], bool]
+    """The condition, on the whole configuration."""
+
+
+RUN_NEEDS = (
+    Need(("init", "init_weights", "init_state", "overwrite"), "with --resume", lambda c: c.resume is None),
+    Need(("init_weights",), "without --init", lambda c: c.init is not None),
+    Need(("evaluation.*",), "without --eval-every", lambda c: c.eval_every > 0),
+    Need(
+        tuple(
+            f"evaluation.{name}" for name in ("precision", "per_class", "resize", "inception", "batch_size", "chunk")
+        ),
+        "without --evaluation.reference",
+        lambda c: c.evaluation.reference is not None,
+    ),
+    Need(
+        (
+            "perceptual.lpips",
+            "perceptual.convnext",
+            "loss.perceptual_max_t",
+            "loss.lpips_weight",
+            "loss.convnext_weight",
+        ),
+        "without --perceptual.enabled",
+        lambda c: c.perceptual.enabled,
+    ),
+    Need(
+        ("captured",),
+        "without a GPU",
+        lambda c: c.device.startswith("cuda") or (c.device == "auto" and torch.cuda.is_available()),
+    ),
+    Need(("perceptual.lpips",), "with --loss.lpips-weight 0", lambda c: c.loss.lpips_weight > 0),
+    Need(("perceptual.convnext",), "with --loss.convnext-weight 0", lambda c: c.loss.convnext_weight > 0),
+    Need(
+        ("optimizer.decay", "optimizer.decay_to"),
+        "without --optimizer.decay-share",
+        lambda c: c.optimizer.decay_share > 0,
+    ),
+    Need(("model.*_tokens",), "with --model.conditioning adaln", lambda c: c.model.conditioning == "in_context"),
+)
+EVAL_NEEDS = (
+    Need(
+        ("per_class", "resize", "inception", "batch_size", "chunk", "out", "images", "dtype"),
+        "without --reference",
+        lambda c: c.reference is not None,
+    ),
+)
+
+
+def refuse_ignored(config: Any, default: Any, needs: tuple[Need, ...]) -> None:
+    """Raise `InputError` for the first value that differs from its default and has no effect."""
+    before = dict(_flat(default))
+    for name, value in _flat(config):
+        for need in needs if value != before[name] else ():
+            if any(fnmatch(name, pattern) for pattern in need.names) and not need.met(config):
+                raise InputError(f"{name}: has no effect {need.otherwise}, expected {before[name]}, got {value}")
+
+
+def _flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value with its dotted name."""
+    for field in fields(config):
+        name, value = f"{prefix}{field.name}", getattr(config, field.name)
+        if is_dataclass(value):
+            yield from _flat(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def parse(kind: type[Config], prog: str, arguments: list[str], default: Config | None = None) -> Config:
+    """Parse arguments by tyro, which exits on unknown options.
+
+    Errors: `InputError` on an option that is given twice with different values, and those of the class.
+    """
+    refuse_repeated(kind, arguments)
+    if default is None:
+        return tyro.cli(kind, prog=prog, args=arguments)
+    return tyro.cli(kind, prog=prog, args=arguments, default=default)
+
+
+def refuse_repeated(kind: type, arguments: list[str]) -> None:
+    """Raise `InputError` on an option given twice with different values, of which tyro takes the last in silence."""
+    kinds, seen = dict(_kinds(kind)), dict[str, str]()
+    for name, values in _given(arguments):
+        plain = re.sub(r"(^|\.)no-(?=[^.]*$)", r"\1", name)
+        name, switch = (name, "") if name in kinds or kinds.get(plain) is not bool else (plain, "off")
+        several = get_origin(kinds.get(name)) is tuple
+        got = switch if kinds.get(name) is bool else " ".join(values if several else values[:1])
+        known = seen.setdefault(name, got)
+        require(known == got, f"{name}: expected one value, got it twice, as {known or 'on'!r} and {got or 'on'!r}")
+
+
+def _kinds(kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every option, without its dashes, with the type of its value."""
+    hints = get_type_hints(kind)
+    for field in fields(kind):
+        name, hint = f"{prefix}{field.name}".replace("_", "-"), hints[field.name]
+        if is_dataclass(hint):
+            yield from _kinds(hint, f"{name}.")  # type: ignore[arg-type]
+        else:
+            yield name, hint
+
+
+def _given(arguments: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """Every option given, without its dashes, with the words that follow it."""
+    found: list[tuple[str, list[str]]] = []
+    for word in arguments:
+        if re.match(r"--[^\W\d]", word):
+            name, equals, value = word[2:].partition("=")
+            found.append((name.replace("_", "-"), [value] if equals else []))
+        elif found:
+            found[-1][1].append(word)
+    yield from found
