@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from pmf.errors import InputError, require
+from pmf.errors import InputError
 
 LOCK_FILE = ".lock"
 log = logging.getLogger(__name__)
@@ -51,8 +51,8 @@ def locked(directory: Path, argument: str) -> Iterator[None]:
         lock = acquire(path)
     except OSError as error:
         raise InputError(f"{argument}: cannot write {directory}: {error.strerror}") from None
-    used = f"{argument}: {directory} is in use by {lock}"
-    require(isinstance(lock, Lock), f"{used}, expected it to have ended or another directory")
+    if not isinstance(lock, Lock):
+        raise InputError(f"{argument}: {directory} is in use by {lock}, expected it to have ended or another directory")
     _held.add(path)
     try:
         yield

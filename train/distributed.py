@@ -114,7 +114,8 @@ class World:
 
     def raise_first(self, error: InputError | None) -> None:
         """Raise the error of the first process that has one, as a `CommonError`, on every process."""
-        message: str | None = next(filter(None, self.gather(error and str(error))), None)
+        messages = self.gather("" if error is None else str(error))
+        message = next(filter(None, messages), None)
         if message is not None:
             raise CommonError(message) from error
 
