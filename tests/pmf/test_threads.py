@@ -13,7 +13,7 @@ import torch
 
 import pmf
 from pmf.packing import PackedModule
-from tests.networks import random_model
+from tests.networks import random_model, relative_error
 from tests.pmf.test_loss import LOSS, step_inputs
 
 SETTING = dict(omega=2.0, t_min=0.1, t_max=0.9)
@@ -234,18 +234,20 @@ def test_recomputed_blocks_use_the_weights_of_the_first_pass(low, compiled):
 
 
 def test_threads_share_compiled_blocks():
+    """Up to rounding: Dynamo keeps graphs of fixed and of any size, and tries those first that ran last."""
     torch._dynamo.reset()
     model, inputs = random_model(dtype=torch.float32), [float_inputs(seed) for seed in range(3)]
     model.compile_blocks(backend="eager")
     jobs = list(zip([gradients, samples, loss_alone], inputs, strict=True))
     alone = [work(model, given, False) for work, given in jobs]
 
-    def differing(work, given, wanted):
-        return [step for step in range(STEPS) if not same(work(model, given, False), wanted)]
+    def largest_error(work, given, wanted):
+        found = [work(model, given, False) for _ in range(STEPS)]
+        return max(relative_error(a, b) for one in found for a, b in zip(one, wanted, strict=True))
 
     with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
-        runs = [pool.submit(differing, *job, wanted) for job, wanted in zip(jobs, alone, strict=True)]
-        assert [run.result() for run in runs] == [[]] * len(jobs)
+        runs = [pool.submit(largest_error, *job, wanted) for job, wanted in zip(jobs, alone, strict=True)]
+        assert max(run.result() for run in runs) < 1e-6
 
 
 def test_threads_and_hooks_share_a_sampler():
