@@ -157,6 +157,35 @@ def check_classes(names: tuple[str, ...], argument: str) -> None:
         lines[name] = line
 
 
+def _open_all(directory: Path) -> list[pa.Table]:
+    """The shards of a directory. Errors: `InputError` unless all are there and whole, and were prepared together."""
+    begun = {shard_number(file) for file in directory.glob("shard-*.arrow")}
+    tables, torn = [], []
+    for number in range(max(begun, default=-1) + 1):
+        file = shard_file(directory, number)
+        try:
+            require(number in begun, f"data: {file} is missing or torn: there is no such file")
+            tables.append(open_shard(file))
+        except InputError as error:
+            torn.append(str(error))
+    ended = bool(begun) and (directory / CLASSES_FILE).exists()
+    require(ended, f"data: {directory} is not complete, expected `pmf data prepare` to be run to its end")
+    more = f" and {len(torn) - 10} more" if len(torn) > 10 else ""
+    named = f"{'; '.join(torn[:10])}{more}"
+    require(not torn, f"{named}: remove these shards and run `pmf data prepare` again")
+    settings = settings_of(tables[0])
+    for number, table in enumerate(tables):
+        file = shard_file(directory, number)
+        require(settings_of(table) == settings, f"data: {file} was prepared otherwise than the shards before it")
+        full = len(table) == settings.shard_images or number == len(tables) - 1
+        require(
+            full, f"data: {file} has {len(table)} rows, expected {settings.shard_images}: shards of others follow it"
+        )
+    short = len(tables[-1]) < settings.shard_images
+    require(short, f"data: {directory} lacks its last shard: run `pmf data prepare` again")
+    return tables
+
+
 class PreparedShards:
     """Training data from a directory that `pmf data prepare` filled: uint8 [3, H, W] and labels, read by index.
 
@@ -168,19 +197,8 @@ class PreparedShards:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         _refuse_earlier_version(self.directory)
-        begun = [shard_number(file) for file in self.directory.glob("shard-*.arrow")]
-        tables, torn = [], []
-        for number in range(max(begun, default=0) + 1):
-            try:
-                tables.append(open_shard(shard_file(self.directory, number)))
-            except InputError as error:
-                torn.append(str(error))
-        ended = bool(begun) and (self.directory / CLASSES_FILE).exists()
-        require(ended, f"data: {directory} is not complete, expected `pmf data prepare` to be run to its end")
-        require(not torn, f"{'; '.join(torn)}: remove these shards and run `pmf data prepare` again")
+        tables = _open_all(self.directory)
         self.settings = settings_of(tables[0])
-        short = len(tables[-1]) < self.settings.shard_images
-        require(short, f"data: {directory} lacks its last shard: run `pmf data prepare` again")
         table = pa.concat_tables(tables)
         self._images, self._keys = table["image"], table["key"]
         self._labels, self._checksums = table["label"].to_numpy(), table["checksum"].to_numpy()

@@ -50,6 +50,24 @@ def test_exchanged_shards_are_noticed(folder, prepared, tmp_path):
     assert contents(tmp_path) == contents(prepared)
 
 
+def test_shards_of_different_preparations_are_noticed(folder, tmp_path):
+    for name, size in (("a", 8), ("b", 9)):
+        prepare(config(folder, tmp_path / name, size=size))
+    shutil.copy(tmp_path / "b/shard-000001.arrow", tmp_path / "a")
+    with pytest.raises(InputError, match=r"shard-000001.arrow was prepared otherwise than the shards before it"):
+        PreparedShards(tmp_path / "a")
+
+
+def test_a_directory_that_lacks_most_of_its_shards_is_one_short_line(folder, tmp_path):
+    prepare(config(folder, tmp_path))
+    (tmp_path / "shard-000001.arrow").rename(tmp_path / "shard-900000.arrow")
+    with pytest.raises(
+        InputError, match=r"shard-000001.arrow is missing or torn: there is no such file; .* and \d+ more"
+    ) as e:
+        PreparedShards(tmp_path)
+    assert len(str(e.value)) < 5000
+
+
 def rewritten(file, change, metadata=lambda kept: kept):
     """Write a shard again with other metadata, and rows changed by a function of them."""
     table = open_shard(file)
