@@ -34,7 +34,7 @@ def pick_device(name: str) -> torch.device:
     try:
         torch.empty(0, device=name)
         return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise InputError(f"device: cannot use {name!r}: {first_line(error)}") from None
 
 
