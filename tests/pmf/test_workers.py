@@ -130,7 +130,7 @@ def test_a_worker_that_dies_is_one_line_and_ends_the_others(fault, message):
     before, began = children(), time.monotonic()
     with pytest.raises(InputError, match=rf"^data: (worker \d )?{message}[^\n]*$") as error:
         read_all(fault, 2)
-    assert error.value.__cause__ is not None and children() <= before and time.monotonic() - began < 5
+    assert error.value.__cause__ is not None and children() <= before and time.monotonic() - began < 15
 
 
 def test_a_batch_that_cannot_be_sent_is_an_error(monkeypatch):
@@ -161,7 +161,7 @@ def test_a_stuck_worker_is_warned_of_then_an_error_and_the_end_is_quick(monkeypa
     before, began = children(), time.monotonic()
     with pytest.raises(InputError, match=r"data: no batch came for 3 s: a worker is stuck in a read, .*--workers"):
         read_all(signals(signal.SIGSTOP), 2)
-    assert children() <= before and time.monotonic() - began < 3 + 5
+    assert children() <= before and time.monotonic() - began < 3 + 15
     assert [r for r in caplog.records if r.levelno == logging.WARNING and "no batch came for" in r.getMessage()]
 
 
