@@ -15,14 +15,14 @@ from torch.utils.data import Dataset, default_collate, get_worker_info
 from pmf.data.training_data import CorruptImageError, TrainingData
 from pmf.errors import InputError, first_line, require
 
-DTYPES = (torch.uint8, torch.float32)
+DTYPES = (torch.uint8, torch.float32, torch.float64)
 
 
 class Batch(NamedTuple):
     """A batch before it is scaled and moved."""
 
     images: Tensor | None
-    """uint8 or float32 [n, c, H, W]; None if an image and those after it are unreadable, or with an error."""
+    """uint8, float32 or float64 [n, c, H, W]; None if an image and those after it are unreadable, or with an error."""
     labels: Tensor
     """int64 [n]."""
     unreadable: list[CorruptImageError]
@@ -101,7 +101,7 @@ class Reader(Dataset):
         image, label = item
         if not (isinstance(image, Tensor) and image.dtype in DTYPES and image.shape == self.shape and image.is_cpu):
             kind = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
-            wanted = f"a tensor uint8 or float32 {list(self.shape)} on the CPU"
+            wanted = f"a tensor uint8, float32 or float64 {list(self.shape)} on the CPU"
             raise InputError(f"data: image {index}: expected {wanted}, got {kind}")
         try:
             number = operator.index(label)
