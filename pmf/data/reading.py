@@ -15,12 +15,14 @@ from torch.utils.data import Dataset, default_collate, get_worker_info
 from pmf.data.training_data import CorruptImageError, TrainingData
 from pmf.errors import InputError, first_line, require
 
+DTYPES = (torch.uint8, torch.float32, torch.float64)
+
 
 class Batch(NamedTuple):
     """A batch before it is scaled and moved."""
 
     images: Tensor | None
-    """uint8 or float32 [n, c, H, W]; None if an image and those after it are unreadable, or with an error."""
+    """uint8, float32 or float64 [n, c, H, W]; None if an image and those after it are unreadable, or with an error."""
     labels: Tensor
     """int64 [n]."""
     unreadable: list[CorruptImageError]
@@ -66,8 +68,9 @@ class Reader(Dataset):
             pair = self._first_readable(index, unreadable)
             if pair is None:
                 return Batch(None, torch.empty(0), unreadable)
-            kinds = {pair[0].dtype, *(image.dtype for image, _ in pairs[:1])}
-            require(len(kinds) == 1, f"data: image {index}: expected one dtype in a batch, got {kinds}")
+            if pairs and pair[0].dtype != pairs[0][0].dtype:
+                both = f"{pairs[0][0].dtype} and {pair[0].dtype}"
+                raise InputError(f"data: image {index}: expected one dtype in a batch, got {both}")
             pairs.append((pair[0].flip(-1) if mirror else pair[0], pair[1]))
         labels = torch.tensor([label for _, label in pairs])
         if get_worker_info() is not None:
@@ -93,24 +96,23 @@ class Reader(Dataset):
 
     def _checked(self, index: int, item: Any) -> tuple[Tensor, int]:
         """An item of the data. Errors: `InputError` names its index and what was expected."""
-        pair = isinstance(item, tuple | list) and len(item) == 2
-        require(pair, f"data: image {index}: expected read() to give (image, label), got {type(item).__name__}")
+        if not (isinstance(item, tuple | list) and len(item) == 2):  # messages are made only where they are needed
+            raise InputError(f"data: image {index}: expected read() to give (image, label), got {type(item).__name__}")
         image, label = item
-        kind = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
-        require(
-            isinstance(image, Tensor)
-            and image.dtype in (torch.uint8, torch.float32)
-            and image.shape == self.shape
-            and image.device.type == "cpu",
-            f"data: image {index}: expected a tensor uint8 or float32 {list(self.shape)} on the CPU, got {kind}",
-        )
+        if not (isinstance(image, Tensor) and image.dtype in DTYPES and image.shape == self.shape and image.is_cpu):
+            kind = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+            wanted = f"a tensor uint8, float32 or float64 {list(self.shape)} on the CPU"
+            raise InputError(f"data: image {index}: expected {wanted}, got {kind}")
         try:
             number = operator.index(label)
         except TypeError:
             number = -1
-        whole = 0 <= number < self.classes
-        require(whole, f"data: label of image {index}: expected an integer in [0, {self.classes}), got {label!r:.50}")
-        return image.detach().as_subclass(Tensor), number
+        if not 0 <= number < self.classes:
+            wanted = f"an integer in [0, {self.classes})"
+            raise InputError(f"data: label of image {index}: expected {wanted}, got {label!r:.50}")
+        if type(image) is not Tensor:  # a worker may not be able to send another type
+            image = image.as_subclass(Tensor)
+        return image.detach() if image.requires_grad else image, number
 
 
 def _asked(what: str, ask: Callable[[], Any]) -> Any:

@@ -41,7 +41,7 @@ class TrainingData(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> tuple[Tensor, int]:
-        """(image, label): uint8 [c, H, W], or float32 in [-1, 1]. Errors: `CorruptImageError`."""
+        """(image, label): uint8 [c, H, W], or float32 or float64 in [-1, 1]. Errors: `CorruptImageError`."""
         ...
 
 

@@ -126,7 +126,7 @@ class Batches:
             for worker in workers:
                 worker.kill()
             for worker in workers:
-                worker.join(1)
+                worker.join(2)
 
 
 def _begun(loader: DataLoader) -> Any:

@@ -85,10 +85,13 @@ def read_all(fault, count, steps=10):
         (raises(StopIteration()), "data: image 17 cannot be read: StopIteration"),
         (local_error, "data: image 17 cannot be read: HiddenError: deep"),
         (lambda image: None, r"data: image 17: expected read\(\) to give \(image, label\), got NoneType"),
-        (lambda image: (None, 1), r"data: image 17: expected a tensor uint8 or float32 \[1, 1, 4\].*, got NoneType"),
+        (
+            lambda image: (None, 1),
+            r"data: image 17: expected a tensor uint8, float32 or float64 \[1, 1, 4\].*, got NoneType",
+        ),
         (lambda image: (image.numpy(), 1), r"data: image 17: expected a tensor .*, got ndarray"),
         (lambda image: (image.view(1, 4, 1), 1), r"data: image 17: expected .*, got torch.uint8 \[1, 4, 1\]"),
-        (lambda image: (image.double(), 1), r"data: image 17: expected .*, got torch.float64 \[1, 1, 4\]"),
+        (lambda image: (image.int(), 1), r"data: image 17: expected .*, got torch.int32 \[1, 1, 4\]"),
         (lambda image: (image.float(), 1), "data: image .*: expected one dtype in a batch"),
         (lambda image: (image, "3"), r"data: label of image 17: expected an integer in \[0, 7\), got '3'"),
         (lambda image: (image, 3.0), r"data: label of image 17: expected an integer in \[0, 7\), got 3.0"),
@@ -130,7 +133,7 @@ def test_a_worker_that_dies_is_one_line_and_ends_the_others(fault, message):
     before, began = children(), time.monotonic()
     with pytest.raises(InputError, match=rf"^data: (worker \d )?{message}[^\n]*$") as error:
         read_all(fault, 2)
-    assert error.value.__cause__ is not None and children() <= before and time.monotonic() - began < 5
+    assert error.value.__cause__ is not None and children() <= before and time.monotonic() - began < 15
 
 
 def test_a_batch_that_cannot_be_sent_is_an_error(monkeypatch):
@@ -161,7 +164,7 @@ def test_a_stuck_worker_is_warned_of_then_an_error_and_the_end_is_quick(monkeypa
     before, began = children(), time.monotonic()
     with pytest.raises(InputError, match=r"data: no batch came for 3 s: a worker is stuck in a read, .*--workers"):
         read_all(signals(signal.SIGSTOP), 2)
-    assert children() <= before and time.monotonic() - began < 3 + 5
+    assert children() <= before and time.monotonic() - began < 3 + 15
     assert [r for r in caplog.records if r.levelno == logging.WARNING and "no batch came for" in r.getMessage()]
 
 
