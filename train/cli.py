@@ -59,12 +59,20 @@ def main(arguments: list[str] | None = None) -> None:
             _run(sys.argv[1:] if arguments is None else arguments)
         except (InputError, OSError) as error:
             _report(error, str(error))
-        except (MemoryError, torch.OutOfMemoryError) as error:
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
             advice = "`pmf doctor` with the same options says what fits"
             _report(error, f"out of memory ({first_line(error)}); {advice}")
         except KeyboardInterrupt:
             print("\npmf: interrupted", file=sys.stderr)
             sys.exit(130)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of a GPU (which has a class of error) or of the CPU (which PyTorch reports in words)."""
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or "can't allocate memory" in str(error) or "not enough memory" in str(error)
 
 
 def _report(error: BaseException, message: str) -> None:
