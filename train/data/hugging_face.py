@@ -11,6 +11,7 @@ from urllib.parse import unquote_plus
 
 from pmf.errors import InputError, first_line, printable, require
 from pmf.pictures import walk
+from pmf.sizes import check_is_file
 from pmf.train.data.samples import Sample, Source, digest, listed
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def open_hugging_face(spec: str) -> Source:
     names = _classes(features[label], label)
     rows = len(data) if isinstance(data, Dataset) else ""
     versions = sorted(getattr(data.info, "download_checksums", None) or ())  # the hub's addresses hold the commit
-    named = digest((spec, rows, features, *versions, *((file.name, listed(str(file))) for file in files)))
+    named = digest((spec, rows, features, *versions, *((str(file), listed(str(file))) for file in files)))
     return Source(partial(row_samples, data.cast_column(image, Image(decode=False)), image, label), named, names)
 
 
@@ -81,6 +82,7 @@ def row_samples(data: Dataset | IterableDataset, image: str, label: str, start: 
 
 def _local_files(path: Path) -> list[Path]:
     """The data files of a local data set. Errors: `InputError` names those that are cut or of another kind."""
+    check_is_file("source", path)
     if path.is_file():
         require(
             path.suffix in SUFFIXES, f"source: {path}: expected a file {' or '.join(SUFFIXES)}, or a folder of them"

@@ -120,9 +120,8 @@ class Measurement:
         if self._reference is None and self._pictures is not None:
             file = self.out / f"reference-{pictures_digest(self._pictures, self.extractor)}.npz"
             if not self.world.broadcast(file.is_file()):
-                write_folder_statistics(
-                    self._pictures, file, self.extractor, self.world, self.config, keep=True, stopping=stopping
-                )
+                write = partial(write_folder_statistics, keep=True, again=False, stopping=stopping)
+                write(self._pictures, file, self.extractor, self.world, self.config)
             self._take(Statistics.load(file), file)
         assert self._reference is not None
         return self._reference
