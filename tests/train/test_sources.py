@@ -186,6 +186,12 @@ def test_names_that_hide_their_splits_are_refused(tmp_path):
         open_source(f"hf:{one}?split=train")
 
 
+def test_files_of_no_split_are_named(tmp_path, caplog):
+    saved(tmp_path / "d", "parquet", train=3, more=2)
+    assert len(list(open_source(f"hf:{tmp_path}/d").samples())) == 3
+    assert "1 files belong to no split, first" in caplog.text and "more.parquet" in caplog.text
+
+
 @pytest.mark.parametrize("streaming", ["streaming", "config"])
 def test_saved_data_take_no_options_of_the_hub(tmp_path, streaming):
     with pytest.raises(InputError, match=f"written by save_to_disk: expected no option {streaming}"):
