@@ -28,6 +28,8 @@ i s (tf1, as in the original graph) or (i + 1/2) s - 1/2 (half_pixel, align_corn
 NAMES: dict[Resize, tuple[str, str]] = {"tf1": ("mu", "sigma"), "half_pixel": ("ref_mu", "ref_sigma")}
 """The array names of published statistics made with each resize: tf1 by ADM and JiT, half_pixel by pMF's authors."""
 INCEPTION_SIZE, INCEPTION_FEATURES = 299, 2048
+NEIGHBOURS = 3
+"""Of each feature, for precision and recall: sets need more images than that."""
 SCORE_SEED = 2020
 
 
@@ -203,7 +205,9 @@ def inception_score(logits: Tensor, *, splits: int = 10) -> tuple[float, float]:
     return float(np.mean(scores)), float(np.std(scores))
 
 
-def precision_recall(generated: Tensor, real: Tensor, *, neighbours: int = 3, block: int = 1024) -> tuple[float, float]:
+def precision_recall(
+    generated: Tensor, real: Tensor, *, neighbours: int = NEIGHBOURS, block: int = 1024
+) -> tuple[float, float]:
     """Improved precision and recall (arXiv 1904.06991): how much of each set lies in the other's support.
 
     The support of a set is the union of balls around its features, each as wide as the distance to the

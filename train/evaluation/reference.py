@@ -18,6 +18,7 @@ from pmf.errors import InputError, extra
 from pmf.features import Chunks, Extractor, Source, find_images, images_of
 from pmf.pictures import open_file, open_picture
 from pmf.train.config import ExtractionConfig
+from pmf.train.data.samples import listed
 from pmf.train.distributed import World
 from pmf.train.evaluation.lock import alone
 from pmf.train.evaluation.results import digest, extractor_digest
@@ -155,7 +156,7 @@ def compute_together(
 
 def pictures_digest(pictures: Pictures, extractor: Extractor) -> str:
     """Digest of the files' paths, sizes and times and of the extractor: a name for the images' features."""
-    listing = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in pictures.files]
+    listing = [(str(file), *listed(str(file))) for file in pictures.files]
     return digest(listing, extractor_digest(extractor))
 
 
