@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 from safetensors import SafetensorError
 
@@ -17,6 +20,8 @@ FAILURES = (OSError, RuntimeError, ValueError, SafetensorError)
 """What the writers of files raise: Python's own, PyTorch's, pillow's and safetensors'."""
 PROBE = 1 << 20
 """Bytes to ask of a file system that failed, to learn why."""
+PATIENCE = 5.0
+"""Seconds in which a pipe's reader may open it."""
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
@@ -74,8 +79,25 @@ def _copy_into(path: Path, write: Callable[[Path], object]) -> None:
     with tempfile.TemporaryDirectory(prefix="pmf-") as folder:
         temporary = Path(folder) / f"content{path.suffix[:9]}"
         write(temporary)
-        with open(temporary, "rb") as content, open(path, "wb") as device:
+        with open(temporary, "rb") as content, _receiver(path) as device:
             shutil.copyfileobj(content, device)
+
+
+def _receiver(path: Path) -> BinaryIO:
+    """A device or a pipe, opened for writing. Errors: `OSError`, also if nobody reads the pipe in time."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            handle = os.open(path, os.O_WRONLY | os.O_NONBLOCK)  # else opening a pipe would wait for its reader
+            break
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            if time.monotonic() > deadline:
+                raise OSError(errno.ENXIO, "it is a pipe that nobody reads") from error
+        time.sleep(0.05)
+    os.set_blocking(handle, True)
+    return open(handle, "wb")
 
 
 def _default_mode() -> int:

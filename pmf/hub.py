@@ -9,6 +9,7 @@ from pathlib import Path, PurePath
 
 from pmf.errors import InputError, extra, first_line, require
 from pmf.jax_files import is_state
+from pmf.sizes import check_is_file
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".zip")
 """Suffixes of network files; among files with the same stem, the earliest suffix wins."""
@@ -21,6 +22,7 @@ def locate(source: str, weights: str | None) -> tuple[Path, str | None]:
     train state, "average" is enough. Likewise for a file of PyTorch with several state dicts. Errors: `InputError`
     lists the choices.
     """
+    require(source != "", "source: expected a run directory, a checkpoint file or a hub id, got ''")
     path = Path(source)
     try:
         path.exists()
@@ -58,6 +60,7 @@ def _in_one_file(path: Path, weights: str | None) -> tuple[Path, str | None]:
 
 
 def _with_average(file: Path, average: str | None) -> tuple[Path, str | None]:
+    check_is_file("source", file)
     several = is_state(file) or file.suffix in (".pt", ".pth", ".bin")
     require(average is None or several, f"weights: {file} holds one network, got {average!r} of it")
     return file, average

@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate
 
 from pmf.atomic_files import write_atomically
 from pmf.errors import InputError, first_line, require
-from pmf.sizes import check_declared
+from pmf.sizes import check_declared, check_is_file
 
 Resize = Literal["tf1", "half_pixel"]
 """How an image is resized to Inception's 299 pixels, bilinearly and without antialiasing: output pixel i reads position
@@ -28,6 +28,8 @@ i s (tf1, as in the original graph) or (i + 1/2) s - 1/2 (half_pixel, align_corn
 NAMES: dict[Resize, tuple[str, str]] = {"tf1": ("mu", "sigma"), "half_pixel": ("ref_mu", "ref_sigma")}
 """The array names of published statistics made with each resize: tf1 by ADM and JiT, half_pixel by pMF's authors."""
 INCEPTION_SIZE, INCEPTION_FEATURES = 299, 2048
+NEIGHBOURS = 3
+"""Of each feature, for precision and recall: sets need more images than that."""
 SCORE_SEED = 2020
 
 
@@ -90,11 +92,15 @@ class Statistics:
         count = _float64("count", arrays["count"]).reshape(-1)[0] if "count" in arrays else None
         held = [mu, sigma, *(values for values in (features, count) if values is not None)]
         require(all(np.isfinite(x).all() for x in held), f"reference: {path} holds NaN or infinity")
+        symmetric = np.abs(sigma - sigma.T).max() <= 1e-3 * np.abs(sigma).max() and sigma.diagonal().min() >= 0
+        require(symmetric, f"reference: {path}: sigma is no covariance, expected a symmetric matrix of variances")
+        require(count is None or count >= 1, f"reference: {path}: expected a count of at least 1, got {count}")
         return cls(mu, sigma, None if count is None else int(count), features, resize)
 
     @staticmethod
     def _checked_shapes(path: str | Path) -> tuple[dict[str, tuple[int, ...]], Resize]:
         """The shapes of the arrays that `load` reads, checked before any is read, and the resize that names tell."""
+        check_is_file("reference", path)
         with _reading(path):
             shapes, others = _npz_shapes(path, {"count", "features", *(n for pair in NAMES.values() for n in pair)})
         named = {name for pair in NAMES.values() for name in pair if name in shapes}
@@ -199,7 +205,9 @@ def inception_score(logits: Tensor, *, splits: int = 10) -> tuple[float, float]:
     return float(np.mean(scores)), float(np.std(scores))
 
 
-def precision_recall(generated: Tensor, real: Tensor, *, neighbours: int = 3, block: int = 1024) -> tuple[float, float]:
+def precision_recall(
+    generated: Tensor, real: Tensor, *, neighbours: int = NEIGHBOURS, block: int = 1024
+) -> tuple[float, float]:
     """Improved precision and recall (arXiv 1904.06991): how much of each set lies in the other's support.
 
     The support of a set is the union of balls around its features, each as wide as the distance to the
@@ -278,6 +286,7 @@ def inception(
     missing or do not fit.
     """
     require(resize in NAMES, f"resize: expected one of {', '.join(NAMES)}, got {resize!r}")
+    check_is_file("inception", weights or "")
     try:
         from torch_fidelity import FeatureExtractorInceptionV3
     except Exception as error:  # with a torchvision built for another PyTorch, it can raise anything

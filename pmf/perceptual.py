@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 from pmf.autocast import no_autocast
 from pmf.crops import draw_crops, resize_crops
 from pmf.errors import InputError, extra, first_line, require
+from pmf.sizes import check_is_file
 
 CROP_SIZE = 224
 CONVNEXT = "facebook/convnextv2-base-22k-224"
@@ -249,6 +250,7 @@ def _load_trunk(trunk: nn.Module, state: dict[str, Tensor], source: str) -> None
 
 
 def _read_state_dict(file: Path) -> dict[str, Tensor]:
+    check_is_file("lpips", file)
     if file.suffix == ".safetensors":
         return load_file(file)
     return torch.load(file, map_location="cpu", weights_only=True)

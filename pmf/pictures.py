@@ -5,8 +5,10 @@ All commands read pictures by these functions, so that one rule says what is a p
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
+import math
 import os
 import stat
 import warnings
@@ -36,7 +38,7 @@ MAX_SIDE = 16384
 """Largest side of a prepared picture."""
 MAX_BYTES = 1 << 30
 """Largest encoded picture."""
-ORIENTATION = 0x0112
+ORIENTATION, BITS, PHOTOMETRIC = 0x0112, 258, 262
 FRAMES = "had several frames: only the first is shown"
 TRANSPARENCY = "had transparency: shown on white"
 ROTATION = "had an EXIF orientation, which is not applied"
@@ -81,13 +83,20 @@ def leads_up(target: str, above: tuple[str, ...]) -> bool:
     return any(os.path.commonpath((target, place)) == target for place in above)
 
 
-def read_file(path: str | Path) -> bytes:
-    """The bytes of a file. Errors: `InputError` if it is no file or a huge one; `OSError`."""
+@contextlib.contextmanager
+def open_file(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a file. Errors: `InputError` if it is no file or a huge one; `OSError`."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # else opening a pipe would wait for its writer
     with open(handle, "rb") as file:
         state = os.fstat(file.fileno())
         require(stat.S_ISREG(state.st_mode), "it is a pipe, a device or a folder, not a file")
         require(state.st_size <= MAX_BYTES, f"it has {state.st_size:,} bytes, expected at most {MAX_BYTES:,}")
+        yield file
+
+
+def read_file(path: str | Path) -> bytes:
+    """The bytes of a file. Errors: see `open_file`."""
+    with open_file(path) as file:
         return file.read()
 
 
@@ -119,8 +128,8 @@ def open_picture(data: bytes | BinaryIO) -> PIL.Image.Image:
 
 def checked_size(width: int, height: int) -> None:
     """Raise `InputError` if a picture of that size has no pixels or more than Pillow's MAX_IMAGE_PIXELS."""
-    limit = _pillow().MAX_IMAGE_PIXELS
-    fits = width > 0 and height > 0 and (limit is None or width * height <= limit)
+    limit = _pillow().MAX_IMAGE_PIXELS or math.inf
+    fits = width > 0 and height > 0 and width * height <= limit
     require(fits, f"it has {width} x {height} pixels, expected at least one and at most {limit:,}")
 
 
@@ -159,14 +168,18 @@ def from_npy(data: bytes) -> PIL.Image.Image:
 def to_rgb(picture: PIL.Image.Image, note: Callable[[str], object] = lambda lost: None) -> PIL.Image.Image:
     """A picture as RGB: 8-bit RGB, grey and palette colours as Pillow converts them, 16 bits reduced to 8.
 
-    Transparent pixels are laid on white. Of several frames the first is taken, an EXIF orientation is not applied, and
-    colour profiles are not used. `note` is called once with each thing that is lost: TRANSPARENCY, FRAMES and so on.
-    Errors: `InputError` for floating-point and 32-bit pixels, whose range is unknown.
+    Transparent pixels are laid on white. Of several frames the first is taken, an EXIF orientation is not applied
+    (Pillow applies that of a TIFF), and colour profiles are not used. `note` is called once with each thing that is
+    lost: TRANSPARENCY, FRAMES and so on. Errors: `InputError` for floating-point and 32-bit pixels, whose range is
+    unknown, and for the 16-bit forms that Pillow misreads.
     """
     _note_metadata(picture, note)
-    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM")):
-        values = np.asarray(picture).astype(np.int64)
+    deep = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM"))
+    if deep or _has_16_bits(picture):
         note(DEPTH)
+        _check_deep(picture, deep)
+    if deep:
+        values = np.asarray(picture).astype(np.int64)
         return _pillow().fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
     known = picture.mode not in ("F", "I") and not picture.mode.startswith(("I;", "F;", "BGR"))
     require(known, f"its pixels are of mode {picture.mode}, whose range is unknown, expected 8 or 16 bits a channel")
@@ -181,11 +194,24 @@ def to_rgb(picture: PIL.Image.Image, note: Callable[[str], object] = lambda lost
     return _pillow().alpha_composite(_pillow().new("RGBA", layer.size, "white"), layer).convert("RGB")
 
 
+def _has_16_bits(picture: PIL.Image.Image) -> bool:
+    """Whether Pillow will decode 16 bits a channel into 8; ask before it does."""
+    given = [tile[3] for tile in getattr(picture, "tile", ())]
+    deep_ppm = picture.format == "PPM" and any(isinstance(one, tuple) and one[-1] > 255 for one in given)
+    return deep_ppm or (picture.mode != "I" and any(";16" in str(one) for one in given))
+
+
+def _check_deep(picture: PIL.Image.Image, grey: bool) -> None:
+    """Refuse 16-bit pictures whose pixels would come out wrong: Pillow ignores what says how to read them."""
+    opaque = "transparency" not in picture.info
+    require(opaque, "it marks a 16-bit colour as transparent, expected an alpha channel")
+    tags = getattr(picture, "tag_v2", {}) if grey else {}
+    plain = tuple(tags.get(BITS, (16,))) == (16,) and tags.get(PHOTOMETRIC, 1) == 1
+    require(plain, "it is a TIFF of 12 bits or with white as 0, expected 8 or 16 bits with black as 0")
+
+
 def _note_metadata(picture: PIL.Image.Image, note: Callable[[str], object]) -> None:
     """Note what the file holds besides the pixels that will be read; call it before they are decoded."""
-    raw = [tile[3] for tile in getattr(picture, "tile", ())]
-    if picture.mode not in ("I", "I;16", "I;16B", "I;16L") and any(";16" in str(arguments) for arguments in raw):
-        note(DEPTH)
     if "exif" in picture.info and picture.getexif().get(ORIENTATION, 1) not in (0, 1):
         note(ROTATION)
     if picture.format == "TIFF":

@@ -31,6 +31,7 @@ SEEDS = 2**32
 
 def seeds_from(first: int, count: int) -> range:
     """The seeds of `count` images: `first`, first + 1, ... Errors: `InputError` unless all lie in [0, 2^32)."""
+    require(count <= SEEDS, lambda: f"seed: expected at most 2^32 images, one seed each, got {count}")
     good = isinstance(first, numbers.Integral) and not isinstance(first, bool) and 0 <= first <= SEEDS - count
     require(good, lambda: f"seed: expected an integer from 0 to {SEEDS - count}, for {count} images, got {first!r}")
     return range(first, first + count)

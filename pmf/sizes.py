@@ -1,6 +1,8 @@
-"""Sizes that an input declares, checked before memory or disk is taken for them."""
+"""What an input is and declares, checked before memory, disk or time is taken for it."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from pmf.errors import require
 
@@ -14,3 +16,10 @@ def check_declared(what: str, declared: int, stored: int) -> None:
     """Raise `InputError` if an input of `stored` bytes declares implausibly many bytes of content."""
     good = declared <= max(FLOOR, RATIO * stored)
     require(good, lambda: f"{what} declares {declared / 1e9:.3g} GB of content, but holds {stored:,} bytes")
+
+
+def check_is_file(argument: str, path: str | Path) -> None:
+    """Raise `InputError` for a pipe or a device: reading it may wait for ever, or never end."""
+    path = Path(path)
+    good = path.is_file() or path.is_dir() or not path.exists()
+    require(good, lambda: f"{argument}: {path} is a pipe or a device, expected a file")

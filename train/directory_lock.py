@@ -7,6 +7,7 @@ import fcntl
 import logging
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,7 +17,8 @@ from pmf.errors import InputError
 
 LOCK_FILE = ".lock"
 log = logging.getLogger(__name__)
-_held: set[Path] = set()
+_held: dict[Path, Lock] = {}
+_turn = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Lock:
     def release(self) -> None:
         """Remove the file and release it. A worker forked from the owner does neither."""
         if os.getpid() == self.owner:
+            del _held[self.path]
             self.path.unlink(missing_ok=True)  # before it is released, so that nobody else's is removed
             os.close(self.file)
 
@@ -43,7 +46,7 @@ def locked(directory: Path, argument: str) -> Iterator[None]:
     and the owner if another process holds the lock, or the reason if the directory cannot be written.
     """
     path = directory.resolve() / LOCK_FILE
-    if path in _held:
+    if path in _held and _held[path].owner == os.getpid():
         yield
         return
     try:
@@ -53,27 +56,37 @@ def locked(directory: Path, argument: str) -> Iterator[None]:
         raise InputError(f"{argument}: cannot write {directory}: {error.strerror}") from None
     if not isinstance(lock, Lock):
         raise InputError(f"{argument}: {directory} is in use by {lock}, expected it to have ended or another directory")
-    _held.add(path)
     try:
         yield
     finally:
-        _held.discard(path)
         lock.release()
 
 
 def acquire(path: Path) -> Lock | str:
-    """Lock this file for this process, or return a description of the process that holds it.
+    """Lock this file for one owner in this process, or return a description of the process that holds it.
 
     Closing any descriptor of the file releases the lock, so nothing else may open it. Errors: `OSError`.
     """
+    path = path.resolve()
+    with _turn:  # POSIX's locks do not keep one thread from another
+        own = _held.get(path)
+        if own is not None and own.owner == os.getpid():
+            return _description(own.file)
+        lock = _acquired(path)
+        if isinstance(lock, Lock):
+            _held[path] = lock
+        return lock
+
+
+def _acquired(path: Path) -> Lock | str:
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            owner = os.pread(file, 1000, 0).decode(errors="replace").strip()
+            owner = _description(file)
             os.close(file)
-            return owner or "another process"
+            return owner
         except OSError as error:
             log.warning("%s cannot be locked (%s): do not start two commands on it", path, error.strerror)
         if _is_still(path, file):
@@ -83,6 +96,11 @@ def acquire(path: Path) -> Lock | str:
     now = datetime.now().isoformat(" ", "seconds")
     os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}, since {now}\n".encode(), 0)
     return Lock(path, file, os.getpid())
+
+
+def _description(file: int) -> str:
+    """What the owner of a lock wrote into its file."""
+    return os.pread(file, 1000, 0).decode(errors="replace").strip() or "another process"
 
 
 def _is_still(path: Path, file: int) -> bool:

@@ -56,6 +56,14 @@ def test_a_pipe_receives_the_bytes(writer, tmp_path):
 
 
 @writers
+def test_a_pipe_that_nobody_reads_is_not_waited_for(writer, tmp_path, monkeypatch):
+    monkeypatch.setattr("pmf.atomic_files.PATIENCE", 0.1)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(pmf.InputError, match=r"^path: cannot write .*pipe: it is a pipe that nobody reads$"):
+        WRITERS[writer](tmp_path / "pipe")
+
+
+@writers
 def test_a_link_stays_and_what_it_points_to_is_replaced(writer, tmp_path):
     (tmp_path / "there").mkdir()
     link, file = tmp_path / "link", tmp_path / "there" / "file"

@@ -86,6 +86,32 @@ def test_pixels_without_a_known_range_are_refused(pixels):
         read(encoded(Image.fromarray(GREY.astype(pixels)), "TIFF"))
 
 
+def tiff(bits, photometric):
+    """A TIFF of 8 x 8 grey pixels, all bits set, without compression."""
+    data = b"\xff" * (8 * bits)
+    tags = (256, 8), (257, 8), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, 8), (279, len(data))
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags)
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def test_16_bit_forms_that_pillow_misreads_are_refused():
+    assert read(tiff(16, 1))[0].min() == 255 and read(tiff(8, 0))[0].max() == 0
+    for bits, photometric in [(12, 1), (16, 0)]:
+        with pytest.raises(InputError, match="TIFF of 12 bits or with white as 0, expected 8 or 16 bits"):
+            read(tiff(bits, photometric))
+    for kind, channels in [(0, 1), (2, 3)]:
+        chunk = b"tRNS" + struct.pack(f">{channels}H", *range(0, 1000 * channels, 1000))
+        chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        data = png16(kind, channels)
+        with pytest.raises(InputError, match="marks a 16-bit colour as transparent, expected an alpha channel"):
+            read(data[:33] + chunk + data[33:])
+
+
+def test_16_bit_ppm_is_named():
+    assert read(b"P6 8 8 65535\n" + bytes(384))[1] == [pictures.DEPTH]
+    assert read(b"P6 8 8 100\n" + bytes(192))[1] == []
+
+
 def test_transparent_pixels_become_white_whatever_says_that_they_are_transparent():
     alpha = np.where(GREY < 32, 0, 255).astype(np.uint8)
     clear = np.broadcast_to(GREY < 32, (3, 8, 8)).transpose(1, 2, 0)
@@ -218,6 +244,13 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path, kind):
         list(images_of(find_images(tmp_path))(range(1)))
     with pytest.raises((InputError, OSError)):
         pictures.read_picture(pictures.read_file("/dev/zero"))
+
+
+def test_without_pillows_limit_any_size_is_taken(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    pictures.checked_size(10**9, 10**9)
+    with pytest.raises(InputError, match="it has 0 x 8 pixels"):
+        pictures.checked_size(0, 8)
 
 
 def test_a_loss_is_warned_of_once_a_kind(tmp_path, caplog):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import resource
 import struct
@@ -247,3 +248,29 @@ def test_weights_do_not_lead_out_of_their_directory(tmp_path):
         (tmp_path / "run" / "config.json").write_text(json.dumps(dict(sampling_weights=name)))
         refused(tmp_path / "run", "has no '.*secret")
         (tmp_path / "run" / "config.json").unlink()
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt", "a.zip", "a"])
+def test_pipes_and_devices_are_no_sources(tmp_path, name):
+    (tmp_path / "run").mkdir()
+    for pipe in (tmp_path / name, tmp_path / "run/model.pt"):
+        os.mkfifo(pipe)
+    for source in (tmp_path / name, tmp_path / "run", "/dev/zero"):
+        refused(source, "^source: .* is a pipe or a device, expected a file$")
+    with pytest.raises(pmf.InputError, match=r"^reference: .* is a pipe or a device, expected a file$"):
+        Statistics.load(tmp_path / name)
+
+
+def test_statistics_that_cannot_be_are_refused(tmp_path):
+    mu, sigma = np.zeros(3), np.eye(3)
+    odd = [dict(sigma=sigma + np.eye(3, k=1)), dict(sigma=-sigma), dict(count=-5), dict(count=0)]
+    for change in odd:
+        np.savez(tmp_path / "a.npz", **dict(mu=mu, sigma=sigma) | change)
+        with pytest.raises(pmf.InputError, match=r"^reference: .*a.npz: (sigma is no covariance|expected a count)"):
+            Statistics.load(tmp_path / "a.npz")
+    np.savez(tmp_path / "a.npz", mu=mu, sigma=np.zeros((3, 3)), count=1)
+    assert Statistics.load(tmp_path / "a.npz").count == 1
+
+
+def test_an_empty_source_is_not_the_present_directory():
+    refused("", "^source: expected a run directory, a checkpoint file or a hub id, got ''$")

@@ -21,6 +21,7 @@ from pmf.train.evaluation.command import EvalConfig, command
 from pmf.train.evaluation.lock import alone
 from pmf.train.evaluation.measurement import Measurement, Stopped
 from pmf.train.evaluation.periodic import PeriodicEvaluation
+from pmf.train.evaluation.reference import open_pictures
 from pmf.train.evaluation.results import Results
 from tests.networks import random_model
 from tests.train.evaluation import ALONE, COLOUR, SETTINGS, Toy, checkpoint, evaluate
@@ -104,6 +105,23 @@ def test_the_reference_is_looked_at_before_any_network(config, tmp_path):
         changed = dataclasses.replace(config, reference=tmp_path / path, source="/nowhere")
         with pytest.raises(pmf.InputError, match=message):
             Measurement(changed, tmp_path, ALONE, no_extractor if path == "gone" else None)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to nowhere"])
+def test_what_is_no_picture_is_named_and_not_waited_for(config, tmp_path, kind):
+    bad = pictures(tmp_path / "in") / "bad.png"
+    os.mkfifo(bad) if kind == "pipe" else bad.symlink_to("nowhere")
+    assert open_pictures(tmp_path / "in").sizes() == {(8, 8): 20}
+    with pytest.raises(pmf.InputError, match=r"^reference: .*bad.png is not a readable picture: "):
+        evaluate(dataclasses.replace(config, reference=tmp_path / "in"))
+
+
+def test_too_few_images_for_precision_and_recall_are_refused_at_the_start(config, tmp_path):
+    features = torch.randn(3, 6)
+    dataclasses.replace(Statistics.of(features), features=features.numpy()).save(tmp_path / "three.npz")
+    for path in (pictures(tmp_path / "in", 3), tmp_path / "three.npz"):
+        with pytest.raises(pmf.InputError, match=r"^reference: expected more than 3 images, for precision and recall"):
+            evaluate(dataclasses.replace(config, reference=path, source="/nowhere"))
 
 
 @pytest.fixture
@@ -191,7 +209,7 @@ def test_a_stop_while_another_evaluation_is_waited_for_is_obeyed(config, tmp_pat
     with alone(config.out / f".{line['key']}.lock", ALONE, Asked(10**6)) as held, pytest.raises(Stopped):
         assert held
         measured(config, Asked(3))
-    assert "another evaluation computes" in capsys.readouterr().err
+    assert f"process {os.getpid()} on " in capsys.readouterr().err
 
 
 def test_one_process_that_is_asked_stops_all(config, tmp_path):

@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -123,7 +124,7 @@ def test_pipes_and_devices_are_left_out(folder, tmp_path):
 def test_an_out_that_cannot_be_is_refused_before_work(folder, tmp_path):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file/below"):
-        with pytest.raises(InputError, match=r"^out: .* cannot be a directory of shards: "):
+        with pytest.raises(InputError, match=r"^out: cannot write .*: (File exists|Not a directory)$"):
             run(f"folder:{folder}", out)
     with pytest.raises(InputError, match="size: expected at most 16384, got 1000000"):
         run(f"folder:{folder}", tmp_path / "out", size=10**6)
@@ -188,3 +189,18 @@ def test_the_command_line_says_one_line(folder, tmp_path, capsys):
         with pytest.raises(SystemExit) as end:
             main(["data", *arguments])
         assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--size", "8", "--size", "9"], "size: expected one value, got it twice, as '8' and '9'"),
+        (["--size", str(10**30)], "size: expected an integer below 2^63"),
+        (["--shard-images", str(10**30)], "shard_images: expected an integer below 2^63"),
+        (["--workers", str(10**9)], "workers: expected at most 1024, got 1000000000"),
+    ],
+)
+def test_impossible_options_are_refused_before_work(folder, tmp_path, options, message):
+    with pytest.raises(InputError, match=f"^{re.escape(message)}"):
+        room.command(["prepare", f"folder:{folder}", "--out", str(tmp_path / "out"), *options])
+    assert not (tmp_path / "out").exists()

@@ -11,6 +11,7 @@ from pmf.errors import InputError
 
 datasets = pytest.importorskip("datasets")
 from pmf.data.shards import PreparedShards  # noqa: E402
+from pmf.train.data.samples import Sample  # noqa: E402
 from pmf.train.data.sources import open_source  # noqa: E402
 from tests.train.preparing import encoded, fill, run, tar, tar_pair  # noqa: E402
 
@@ -185,6 +186,12 @@ def test_names_that_hide_their_splits_are_refused(tmp_path):
         open_source(f"hf:{one}?split=train")
 
 
+def test_files_of_no_split_are_named(tmp_path, caplog):
+    saved(tmp_path / "d", "parquet", train=3, more=2)
+    assert len(list(open_source(f"hf:{tmp_path}/d").samples())) == 3
+    assert "1 files belong to no split, first" in caplog.text and "more.parquet" in caplog.text
+
+
 @pytest.mark.parametrize("streaming", ["streaming", "config"])
 def test_saved_data_take_no_options_of_the_hub(tmp_path, streaming):
     with pytest.raises(InputError, match=f"written by save_to_disk: expected no option {streaming}"):
@@ -215,6 +222,21 @@ def test_no_command_is_run(tmp_path, url, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("url", ["reference://a::{}", "zip://a::reference://a::{}"])
+def test_templates_are_not_filled_in(tmp_path, url):
+    url = url.format(tmp_path / "refs.json")
+    with pytest.raises(InputError, match=r"fills in templates, expected the address of a file"):
+        open_source(f"wds:{url}")
+    with pytest.raises(InputError, match=r"fills in templates, expected the address of a file"):
+        Sample("a", url, 0).read()
+
+
+def test_patterns_of_too_many_shards_are_refused():
+    for pattern in ("{0..99999999999}.tar", "{000..999}/{-5..999}/{0..1}.tar"):
+        with pytest.raises(InputError, match=r"^source: .* names [\d,]+ shards, expected at most 1,000,000"):
+            open_source(f"wds:{pattern}")
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"classes": 3}', '{"classes": [1]}'])
 def test_odd_files_beside_tars_are_named(tmp_path, text):
     tar(tmp_path / "0.tar", tar_pair(0))
@@ -225,7 +247,16 @@ def test_odd_files_beside_tars_are_named(tmp_path, text):
     assert open_source(f"wds:{tmp_path}/0.tar").classes == ()
 
 
+def test_archives_one_after_another_in_one_file_are_refused(tmp_path):
+    first = tar(tmp_path / "a.tar", tar_pair(0)).read_bytes()
+    (tmp_path / "a.tar").write_bytes(first + tar(tmp_path / "b.tar", tar_pair(1)).read_bytes())
+    with pytest.raises(InputError, match=r"a.tar is cut or cannot be read: something follows its end"):
+        list(open_source(f"wds:{tmp_path}/a.tar").samples())
+
+
 def test_entries_beside_the_pictures_are_not_samples(tmp_path):
     others = [("__MACOSX/._1.png", b"x"), ("._1.png", b"x"), ("README", b"x"), ("__meta__.json", b"{}")]
     tar(tmp_path / "a.tar", [*others, *tar_pair(0), *others, *tar_pair(1)])
     assert [sample.key for sample in open_source(f"wds:{tmp_path}/a.tar").samples()] == ["0", "1"]
+    tar(tmp_path / "a.tar", [(f"../{name}", data) for name, data in tar_pair(0)])
+    assert [sample.key for sample in open_source(f"wds:{tmp_path}/a.tar").samples()] == ["../0"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -11,10 +13,13 @@ from urllib.parse import unquote_plus
 
 from pmf.errors import InputError, first_line, printable, require
 from pmf.pictures import walk
+from pmf.sizes import check_is_file
 from pmf.train.data.samples import Sample, Source, digest, listed
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
+
+log = logging.getLogger(__name__)
 
 OPTIONS = dict(config="", image="image", label="label", split="train", streaming="")
 SUFFIXES = (".parquet", ".arrow")
@@ -41,7 +46,7 @@ def open_hugging_face(spec: str) -> Source:
     names = _classes(features[label], label)
     rows = len(data) if isinstance(data, Dataset) else ""
     versions = sorted(getattr(data.info, "download_checksums", None) or ())  # the hub's addresses hold the commit
-    named = digest((spec, rows, features, *versions, *((file.name, listed(str(file))) for file in files)))
+    named = digest((spec, rows, features, *versions, *((str(file), listed(str(file))) for file in files)))
     return Source(partial(row_samples, data.cast_column(image, Image(decode=False)), image, label), named, names)
 
 
@@ -81,6 +86,7 @@ def row_samples(data: Dataset | IterableDataset, image: str, label: str, start: 
 
 def _local_files(path: Path) -> list[Path]:
     """The data files of a local data set. Errors: `InputError` names those that are cut or of another kind."""
+    check_is_file("source", path)
     if path.is_file():
         require(
             path.suffix in SUFFIXES, f"source: {path}: expected a file {' or '.join(SUFFIXES)}, or a folder of them"
@@ -118,7 +124,7 @@ def _load(name: str, options: dict[str, str], given: dict[str, str], files: list
         _refuse({} if split in words else given, ("split",), f"{name} is one file, whose name does not say its split")
         return load_dataset(path.suffix[1:], data_files=name, split="train", streaming=True)
     if path.is_dir():
-        _check_names(path, files)
+        _check_names(path, files, options["config"] or None)
     streaming = path.is_dir() or bool(options["streaming"])
     return load_dataset(name, options["config"] or None, split=split, streaming=streaming)
 
@@ -142,15 +148,22 @@ def _refuse(given: dict[str, str], names: tuple[str, ...], why: str) -> None:
     require(not useless, f"source: {why}: expected no option {', '.join(useless)}")
 
 
-def _check_names(path: Path, files: list[Path]) -> None:
-    """Raise `InputError` if `datasets` would take files for one split whose names speak of several."""
-    from datasets import get_dataset_split_names
+def _check_names(path: Path, files: list[Path], config: str | None) -> None:
+    """Raise `InputError` if `datasets` would take files for one split whose names speak of several.
 
+    Warn of files that it would leave out: beside train.parquet it takes only names that speak of a split.
+    """
+    from datasets import load_dataset_builder
+
+    splits = load_dataset_builder(str(path), config).config.data_files or {}
+    taken = {os.path.realpath(file) for part in splits.values() for file in part}
+    left = [file for file in files if file.suffix in SUFFIXES and os.path.realpath(file) not in taken]
+    if left:
+        log.warning("%s: %d files belong to no split, first %s", printable(path), len(left), printable(left[0]))
     names = [file.relative_to(path).as_posix().lower() for file in files if file.suffix in SUFFIXES]
     training = [name for name in names if "train" in name]
     others = [name for name in names if name not in training and re.search("test|val|eval", name)]
     if training and others:
-        splits = get_dataset_split_names(str(path))
         one = (
             f"source: {path}: {training[0]} and {others[0]} would be one split; call them train-*, test-*, validation-*"
         )

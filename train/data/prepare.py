@@ -24,11 +24,13 @@ from pmf.atomic_files import write_atomically
 from pmf.data import CorruptImageError, shards
 from pmf.data.shards import PreparedShards, Settings
 from pmf.errors import InputError, first_line, printable, require
+from pmf.fields import check_fields
 from pmf.images import centre_crop
 from pmf.pictures import MAX_SIDE, opened
 from pmf.train.data.samples import Sample, Source, digest
 from pmf.train.data.sources import open_source
 from pmf.train.directory_lock import locked
+from pmf.train.options import refuse_repeated
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -38,6 +40,7 @@ log = logging.getLogger(__name__)
 FORMAT = "2"
 """Version of `Settings.fingerprint`: 2:source:classes."""
 MAX_CLASSES = 1_000_000
+MAX_THREADS = 1024
 MACHINE = (
     *(errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
     *(errno.ECONNRESET, errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENODEV, errno.ENXIO),
@@ -70,16 +73,20 @@ class PrepareConfig:
     """Read all shards back once they are written."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("size", "shard_images"):
             require(getattr(self, name) > 0, f"{name}: expected a positive number, got {getattr(self, name)}")
         require(self.size <= MAX_SIDE, f"size: expected at most {MAX_SIDE}, got {self.size}")
         for name in ("max_corrupt", "workers"):
             require(getattr(self, name) >= 0, f"{name}: expected a number >= 0, got {getattr(self, name)}")
+        require(self.workers <= MAX_THREADS, f"workers: expected at most {MAX_THREADS}, got {self.workers}")
 
 
 def command(arguments: list[str]) -> None:
     """Run `pmf data prepare ...` or `pmf data verify DIRECTORY`."""
     commands: dict[str, Callable[..., object]] = {"prepare": prepare, "verify": verify}
+    if arguments[:1] == ["prepare"]:
+        refuse_repeated(PrepareConfig, arguments[1:])
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="pmf data", args=arguments)
     except KeyboardInterrupt:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import fsspec
 
-from pmf.errors import InputError, first_line, require
+from pmf.errors import InputError, first_line, printable, require
 from pmf.pictures import MAX_BYTES, read_file
 
 
@@ -27,6 +27,7 @@ class Sample(NamedTuple):
         """Return the picture's bytes. Errors: `InputError` if there are none, and whatever reading raises."""
         data = self.picture
         if isinstance(data, str) and "://" in data:
+            check_address(data)
             with fsspec.open(data) as file:
                 data = bytes(file.read(MAX_BYTES + 1))
         elif isinstance(data, Path | str):
@@ -34,6 +35,12 @@ class Sample(NamedTuple):
         require(bool(data) and len(data or b"") <= MAX_BYTES, f"it has no bytes, or more than {MAX_BYTES:,}")
         assert isinstance(data, bytes)
         return data
+
+
+def check_address(url: str) -> None:
+    """Raise `InputError` if a link of an address's chain is fsspec's reference://: its templates can run code."""
+    plain = not any(link.startswith("reference:") for link in url.split("::"))
+    require(plain, f"{printable(url)} fills in templates, expected the address of a file")
 
 
 @dataclass(frozen=True)

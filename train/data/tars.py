@@ -6,7 +6,9 @@ archive that was cut between two entries for a whole one.
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +18,12 @@ import fsspec
 
 from pmf.errors import InputError, first_line, printable, require
 from pmf.pictures import MAX_BYTES, SUFFIXES, is_litter
+from pmf.train.data.samples import check_address
 
 PICTURES = tuple(suffix[1:] for suffix in SUFFIXES)
+SEEN = 1 << 20
+"""Bytes after an archive's end that are looked at; there are zeros, at most 10 KiB in most."""
+MAX_SHARDS = 1_000_000
 READ = {*PICTURES, "cls", "json"}
 
 
@@ -25,12 +31,18 @@ def expand(pattern: str) -> list[str]:
     """The files and addresses that a pattern with braces names. Errors: `InputError` if one would run a command."""
     import braceexpand
 
+    sizes = [abs(int(last) - int(first)) + 1 for first, last in re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern)]
+    require(
+        math.prod(sizes) <= MAX_SHARDS,
+        lambda: f"source: {pattern} names {math.prod(sizes):,} shards, expected at most {MAX_SHARDS:,}",
+    )
     try:
         urls = [url.removeprefix("file:") if "://" not in url else url for url in braceexpand.braceexpand(pattern)]
     except ValueError as error:
         raise InputError(f"source: cannot expand {pattern!r}: {first_line(error)}") from error
     for url in urls:
         require(not url.startswith("pipe:"), f"source: {url} would run a command, expected files or addresses")
+        check_address(url)
     return urls
 
 
@@ -93,6 +105,8 @@ def _check_end(archive: tarfile.TarFile) -> None:
     file.seek(archive.offset)
     block = file.read(tarfile.BLOCKSIZE)
     require(block == bytes(tarfile.BLOCKSIZE), "it has no end: download or write it again")
+    more = "something follows its end, as in archives written one after another into one file: expected one archive"
+    require(not any(file.read(SEEN)), more)
 
 
 def _split(name: str) -> tuple[str, str] | None:
@@ -100,6 +114,6 @@ def _split(name: str) -> tuple[str, str] | None:
     folder, base = os.path.split(name)
     stem, dot, suffix = base.partition(".")
     meta = stem.startswith("__") and stem.endswith("__")
-    if not stem or not dot or meta or any(map(is_litter, Path(name).parts)):
+    if not stem or not dot or meta or any(is_litter(part) for part in Path(name).parts if part != ".."):
         return None
     return os.path.join(folder, stem), suffix.lower()

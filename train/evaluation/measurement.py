@@ -16,12 +16,13 @@ import pmf
 from pmf.errors import InputError, require
 from pmf.features import SPLITS, Chunks, Extractor, Source, quality
 from pmf.images import save_png, to_bytes
-from pmf.metrics import INCEPTION_FEATURES, Resize, Statistics, inception
+from pmf.metrics import INCEPTION_FEATURES, NEIGHBOURS, Resize, Statistics, inception
 from pmf.sampling import seeds_from
 from pmf.train.config import MeasurementConfig
 from pmf.train.distributed import World
 from pmf.train.evaluation.lock import alone
 from pmf.train.evaluation.reference import (
+    Pictures,
     Stopped,
     compute_together,
     never,
@@ -94,6 +95,7 @@ class Measurement:
             raise InputError(NO_REFERENCE)
         self._pictures = open_pictures(path) if path.is_dir() else None
         given = None if self._pictures else Statistics.load(path)
+        _check_enough(self._pictures, given)
         self.resize: Resize = config.resize or (given and given.resize) or "tf1"
         if make_extractor is None:
             if given is not None:  # before the network is loaded, or downloaded
@@ -120,9 +122,8 @@ class Measurement:
         if self._reference is None and self._pictures is not None:
             file = self.out / f"reference-{pictures_digest(self._pictures, self.extractor)}.npz"
             if not self.world.broadcast(file.is_file()):
-                write_folder_statistics(
-                    self._pictures, file, self.extractor, self.world, self.config, keep=True, stopping=stopping
-                )
+                write = partial(write_folder_statistics, keep=True, again=False, stopping=stopping)
+                write(self._pictures, file, self.extractor, self.world, self.config)
             self._take(Statistics.load(file), file)
         assert self._reference is not None
         return self._reference
@@ -197,6 +198,14 @@ class Measurement:
             yield pixels
 
         return images
+
+
+def _check_enough(pictures: Pictures | None, given: Statistics | None) -> None:
+    """Refuse at the start what precision and recall would refuse in the end."""
+    features = given.features if given is not None else None
+    count = pictures.count if pictures is not None else None if features is None else len(features)
+    enough = count is None or count > NEIGHBOURS
+    require(enough, f"reference: expected more than {NEIGHBOURS} images, for precision and recall, got {count}")
 
 
 def _check_width(statistics: Statistics, width: int) -> None:

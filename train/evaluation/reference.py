@@ -16,7 +16,9 @@ from torch import Tensor
 from pmf.data.training_data import CorruptImageError
 from pmf.errors import InputError, extra
 from pmf.features import Chunks, Extractor, Source, find_images, images_of
+from pmf.pictures import open_file, open_picture
 from pmf.train.config import ExtractionConfig
+from pmf.train.data.samples import listed
 from pmf.train.distributed import World
 from pmf.train.evaluation.lock import alone
 from pmf.train.evaluation.results import digest, extractor_digest
@@ -108,12 +110,12 @@ def _prepared(path: Path) -> Pictures:
 
 def _sizes(files: list[Path]) -> Counter[tuple[int, int]]:
     with extra("eval", "reference: pictures need"):
-        from PIL import Image
+        import PIL.Image  # noqa: F401
 
     def size(file: Path) -> tuple[int, int] | None:
         try:
-            with Image.open(file) as picture:
-                return picture.size
+            with open_file(file) as opened:
+                return open_picture(opened).size
         except Exception:  # reading its pixels will name what is wrong
             return None
 
@@ -154,7 +156,7 @@ def compute_together(
 
 def pictures_digest(pictures: Pictures, extractor: Extractor) -> str:
     """Digest of the files' paths, sizes and times and of the extractor: a name for the images' features."""
-    listing = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in pictures.files]
+    listing = [(str(file), *listed(str(file))) for file in pictures.files]
     return digest(listing, extractor_digest(extractor))
 
 
@@ -166,14 +168,20 @@ def write_folder_statistics(
     config: ExtractionConfig,
     *,
     keep: bool,
+    again: bool = True,
     stopping: Callable[[], bool] = never,
 ) -> None:
-    """Write the statistics of these images, with the features if `keep`; an interrupted call resumes when repeated."""
+    """Write the statistics of these images, with the features if `keep`; an interrupted call resumes when repeated.
+
+    Unless `again`, a file that another evaluation wrote meanwhile is kept.
+    """
     name = f".{out.name}.{pictures_digest(pictures, extractor)}-{config.chunk}"
     chunks = Chunks(out.parent / name, pictures.count, config.chunk)
     with alone(out.parent / f"{name}.lock", world, stopping) as held:
         if not held:
             raise Stopped
+        if not again and world.broadcast(out.is_file()):
+            return
         compute_together(chunks, chunks.missing(), pictures.read, extractor, world, config.batch_size, stopping)
         world.main_first(lambda: replace(chunks.statistics(keep=keep), resize=extractor.resize).save(out))
         chunks.remove()
