@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterable
@@ -65,6 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
             advice = "`pmf doctor` with the same options says what fits"
             _report(error, f"out of memory ({first_line(error)}); {advice}")
         except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would interrupt the end
             print("\npmf: interrupted", file=sys.stderr)
             sys.exit(130)
 
