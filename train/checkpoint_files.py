@@ -6,6 +6,7 @@ them. Reading unpickles nothing but the classes of the metadata and values that 
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import pickle
@@ -82,11 +83,26 @@ class CheckedPlanner(dcp.DefaultLoadPlanner):
         super().load_bytes(read_item, buffer)
 
 
-class _Unpickler(pickle.Unpickler):
+_PYTHONS: Any = pickle._Unpickler
+"""The unpickler that is written in Python: that in C reserves any memory that a file asks for."""
+
+
+class _Unpickler(_PYTHONS):
+    dispatch = dict(_PYTHONS.dispatch)
+
     def find_class(self, module: str, name: str) -> Any:
         if name in ALLOWED.get(module, ()):
             return super().find_class(module, name)
         raise InputError(f"{METADATA} refers to {module}.{name}, which no checkpoint of ours does")
+
+    def load_build(self) -> None:
+        """Set the fields of an object of the metadata. Those of a class or an enumeration would change this process."""
+        target = self.stack[-2]
+        plain = dataclasses.is_dataclass(target) and not isinstance(target, type)
+        require(plain, lambda: f"{METADATA} changes {target!r}, which no checkpoint of ours does")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
 
 
 def read_metadata(folder: Path) -> Metadata:

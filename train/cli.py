@@ -14,7 +14,7 @@ import torch
 
 import pmf
 from pmf.errors import InputError, extra, first_line
-from pmf.train.distributed import CommonError
+from pmf.train.distributed import CommonError, lost
 from pmf.train.terminal import soft_output
 
 COMMANDS = {
@@ -61,6 +61,8 @@ def main(arguments: list[str] | None = None) -> None:
         except (InputError, OSError) as error:
             _report(error, str(error))
         except (MemoryError, RuntimeError) as error:
+            if lost(error):
+                _report(error, f"another process of this command ended, and this one with it ({first_line(error)})")
             if not _out_of_memory(error):
                 raise
             advice = "`pmf doctor` with the same options says what fits"

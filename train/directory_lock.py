@@ -33,7 +33,9 @@ class Lock:
         """Remove the file and release it. A worker forked from the owner does neither."""
         if os.getpid() == self.owner:
             del _held[self.path]
-            self.path.unlink(missing_ok=True)  # before it is released, so that nobody else's is removed
+            with contextlib.suppress(OSError):
+                if _is_still(self.path, self.file):
+                    self.path.unlink()  # before it is released, so that nobody else's is removed
             os.close(self.file)
 
 
@@ -53,7 +55,7 @@ def locked(directory: Path, argument: str) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
         lock = acquire(path)
     except OSError as error:
-        raise InputError(f"{argument}: cannot write {directory}: {error.strerror}") from None
+        raise InputError(f"{argument}: cannot write {error.filename or path}: {error.strerror}") from None
     if not isinstance(lock, Lock):
         raise InputError(f"{argument}: {directory} is in use by {lock}, expected it to have ended or another directory")
     try:
@@ -67,7 +69,7 @@ def acquire(path: Path) -> Lock | str:
 
     Closing any descriptor of the file releases the lock, so nothing else may open it. Errors: `OSError`.
     """
-    path = path.resolve()
+    path = path.parent.resolve() / path.name
     with _turn:  # POSIX's locks do not keep one thread from another
         own = _held.get(path)
         if own is not None and own.owner == os.getpid():
@@ -80,7 +82,7 @@ def acquire(path: Path) -> Lock | str:
 
 def _acquired(path: Path) -> Lock | str:
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)  # a link may lead to anyone's file
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -36,6 +37,11 @@ def pick_device(name: str) -> torch.device:
         return torch.device(name)
     except (RuntimeError, AssertionError, ImportError) as error:
         raise InputError(f"device: cannot use {name!r}: {first_line(error)}") from None
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error of PyTorch's says that another process has gone, as gloo, NCCL and the store do in words."""
+    return re.search("closed by peer|reset by peer|Broken pipe|remote process exited", str(error)) is not None
 
 
 class CommonError(InputError):

@@ -225,6 +225,8 @@ class Learner:
             self.world.say(f"resume: {note}; its count starts at {latest}")
         snapshots.load(latest, state)
         self.step, self.skipped = state["step"], state["skipped"]
+        swapped = f"resume: the checkpoint of step {latest} in {directory} holds step {self.step!r}, expected {latest}"
+        require(self.step == latest, swapped)
         for values in uncounted:
             values["step"] = torch.tensor(self.step, dtype=torch.float32)
         for name, part in self.optimizers.items():

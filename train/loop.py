@@ -72,12 +72,13 @@ class Trainer(Learner):
         self.world.main_first(enter)
 
     def _open_directory(self) -> dict | None:
-        resumed = self.config.resume is not None
-        if not resumed:
+        if self.config.resume is None:
             run_directory.make_room(self.directory, self.config.overwrite)
-        run_directory.keep_data_identity(self.directory, self.config.data, self.data, resumed)
+        else:
+            run_directory.check_data_identity(self.directory, self.config.data, self.data)
         stored = replace(self.config, out=self.directory, resume=None, overwrite=False)
-        run_directory.write_config(self.directory, stored)
+        run_directory.write_config(self.directory, stored)  # first: it marks the directory as a run's
+        run_directory.write_data_identity(self.directory, self.config.data, self.data)
         return run_directory.keep_metrics_until(self.directory, self.step)
 
     def run(self) -> None:
@@ -87,11 +88,11 @@ class Trainer(Learner):
                 self.evaluation.prepare()
             if self.step == self.config.steps:  # it stopped while exporting the last step
                 self._export()
-            # The loader comes first: its workers ignore the stop signals.
-            with closing(self._loader()) as batches, StopRequest(self.world.main) as stop, self._saved_on_failure():
-                stopped = self._train(batches, stop)
-        if stopped:
-            self._say_saved(f"stopped at step {self.step}")
+            with StopRequest(self.world.main) as stop:
+                with closing(self._loader()) as batches, self._saved_on_failure():
+                    stopped = self._train(batches, stop)
+                if stopped:
+                    self._say_saved(f"stopped at step {self.step}")
 
     def _train(self, batches: Loader, stop: StopRequest) -> bool:
         """Train to the last step or to a stop; return whether it was a stop."""

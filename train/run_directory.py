@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from pmf.data import TrainingData
 from pmf.errors import InputError, require
 from pmf.train.config import CONFIG_FILE, RunConfig, load_run_config, to_json
 from pmf.train.directory_lock import LOCK_FILE
-from pmf.train.snapshots import FOLDER
+from pmf.train.snapshots import FOLDER, remove
 
 METRICS_FILE = "metrics.jsonl"
 DATA_FILE = "data.json"
@@ -43,10 +42,7 @@ def make_room(directory: Path, overwrite: bool) -> None:
         f"out: {directory} already holds a run, expected --resume {directory}, --overwrite or another --out",
     )
     for path in _run_files(directory):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        remove(path)
 
 
 def write_config(directory: Path, config: RunConfig) -> None:
@@ -54,15 +50,15 @@ def write_config(directory: Path, config: RunConfig) -> None:
     write_atomically(directory / CONFIG_FILE, lambda temporary: temporary.write_text(to_json(config)))
 
 
-def keep_data_identity(directory: Path, spec: str, data: TrainingData, resumed: bool) -> None:
-    """Store what identifies a run's data: number of images and classes, and its fingerprint if it has one.
+def write_data_identity(directory: Path, spec: str, data: TrainingData) -> None:
+    """Store what identifies a run's data."""
+    text = json.dumps(_identity(spec, data)) + "\n"
+    write_atomically(directory / DATA_FILE, lambda temporary: temporary.write_text(text))
 
-    Errors: `InputError` if a resumed run's data has changed under the same name. Other data may be chosen by name.
-    """
-    file = directory / DATA_FILE
-    now = {"data": spec, "images": len(data), "classes": data.num_classes}
-    now["fingerprint"] = getattr(data, "fingerprint", None)
-    before = next(json_lines(file), {}) if resumed else {}
+
+def check_data_identity(directory: Path, spec: str, data: TrainingData) -> None:
+    """Raise `InputError` if a run's data has changed under the same name. Other data may be chosen by name."""
+    now, before = _identity(spec, data), next(json_lines(directory / DATA_FILE), {})
     if before.get("data") == spec:
         known = {name: value for name, value in now.items() if value is not None and before.get(name) is not None}
         changed = [name for name, value in known.items() if value != before[name]]
@@ -72,7 +68,12 @@ def keep_data_identity(directory: Path, spec: str, data: TrainingData, resumed: 
             f"data: {spec} is not what {directory} was trained on ({told}): expected the same pictures; to go on with "
             "others, give their directory another name and choose it by --data",
         )
-    write_atomically(file, lambda temporary: temporary.write_text(json.dumps(now) + "\n"))
+
+
+def _identity(spec: str, data: TrainingData) -> dict[str, Any]:
+    """The number of images and classes of the data, and its fingerprint if it has one."""
+    fingerprint = getattr(data, "fingerprint", None)
+    return {"data": spec, "images": len(data), "classes": data.num_classes, "fingerprint": fingerprint}
 
 
 def metrics(directory: Path) -> Iterator[dict[str, Any]]:

@@ -44,7 +44,7 @@ class Snapshots:
 
     def steps(self) -> list[int]:
         """The steps of the complete snapshots, in order."""
-        found = (re.fullmatch(r"step-(\d+)", path.name) for path in self.folder.glob("step-*"))
+        found = (re.fullmatch(r"step-(\d{8,})", path.name) for path in self.folder.glob("step-*"))
         return sorted(int(match[1]) for match in found if match)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
@@ -62,7 +62,7 @@ class Snapshots:
                 state, storage_writer=CheckedWriter(folder), process_group=self.group, no_dist=self.group is None
             )
         except FAILURES as error:
-            raise self._failure(step, error) from error
+            raise InputError(self._failure(step, error)) from error
         assert isinstance(future, Future)  # async_save returns one unless asked for a staging future
         self.pending = (step, future)
 
@@ -75,15 +75,22 @@ class Snapshots:
             return
         (step, future), self.pending = self.pending, None
         try:
-            future.result()
+            future.result()  # fails in every process or in none
+        except FAILURES as error:
+            raise CommonError(self._failure(step, error)) from error
+        try:
             if self.world.main:
                 _synchronise(self._partial(step))
                 os.replace(self._partial(step), self._path(step))
                 _synchronise(self.folder)
-                for old in self.steps()[: -self.keep]:  # hide before deleting: a visible one is complete
-                    shutil.rmtree(self._path(old).replace(self._partial(old)))
-        except FAILURES as error:
-            raise self._failure(step, error) from error
+                self._remove_old()
+        except OSError as error:
+            raise InputError(self._failure(step, error)) from error
+
+    def _remove_old(self) -> None:
+        for old in self.steps()[: -self.keep]:
+            with contextlib.suppress(OSError):  # someone may be reading it
+                remove(self._path(old).replace(self._partial(old)))  # hidden first: a visible one is complete
 
     def newest(self) -> int:
         """The step of the newest snapshot that is whole. Damaged ones after it are set aside, which is said.
@@ -118,7 +125,8 @@ class Snapshots:
         for damaged, fault in faults.items():
             path = self._path(damaged)
             aside = path.with_name(f"damaged-{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
+            if aside.exists():
+                remove(aside)
             path.replace(aside)
             self.world.say(f"resume: {path} is damaged: {fault}; it is now {aside.name}. Going back to step {step}")
 
@@ -154,19 +162,30 @@ class Snapshots:
     def _partial(self, step: int) -> Path:
         return self.folder / f".step-{step:08d}"
 
-    def _failure(self, step: int, error: BaseException) -> CommonError:
+    def _failure(self, step: int, error: BaseException) -> str:
+        """What to say of a snapshot that cannot be written; what is written of it is removed."""
         if self.world.main:
             shutil.rmtree(self._partial(step), ignore_errors=True)
         kept = self.steps()
         last = f"the last complete checkpoint is that of step {kept[-1]}" if kept else "no checkpoint is complete"
-        return CommonError(f"path: cannot write {self._path(step)}: {_reason(error)}; {last}")
+        return f"path: cannot write {self._path(step)}: {_reason(error)}; {last}"
 
 
 def _make_room(folder: Path) -> None:
     """Create the folder of a new snapshot, and delete unfinished ones."""
     for torn in folder.parent.glob(".step-*"):
-        shutil.rmtree(torn)
-    folder.mkdir(parents=True)
+        with contextlib.suppress(OSError):
+            remove(torn)
+    folder.parent.mkdir(exist_ok=True)  # not its parent: a run's directory that was removed stays so
+    folder.mkdir()
+
+
+def remove(path: Path) -> None:
+    """Delete a folder, a file or a link, but not what it points to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _synchronise(folder: Path) -> None:

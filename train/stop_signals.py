@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pmf.data.workers import STOP_SIGNALS
+from pmf.train.terminal import silence_the_unread
 
 
 class StopWaiting(BaseException):
@@ -37,6 +38,7 @@ class StopRequest:
     def _request(self, number: int, frame: object) -> None:
         now = "is still about to save" if self.requested else "saves and stops after the step it is in"
         self.requested = True
+        silence_the_unread()  # a run that waits for its reader would not stop
         if self.told:
             end = f"kill -9 {os.getpid()} ends it unsaved"
             print(f"\n{signal.Signals(number).name}: the run {now} ({end})", file=sys.stderr, flush=True)

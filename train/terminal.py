@@ -6,6 +6,7 @@ import contextlib
 import errno
 import logging
 import os
+import select
 import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
@@ -38,7 +39,7 @@ class SoftStream:
     def _softly(self, work: Any) -> None:
         try:
             work()
-        except ValueError:  # it is closed
+        except (ValueError, RuntimeError):  # it is closed, or a signal's handler interrupts a write
             pass
         except OSError as error:
             if error.errno in GONE:
@@ -51,6 +52,14 @@ def silence(stream: TextIO) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
+
+
+def silence_the_unread() -> None:
+    """Silence standard output and error where their reader leaves no room, so that writing does not wait for it."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # it is closed, or no file
+            if not select.select([], [stream.fileno()], [], 0)[1]:
+                silence(stream)
 
 
 @contextlib.contextmanager

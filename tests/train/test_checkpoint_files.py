@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import pickle
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata
 
 import pmf
 from pmf.train.checkpoint_files import CheckedPlanner, CheckedReader, CheckedWriter, read_metadata
@@ -133,3 +137,57 @@ def test_when_all_are_damaged_each_is_named(run):
     with pytest.raises(pmf.InputError, match=r"is damaged: step-00000006: __0_0.distcp does not .*; step-00000003: "):
         resumed(run)
     assert complete(run) == [3, 6]
+
+
+PICKLED = b"\x80\x04\x8c\x25torch.distributed.checkpoint.metadata"
+CHANGES = {
+    "class": PICKLED + b"\x8c\x08Metadata\x93N}\x8c\x0a__module__\x8c\x02oss\x86b.",
+    "member": PICKLED + b"\x8c\x14_MEM_FORMAT_ENCODING\x93K\x00\x85R}\x8c\x07_value_K\x07sb.",
+}
+
+
+@pytest.mark.parametrize("target", CHANGES)
+def test_metadata_from_a_stranger_change_no_class(tmp_path, target):
+    """A class with another `__module__` would import it when the next checkpoint is pickled."""
+    (tmp_path / ".metadata").write_bytes(CHANGES[target])
+    with pytest.raises(pmf.InputError, match=r"\.metadata changes .*, which no checkpoint of ours does"):
+        read_metadata(tmp_path)
+    assert Metadata.__module__ == "torch.distributed.checkpoint.metadata"
+
+
+def test_metadata_from_a_stranger_reserve_no_memory(tmp_path):
+    """Five bytes of a pickle can name an entry of the memo, and the unpickler in C makes room for all before it."""
+    (tmp_path / ".metadata").write_bytes(b"\x80\x04Nr\xff\xff\xff\x03.")
+    code = "import sys, resource, pathlib; from pmf.train.checkpoint_files import read_metadata\n"
+    code += "try: read_metadata(pathlib.Path(sys.argv[1]))\n"
+    code += "except Exception: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)"
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert int(result.stdout) < 1000, result
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_refused(run):
+    shutil.rmtree(run / "checkpoints" / "step-00000006")
+    (run / "checkpoints" / "step-00000003").rename(run / "checkpoints" / "step-00000006")
+    with pytest.raises(pmf.InputError, match=r"the checkpoint of step 6 in .* holds step 3, expected 6"):
+        resumed(run)
+
+
+def test_folders_with_other_names_are_no_checkpoints(run):
+    (run / "checkpoints" / "step-7").mkdir()
+    assert resumed(run).step == 6
+
+
+def test_a_checkpoint_that_is_a_link_is_removed_without_what_it_points_to(run, tmp_path):
+    (run / "checkpoints" / "step-00000003").rename(tmp_path / "kept")
+    (run / "checkpoints" / "step-00000003").symlink_to(tmp_path / "kept")
+    resumed(run, steps=12).run()
+    assert complete(run) == [9, 12] and (tmp_path / "kept" / ".metadata").exists()
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_stops_nothing(run, monkeypatch):
+    def busy(path):
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    resumed(run, steps=12).run()
+    assert complete(run) == [9, 12]

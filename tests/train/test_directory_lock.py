@@ -70,3 +70,25 @@ def test_a_forked_worker_neither_holds_nor_releases_it(tmp_path):
             pass
         assert (tmp_path / LOCK_FILE).exists()
     assert not (tmp_path / LOCK_FILE).exists()
+
+
+def test_a_link_in_its_place_is_not_followed(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LOCK_FILE).symlink_to(tmp_path / "mine")
+    with pytest.raises(pmf.InputError, match=r"out: cannot write .*run/\.lock: Too many levels of symbolic links"):
+        locked(tmp_path / "run", "out").__enter__()
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("now", ["another's lock", "a file"])
+def test_its_end_leaves_what_has_replaced_the_directory(tmp_path, now):
+    run = tmp_path / "run"
+    with locked(run, "out"):
+        run.rename(tmp_path / "before")
+        if now == "a file":
+            run.touch()
+        else:
+            run.mkdir()
+            (run / LOCK_FILE).touch()
+    assert run.is_file() or (run / LOCK_FILE).exists()

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import pmf
-from pmf.data import CorruptImageError
+from pmf.data import CorruptImageError, Loader
 from pmf.train.config import load_run_config
 from pmf.train.demo import digits
 from pmf.train.loop import Trainer
@@ -330,3 +330,31 @@ def test_an_interruption_is_one_line_in_every_command():
         time.sleep(2)
     # Python ends itself by the signal if it came while a string was executed.
     assert job.returncode in (130, -signal.SIGINT) and job.communicate()[1].split() == ["pmf:", "interrupted"]
+
+
+def test_a_reader_that_does_not_read_does_not_keep_the_run_from_stopping(tmp_path):
+    ours, theirs = os.pipe()
+    fcntl.fcntl(theirs, fcntl.F_SETPIPE_SZ, 8192)
+    job = start(tmp_path / "run", "--steps", "100000", stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    try:
+        wait_for_steps(tmp_path / "run", 3, job)
+        before = 0
+        while before < lines(tmp_path / "run"):  # until it waits for the reader
+            before = lines(tmp_path / "run")
+            time.sleep(2)
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(timeout=20) == 0 and complete(tmp_path / "run")[-1] == lines(tmp_path / "run")
+    finally:
+        job.kill()
+        os.close(ours)
+
+
+def test_signals_while_the_workers_end_change_nothing(tmp_path, monkeypatch, capsys):
+    close = Loader.close
+    monkeypatch.setattr(Loader, "close", lambda self: (os.kill(os.getpid(), signal.SIGINT), close(self)))
+    trainer = Trainer(config(tmp_path / "run"), digits()[0])
+    gradients = trainer._gradients
+    trainer._gradients = lambda *b: (trainer.step == 2 and os.kill(os.getpid(), signal.SIGINT), gradients(*b))[1]
+    trainer.run()
+    assert "stopped at step 3; the run is saved at step 3" in capsys.readouterr().out
