@@ -17,8 +17,8 @@ class InputError(Exception):
     Not a ValueError: command-line parsers catch and reword those.
     """
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message.replace("\n", "\\n"))  # a name may hold a line break
+    def __str__(self) -> str:
+        return super().__str__().replace("\n", "\\n")  # a name may hold a line break
 
 
 def require(condition: bool, message: str | Callable[[], str]) -> None:

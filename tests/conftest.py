@@ -1,11 +1,15 @@
 """Without a GPU the kernels run in Triton's interpreter; allocations hold NaN until they are written."""
 
 import os
+import signal
 
 import pytest
 import torch
 
 from tests.kernels.interpreter import interpret
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a shell's background, which the tests' processes inherit
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if torch.cuda.is_available():
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # makes cuBLAS products deterministic

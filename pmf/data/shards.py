@@ -151,7 +151,8 @@ def check_classes(names: tuple[str, ...], argument: str) -> None:
     for line, name in enumerate(names, 1):
         whole = name.strip() != "" and name.splitlines() == [name] and "\0" not in name
         whole = whole and name.encode(errors="replace").decode() == name
-        require(whole, f"{argument}: class {line} is called {printable(name)!r}, expected one line of UTF-8")
+        if not whole:
+            raise InputError(f"{argument}: class {line} is called {printable(name)!r}, expected one line of UTF-8")
         same = f"{argument}: classes {lines.get(name)} and {line} are both called {name!r}, expected different names"
         require(name not in lines, same)
         lines[name] = line

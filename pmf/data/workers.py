@@ -102,10 +102,10 @@ class Batches:
                     worker.kill()
 
     def _death(self) -> str | None:
-        """What ended a worker, if one has ended or does so in this second."""
+        """What ended a worker, if one has ended or is about to: a crash takes time to write its report."""
         if self._stuck:
             return f"{_stuck(STUCK)}; {FEWER} and shows where it waits"
-        multiprocessing.connection.wait([worker.sentinel for worker in self._workers], timeout=1)
+        multiprocessing.connection.wait([worker.sentinel for worker in self._workers], timeout=PATIENCE)
         for number, worker in enumerate(self._workers):
             if (status := worker.exitcode) is not None:
                 return f"data: worker {number} {REASONS.get(status) or _reason(status)}"

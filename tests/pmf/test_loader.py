@@ -139,7 +139,8 @@ def test_impossible_loaders_are_refused(change, message):
 SIGNALLED = """
 import os, signal, torch
 from pmf.data import ImageSet, Loader
-for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT):
+from pmf.data.workers import STOP_SIGNALS
+for number in STOP_SIGNALS:
     signal.signal(number, lambda *_: print("asked to stop", flush=True))
 data = ImageSet(torch.zeros(64, 1, 2, 2), torch.arange(64))
 kept = []
