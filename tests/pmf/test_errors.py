@@ -11,7 +11,7 @@ from pmf.errors import extent, require
 from tests.networks import TINY, random_model
 
 ROOT = Path(__file__).parents[2]
-CHEAP = {"bool", "getattr", "len", "list", "map", "sorted", "tuple", "type", "join"}
+CHEAP = {"printable", "bool", "getattr", "len", "list", "map", "sorted", "tuple", "type", "join"}
 """Calls of names and shapes at hand."""
 
 

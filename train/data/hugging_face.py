@@ -59,7 +59,9 @@ def _given(query: str) -> dict[str, str]:
         require(known, f"source: hf options are {', '.join(OPTIONS)}; got {query!r}")
         require(name not in given, f"source: the hf option {name} is given twice: {query!r}")
         given[name] = unquote_plus(value)
-    require(given.get("streaming", "1") == "1", f"source: streaming: expected 1, got {given.get('streaming')!r}")
+    require(
+        given.get("streaming", "1") == "1", lambda: f"source: streaming: expected 1, got {given.get('streaming')!r}"
+    )
     return given
 
 
