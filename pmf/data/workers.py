@@ -84,7 +84,7 @@ class Batches:
                 except Exception as error:
                     if not (self._workers and timed_out(error)) or self._stuck:
                         unknown = f"data: {type(error).__name__}: {first_line(error)}"
-                        raise InputError(self._death() or unknown) from error
+                        raise InputError(self._death(error) or unknown) from error
         finally:
             self._waiting, self._taken = False, self._taken + 1
 
@@ -101,11 +101,12 @@ class Batches:
                 for worker in self._workers:
                     worker.kill()
 
-    def _death(self) -> str | None:
+    def _death(self, error: Exception) -> str | None:
         """What ended a worker, if one has ended or is about to: a crash takes time to write its report."""
         if self._stuck:
             return f"{_stuck(STUCK)}; {FEWER} and shows where it waits"
-        multiprocessing.connection.wait([worker.sentinel for worker in self._workers], timeout=PATIENCE)
+        cut = isinstance(error, EOFError | ConnectionError)  # a crashed worker's core may be written for long
+        multiprocessing.connection.wait([worker.sentinel for worker in self._workers], timeout=20 if cut else 1)
         for number, worker in enumerate(self._workers):
             if (status := worker.exitcode) is not None:
                 return f"data: worker {number} {REASONS.get(status) or _reason(status)}"

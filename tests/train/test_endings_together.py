@@ -63,4 +63,4 @@ def test_one_process_that_fails_ends_all(tmp_path, case):
     assert not any("Traceback" in text for text in errors), errors
     assert f"pmf: {told.replace('RUN', str(run))}" in errors[hurt if case != "killed" else 0]
     assert [job.returncode for job in jobs] == ([2, -9] if case == "killed" else [2, 2])
-    assert complete(run) == ([3] if case == "killed" else [])
+    assert complete(run) in ([[], [3]] if case == "killed" else [[]])  # the other's part of step 3 may be lost with it
