@@ -106,8 +106,10 @@ class Batches:
         if self._stuck:
             return f"{_stuck(STUCK)}; {FEWER} and shows where it waits"
         cut = isinstance(error, EOFError | ConnectionError)  # a crashed worker's core may be written for long
-        multiprocessing.connection.wait([worker.sentinel for worker in self._workers], timeout=20 if cut else 1)
+        ended = multiprocessing.connection.wait([w.sentinel for w in self._workers], timeout=20 if cut else 1)
         for number, worker in enumerate(self._workers):
+            if worker.sentinel in ended:
+                worker.join()  # its status comes a moment after its files are closed
             if (status := worker.exitcode) is not None:
                 return f"data: worker {number} {REASONS.get(status) or _reason(status)}"
         return None
