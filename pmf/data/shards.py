@@ -201,9 +201,10 @@ class PreparedShards:
         tables = _open_all(self.directory)
         self.settings = settings_of(tables[0])
         table = pa.concat_tables(tables)
-        self._images, self._keys = table["image"], table["key"]
+        self._images, self._keys = table["image"].chunks, table["key"]
+        self._starts = np.cumsum([0, *map(len, self._images)])
         self._labels, self._checksums = table["label"].to_numpy(), table["checksum"].to_numpy()
-        self._rows = np.flatnonzero(self._images.is_valid().to_numpy())
+        self._rows = np.flatnonzero(table["image"].is_valid().to_numpy())
         self._sizes = _sizes(self.directory, len(tables))
         self.classes = read_classes(self.directory / CLASSES_FILE, "data")
         """The classes' names."""
@@ -239,10 +240,18 @@ class PreparedShards:
         """(bytes, label), checked. Errors: `CorruptImageError` names the shard and the picture's key in the source."""
         row = self._rows[index].item()
         self._check_size(row // self.settings.shard_images)
-        data, label = self._images[row].as_buffer(), self._labels[row].item()
+        data, label = self._bytes(row), self._labels[row].item()
         if checksum(data, label) != self._checksums[row]:
             raise CorruptImageError(self._name(row), "its checksum is not the one it was written with")
         return data, label
+
+    def _bytes(self, row: int) -> pa.Buffer:
+        """The mapped bytes of a row's image; Arrow's own access to a row copies them."""
+        number = self._starts.searchsorted(row, side="right").item() - 1
+        image = self._images[number].slice(row - self._starts[number].item(), 1)
+        _, offsets, images = image.buffers()
+        begin, end = np.frombuffer(offsets, np.int64, 2, 8 * image.offset).tolist()
+        return images.slice(begin, end - begin)
 
     def _check_size(self, number: int) -> None:
         """Refuse a shard that was cut since it was mapped: reading it would end the process with SIGBUS."""
