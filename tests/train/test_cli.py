@@ -9,23 +9,9 @@ import pytest
 from PIL import Image
 
 from pmf.train.cli import main
+from tests.train.small_runs import SMALL_MODEL
 
-TINY_RUN = [
-    "--steps",
-    "2",
-    "--batch-size",
-    "4",
-    "--model.depth",
-    "2",
-    "--model.aux-head-depth",
-    "1",
-    "--model.hidden-size",
-    "16",
-    "--model.num-heads",
-    "2",
-    "--loss.p-mean",
-    "0.1",
-]
+TINY_RUN = ["--steps", "2", "--batch-size", "4", "--loss.p-mean", "0.1", *SMALL_MODEL]
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from pmf.memory import TrainingMemory
 from pmf.train.cli import main
 from pmf.train.config import RunConfig
 from pmf.train.doctor import HEADROOM, Doctor, DoctorConfig, data_change, memory_change
+from tests.train.small_runs import SMALL_MODEL
 
-SIZES = {"depth": 2, "aux-head-depth": 1, "hidden-size": 16, "num-heads": 2}
-TINY = [word for name, size in SIZES.items() for word in (f"--model.{name}", str(size))] + ["--batch-size", "8"]
+TINY = [*SMALL_MODEL, "--batch-size", "8"]
 QUICK = ["--device", "cpu", "--seconds", "0.1", *TINY]
 
 

@@ -24,25 +24,12 @@ from pmf.train.config import load_run_config
 from pmf.train.demo import digits
 from pmf.train.loop import Trainer
 from pmf.train.progress import Progress
+from tests.train.small_runs import ENVIRONMENT, SMALL_MODEL
 from tests.train.test_distributed import free_port
 from tests.train.test_killed import complete, lines
 from tests.train.test_loop import break_steps, config, losses, train
 
-FLAGS = [
-    "--batch-size",
-    "8",
-    "--device",
-    "cpu",
-    "--model.depth",
-    "2",
-    "--model.aux-head-depth",
-    "1",
-    "--model.hidden-size",
-    "16",
-    "--model.num-heads",
-    "2",
-]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+FLAGS = ["--batch-size", "8", "--device", "cpu", *SMALL_MODEL]
 
 
 def start(out: Path, *flags: str, **options) -> subprocess.Popen:

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
+from tests.train.small_runs import ENVIRONMENT
 from tests.train.test_distributed import free_port
-from tests.train.test_endings import ENVIRONMENT, FLAGS
+from tests.train.test_endings import FLAGS
 from tests.train.test_killed import complete
 
 RANK = """

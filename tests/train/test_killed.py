@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import random
 import signal
 import subprocess
@@ -18,22 +17,20 @@ import torch
 from pmf.train.config import load_run_config
 from pmf.train.demo import digits
 from pmf.train.loop import Trainer
+from tests.train.small_runs import ENVIRONMENT, SMALL_MODEL
 from tests.train.test_distributed import free_port
 
 STEPS = 60
-FLAGS = (
-    f"--steps {STEPS} --batch-size 8 --device-batch 4 --save-every 2 --sample-every 30 --device cpu "
-    "--model.depth 2 --model.aux-head-depth 1 --model.hidden-size 16 --model.num-heads 2"
-).split()
+RUN = f"--steps {STEPS} --batch-size 8 --device-batch 4 --save-every 2 --sample-every 30 --device cpu"
+FLAGS = [*RUN.split(), *SMALL_MODEL]
 
 
 def start(processes: int, arguments: list[str]) -> list[subprocess.Popen]:
     """Start the command line in one process, or in several as torchrun does."""
     command = [sys.executable, "-m", "pmf.train", "train", *arguments]
-    common = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     if processes == 1:
-        return [subprocess.Popen(command, env=common, stdout=subprocess.DEVNULL)]
-    common |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(processes))
+        return [subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL)]
+    common = ENVIRONMENT | dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(processes))
     ranks = [common | dict(RANK=str(i), LOCAL_RANK=str(i)) for i in range(processes)]
     return [subprocess.Popen(command, env=e, stdout=subprocess.DEVNULL) for e in ranks]
 
