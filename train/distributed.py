@@ -141,11 +141,11 @@ def join(device: str, sharding: str | None = None) -> World:
     chosen = pick_device(device)
     if chosen.index is not None and chosen.type == "cuda":
         torch.cuda.set_device(chosen)  # Triton launches on the current device
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_stop_after, args=(os.getppid(),), daemon=True).start()
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
         return World(chosen)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        threading.Thread(target=_stop_after, args=(os.getppid(),), daemon=True).start()
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if sharding and chosen.type == "cuda" else "gloo")
     group = dist.new_group(backend="gloo", timeout=PATIENCE)
