@@ -54,10 +54,13 @@ def main(arguments: list[str] | None = None) -> None:
 
     Bad input and a failing system end with one line on standard error and exit status 2, Ctrl-C with status 130.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if _is_idle(arguments):
+        return
     with soft_output():
         try:
             _find_packages()
-            _run(sys.argv[1:] if arguments is None else arguments)
+            _run(arguments)
         except (InputError, OSError) as error:
             _report(error, str(error))
         except (MemoryError, RuntimeError) as error:
@@ -73,6 +76,12 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(130)
 
 
+def _is_idle(arguments: list[str]) -> bool:
+    """Whether torchrun started this process for something that its first process does alone."""
+    other = "LOCAL_RANK" in os.environ and int(os.environ.get("RANK", 0)) > 0
+    return other and (arguments[:1] in ([], ["data"], ["sample"]) or not {"-h", "--help"}.isdisjoint(arguments))
+
+
 def _out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, of a GPU (which has a class of error) or of the CPU (which PyTorch reports in words)."""
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)
@@ -85,7 +94,8 @@ def _report(error: BaseException, message: str) -> None:
     if other and not isinstance(error, CommonError):
         time.sleep(PATIENCE)  # if the first process fails as well, it reports, and torchrun ends this one meanwhile
     if not (other and isinstance(error, CommonError)):
-        print(f"pmf: {' '.join(message.split())}", file=sys.stderr)
+        line = "\n" * other + f"pmf: {' '.join(message.split())}"  # a line of its own: not behind the first one's bar
+        print(line, file=sys.stderr)
     sys.exit(2)
 
 

@@ -83,16 +83,24 @@ class Trainer(Learner):
 
     def run(self) -> None:
         """Train to the last step. The stop signals save and stop; a full disk stops without saving."""
-        with soft_output(), self.lock:
-            if self.evaluation is not None:
-                self.evaluation.prepare()
+        with soft_output(), self.lock, StopRequest(self.world.main) as stop:
+            stopped = self._prepare_evaluation(stop)
             if self.step == self.config.steps:  # it stopped while exporting the last step
                 self._export()
-            with StopRequest(self.world.main) as stop:
+            if not stopped:
                 with closing(self._loader()) as batches, self._saved_on_failure():
                     stopped = self._train(batches, stop)
-                if stopped:
-                    self._say_saved(f"stopped at step {self.step}")
+            if stopped:
+                self._say_saved(f"stopped at step {self.step}")
+
+    def _prepare_evaluation(self, stop: StopRequest) -> bool:
+        """Compute the statistics of a reference that has none, for long; return whether that was stopped."""
+        try:
+            if self.evaluation is not None:
+                self.evaluation.prepare(stop.is_requested)
+            return False
+        except Stopped:
+            return True
 
     def _train(self, batches: Loader, stop: StopRequest) -> bool:
         """Train to the last step or to a stop; return whether it was a stop."""

@@ -7,9 +7,11 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterable
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -168,7 +170,14 @@ def _begin_worker(number: int) -> None:
     for stop in STOP_SIGNALS:
         signal.signal(stop, signal.SIG_IGN)
     on_unsendable(_leave)
+    sys.excepthook = _unless_refused
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _unless_refused(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Report what ended a thread that hands out batches, unless it is a reader that a stop signal called away."""
+    if not issubclass(kind, EOFError | OSError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _leave(error: Exception, batch: object) -> None:

@@ -1,5 +1,6 @@
 """Whatever ends or sticks in a worker of the loader is one error within seconds, and nothing waits for it."""
 
+import contextlib
 import errno
 import logging
 import multiprocessing
@@ -271,3 +272,16 @@ def test_workers_ignore_the_signals_that_stop_a_run():
             os.kill(int(pid), number)
     for _ in range(12):
         next(loader)
+
+
+def test_a_wait_that_a_signal_ends_leaves_no_traceback_of_the_worker(capfd, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    loader = Loader(Faulty(lambda image: (image, 0)), 8, seed=0, workers=1)
+    monkeypatch.setattr("multiprocessing.connection.answer_challenge", interrupted)  # while it fetches a batch
+    with contextlib.suppress(KeyboardInterrupt):
+        next(loader)
+    time.sleep(1)  # the worker notices
+    loader.close()
+    assert capfd.readouterr().err == ""

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import re
@@ -117,6 +118,18 @@ def test_a_process_ends_with_its_status_and_all_that_it_printed(started_by_torch
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == status and ("usage: pmf COMMAND" in result.stdout) == (not error)
     assert result.stderr.startswith(error) and result.stderr.count("\n") == bool(error)
+
+
+@pytest.mark.parametrize("arguments", [[], ["train", "--help"], ["sample", "/no"], ["data", "prepare", "folder:/no"]])
+def test_what_one_process_does_is_not_repeated_by_the_others_of_torchrun(arguments, monkeypatch, capsys):
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "1")
+    main(arguments)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.delenv("LOCAL_RANK")  # a cluster names its machines by RANK: there this is the only process
+    with contextlib.suppress(SystemExit):
+        main(arguments)
+    assert capsys.readouterr() != ("", "")
 
 
 def test_unknown_commands_name_the_known_ones():

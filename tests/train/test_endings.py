@@ -22,6 +22,7 @@ import pmf
 from pmf.data import CorruptImageError, Loader
 from pmf.train.config import load_run_config
 from pmf.train.demo import digits
+from pmf.train.evaluation.reference import Stopped, never
 from pmf.train.loop import Trainer
 from pmf.train.progress import Progress
 from tests.train.small_runs import ENVIRONMENT, SMALL_MODEL
@@ -102,6 +103,21 @@ def test_a_stop_signal_ends_the_wait_for_images(tmp_path, workers):
     began = time.monotonic()
     trainer.run()
     assert time.monotonic() - began < 20 and complete(tmp_path / "run") == [2]
+
+
+def test_a_stop_signal_ends_the_computation_of_a_reference(tmp_path, capsys):
+    class Preparing:
+        def prepare(self, stopping=never):
+            os.kill(os.getpid(), signal.SIGINT)
+            if stopping():
+                raise Stopped
+
+    trainer = Trainer(config(tmp_path / "run"), digits()[0])
+    trainer.evaluation = Preparing()
+    trainer.run()
+    captured = capsys.readouterr()
+    assert captured.err.startswith("\nSIGINT: the run saves and stops") and trainer.step == 0
+    assert captured.out == "stopped at step 0; the run is not saved\n"
 
 
 def test_a_hangup_that_nohup_ignores_stays_ignored(tmp_path):

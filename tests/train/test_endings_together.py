@@ -9,8 +9,8 @@ import pytest
 
 from tests.train.small_runs import ENVIRONMENT
 from tests.train.test_distributed import free_port
-from tests.train.test_endings import FLAGS
-from tests.train.test_killed import complete
+from tests.train.test_endings import FLAGS, wait_for_steps
+from tests.train.test_killed import complete, lines
 
 RANK = """
 import os, sys
@@ -65,3 +65,14 @@ def test_one_process_that_fails_ends_all(tmp_path, case):
     assert f"pmf: {told.replace('RUN', str(run))}" in errors[hurt if case != "killed" else 0]
     assert [job.returncode for job in jobs] == ([2, -9] if case == "killed" else [2, 2])
     assert complete(run) in ([[], [3]] if case == "killed" else [[]])  # the other's part of step 3 may be lost with it
+
+
+def test_a_run_whose_torchrun_is_killed_saves_and_ends(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "pmf.train", "digits", "--out", str(tmp_path / "run"), "--steps", "100000", *FLAGS]
+    job = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_steps(tmp_path / "run", 3, job)
+    job.kill()
+    told, errors = job.communicate(timeout=20)  # it waits for all that hold the pipes
+    assert "SIGTERM: the run saves" in errors and "Traceback" not in errors
+    assert f"the run is saved at step {lines(tmp_path / 'run')}" in told

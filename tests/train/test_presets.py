@@ -1,6 +1,7 @@
 """Presets, and the launch scripts."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -54,21 +55,17 @@ def test_torchrun_script_trains_and_continues(tmp_path):
     )
 
 
-def test_slurm_script_gives_every_process_its_ranks(tmp_path):
-    """With stand-ins for Slurm's two commands: one node with two processes, of which the second runs."""
-    (tmp_path / "scontrol").write_text("#!/bin/sh\necho node7\n")
-    (tmp_path / "srun").write_text('#!/bin/sh\nshift 2\nSLURM_PROCID=1 SLURM_LOCALID=1 exec "$@"\n')
-    (tmp_path / "python").write_text(
-        '#!/bin/sh\necho $RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR "$@"\n'
-    )
-    for file in tmp_path.iterdir():
-        file.chmod(0o755)
-    result = subprocess.run(
+def slurm(folder: Path, **programs: str) -> subprocess.Popen:
+    """Start slurm.sh on one node with two processes, with stand-ins for these programs."""
+    for name, text in programs.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    return subprocess.Popen(
         ["bash", str(LAUNCH / "slurm.sh"), "digits", "runs/x", "--steps", "2"],
-        capture_output=True,
+        stdout=subprocess.PIPE,
         text=True,
         env=dict(
-            PATH=f"{tmp_path}:{os.environ['PATH']}",
+            PATH=f"{folder}:{os.environ['PATH']}",
             SLURM_JOB_NODELIST="node[7]",
             SLURM_NTASKS="2",
             SLURM_NTASKS_PER_NODE="2",
@@ -76,4 +73,26 @@ def test_slurm_script_gives_every_process_its_ranks(tmp_path):
             SLURM_JOB_ID="1",
         ),
     )
-    assert result.stdout.split("\n")[0] == "1 1 2 2 node7 -m pmf.train train digits --out runs/x --steps 2", result
+
+
+def test_slurm_script_gives_every_process_its_ranks(tmp_path):
+    """The second process runs."""
+    job = slurm(
+        tmp_path,
+        scontrol="echo node7",
+        srun='shift 2\nSLURM_PROCID=1 SLURM_LOCALID=1 exec "$@"',
+        python='echo $RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR "$@"',
+    )
+    told = job.communicate()[0]
+    assert (
+        told.split("\n")[0] == "1 1 2 2 node7 -m pmf.train train digits --out runs/x --steps 2" and not job.returncode
+    )
+
+
+@pytest.mark.parametrize(("end", "status"), [("exit 0", 0), ("exit 2", 2), ("trap - USR1; kill -USR1 $$", 138)])
+def test_slurm_script_requeues_the_job_however_the_run_ends(tmp_path, end, status):
+    """A signal that comes while the run starts ends it before it can save."""
+    job = slurm(tmp_path, scontrol='echo "$@"', srun=f"trap '{end}' USR1; echo begun; sleep 30 & wait")
+    assert job.stdout.readline() == "begun\n"
+    job.send_signal(signal.SIGUSR1)
+    assert job.stdout.readline() == "requeue 1\n" and job.wait() == status

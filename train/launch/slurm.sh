@@ -21,9 +21,11 @@ export MASTER_ADDR=${hosts%%$'\n'*} MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)
 export WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
 again=no
 # Slurm signals only this shell; srun forwards the signal to the processes, which save and exit.
-trap 'again=yes; kill -USR1 "$!"' USR1
+trap 'again=yes; kill -USR1 "$!" || true' USR1
 # srun gets the job's cores per task only if asked for them. A process that fails must end the others, which would wait.
 # shellcheck disable=SC2016 # every process expands its own ranks
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python -m pmf.train train "$@"' train "${run[@]}" "$@" &
-wait $! || wait $!
-[ "$again" = no ] || scontrol requeue "$SLURM_JOB_ID"
+status=0
+wait $! || wait $! || status=$?
+[ "$again" = no ] || scontrol requeue "$SLURM_JOB_ID" # whatever the status: it may have been starting, or saving
+exit $status
