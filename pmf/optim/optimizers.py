@@ -94,9 +94,9 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     """
     check_values(OptimizerConfig, config=config)
     check_values(int, step=step, steps=steps)
-    require(0 <= step <= steps, f"step: expected 0 to {steps}, got {step}")
+    require(step >= 0 and steps > 0, f"step, steps: expected >= 0 and > 0, got {step} and {steps}")
     risen = min(1.0, step / config.warmup_steps) if config.warmup_steps else 1.0
     begin = max(steps * (1 - config.decay_share), config.warmup_steps)
-    x = (step - begin) / (steps - begin) if step > begin else 0.0
+    x = min(1.0, (step - begin) / max(steps - begin, 1)) if step > begin else 0.0  # past the end it stays
     left = 1 - x if config.decay == "linear" else (1 + math.cos(math.pi * x)) / 2
     return config.learning_rate * risen * (config.decay_to + (1 - config.decay_to) * left)

@@ -100,7 +100,7 @@ CASES = [
     ("betas", lambda: NesterovAdam([WEIGHT], lr=1, betas=(0.5,))),
     ("config", lambda: build_optimizers(MODEL, None)),
     ("model", lambda: build_optimizers(None, OptimizerConfig())),
-    *(("step", lambda v=v: learning_rate(OptimizerConfig(), *v)) for v in ((-1, 10), (20, 10), (None, 10))),
+    *(("step", lambda v=v: learning_rate(OptimizerConfig(), *v)) for v in ((-1, 10), (0, 0), (None, 10))),
 ]  # fmt: skip
 
 
@@ -117,3 +117,9 @@ def test_arguments_of_every_accepted_kind_are_taken():
     EMA(MODEL, np.float64(500)).update(MODEL, 4, 4)
     Muon([WEIGHT], lr=1)
     Statistics(np.zeros(2), np.eye(2), np.int64(3), None, "tf1")
+
+
+def test_past_its_end_a_decay_stays():
+    config = OptimizerConfig(learning_rate=1.0, decay_share=0.5, decay_to=0.25, warmup_steps=2)
+    assert learning_rate(config, 30, 10) == learning_rate(config, 10, 10) == 0.25
+    assert learning_rate(config, 5, 2) == 0.25
