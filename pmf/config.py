@@ -5,6 +5,7 @@ Source: arXiv 2601.22158 and the configurations its authors published.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -74,6 +75,10 @@ class ModelConfig:
         require(
             self.head_dim % 4 == 0,
             f"ModelConfig: head_dim must be a multiple of 4 (2-D rotary pairs), got {self.head_dim}",
+        )
+        require(
+            self.t_clip <= 1,
+            f"ModelConfig: t_clip must be at most 1, beyond which it changes nothing, got {self.t_clip}",
         )
         require(
             self.aux_head_depth < self.depth,
@@ -165,6 +170,11 @@ class LossConfig:
         for name in ("cfg_max", "lpips_weight", "convnext_weight"):
             value = getattr(self, name)
             require(value >= 0, f"LossConfig: {name} must not be negative, got {value}")
+        exponent = (1 - self.cfg_beta) * math.log1p(self.cfg_max)  # its exponential must be finite in float32
+        require(
+            exponent < 88,
+            lambda: f"LossConfig: cfg_beta is too small for cfg_max {self.cfg_max:g}, got {self.cfg_beta:g}",
+        )
 
 
 @dataclass(frozen=True)
@@ -296,7 +306,7 @@ def model_config(name_or_config: str | ModelConfig) -> ModelConfig:
     if isinstance(name_or_config, ModelConfig):
         return name_or_config
     require(
-        name_or_config in MODELS,
+        isinstance(name_or_config, str) and name_or_config in MODELS,
         f"model: unknown preset {name_or_config!r}, expected one of {', '.join(MODELS)}",
     )
     return MODELS[name_or_config]

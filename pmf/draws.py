@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from pmf.config import LossConfig, ModelConfig
-from pmf.errors import extent, readable, require
+from pmf.errors import checked_device, extent, readable, require
+from pmf.fields import check_values
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,12 @@ def sample_draws(
     rows are dropped. `generator` is a CPU generator (None: the default one). `noise` is drawn on `device`.
     Errors: `InputError` on a batch without rows.
     """
+    check_values(int, batch=batch)
     require(batch >= 1, f"batch: expected at least 1 row, got {batch}")
+    check_values(tuple[int, int, int], image_shape=image_shape)
+    require(min(image_shape) > 0, lambda: f"image_shape: expected positive sizes, got {image_shape}")
+    check_values(LossConfig, loss_config=loss_config)
+    check_values(torch.Generator | None, generator=generator)
     c, g = loss_config, generator
 
     def uniform(low: float = 0.0, high: float = 1.0) -> Tensor:
@@ -96,7 +102,8 @@ def sample_draws(
     t, r = torch.maximum(t, r), torch.minimum(t, r)
 
     dropped = int((uniform() < c.class_dropout).sum())  # Binomial(batch, class_dropout)
-    noise_generator = torch.Generator(device or "cpu")
+    device = checked_device(device or "cpu")
+    noise_generator = torch.Generator(device)
     noise_generator.manual_seed(int(torch.randint(2**62, (), generator=g)))
     return Draws(
         t=t,
@@ -126,6 +133,7 @@ def check_batch(x: Tensor, y: Tensor, draws: Draws, config: ModelConfig) -> None
     shape = list(config.image_shape)
     require(isinstance(x, Tensor), lambda: f"x: expected a tensor, got {type(x).__name__}")
     require(isinstance(y, Tensor), lambda: f"y: expected a tensor, got {type(y).__name__}")
+    require(x.layout == torch.strided, lambda: f"x: expected a dense tensor, got {x.layout}")
     require(x.is_floating_point(), f"x: expected floating images in [-1, 1], got {x.dtype}")
     require(
         x.ndim == 4 and list(x.shape[1:]) == shape and len(x) > 0,
@@ -158,6 +166,8 @@ def _warn_of_scale(x: Tensor) -> None:
 
 def _check_draws(draws: Draws, shape: torch.Size) -> None:
     """Check shapes, devices and ranges of the draws for images of that shape."""
+    require(isinstance(draws, Draws), lambda: f"draws: expected those of sample_draws, got {type(draws).__name__}")
+    check_values(Tensor, **{f"draws.{name}": value for name, value in vars(draws).items()})
     got = list(draws.noise.shape)
     require(got == list(shape), f"draws.noise: expected shape {list(shape)}, got {got}")
     for name, value in draws.scalars().items():

@@ -31,6 +31,15 @@ def require(condition: bool, message: str | Callable[[], str]) -> None:
         raise InputError(message() if callable(message) else message)
 
 
+def checked_device(device: torch.device | str | int) -> torch.device:
+    """That device. Errors: `InputError` if it is none, or not there."""
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError, ImportError, TypeError) as error:
+        raise InputError(f"device: cannot use {device!r}: {first_line(error)}") from None
+
+
 def no_vmap(op: str) -> RuntimeError:
     """The error of an op's kernels inside `torch.vmap`."""
     advice = 'make the mapped dimension part of the batch, or use impl="reference"'

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 import types
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from pmf.errors import require
 
 Config = TypeVar("Config")
 LARGEST = 2**63
+LARGEST_FLOAT = 3.4e38
 
 
 def check_fields(config: Any, prefix: str = "") -> None:
@@ -43,14 +43,23 @@ def _check(name: str, hint: Any, value: Any) -> None:
     elif hint in _KINDS:
         good, wanted = _KINDS[hint]
         require(good(value), lambda: f"{name}: expected {wanted}, got {value!r}")
-    elif isinstance(hint, type) and is_dataclass(hint):
-        require(isinstance(value, hint), lambda: f"{name}: expected {hint.__name__}, got {value!r}")
+    elif isinstance(hint, type):
+        require(isinstance(value, hint), lambda: f"{name}: expected {hint.__name__}, got {value!r:.80}")
+
+
+def check_values(hint: Any, **values: Any) -> None:
+    """Check arguments against one declared type, by the rules of `check_fields`; other classes take their instances.
+
+    Errors: `InputError` names the first that does not fit.
+    """
+    for name, value in values.items():
+        _check(name, hint, value)
 
 
 def is_finite(value: Any) -> bool:
-    """Whether a value is a finite real number (neither a bool nor a text)."""
+    """Whether a value is a real number (neither a bool nor a text) that is finite in float32, as tensors hold it."""
     try:
-        return not isinstance(value, (bool, str, bytes)) and math.isfinite(float(value))
+        return not isinstance(value, (bool, str, bytes)) and abs(float(value)) <= LARGEST_FLOAT
     except (TypeError, ValueError, OverflowError):
         return False
 
@@ -61,7 +70,7 @@ def is_integer(value: Any) -> bool:
 
 
 _KINDS: dict[Any, Any] = {
-    float: (is_finite, "a finite number"),
+    float: (is_finite, "a finite number of float32"),
     int: (is_integer, "an integer below 2^63"),
     bool: (lambda value: isinstance(value, bool), "true or false"),
     str: (lambda value: isinstance(value, str), "a text"),

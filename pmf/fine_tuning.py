@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from pmf.errors import require
+from pmf.fields import check_values
 from pmf.model import PMFDiT
 from pmf.published_weights import unwrapped
 
@@ -23,6 +24,7 @@ def copy_weights(model: PMFDiT, source: str | Path, weights: str | None = None) 
     are the instantaneous velocity. A class table of another size keeps its random initial values. Errors: `InputError`
     on any other weight that is missing, unexpected or of another shape; the network is then unchanged.
     """
+    check_values(torch.nn.Module, model=model)
     state = PMFDiT.from_pretrained(source, weights=weights).state_dict()
     notes = []
     if not any(".v." in name for name in state):

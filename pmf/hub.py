@@ -22,6 +22,8 @@ def locate(source: str, weights: str | None) -> tuple[Path, str | None]:
     train state, "average" is enough. Likewise for a file of PyTorch with several state dicts. Errors: `InputError`
     lists the choices.
     """
+    require(weights is None or isinstance(weights, str), lambda: f"weights: expected a name, got {weights!r}")
+    require(weights != "", "weights: expected a name, or none, got ''")
     require(source != "", "source: expected a run directory, a checkpoint file or a hub id, got ''")
     path = Path(source)
     try:

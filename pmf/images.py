@@ -13,13 +13,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pmf.atomic_files import write_atomically
-from pmf.errors import extra
+from pmf.errors import extra, require
+from pmf.fields import check_values
 from pmf.pictures import checked_size, to_rgb
 
 if TYPE_CHECKING:
     import PIL.Image
 
 GAP = 2
+LARGEST = 10_000
+"""Columns of a grid, and pixels that a small image is enlarged to."""
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -36,8 +39,18 @@ def save_png(path: str | Path, pixels: np.ndarray) -> None:
     """Write pixels uint8 [H, W, c] (c 1 or 3). Errors: `InputError` if `path` cannot be written, or without pillow."""
     with extra("train", "path: a picture needs"):
         from PIL import Image
+    fits = (
+        isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] in (1, 3)
+    )
+    require(
+        fits, lambda: f"pixels: expected an array uint8 [H, W, 1 or 3], got {type(pixels).__name__} {_shape(pixels)}"
+    )
     picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
     write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
+
+
+def _shape(pixels: np.ndarray) -> str:
+    return f"{getattr(pixels, 'dtype', '')} {list(getattr(pixels, 'shape', ()))}"
 
 
 def save_grid(path: str | Path, images: Tensor, *, columns: int, min_side: int = 64) -> None:
@@ -46,6 +59,15 @@ def save_grid(path: str | Path, images: Tensor, *, columns: int, min_side: int =
     Small images are enlarged by whole pixels until their side reaches `min_side`; a line two pixels wide
     separates neighbours. Errors: see `save_png`.
     """
+    check_values(Tensor, images=images)
+    shape, fits = list(images.shape), images.ndim == 4 and images.shape[1] in (1, 3) and images.numel() > 0
+    require(
+        fits and images.is_floating_point(), f"images: expected floats [n, 1 or 3, H, W], got {images.dtype} {shape}"
+    )
+    check_values(int, columns=columns, min_side=min_side)
+    require(0 < columns <= LARGEST, f"columns: expected 1 to {LARGEST}, got {columns}")
+    require(0 < min_side <= LARGEST, f"min_side: expected 1 to {LARGEST} pixels, got {min_side}")
+    require(bool(torch.isfinite(images).all()), "images: expected finite values, got NaN or infinity")
     pixels = to_bytes(images.float().cpu())
     zoom = max(1, -(-min_side // pixels.shape[2]))
     pixels = pad(pixels.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), (0, GAP, 0, GAP), value=255)

@@ -63,6 +63,8 @@ def pmf_loss(
     perceptual_max_t; return_fields adds the fields as images, in which du_dt is zero on rows without a tangent and
     v_c is the main pass's v on flow-matching rows. Errors: `InputError` on bad shapes, labels, draws or NaN images.
     """
+    called = perceptual is None or callable(perceptual)
+    require(called, lambda: f"perceptual: expected a function, got {type(perceptual).__name__}")
     step = plan_step(model, x, y, draws, loss_config)
     errors = squared_errors(model, step, loss_config)
     rows, terms = errors.rows, errors.terms
@@ -169,7 +171,10 @@ def perceptual_rows(
 
     weights = {"lpips": config.lpips_weight, "convnext": config.convnext_weight}
     total, terms = torch.zeros((), device=z.device), {}
-    for name, distance in perceptual(x_hat, x).items():
+    distances = perceptual(x_hat, x)
+    fits = isinstance(distances, dict) and all(isinstance(value, Tensor) for value in distances.values())
+    require(fits, lambda: f"perceptual: expected a dict of tensors, got {distances!r:.80}")
+    for name, distance in distances.items():
         require(name in weights, f"perceptual: expected terms {sorted(weights)}, got {name!r}")
         shape = list(distance.shape)
         require(shape == [len(rows)], f"perceptual: expected {name} of shape [{len(rows)}], got {shape}")

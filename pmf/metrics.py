@@ -20,6 +20,7 @@ from torch.nn.functional import interpolate
 
 from pmf.atomic_files import write_atomically
 from pmf.errors import InputError, first_line, require
+from pmf.fields import check_values
 from pmf.sizes import check_declared, check_is_file
 
 Resize = Literal["tf1", "half_pixel"]
@@ -40,6 +41,7 @@ class Statistics:
     mu float64 [d]; sigma float64 [d, d], unbiased (zero for one image); count, the number of images,
     if known; features float32 [count, d], if kept (precision and recall need them);
     resize, the convention that Inception features were made with (None: unknown or irrelevant).
+    Errors: `InputError` on other types and shapes, and on values that are not finite.
     """
 
     mu: np.ndarray
@@ -48,9 +50,23 @@ class Statistics:
     features: np.ndarray | None = None
     resize: Resize | None = None
 
+    def __post_init__(self) -> None:
+        check_values(np.ndarray, mu=self.mu, sigma=self.sigma)
+        shapes = list(self.mu.shape), list(self.sigma.shape)
+        require(
+            len(shapes[0]) == 1 and shapes[1] == 2 * shapes[0],
+            f"statistics: expected mu [d] and sigma [d, d], got {shapes}",
+        )
+        check_values(int | None, count=self.count)
+        check_values(Resize | None, resize=self.resize)
+        require(self.count is None or self.count >= 1, f"count: expected at least 1, got {self.count}")
+        finite = bool(np.isfinite(self.mu).all() and np.isfinite(self.sigma).all())
+        require(finite, "statistics: expected finite values, got NaN or infinity")
+
     @classmethod
     def of(cls, features: Tensor) -> Statistics:
         """Statistics of features [n, d], accumulated in float64. The features are not kept."""
+        check_values(Tensor, features=features)
         shape = list(features.shape)
         require(len(shape) == 2 and shape[0] > 0, f"features: expected shape [n, d] with n > 0, got {shape}")
         require(bool(torch.isfinite(features).all()), "features: expected finite values, got NaN or infinity")
@@ -181,10 +197,18 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
 
 def _check_comparable(a: Statistics, b: Statistics) -> None:
+    check_values(Statistics, statistics=a)
+    check_values(Statistics, statistics=b)
     widths, resizes = (len(a.mu), len(b.mu)), (a.resize, b.resize)
     require(widths[0] == widths[1], f"statistics: expected as many features in both, got {widths[0]} and {widths[1]}")
     same = None in resizes or resizes[0] == resizes[1]
     require(same, f"statistics: expected features made with one resize, got {resizes[0]} and {resizes[1]}")
+
+
+def _check_features(name: str, values: Tensor) -> None:
+    check_values(Tensor, **{name: values})
+    require(values.ndim == 2, f"{name}: expected shape [n, d], got {list(values.shape)}")
+    require(bool(torch.isfinite(values).all()), f"{name}: expected finite values, got NaN or infinity")
 
 
 def inception_score(logits: Tensor, *, splits: int = 10) -> tuple[float, float]:
@@ -194,6 +218,8 @@ def inception_score(logits: Tensor, *, splits: int = 10) -> tuple[float, float]:
     torch-fidelity's default order, so that both give the same score, and images sorted by class do not
     end up in splits of few classes. Errors: `InputError` on fewer images than splits.
     """
+    _check_features("logits", logits)
+    check_values(int, splits=splits)
     require(1 <= splits <= len(logits), f"splits: expected 1 to {len(logits)}, one image each, got {splits}")
     order = torch.from_numpy(np.random.RandomState(SCORE_SEED).permutation(len(logits)))
     scores = []
@@ -216,6 +242,10 @@ def precision_recall(
     distances are in float64, and `block` rows of them are held at a time. Errors: `InputError` on
     features of different widths, or if a set has too few features for that many neighbours.
     """
+    _check_features("generated", generated)
+    _check_features("real", real)
+    check_values(int, neighbours=neighbours, block=block)
+    require(block > 0, f"block: expected a positive number, got {block}")
     shapes = list(generated.shape), list(real.shape)
     fits = generated.ndim == real.ndim == 2 and shapes[0][1] == shapes[1][1]
     require(fits, f"features: expected [n, d] and [m, d], got {shapes[0]} and {shapes[1]}")

@@ -15,7 +15,8 @@ from pmf import dispatch, ops
 from pmf.blocks import Block, FinalLayer
 from pmf.compiling import CompiledBlocks
 from pmf.config import PREFIX_TOKENS, ModelConfig, model_config
-from pmf.errors import extent, readable, require
+from pmf.errors import checked_device, extent, readable, require
+from pmf.fields import check_values
 from pmf.layers import PatchEmbed, Residual, Rope, ScalarEmbedders
 from pmf.packing import Held, held_weights, joined_weights
 from pmf.pair import ABSENT, Dual, tail, tangent_rows, total
@@ -330,6 +331,9 @@ def create_model(
     config = model_config(name_or_config)
     dispatch.checked_impl(impl)
     require(checkpointing in CHECKPOINTING, f"checkpointing: expected one of {CHECKPOINTING}, got {checkpointing!r}")
-    with torch.device(device or torch.get_default_device()):
+    check_values(bool, aux_head=aux_head)
+    floating = dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)
+    require(floating, lambda: f"dtype: expected a floating dtype such as torch.bfloat16, got {dtype!r}")
+    with torch.get_default_device() if device is None else checked_device(device):
         model = PMFDiT(config, impl=impl, aux_head=aux_head, checkpointing=checkpointing)
     return model if dtype is None else model.to(dtype)

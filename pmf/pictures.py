@@ -33,7 +33,17 @@ SUFFIXES = (
 """What names of pictures end in, in lower case; .npy holds uint8 [3, H, W], [1, H, W] or [H, W]."""
 LITTER = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 LITTER |= {"Thumbs.db", "ehthumbs.db", "desktop.ini", "Icon\r"}
-"""What systems leave in folders; names that start with a dot are litter too."""
+LITTER |= {
+    "__pycache__",
+    "@tmp",
+    "@Recycle",
+    "@Recently-Snapshot",
+    "RECYCLER",
+    "Network Trash Folder",
+    "Temporary Items",
+}
+LITTER = {name.casefold() for name in LITTER}
+"""What systems leave in folders; names that start with a dot are litter too. In any case."""
 MAX_SIDE = 16384
 """Largest side of a prepared picture."""
 MAX_BYTES = 1 << 30
@@ -48,7 +58,7 @@ COLOURS = "had CMYK or LAB colours: converted without a profile"
 
 def is_litter(name: str) -> bool:
     """Whether a file or folder of that name is hidden or was left by a system."""
-    return name.startswith(".") or name in LITTER
+    return name.startswith(".") or name.casefold() in LITTER
 
 
 def is_picture(name: str) -> bool:

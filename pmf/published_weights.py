@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pmf.config import MODELS, PREFIX_TOKENS, ModelConfig
 from pmf.errors import require
+from pmf.fields import check_values
 from pmf.reference import rope_tables
 from pmf.reference.embedding import FEATURES
 
@@ -94,6 +95,8 @@ def unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Errors: `InputError` if two weights get the same name.
     """
     plain: dict[str, Tensor] = {}
+    named = isinstance(state, Mapping) and all(isinstance(name, str) for name in state)
+    require(named, lambda: f"state dict: expected tensors by name, got {type(state).__name__}")
     for name, value in state.items():
         short = ".".join(part for part in name.split(".") if part not in WRAPPERS)
         require(short not in plain, f"state dict: {name!r} names {short!r}, as another key does")
@@ -198,6 +201,7 @@ def export_official_state_dict(state: Mapping[str, Tensor], config: ModelConfig)
 
     Errors: `InputError` on an adaln network (the published format has none) or a missing key.
     """
+    check_values(ModelConfig, config=config)
     require(
         config.conditioning == "in_context",
         f'conditioning: the published format needs "in_context", got {config.conditioning!r}',

@@ -62,6 +62,7 @@ def generate(
     Errors: `InputError` on labels out of range, both noise and seeds, wrong shapes, NaN, no preset, or a progress bar
     without tqdm.
     """
+    _check_network(model)
     _check_count("steps", steps)
     _check_count("batch_size", batch_size)
     request = _Request.of(model.config, labels, noise, seeds)
@@ -99,6 +100,7 @@ class Sampler:
         t_min: float | None = None,
         t_max: float | None = None,
     ) -> None:
+        _check_network(model)
         _check_count("steps", steps)
         _check_count("batch_size", batch_size)
         self.model, self.batch_size, self.steps = model, batch_size, steps
@@ -224,6 +226,11 @@ class _Request:
             return seeded_noise(self.seeds[part], self.image_shape, device, out=out)
         noise = self.noise[part]
         return noise.to(device, non_blocking=True) if out is None else out.copy_(noise, non_blocking=True)
+
+
+def _check_network(model: Any) -> None:
+    good = hasattr(model, "predict_dual")  # wrapped networks too
+    require(good, lambda: f"model: expected a PMFDiT, got {type(model).__name__}")
 
 
 def _check_count(name: str, value: int) -> None:

@@ -97,6 +97,10 @@ def plan_step(model: PMFDiT, x: Tensor, y: Tensor, draws: Draws, config: LossCon
 
     Errors: `InputError` on a model without v head, bad shapes, labels, draws or NaN images.
     """
+    network = hasattr(model, "predict_dual")
+    require(network, lambda: f"model: expected a PMFDiT, got {type(model).__name__}")
+    known = isinstance(config, LossConfig)
+    require(known, lambda: f"loss_config: expected a LossConfig, got {type(config).__name__}")
     require("v" in model.heads, "model: training needs the v head, got one built with aux_head=False")
     check_batch(x, y, draws, model.config)
     order = torch.argsort(draws.fm_mask.int(), descending=True, stable=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from pmf.atomic_files import write_atomically
 from pmf.config import PREFIX_TOKENS, ModelConfig
 from pmf.errors import InputError, first_line, require
-from pmf.fields import from_json
+from pmf.fields import check_values, from_json
 from pmf.hub import locate
 from pmf.jax_files import is_state
 from pmf.jax_states import load_weights
@@ -36,9 +36,20 @@ def save_model(path: str | Path, config: ModelConfig, state: Mapping[str, Tensor
     Prefixes of DDP and torch.compile are left out of the names. Errors: `InputError` if `path` cannot be written; no
     partial file is left behind.
     """
+    check_values(ModelConfig, config=config)
+    require(_is_json(metadata), lambda: f"metadata: expected values of JSON, got {metadata!r:.200}")
+    plain = unwrapped(state)
+    check_values(Tensor, **plain)
     info = {"pmf_config": json.dumps(asdict(config)), "pmf_metadata": json.dumps(metadata)}
-    tensors = {name: value.detach().cpu().contiguous() for name, value in unwrapped(state).items()}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in plain.items()}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=info))
+
+
+def _is_json(value: object) -> bool:
+    try:
+        return isinstance(json.dumps(value, allow_nan=False), str)
+    except (TypeError, ValueError, RecursionError):
+        return False
 
 
 def read_metadata(file: Path) -> dict[str, Any]:

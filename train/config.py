@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from pmf.config import DIGITS, Guidance, LossConfig, ModelConfig
+from pmf.data.loader import MAX_WORKERS
 from pmf.errors import InputError, first_line, require
 from pmf.fields import check_fields, from_json
 from pmf.metrics import Resize
@@ -111,7 +112,7 @@ class RunConfig:
     data: str = "digits"
     """Training data: digits, photographs, or a directory made by `pmf data prepare`."""
     workers: int = 0
-    """Processes that read images ahead, per training process (0: the training process reads them itself)."""
+    """Processes that read images ahead, per training process, at most 512 (0: the training process reads them)."""
     flip: bool = False
     """Mirror each image left to right with probability 1/2 (off in the published runs)."""
     max_corrupt: int = 100
@@ -137,7 +138,7 @@ class RunConfig:
     """Device to train on: auto (cuda if available, else cpu), cpu, cuda, cuda:1, ..."""
     sharding: Literal["ddp", "fsdp", "hybrid"] = "ddp"
     """Under torchrun: ddp replicates the network in every process, fsdp shards it over all of them,
-    hybrid shards it within each machine and replicates it across machines."""
+    hybrid shards it within each machine and replicates it across machines. A single process ignores it."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """bfloat16: matrix products and activations under autocast, weights in float32.
     auto: bfloat16 on CUDA, else float32."""
@@ -182,12 +183,14 @@ class RunConfig:
         check_fields(self)
         require_at_least(self, 1, "steps", "batch_size", "save_every", "sample_every", "keep_checkpoints")
         require_at_least(self, 0, "workers", "max_corrupt", "max_skipped", "eval_every", "seed")
+        require(self.workers <= MAX_WORKERS, f"workers: expected at most {MAX_WORKERS}, got {self.workers}")
         whole = self.device_batch is None or (self.device_batch > 0 and self.batch_size % self.device_batch == 0)
         require(whole, f"device_batch: expected a divisor of batch_size {self.batch_size}, got {self.device_batch}")
         require(not self.compiled or self.sharding == "ddp", f"compiled: expected sharding ddp, got {self.sharding}")
         require(not self.init_state or self.init is not None, "init_state: expected a train state in init, got none")
         require(all(k > 0 for k in self.ema_half_lives), f"ema_half_lives: expected > 0, got {self.ema_half_lives}")
         known = ("model", *(f"ema_{k:g}" for k in self.ema_half_lives))
+        require(len(set(known)) == len(known), f"ema_half_lives: expected different ones, got {self.ema_half_lives}")
         require_choice(self, "sampling_weights", known)
         for got in self.evaluation.weights:
             require(got in known, f"evaluation.weights: expected one of {', '.join(known)}, got {got!r}")

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from pmf.errors import InputError, first_line, require
+from pmf.errors import InputError, checked_device, require
 
 SHARDINGS = ("ddp", "fsdp", "hybrid")
 PATIENCE = timedelta(days=30)
@@ -35,11 +35,7 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        torch.empty(0, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise InputError(f"device: cannot use {name!r}: {first_line(error)}") from None
+    return checked_device(name)
 
 
 def lost(error: BaseException) -> bool:

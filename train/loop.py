@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pmf.data import Loader, TrainingData
+from pmf.data.reading import Reader
 from pmf.errors import InputError, require
 from pmf.train import run_directory
 from pmf.train.config import RunConfig
@@ -230,9 +231,10 @@ def _draw_curve(directory: Path) -> None:
 
 def check_data(data: TrainingData, config: RunConfig) -> None:
     """Raise `InputError` if the network does not fit the images and their classes."""
-    shape, wanted = tuple(data.image_shape), config.model.image_shape
+    given = Reader.of(data, config.max_corrupt)  # asks the data, which may be anyone's, for their shape and classes
+    shape, wanted = given.shape, config.model.image_shape
     require(shape == wanted, f"model: expected a network for images of shape {list(shape)}, got {list(wanted)}")
-    got, classes = config.model.num_classes, data.num_classes
+    got, classes = config.model.num_classes, given.classes
     require(got >= classes, f"model.num_classes: expected at least {classes} for these images, got {got}")
 
 

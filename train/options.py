@@ -55,6 +55,11 @@ RUN_NEEDS = (
         "without a GPU",
         lambda c: c.device.startswith("cuda") or (c.device == "auto" and torch.cuda.is_available()),
     ),
+    Need(
+        ("perceptual.enabled",),
+        "with --loss.lpips-weight 0 and --loss.convnext-weight 0",
+        lambda c: not c.perceptual.enabled or c.loss.lpips_weight > 0 or c.loss.convnext_weight > 0,
+    ),
     Need(("perceptual.lpips",), "with --loss.lpips-weight 0", lambda c: c.loss.lpips_weight > 0),
     Need(("perceptual.convnext",), "with --loss.convnext-weight 0", lambda c: c.loss.convnext_weight > 0),
     Need(

@@ -18,6 +18,9 @@ from pmf.train.config import find_run_config, require_at_least
 from pmf.train.distributed import pick_device
 from pmf.train.options import parse
 
+MAX_IMAGES = 100_000
+"""Of a grid, which is held in memory."""
+
 
 @dataclass(frozen=True)
 class SampleConfig:
@@ -55,6 +58,8 @@ class SampleConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         require_at_least(self, 1, "rows", "steps", "batch_size")
+        images = self.rows * (len(self.labels) or 10)
+        require(images <= MAX_IMAGES, f"rows: expected at most {MAX_IMAGES} images in a grid, got {images}")
 
 
 def _guidance(config: SampleConfig) -> dict[str, Any]:

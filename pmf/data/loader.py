@@ -15,12 +15,15 @@ from pmf.data.reading import Reader
 from pmf.data.training_data import CorruptImageError, TrainingData
 from pmf.data.workers import STOP_SIGNALS, Batches
 from pmf.draws import step_seed
-from pmf.errors import InputError, require
+from pmf.errors import InputError, checked_device, require
+from pmf.fields import check_values
 from pmf.images import to_float
 
 __all__ = ["MAX_CORRUPT", "STOP_SIGNALS", "Loader", "epoch_order"]
 
 MAX_CORRUPT = 100
+MAX_WORKERS = 512
+"""Beyond it a number must be a mistake, which would fill the memory with processes."""
 
 log = logging.getLogger(__name__)
 
@@ -64,17 +67,22 @@ class Loader:
         device: torch.device | str = "cpu",
         max_corrupt: int = MAX_CORRUPT,
     ) -> None:
+        numbers = dict(batch_size=batch_size, rank=rank, world=world, workers=workers, first_step=first_step)
+        check_values(int, **numbers, seed=seed, max_corrupt=max_corrupt)
+        check_values(bool, flip=flip)
+        require(world > 0, f"world: expected a positive number, got {world}")
         require(0 <= rank < world, f"rank: expected a number in [0, {world}), got {rank}")
         require(
             batch_size > 0 and batch_size % world == 0,
             f"batch_size: expected a positive multiple of the {world} ranks, got {batch_size}",
         )
+        require(workers <= MAX_WORKERS, f"workers: expected at most {MAX_WORKERS}, got {workers}")
         for name, value in (("workers", workers), ("first_step", first_step), ("max_corrupt", max_corrupt)):
             require(value >= 0, f"{name}: expected a number >= 0, got {value}")
         reader = Reader.of(data, max_corrupt)
         self.step = first_step
         """The step whose batch comes next."""
-        self.device, self.max_corrupt = torch.device(device), max_corrupt
+        self.device, self.max_corrupt = checked_device(device), max_corrupt
         self._corrupt: set[str] = set()
         indices = _shares(reader.length, batch_size, seed, rank, world, first_step, flip)
         self._batches = Batches(reader, indices, workers, pin_memory=self.device.type == "cuda")

@@ -9,6 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pmf.errors import require
+from pmf.fields import check_values
+
 
 class CorruptImageError(Exception):
     """An image that cannot be read: `key` says which, `reason` why."""
@@ -52,6 +55,17 @@ class ImageSet:
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_values(Tensor, images=self.images, labels=self.labels)
+        images, labels = self.images, self.labels
+        shape, kinds = list(images.shape), (torch.uint8, torch.float32)
+        good = images.ndim == 4 and images.dtype in kinds
+        require(good, lambda: f"images: expected uint8 or float32 [n, c, H, W], got {images.dtype} {shape}")
+        whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+        one_each = whole and list(labels.shape) == shape[:1]
+        wanted = f"integers [{shape[0]}], one for each image"
+        require(one_each, lambda: f"labels: expected {wanted}, got {labels.dtype} {list(labels.shape)}")
 
     def __len__(self) -> int:
         return len(self.labels)

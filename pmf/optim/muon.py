@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from pmf.errors import require
+from pmf.fields import check_values
 from pmf.optim.moments import advance, evaluated, nesterov
 from pmf.private import foreach_lerp_, foreach_sub_
 from pmf.sharded import local
@@ -62,6 +64,12 @@ class Muon(torch.optim.Optimizer):
         steps: int = 5,
         mesh: DeviceMesh | None = None,
     ) -> None:
+        check_values(float, lr=lr, momentum=momentum)
+        check_values(int, steps=steps)
+        require(
+            lr >= 0 and 0 <= momentum < 1 and steps > 0,
+            f"lr, momentum, steps: expected >= 0, in [0, 1) and >= 1, got {lr}, {momentum}, {steps}",
+        )
         super().__init__(parameters, dict(lr=lr, momentum=momentum, steps=steps))
         self.mesh = mesh
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from pmf.errors import require
+from pmf.fields import check_values
 from pmf.optim.moments import advance, evaluated, nesterov
 from pmf.private import (
     foreach_add_,
@@ -39,6 +41,10 @@ class NesterovAdam(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
     ) -> None:
+        check_values(float, lr=lr, eps=eps)
+        check_values(tuple[float, float], betas=betas)
+        good = lr >= 0 and eps > 0 and all(0 <= beta < 1 for beta in betas)
+        require(good, f"lr, betas, eps: expected >= 0, in [0, 1) and > 0, got {lr}, {betas}, {eps}")
         super().__init__(parameters, dict(lr=lr, betas=betas, eps=eps))
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from pmf.errors import require
-from pmf.fields import check_fields
+from pmf.fields import check_fields, check_values
 from pmf.optim.muon import Muon
 from pmf.optim.nesterov_adam import NesterovAdam
 
@@ -76,6 +76,8 @@ def build_optimizers(
 
     `mesh`: the device mesh whose ranks share Muon's work (see `Muon`). Build them after wrapping the model with FSDP2.
     """
+    check_values(nn.Module, model=model)
+    check_values(OptimizerConfig, config=config)
     muon, adam = split_parameters(model)
     rate, iterations = config.learning_rate, config.newton_schulz_steps
     return {
@@ -90,8 +92,11 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     It rises as step / warmup_steps. After the share x of the decay, the part of it above decay_to is multiplied by
     1 - x (linear) or (1 + cos(pi x)) / 2 (cosine).
     """
+    check_values(OptimizerConfig, config=config)
+    check_values(int, step=step, steps=steps)
+    require(step >= 0 and steps > 0, f"step, steps: expected >= 0 and > 0, got {step} and {steps}")
     risen = min(1.0, step / config.warmup_steps) if config.warmup_steps else 1.0
     begin = max(steps * (1 - config.decay_share), config.warmup_steps)
-    x = (step - begin) / (steps - begin) if step > begin else 0.0
+    x = min(1.0, (step - begin) / max(steps - begin, 1)) if step > begin else 0.0  # past the end it stays
     left = 1 - x if config.decay == "linear" else (1 + math.cos(math.pi * x)) / 2
     return config.learning_rate * risen * (config.decay_to + (1 - config.decay_to) * left)

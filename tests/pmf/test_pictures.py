@@ -262,3 +262,10 @@ def test_a_loss_is_warned_of_once_a_kind(tmp_path, caplog):
     assert sum(len(group) for span in (range(3), range(3, 6)) for group in source(span)) == 6
     (message,) = [record.getMessage() for record in caplog.records]
     assert "0.tif had 16 bits a channel: reduced to 8; other pictures may be the same" in message
+
+
+@pytest.mark.parametrize(
+    "name", ["__pycache__", "@tmp", "$Recycle.Bin", "desktop.ini", "Desktop.ini", "lost+found", ".a"]
+)
+def test_what_systems_leave_is_litter_in_any_case(name):
+    assert pictures.is_litter(name) and not pictures.is_litter(f"my {name}")

@@ -141,6 +141,13 @@ def digits(tmp_path):
 FLAGS = ["--omega", "1.1", "--interval", "0,1", "--steps", "1", "--device", "cpu"]
 
 
+def test_all_weights_are_looked_for_before_any_is_measured(digits, tmp_path, capsys):
+    digits("known.safetensors", data="digits")
+    with pytest.raises(pmf.InputError, match=r"weights: .* has no 'nope', expected one of known.safetensors"):
+        command([str(tmp_path), "--weights", "known", "nope", *FLAGS])
+    assert capsys.readouterr().out == ""
+
+
 def test_digits_score_only_what_was_trained_on_digits(digits, tmp_path, capsys):
     command([digits("known.safetensors", data="digits"), *FLAGS])
     assert "frechet_distance" in capsys.readouterr().out

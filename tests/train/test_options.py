@@ -11,6 +11,7 @@ from pmf.train.evaluation.command import EvalConfig, command
 from pmf.train.options import EVAL_NEEDS, RUN_NEEDS, _flat, parse
 from pmf.train.presets import PRESETS, configured
 from pmf.train.sample import SampleConfig
+from pmf.train.sample import command as sample
 
 
 @pytest.fixture
@@ -67,6 +68,15 @@ def test_scripts_may_repeat_what_the_run_was_started_with(stored):
         ("--captured --device cpu", "captured: has no effect without a GPU, expected False, got True"),
         ("--optimizer.decay-share 0 --optimizer.decay cosine", "optimizer.decay: has no effect without --optimizer.d"),
         ("--model.conditioning adaln --model.class-tokens 4", "model.class_tokens: has no effect with --model.cond"),
+        (
+            "--perceptual.enabled --loss.lpips-weight 0 --loss.convnext-weight 0",
+            "perceptual.enabled: has no effect with",
+        ),
+        ("--ema-half-lives 500 500.0000001", "ema_half_lives: expected different ones"),
+        ("--workers 5000", "workers: expected at most 512, got 5000"),
+        ("--loss.cfg-beta -1000", "LossConfig: cfg_beta is too small for cfg_max 7, got -1000"),
+        ("--model.t-clip 2", "ModelConfig: t_clip must be at most 1"),
+        ("--model.noise-scale 1e39", "noise_scale: expected a finite number of float32"),
         ("--steps 5 --steps 6", "steps: expected one value, got it twice, as '5' and '6'"),
         ("--flip --no-flip", "flip: expected one value, got it twice, as 'on' and 'off'"),
         ("--perceptual.enabled --perceptual.no-enabled", "perceptual.enabled: expected one value, got it twice"),
@@ -114,6 +124,19 @@ def test_an_evaluation_without_reference_refuses_what_only_a_reference_uses(flag
         command(["/nowhere", *flags.split()])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--omega", "1e39"], "omega: expected a finite number of float32, got 1e\\+39"),
+        (["--rows", "100000000"], "rows: expected at most 100000 images in a grid, got 1000000000"),
+        (["--weights", ""], "weights: expected a name, or none, got ''"),
+    ],
+)
+def test_samples_are_refused_before_work(arguments, message, tmp_path):
+    with pytest.raises(pmf.InputError, match=message):
+        sample([str(tmp_path), "--device", "cpu", *arguments])
+
+
 def test_positional_words_are_not_taken_for_repeated_values():
     assert parse(SampleConfig, "x", ["--device", "cpu", "runs/a", "--device", "cpu"]).source == "runs/a"
     with pytest.raises(pmf.InputError, match="labels: expected one value, got it twice, as '3 1' and '3'"):
@@ -153,7 +176,10 @@ def test_stored_configurations_are_checked_alike(tmp_path):
         ({**good, "steps": "many"}, "steps: expected an integer below 2\\^63, got 'many'"),
         ({**good, "out": 3}, "out: expected a path, got 3"),
         ({**good, "flip": 1}, "flip: expected true or false, got 1"),
-        ({**good, "loss": {"p_mean": float("nan")}}, "LossConfig: p_mean: expected a finite number, got nan"),
+        (
+            {**good, "loss": {"p_mean": float("nan")}},
+            "LossConfig: p_mean: expected a finite number of float32, got nan",
+        ),
         ({**good, "model": 3}, "expected the fields of ModelConfig, got 3"),
         ({**good, "model": {"widths": 3}}, "ModelConfig has no field widths here: a newer version of pixel-meanflow"),
         ({**good, "colour": 3}, "RunConfig has no field colour here: a newer version of pixel-meanflow wrote it"),

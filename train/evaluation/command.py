@@ -20,6 +20,7 @@ from torch import Tensor
 import pmf
 from pmf.config import MODELS, Guidance, ModelConfig, published_guidance
 from pmf.errors import InputError, require
+from pmf.hub import locate
 from pmf.metrics import INCEPTION_FEATURES, inception
 from pmf.train.config import ExtractionConfig, MeasurementConfig, find_run_config
 from pmf.train.distributed import World, join, leave, pick_device
@@ -174,7 +175,10 @@ def _draw(model: pmf.PMFDiT, point: Point, dtype: str, labels: list[int], seeds:
 
 def _grid_points(config: EvalConfig, world: World, steps: tuple[int, ...] = (1,)) -> Iterator[tuple[pmf.PMFDiT, Point]]:
     """Yield every network to measure with each of its grid points."""
-    for weights in config.weights or (None,):
+    named = config.weights or (None,)
+    if len(named) > 1:
+        world.main_first(lambda: [locate(config.source, weights) for weights in named])  # before any is measured
+    for weights in named:
         model = _load_together(config.source, weights, world).eval()
         for point in grid(config, weights, model.config, steps):
             yield model, point
