@@ -39,18 +39,11 @@ def save_png(path: str | Path, pixels: np.ndarray) -> None:
     """Write pixels uint8 [H, W, c] (c 1 or 3). Errors: `InputError` if `path` cannot be written, or without pillow."""
     with extra("train", "path: a picture needs"):
         from PIL import Image
-    fits = (
-        isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] in (1, 3)
-    )
-    require(
-        fits, lambda: f"pixels: expected an array uint8 [H, W, 1 or 3], got {type(pixels).__name__} {_shape(pixels)}"
-    )
+    check_values(np.ndarray, pixels=pixels)
+    shape, fits = list(pixels.shape), pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] in (1, 3)
+    require(fits, f"pixels: expected uint8 [H, W, 1 or 3], got {pixels.dtype} {shape}")
     picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
     write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
-
-
-def _shape(pixels: np.ndarray) -> str:
-    return f"{getattr(pixels, 'dtype', '')} {list(getattr(pixels, 'shape', ()))}"
 
 
 def save_grid(path: str | Path, images: Tensor, *, columns: int, min_side: int = 64) -> None:
@@ -61,9 +54,8 @@ def save_grid(path: str | Path, images: Tensor, *, columns: int, min_side: int =
     """
     check_values(Tensor, images=images)
     shape, fits = list(images.shape), images.ndim == 4 and images.shape[1] in (1, 3) and images.numel() > 0
-    require(
-        fits and images.is_floating_point(), f"images: expected floats [n, 1 or 3, H, W], got {images.dtype} {shape}"
-    )
+    fits = fits and images.is_floating_point()
+    require(fits, f"images: expected floats [n, 1 or 3, H, W], got {images.dtype} {shape}")
     check_values(int, columns=columns, min_side=min_side)
     require(0 < columns <= LARGEST, f"columns: expected 1 to {LARGEST}, got {columns}")
     require(0 < min_side <= LARGEST, f"min_side: expected 1 to {LARGEST} pixels, got {min_side}")
