@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
-from pmf.data.training_data import CorruptImageError, TrainingData
+from pmf.data.training_data import DTYPES, CorruptImageError, TrainingData
 from pmf.errors import InputError, first_line, require
-
-DTYPES = (torch.uint8, torch.float32, torch.float64)
 
 
 class Batch(NamedTuple):

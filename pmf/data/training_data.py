@@ -12,6 +12,8 @@ from torch import Tensor
 from pmf.errors import require
 from pmf.fields import check_values
 
+DTYPES = (torch.uint8, torch.float32, torch.float64)
+
 
 class CorruptImageError(Exception):
     """An image that cannot be read: `key` says which, `reason` why."""
@@ -50,7 +52,10 @@ class TrainingData(Protocol):
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Training data in memory: images [n, c, H, W], float32 in [-1, 1] or uint8, labels int64 [n], class names."""
+    """Training data in memory: images [n, c, H, W] as `TrainingData` reads them, labels int64 [n], class names.
+
+    Errors: `InputError` on other dtypes and shapes.
+    """
 
     images: Tensor
     labels: Tensor
@@ -59,13 +64,13 @@ class ImageSet:
     def __post_init__(self) -> None:
         check_values(Tensor, images=self.images, labels=self.labels)
         images, labels = self.images, self.labels
-        shape, kinds = list(images.shape), (torch.uint8, torch.float32)
-        good = images.ndim == 4 and images.dtype in kinds
-        require(good, lambda: f"images: expected uint8 or float32 [n, c, H, W], got {images.dtype} {shape}")
+        shape, good = list(images.shape), images.ndim == 4 and images.dtype in DTYPES
+        wanted = "uint8, float32 or float64 [n, c, H, W]"
+        require(good, lambda: f"images: expected {wanted}, got {images.dtype} {shape}")
         whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
         one_each = whole and list(labels.shape) == shape[:1]
-        wanted = f"integers [{shape[0]}], one for each image"
-        require(one_each, lambda: f"labels: expected {wanted}, got {labels.dtype} {list(labels.shape)}")
+        each = f"integers [{shape[0]}], one for each image"
+        require(one_each, lambda: f"labels: expected {each}, got {labels.dtype} {list(labels.shape)}")
 
     def __len__(self) -> int:
         return len(self.labels)
