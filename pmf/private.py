@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.multiprocessing.reductions
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
@@ -364,6 +365,13 @@ def forget_workers(batches: Any) -> None:
 def timed_out(error: Exception) -> bool:
     """Whether a DataLoader's iterator says that no batch came within its timeout; it can be asked again."""
     return str(error).startswith("DataLoader timed out after ")
+
+
+def forget_received() -> None:
+    """Drop what PyTorch keeps of tensors that processes sent and that are gone: it splits the memory they leave."""
+    cache = torch.multiprocessing.reductions.shared_cache
+    with cache.lock:
+        cache.free_dead_references()
 
 
 def on_unsendable(act: Callable[[Exception, object], None]) -> None:

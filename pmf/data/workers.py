@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from pmf.data.reading import Batch, Reader
 from pmf.errors import InputError, first_line
-from pmf.private import ask_workers_to_end, forget_workers, on_unsendable, timed_out, worker_processes
+from pmf.private import ask_workers_to_end, forget_received, forget_workers, on_unsendable, timed_out, worker_processes
 
 PREFETCH = 4
 PATIENCE = 3.0
@@ -79,6 +79,7 @@ class Batches:
     def take(self) -> Batch:
         """The next batch. Errors: `InputError`, in one line, for all that can end in a worker."""
         self._waiting = True
+        forget_received()
         try:
             while True:
                 try:
