@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pmf.autocast import autocast_dtype
 from pmf.config import LossConfig
 from pmf.draws import Draws
-from pmf.errors import require
+from pmf.errors import check_network, require
 from pmf.fields import check_values
 from pmf.loss import LossOutput, PerceptualFunction, perceptual_rows, squared_errors
 from pmf.step_plan import PlannedStep, plan_step
@@ -70,7 +70,7 @@ class CapturedStep:
 
     def __init__(self, model: PMFDiT, loss_config: LossConfig, *, scale: float = 1.0) -> None:
         """`scale` multiplies the gradients (not the loss): pass 1 / n to accumulate n batches."""
-        require(hasattr(model, "predict_dual"), lambda: f"model: expected a PMFDiT, got {type(model).__name__}")
+        check_network(model)
         check_values(float, scale=scale)
         self.model, self.config, self.scale = model, loss_config, scale
         self._parameters = [p for p in model.parameters() if p.requires_grad]

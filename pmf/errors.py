@@ -40,6 +40,11 @@ def checked_device(device: torch.device | str | int) -> torch.device:
         raise InputError(f"device: cannot use {device!r}: {first_line(error)}") from None
 
 
+def check_network(model: object) -> None:
+    """Raise `InputError` unless this is a `PMFDiT`, or wraps one as FSDP does."""
+    require(hasattr(model, "predict_dual"), lambda: f"model: expected a PMFDiT, got {type(model).__name__}")
+
+
 def no_vmap(op: str) -> RuntimeError:
     """The error of an op's kernels inside `torch.vmap`."""
     advice = 'make the mapped dimension part of the batch, or use impl="reference"'

@@ -41,7 +41,7 @@ class Statistics:
     mu float64 [d]; sigma float64 [d, d], unbiased (zero for one image); count, the number of images,
     if known; features float32 [count, d], if kept (precision and recall need them);
     resize, the convention that Inception features were made with (None: unknown or irrelevant).
-    Errors: `InputError` on other types and shapes, and on values that are not finite.
+    Errors: `InputError` on other types and shapes, on values that are not finite, and if sigma is no covariance.
     """
 
     mu: np.ndarray
@@ -53,15 +53,17 @@ class Statistics:
     def __post_init__(self) -> None:
         check_values(np.ndarray, mu=self.mu, sigma=self.sigma)
         shapes = list(self.mu.shape), list(self.sigma.shape)
-        require(
-            len(shapes[0]) == 1 and shapes[1] == 2 * shapes[0],
-            f"statistics: expected mu [d] and sigma [d, d], got {shapes}",
-        )
+        fits = len(shapes[0]) == 1 and shapes[0][0] > 0 and shapes[1] == 2 * shapes[0]
+        require(fits, f"statistics: expected mu [d] and sigma [d, d], got {shapes}")
         check_values(int | None, count=self.count)
         check_values(Resize | None, resize=self.resize)
+        check_values(np.ndarray | None, features=self.features)
         require(self.count is None or self.count >= 1, f"count: expected at least 1, got {self.count}")
-        finite = bool(np.isfinite(self.mu).all() and np.isfinite(self.sigma).all())
-        require(finite, "statistics: expected finite values, got NaN or infinity")
+        held = [self.mu, self.sigma, *([] if self.features is None else [self.features])]
+        require(all(np.isfinite(x).all() for x in held), "statistics: expected finite values, it holds NaN or infinity")
+        largest = np.abs(self.sigma).max()
+        symmetric = np.abs(self.sigma - self.sigma.T).max() <= 1e-3 * largest and self.sigma.diagonal().min() >= 0
+        require(bool(symmetric), "sigma is no covariance, expected a symmetric matrix of variances")
 
     @classmethod
     def of(cls, features: Tensor) -> Statistics:
@@ -106,12 +108,11 @@ class Statistics:
         real = features is None or features.dtype.kind == "f"
         require(real, f"reference: expected features of floats, got {features is not None and features.dtype}")
         count = _float64("count", arrays["count"]).reshape(-1)[0] if "count" in arrays else None
-        held = [mu, sigma, *(values for values in (features, count) if values is not None)]
-        require(all(np.isfinite(x).all() for x in held), f"reference: {path} holds NaN or infinity")
-        symmetric = np.abs(sigma - sigma.T).max() <= 1e-3 * np.abs(sigma).max() and sigma.diagonal().min() >= 0
-        require(symmetric, f"reference: {path}: sigma is no covariance, expected a symmetric matrix of variances")
-        require(count is None or count >= 1, f"reference: {path}: expected a count of at least 1, got {count}")
-        return cls(mu, sigma, None if count is None else int(count), features, resize)
+        require(count is None or bool(np.isfinite(count)), f"reference: {path}: its count holds NaN or infinity")
+        try:
+            return cls(mu, sigma, None if count is None else int(count), features, resize)
+        except InputError as error:
+            raise InputError(f"reference: {path}: {error}") from None
 
     @staticmethod
     def _checked_shapes(path: str | Path) -> tuple[dict[str, tuple[int, ...]], Resize]:
@@ -247,8 +248,7 @@ def precision_recall(
     check_values(int, neighbours=neighbours, block=block)
     require(block > 0, f"block: expected a positive number, got {block}")
     shapes = list(generated.shape), list(real.shape)
-    fits = generated.ndim == real.ndim == 2 and shapes[0][1] == shapes[1][1]
-    require(fits, f"features: expected [n, d] and [m, d], got {shapes[0]} and {shapes[1]}")
+    require(shapes[0][1] == shapes[1][1], f"features: expected [n, d] and [m, d], got {shapes[0]} and {shapes[1]}")
     few = min(len(generated), len(real))
     require(1 <= neighbours < few, f"neighbours: expected at least 1 and fewer than {few} images, got {neighbours}")
     generated, real = generated.double(), real.double()

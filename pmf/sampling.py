@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import numbers
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ import torch
 from torch import Tensor
 
 from pmf.config import MODELS, SAMPLING, Guidance, ModelConfig
-from pmf.errors import extent, extra, readable, require
+from pmf.errors import check_network, extent, extra, readable, require
+from pmf.fields import check_values, is_integer
 from pmf.noise import seeded_noise
 from pmf.pair import Dual
 
@@ -32,7 +32,7 @@ SEEDS = 2**32
 def seeds_from(first: int, count: int) -> range:
     """The seeds of `count` images: `first`, first + 1, ... Errors: `InputError` unless all lie in [0, 2^32)."""
     require(count <= SEEDS, lambda: f"seed: expected at most 2^32 images, one seed each, got {count}")
-    good = isinstance(first, numbers.Integral) and not isinstance(first, bool) and 0 <= first <= SEEDS - count
+    good = is_integer(first) and 0 <= first <= SEEDS - count
     require(good, lambda: f"seed: expected an integer from 0 to {SEEDS - count}, for {count} images, got {first!r}")
     return range(first, first + count)
 
@@ -62,7 +62,7 @@ def generate(
     Errors: `InputError` on labels out of range, both noise and seeds, wrong shapes, NaN, no preset, or a progress bar
     without tqdm.
     """
-    _check_network(model)
+    check_network(model)
     _check_count("steps", steps)
     _check_count("batch_size", batch_size)
     request = _Request.of(model.config, labels, noise, seeds)
@@ -100,7 +100,7 @@ class Sampler:
         t_min: float | None = None,
         t_max: float | None = None,
     ) -> None:
-        _check_network(model)
+        check_network(model)
         _check_count("steps", steps)
         _check_count("batch_size", batch_size)
         self.model, self.batch_size, self.steps = model, batch_size, steps
@@ -228,14 +228,8 @@ class _Request:
         return noise.to(device, non_blocking=True) if out is None else out.copy_(noise, non_blocking=True)
 
 
-def _check_network(model: Any) -> None:
-    good = hasattr(model, "predict_dual")  # wrapped networks too
-    require(good, lambda: f"model: expected a PMFDiT, got {type(model).__name__}")
-
-
 def _check_count(name: str, value: int) -> None:
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    require(whole, f"{name}: expected an integer, got {value!r}")
+    check_values(int, **{name: value})
     require(value >= 1, f"{name}: expected at least 1, got {value}")
     require(value <= LARGEST, f"{name}: expected at most {LARGEST}, got {value}")
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pmf.config import LossConfig
 from pmf.draws import Draws, check_batch, to_device
-from pmf.errors import require
+from pmf.errors import check_network, require
 from pmf.pair import tail
 
 if TYPE_CHECKING:
@@ -97,8 +97,7 @@ def plan_step(model: PMFDiT, x: Tensor, y: Tensor, draws: Draws, config: LossCon
 
     Errors: `InputError` on a model without v head, bad shapes, labels, draws or NaN images.
     """
-    network = hasattr(model, "predict_dual")
-    require(network, lambda: f"model: expected a PMFDiT, got {type(model).__name__}")
+    check_network(model)
     known = isinstance(config, LossConfig)
     require(known, lambda: f"loss_config: expected a LossConfig, got {type(config).__name__}")
     require("v" in model.heads, "model: training needs the v head, got one built with aux_head=False")

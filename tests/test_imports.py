@@ -46,7 +46,7 @@ RULES = {
     "pmf/step_plan.py": r"pmf\.(config|draws|pair|errors)",
     "pmf/loss.py": r"pmf\.(ops|config|draws|pair|errors|step_plan)",
     "pmf/cuda_graphs.py": r"pmf\.(autocast|config|draws|errors|fields|loss|step_plan)",
-    "pmf/sampling.py": r"pmf\.(config|pair|errors|noise)",
+    "pmf/sampling.py": r"pmf\.(config|pair|errors|fields|noise)",
     "pmf/noise.py": r"pmf\.errors",
     "pmf/crops.py": r"pmf\.(autocast|errors)",
     "pmf/perceptual.py": r"pmf\.(autocast|crops|errors|sizes)",

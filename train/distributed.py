@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from pmf.data.workers import after_parent
 from pmf.errors import InputError, checked_device, require
 
 SHARDINGS = ("ddp", "fsdp", "hybrid")
@@ -138,7 +137,8 @@ def join(device: str, sharding: str | None = None) -> World:
     if chosen.index is not None and chosen.type == "cuda":
         torch.cuda.set_device(chosen)  # Triton launches on the current device
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        threading.Thread(target=_stop_after, args=(os.getppid(),), daemon=True).start()
+        # torchrun would ask this process to stop; once that is gone, nobody else ends it or the others.
+        after_parent(lambda: os.kill(os.getpid(), signal.SIGTERM))
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
         return World(chosen)
@@ -147,13 +147,6 @@ def join(device: str, sharding: str | None = None) -> World:
     group = dist.new_group(backend="gloo", timeout=PATIENCE)
     mesh = _mesh(chosen.type, size, sharding) if sharding else None
     return World(chosen, dist.get_rank(), size, sharding, mesh, group)
-
-
-def _stop_after(torchrun: int) -> None:
-    """Ask this process to stop, as torchrun would, once that is gone: nobody else ends it or the others."""
-    while os.getppid() == torchrun:
-        time.sleep(1)
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def leave(world: World) -> None:

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any
 
@@ -172,7 +172,7 @@ def _begin_worker(number: int) -> None:
         signal.signal(stop, signal.SIG_IGN)
     on_unsendable(_leave)
     sys.excepthook = _unless_refused
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    after_parent(lambda: os._exit(1))  # even while this one is stuck in a read
 
 
 def _unless_refused(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -185,8 +185,13 @@ def _leave(error: Exception, batch: object) -> None:
     os._exit(UNSENDABLE)
 
 
-def _end_with(parent: int) -> None:
-    """End this worker once its parent has ended, even while it is stuck in a read."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+def after_parent(act: Callable[[], object]) -> None:
+    """Call `act`, in a thread, once the process that started this one has ended."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        act()
+
+    threading.Thread(target=watch, daemon=True).start()
