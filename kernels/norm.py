@@ -18,7 +18,9 @@ Backward, with f = weight (1 + scale) and dx_new the gradient of x_new from its 
 Sums over tokens: see sums.py. A parameter per token has the terms as its gradient; only dweight is a sum then.
 
 Saved: x_new (x without a branch), branch if gate needs a gradient, the parameters, and rstd (for
-"layer" mu too) as float32: 4 or 8 bytes per row. Nothing is saved for tangents.
+"layer" mu too) as float32: 4 or 8 bytes per row. Nothing is saved for tangents. With `recompute_sum`, x and branch are
+saved, and backward adds them up again; this takes less memory if something else keeps x. With the product behind the
+norm (`linear`), y is not kept for that: backward writes it again, C e_y bytes more (products.py).
 
 Bytes moved per row of C values, x of e_x bytes, y of e_y, branch of e_b, and each parameter per token once more,
 its gradient too; this is the minimum, except for the partial sums (2% at pMF's shapes) and vectors per channel or
@@ -31,14 +33,18 @@ sample, read once per tile:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pmf.kernels import registration
+from pmf.kernels import products, registration
 from pmf.kernels.modulations import Modulations, as_rows, forward_tile, load_tile, per_token, step_of
 from pmf.kernels.norm_backward import norm_backward
+from pmf.kernels.products import Weights
+from pmf.kernels.registration import Composition
 from pmf.kernels.tiles import load_vector, normalise, normalise_dot
 from pmf.pair import Dual
 
@@ -193,50 +199,99 @@ def norm_forward(
     return x_new, y, x_new_dot, y_dot, stats
 
 
-def _save(ctx, inputs, outputs):
-    x, branch, gate, weight, scale, shift, _, _, _, _, _, layer, _, out_dtype = inputs
-    ctx.options = layer, x.dtype if branch is None else branch.dtype, branch is not None, out_dtype
-    x_new, needs_dgate = x if branch is None else outputs[0], ctx.needs_input_grad[2]
-    ctx.save_for_backward(x_new, branch if needs_dgate else None, gate, weight, scale, shift, outputs[4])
+def _then_product(run):
+    """(..., matrix, bias, tangents, ...) -> x_new, out, x_new_dot, out_dot and the statistics."""
+    norm = run(norm_forward)
+
+    def forward(
+        x, branch, gate, weight, scale, shift, matrix, bias,
+        x_dot, branch_dot, gate_dot, scale_dot, shift_dot, layer, eps, out_dtype,
+    ):  # fmt: skip
+        inputs = x, branch, gate, weight, scale, shift, x_dot, branch_dot, gate_dot, scale_dot, shift_dot
+        x_new, y, x_new_dot, y_dot, stats = norm(*inputs, layer, eps, out_dtype)
+        out, out_dot = products.product(y, y_dot, Weights(matrix, bias))
+        return x_new, out, x_new_dot, out_dot, stats
+
+    return forward
 
 
-def _gradients(ctx, dx_new, dy, *_):
-    saved, (layer, branch_dtype, residual, out_dtype) = ctx.saved_tensors, ctx.options
-    x_new, _, gate, *_ = saved
+def _keep(ctx, inputs: tuple, outputs: tuple, add: bool, *more: Tensor) -> None:
+    """Save what the gradients of the norm read, and `more`."""
+    x, branch, gate, weight, scale, shift, *_, layer, _, out_dtype = inputs
+    ctx.options = layer, x.dtype if branch is None else branch.dtype, branch is not None, out_dtype, add
+    summed = x if branch is None or add else outputs[0]
+    kept = branch if add or ctx.needs_input_grad[2] else None
+    ctx.save_for_backward(summed, kept, gate, weight, scale, shift, outputs[4], *more)
+
+
+def _norm_gradients(ctx, dx_new: Tensor | None, dy: Tensor | None, again: bool = False) -> tuple:
+    """The gradients of x, branch and parameters, and y if `again`."""
+    saved, (layer, branch_dtype, residual, out_dtype, add) = ctx.saved_tensors[:7], ctx.options
+    x, _, gate, *_ = saved
     if not residual:
         dx_new = None  # compilers pass an empty tensor for the absent x_new
     if dy is None:
-        dy = torch.zeros_like(x_new, dtype=out_dtype)
-    alike = gate is None and branch_dtype == x_new.dtype  # then dbranch is dx
+        dy = torch.zeros_like(x, dtype=out_dtype)
+    alike = gate is None and branch_dtype == x.dtype  # then dbranch is dx
     written = branch_dtype if residual and not alike else None
-    dx, dbranch, *others = norm_backward(dy, dx_new, *saved, written, layer, residual, list(ctx.needs_input_grad[2:6]))
+    needs = list(ctx.needs_input_grad[2:6])
+    dx, dbranch, *others = norm_backward(dy, dx_new, *saved, written, layer, residual, needs, add, again)
     return dx, dx if residual and alike else dbranch, *others
 
 
-_norm, _residual_norm = (
-    registration.differentiable("Norm", op, norm_forward, _save, _gradients, inputs=6, outputs=2)
-    for op in ("norm_modulate", "residual_norm_modulate")
-)
+def _saving(add: bool, with_product: bool) -> Callable:
+    def save(ctx, inputs, outputs):
+        _keep(ctx, inputs, outputs, add, *inputs[6:7] if with_product else ())
+
+    return save
+
+
+def _gradients(ctx, dx_new, dy, *_):
+    return _norm_gradients(ctx, dx_new, dy)[:6]
+
+
+def _gradients_with_product(ctx, dx_new, dout, *_):
+    if dout is None:
+        return *_norm_gradients(ctx, dx_new, None)[:6], None, None
+    needs = ctx.needs_input_grad[6:8]
+    *found, y = _norm_gradients(ctx, dx_new, dout @ ctx.saved_tensors[7], again=needs[0])
+    return *found, *products.weight_gradients(dout, y, needs)
+
+
+def _recorded(op: str, add: bool = False) -> tuple[Callable, Callable]:
+    """The norm alone, and with the product behind it."""
+    alone = registration.differentiable("Norm", op, norm_forward, _saving(add, False), _gradients, inputs=6, outputs=2)
+    parts = Composition(_then_product), _saving(add, True), _gradients_with_product
+    return alone, registration.differentiable("NormLinear", op, *parts, inputs=8, outputs=2)
+
+
+_norm = _recorded("norm_modulate")
+_residual_norm = _recorded("residual_norm_modulate")
+_residual_norm_of_terms = _recorded("residual_norm_modulate", add=True)
 
 
 def norm_modulate(
-    x: Dual, weight: Tensor | None, scale: Dual, shift: Dual, *, kind: str, eps: float, out_dtype: torch.dtype
-) -> Dual:
+    x: Dual, weight: Tensor | None, scale: Dual, shift: Dual,
+    *, kind: str, eps: float, out_dtype: torch.dtype, linear: tuple[Tensor, Tensor | None] | None = None,
+) -> Dual:  # fmt: skip
     """`pmf.reference.norm_modulate` by Triton."""
-    _, y, _, y_dot, _ = _norm(
-        x.value, None, None, weight, scale.value, shift.value, x.dot, None, None, scale.dot, shift.dot,
-        kind == "layer", eps, out_dtype,
-    )  # fmt: skip
+    alone, with_product = _norm
+    values = x.value, None, None, weight, scale.value, shift.value
+    moving = x.dot, None, None, scale.dot, shift.dot, kind == "layer", eps, out_dtype
+    given = (*values, *moving) if linear is None else (*values, *linear, *moving)
+    _, y, _, y_dot, _ = (alone if linear is None else with_product)(*given)
     return Dual(y, y_dot)
 
 
 def residual_norm_modulate(
     x: Dual, branch: Dual, gate: Dual, weight: Tensor | None, scale: Dual, shift: Dual,
-    *, kind: str, eps: float, out_dtype: torch.dtype,
+    *, kind: str, eps: float, out_dtype: torch.dtype, linear: tuple[Tensor, Tensor | None] | None = None,
+    recompute_sum: bool = False,
 ) -> tuple[Dual, Dual]:  # fmt: skip
     """`pmf.reference.residual_norm_modulate` by Triton."""
-    x_new, y, x_new_dot, y_dot, _ = _residual_norm(
-        x.value, branch.value, gate.value, weight, scale.value, shift.value,
-        x.dot, branch.dot, gate.dot, scale.dot, shift.dot, kind == "layer", eps, out_dtype,
-    )  # fmt: skip
+    alone, with_product = _residual_norm_of_terms if recompute_sum else _residual_norm
+    values = x.value, branch.value, gate.value, weight, scale.value, shift.value
+    moving = x.dot, branch.dot, gate.dot, scale.dot, shift.dot, kind == "layer", eps, out_dtype
+    given = (*values, *moving) if linear is None else (*values, *linear, *moving)
+    x_new, y, x_new_dot, y_dot, _ = (alone if linear is None else with_product)(*given)
     return Dual(x_new, x_new_dot), Dual(y, y_dot)

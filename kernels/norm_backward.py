@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -11,9 +12,25 @@ import triton.language as tl
 from torch import Tensor
 
 from pmf.kernels import registration, sums
-from pmf.kernels.modulations import Modulations, Parameters, as_rows, forward_tile, load_tile, per_token, step_of
+from pmf.kernels.modulations import Parameters, as_rows, forward_tile, load_tile, per_token, step_of
 from pmf.kernels.registration import Chip, RowTile
 from pmf.kernels.tiles import load_vector, normalise_dot
+
+
+class Results(NamedTuple):
+    """What the kernel writes for each token; in kernels, pointers."""
+
+    dx: Any
+    dbranch: Any
+    y: Any
+
+
+class Form(NamedTuple):
+    """What the kernel computes; a constexpr."""
+
+    layer: bool
+    add: bool
+    """Whether x_new is to be added up again, from x and the branch."""
 
 
 @functools.cache
@@ -36,18 +53,19 @@ def backward_tile(width: int, alone: bool, row_bytes: int, chip: Chip) -> tuple[
 
 @triton.jit
 def _backward(
-    p_dy, p_dx_new, p_x_new, p_branch, p, p_stats, p_dx, p_dbranch, p_d, samples, length, share,
-    STEPS: tl.constexpr, TOKEN: tl.constexpr, C: tl.constexpr, LAYER: tl.constexpr, ROWS: tl.constexpr,
+    p_dy, p_dx_new, p_x, p_branch, p, p_stats, p_out, p_d, samples, length, share,
+    STEPS: tl.constexpr, TOKEN: tl.constexpr, C: tl.constexpr, FORM: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A share of the tokens, ROWS at a time; the sums of every segment go to its row of the partial buffers.
 
-    p: `Parameters`; p_d: `Parameters` of partial sums, or of gradients per token; STEPS, TOKEN: see `_forward`.
+    p_x: x_new, or x if FORM.add. p: `Parameters`; p_out: `Results`; p_d: `Parameters` of partial sums, or of gradients
+    per token; STEPS, TOKEN: see `_forward`.
     """
     i_program = tl.program_id(0)
     start = i_program * share
     stop = tl.minimum(start + share, samples * length)
-    STATISTICS: tl.constexpr = 2 if LAYER else 1
+    STATISTICS: tl.constexpr = 2 if FORM.layer else 1
     i_r, i_c = tl.arange(0, ROWS), tl.arange(0, BLOCK)
     m_c = (i_c < C)[None, :]
     i_tile = i_r[:, None] * C + i_c[None, :]
@@ -63,6 +81,9 @@ def _backward(
         if (p.scale is not None) and (not TOKEN.scale):
             p_sample_scale = p.scale + tl.cast(i_b, tl.int64) * STEPS.scale
             b_factor = b_factor * (1.0 + load_vector(p_sample_scale, i_c, C))
+        b_shift = tl.zeros([1, BLOCK], tl.float32)
+        if (p.shift is not None) and (not TOKEN.shift):
+            b_shift = load_vector(p.shift + tl.cast(i_b, tl.int64) * STEPS.shift, i_c, C)
         b_sum_ndy = tl.zeros([ROWS, BLOCK], tl.float32)
         b_sum_dy = tl.zeros([ROWS, BLOCK], tl.float32)
         b_sum_dgate = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -73,10 +94,10 @@ def _backward(
             mask = m_r & m_c
             # All loads come before the first sum over a row, so that they are in flight together.
             b_dy = tl.load(p_dy + i_row * C + i_tile, mask=mask, other=0.0)
-            b_x = tl.load(p_x_new + i_row * C + i_tile, mask=mask, other=0.0)
+            b_x = tl.load(p_x + i_row * C + i_tile, mask=mask, other=0.0)
             if p_dx_new is not None:
                 b_dx_new = tl.load(p_dx_new + i_row * C + i_tile, mask=mask, other=0.0)
-            if p_d.gate is not None:
+            if (p_d.gate is not None) or FORM.add:
                 b_branch = tl.load(p_branch + i_row * C + i_tile, mask=mask, other=0.0)
             if TOKEN.gate:
                 b_gate = load_tile(p.gate, i_row, mask, STEPS.gate, ROWS, BLOCK)
@@ -84,20 +105,27 @@ def _backward(
             if TOKEN.scale:
                 b_one_plus = 1.0 + load_tile(p.scale, i_row, mask, STEPS.scale, ROWS, BLOCK)
                 b_tile_factor = b_factor * b_one_plus
+            if (p.shift is not None) and TOKEN.shift:
+                b_shift = load_tile(p.shift, i_row, mask, STEPS.shift, ROWS, BLOCK)
+            if FORM.add:
+                b_x = (b_x.to(tl.float32) + b_gate * b_branch.to(tl.float32)).to(p_x.dtype.element_ty)
             p_row = p_stats + (i_row + i_r[:, None]) * STATISTICS
             b_rstd = tl.load(p_row, mask=m_r, other=0.0)
             b_n, b_dy = b_x.to(tl.float32), b_dy.to(tl.float32)
-            if LAYER:
+            if FORM.layer:
                 b_mean = tl.load(p_row + 1, mask=m_r, other=0.0)
                 b_n = tl.where(mask, b_n - b_mean, 0.0)
             b_n = b_n * b_rstd
-            b_dx = normalise_dot(b_n, b_rstd, b_dy * b_tile_factor, m_c, C, LAYER)
+            b_dx = normalise_dot(b_n, b_rstd, b_dy * b_tile_factor, m_c, C, FORM.layer)
             if p_dx_new is not None:
                 b_dx += b_dx_new.to(tl.float32)
-            tl.store(p_dx + i_row * C + i_tile, b_dx.to(p_dx.dtype.element_ty), mask=mask)
-            if p_dbranch is not None:
-                b_dbranch = (b_dx * b_gate).to(p_dbranch.dtype.element_ty)
-                tl.store(p_dbranch + i_row * C + i_tile, b_dbranch, mask=mask)
+            tl.store(p_out.dx + i_row * C + i_tile, b_dx.to(p_out.dx.dtype.element_ty), mask=mask)
+            if p_out.dbranch is not None:
+                b_dbranch = (b_dx * b_gate).to(p_out.dbranch.dtype.element_ty)
+                tl.store(p_out.dbranch + i_row * C + i_tile, b_dbranch, mask=mask)
+            if p_out.y is not None:
+                b_y = b_n * b_tile_factor + b_shift
+                tl.store(p_out.y + i_row * C + i_tile, b_y.to(p_out.y.dtype.element_ty), mask=mask)
             b_ndy = b_n * b_dy
             if TOKEN.scale and (p_d.scale is not None):
                 b_dscale = b_ndy
@@ -138,38 +166,45 @@ def _backward(
 
 @registration.gradient_operator(lambda *arguments: "residual_norm_modulate" if arguments[11] else "norm_modulate")
 def norm_backward(
-    dy: Tensor, dx_new: Tensor | None, x_new: Tensor, branch: Tensor | None,
+    dy: Tensor, dx_new: Tensor | None, x: Tensor, branch: Tensor | None,
     gate: Tensor | None, weight: Tensor | None, scale: Tensor | None, shift: Tensor | None,
     stats: Tensor, branch_dtype: torch.dtype | None, layer: bool, residual: bool, needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, dbranch (None if branch_dtype is), dgate, dweight, dscale, dshift; `needs` selects from the last four."""
+    add: bool, again: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx, dbranch (None if branch_dtype is), dgate, dweight, dscale, dshift, and y if `again`.
+
+    x is x_new, unless backward is to `add` it up. `needs` selects from the four gradients of parameters.
+    """
     parameters = Parameters(gate, weight, scale, shift)
-    samples, length, width = x_new.shape
-    dx = x_new.new_empty(samples, length, width)
-    dbranch = None if branch_dtype is None else x_new.new_empty(samples, length, width, dtype=branch_dtype)
+    samples, length, width = x.shape
+    out = Results(
+        x.new_empty(samples, length, width),
+        None if branch_dtype is None else x.new_empty(samples, length, width, dtype=branch_dtype),
+        dy.new_empty(samples, length, width) if again else None,
+    )
     trained = [p for p, need in zip(parameters, needs, strict=True) if need]
     if registration.shapes_only(dy):
-        return dx, dbranch, *_placed([p.new_empty(p.shape) for p in trained], needs)
-    dy, x_new = dy.contiguous(), x_new.contiguous()
+        return out.dx, out.dbranch, *_placed([p.new_empty(p.shape) for p in trained], needs), out.y
+    dy, x = dy.contiguous(), x.contiguous()
     dx_new, branch = (None if t is None else t.contiguous() for t in (dx_new, branch))
     token = Parameters(*map(per_token, parameters))
-    gate, weight, scale = (as_rows(p) for p in (gate, weight, scale))
-    row_bytes = width * sum(s.element_size() for s in (dy, x_new, dx_new, branch) if s is not None)
+    gate, weight, scale, shift = (as_rows(p) for p in parameters)
+    row_bytes = width * sum(s.element_size() for s in (dy, x, dx_new, branch) if s is not None)
     tile, programs, stages = backward_tile(width, not residual, row_bytes, registration.chip(dy.device))
     shares = sums.divide(samples, length, any(p is not None and p.ndim == 2 for p in parameters), programs, tile.rows)
     summed = [p for p in trained if not per_token(p)]
-    partials = list(x_new.new_empty(len(summed), shares.segments, width, dtype=torch.float32).unbind())
+    partials = list(x.new_empty(len(summed), shares.segments, width, dtype=torch.float32).unbind())
     found = [p.new_empty(p.shape) if per_token(p) else partials.pop(0) for p in trained]
     registration.launch(
         _backward, shares.programs,
-        dy, dx_new, x_new, branch, Parameters(gate, weight, scale, None), stats, dx, dbranch, _placed(found, needs),
-        shares.samples, shares.length, shares.share,
-        STEPS=Modulations(step_of(gate), step_of(scale), 0), TOKEN=token, C=width, LAYER=layer,
-        ROWS=tile.rows, BLOCK=tile.block, STAGES=stages,
+        dy, dx_new, x, branch, Parameters(gate, weight, scale, shift if again else None), stats, out,
+        _placed(found, needs), shares.samples, shares.length, shares.share,
+        STEPS=Parameters(step_of(gate), 0, step_of(scale), step_of(shift)), TOKEN=token, C=width,
+        FORM=Form(layer, add), ROWS=tile.rows, BLOCK=tile.block, STAGES=stages,
         num_warps=tile.warps, maxnreg=128,  # else some chips use 157, and not all programs are resident
     )  # fmt: skip
     added = iter(sums.add_up([p for p in found if p.ndim == 2], shares, summed))
-    return dx, dbranch, *_placed([p if p.ndim == 3 else next(added) for p in found], needs)
+    return out.dx, out.dbranch, *_placed([p if p.ndim == 3 else next(added) for p in found], needs), out.y
 
 
 def _placed(tensors: Sequence[Tensor], needs: list[bool]) -> Parameters:

@@ -7,7 +7,8 @@ gelu(x) = x P with P = (1 + erf(x / sqrt 2)) / 2, computed to 7.5e-8, and gelu' 
 By tanh: P = sigmoid(2 u) = (1 + tanh u) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), gelu' = P + 2 x P (1 - P) u'.
 
 Backward: da = dy silu'(a) b, db = dy silu(a); dx = dy gelu'(x). Saved: x, the output of the product before it; the
-functions are recomputed. Nothing is saved for tangents. Computed in float32.
+functions are recomputed. Nothing is saved for tangents. Computed in float32. With the product behind it (`linear`), y
+is not kept for that either: backward writes it again, F e bytes more (products.py).
 
 Bytes moved per token of F values of e bytes in y, all of it the minimum: swiglu forward 3 F e, gelu 2 F e, twice that
 with a tangent; backward 5 F e and 3 F e. Rows of x may have any stride. If F is not a multiple of 8, rows lose their
@@ -25,7 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from pmf.kernels import registration
-from pmf.kernels.registration import Chip, RowTile
+from pmf.kernels.products import Weights, product, weight_gradients
+from pmf.kernels.registration import Chip, Composition, RowTile
 from pmf.kernels.tiles import gelu as gelu_of
 from pmf.kernels.tiles import silu
 from pmf.pair import Dual
@@ -77,7 +79,7 @@ def _swiglu(
 
 
 @triton.jit
-def _swiglu_backward(p_dy, p_x, p_dx, rows, x_step, F: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _swiglu_backward(p_dy, p_x, p_dx, p_y, rows, x_step, F: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     i_row, i_c, mask = _place(rows, F, ROWS, BLOCK)
     b_dy = tl.load(p_dy + i_row * F + i_c, mask=mask, other=0.0).to(tl.float32)
     p_a = p_x + i_row * x_step + i_c
@@ -87,6 +89,8 @@ def _swiglu_backward(p_dy, p_x, p_dx, rows, x_step, F: tl.constexpr, ROWS: tl.co
     p_da = p_dx + i_row * (2 * F) + i_c
     tl.store(p_da, (b_dy * b_slope * b_b).to(p_dx.dtype.element_ty), mask=mask)
     tl.store(p_da + F, (b_dy * b_silu).to(p_dx.dtype.element_ty), mask=mask)
+    if p_y is not None:
+        tl.store(p_y + i_row * F + i_c, (b_silu * b_b).to(p_y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -109,13 +113,16 @@ def _gelu(
 
 @triton.jit
 def _gelu_backward(
-    p_dy, p_x, p_dx, rows, x_step, TANH: tl.constexpr, F: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+    p_dy, p_x, p_dx, p_y, rows, x_step,
+    TANH: tl.constexpr, F: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     i_row, i_c, mask = _place(rows, F, ROWS, BLOCK)
     b_dy = tl.load(p_dy + i_row * F + i_c, mask=mask, other=0.0).to(tl.float32)
     b_x = tl.load(p_x + i_row * x_step + i_c, mask=mask, other=0.0).to(tl.float32)
-    _, b_slope = gelu_of(b_x, TANH)
+    b_y, b_slope = gelu_of(b_x, TANH)
     tl.store(p_dx + i_row * F + i_c, (b_dy * b_slope).to(p_dx.dtype.element_ty), mask=mask)
+    if p_y is not None:
+        tl.store(p_y + i_row * F + i_c, b_y.to(p_y.dtype.element_ty), mask=mask)
 
 
 def _run_forward(kernel, x: Tensor, x_dot: Tensor | None, width: int, **constants) -> tuple[Tensor, Tensor | None]:
@@ -136,20 +143,21 @@ def _run_forward(kernel, x: Tensor, x_dot: Tensor | None, width: int, **constant
     return y, y_dot
 
 
-def _run_backward(kernel, dy: Tensor, x: Tensor, **constants) -> Tensor:
-    """dx."""
+def _run_backward(kernel, dy: Tensor, x: Tensor, again: bool, **constants) -> tuple[Tensor, Tensor | None]:
+    """dx, and y if `again`."""
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    y = dy.new_empty(dy.shape) if again else None
     if registration.shapes_only(dy):
-        return dx
+        return dx, y
     dy, x = dy.contiguous(), registration.as_rows(x)
     width = dy.shape[-1]
     tile = tile_of(width, registration.chip(dy.device))
     registration.launch(
         kernel, registration.cdiv(len(x), tile.rows) * registration.cdiv(width, tile.block),
-        dy, x, dx, len(x), x.stride(0), **constants,
+        dy, x, dx, y, len(x), x.stride(0), **constants,
         F=width, ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps,
     )  # fmt: skip
-    return dx
+    return dx, y
 
 
 @registration.operator
@@ -159,9 +167,9 @@ def swiglu_forward(x: Tensor, x_dot: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 @registration.gradient_operator("swiglu")
-def swiglu_backward(dy: Tensor, x: Tensor) -> Tensor:
-    """dx."""
-    return _run_backward(_swiglu_backward, dy, x)
+def swiglu_backward(dy: Tensor, x: Tensor, again: bool) -> tuple[Tensor, Tensor]:
+    """dx, and y if `again`."""
+    return _run_backward(_swiglu_backward, dy, x, again)
 
 
 @registration.operator
@@ -171,9 +179,9 @@ def gelu_forward(x: Tensor, x_dot: Tensor | None, tanh: bool) -> tuple[Tensor, T
 
 
 @registration.gradient_operator("gelu")
-def gelu_backward(dy: Tensor, x: Tensor, tanh: bool) -> Tensor:
-    """dx."""
-    return _run_backward(_gelu_backward, dy, x, TANH=tanh)
+def gelu_backward(dy: Tensor, x: Tensor, tanh: bool, again: bool) -> tuple[Tensor, Tensor]:
+    """dx, and y if `again`."""
+    return _run_backward(_gelu_backward, dy, x, again, TANH=tanh)
 
 
 def _save(ctx, inputs, outputs):
@@ -182,22 +190,65 @@ def _save(ctx, inputs, outputs):
 
 
 def _swiglu_gradients(ctx, dy, *_):
-    return (None if dy is None else swiglu_backward(dy, *ctx.saved_tensors),)
+    return (None if dy is None else swiglu_backward(dy, *ctx.saved_tensors, False)[0],)
 
 
 def _gelu_gradients(ctx, dy, *_):
-    return (None if dy is None else gelu_backward(dy, *ctx.saved_tensors, ctx.tanh),)
+    return (None if dy is None else gelu_backward(dy, *ctx.saved_tensors, ctx.tanh, False)[0],)
 
 
-_swiglu_of = registration.differentiable("SwiGLU", "swiglu", swiglu_forward, _save, _swiglu_gradients, inputs=1)
-_gelu_of = registration.differentiable("GELU", "gelu", gelu_forward, _save, _gelu_gradients, inputs=1)
+_swiglu_alone = registration.differentiable("SwiGLU", "swiglu", swiglu_forward, _save, _swiglu_gradients, inputs=1)
+_gelu_alone = registration.differentiable("GELU", "gelu", gelu_forward, _save, _gelu_gradients, inputs=1)
 
 
-def swiglu(x: Dual) -> Dual:
+# With the product behind them: x, W, b, x_dot -> out, out_dot.
+
+
+def _swiglu_then_product(run):
+    function = run(swiglu_forward)
+    return lambda x, matrix, bias, x_dot: product(*function(x, x_dot), Weights(matrix, bias))
+
+
+def _gelu_then_product(run):
+    function = run(gelu_forward)
+    return lambda x, matrix, bias, x_dot, tanh: product(*function(x, x_dot, tanh), Weights(matrix, bias))
+
+
+def _save_with_product(ctx, inputs, outputs):
+    ctx.tanh = len(inputs) > 4 and inputs[4]
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _swiglu_linear_gradients(ctx, dout, *_):
+    if dout is None:
+        return None, None, None
+    (x, matrix), needs = ctx.saved_tensors, ctx.needs_input_grad[1:3]
+    dx, y = swiglu_backward(dout @ matrix, x, needs[0])
+    return dx, *weight_gradients(dout, y, needs)
+
+
+def _gelu_linear_gradients(ctx, dout, *_):
+    if dout is None:
+        return None, None, None
+    (x, matrix), needs = ctx.saved_tensors, ctx.needs_input_grad[1:3]
+    dx, y = gelu_backward(dout @ matrix, x, ctx.tanh, needs[0])
+    return dx, *weight_gradients(dout, y, needs)
+
+
+_swiglu_linear = registration.differentiable(
+    "SwiGLULinear", "swiglu", Composition(_swiglu_then_product), _save_with_product, _swiglu_linear_gradients, inputs=3
+)
+_gelu_linear = registration.differentiable(
+    "GELULinear", "gelu", Composition(_gelu_then_product), _save_with_product, _gelu_linear_gradients, inputs=3
+)
+
+
+def swiglu(x: Dual, *, linear: tuple[Tensor, Tensor | None] | None = None) -> Dual:
     """`pmf.reference.swiglu` by Triton."""
-    return Dual(*_swiglu_of(*x))
+    return Dual(*(_swiglu_alone(*x) if linear is None else _swiglu_linear(x.value, *linear, x.dot)))
 
 
-def gelu(x: Dual, *, approximate: str) -> Dual:
+def gelu(x: Dual, *, approximate: str, linear: tuple[Tensor, Tensor | None] | None = None) -> Dual:
     """`pmf.reference.gelu` by Triton."""
-    return Dual(*_gelu_of(*x, approximate == "tanh"))
+    tanh = approximate == "tanh"
+    return Dual(*(_gelu_alone(*x, tanh) if linear is None else _gelu_linear(x.value, *linear, x.dot, tanh)))

@@ -105,6 +105,13 @@ def _asked_for(outputs: Any) -> Any:
     return tuple(None if x.ndim == 1 and x.shape[0] == 0 else x for x in outputs)
 
 
+def _with_empty(like: Tensor, outputs: Any) -> Any:
+    """Outputs with an empty tensor in the place of None; the inverse of `_asked_for`."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    return tuple(like.new_empty(0) if x is None else x for x in outputs)
+
+
 class Operator:
     """A function registered as the operator `pmf::<name>`, and the shortest way to call it."""
 
@@ -123,10 +130,7 @@ class Operator:
             return self._tensors(first, *others)
 
     def _tensors(self, first: Tensor, *others):
-        outputs = self.function(first, *others)
-        if isinstance(outputs, Tensor):
-            return outputs
-        return tuple(first.new_empty(0) if x is None else x for x in outputs)
+        return _with_empty(first, self.function(first, *others))
 
     def _refuse(self, context, *gradients):
         """Raise: the Function around the operator computes its gradients."""
@@ -148,6 +152,28 @@ class Operator:
             return self.function(*arguments)
         except NotImplementedError:  # batched gradients (is_grads_batched) look ordinary, but have no memory
             return _asked_for(self.overload(*arguments))
+
+
+class Composition:
+    """A function of operators, which `differentiable` takes as it takes an operator.
+
+    `compose(run)` returns the function, which calls an operator op by run(op).
+    """
+
+    def __init__(self, compose: Callable[[Callable[[Operator], Callable]], Callable]) -> None:
+        self.function = compose(lambda op: op.function)
+        of_overloads = compose(_as_dispatched)
+
+        def overload(first: Tensor, *others):
+            return _with_empty(first, of_overloads(first, *others))
+
+        self.overload = overload
+
+
+def _as_dispatched(op: Operator) -> Callable:
+    """What calls an operator as PyTorch dispatches it; compilers cannot trace an `Operator` itself."""
+    overload = op.overload
+    return lambda *arguments: _asked_for(overload(*arguments))
 
 
 def operator(function: Callable) -> Operator:
@@ -173,7 +199,7 @@ class Differentiable:
     """The name of the nodes in autograd's graph."""
     op: str
     """The public function, for errors."""
-    forward: Operator
+    forward: Operator | Composition
     save: Callable
     backward: Callable
     inputs: int
@@ -235,7 +261,9 @@ def _function(name: str, **methods: Callable) -> type[torch.autograd.Function]:
     return type(name, (torch.autograd.Function,), {key: staticmethod(method) for key, method in methods.items()})
 
 
-def differentiable(name: str, op: str, forward: Operator, save: Callable, backward: Callable, **options) -> Callable:
+def differentiable(
+    name: str, op: str, forward: Operator | Composition, save: Callable, backward: Callable, **options
+) -> Callable:
     """A function of `forward`'s arguments that records gradients; see `Differentiable`."""
     made = Differentiable(name, op, forward, save, backward, **options)
     compiled_way, long_way, short_way = made.by_operators(), made.by_operators(**made.refusals()), made.directly()

@@ -30,3 +30,8 @@ def product_dtype(x: Tensor) -> torch.dtype:
 def no_autocast(device: torch.device) -> AbstractContextManager:
     """A context that turns autocast off, so that operations inside keep the dtypes of their inputs."""
     return torch.autocast(device.type, enabled=False) if available(device.type) else nullcontext()
+
+
+def autocast_to(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
+    """A context with autocast to `dtype`, or without autocast for None."""
+    return no_autocast(device) if dtype is None else torch.autocast(device.type, dtype)

@@ -51,10 +51,13 @@ class Block(DualModule):
     def forward_residual(self, residual: Residual, rope: Rope, condition: Dual = ABSENT) -> Residual:
         """Run the block on a stream whose last branch is pending; leave the block's own MLP branch pending."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self._modulations(condition)
-        x, y = self.norm1.after_residual(residual, scale1, shift1)
-        residual = Residual(x, self.attn.forward_dual(y, rope), gate1)
-        x, y = self.norm2.after_residual(residual, scale2, shift2)
-        return Residual(x, self.mlp.forward_dual(y), gate2)
+        first, last = self.attn.weights()
+        x, packed = self.norm1.after_residual(residual, scale1, shift1, linear=first)
+        residual = Residual(x, self.attn.mix(packed, last, rope), gate1)
+        first, last = self.mlp.weights()
+        # Backward keeps x for norm1 anyway, so norm2 adds the branch again.
+        x, hidden = self.norm2.after_residual(residual, scale2, shift2, linear=first, recompute_sum=True)
+        return Residual(x, self.mlp.finish(hidden, last), gate2)
 
     def forward_dual(self, x: Dual, rope: Rope, condition: Dual = ABSENT) -> Dual:
         """x [B, S, C] -> [B, S, C]; condition [B, C] under adaln."""

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from pmf.compiling import CompiledBlocks
 from pmf.config import PREFIX_TOKENS, ModelConfig, model_config
 from pmf.errors import checked_device, extent, readable, require
 from pmf.fields import check_values
-from pmf.layers import PatchEmbed, Residual, Rope, ScalarEmbedders
+from pmf.layers import PatchEmbed, Residual, Rope, ScalarEmbedders, keep_less
 from pmf.packing import Held, held_weights, joined_weights
 from pmf.pair import ABSENT, Dual, tail, tangent_rows, total
 from pmf.recompute import checkpoint_values
@@ -25,7 +25,8 @@ from pmf.tangents.carriers import as_dual, carrier_of, moves
 from pmf.weights import matching_weights, read_weights
 
 HEADS = ("u", "v")
-CHECKPOINTING: tuple[Literal["none", "block"], ...] = ("none", "block")
+Checkpointing = Literal["none", "light", "block"]
+CHECKPOINTING: tuple[Checkpointing, ...] = get_args(Checkpointing)
 SCALARS = ("h", "omega", "t_min", "t_max")
 
 
@@ -90,7 +91,7 @@ class PMFDiT(nn.Module):
         *,
         impl: str | None = None,
         aux_head: bool = True,
-        checkpointing: Literal["none", "block"] = "none",
+        checkpointing: Checkpointing = "none",
     ) -> None:
         super().__init__()
         self.config, self.impl, self.checkpointing = config, impl, checkpointing
@@ -110,6 +111,7 @@ class PMFDiT(nn.Module):
         self._compiled: CompiledBlocks | None = None
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
+        keep_less(self, checkpointing == "light")
 
     def _apply(self, fn, recurse=True):
         """Keep the rotary tables in float32 whatever the network's dtype is."""
@@ -145,7 +147,7 @@ class PMFDiT(nn.Module):
         """Run one block; with "block" checkpointing, backward recomputes its values, never its tangents."""
         compiled = None if torch.compiler.is_compiling() else self._compiled
         run = block.forward_residual if compiled is None else functools.partial(compiled, block)
-        if self.checkpointing == "none" or not torch.is_grad_enabled():
+        if self.checkpointing != "block" or not torch.is_grad_enabled():
             return run(stream, self._rope, vector)
         return checkpoint_values(
             run, stream, self._rope, vector, preserve_rng_state=False, compiled=compiled is not None
@@ -318,15 +320,16 @@ def create_model(
     *,
     impl: str | None = None,
     aux_head: bool = True,
-    checkpointing: Literal["none", "block"] = "none",
+    checkpointing: Checkpointing = "none",
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> PMFDiT:
     """Create a freshly initialised network from a preset's name in `pmf.MODELS` or from a `ModelConfig`.
 
     `impl` chooses the ops' implementation (see `pmf.ops`; None reads PMF_IMPL, default "auto").
-    `aux_head=False` leaves out the v head, which only training needs. `checkpointing="block"` keeps only the
-    blocks' inputs for backward and recomputes the rest. Errors: an unknown preset, impl or checkpointing.
+    `aux_head=False` leaves out the v head, which only training needs. `checkpointing="light"` makes again in
+    backward what kernels can make from what is kept anyway; "block" keeps only the blocks' inputs and recomputes the
+    rest. Errors: an unknown preset, impl or checkpointing.
     """
     config = model_config(name_or_config)
     dispatch.checked_impl(impl)

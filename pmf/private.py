@@ -247,6 +247,11 @@ def version(x: Tensor) -> int:
     return x._version
 
 
+def saved_tensor_hooks() -> tuple[Callable, Callable] | None:
+    """The innermost hooks around of `torch.autograd.graph.saved_tensors_hooks`."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
 def hooked(module: torch.nn.Module) -> bool:
     """Whether a call of the module runs hooks of its own."""
     kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)

@@ -1,15 +1,20 @@
-"""Activation checkpointing of dual layers: backward recomputes values, never tangents."""
+"""Activation checkpointing of dual layers: backward recomputes values, never tangents.
+
+`checkpoint_values` repeats a layer, `made_again` only what is cheap: it keeps what the layer makes of that.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pmf.pair import Dual
-from pmf.private import tree_flatten, tree_unflatten
+from pmf.autocast import autocast_dtype, autocast_to
+from pmf.pair import Dual, tail
+from pmf.private import saved_tensor_hooks, storage_id, transforming, tree_flatten, tree_unflatten, version
 
 
 def _is_dual(node: Any) -> bool:
@@ -59,3 +64,89 @@ def checkpoint_values(layer: Callable, *inputs: Any, preserve_rng_state: bool = 
 
     out_values = checkpoint(run, *values, use_reentrant=compiled, preserve_rng_state=preserve_rng_state)
     return _join(list(out_values), tangents_out, outline[0])
+
+
+def made_again(make: Callable[[Dual], tuple[Dual, ...]], use: Callable[..., Any], x: Dual) -> Any:
+    """`use(*make(x))`, where backward calls `make` again instead of keeping what it gave.
+
+    `make` gives Duals, deterministically; results that are views of x are kept, as x is. Backward makes only values.
+    """
+    if not torch.is_grad_enabled() or transforming():
+        return use(*make(x))
+    if torch.compiler.is_compiling():
+        return use(*_made_in_checkpoint(make, x))
+    made = make(x)
+    again = _Again(make, x.value, [dual.value for dual in made])
+    with torch.autograd.graph.saved_tensors_hooks(again.pack, again.unpack):
+        return use(*made)
+
+
+def _made_in_checkpoint(make: Callable[[Dual], tuple[Dual, ...]], x: Dual) -> tuple[Dual, ...]:
+    """`make(x)`, whose values compilers make again where they are read in backward.
+
+    The tangents are made apart, because compilers would repeat the whole call, and keep what it reads.
+    """
+    values = checkpoint(lambda value: tuple(dual.value for dual in make(Dual(value))), x.value, use_reentrant=False)
+    if x.dot is None:
+        return tuple(map(Dual, values))
+    with torch.no_grad():
+        dots = [dual.dot for dual in make(Dual(tail(x.value, len(x.dot)), x.dot))]
+    return tuple(map(Dual, values, dots))
+
+
+class _Place(NamedTuple):
+    """A saved tensor as a view of what is made again."""
+
+    which: int
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int | torch.SymInt
+
+
+class _Again:
+    """Hooks that swap what `make(x)` gave, where autograd saves it, for its place, and make it when backward asks.
+
+    Everything else goes to the hooks around, x too: they may count tensors, or move them elsewhere.
+    """
+
+    def __init__(self, make: Callable[[Dual], tuple[Dual, ...]], x: Tensor, made: list[Tensor]) -> None:
+        self.make, self.autocast = make, autocast_dtype(x.device.type)
+        around: tuple[Callable, Callable] = saved_tensor_hooks() or (_unchanged, _unchanged)
+        self.pack_around, self.unpack_around = around
+        self.x, self.version = self.pack_around(x.detach()), version(x)
+        kept = storage_id(x)
+        self.which = {storage_id(m): i for i, m in enumerate(made) if storage_id(m) != kept}
+        self.places = 0
+        self.served: set[int] = set()
+        self.made: list[Tensor] = []
+
+    def pack(self, x: Tensor) -> Any:
+        """The place of x, or what the hooks around make of it."""
+        which = self.which.get(storage_id(x))
+        if which is None:
+            return self.pack_around(x)
+        self.places += 1
+        return _Place(which, x.shape, x.stride(), x.storage_offset())
+
+    def unpack(self, packed: Any) -> Tensor:
+        """The tensor; what was made is dropped when it has been read everywhere."""
+        if not isinstance(packed, _Place):
+            return self.unpack_around(packed)
+        if not self.made:
+            self.made = self._make()
+        found = self.made[packed.which].as_strided(*packed[1:])
+        self.served.add(id(packed))
+        if len(self.served) == self.places:
+            self.made, self.served = [], set()
+        return found
+
+    def _make(self) -> list[Tensor]:
+        if isinstance(self.x, Tensor) and version(self.x) != self.version:
+            raise RuntimeError("made_again: what backward reads was changed in place after the forward pass")
+        x = self.unpack_around(self.x)
+        with torch.no_grad(), autocast_to(x.device, self.autocast):
+            return [dual.value for dual in self.make(Dual(x))]
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x

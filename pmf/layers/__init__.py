@@ -11,6 +11,7 @@ from pmf.layers.attention import SeparateAttention as SeparateAttention
 from pmf.layers.base import DualModule as DualModule
 from pmf.layers.base import Linear as Linear
 from pmf.layers.base import WideLinear as WideLinear
+from pmf.layers.base import keep_less as keep_less
 from pmf.layers.blocks import DiTBlock as DiTBlock
 from pmf.layers.blocks import LayerScale as LayerScale
 from pmf.layers.blocks import SiTBlock as SiTBlock

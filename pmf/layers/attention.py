@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 from pmf import ops
 from pmf.dual import acts_as, chunk, dual, linear_dual
 from pmf.errors import InputError, require
-from pmf.layers.base import DualModule, Linears, check_linear, check_tokens, warn_of_hooks
+from pmf.layers.base import DualModule, Linears, Weights, check_linear, check_tokens, warn_of_hooks
 from pmf.ops.heads import Norm, Pairs
 from pmf.packing import Join, PackedModule
 from pmf.pair import Dual
+from pmf.recompute import made_again
 
 
 class Rope(NamedTuple):
@@ -96,17 +98,32 @@ class Attention(DualModule, PackedModule):
 
     def forward_dual(self, x: Dual, rope: Rope | None = None, *, key_lengths: Tensor | None = None) -> Dual:
         """x [B, S, C] -> [B, S, C]; rope: the tables; key_lengths int [B]: the tokens of each sample that count."""
-        x, (inputs, out) = Dual.of(x), self.projections()
+        x = Dual.of(x)
         check_tokens("Attention", "x", x, self.num_heads * self.head_dim)
+        first, last = self.weights()
+        return self.mix(linear_dual(x, *first), last, rope, key_lengths=key_lengths)
+
+    def weights(self) -> tuple[Weights, Weights]:
+        """Weight and bias of the product that gives q, k and v, and of the last one."""
+        inputs, out = self.projections()
         packed = iter(self.packed())
         weight, bias = next(packed), None if inputs[0].bias is None else next(packed)
-        out_weight, out_bias = next(packed), None if out.bias is None else next(packed)
-        q, k, v = self._heads(linear_dual(x, weight, bias), rope)
-        grouped = self.num_kv_heads != self.num_heads
-        mixed = ops.attention(q, k, v, causal=self.causal, key_lengths=key_lengths, enable_gqa=grouped, impl=self.impl)
-        return linear_dual(mixed.map(lambda o: o.flatten(2)), out_weight, out_bias)
+        return (weight, bias), (next(packed), None if out.bias is None else next(packed))
 
-    def _heads(self, packed: Dual, rope: Rope | None) -> tuple[Dual, Dual, Dual]:
+    def mix(self, packed: Dual, last: Weights, rope: Rope | None = None, *, key_lengths: Tensor | None = None) -> Dual:
+        """All that follows the product that gives q, k and v, `packed` [B, S, C + 2 C_kv]."""
+        grouped = self.num_kv_heads != self.num_heads
+
+        def attend(q: Dual, k: Dual, v: Dual) -> Dual:
+            return ops.attention(
+                q, k, v, causal=self.causal, key_lengths=key_lengths, enable_gqa=grouped, impl=self.impl
+            )
+
+        heads = functools.partial(self._heads, rope=rope)
+        mixed = made_again(heads, attend, packed) if self.light else attend(*heads(packed))
+        return linear_dual(mixed.map(lambda o: o.flatten(2)), *last)
+
+    def _heads(self, packed: Dual, *, rope: Rope | None) -> tuple[Dual, Dual, Dual]:
         """q, k and v [B, S, H, D] of the projected tokens, normalised and rotated."""
         if (rope is None) != (self.rope is None):
             wanted, got = ("no tables", "some") if self.rope is None else ("tables", "none")

@@ -18,6 +18,8 @@ from pmf.private import hooked
 from pmf.tangents.carriers import CARRIERS, as_dual, carrier_of, moves
 from pmf.wide import wide_linear
 
+Weights = tuple[Tensor, Tensor | None]
+"""Weight and bias of a product; None is no bias."""
 Linears = Callable[..., nn.Linear]
 """Makes a Linear layer from (in_features, out_features, bias=...), such as nn.Linear itself."""
 
@@ -61,6 +63,9 @@ class DualModule(nn.Module):
     `forward_dual` takes tensors, pairs (value, tangent) and Duals; `forward` tensors.
     """
 
+    light = False
+    """Whether backward makes again what a kernel can make from what is kept anyway; see `keep_less`."""
+
     def __init__(self, impl: str | None = None) -> None:
         super().__init__()
         self.impl = impl
@@ -76,6 +81,17 @@ class DualModule(nn.Module):
         if result.dot is not None:
             raise InputError(f"{type(self).__name__}: forward takes values only, got a tangent; use forward_dual")
         return result.value
+
+
+def keep_less(network: nn.Module, less: bool = True) -> None:
+    """Let the layers of `pmf.layers` in a network keep less for backward; with `less` False, as much as before.
+
+    Backward then makes the results of norms, of MLPs' functions, and normalised queries and keys again from what is
+    kept anyway. It repeats no product of the network, no attention and no tangent.
+    """
+    for module in network.modules():
+        if isinstance(module, DualModule):
+            module.light = less
 
 
 class Linear(PackedModule, nn.Linear):

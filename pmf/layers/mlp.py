@@ -9,7 +9,7 @@ from torch import nn
 from pmf import ops
 from pmf.dual import linear_dual
 from pmf.errors import require
-from pmf.layers.base import DualModule, Linears, check_linear
+from pmf.layers.base import DualModule, Linears, Weights, check_linear
 from pmf.packing import Join, PackedModule
 from pmf.pair import Dual
 
@@ -58,14 +58,25 @@ class Mlp(DualModule, PackedModule):
             return weights
         return *weights, Join(tuple(layer.bias for layer in first), (hidden,)), Join.of(second.bias)
 
-    def forward_dual(self, x: Dual) -> Dual:
-        """x [B, C], [B, S, C] or [B, H, W, C]; returns the same shape."""
+    def weights(self) -> tuple[Weights, Weights]:
+        """Weight and bias of the product to the hidden width, and of that back."""
         first, second, *biases = self.packed()
         bias1, bias2 = biases or (None, None)
-        hidden = linear_dual(Dual.of(x), first, bias1)
+        return (first, bias1), (second, bias2)
+
+    def forward_dual(self, x: Dual) -> Dual:
+        """x [B, C], [B, S, C] or [B, H, W, C]; returns the same shape."""
+        first, second = self.weights()
+        return self.finish(linear_dual(Dual.of(x), *first), second)
+
+    def finish(self, hidden: Dual, second: Weights) -> Dual:
+        """All that follows the product to the hidden width."""
+        options: dict = dict(impl=self.impl)
+        if self.light:
+            options["linear"] = second
         if self.act == "swiglu":
-            hidden = ops.swiglu(hidden, impl=self.impl)
+            result = ops.swiglu(hidden, **options)
         else:
             approximate = "tanh" if self.act == "gelu_tanh" else "none"
-            hidden = ops.gelu(hidden, approximate=approximate, impl=self.impl)
-        return linear_dual(hidden, second, bias2)
+            result = ops.gelu(hidden, approximate=approximate, **options)
+        return result if self.light else linear_dual(result, *second)

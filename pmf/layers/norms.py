@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from pmf import ops
-from pmf.dual import gated_residual
+from pmf.dual import gated_residual, linear_dual
 from pmf.errors import require
-from pmf.layers.base import DualModule
+from pmf.layers.base import DualModule, Weights
 from pmf.pair import ABSENT, Dual
 
 
@@ -54,11 +54,21 @@ class NormModulate(DualModule):
             Dual.of(x), self.weight, scale, shift, self.bias, kind=self.kind, eps=self.eps, impl=self.impl
         )
 
-    def after_residual(self, residual: Residual, scale: Dual = ABSENT, shift: Dual = ABSENT) -> tuple[Dual, Dual]:
-        """The stream with its pending branch added, and that sum normalised and modulated."""
+    def after_residual(
+        self, residual: Residual, scale: Dual = ABSENT, shift: Dual = ABSENT, *, linear: Weights | None = None,
+        recompute_sum: bool = False,
+    ) -> tuple[Dual, Dual]:  # fmt: skip
+        """The stream with its pending branch added, and that sum normalised and modulated.
+
+        linear: weight and bias of the product that reads this. recompute_sum: see `ops.residual_norm_modulate`.
+        """
+        options: dict = dict(kind=self.kind, eps=self.eps, impl=self.impl)
+        if self.light:  # the op multiplies, because backward makes the product's input while it is at the norm
+            options["linear"], linear = linear, None
         x, branch, gate = residual
         if branch is None:
-            return x, self.forward_dual(x, scale, shift)
-        return ops.residual_norm_modulate(
-            x, branch, gate, self.weight, scale, shift, self.bias, kind=self.kind, eps=self.eps, impl=self.impl
-        )
+            y = ops.norm_modulate(x, self.weight, scale, shift, self.bias, **options)
+        else:
+            options["recompute_sum"] = recompute_sum
+            x, y = ops.residual_norm_modulate(x, branch, gate, self.weight, scale, shift, self.bias, **options)
+        return x, y if linear is None else linear_dual(y, *linear)

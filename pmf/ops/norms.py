@@ -11,6 +11,8 @@ from torch import Tensor
 from pmf.autocast import product_dtype
 from pmf.errors import InputError
 from pmf.inputs import Inputs, Moving, Pair
+from pmf.ops import products
+from pmf.ops.products import Linear
 from pmf.pair import Dual, total
 from pmf.reference.tangent import accumulate, epsilon
 
@@ -79,20 +81,22 @@ def _with_bias(bias: Tensor | None, scale: Dual, shift: Dual) -> Dual:
 def _shaped(x: Tensor) -> Callable[[Tensor], Tensor]:
     """What returns results [B, S, C] to the shape of x."""
     sizes = x.shape[1:]
-    return lambda y: y if len(sizes) == 2 else y.reshape(y.shape[0], *sizes)
+    return lambda y: y if len(sizes) == 2 else y.reshape(y.shape[0], *sizes[:-1], y.shape[-1])
 
 
 @overload
 def norm_modulate(
     x: Tensor, weight: Tensor | None = None, scale: Tensor | None = None, shift: Tensor | None = None,
-    bias: Tensor | None = None, *, kind: str = "rms", eps: float | None = 1e-6, impl: str | None = None,
+    bias: Tensor | None = None, *, kind: str = "rms", eps: float | None = 1e-6, linear: Linear | None = None,
+    impl: str | None = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def norm_modulate(
     x: Pair, weight: Tensor | None = None, scale: Moving | None = None, shift: Moving | None = None,
-    bias: Tensor | None = None, *, kind: str = "rms", eps: float | None = 1e-6, impl: str | None = None,
+    bias: Tensor | None = None, *, kind: str = "rms", eps: float | None = 1e-6, linear: Linear | None = None,
+    impl: str | None = None,
 ) -> Dual: ...  # fmt: skip
-def norm_modulate(x, weight=None, scale=None, shift=None, bias=None, *, kind="rms", eps=1e-6, impl=None):
+def norm_modulate(x, weight=None, scale=None, shift=None, bias=None, *, kind="rms", eps=1e-6, linear=None, impl=None):
     """Normalise over the last dimension, then modulate (adaLN): y = (n(x) weight + bias) (1 + scale) + shift.
 
     n(x) = (x - mu) / sqrt(mean((x - mu)^2) + eps), with mu = mean(x) for kind "layer" and 0 for "rms".
@@ -100,16 +104,20 @@ def norm_modulate(x, weight=None, scale=None, shift=None, bias=None, *, kind="rm
 
     Args: x [B, C], [B, S, C] or [B, H, W, C]; weight, bias [C] or None (ones, zeros); scale, shift per channel [C],
     per sample [B, C] or [B, 1, C], per token (in the shape of x), or None (zeros); eps None is nn.RMSNorm's, 1.2e-7
-    (2.2e-16 in float64).
+    (2.2e-16 in float64); linear (W [N, C], b [N] or None) gives y W^T + b [..., N] in place of y, which is then made
+    again in backward instead of kept.
     Returns y in the shape of x, in the autocast dtype if autocast is on, else in that of x.
     Tangents: of x, and of scale and shift per sample or token.
     """
-    inputs = Inputs("norm_modulate", {"x": x, "scale": scale, "shift": shift}, {"weight": weight, "bias": bias})
+    given = {"weight": weight, "bias": bias, **products.fixed(linear)}
+    inputs = Inputs("norm_modulate", {"x": x, "scale": scale, "shift": shift}, given)
     value = _check(inputs, weight, bias, kind)
     run = inputs.implementation(impl, value.shape[-1])
     x, scale, shift = inputs.duals
     scale, shift = scale.map(_vectors), shift.map(_vectors)
-    options = dict(kind=kind, eps=epsilon(eps, x.value), out_dtype=product_dtype(x.value))
+    dtype = product_dtype(x.value)
+    options = dict(kind=kind, eps=epsilon(eps, x.value), out_dtype=dtype)
+    options["linear"] = products.checked(inputs, linear, value.shape[-1], dtype)
     y = run.norm_modulate(x.map(_tokens), weight, scale, _with_bias(bias, scale, shift), **options)
     return inputs.give(y.map(_shaped(value)))
 
@@ -118,33 +126,39 @@ def norm_modulate(x, weight=None, scale=None, shift=None, bias=None, *, kind="rm
 def residual_norm_modulate(
     x: Tensor, branch: Tensor, gate: Tensor | None = None, weight: Tensor | None = None, scale: Tensor | None = None,
     shift: Tensor | None = None,
-    bias: Tensor | None = None, *, kind: str = "rms", eps: float | None = 1e-6, impl: str | None = None,
+    bias: Tensor | None = None, *, kind: str = "rms", eps: float | None = 1e-6, linear: Linear | None = None,
+    recompute_sum: bool = False, impl: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def residual_norm_modulate(
     x: Pair, branch: Moving, gate: Moving | None = None, weight: Tensor | None = None, scale: Moving | None = None,
     shift: Moving | None = None,
-    bias: Tensor | None = None, *, kind: str = "rms", eps: float | None = 1e-6, impl: str | None = None,
+    bias: Tensor | None = None, *, kind: str = "rms", eps: float | None = 1e-6, linear: Linear | None = None,
+    recompute_sum: bool = False, impl: str | None = None,
 ) -> tuple[Dual, Dual]: ...  # fmt: skip
 def residual_norm_modulate(
-    x, branch, gate=None, weight=None, scale=None, shift=None, bias=None, *, kind="rms", eps=1e-6, impl=None
-):
+    x, branch, gate=None, weight=None, scale=None, shift=None, bias=None, *, kind="rms", eps=1e-6, linear=None,
+    recompute_sum=False, impl=None,
+):  # fmt: skip
     """Gated residual, then `norm_modulate`: x_new = x + gate branch, y = (n(x_new) weight + bias) (1 + scale) + shift.
 
     x_new_dot = x_dot + gate branch_dot + gate_dot branch.
 
-    Args: x and branch of one shape; gate as scale, or None (one); the rest as in `norm_modulate`.
+    Args: x and branch of one shape; gate as scale, or None (one); the rest as in `norm_modulate`. recompute_sum: keep x
+    and branch for backward, which adds them up again, instead of x_new: less memory if x is kept anyway.
     Returns x_new in the dtype of x, and y.
     Tangents: of x and branch, and of gate, scale and shift per sample or token.
     """
     moving = {"x": x, "branch": branch, "gate": gate, "scale": scale, "shift": shift}
-    inputs = Inputs("residual_norm_modulate", moving, {"weight": weight, "bias": bias})
+    inputs = Inputs("residual_norm_modulate", moving, {"weight": weight, "bias": bias, **products.fixed(linear)})
     value = _check(inputs, weight, bias, kind)
     inputs.shape("branch", inputs.duals[1].value, *value.shape)
     run = inputs.implementation(impl, value.shape[-1])
     x, branch, *modulations = inputs.duals
     gate, scale, shift = (m.map(_vectors) for m in modulations)
-    options = dict(kind=kind, eps=epsilon(eps, x.value), out_dtype=product_dtype(x.value))
+    dtype = product_dtype(x.value)
+    options = dict(kind=kind, eps=epsilon(eps, x.value), out_dtype=dtype, recompute_sum=bool(recompute_sum))
+    options["linear"] = products.checked(inputs, linear, value.shape[-1], dtype)
     x, branch, shift = x.map(_tokens), branch.map(_tokens), _with_bias(bias, scale, shift)
     x_new, y = run.residual_norm_modulate(x, branch, gate, weight, scale, shift, **options)
     return inputs.give(x_new.map(_shaped(value))), inputs.give(y.map(_shaped(value)))

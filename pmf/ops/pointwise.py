@@ -7,44 +7,51 @@ from typing import overload
 from torch import Tensor
 
 from pmf import reference
+from pmf.autocast import product_dtype
 from pmf.errors import InputError
 from pmf.inputs import Inputs, Pair
+from pmf.ops import products
+from pmf.ops.products import Linear
 from pmf.pair import Dual
 
 
 @overload
-def swiglu(x: Tensor, *, impl: str | None = None) -> Tensor: ...
+def swiglu(x: Tensor, *, linear: Linear | None = None, impl: str | None = None) -> Tensor: ...
 @overload
-def swiglu(x: Pair, *, impl: str | None = None) -> Dual: ...
-def swiglu(x, *, impl=None):
+def swiglu(x: Pair, *, linear: Linear | None = None, impl: str | None = None) -> Dual: ...
+def swiglu(x, *, linear=None, impl=None):
     """SwiGLU's pointwise half: silu(a) b for x = [a, b], and its tangent silu'(a) a_dot b + silu(a) b_dot.
 
-    Args: x [B, 2F], [B, S, 2F] or [B, H, W, 2F]. Returns the same with F. Tangents: of x.
+    Args: x [B, 2F], [B, S, 2F] or [B, H, W, 2F]; linear (W [N, F], b [N] or None) gives y W^T + b in place of y, which
+    is then made again in backward instead of kept. Returns the same with F (N). Tangents: of x.
     """
-    inputs = Inputs("swiglu", {"x": x})
+    inputs = Inputs("swiglu", {"x": x}, products.fixed(linear))
     value = inputs.duals[0].value
     inputs.one_of_shapes("x", value, (None,) * 2, (None,) * 3, (None,) * 4)
     if value.shape[-1] % 2 != 0:
         raise InputError(f"swiglu: x must have an even last dimension, got {value.shape[-1]}")
     run = inputs.implementation(impl)
-    return inputs.give(run.swiglu(*inputs.duals))
+    linear = products.checked(inputs, linear, value.shape[-1] // 2, product_dtype(value))
+    return inputs.give(run.swiglu(*inputs.duals, linear=linear))
 
 
 @overload
-def gelu(x: Tensor, *, approximate: str = "none", impl: str | None = None) -> Tensor: ...
+def gelu(x: Tensor, *, approximate: str = "none", linear: Linear | None = None, impl: str | None = None) -> Tensor: ...
 @overload
-def gelu(x: Pair, *, approximate: str = "none", impl: str | None = None) -> Dual: ...
-def gelu(x, *, approximate="none", impl=None):
+def gelu(x: Pair, *, approximate: str = "none", linear: Linear | None = None, impl: str | None = None) -> Dual: ...
+def gelu(x, *, approximate="none", linear=None, impl=None):
     """gelu(x) = x Phi(x), and its tangent gelu'(x) x_dot; `approximate` is "none" or "tanh", as in F.gelu.
 
-    Args: x [B, F], [B, S, F] or [B, H, W, F]. Returns the same shape. Tangents: of x.
+    Args: x [B, F], [B, S, F] or [B, H, W, F]; linear as in `swiglu`. Returns the same shape. Tangents: of x.
     """
-    inputs = Inputs("gelu", {"x": x})
-    inputs.one_of_shapes("x", inputs.duals[0].value, (None,) * 2, (None,) * 3, (None,) * 4)
+    inputs = Inputs("gelu", {"x": x}, products.fixed(linear))
+    value = inputs.duals[0].value
+    inputs.one_of_shapes("x", value, (None,) * 2, (None,) * 3, (None,) * 4)
     if approximate not in ("none", "tanh"):
         raise InputError(f'gelu: approximate must be "none" or "tanh", got {approximate!r}')
     run = inputs.implementation(impl)
-    return inputs.give(run.gelu(*inputs.duals, approximate=approximate))
+    linear = products.checked(inputs, linear, value.shape[-1], product_dtype(value))
+    return inputs.give(run.gelu(*inputs.duals, approximate=approximate, linear=linear))
 
 
 @overload

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pmf.pair import ABSENT, Dual, tail, tangent_rows, total
+from pmf.reference.product import then_linear
 from pmf.reference.tangent import accumulate, own_gradient, plus_product
 
 Kind = Literal["rms", "layer"]
@@ -77,6 +78,7 @@ def _times(*factors: Tensor | None) -> Tensor | None:
     return functools.reduce(torch.mul, present) if present else None
 
 
+@then_linear
 def norm_modulate(
     x: Dual,
     weight: Tensor | None = None,
@@ -112,6 +114,7 @@ def norm_modulate(
         return Dual(y, y_dot.to(out_dtype))
 
 
+@then_linear
 def residual_norm_modulate(
     x: Dual,
     branch: Dual,
@@ -123,8 +126,9 @@ def residual_norm_modulate(
     kind: Kind = "rms",
     eps: float = 1e-6,
     out_dtype: torch.dtype | None = None,
+    recompute_sum: bool = False,
 ) -> tuple[Dual, Dual]:
-    """x_new = x + gate branch, and y = norm_modulate(x_new)."""
+    """x_new = x + gate branch, and y = norm_modulate(x_new). `recompute_sum` is for kernels: PyTorch keeps no sum."""
     gate_token = _per_token(gate.value)
     value = (accumulate(x.value) + _times(gate_token, accumulate(branch.value))).to(x.value.dtype)
     rows = tangent_rows((x.dot, branch.dot, gate.dot))

@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 
 from pmf.pair import Dual, tail
+from pmf.reference.product import then_linear
 from pmf.reference.tangent import accumulate
 
 
+@then_linear
 def swiglu(x: Dual) -> Dual:
     """y = silu(a) b for x = [a, b], and y_dot = silu'(a) a_dot b + silu(a) b_dot."""
     dtype = x.value.dtype
@@ -26,6 +28,7 @@ def swiglu(x: Dual) -> Dual:
         return Dual(y, y_dot.to(dtype))
 
 
+@then_linear
 def gelu(x: Dual, *, approximate: str) -> Dual:
     """y = x P(x), and y_dot = (P(x) + x P'(x)) x_dot, the formula of the gradient, which PyTorch has in one function.
 

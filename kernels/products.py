@@ -1,0 +1,33 @@
+"""Products behind a kernel, in one node of autograd: its input y is made again in backward, not kept.
+
+    out = y W^T + b                    dy = dout W        dW = dout^T y        db = sum of dout
+
+y is the result of a norm or of an MLP's function, which its backward kernel can write while it computes dx from dy: it
+has read all that y depends on. So dW comes after dx, and nothing is kept for it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Weights(NamedTuple):
+    """W [N, C] and b [N] or None."""
+
+    matrix: Tensor
+    bias: Tensor | None = None
+
+
+def product(y: Tensor, y_dot: Tensor | None, weights: Weights) -> tuple[Tensor, Tensor | None]:
+    """out and out_dot = y_dot W^T."""
+    return F.linear(y, *weights), None if y_dot is None else F.linear(y_dot, weights.matrix)
+
+
+def weight_gradients(dout: Tensor, y: Tensor | None, needs: tuple[bool, ...]) -> tuple[Tensor | None, Tensor | None]:
+    """dW, if there is y, and db, if it is needed."""
+    rows = dout.flatten(0, -2)
+    dmatrix = rows.mT @ y.flatten(0, -2) if y is not None else None
+    return dmatrix, rows.sum(0) if needs[1] else None

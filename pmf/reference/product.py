@@ -1,0 +1,51 @@
+"""The product behind an op: backward makes its input again instead of keeping it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pmf.pair import Dual
+from pmf.private import transforming
+from pmf.recompute import checkpoint_values
+
+Linear = tuple[Tensor, Tensor | None]
+"""W [N, C] and b [N] or None."""
+
+
+def _product(y: Dual, linear: Linear) -> Dual:
+    """y W^T + b, and y_dot W^T."""
+    value = F.linear(y.value, *linear)
+    if y.dot is None:
+        return Dual(value)
+    with torch.no_grad():
+        return Dual(value, F.linear(y.dot, linear[0]))
+
+
+def then_linear(op: Callable[..., Any]) -> Callable[..., Any]:
+    """`op` with an option `linear`: W and b of a product of its last result.
+
+    Backward runs op again, up to the product, which checkpoints of PyTorch do not repeat where nothing needs its
+    result. Compilers choose themselves what to keep, and transforms keep everything.
+    """
+
+    def run(*inputs: Any, linear: Linear | None = None, **options: Any) -> Any:
+        if linear is None:
+            return op(*inputs, **options)
+
+        def both(*inputs: Any) -> Any:
+            result = op(*inputs, **options)
+            if isinstance(result, Dual):
+                return _product(result, linear)
+            return *result[:-1], _product(result[-1], linear)
+
+        if torch.compiler.is_compiling() or transforming() or not torch.is_grad_enabled():
+            return both(*inputs)
+        return checkpoint_values(both, *inputs, preserve_rng_state=False)
+
+    run.__doc__ = op.__doc__
+    return run
