@@ -33,7 +33,7 @@ sample, read once per tile:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -224,10 +224,9 @@ def _keep(ctx, inputs: tuple, outputs: tuple, add: bool, *more: Tensor) -> None:
     ctx.save_for_backward(summed, kept, gate, weight, scale, shift, outputs[4], *more)
 
 
-def _norm_gradients(ctx, dx_new: Tensor | None, dy: Tensor | None, again: bool = False) -> tuple:
+def _norm_gradients(ctx, saved: Sequence, dx_new: Tensor | None, dy: Tensor | None, again: bool = False) -> tuple:
     """The gradients of x, branch and parameters, and y if `again`."""
-    saved, (layer, branch_dtype, residual, out_dtype, add) = ctx.saved_tensors[:7], ctx.options
-    x, _, gate, *_ = saved
+    (x, _, gate, *_), (layer, branch_dtype, residual, out_dtype, add) = saved, ctx.options
     if not residual:
         dx_new = None  # compilers pass an empty tensor for the absent x_new
     if dy is None:
@@ -247,14 +246,15 @@ def _saving(add: bool, with_product: bool) -> Callable:
 
 
 def _gradients(ctx, dx_new, dy, *_):
-    return _norm_gradients(ctx, dx_new, dy)[:6]
+    return _norm_gradients(ctx, ctx.saved_tensors, dx_new, dy)[:6]
 
 
 def _gradients_with_product(ctx, dx_new, dout, *_):
+    *saved, matrix = ctx.saved_tensors
     if dout is None:
-        return *_norm_gradients(ctx, dx_new, None)[:6], None, None
+        return *_norm_gradients(ctx, saved, dx_new, None)[:6], None, None
     needs = ctx.needs_input_grad[6:8]
-    *found, y = _norm_gradients(ctx, dx_new, dout @ ctx.saved_tensors[7], again=needs[0])
+    *found, y = _norm_gradients(ctx, saved, dx_new, dout @ matrix, again=needs[0])
     return *found, *products.weight_gradients(dout, y, needs)
 
 

@@ -81,9 +81,6 @@ def _backward(
         if (p.scale is not None) and (not TOKEN.scale):
             p_sample_scale = p.scale + tl.cast(i_b, tl.int64) * STEPS.scale
             b_factor = b_factor * (1.0 + load_vector(p_sample_scale, i_c, C))
-        b_shift = tl.zeros([1, BLOCK], tl.float32)
-        if (p.shift is not None) and (not TOKEN.shift):
-            b_shift = load_vector(p.shift + tl.cast(i_b, tl.int64) * STEPS.shift, i_c, C)
         b_sum_ndy = tl.zeros([ROWS, BLOCK], tl.float32)
         b_sum_dy = tl.zeros([ROWS, BLOCK], tl.float32)
         b_sum_dgate = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -105,8 +102,6 @@ def _backward(
             if TOKEN.scale:
                 b_one_plus = 1.0 + load_tile(p.scale, i_row, mask, STEPS.scale, ROWS, BLOCK)
                 b_tile_factor = b_factor * b_one_plus
-            if (p.shift is not None) and TOKEN.shift:
-                b_shift = load_tile(p.shift, i_row, mask, STEPS.shift, ROWS, BLOCK)
             if FORM.add:
                 b_x = (b_x.to(tl.float32) + b_gate * b_branch.to(tl.float32)).to(p_x.dtype.element_ty)
             p_row = p_stats + (i_row + i_r[:, None]) * STATISTICS
@@ -124,7 +119,11 @@ def _backward(
                 b_dbranch = (b_dx * b_gate).to(p_out.dbranch.dtype.element_ty)
                 tl.store(p_out.dbranch + i_row * C + i_tile, b_dbranch, mask=mask)
             if p_out.y is not None:
-                b_y = b_n * b_tile_factor + b_shift
+                b_y = b_n * b_tile_factor
+                if TOKEN.shift:
+                    b_y += load_tile(p.shift, i_row, mask, STEPS.shift, ROWS, BLOCK)
+                elif p.shift is not None:  # loaded for every tile: keeping it through the loop would cost registers
+                    b_y += load_vector(p.shift + tl.cast(i_b, tl.int64) * STEPS.shift, i_c, C)
                 tl.store(p_out.y + i_row * C + i_tile, b_y.to(p_out.y.dtype.element_ty), mask=mask)
             b_ndy = b_n * b_dy
             if TOKEN.scale and (p_d.scale is not None):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import zlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -62,14 +63,23 @@ def within_budget(
         assert error <= bound, f"{name}: error {error:.3g}, reference's {allowed:.3g}, bound {bound:.3g}"
 
 
+def _function(op):
+    """The op of this name; a function stands for itself."""
+    return getattr(ops, op) if isinstance(op, str) else op
+
+
+def _name(op) -> str:
+    return op if isinstance(op, str) else op.__name__
+
+
 def _flat(outputs) -> list[Tensor | None]:
     return list(outputs) if isinstance(outputs, tuple) else [outputs]
 
 
-def dual_op(op: str, primals, tangents, **options) -> tuple[tuple, tuple]:
+def dual_op(op: str | Callable, primals, tangents, **options) -> tuple[tuple, tuple]:
     """The op's values and their tangents. The first input is passed as a Dual, others only if they have a tangent."""
     given = (p if i and t is None else Dual(p, t) for i, (p, t) in enumerate(zip(primals, tangents, strict=True)))
-    results = getattr(ops, op)(*given, **options)
+    results = _function(op)(*given, **options)
     duals = (results,) if isinstance(results, Dual) else results
     return tuple(dual.value for dual in duals), tuple(dual.dot for dual in duals)
 
@@ -94,14 +104,14 @@ def evaluate(op, primals, tangents, cotangents, *, impl, dtype=None, autocast=No
     with context:
         values, dots = dual_op(op, primals, tangents, impl=impl, **options)
     if cotangents is None:
-        cotangents = [randn(*v.shape, gen=generator(op, i), dtype=v.dtype) for i, v in enumerate(values)]
+        cotangents = [randn(*v.shape, gen=generator(_name(op), i), dtype=v.dtype) for i, v in enumerate(values)]
     converted = [c.to(v.dtype) for c, v in zip(cotangents, values, strict=True)]
     gradients = torch.autograd.grad(values, _trained(primals), converted, allow_unused=True)
     assert not any(dot is not None and dot.requires_grad for dot in dots)
     return values, dots, gradients, cotangents
 
 
-def check(op: str, primals, tangents, *, autocast=None, products=(), steps=1, **options) -> None:
+def check(op: str | Callable, primals, tangents, *, autocast=None, products=(), steps=1, **options) -> None:
     """Assert that values, tangents and every gradient of the Triton op are within the budget; see `evaluate`.
 
     products: gradients computed by a matrix product of PyTorch, not by our kernels. Its order of summation differs
@@ -116,7 +126,7 @@ def check(op: str, primals, tangents, *, autocast=None, products=(), steps=1, **
             assert all(missing) or not any(missing), f"{what} {i} is None in some"
             if parts[0] is not None:
                 peak = (what, i) not in {("gradient", p) for p in products}
-                within_budget(f"{op}: {what} {i}", *parts, peak=peak, steps=steps)
+                within_budget(f"{_name(op)}: {what} {i}", *parts, peak=peak, steps=steps)
 
 
 def close(kernel, expected) -> None:
@@ -125,7 +135,7 @@ def close(kernel, expected) -> None:
         assert (a is None and b is None) or torch.equal(a, b)
 
 
-def check_compiles(op: str, primals, tangents, *, fixed=(), **options) -> None:
+def check_compiles(op: str | Callable, primals, tangents, *, fixed=(), **options) -> None:
     """Assert that fullgraph compilation and activation checkpointing change no value, tangent or gradient."""
 
     def run(*tensors):
@@ -148,7 +158,7 @@ def check_compiles(op: str, primals, tangents, *, fixed=(), **options) -> None:
     close(outcome(lambda *t: torch.utils.checkpoint.checkpoint(run, *t, use_reentrant=False)), expected)
 
 
-def check_forward_mode(op: str, primals, moving: tuple[int, ...], *, own_backward=False, **options) -> None:
+def check_forward_mode(op: str | Callable, primals, moving: tuple[int, ...], *, own_backward=False, **options) -> None:
     """Assert that torch.func.jvp and forward_ad give the op's tangent on Duals, and that compilers raise.
 
     own_backward: PyTorch's own operators give the value's gradient, so that compilers keep it.
@@ -156,10 +166,10 @@ def check_forward_mode(op: str, primals, moving: tuple[int, ...], *, own_backwar
     import pytest
     from torch.autograd import forward_ad
 
-    value = getattr(ops, op)
+    value = _function(op)
     tangents = [None] * len(primals)
     for i in moving:
-        tangents[i] = randn(*primals[i].shape, gen=generator(op, i), dtype=primals[i].dtype)
+        tangents[i] = randn(*primals[i].shape, gen=generator(_name(op), i), dtype=primals[i].dtype)
     expected_values, expected = dual_op(op, primals, tuple(tangents), impl="triton", **options)
 
     def of_moving(*parts):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import functools
 import json
 import multiprocessing
 import os
@@ -67,23 +68,20 @@ def norm_cases(size: str, stream, low):
     yield "dual alone", lambda: norm.norm_forward.function(*first, x_dot, *none[1:], *options)
     stats = _meta(BATCH, LENGTH, 1, dtype=torch.float32)
     needs = [True, True, False, False]
-    yield (
-        "backward",
-        lambda: norm_backward.norm_backward.function(
-            y, x, x, y, channel, channel, None, None, stats, low, False, True, needs
-        ),
-    )
+    backward = (y, x, x, y, channel, channel, None, None, stats, low, False, True, needs)
+    for name, add, again in (("", False, False), (" again", False, True), (" of terms again", True, True)):
+        run = functools.partial(norm_backward.norm_backward.function, *backward, add, again)
+        yield f"backward{name}", run
     if size in ("B", "H"):
         alone = (y, None, x, None, None, channel, None, None, stats, None, False, False, [False, True, False, False])
+        alone = (*alone, False, True)
         yield "forward alone", lambda: norm.norm_forward.function(*first, *none, *options)
         yield "backward alone", lambda: norm_backward.norm_backward.function(*alone)
     adaln_stats = _meta(BATCH, LENGTH, 2, dtype=torch.float32)
-    yield (
-        "backward adaln",
-        lambda: norm_backward.norm_backward.function(
-            y, x, x, y, sample, channel, sample, sample, adaln_stats, low, True, True, [True] * 4
-        ),
-    )
+    backward_adaln = (y, x, x, y, sample, channel, sample, sample, adaln_stats, low, True, True, [True] * 4)
+    for name, again in (("", False), (" of terms again", True)):
+        run = functools.partial(norm_backward.norm_backward.function, *backward_adaln, again, again)
+        yield f"backward adaln{name}", run
     if size in ("B", "H"):
         yield from _token_cases(width, stream, low)
 
@@ -102,7 +100,8 @@ def _token_cases(width: int, stream, low):
     dots = (*halves, *(token[:half],) * 3)
     yield "dual token", lambda: norm.norm_forward.function(*inputs, *dots, *options)
     arguments = (y, x, *inputs, stats, low, True, True, [True, False, True, True])
-    yield "backward token", lambda: norm_backward.norm_backward.function(*arguments)
+    for name, again in (("", False), (" of terms again", True)):
+        yield f"backward token{name}", functools.partial(norm_backward.norm_backward.function, *arguments, again, again)
 
 
 def pointwise_cases(size: str, stream, low):
@@ -113,12 +112,15 @@ def pointwise_cases(size: str, stream, low):
     x, dy = _meta(BATCH, LENGTH, 2 * width, dtype=low), _meta(BATCH, LENGTH, width, dtype=low)
     yield "forward", lambda: pointwise.swiglu_forward.function(x, None)
     yield "dual", lambda: pointwise.swiglu_forward.function(x, x[: BATCH // 2])
-    yield "backward", lambda: pointwise.swiglu_backward.function(dy, x)
+    yield "backward", lambda: pointwise.swiglu_backward.function(dy, x, False)
+    yield "backward again", lambda: pointwise.swiglu_backward.function(dy, x, True)
     for tanh in (False, True):
         y, name = _meta(BATCH, LENGTH, 4 * SIZES[size][0], dtype=low), "gelu tanh" if tanh else "gelu"
         yield f"forward {name}", lambda y=y, tanh=tanh: pointwise.gelu_forward.function(y, None, tanh)
         yield f"dual {name}", lambda y=y, tanh=tanh: pointwise.gelu_forward.function(y, y[: BATCH // 2], tanh)
-        yield f"backward {name}", lambda y=y, tanh=tanh: pointwise.gelu_backward.function(y, y, tanh)
+        for again in (False, True):
+            run = functools.partial(pointwise.gelu_backward.function, y, y, tanh, again)
+            yield f"backward {name}{' again' if again else ''}", run
 
 
 def attention_cases(size: str, stream, low):

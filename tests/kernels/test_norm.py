@@ -238,7 +238,7 @@ def test_registered_operators():
     x_new, _, _, _, stats = torch.ops.pmf.norm_forward(*primals, *dots, True, 1e-6, BF16)
     torch.library.opcheck(
         torch.ops.pmf.norm_backward.default,
-        (x_new, x_new, x_new, *primals[1:], stats, BF16, True, True, [True] * 4),
+        (x_new, x_new, x_new, *primals[1:], stats, BF16, True, True, [True] * 4, True, True),
         test_utils=("test_schema", "test_faketensor"),
     )
 

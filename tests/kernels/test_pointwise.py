@@ -83,9 +83,9 @@ def test_registered_operators():
     ops.gelu(x, impl="triton")
     utils = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.pmf.swiglu_forward.default, (x, x_dot), test_utils=utils)
-    torch.library.opcheck(torch.ops.pmf.swiglu_backward.default, (x[..., :24], x), test_utils=utils)
+    torch.library.opcheck(torch.ops.pmf.swiglu_backward.default, (x[..., :24], x, True), test_utils=utils)
     torch.library.opcheck(torch.ops.pmf.gelu_forward.default, (x, x_dot, True), test_utils=utils)
-    torch.library.opcheck(torch.ops.pmf.gelu_backward.default, (x, x, False), test_utils=utils)
+    torch.library.opcheck(torch.ops.pmf.gelu_backward.default, (x, x, False, True), test_utils=utils)
 
 
 def test_bad_input():
