@@ -7,7 +7,7 @@ import itertools
 import os
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,13 +19,19 @@ from pmf.config import LOSSES, MODELS, LossConfig
 from pmf.counting import row_operations
 from pmf.errors import require
 from pmf.memory import TrainingMemory, joint_pass, main_pass, measured_largest_batch, optimizer_bytes, training_memory
+from pmf.model import Checkpointing
 from pmf.reference.jvp import two_pass_jvp
 from pmf.reference.loss import pmf_loss as joint_jvp_loss
 from pmf.timing import Providers, Record, Run
 
 CPU = torch.device("cpu")
 JOINT = "joint jvp"
-CHECKPOINTED: dict[str, Literal["none", "block"]] = {"lean": "none", "lean, checkpointed": "block", JOINT: "none"}
+CHECKPOINTED: dict[str, Checkpointing] = {
+    "lean": "none",
+    "lean, light": "light",
+    "lean, checkpointed": "block",
+    JOINT: "none",
+}
 """The steps whose memory is counted, and their activation checkpointing."""
 BUDGETS_GB = (40, 80, 141)
 _counted = cache(row_operations)
@@ -115,6 +121,7 @@ def step_providers(size: str, batch: int, device: torch.device) -> Providers:
         "flow matching, captured": step(lean_loss, flow_matching=True, captured=True),
         JOINT: joint(),
         "jvp without gradient, second forward": two_pass(),
+        "lean, light": step(lean_loss, checkpointing="light"),
         "lean, checkpointed": step(lean_loss, checkpointing="block"),
         **{f"lean, captured, {name}": step(lean_loss, captured=True, backend=name) for name in backends},
         "lean, compiled": step(lean_loss, compiled=True),
@@ -172,7 +179,7 @@ def largest_batch(size: str, step: str, budget_gb: int, device: torch.device) ->
         run = partial(step_beside_optimizer, size, step, device)
         measured = measured_largest_batch(run, budget_gb * 1e9, computed * 3 // 4, device)
     found = {"status": "measured", "computed_batch": computed, "measured_batch": measured}
-    counted = {"impl": counted_on(step, device), "bytes_per_image": memory.per_row}
+    counted = {"impl": counted_on(step, device), "bytes_per_image": memory.saved_per_row}
     return {"step": step, "budget_gb": budget_gb, **counted, **found}
 
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pmf.config import ModelConfig, model_config
-from pmf.counting import per_block, saved_bytes
-from pmf.model import PMFDiT, create_model
+from pmf.config import LOSSES, LossConfig, ModelConfig, model_config
+from pmf.counting import live_bytes, saved_bytes
+from pmf.draws import Draws, sample_draws
+from pmf.loss import squared_errors
+from pmf.model import Checkpointing, PMFDiT, create_model
 from pmf.pair import Dual
 from pmf.private import FakeTensorMode
 from pmf.reference.jvp import model_jvp
+from pmf.step_plan import plan_step
 
 EMA_COPIES = 3
+PEAK_ROWS = (64, 128)
+"""Batches whose peaks differ by what rows add: activations outweigh all else in both."""
 Pass = Callable[[PMFDiT, int], object]
 """(model, rows) -> a forward pass on that many rows, recorded for backward."""
 
@@ -25,28 +30,38 @@ Pass = Callable[[PMFDiT, int], object]
 class TrainingMemory:
     """Memory that training holds in one process, in bytes."""
 
-    state: int
-    """float32 parameters, gradients, optimizer moments and averages: the part that sharding divides."""
+    weights: int
+    """float32 parameters and their gradients."""
+    optimizer: int
+    """float32 moments, and averages that are on the same device."""
     copies: int
     """Low-precision copies of the weights that autocast makes; every process holds all of them."""
     per_row: int
-    """Activations that each row of the device batch saves for backward."""
+    """What each row of the device batch adds to the peak of live tensors in a step."""
+    saved_per_row: int
+    """The part of it that is saved for backward; the rest are tensors that backward and products pass on."""
+
+    @property
+    def state(self) -> int:
+        """What is held between steps: the part that sharding divides."""
+        return self.weights + self.optimizer
 
     @property
     def fixed(self) -> int:
         """Bytes that do not depend on the batch size."""
         return self.state + self.copies
 
-    def sharded(self, processes: int) -> TrainingMemory:
-        """The memory of each of `processes` processes that shard the state."""
-        return replace(self, state=-(-self.state // processes))
+    def sharded(self, processes: int, *, weights: bool = True) -> TrainingMemory:
+        """The memory of each of `processes` processes that shard the state; without `weights`, the optimizer alone."""
+        kept = -(-self.weights // processes) if weights else self.weights
+        return replace(self, weights=kept, optimizer=-(-self.optimizer // processes))
 
     def expected(self, rows: int) -> int:
-        """Bytes at a device batch of `rows` rows: a lower bound, since temporary buffers are not counted."""
+        """Bytes at a device batch of `rows` rows: what operators allocate and free inside is not counted."""
         return self.fixed + rows * self.per_row
 
     def largest_batch(self, budget: float) -> int:
-        """Rows that fit into `budget` bytes with the fixed part: an upper bound, since `expected` is a lower one."""
+        """Rows that fit into `budget` bytes with the fixed part."""
         return max(0, int((budget - self.fixed) // self.per_row))
 
 
@@ -76,64 +91,125 @@ def joint_pass(model: PMFDiT, rows: int) -> object:
     return model_jvp(model, z, one, one, one, one, one, y, z, one, one)
 
 
+@dataclass(frozen=True)
+class Precision:
+    """Where and in which precision a network is counted."""
+
+    device: str
+    """cuda or cpu: fake tensors on it select the same ops as real ones."""
+    dtype: torch.dtype = torch.bfloat16
+    """bfloat16 (products and activations, under autocast) or float32."""
+
+    @classmethod
+    def on(cls, device: str | None, dtype: torch.dtype) -> Precision:
+        """`device` None is cuda if available, else cpu."""
+        return cls(device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype)
+
+    def autocast(self) -> torch.autocast:
+        """The context of a pass."""
+        return torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.dtype != torch.float32)
+
+
 def saved_per_row(
     config: ModelConfig,
     impl: str = "triton",
-    checkpointing: Literal["none", "block"] = "none",
     *,
     device: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
     forward: Pass = main_pass,
+    **network: Any,
 ) -> int:
-    """Bytes that one more row saves for backward on a device type, under autocast to bfloat16 or without (float32).
-
-    `device`: cuda or cpu (default: cuda if available). Fake tensors on it select the same ops as real ones.
+    """Bytes that one more row saves for backward; `network`: options of `create_model`. For the rest see
+    `training_memory`.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    precision = Precision.on(device, dtype)
     with FakeTensorMode():
-        model = create_model(config, impl=impl, checkpointing=checkpointing, device=device)
+        model = create_model(config, impl=impl, device=precision.device, **network)
 
         def kept(rows: int) -> int:
-            with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype != torch.float32):
+            with precision.autocast():
                 return saved_bytes(lambda: forward(model, rows), model.parameters())
 
         return kept(3) - kept(2)
 
 
-def training_memory(
-    name_or_config: str | ModelConfig,
-    checkpointing: Literal["none", "block"] = "none",
+def fully_guided(rows: int, loss: LossConfig) -> Draws:
+    """Draws whose step needs most memory: guidance on every row. The noise is one value for each."""
+    draws = sample_draws(rows, (1, 1, 1), loss, torch.Generator().manual_seed(0))
+    never, zero, one = torch.zeros_like(draws.drop_mask), torch.zeros_like(draws.t), torch.ones_like(draws.t)
+    return replace(draws, drop_mask=never, t_min=zero, t_max=one)
+
+
+def step_peak(
+    config: ModelConfig,
+    rows: int,
     impl: str = "triton",
     *,
+    loss: LossConfig | None = None,
+    device: str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    **network: Any,
+) -> int:
+    """Bytes of live tensors that forward and backward of a step with `rows` rows add at their peak, gradients included.
+
+    Counted on fake tensors, by `fully_guided` draws of `loss` (default: `LossConfig()`). What an operator allocates and
+    frees inside is not counted.
+    """
+    precision, settings = Precision.on(device, dtype), loss or LossConfig()
+    noise = torch.empty(rows, *config.image_shape, device="meta")
+    draws = replace(fully_guided(rows, settings), noise=noise)
+    x, y = (torch.empty(rows, *shape, device="meta") for shape in (config.image_shape, ()))
+    planned = plan_step(create_model(config, device="meta"), x, y.long(), draws, settings)
+    with FakeTensorMode():
+        model = create_model(config, impl=impl, device=precision.device, **network)
+        parts = {field.name: getattr(planned, field.name) for field in fields(planned)}
+        fake: dict[str, Any] = {
+            name: torch.empty(part.shape, dtype=part.dtype, device=precision.device)
+            for name, part in parts.items()
+            if isinstance(part, Tensor)
+        }
+        step = replace(planned, **fake)
+
+        def forward_and_backward() -> None:
+            with precision.autocast():
+                losses = squared_errors(model, step, settings).rows
+            losses.mean().backward()
+
+        return live_bytes(forward_and_backward).peak
+
+
+def training_memory(
+    name_or_config: str | ModelConfig,
+    checkpointing: Checkpointing = "none",
+    impl: str = "triton",
+    *,
+    loss: LossConfig | None = None,
     device: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
     ema_copies: int = EMA_COPIES,
     forward: Pass = main_pass,
+    **network: Any,
 ) -> TrainingMemory:
     """Estimate the memory of training a network with Muon and Adam; `forward` is the recorded pass.
 
-    Blocks are alike, so it is counted on two shallow networks. With "block" checkpointing, it includes the one block
-    that backward recomputes. `device`: as in `saved_per_row`. `dtype`: bfloat16 (products and activations, under
-    autocast) or float32. Perceptual networks are not counted. impl "triton" needs a GPU or TRITON_INTERPRET=1.
-    Errors: `InputError` if `impl` cannot run.
+    `device`: cuda or cpu (default: cuda if available). `dtype`: bfloat16 (products and activations, under autocast) or
+    float32. `loss`: the law of the draws (default: a preset's own). `ema_copies`: averages on the same device.
+    `network`: further options of `create_model`. Not counted:
+    perceptual networks, and what a `forward` of another step does not save. impl "triton" needs a GPU or
+    TRITON_INTERPRET=1. Errors: `InputError` if `impl` cannot run.
     """
     config = model_config(name_or_config)
-    blocks = config.depth + config.aux_head_depth
-
-    def counted(checkpointing: Literal["none", "block"]) -> int:
-        def count(shallow: ModelConfig) -> list[int]:
-            return [saved_per_row(shallow, impl, checkpointing, device=device, dtype=dtype, forward=forward)]
-
-        first, added = per_block(config, count)
-        return first[0] + (blocks - 3) * added[0]
-
-    saved = counted(checkpointing)
-    if checkpointing == "block":
-        saved += counted("none") // blocks
+    options = dict(device=device, dtype=dtype, checkpointing=checkpointing, **network)
+    saved = peak = saved_per_row(config, impl, forward=forward, **options)
+    if forward is main_pass:
+        if loss is None and isinstance(name_or_config, str):
+            loss = LOSSES.get(name_or_config)
+        few, many = (step_peak(config, rows, impl, loss=loss, **options) for rows in PEAK_ROWS)
+        peak = (many - few) // (PEAK_ROWS[1] - PEAK_ROWS[0])
     model = create_model(config, impl=impl, device="meta")
     values = sum(p.numel() for p in model.parameters())
     copies = 0 if dtype == torch.float32 else dtype.itemsize * values
-    return TrainingMemory(2 * 4 * values + optimizer_bytes(model, ema_copies), copies, saved)
+    return TrainingMemory(2 * 4 * values, optimizer_bytes(model, ema_copies), copies, peak, saved)
 
 
 def measured_largest_batch(run: Callable[[int], object], budget: float, guess: int, device: torch.device) -> int:

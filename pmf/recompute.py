@@ -63,7 +63,9 @@ def checkpoint_values(layer: Callable, *inputs: Any, preserve_rng_state: bool = 
         return tuple(v.clone() if compiled and isinstance(v, nn.Parameter) else v for v in out_values)
 
     out_values = checkpoint(run, *values, use_reentrant=compiled, preserve_rng_state=preserve_rng_state)
-    return _join(list(out_values), tangents_out, outline[0])
+    dots = tangents_out.copy()
+    tangents_out.clear()  # backward keeps `run`, and would keep them with it
+    return _join(list(out_values), dots, outline[0])
 
 
 def made_again(make: Callable[[Dual], tuple[Dual, ...]], use: Callable[..., Any], x: Dual) -> Any:

@@ -11,8 +11,7 @@ from torch import Tensor
 from pmf.autocast import product_dtype
 from pmf.errors import InputError
 from pmf.inputs import Inputs, Moving, Pair
-from pmf.ops import products
-from pmf.ops.products import Linear
+from pmf.ops.products import Linear, checked_linear, linear_inputs
 from pmf.pair import Dual, total
 from pmf.reference.tangent import accumulate, epsilon
 
@@ -109,7 +108,7 @@ def norm_modulate(x, weight=None, scale=None, shift=None, bias=None, *, kind="rm
     Returns y in the shape of x, in the autocast dtype if autocast is on, else in that of x.
     Tangents: of x, and of scale and shift per sample or token.
     """
-    given = {"weight": weight, "bias": bias, **products.fixed(linear)}
+    given = {"weight": weight, "bias": bias, **linear_inputs(linear)}
     inputs = Inputs("norm_modulate", {"x": x, "scale": scale, "shift": shift}, given)
     value = _check(inputs, weight, bias, kind)
     run = inputs.implementation(impl, value.shape[-1])
@@ -117,7 +116,7 @@ def norm_modulate(x, weight=None, scale=None, shift=None, bias=None, *, kind="rm
     scale, shift = scale.map(_vectors), shift.map(_vectors)
     dtype = product_dtype(x.value)
     options = dict(kind=kind, eps=epsilon(eps, x.value), out_dtype=dtype)
-    options["linear"] = products.checked(inputs, linear, value.shape[-1], dtype)
+    options["linear"] = checked_linear(inputs, linear, value.shape[-1], dtype)
     y = run.norm_modulate(x.map(_tokens), weight, scale, _with_bias(bias, scale, shift), **options)
     return inputs.give(y.map(_shaped(value)))
 
@@ -150,7 +149,7 @@ def residual_norm_modulate(
     Tangents: of x and branch, and of gate, scale and shift per sample or token.
     """
     moving = {"x": x, "branch": branch, "gate": gate, "scale": scale, "shift": shift}
-    inputs = Inputs("residual_norm_modulate", moving, {"weight": weight, "bias": bias, **products.fixed(linear)})
+    inputs = Inputs("residual_norm_modulate", moving, {"weight": weight, "bias": bias, **linear_inputs(linear)})
     value = _check(inputs, weight, bias, kind)
     inputs.shape("branch", inputs.duals[1].value, *value.shape)
     run = inputs.implementation(impl, value.shape[-1])
@@ -158,7 +157,7 @@ def residual_norm_modulate(
     gate, scale, shift = (m.map(_vectors) for m in modulations)
     dtype = product_dtype(x.value)
     options = dict(kind=kind, eps=epsilon(eps, x.value), out_dtype=dtype, recompute_sum=bool(recompute_sum))
-    options["linear"] = products.checked(inputs, linear, value.shape[-1], dtype)
+    options["linear"] = checked_linear(inputs, linear, value.shape[-1], dtype)
     x, branch, shift = x.map(_tokens), branch.map(_tokens), _with_bias(bias, scale, shift)
     x_new, y = run.residual_norm_modulate(x, branch, gate, weight, scale, shift, **options)
     return inputs.give(x_new.map(_shaped(value))), inputs.give(y.map(_shaped(value)))

@@ -10,8 +10,7 @@ from pmf import reference
 from pmf.autocast import product_dtype
 from pmf.errors import InputError
 from pmf.inputs import Inputs, Pair
-from pmf.ops import products
-from pmf.ops.products import Linear
+from pmf.ops.products import Linear, checked_linear, linear_inputs
 from pmf.pair import Dual
 
 
@@ -25,13 +24,13 @@ def swiglu(x, *, linear=None, impl=None):
     Args: x [B, 2F], [B, S, 2F] or [B, H, W, 2F]; linear (W [N, F], b [N] or None) gives y W^T + b in place of y, which
     is then made again in backward instead of kept. Returns the same with F (N). Tangents: of x.
     """
-    inputs = Inputs("swiglu", {"x": x}, products.fixed(linear))
+    inputs = Inputs("swiglu", {"x": x}, linear_inputs(linear))
     value = inputs.duals[0].value
     inputs.one_of_shapes("x", value, (None,) * 2, (None,) * 3, (None,) * 4)
     if value.shape[-1] % 2 != 0:
         raise InputError(f"swiglu: x must have an even last dimension, got {value.shape[-1]}")
     run = inputs.implementation(impl)
-    linear = products.checked(inputs, linear, value.shape[-1] // 2, product_dtype(value))
+    linear = checked_linear(inputs, linear, value.shape[-1] // 2, product_dtype(value))
     return inputs.give(run.swiglu(*inputs.duals, linear=linear))
 
 
@@ -44,13 +43,13 @@ def gelu(x, *, approximate="none", linear=None, impl=None):
 
     Args: x [B, F], [B, S, F] or [B, H, W, F]; linear as in `swiglu`. Returns the same shape. Tangents: of x.
     """
-    inputs = Inputs("gelu", {"x": x}, products.fixed(linear))
+    inputs = Inputs("gelu", {"x": x}, linear_inputs(linear))
     value = inputs.duals[0].value
     inputs.one_of_shapes("x", value, (None,) * 2, (None,) * 3, (None,) * 4)
     if approximate not in ("none", "tanh"):
         raise InputError(f'gelu: approximate must be "none" or "tanh", got {approximate!r}')
     run = inputs.implementation(impl)
-    linear = products.checked(inputs, linear, value.shape[-1], product_dtype(value))
+    linear = checked_linear(inputs, linear, value.shape[-1], product_dtype(value))
     return inputs.give(run.gelu(*inputs.duals, approximate=approximate, linear=linear))
 
 

@@ -12,7 +12,7 @@ Linear = tuple[Tensor, Tensor | None]
 """(weight [N, C], bias [N] or None): y W^T + b takes the place of y."""
 
 
-def fixed(linear: Linear | None) -> dict[str, Tensor | None]:
+def linear_inputs(linear: Linear | None) -> dict[str, Tensor | None]:
     """The weight and bias as fixed inputs of an op."""
     if linear is None:
         return {}
@@ -21,7 +21,7 @@ def fixed(linear: Linear | None) -> dict[str, Tensor | None]:
     return {"linear's weight": linear[0], "linear's bias": linear[1]}
 
 
-def checked(inputs: Inputs, linear: Linear | None, width: int, dtype: torch.dtype) -> Linear | None:
+def checked_linear(inputs: Inputs, linear: Linear | None, width: int, dtype: torch.dtype) -> Linear | None:
     """The weight and bias of a product of rows of `width` values, in the dtype of the rows."""
     if linear is None:
         return None

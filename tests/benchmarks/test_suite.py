@@ -59,7 +59,12 @@ def test_a_run_records_every_figure_with_its_origin(measured):
     assert table.startswith("step digits batch 2, lean: median") and lean["profile"][0][0] in table
     assert 1 <= len(lean["profile"]) <= 25 and 0 < lean["profile"][0][1] <= 1
     assert not any("profile" in r for r in records if r["provider"] != "lean")
-    assert {r["step"] for r in records if r["suite"] == "memory"} == {"lean", "lean, checkpointed", "joint jvp"}
+    assert {r["step"] for r in records if r["suite"] == "memory"} == {
+        "lean",
+        "lean, light",
+        "lean, checkpointed",
+        "joint jvp",
+    }
 
 
 def test_report_prints_the_ledgers_figures(measured, capsys):
@@ -100,7 +105,7 @@ def test_a_ledger_without_figures_is_refused(tmp_path, capsys):
 def test_the_end_of_a_measurement_shows_the_largest_batches(measured):
     lines = figures.summary(figures.read_ledger(measured)).splitlines()
     assert len(lines) == 5 and lines[0].endswith("| 40 GB | 80 GB | 141 GB |")
-    assert [line.split(" | ")[1] for line in lines[2:]] == ["lean", "lean, checkpointed", "joint jvp"]
+    assert [line.split(" | ")[1] for line in lines[2:]] == ["lean", "lean, light", "lean, checkpointed", "joint jvp"]
 
 
 def test_published_tables_are_printed_from_the_ledger():
