@@ -48,8 +48,8 @@ def test_the_peak_is_that_of_a_real_step(impl, checkpointing):
 
         peak = live_bytes(step).peak
         counted = step_peak(TINY, rows, impl, loss=loss, checkpointing=checkpointing)
-        # Fake tensors have no partial sums: 16 programs in the interpreter, up to 4 sums of float32.
-        assert 0 <= peak - counted <= 16 * 4 * 4 * TINY.hidden_size
+        # Kernels that are called directly, past PyTorch's dispatcher, show their scratch memory: less than a row.
+        assert 0 <= peak - counted < (peak / rows if impl == "triton" else 1)
 
 
 def test_checkpointing_saves_memory():
