@@ -81,6 +81,7 @@ def saved_per_row(
     impl: str = "triton",
     checkpointing: Literal["none", "block"] = "none",
     *,
+    stream: Literal["float32", "bfloat16"] = "float32",
     device: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
     forward: Pass = main_pass,
@@ -91,7 +92,7 @@ def saved_per_row(
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with FakeTensorMode():
-        model = create_model(config, impl=impl, checkpointing=checkpointing, device=device)
+        model = create_model(config, impl=impl, checkpointing=checkpointing, stream=stream, device=device)
 
         def kept(rows: int) -> int:
             with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype != torch.float32):
@@ -105,6 +106,7 @@ def training_memory(
     checkpointing: Literal["none", "block"] = "none",
     impl: str = "triton",
     *,
+    stream: Literal["float32", "bfloat16"] = "float32",
     device: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
     ema_copies: int = EMA_COPIES,
@@ -122,7 +124,10 @@ def training_memory(
 
     def counted(checkpointing: Literal["none", "block"]) -> int:
         def count(shallow: ModelConfig) -> list[int]:
-            return [saved_per_row(shallow, impl, checkpointing, device=device, dtype=dtype, forward=forward)]
+            kept = saved_per_row(
+                shallow, impl, checkpointing, stream=stream, device=device, dtype=dtype, forward=forward
+            )
+            return [kept]
 
         first, added = per_block(config, count)
         return first[0] + (blocks - 3) * added[0]
