@@ -66,6 +66,11 @@ def test_scripts_may_repeat_what_the_run_was_started_with(stored):
         ("--loss.convnext-weight 1", "loss.convnext_weight: has no effect without --perceptual.enabled"),
         ("--perceptual.enabled --perceptual.lpips random --loss.lpips-weight 0", "perceptual.lpips: has no effect wit"),
         ("--captured --device cpu", "captured: has no effect without a GPU, expected False, got True"),
+        (
+            "--stream bfloat16 --device cpu",
+            "stream: has no effect without --precision bfloat16, expected float32, got bfloat16",
+        ),
+        ("--stream bfloat16 --precision float32", "stream: has no effect without --precision bfloat16"),
         ("--optimizer.decay-share 0 --optimizer.decay cosine", "optimizer.decay: has no effect without --optimizer.d"),
         ("--model.conditioning adaln --model.class-tokens 4", "model.class_tokens: has no effect with --model.cond"),
         (
@@ -108,6 +113,7 @@ def test_default_values_and_honoured_ones_are_taken():
         ],
     )
     run("digits", *["--perceptual.enabled", "--perceptual.lpips", "random", "--loss.lpips-weight", "1"])
+    assert run("digits", "--stream", "bfloat16", "--precision", "bfloat16", "--device", "cpu").stream == "bfloat16"
     assert run("pMF-B/16", "--perceptual.no-enabled").perceptual.enabled is False
     for name in PRESETS:
         assert run(name) == PRESETS[name]
