@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import pmf
+from pmf.blocks import Block
 from pmf.counting import saved_bytes
 from pmf.pair import Dual
 from tests.kernels.checks import DEVICE, within_budget
@@ -22,7 +23,8 @@ ROUNDING = torch.finfo(BF16).eps / 2
 
 
 def network(config=TINY, dtype=F32, **options):
-    return random_model(config, dtype=dtype, **options).to(DEVICE)
+    """The same random float32 parameters in every dtype."""
+    return random_model(config, dtype=F32, **options).to(DEVICE, dtype)
 
 
 def dual_inputs(dtype=F32):
@@ -91,6 +93,7 @@ def test_errors_are_those_of_independent_roundings(conditioning):
     for name, value in rounded.items():
         roundings = 2 * values if name == "gradient" else values
         own_error = relative_error(own[name].double(), true[name])
+        assert own_error < 0.1, "the truth has other parameters or inputs"
         assert relative_error(value.double(), true[name]) < own_error + math.sqrt(roundings) * ROUNDING, name
 
 
@@ -120,7 +123,23 @@ def test_compiled_blocks_are_as_exact(checkpointing):
     true = outcome(network(dtype=F64), F64)
     expected = outcome(plain)
     for name, value in outcome(compiled).items():
+        assert relative_error(expected[name].double(), true[name]) < 0.1, "the truth has other parameters or inputs"
         within_budget(name, value, expected[name], true[name], peak=False)
+
+
+@pytest.mark.parametrize("conditioning", CONFIGS)
+def test_every_value_and_tangent_of_the_stream_is_bfloat16(conditioning, monkeypatch):
+    found, run = [], Block.forward_residual
+
+    def watched(self, residual, *others):
+        result = run(self, residual, *others)
+        found.extend(part.dtype for x in (residual.x, result.x) for part in x if part is not None)
+        return result
+
+    monkeypatch.setattr(Block, "forward_residual", watched)
+    with torch.autocast(DEVICE, BF16):
+        network(CONFIGS[conditioning], stream="bfloat16").forward_dual(**dual_inputs())
+    assert found == [BF16] * (4 * 3 + 2)  # with tangents in the three blocks up to u, without in v's
 
 
 def test_pmf_jvp_gives_the_same_tangent():
