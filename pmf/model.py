@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pmf import dispatch, ops
+from pmf.autocast import product_dtype
 from pmf.blocks import Block, FinalLayer
 from pmf.compiling import CompiledBlocks
 from pmf.config import PREFIX_TOKENS, ModelConfig, model_config
@@ -27,6 +28,8 @@ from pmf.weights import matching_weights, read_weights
 HEADS = ("u", "v")
 Checkpointing = Literal["none", "light", "block"]
 CHECKPOINTING: tuple[Checkpointing, ...] = get_args(Checkpointing)
+Stream = Literal["float32", "bfloat16"]
+STREAMS: tuple[Stream, ...] = get_args(Stream)
 SCALARS = ("h", "omega", "t_min", "t_max")
 
 
@@ -92,9 +95,10 @@ class PMFDiT(nn.Module):
         impl: str | None = None,
         aux_head: bool = True,
         checkpointing: Checkpointing = "none",
+        stream: Stream = "float32",
     ) -> None:
         super().__init__()
-        self.config, self.impl, self.checkpointing = config, impl, checkpointing
+        self.config, self.impl, self.checkpointing, self.stream = config, impl, checkpointing, stream
         shared = config.depth - config.aux_head_depth
         self.conditioning = Conditioning(config)
         self.patch_embed = PatchEmbed(
@@ -134,10 +138,24 @@ class PMFDiT(nn.Module):
         """
         condition = self.conditioning.forward_dual(h, omega, t_min, t_max, y)
         prefix, vector = (condition, ABSENT) if self.conditioning.in_context else (ABSENT, condition)
-        stream = Residual(self.patch_embed.forward_dual(z, prefix))
+        stream = Residual(self._begun(self.patch_embed.forward_dual(z, prefix)))
         for block in self.shared_blocks:
             stream = self._block(cast(Block, block), stream, vector)
         return {head: self._head(head, stream, vector, head in tangents) for head in heads}
+
+    def _begun(self, x: Dual) -> Dual:
+        """The stream's first value in the stream's dtype, which every later value and tangent takes from it.
+
+        A bfloat16 stream saves memory for backward and needs bfloat16 products. Passes that record nothing with wider
+        products, such as float32 samples of a network in training, keep the stream in the network's own dtype.
+        """
+        if self.stream == "float32":
+            return x
+        products = product_dtype(x.value)
+        if products == torch.bfloat16:
+            return x.map(lambda part: part.to(torch.bfloat16))
+        require(not torch.is_grad_enabled(), f"stream: bfloat16 needs autocast to bfloat16 to record, got {products}")
+        return x
 
     @property
     def _rope(self) -> Rope:
@@ -321,6 +339,7 @@ def create_model(
     impl: str | None = None,
     aux_head: bool = True,
     checkpointing: Checkpointing = "none",
+    stream: Stream = "float32",
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> PMFDiT:
@@ -329,14 +348,19 @@ def create_model(
     `impl` chooses the ops' implementation (see `pmf.ops`; None reads PMF_IMPL, default "auto").
     `aux_head=False` leaves out the v head, which only training needs. `checkpointing="light"` makes again in
     backward what kernels can make from what is kept anyway; "block" keeps only the blocks' inputs and recomputes the
-    rest. Errors: an unknown preset, impl or checkpointing.
+    rest. `stream="bfloat16"` rounds the residual stream and its tangent to bfloat16 in passes with bfloat16 products;
+    "float32" keeps them in the network's own dtype, also under autocast.
+    Errors: an unknown preset, impl, checkpointing or stream; a bfloat16 stream with another dtype.
     """
     config = model_config(name_or_config)
     dispatch.checked_impl(impl)
     require(checkpointing in CHECKPOINTING, f"checkpointing: expected one of {CHECKPOINTING}, got {checkpointing!r}")
+    require(stream in STREAMS, f"stream: expected one of {STREAMS}, got {stream!r}")
     check_values(bool, aux_head=aux_head)
     floating = dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)
     require(floating, lambda: f"dtype: expected a floating dtype such as torch.bfloat16, got {dtype!r}")
+    roundable = stream == "float32" or dtype in (None, torch.float32, torch.bfloat16)
+    require(roundable, lambda: f"stream: bfloat16 needs dtype float32 or bfloat16, got {dtype}")
     with torch.get_default_device() if device is None else checked_device(device):
-        model = PMFDiT(config, impl=impl, aux_head=aux_head, checkpointing=checkpointing)
+        model = PMFDiT(config, impl=impl, aux_head=aux_head, checkpointing=checkpointing, stream=stream)
     return model if dtype is None else model.to(dtype)

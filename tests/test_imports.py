@@ -40,8 +40,8 @@ RULES = {
     "pmf/weights.py": r"pmf\.(atomic_files|config|errors|fields|hub|jax_files|jax_states|published_weights|sizes)",
     "pmf/compiling.py": r"pmf\.(blocks|pair|layers|private)",
     "pmf/recompute.py": r"pmf\.(autocast|pair|private)",
-    "pmf/model.py": r"pmf\.(ops|dispatch|blocks|compiling|config|pair|errors|fields|layers|packing|recompute|weights|"
-    r"tangents\.carriers)",
+    "pmf/model.py": r"pmf\.(ops|autocast|dispatch|blocks|compiling|config|pair|errors|fields|layers|packing|recompute|"
+    r"weights|tangents\.carriers)",
     "pmf/draws.py": r"pmf\.(config|errors|fields)",
     "pmf/step_plan.py": r"pmf\.(config|draws|pair|errors)",
     "pmf/loss.py": r"pmf\.(ops|config|draws|pair|errors|step_plan)",

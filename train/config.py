@@ -144,6 +144,8 @@ class RunConfig:
     auto: bfloat16 on CUDA, else float32."""
     checkpointing: Literal["none", "block"] = "none"
     """block: save only the inputs of the blocks for backward and recompute the rest."""
+    stream: Literal["float32", "bfloat16"] = "float32"
+    """Residual stream of the network in training, with precision bfloat16; bfloat16 saves memory for backward."""
     captured: bool = False
     """Run forward and backward as CUDA graphs, captured once per combination of row counts (single process only)."""
     compiled: bool = False

@@ -177,9 +177,9 @@ class Doctor:
 def counted_memory(config: RunConfig, device: torch.device) -> dict[str, TrainingMemory]:
     """Checkpointing -> memory of a process that shards nothing."""
     impl, averages = dispatch.checked_impl(config.impl), len(config.ema_half_lives)
-    place, dtype = device.type, config.dtype_on(device)
+    place, dtype, stream = device.type, config.dtype_on(device), config.stream
     return {
-        kind: training_memory(config.model, kind, impl, device=place, dtype=dtype, ema_copies=averages)
+        kind: training_memory(config.model, kind, impl, stream=stream, device=place, dtype=dtype, ema_copies=averages)
         for kind in CHECKPOINTING
     }
 

@@ -40,7 +40,11 @@ class Learner:
         self.dtype = config.dtype_on(world.device)
         torch.manual_seed(config.seed)
         self.model = pmf.create_model(
-            config.model, impl=config.impl, checkpointing=config.checkpointing, device=world.device
+            config.model,
+            impl=config.impl,
+            checkpointing=config.checkpointing,
+            stream=config.stream,
+            device=world.device,
         )
         pmf.generate(self.model, [0], **asdict(config.sampling))  # fail now if exports could not sample
         self.perceptual = _perceptual(config, world.device, self.dtype)

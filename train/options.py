@@ -28,6 +28,11 @@ class Need:
     """The condition, on the whole configuration."""
 
 
+def _on_gpu(config: Any) -> bool:
+    """Whether a run trains on a GPU."""
+    return config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
+
+
 RUN_NEEDS = (
     Need(("init", "init_weights", "init_state", "overwrite"), "with --resume", lambda c: c.resume is None),
     Need(("init_weights",), "without --init", lambda c: c.init is not None),
@@ -50,10 +55,11 @@ RUN_NEEDS = (
         "without --perceptual.enabled",
         lambda c: c.perceptual.enabled,
     ),
+    Need(("captured",), "without a GPU", _on_gpu),
     Need(
-        ("captured",),
-        "without a GPU",
-        lambda c: c.device.startswith("cuda") or (c.device == "auto" and torch.cuda.is_available()),
+        ("stream",),
+        "without --precision bfloat16",
+        lambda c: c.precision == "bfloat16" or (c.precision == "auto" and _on_gpu(c)),
     ),
     Need(
         ("perceptual.enabled",),

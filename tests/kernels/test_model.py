@@ -49,9 +49,9 @@ def gradients(model) -> dict:
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-def outcome(impl: str, config=DIGITS, rounded=F32, dtype=None, autocast=None) -> dict:
+def outcome(impl: str, config=DIGITS, rounded=F32, dtype=None, autocast=None, **options) -> dict:
     """u, v, u_dot and the gradient of every parameter."""
-    model = network(impl, config, rounded, dtype)
+    model = network(impl, config, rounded, dtype, **options)
     with torch.autocast(DEVICE, autocast or BF16, enabled=autocast is not None):
         u, v, u_dot = model.forward_dual(**dual_inputs(config, rounded, dtype))
     assert not u_dot.requires_grad
@@ -91,6 +91,13 @@ def test_network(config, rounded, autocast):
     kernel, reference = (outcome(impl, config, rounded, None, autocast) for impl in ("triton", "reference"))
     steps = tf32x3(2) if rounded == F32 else 1  # attention's
     compare(kernel, reference, outcome("reference", config, rounded, F64), steps)
+
+
+@CONDITIONINGS
+def test_network_with_a_bfloat16_stream(config):
+    """The kernels round each value of the stream, its tangent and its gradient no more often than the reference."""
+    kernel, reference = (outcome(impl, config, F32, None, BF16, stream="bfloat16") for impl in ("triton", "reference"))
+    compare(kernel, reference, outcome("reference", config, F32, F64), tf32x3(2))
 
 
 def loss_gradients(impl: str, config, dtype, autocast: bool, prepare=lambda model: None, **options) -> dict:

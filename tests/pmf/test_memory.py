@@ -18,16 +18,21 @@ from tests.train.test_loop import config as run_config
 DEEP = dataclasses.replace(TINY, depth=6, aux_head_depth=2)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_memory_per_row_is_what_a_row_saves(dtype):
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize(
+    ("dtype", "stream"),
+    [(torch.bfloat16, "float32"), (torch.bfloat16, "bfloat16"), (torch.float32, "float32")],
+)
+def test_memory_per_row_is_what_a_row_saves(dtype, stream, impl):
     """The count on fake tensors equals the bytes that a real forward pass saves for one more row."""
-    model = pmf.create_model(TINY, impl="reference")
+    model = pmf.create_model(TINY, impl=impl, stream=stream)
 
     def kept(rows):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             return saved_bytes(lambda: main_pass(model, rows), model.parameters())
 
-    assert training_memory(TINY, impl="reference", dtype=dtype).saved_per_row == kept(3) - kept(2)
+    counted = training_memory(TINY, impl=impl, dtype=dtype, stream=stream, device="cpu")
+    assert counted.saved_per_row == kept(3) - kept(2)
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "light", "block"])
@@ -58,6 +63,15 @@ def test_checkpointing_saves_memory():
     none, light, block = (training_memory(config, mode, "triton") for mode in ("none", "light", "block"))
     assert light.saved_per_row < 0.75 * none.saved_per_row and block.saved_per_row < 0.35 * none.saved_per_row
     assert light.per_row < 0.8 * none.per_row and block.per_row < 0.5 * none.per_row
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "block"])
+def test_a_bfloat16_stream_saves_memory(checkpointing):
+    whole, half = (
+        training_memory(TINY, checkpointing, "triton", stream=stream, device="cpu").per_row
+        for stream in ("float32", "bfloat16")
+    )
+    assert half < whole
 
 
 def test_the_largest_batch_is_what_is_expected_to_fit():

@@ -40,11 +40,12 @@ def config(out: Path, **changes) -> RunConfig:
 def first_steps(out: Path, sharding: str, impl: str) -> dict[str, torch.Tensor]:
     """Gradients of the first step, and weights and averages after one step (reference: two steps in float64).
 
-    `impl` bfloat16 is the reference with its products in bfloat16.
+    `impl` bfloat16 is the reference with its products and its stream in bfloat16.
     """
     reference = impl == "reference"
     torch.set_default_dtype(torch.float64 if reference else torch.float32)
-    how = dict(impl="reference", precision="bfloat16") if impl == "bfloat16" else dict(impl=impl)
+    low = dict(impl="reference", precision="bfloat16", stream="bfloat16")
+    how = low if impl == "bfloat16" else dict(impl=impl)
     trainer = Trainer(config(out, sharding=sharding, **how), data())
     torch.manual_seed(1)
     with torch.no_grad():  # most gradients of a new network are zero

@@ -9,7 +9,7 @@ import torch
 from pmf.memory import TrainingMemory
 from pmf.train.cli import main
 from pmf.train.config import RunConfig
-from pmf.train.doctor import HEADROOM, Doctor, DoctorConfig, data_change, memory_change
+from pmf.train.doctor import HEADROOM, Doctor, DoctorConfig, counted_memory, data_change, memory_change
 from tests.train.small_runs import SMALL_MODEL
 
 TINY = [*SMALL_MODEL, "--batch-size", "8"]
@@ -188,6 +188,15 @@ def test_advice_on_memory_fits_and_satisfies_itself(free, checkpointing):
     rows = int(flags.get("--device-batch", 128))
     changed = dataclasses.replace(run, checkpointing=flags.get("--checkpointing", checkpointing), device_batch=rows)
     assert change(changed, 1, rows, free) is None
+
+
+def test_a_bfloat16_stream_counts_for_less():
+    run = RunConfig(precision="bfloat16", impl="triton")
+    whole, half = (
+        counted_memory(dataclasses.replace(run, stream=stream), torch.device("cpu"))
+        for stream in ("float32", "bfloat16")
+    )
+    assert all(half[kind].per_row < whole[kind].per_row for kind in whole)
 
 
 # Advice on data.

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
 import pmf
 from pmf.train.config import RunConfig, to_json
@@ -12,6 +13,9 @@ from pmf.train.options import EVAL_NEEDS, RUN_NEEDS, _flat, parse
 from pmf.train.presets import PRESETS, configured
 from pmf.train.sample import SampleConfig
 from pmf.train.sample import command as sample
+from tests.networks import relative_error
+from tests.train.test_loop import config as small_run
+from tests.train.test_loop import losses, train
 
 
 @pytest.fixture
@@ -66,6 +70,11 @@ def test_scripts_may_repeat_what_the_run_was_started_with(stored):
         ("--loss.convnext-weight 1", "loss.convnext_weight: has no effect without --perceptual.enabled"),
         ("--perceptual.enabled --perceptual.lpips random --loss.lpips-weight 0", "perceptual.lpips: has no effect wit"),
         ("--captured --device cpu", "captured: has no effect without a GPU, expected False, got True"),
+        (
+            "--stream bfloat16 --device cpu",
+            "stream: has no effect without --precision bfloat16, expected float32, got bfloat16",
+        ),
+        ("--stream bfloat16 --precision float32", "stream: has no effect without --precision bfloat16"),
         ("--optimizer.decay-share 0 --optimizer.decay cosine", "optimizer.decay: has no effect without --optimizer.d"),
         ("--model.conditioning adaln --model.class-tokens 4", "model.class_tokens: has no effect with --model.cond"),
         (
@@ -108,6 +117,7 @@ def test_default_values_and_honoured_ones_are_taken():
         ],
     )
     run("digits", *["--perceptual.enabled", "--perceptual.lpips", "random", "--loss.lpips-weight", "1"])
+    assert run("digits", "--stream", "bfloat16", "--precision", "bfloat16", "--device", "cpu").stream == "bfloat16"
     assert run("pMF-B/16", "--perceptual.no-enabled").perceptual.enabled is False
     for name in PRESETS:
         assert run(name) == PRESETS[name]
@@ -192,3 +202,10 @@ def test_stored_configurations_are_checked_alike(tmp_path):
         with pytest.raises(pmf.InputError, match=f"config.json is not a readable run configuration: .*{message}") as e:
             run("--resume", str(tmp_path))
         assert "\n" not in str(e.value)
+
+
+def test_a_run_with_a_bfloat16_stream_follows_that_with_a_float32_one(tmp_path):
+    """Losses differ by rounding alone; samples of the last step, drawn without autocast, are allowed."""
+    runs = [small_run(tmp_path / s, precision="bfloat16", device="cpu", stream=s) for s in ("float32", "bfloat16")]
+    whole, half = (torch.tensor(losses(train(run))) for run in runs)
+    assert not torch.equal(whole, half) and relative_error(half, whole) < 0.01
