@@ -53,8 +53,9 @@ def test_the_peak_is_that_of_a_real_step(impl, checkpointing):
 
         peak = live_bytes(step).peak
         counted = step_peak(TINY, rows, impl, loss=loss, checkpointing=checkpointing)
-        # Kernels that are called directly, past PyTorch's dispatcher, show their scratch memory: less than a row.
-        assert 0 <= peak - counted < (peak / rows if impl == "triton" else 1)
+        # In PyTorch's checkpoints, real tensors are freed a little later than fake ones: less than a row's.
+        repeats = checkpointing == "block" or (checkpointing, impl) == ("light", "reference")
+        assert 0 <= peak - counted <= (peak / rows if repeats else 0)
 
 
 def test_checkpointing_saves_memory():
