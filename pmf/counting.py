@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pmf.config import ModelConfig
 from pmf.draws import Draws
-from pmf.model import create_model
+from pmf.model import Checkpointing, create_model
 from pmf.pair import Dual
 from pmf.private import TorchDispatchMode, storage_id, tree_leaves
 from pmf.step_plan import StepPlan
@@ -124,17 +124,17 @@ def per_block(config: ModelConfig, count: Callable[[ModelConfig], list[int]]) ->
     return shallow, [b - a for a, b in zip(shallow, deeper, strict=True)]
 
 
-def row_operations(config: ModelConfig) -> RowOperations:
+def row_operations(config: ModelConfig, checkpointing: Checkpointing = "none") -> RowOperations:
     """Count the operations of one row, using shallow networks on the meta device."""
-    shallow, added = per_block(config, _part_operations)
+    shallow, added = per_block(config, lambda config: _part_operations(config, checkpointing))
     path, blocks = config.depth - 2, config.depth + config.aux_head_depth - 3
     further = (path, blocks, path)
     return RowOperations(*(first + n * more for first, n, more in zip(shallow, further, added, strict=True)))
 
 
-def _part_operations(config: ModelConfig) -> list[int]:
+def _part_operations(config: ModelConfig, checkpointing: Checkpointing) -> list[int]:
     """Count the fields of `RowOperations` for this network."""
-    model = create_model(config, device="meta", impl="reference")
+    model = create_model(config, device="meta", impl="reference", checkpointing=checkpointing)
     one = torch.ones(1, device="meta")
     y = torch.zeros(1, dtype=torch.int64, device="meta")
     z = torch.empty(1, *config.image_shape, device="meta")

@@ -15,31 +15,18 @@ from typing import Any
 import torch
 import torch.multiprocessing.reductions
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.autograd import forward_ad
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import (
-    _broadcast_to_and_flatten as tree_broadcast,
-)
-from torch.utils._pytree import (
-    tree_flatten,
-    tree_leaves,
-    tree_map,
-    tree_map_only,
-    tree_unflatten,
-)
 
-__all__ = [  # without public equivalents: torch.utils.pytree takes no is_leaf, fake tensors are private as a whole
-    "FakeTensor",
-    "FakeTensorMode",
-    "TorchDispatchMode",
-    "tree_broadcast",
-    "tree_flatten",
-    "tree_leaves",
-    "tree_map",
-    "tree_map_only",
-    "tree_unflatten",
-]
+# Without public equivalents: torch.utils.pytree takes no is_leaf, fake tensors are private as a whole.
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import _broadcast_to_and_flatten as tree_broadcast  # noqa: F401
+from torch.utils._pytree import tree_flatten as tree_flatten
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map as tree_map
+from torch.utils._pytree import tree_map_only as tree_map_only
+from torch.utils._pytree import tree_unflatten as tree_unflatten
 
 # One launch for a list of tensors; torch.optim uses them too.
 foreach_add_ = torch._foreach_add_

@@ -15,6 +15,7 @@ from pmf.data.loader import MAX_WORKERS
 from pmf.errors import InputError, first_line, require
 from pmf.fields import check_fields, from_json
 from pmf.metrics import Resize
+from pmf.model import Checkpointing, Stream
 from pmf.optim import OptimizerConfig
 
 CONFIG_FILE = "config.json"
@@ -142,9 +143,10 @@ class RunConfig:
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """bfloat16: matrix products and activations under autocast, weights in float32.
     auto: bfloat16 on CUDA, else float32."""
-    checkpointing: Literal["none", "block"] = "none"
-    """block: save only the inputs of the blocks for backward and recompute the rest."""
-    stream: Literal["float32", "bfloat16"] = "float32"
+    checkpointing: Checkpointing = "none"
+    """What backward makes again instead of keeping it. light: what takes no product, attention or tangent, a third of
+    the bytes. block: all but the inputs of the blocks, for a fifth more operations."""
+    stream: Stream = "float32"
     """Residual stream of the network in training, with precision bfloat16; bfloat16 saves memory for backward."""
     captured: bool = False
     """Run forward and backward as CUDA graphs, captured once per combination of row counts (single process only)."""
