@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pmf.config import LOSSES, LossConfig, ModelConfig, model_config
-from pmf.counting import live_bytes, saved_bytes
+from pmf.counting import live_bytes, per_block, saved_bytes
 from pmf.draws import Draws, sample_draws
 from pmf.loss import squared_errors
 from pmf.model import Checkpointing, PMFDiT, create_model
@@ -200,12 +200,22 @@ def training_memory(
     """
     config = model_config(name_or_config)
     options = dict(device=device, dtype=dtype, checkpointing=checkpointing, **network)
-    saved = peak = saved_per_row(config, impl, forward=forward, **options)
-    if forward is main_pass:
-        if loss is None and isinstance(name_or_config, str):
-            loss = LOSSES.get(name_or_config)
-        few, many = (step_peak(config, rows, impl, loss=loss, **options) for rows in PEAK_ROWS)
-        peak = (many - few) // (PEAK_ROWS[1] - PEAK_ROWS[0])
+    if loss is None and isinstance(name_or_config, str):
+        loss = LOSSES.get(name_or_config)
+
+    def count(network: ModelConfig) -> list[int]:
+        saved = saved_per_row(network, impl, forward=forward, **options)
+        if forward is not main_pass:
+            return [saved, saved]
+        few, many = (step_peak(network, rows, impl, loss=loss, **options) for rows in PEAK_ROWS)
+        return [saved, (many - few) // (PEAK_ROWS[1] - PEAK_ROWS[0])]
+
+    if checkpointing == "block" and forward is main_pass:  # the peak is at another place in a deep network
+        saved, peak = count(config)
+    else:  # blocks are alike
+        first, added = per_block(config, count)
+        further = config.depth + config.aux_head_depth - 3
+        saved, peak = (one + further * more for one, more in zip(first, added, strict=True))
     model = create_model(config, impl=impl, device="meta")
     values = sum(p.numel() for p in model.parameters())
     copies = 0 if dtype == torch.float32 else dtype.itemsize * values

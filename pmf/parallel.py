@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Literal
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -16,6 +15,7 @@ from pmf.config import LossConfig
 from pmf.draws import Draws
 from pmf.loss import pmf_loss
 from pmf.model import PMFDiT
+from pmf.sharded import REPLICATED, Sharding
 
 
 class LossModule(nn.Module):
@@ -33,15 +33,16 @@ class LossModule(nn.Module):
         return out.loss, out.terms
 
 
-def wrap(loss: LossModule, mesh: DeviceMesh | None, sharding: Literal["ddp", "fsdp", "hybrid"] = "ddp") -> nn.Module:
-    """Replicate the loss module (ddp), or shard its network block by block (fsdp, hybrid), over the ranks of `mesh`.
+def wrap(loss: LossModule, mesh: DeviceMesh | None, sharding: Sharding = "ddp") -> nn.Module:
+    """Replicate the loss module (ddp, zero1), or shard its network block by block (fsdp, hybrid), over `mesh`'s ranks.
 
-    `mesh` has one dimension, or two (replicas, shards) for hybrid; None returns the module itself. With sharding, enter
-    autocast with `cache_enabled=False`: its cache would keep casts of weights that FSDP2 has freed.
+    `mesh` has one dimension, or two (replicas, shards) for hybrid; None returns the module itself. With zero1 give the
+    mesh to `pmf.optim` as `shard_over`. With fsdp and hybrid, enter autocast with `cache_enabled=False`: its cache
+    would keep casts of weights that FSDP2 has freed.
     """
     if mesh is None:
         return loss
-    if sharding == "ddp":
+    if sharding in REPLICATED:
         return _replicated(loss)
     for block in [m for m in loss.model.modules() if isinstance(m, Block)]:
         fully_shard(block, mesh=mesh)

@@ -2,15 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+
+Sharding = Literal["ddp", "zero1", "fsdp", "hybrid"]
+"""How several processes hold the state of a run."""
+REPLICATED: tuple[Sharding, ...] = ("ddp", "zero1")
+"""Those in which every process holds the whole network."""
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor; any other tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def local(tensor: Tensor, mesh: DeviceMesh | None = None) -> Tensor:
+    """This rank's part of a sharded tensor; any other tensor itself, or, with a mesh, the rows that `shard` takes."""
+    if isinstance(tensor, DTensor):
+        return tensor.to_local()
+    if mesh is None or not divided(tensor, mesh):
+        return tensor
+    rows = -(-len(tensor) // mesh.size())  # as Shard divides
+    return tensor[mesh.get_local_rank() * rows :][:rows]
+
+
+def divided(tensor: Tensor, mesh: DeviceMesh) -> bool:
+    """Whether `shard` divides this replicated tensor over the ranks of `mesh`: it has a row for each."""
+    return tensor.ndim > 0 and len(tensor) >= mesh.size()
+
+
+def shard(tensor: Tensor, mesh: DeviceMesh | None) -> Tensor:
+    """A replicated tensor as one that is sharded by rows over a mesh of one dimension; this rank's are a view.
+
+    A tensor with fewer rows than there are ranks stays as it is, and so does every tensor without a mesh.
+    """
+    if mesh is None or isinstance(tensor, DTensor) or not divided(tensor, mesh):
+        return tensor
+    return distributed(local(tensor, mesh), mesh, [Shard(0)], tensor.shape)
+
+
+def distributed(part: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: torch.Size) -> DTensor:
+    """The contiguous tensor of this shape of which `part` is this rank's part."""
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def batched(tensor: Tensor, mesh: DeviceMesh) -> list[Placement]:
+    """The placements of a batch [n, ...] of tensors that are placed like this one."""
+    if not isinstance(tensor, DTensor):
+        return [Replicate()] * mesh.ndim
+    return [Shard(p.dim + 1) if isinstance(p, Shard) else p for p in tensor.placements]
 
 
 def full(tensor: Tensor) -> Tensor:

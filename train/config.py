@@ -17,6 +17,7 @@ from pmf.fields import check_fields, from_json
 from pmf.metrics import Resize
 from pmf.model import Checkpointing, Stream
 from pmf.optim import OptimizerConfig
+from pmf.sharded import REPLICATED, Sharding
 
 CONFIG_FILE = "config.json"
 DIGITS_OPTIMIZER = OptimizerConfig(learning_rate=4e-3, decay_share=1.0)
@@ -137,9 +138,10 @@ class RunConfig:
     """Seed of initialisation, data order and draws: the same on any number of processes at a given device_batch."""
     device: str = "auto"
     """Device to train on: auto (cuda if available, else cpu), cpu, cuda, cuda:1, ..."""
-    sharding: Literal["ddp", "fsdp", "hybrid"] = "ddp"
-    """Under torchrun: ddp replicates the network in every process, fsdp shards it over all of them,
-    hybrid shards it within each machine and replicates it across machines. A single process ignores it."""
+    sharding: Sharding = "ddp"
+    """Under torchrun: ddp replicates the network in every process, zero1 as well, but shards the optimizers' state and
+    the averages over all of them, fsdp shards the network too, hybrid shards all that within each machine and
+    replicates it across machines. A single process ignores it."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """bfloat16: matrix products and activations under autocast, weights in float32.
     auto: bfloat16 on CUDA, else float32."""
@@ -158,6 +160,10 @@ class RunConfig:
     """The perceptual losses."""
     ema_half_lives: tuple[float, ...] = (500.0, 1000.0, 2000.0)
     """Half-lives of the EMA copies, in thousands of images."""
+    ema_device: Literal["auto", "cpu"] = "auto"
+    """Where the EMA copies are: auto (where the network is), or cpu, where a thread updates them during training."""
+    ema_every: int = 1
+    """Steps between updates of the EMA copies, each with the product of these steps' decay factors."""
     sampling_weights: str = "ema_500"
     """Weights for sampling and evaluation: model, or ema_ and a half-life."""
     save_every: int = 500
@@ -186,11 +192,13 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         require_at_least(self, 1, "steps", "batch_size", "save_every", "sample_every", "keep_checkpoints")
+        require_at_least(self, 1, "ema_every")
         require_at_least(self, 0, "workers", "max_corrupt", "max_skipped", "eval_every", "seed")
         require(self.workers <= MAX_WORKERS, f"workers: expected at most {MAX_WORKERS}, got {self.workers}")
         whole = self.device_batch is None or (self.device_batch > 0 and self.batch_size % self.device_batch == 0)
         require(whole, f"device_batch: expected a divisor of batch_size {self.batch_size}, got {self.device_batch}")
-        require(not self.compiled or self.sharding == "ddp", f"compiled: expected sharding ddp, got {self.sharding}")
+        whole = not self.compiled or self.sharding in REPLICATED
+        require(whole, f"compiled: expected sharding {' or '.join(REPLICATED)}, got {self.sharding}")
         require(not self.init_state or self.init is not None, "init_state: expected a train state in init, got none")
         require(all(k > 0 for k in self.ema_half_lives), f"ema_half_lives: expected > 0, got {self.ema_half_lives}")
         known = ("model", *(f"ema_{k:g}" for k in self.ema_half_lives))

@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
@@ -17,8 +17,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from pmf.data.workers import after_parent
 from pmf.errors import InputError, checked_device, require
+from pmf.sharded import REPLICATED, Sharding
 
-SHARDINGS = ("ddp", "fsdp", "hybrid")
+SHARDINGS = get_args(Sharding)
 PATIENCE = timedelta(days=30)
 """Timeout of processes that wait for one that evaluates or writes."""
 T = TypeVar("T")
@@ -57,11 +58,21 @@ class World:
     size: int = 1
     """Number of processes."""
     sharding: str | None = None
-    """How the network is distributed: ddp, fsdp or hybrid; None in a single process and in evaluations."""
+    """How the state is distributed: ddp, zero1, fsdp or hybrid; None in a single process and in evaluations."""
     mesh: DeviceMesh | None = None
     """The processes' devices: one dimension, or (replicate, shard) for hybrid; None where `sharding` is."""
     group: dist.ProcessGroup | None = None
     """The gloo group for exchanging objects and for barriers; None in a single process."""
+
+    @property
+    def replicated(self) -> bool:
+        """Whether every process holds the whole network."""
+        return self.sharding is None or self.sharding in REPLICATED
+
+    @property
+    def shard_over(self) -> DeviceMesh | None:
+        """The mesh that shards the optimizers' state and the averages of a replicated network."""
+        return self.mesh if self.sharding == "zero1" else None
 
     @property
     def main(self) -> bool:

@@ -19,8 +19,9 @@ from pmf import dispatch
 from pmf.counting import row_operations
 from pmf.data import Loader
 from pmf.errors import first_line, require
-from pmf.memory import TrainingMemory, training_memory
-from pmf.model import CHECKPOINTING
+from pmf.memory import TrainingMemory
+from pmf.model import CHECKPOINTING, Checkpointing
+from pmf.train.budget import HEADROOM, card_table, counted_memory, shared
 from pmf.train.config import RunConfig
 from pmf.train.data.by_name import open_data
 from pmf.train.distributed import World, pick_device
@@ -28,8 +29,6 @@ from pmf.train.learner import Learner
 from pmf.train.loop import check_data
 from pmf.train.presets import configured
 
-HEADROOM = 0.9
-"""Share of the available memory that the counted memory may fill; the rest is for temporary buffers."""
 INCEPTION_BYTES = 4 * 24_000_000
 """Of its weights."""
 PATIENCE = 20
@@ -50,10 +49,14 @@ class DoctorConfig(RunConfig):
     """Number of processes of the run (default: torchrun's if it started this command, else one per GPU)."""
     seconds: float = 5.0
     """Seconds to spend on reading data."""
+    card: float | None = None
+    """Instead of all this, print the largest device batch of each published model on a card of so many GB, under each
+    checkpointing, and what that costs."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.processes is None or self.processes > 0, f"processes: expected >= 1, got {self.processes}")
+        require(self.card is None or self.card > 0, f"card: expected a positive number of GB, got {self.card}")
         require(self.seconds > 0, f"seconds: expected a positive number, got {self.seconds}")
 
 
@@ -61,6 +64,10 @@ def command(arguments: list[str]) -> None:
     """Report on the run that `[PRESET] [--resume DIRECTORY] [options]` describes; exit with 1 if it has advice."""
     config = configured(arguments, "doctor", DoctorConfig, default="digits")
     if int(os.environ.get("RANK", 0)) > 0:
+        return
+    if config.card is not None:
+        for line in card_table(config, config.card, config.processes or 1):
+            print(line, flush=True)
         return
     doctor = Doctor(config)
     with warnings.catch_warnings():
@@ -132,13 +139,13 @@ class Doctor:
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // self.local
         if self.device.type == "cuda":
             there = torch.cuda.mem_get_info(self.device)[0]
-        shards = {"ddp": 1, "fsdp": self.processes, "hybrid": self.local}
-        counted = counted_memory(config, self.device)
-        expected = counted[config.checkpointing].sharded(shards[config.sharding]).expected(self.rows)
-        expected += evaluation_bytes(config, self.device)
-        budget = HEADROOM * there - evaluation_bytes(config, self.device)
-        self.fits = counted[config.checkpointing].expected(self.rows) <= budget
-        change = memory_change(config, shards, self.rows, budget, counted)
+        impl, dtype = dispatch.checked_impl(config.impl), config.dtype_on(self.device)
+        counted = {kind: counted_memory(config, kind, impl, self.device.type, dtype) for kind in CHECKPOINTING}
+        whole, evaluation = counted[config.checkpointing], evaluation_bytes(config, self.device)
+        expected = shared(whole, config.sharding, self.processes, self.local).expected(self.rows) + evaluation
+        budget = HEADROOM * there - evaluation
+        self.fits = whole.expected(self.rows) <= budget
+        change = memory_change(config, self.processes, self.local, self.rows, budget, counted)
         beside = " besides the perceptual networks" if config.perceptual.enabled else ""
         return f"{expected / 1e9:.2f} GB expected{beside}, {there / 1e9:.2f} GB available", change
 
@@ -174,16 +181,6 @@ class Doctor:
         return f"{what}; {served:,.0f} images/s with {config.workers} workers", change
 
 
-def counted_memory(config: RunConfig, device: torch.device) -> dict[str, TrainingMemory]:
-    """Checkpointing -> memory of a process that shards nothing."""
-    impl, averages = dispatch.checked_impl(config.impl), len(config.ema_half_lives)
-    place, dtype, stream = device.type, config.dtype_on(device), config.stream
-    return {
-        kind: training_memory(config.model, kind, impl, stream=stream, device=place, dtype=dtype, ema_copies=averages)
-        for kind in CHECKPOINTING
-    }
-
-
 def evaluation_bytes(config: RunConfig, device: torch.device) -> int:
     """Bytes that evaluations while training keep: a second network, the sampler's joined weights and Inception."""
     if not config.eval_every:
@@ -197,18 +194,24 @@ def evaluation_bytes(config: RunConfig, device: torch.device) -> int:
 
 
 def memory_change(
-    config: RunConfig, shards: dict[str, int], rows: int, budget: float, counted: Mapping[str, TrainingMemory]
+    config: RunConfig,
+    processes: int,
+    local: int,
+    rows: int,
+    budget: float,
+    counted: Mapping[Checkpointing, TrainingMemory],
 ) -> str | None:
     """The smallest change of flags that makes a step fit into `budget` bytes per process; None if it fits already.
 
-    `shards`: sharding -> number of processes that share the state; `counted`: see `counted_memory`.
+    `processes`: of the run, `local` of them on each machine; `counted`: checkpointing -> memory that nothing shares.
+    Checkpointing that costs no operations comes first, then smaller batches and sharding.
     """
-    processes = shards["fsdp"]
     smaller = [2**power for power in range((rows - 1).bit_length() - 1, 0, -1)]  # >= 2: half are flow-matching rows
     sizes = [rows, *(size for size in smaller if config.batch_size % (size * processes) == 0)]
-    shardings = dict.fromkeys((config.sharding, "fsdp" if processes > 1 else config.sharding))
-    for sharding, size, checkpointing in itertools.product(shardings, sizes, (config.checkpointing, "block")):
-        if counted[checkpointing].sharded(shards[sharding]).expected(size) <= budget:
+    shardings = dict.fromkeys((config.sharding, *(("zero1", "fsdp") if processes > 1 else ())))
+    kinds = CHECKPOINTING[CHECKPOINTING.index(config.checkpointing) :]
+    for sharding, size, checkpointing in itertools.product(shardings, sizes, kinds):
+        if shared(counted[checkpointing], sharding, processes, local).expected(size) <= budget:
             flags = {"sharding": sharding, "checkpointing": checkpointing, "device-batch": size}
             before = {"sharding": config.sharding, "checkpointing": config.checkpointing, "device-batch": rows}
             changes = " ".join(f"--{name} {value}" for name, value in flags.items() if value != before[name])

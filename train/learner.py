@@ -17,7 +17,7 @@ from pmf.draws import step_seed
 from pmf.errors import require
 from pmf.fine_tuning import copy_weights
 from pmf.jax_states import find_train_state
-from pmf.optim import EMA, build_optimizers, learning_rate
+from pmf.optim import Averages, build_optimizers, learning_rate
 from pmf.optim.authors_state import check_fits, fill_run
 from pmf.parallel import LossModule, synchronise_gradients, wrap
 from pmf.perceptual import PerceptualLoss
@@ -59,8 +59,14 @@ class Learner:
             require(world.size == 1, f"captured: expected a single process, got {world.size}")
             share = self.device_batch / config.batch_size
             self.captured = pmf.CapturedStep(self.model, config.loss, scale=share)
-        self.optimizers = build_optimizers(self.model, config.optimizer, world.mesh)
-        self.emas = {f"ema_{k:g}": EMA(self.model, k) for k in config.ema_half_lives}
+        self.optimizers = build_optimizers(self.model, config.optimizer, world.mesh, world.shard_over)
+        self.emas = Averages(
+            self.model,
+            config.ema_half_lives,
+            every=config.ema_every,
+            device=None if config.ema_device == "auto" else config.ema_device,
+            shard_over=world.shard_over,
+        )
         self.step = self.skipped = 0
         self.intact = True
         """Whether the state is that of `step`, not half of an update."""
@@ -95,7 +101,7 @@ class Learner:
 
         Call it before the first step of a new or resumed run.
         """
-        if self.world.sharding == "ddp":
+        if self.world.mesh is not None and self.world.replicated:
             x = torch.zeros(1, *self.config.model.image_shape, device=self.world.device)
             self._loss(x, torch.zeros(1, dtype=torch.int64, device=self.world.device), 0)[0].backward()
             self.model.zero_grad()
@@ -154,7 +160,7 @@ class Learner:
         draws = pmf.sample_draws(len(x), config.model.image_shape, config.loss, generator, device)
         perceptual = None if self.perceptual is None else self.perceptual.for_step(seed("crops"))
         # Under FSDP autocast must not cache casts: the guidance pass's casts belong to weights that are freed after it.
-        kept = self.world.sharding in (None, "ddp")
+        kept = self.world.replicated
         with torch.autocast(device.type, torch.bfloat16, self.dtype == torch.bfloat16, cache_enabled=kept):
             if self.captured is not None:
                 out = self.captured(x, y, draws, perceptual)
@@ -164,12 +170,12 @@ class Learner:
     def _update(self, record: dict[str, float]) -> None:
         config = self.config
         record["learning_rate"] = learning_rate(config.optimizer, self.step, config.steps)
+        self.emas.before_step()
         for part in self.optimizers.values():
             for group in part.param_groups:
                 group["lr"] = record["learning_rate"]
             part.step()
-        for ema in self.emas.values():
-            ema.update(self.model, config.batch_size, (self.step + 1) * config.batch_size)
+        self.emas.update(self.model, config.batch_size, (self.step + 1) * config.batch_size)
 
     def _skip(self, record: dict[str, float]) -> None:
         """Count a non-finite step. Errors: `CommonError` on more than max_skipped of them in a row."""
@@ -202,6 +208,7 @@ class Learner:
             "skipped": self.skipped,
             "model": self.model.state_dict(),
             "emas": {name: ema.state_dict() for name, ema in self.emas.items()},
+            "ema_pending": {name: dict(ema.pending) for name, ema in self.emas.items()},
             "optimizers": {name: self._optimizer_state(part) for name, part in self.optimizers.items()},
         }
 
@@ -227,10 +234,14 @@ class Learner:
         if uncounted:
             note = "this checkpoint is from a version in which Muon counted no steps"
             self.world.say(f"resume: {note}; its count starts at {latest}")
+        if not any(name.startswith("ema_pending.") for name in known):  # of a version that updated them in every step
+            del state["ema_pending"]
         snapshots.load(latest, state)
         self.step, self.skipped = state["step"], state["skipped"]
         swapped = f"resume: the checkpoint of step {latest} in {directory} holds step {self.step!r}, expected {latest}"
         require(self.step == latest, swapped)
+        for name, pending in state.get("ema_pending", {}).items():
+            self.emas[name].pending = pending
         for values in uncounted:
             values["step"] = torch.tensor(self.step, dtype=torch.float32)
         for name, part in self.optimizers.items():

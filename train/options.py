@@ -73,6 +73,7 @@ RUN_NEEDS = (
         "without --optimizer.decay-share",
         lambda c: c.optimizer.decay_share > 0,
     ),
+    Need(("ema_device", "ema_every"), "without --ema-half-lives", lambda c: bool(c.ema_half_lives)),
     Need(("model.*_tokens",), "with --model.conditioning adaln", lambda c: c.model.conditioning == "in_context"),
 )
 EVAL_NEEDS = (

@@ -52,9 +52,10 @@ def _run_tensors(model: nn.Module, averages: Averages, optimizers: Optimizers) -
     for kind, average in averages.items():
         tensors |= {f"{name} of {kind}": value for name, value in average.average.items()}
     for part, moments in (("muon", ("momentum_buffer",)), ("adam", ("exp_avg", "exp_avg_sq"))):
+        shard_over = getattr(optimizers[part], "shard_over", None)
         for p in optimizers[part].param_groups[0]["params"]:
             state = optimizers[part].state[p]
-            initialise_state(state, p, moments)
+            initialise_state(state, p, moments, shard_over)
             tensors |= {f"{names[p]} of {moment}": state[moment] for moment in moments}
     return tensors
 

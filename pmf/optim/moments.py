@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
-from pmf.private import foreach_add_, foreach_mul
-from pmf.sharded import local
+from pmf.errors import require
+from pmf.private import foreach_add_, foreach_copy_, foreach_mul
+from pmf.sharded import batched, distributed, divided, local, shard
 
 State = dict[str, Tensor]
 """The optimizer state of one parameter."""
@@ -23,32 +27,64 @@ def evaluated(closure: Callable[[], Any] | None) -> Any:
         return closure()
 
 
-def initialise_state(state: State, p: Tensor, names: Sequence[str]) -> None:
-    """Initialise an empty state with zero moments of these names and a step count of zero.
+def require_replicated(parameters: Sequence[Tensor], shard_over: DeviceMesh | None) -> None:
+    """Raise `InputError` unless the state of these parameters can be sharded over this mesh, if there is one."""
+    if shard_over is not None:
+        dims = shard_over.ndim
+        require(dims == 1, f"shard_over: expected a mesh of one dimension, got {dims}")
+        plain = not any(isinstance(p, DTensor) for p in parameters)
+        require(plain, "shard_over: expected replicated parameters, got sharded ones, whose state is sharded anyway")
+
+
+def initialise_state(state: State, p: Tensor, names: Sequence[str], shard_over: DeviceMesh | None) -> None:
+    """Initialise an empty state with zero moments of these names, sharded over the mesh if any, and no steps counted.
 
     The count is on the CPU, so that reading it never waits for a GPU, and always in float32: a default dtype of
     bfloat16 could count only to 256.
     """
     if not state:
         state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
-        state.update({name: torch.zeros_like(p) for name in names})
+        state.update({name: torch.zeros_like(shard(p.detach(), shard_over)) for name in names})
 
 
 def advance(
-    states: Mapping[Tensor, State], parameters: Sequence[Tensor], names: Sequence[str]
+    states: Mapping[Tensor, State], parameters: Sequence[Tensor], names: Sequence[str], shard_over: DeviceMesh | None
 ) -> tuple[list[float], list[Tensor], list[list[Tensor]]]:
     """Count one step of each parameter: (step numbers t from 1, local gradients, local moments by name)."""
     chosen = [states[p] for p in parameters]
     for state, p in zip(chosen, parameters, strict=True):
-        initialise_state(state, p, names)
+        initialise_state(state, p, names, shard_over)
         state["step"] += 1
     moments = [[local(state[name]) for state in chosen] for name in names]
-    return [state["step"].item() for state in chosen], [_gradient(p) for p in parameters], moments
+    return [state["step"].item() for state in chosen], [_gradient(p, shard_over) for p in parameters], moments
 
 
-def _gradient(p: Tensor) -> Tensor:
+def _gradient(p: Tensor, shard_over: DeviceMesh | None) -> Tensor:
     assert p.grad is not None  # optimizers select the parameters that have one
-    return local(p.grad)
+    return local(p.grad, shard_over)
+
+
+def batches(tensors: Sequence[Tensor], values: int) -> Iterator[list[int]]:
+    """Indices of tensors with one shape, at most so many values together."""
+    by_shape: dict[torch.Size, list[int]] = defaultdict(list)
+    for i, tensor in enumerate(tensors):
+        by_shape[tensor.shape].append(i)
+    for shape, places in by_shape.items():
+        size = max(1, values // max(1, shape.numel()))
+        yield from (places[i : i + size] for i in range(0, len(places), size))
+
+
+def gather(parameters: Sequence[Tensor], mesh: DeviceMesh, values: int = 2**27) -> None:
+    """Give every rank all rows of replicated parameters of which each has updated its own (see `pmf.sharded.shard`).
+
+    Parameters of one shape travel together, at most so many `values` at a time.
+    """
+    torn = [p for p in parameters if divided(p, mesh)]
+    for places in batches(torn, values):
+        batch = [torn[i] for i in places]
+        rows, first = torch.stack([local(p, mesh) for p in batch]), shard(batch[0], mesh)
+        whole = distributed(rows, mesh, batched(first, mesh), torch.Size((len(batch), *first.shape)))
+        foreach_copy_(batch, list(whole.full_tensor().unbind()))
 
 
 def nesterov(means: list[Tensor], gradients: list[Tensor], beta: float, counts: list[float]) -> list[Tensor]:

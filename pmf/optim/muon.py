@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor import Shard
 
 from pmf.errors import require
 from pmf.fields import check_values
-from pmf.optim.moments import advance, evaluated, nesterov
+from pmf.optim.moments import advance, batches, evaluated, nesterov, require_replicated
 from pmf.private import foreach_lerp_, foreach_sub_
-from pmf.sharded import local
+from pmf.sharded import batched, distributed, local
 
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
 """a, b, c of the quintic a X + (b X X^T + c (X X^T)^2) X, which when iterated drives singular values to about 1."""
@@ -52,7 +51,8 @@ class Muon(torch.optim.Optimizer):
 
     `parameters` are matrices [r, c], as from `pmf.optim.split_parameters`. `mesh`: the device mesh that holds them,
     replicated (DDP) or sharded (FSDP2). Each of its ranks orthogonalises its share of the matrices and sends the result
-    to the others; without a mesh, every rank orthogonalises all matrices.
+    to the others; without a mesh, every rank orthogonalises all matrices. `shard_over`: a mesh of one dimension over
+    which the momentum of replicated matrices is sharded by rows (ZeRO-1; `pmf.sharded.shard`); it is then `mesh` too.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         steps: int = 5,
         mesh: DeviceMesh | None = None,
+        shard_over: DeviceMesh | None = None,
     ) -> None:
         check_values(float, lr=lr, momentum=momentum)
         check_values(int, steps=steps)
@@ -71,11 +72,13 @@ class Muon(torch.optim.Optimizer):
             f"lr, momentum, steps: expected >= 0, in [0, 1) and >= 1, got {lr}, {momentum}, {steps}",
         )
         super().__init__(parameters, dict(lr=lr, momentum=momentum, steps=steps))
-        self.mesh = mesh
+        require_replicated([p for group in self.param_groups for p in group["params"]], shard_over)
+        require(shard_over is None or mesh in (None, shard_over), "shard_over: expected no mesh beside it but the same")
+        self.mesh, self.shard_over = mesh or shard_over, shard_over
 
     def __getstate__(self) -> dict[str, object]:
-        """The state for copies and pickles; PyTorch's own omits the mesh."""
-        return {**super().__getstate__(), "mesh": self.mesh}
+        """The state for copies and pickles; PyTorch's own omits the meshes."""
+        return {**super().__getstate__(), "mesh": self.mesh, "shard_over": self.shard_over}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -84,7 +87,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             matrices = [p for p in group["params"] if p.grad is not None]
             updates = self._momentum(matrices, group["momentum"])
-            for places in _batches(matrices):
+            for places in batches(matrices, CHUNK_VALUES):
                 batch = [matrices[i] for i in places]
                 rows, columns = batch[0].shape
                 orthogonal = self._orthogonalised(batch, torch.stack([updates[i] for i in places]), group["steps"])
@@ -96,33 +99,19 @@ class Muon(torch.optim.Optimizer):
         """The local parts of the Nesterov updates; they are elementwise, so shards need no communication."""
         if not matrices:
             return []
-        counts, gradients, (means,) = advance(self.state, matrices, ("momentum_buffer",))
+        counts, gradients, (means,) = advance(self.state, matrices, ("momentum_buffer",), self.shard_over)
         foreach_lerp_(means, gradients, 1 - beta)
         return nesterov(means, gradients, beta, counts)
 
     def _orthogonalised(self, matrices: list[nn.Parameter], update: Tensor, steps: int) -> Tensor:
-        """orthogonalise(update) for the local parts [n, r_local, c] of matrices with equal placements."""
+        """orthogonalise(update), placed like the matrices, of updates [n, r_local, c] that are placed like momenta.
+
+        Matrices have equal placements, and so have momenta.
+        """
         if self.mesh is None:
             return orthogonalise(update, steps)
-        # Placements of the matrices after a batch dimension; then redistribute, so that each rank has whole matrices.
-        placements: list[Placement] = [Replicate()] * self.mesh.ndim
-        if isinstance(matrices[0], DTensor):
-            placements = [Shard(p.dim + 1) if isinstance(p, Shard) else p for p in matrices[0].placements]
         shape = torch.Size((len(matrices), *matrices[0].shape))
-        shared = self._distributed(update, placements, shape).redistribute(placements=[Shard(0)] * self.mesh.ndim)
-        mine = orthogonalise(shared.to_local(), steps)
-        return self._distributed(mine, shared.placements, shape).redistribute(placements=placements).to_local()
-
-    def _distributed(self, part: Tensor, placements: Sequence[Placement], shape: torch.Size) -> DTensor:
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(part, self.mesh, placements, run_check=False, shape=shape, stride=stride)
-
-
-def _batches(matrices: list[nn.Parameter]) -> Iterator[list[int]]:
-    """Indices of matrices with one shape, at most CHUNK_VALUES values together."""
-    by_shape: dict[torch.Size, list[int]] = defaultdict(list)
-    for i, matrix in enumerate(matrices):
-        by_shape[matrix.shape].append(i)
-    for shape, places in by_shape.items():
-        size = max(1, CHUNK_VALUES // shape.numel())
-        yield from (places[i : i + size] for i in range(0, len(places), size))
+        given = distributed(update, self.mesh, batched(self.state[matrices[0]]["momentum_buffer"], self.mesh), shape)
+        shared = given.redistribute(placements=[Shard(0)] * self.mesh.ndim)  # each rank has whole matrices
+        mine = distributed(orthogonalise(shared.to_local(), steps), self.mesh, shared.placements, shape)
+        return mine.redistribute(placements=batched(matrices[0], self.mesh)).to_local()

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from pmf.errors import require
 from pmf.fields import check_values
-from pmf.optim.moments import advance, evaluated, nesterov
+from pmf.optim.moments import advance, evaluated, gather, nesterov, require_replicated
 from pmf.private import (
     foreach_add_,
     foreach_addcdiv_,
@@ -31,6 +32,9 @@ class NesterovAdam(torch.optim.Optimizer):
     (`optax.adam(nesterov=True)`; torch.optim.NAdam follows a momentum schedule instead). All operations are elementwise
     in the parameters' dtype and run over all parameters at once (foreach). Under FSDP2 each rank updates its shards.
     State of a parameter: exp_avg and exp_avg_sq, shaped like it, and step, on the CPU.
+
+    `shard_over`: a mesh of one dimension over which the moments of replicated parameters are sharded by rows (ZeRO-1;
+    `pmf.sharded.shard`). Each rank updates its rows and sends them to the others.
     """
 
     def __init__(
@@ -40,12 +44,19 @@ class NesterovAdam(torch.optim.Optimizer):
         lr: float,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
+        shard_over: DeviceMesh | None = None,
     ) -> None:
         check_values(float, lr=lr, eps=eps)
         check_values(tuple[float, float], betas=betas)
         good = lr >= 0 and eps > 0 and all(0 <= beta < 1 for beta in betas)
         require(good, f"lr, betas, eps: expected >= 0, in [0, 1) and > 0, got {lr}, {betas}, {eps}")
         super().__init__(parameters, dict(lr=lr, betas=betas, eps=eps))
+        require_replicated([p for group in self.param_groups for p in group["params"]], shard_over)
+        self.shard_over = shard_over
+
+    def __getstate__(self) -> dict[str, object]:
+        """The state for copies and pickles; PyTorch's own omits the mesh."""
+        return {**super().__getstate__(), "shard_over": self.shard_over}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -59,11 +70,14 @@ class NesterovAdam(torch.optim.Optimizer):
 
     def _update(self, parameters: list[nn.Parameter], lr: float, betas: tuple[float, float], eps: float) -> None:
         b1, b2 = betas
-        counts, gradients, (means, squares) = advance(self.state, parameters, ("exp_avg", "exp_avg_sq"))
+        names, mesh = ("exp_avg", "exp_avg_sq"), self.shard_over
+        counts, gradients, (means, squares) = advance(self.state, parameters, names, mesh)
         foreach_lerp_(means, gradients, 1 - b1)
         foreach_mul_(squares, b2)
         foreach_addcmul_(squares, gradients, gradients, 1 - b2)
         scale = foreach_sqrt(squares)
         foreach_div_(scale, [math.sqrt(1 - b2**t) for t in counts])
         foreach_add_(scale, eps)
-        foreach_addcdiv_([local(p) for p in parameters], nesterov(means, gradients, b1, counts), scale, -lr)
+        foreach_addcdiv_([local(p, mesh) for p in parameters], nesterov(means, gradients, b1, counts), scale, -lr)
+        if mesh is not None:
+            gather(parameters, mesh)

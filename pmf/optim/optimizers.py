@@ -70,19 +70,23 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
 
 
 def build_optimizers(
-    model: nn.Module, config: OptimizerConfig, mesh: DeviceMesh | None = None
+    model: nn.Module,
+    config: OptimizerConfig,
+    mesh: DeviceMesh | None = None,
+    shard_over: DeviceMesh | None = None,
 ) -> dict[str, torch.optim.Optimizer]:
     """{"muon": Muon, "adam": NesterovAdam} over the model's parameters, as the authors train.
 
     `mesh`: the device mesh whose ranks share Muon's work (see `Muon`). Build them after wrapping the model with FSDP2.
+    `shard_over`: a mesh of one dimension over which the moments of a replicated model are sharded (ZeRO-1).
     """
     check_values(nn.Module, model=model)
     check_values(OptimizerConfig, config=config)
     muon, adam = split_parameters(model)
     rate, iterations = config.learning_rate, config.newton_schulz_steps
     return {
-        "muon": Muon(muon, lr=rate, momentum=config.momentum, steps=iterations, mesh=mesh),
-        "adam": NesterovAdam(adam, lr=rate, betas=config.adam_betas, eps=config.adam_eps),
+        "muon": Muon(muon, lr=rate, momentum=config.momentum, steps=iterations, mesh=mesh, shard_over=shard_over),
+        "adam": NesterovAdam(adam, lr=rate, betas=config.adam_betas, eps=config.adam_eps, shard_over=shard_over),
     }
 
 

@@ -11,7 +11,7 @@ import pmf
 from pmf.data import ImageSet, Loader
 from pmf.images import save_grid, save_png
 from pmf.metrics import Statistics, frechet_distance, inception_score, precision_recall
-from pmf.optim import EMA, Muon, NesterovAdam, OptimizerConfig, build_optimizers, learning_rate
+from pmf.optim import EMA, Averages, Muon, NesterovAdam, OptimizerConfig, build_optimizers, learning_rate
 from tests.networks import TINY, random_model
 
 MODEL = random_model(dtype=torch.float32)
@@ -94,6 +94,9 @@ CASES = [
     *(("block", lambda v=v: precision_recall(FEATURES, FEATURES, block=v)) for v in (None, 0, -1, 1.5)),
     *(("half_life_kimg", lambda v=v: EMA(MODEL, v)) for v in (None, 0, -1, "a", float("nan"))),
     ("model", lambda: EMA(None, 500)),
+    *(("every", lambda v=v: EMA(MODEL, 500, every=v)) for v in (None, 0, -1, 1.5)),
+    ("device", lambda: EMA(MODEL, 500, device="warp")),
+    ("half_life_kimg", lambda: Averages(MODEL, (500, 0))),
     *(("images_seen", lambda v=v: EMA(MODEL, 500).update(MODEL, *v)) for v in ((0, 4), (4, 0), (4, None))),
     *(("lr", lambda v=v: Muon([WEIGHT], lr=v)) for v in (None, -1, float("nan"))),
     *(("lr", lambda v=v: NesterovAdam([WEIGHT], lr=v)) for v in (None, -1, float("inf"))),

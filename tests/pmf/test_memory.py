@@ -8,7 +8,7 @@ import torch
 import pmf
 from pmf.counting import live_bytes, saved_bytes
 from pmf.loss import squared_errors
-from pmf.memory import fully_guided, main_pass, step_peak, training_memory
+from pmf.memory import PEAK_ROWS, fully_guided, main_pass, saved_per_row, step_peak, training_memory
 from pmf.step_plan import plan_step
 from pmf.train.demo import digits
 from pmf.train.loop import Trainer
@@ -33,6 +33,15 @@ def test_memory_per_row_is_what_a_row_saves(dtype, stream, impl):
 
     counted = training_memory(TINY, impl=impl, dtype=dtype, stream=stream, device="cpu")
     assert counted.saved_per_row == kept(3) - kept(2)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "light", "block"])
+def test_memory_of_a_deep_network_is_counted_on_shallow_ones(checkpointing):
+    """Where it is: every further block adds as much."""
+    memory = training_memory(DEEP, checkpointing, "triton")
+    few, many = (step_peak(DEEP, rows, "triton", checkpointing=checkpointing) for rows in PEAK_ROWS)
+    assert memory.per_row == (many - few) // (PEAK_ROWS[1] - PEAK_ROWS[0])
+    assert memory.saved_per_row == saved_per_row(DEEP, "triton", checkpointing=checkpointing)
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "light", "block"])

@@ -98,8 +98,11 @@ def free_port() -> int:
 
 
 CASES = {
-    2: [("ddp", "reference"), ("fsdp", "reference"), ("ddp", "triton"), ("fsdp", "triton"), ("fsdp", "bfloat16")],
-    4: [("ddp", "reference"), ("fsdp", "reference"), ("hybrid", "reference"), ("fsdp", "triton")],
+    2: [
+        *((sharding, impl) for sharding in ("ddp", "zero1", "fsdp") for impl in ("reference", "triton")),
+        ("fsdp", "bfloat16"),
+    ],
+    4: [*((sharding, "reference") for sharding in ("ddp", "zero1", "fsdp", "hybrid")), ("fsdp", "triton")],
 }
 
 
@@ -137,6 +140,12 @@ def test_several_processes_give_the_results_of_one(several, one):
             scale = expected[key].norm() if kind == "gradient" else 1.0
             difference = (result[key] - expected[key]).abs().max() / scale
             assert difference <= (1e-12 if impl == "reference" else 1e-6), (sharding, impl, key, difference)
+
+
+def test_sharded_state_gives_the_weights_of_replicated_state_bit_for_bit(several):
+    for impl in {impl for sharding, impl in several if sharding == "zero1"}:
+        expected, result = several["ddp", impl], several["zero1", impl]
+        assert all(torch.equal(result[key], expected[key]) for key in expected), impl
 
 
 def named_matrices():

@@ -6,10 +6,14 @@ import re
 import pytest
 import torch
 
+import pmf
 from pmf.memory import TrainingMemory
+from pmf.model import CHECKPOINTING
+from pmf.train import budget
+from pmf.train.budget import HEADROOM, counted_memory, shared
 from pmf.train.cli import main
 from pmf.train.config import RunConfig
-from pmf.train.doctor import HEADROOM, Doctor, DoctorConfig, counted_memory, data_change, memory_change
+from pmf.train.doctor import Doctor, DoctorConfig, data_change, memory_change
 from tests.train.small_runs import SMALL_MODEL
 
 TINY = [*SMALL_MODEL, "--batch-size", "8"]
@@ -141,20 +145,24 @@ GB = 10**9
 RUN = RunConfig(batch_size=1024, device_batch=128)
 
 
-# 10 GB of state; a row keeps 0.5 GB, or a tenth of it under checkpointing.
-COUNTED = {"none": TrainingMemory(9 * GB, 1 * GB, GB // 2), "block": TrainingMemory(9 * GB, 1 * GB, GB // 20)}
+def memory(per_row):
+    return TrainingMemory(weights=4 * GB, optimizer=5 * GB, copies=1 * GB, per_row=per_row, saved_per_row=per_row)
+
+
+COUNTED = {"none": memory(GB // 2), "light": memory(GB // 3), "block": memory(GB // 20)}
+"""10 GB of state; a row keeps 0.5 GB, two thirds or a tenth of it under checkpointing."""
 
 
 def change(run, processes, rows, free):
-    shards = {"ddp": 1, "fsdp": processes, "hybrid": processes}
-    return memory_change(run, shards, rows, HEADROOM * free * GB, COUNTED)
+    return memory_change(run, processes, processes, rows, HEADROOM * free * GB, COUNTED)
 
 
 @pytest.mark.parametrize(
     ("free", "expected"),
     [
         (83, None),
-        (79, "set --checkpointing block"),
+        (79, "set --checkpointing light"),
+        (58, "set --checkpointing block"),
         (15, "set --checkpointing block --device-batch 64"),
         (11.8, "set --checkpointing block --device-batch 8"),
         (11, "more GPUs with --sharding fsdp, larger ones, or a smaller network"),
@@ -165,6 +173,7 @@ def test_too_little_memory_names_the_least_change(free, expected):
 
 
 def test_sharding_is_advised_where_the_state_alone_does_not_fit():
+    assert change(RUN, 8, 128, 8) == "set --sharding zero1 --checkpointing block --device-batch 16"
     assert change(RUN, 8, 128, 6) == "set --sharding fsdp --checkpointing block --device-batch 64"
     assert change(dataclasses.replace(RUN, sharding="fsdp"), 8, 64, 6) == "set --checkpointing block"
 
@@ -172,11 +181,12 @@ def test_sharding_is_advised_where_the_state_alone_does_not_fit():
 def test_device_batches_divide_every_process_share():
     whole = RunConfig(batch_size=96)
     assert change(whole, 3, 32, 17) == "set --checkpointing block"
+    assert change(whole, 3, 32, 23) == "set --checkpointing light"
     assert change(dataclasses.replace(whole, checkpointing="block"), 3, 32, 12.5) == "set --device-batch 16"
 
 
 @pytest.mark.parametrize("free", [12, 20, 30, 60, 79])
-@pytest.mark.parametrize("checkpointing", ["none", "block"])
+@pytest.mark.parametrize("checkpointing", ["none", "light", "block"])
 def test_advice_on_memory_fits_and_satisfies_itself(free, checkpointing):
     run = dataclasses.replace(RUN, checkpointing=checkpointing)
     advice = change(run, 1, 128, free)
@@ -190,13 +200,34 @@ def test_advice_on_memory_fits_and_satisfies_itself(free, checkpointing):
     assert change(changed, 1, rows, free) is None
 
 
-def test_a_bfloat16_stream_counts_for_less():
-    run = RunConfig(precision="bfloat16", impl="triton")
-    whole, half = (
-        counted_memory(dataclasses.replace(run, stream=stream), torch.device("cpu"))
-        for stream in ("float32", "bfloat16")
-    )
-    assert all(half[kind].per_row < whole[kind].per_row for kind in whole)
+def counted(**changes):
+    run = RunConfig(precision="bfloat16", **changes)
+    return counted_memory(run, "light", "triton", "cpu", torch.bfloat16)
+
+
+def test_options_count():
+    """A bfloat16 stream keeps less per row; averages on the host leave the card; shards of state divide."""
+    plain = counted()
+    assert counted(stream="bfloat16").per_row < plain.per_row
+    away = counted(ema_device="cpu", device="cuda")
+    assert away.optimizer == plain.optimizer - 3 * plain.weights // 2 and away.per_row == plain.per_row
+    zero1, fsdp, hybrid = (shared(plain, kind, 8, 4) for kind in ("zero1", "fsdp", "hybrid"))
+    assert zero1.weights == plain.weights and zero1.optimizer == fsdp.optimizer == -(-plain.optimizer // 8)
+    assert fsdp.weights == plain.weights // 8 and hybrid.weights == plain.weights // 4
+
+
+def test_a_card_is_a_table(capsys, monkeypatch):
+    some = ("pMF-B/16", "pMF-H/32")
+    monkeypatch.setattr(budget, "PUBLISHED", {name: pmf.config.PUBLISHED[name] for name in some})
+    main(["doctor", "digits", "--card", "40", "--ema-device", "cpu", "--device", "cuda", "--stream", "bfloat16"])
+    head, options, _, columns, *rows = capsys.readouterr().out.splitlines()
+    assert head.startswith("largest device batches on a card of 40 GB, filled to 90%")
+    assert options == "triton kernels, bfloat16, stream bfloat16, 3 averages on the host, 1 x ddp"
+    assert columns.split() == ["checkpointing", *(w for kind in CHECKPOINTING for w in (kind, "(operations)"))]
+    assert [row.split()[0] for row in rows] == list(some)
+    for row in rows:
+        none, light, block = (int(n.replace(",", "")) for n in row.split()[1::2])
+        assert none < light < block and row.split()[2:5:2] == ["(1.00)", "(1.00)"]
 
 
 # Advice on data.

@@ -144,7 +144,7 @@ def worker(rank: int, port: int, out: str, source: str) -> None:
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", OMP_NUM_THREADS="1")
     os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    for sharding in ("ddp", "fsdp"):
+    for sharding in ("ddp", "zero1", "fsdp"):
         own = source if rank == 0 else "not there"
         trainer = Trainer(config(Path(out) / sharding, sharding=sharding, init=own), data())
         started = {name: full(p).detach().clone() for name, p in trainer.model.named_parameters()}
@@ -156,7 +156,7 @@ def worker(rank: int, port: int, out: str, source: str) -> None:
 
 def test_one_process_reads_for_all(source, tmp_path):
     mp.spawn(worker, (free_port(), str(tmp_path), source[1]), nprocs=2)
-    for sharding in ("ddp", "fsdp"):
+    for sharding in ("ddp", "zero1", "fsdp"):
         for rank in range(2):
             started, held = torch.load(tmp_path / f"{sharding}-{rank}.pt")
             assert same(started, source[0].state_dict()) and same(held, expected(train_state()))

@@ -97,10 +97,14 @@ def survive(folder: Path, kills: int, processes: int, seed: int = 0, flags: list
     return kept
 
 
-@pytest.mark.parametrize(("processes", "kills"), [(1, 2), (2, 1)])
-def test_a_killed_run_resumes_bit_for_bit(tmp_path, processes, kills):
+SHARDED = ["--sharding", "zero1", "--ema-every", "3"]
+HELD = ["--ema-device", "cpu", "--ema-every", "3"]
+
+
+@pytest.mark.parametrize(("processes", "kills", "more"), [(1, 2, []), (2, 1, []), (2, 1, SHARDED), (1, 1, HELD)])
+def test_a_killed_run_resumes_bit_for_bit(tmp_path, processes, kills, more):
     """`python -m tests.train.test_killed` does the same with 20 kills."""
-    survive(tmp_path, kills, processes)
+    survive(tmp_path, kills, processes, flags=[*FLAGS, *more])
 
 
 if __name__ == "__main__":

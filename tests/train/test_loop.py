@@ -379,9 +379,12 @@ def test_device_batches_add_up_to_the_step(tmp_path):
     [
         (dict(steps=0), "steps: expected a positive number, got 0"),
         (dict(device_batch=3), "device_batch: expected a divisor of batch_size 8, got 3"),
-        (dict(sharding="zero"), "sharding: expected one of ddp, fsdp, hybrid, got 'zero'"),
+        (dict(sharding="zero"), "sharding: expected one of ddp, zero1, fsdp, hybrid, got 'zero'"),
         (dict(stream="float16"), "stream: expected one of float32, bfloat16, got 'float16'"),
         (dict(keep_checkpoints=0), "keep_checkpoints: expected a positive number, got 0"),
+        (dict(ema_every=0), "ema_every: expected a positive number, got 0"),
+        (dict(ema_device="gpu"), "ema_device: expected one of auto, cpu, got 'gpu'"),
+        (dict(compiled=True, sharding="fsdp"), "compiled: expected sharding ddp or zero1, got fsdp"),
         (dict(seed=-1), "seed: expected a number >= 0, got -1"),
         (dict(sampling_weights="ema_3"), "sampling_weights: expected one of model, ema_500"),
     ],
