@@ -24,19 +24,14 @@ DRAWS = 1024
 
 
 def counted_memory(
-    config: RunConfig, checkpointing: Checkpointing, impl: str, device_type: str, dtype: torch.dtype
+    config: RunConfig, checkpointing: Checkpointing, impl: str, device_type: str, dtype: torch.dtype, *, away: bool
 ) -> TrainingMemory:
-    """The memory of a process that shards nothing."""
-    there = len(config.ema_half_lives) if averages_on_device(config) else 0
+    """The memory of a process that shards nothing; `away`: the averages are on another device."""
+    averages = 0 if away else len(config.ema_half_lives)
     return training_memory(
-        config.model, checkpointing, impl, loss=config.loss, device=device_type, dtype=dtype, ema_copies=there,
+        config.model, checkpointing, impl, loss=config.loss, device=device_type, dtype=dtype, ema_copies=averages,
         stream=config.stream,
     )  # fmt: skip
-
-
-def averages_on_device(config: RunConfig) -> bool:
-    """Whether the averages are on the same device as the network."""
-    return config.ema_device == "auto" or torch.device(config.device).type == "cpu"
 
 
 def shared(memory: TrainingMemory, sharding: str, processes: int, local: int) -> TrainingMemory:
@@ -51,7 +46,7 @@ def card_table(config: RunConfig, gigabytes: float, processes: int) -> Iterator[
     The options that count are sharding, precision, stream and the averages; perceptual networks are not counted.
     """
     dtype = torch.float32 if config.precision == "float32" else torch.bfloat16
-    where = "on the card" if averages_on_device(config) else "on the host"
+    where = "on the card" if config.ema_device == "auto" else "on the host"
     with _kernels_countable():
         impl = "triton" if dispatch.checked_impl(config.impl) == "auto" else dispatch.checked_impl(config.impl)
         yield (
@@ -71,7 +66,8 @@ def _cells(config: RunConfig, impl: str, dtype: torch.dtype, budget: float, proc
     plain = row_operations(config.model).lean(draws)
     place = "cuda" if torch.cuda.is_available() else "cpu"
     for kind in CHECKPOINTING:
-        memory = shared(counted_memory(config, kind, impl, place, dtype), config.sharding, processes, processes)
+        whole = counted_memory(config, kind, impl, place, dtype, away=config.ema_device == "cpu")
+        memory = shared(whole, config.sharding, processes, processes)
         cost = row_operations(config.model, kind).lean(draws) / plain
         yield f"{memory.largest_batch(budget):,} ({cost:.2f})"
 

@@ -140,7 +140,9 @@ class Doctor:
         if self.device.type == "cuda":
             there = torch.cuda.mem_get_info(self.device)[0]
         impl, dtype = dispatch.checked_impl(config.impl), config.dtype_on(self.device)
-        counted = {kind: counted_memory(config, kind, impl, self.device.type, dtype) for kind in CHECKPOINTING}
+        place = self.device.type
+        away = config.ema_device != "auto" and place != config.ema_device
+        counted = {kind: counted_memory(config, kind, impl, place, dtype, away=away) for kind in CHECKPOINTING}
         whole, evaluation = counted[config.checkpointing], evaluation_bytes(config, self.device)
         expected = shared(whole, config.sharding, self.processes, self.local).expected(self.rows) + evaluation
         budget = HEADROOM * there - evaluation

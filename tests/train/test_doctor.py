@@ -200,16 +200,16 @@ def test_advice_on_memory_fits_and_satisfies_itself(free, checkpointing):
     assert change(changed, 1, rows, free) is None
 
 
-def counted(**changes):
+def counted(away=False, **changes):
     run = RunConfig(precision="bfloat16", **changes)
-    return counted_memory(run, "light", "triton", "cpu", torch.bfloat16)
+    return counted_memory(run, "light", "triton", "cpu", torch.bfloat16, away=away)
 
 
 def test_options_count():
     """A bfloat16 stream keeps less per row; averages on the host leave the card; shards of state divide."""
     plain = counted()
     assert counted(stream="bfloat16").per_row < plain.per_row
-    away = counted(ema_device="cpu", device="cuda")
+    away = counted(away=True)
     assert away.optimizer == plain.optimizer - 3 * plain.weights // 2 and away.per_row == plain.per_row
     zero1, fsdp, hybrid = (shared(plain, kind, 8, 4) for kind in ("zero1", "fsdp", "hybrid"))
     assert zero1.weights == plain.weights and zero1.optimizer == fsdp.optimizer == -(-plain.optimizer // 8)
@@ -219,7 +219,7 @@ def test_options_count():
 def test_a_card_is_a_table(capsys, monkeypatch):
     some = ("pMF-B/16", "pMF-H/32")
     monkeypatch.setattr(budget, "PUBLISHED", {name: pmf.config.PUBLISHED[name] for name in some})
-    main(["doctor", "digits", "--card", "40", "--ema-device", "cpu", "--device", "cuda", "--stream", "bfloat16"])
+    main(["doctor", "digits", "--card", "40", "--ema-device", "cpu", "--stream", "bfloat16", "--precision", "bfloat16"])
     head, options, _, columns, *rows = capsys.readouterr().out.splitlines()
     assert head.startswith("largest device batches on a card of 40 GB, filled to 90%")
     assert options == "triton kernels, bfloat16, stream bfloat16, 3 averages on the host, 1 x ddp"
