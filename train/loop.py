@@ -173,6 +173,7 @@ class Trainer(Learner):
             with suppress(Exception):  # the first failure is the one to report
                 if self.world.size == 1 or isinstance(failure, CommonError):
                     self._save()
+            with suppress(Exception):
                 self.snapshots.publish(wait=True)
                 self._say_saved(f"failed after step {self.step}")
             raise

@@ -73,8 +73,8 @@ class Muon(torch.optim.Optimizer):
         )
         super().__init__(parameters, dict(lr=lr, momentum=momentum, steps=steps))
         require_replicated([p for group in self.param_groups for p in group["params"]], shard_over)
-        require(shard_over is None or mesh in (None, shard_over), "shard_over: expected no mesh beside it but the same")
-        self.mesh, self.shard_over = mesh or shard_over, shard_over
+        require(shard_over is None or mesh in (None, shard_over), "shard_over: expected no other mesh beside it")
+        self.mesh, self.shard_over = shard_over if mesh is None else mesh, shard_over
 
     def __getstate__(self) -> dict[str, object]:
         """The state for copies and pickles; PyTorch's own omits the meshes."""

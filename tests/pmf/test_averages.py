@@ -178,3 +178,23 @@ def test_staged_copies_keep_values_shapes_and_dtypes():
     for copy, value in zip(staging.wait(), tensors, strict=True):
         assert copy.dtype == value.dtype and torch.equal(copy, value)
     assert len({copy.untyped_storage().data_ptr() for copy in staging.copies}) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("every", [1, 3])
+def test_averages_on_the_host_are_those_on_the_gpu(every):
+    """To rounding: one of each lerp. The weights change at once after each update, while they are copied."""
+    model = pmf.create_model(TINY, device="cuda")
+    there, here = (Averages(model, HALF_LIVES, every=every, device=device) for device in (None, "cpu"))
+    for step in range(9):
+        here.before_step()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn_like(p))
+        for averages in (there, here):
+            averages.update(model, BATCH, (step + 1) * BATCH)
+    expected, found = held(there), held(here)
+    assert all(value.device.type == "cpu" for value in found.values())
+    for name, value in expected.items():
+        assert (found[name] - value.cpu()).abs().max() <= 9 * torch.finfo(value.dtype).eps * value.abs().max(), name

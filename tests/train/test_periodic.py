@@ -189,7 +189,7 @@ def test_killed_for_real_nothing_is_lost_or_repeated(tmp_path):
     assert numbers(war) == numbers(peace) and records(war) == records(peace)
 
 
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+@pytest.mark.parametrize("sharding", ["ddp", "zero1", "fsdp"])
 def test_several_processes_measure_what_one_does(tmp_path, sharding):
     """Equal up to the order in which two processes sum gradients."""
     flags = ["digits", *FLAGS[2:], "--steps", "4", "--eval-every", "2", "--evaluation.weights", "model", "ema_500"]
