@@ -1,6 +1,7 @@
 """`pmf doctor`: reports on runs on this machine, and advice for other machines."""
 
 import dataclasses
+import importlib
 import re
 
 import pytest
@@ -96,6 +97,7 @@ def test_processes_share_the_batch_and_the_state(capsys):
 
 
 def test_kernels_that_cannot_run_here_are_a_finding(capsys, monkeypatch):
+    importlib.import_module("pmf.kernels.library")  # with the interpreter: other tests of this process need it
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     found, changes = report(capsys, *QUICK, "--impl", "triton", status=1)
     assert changes.startswith('  kernels: attention: impl="triton" needs cuda tensors, got cpu')
