@@ -9,14 +9,24 @@ from torch import nn
 
 from pmf.config import ModelConfig
 from pmf.dual import chunk
-from pmf.layers import DualModule, Linear, Mlp, NormModulate, Residual, Rope, SeparateAttention, WideLinear
+from pmf.layers import (
+    DualModule,
+    Linear,
+    Mlp,
+    NormModulate,
+    Residual,
+    Rope,
+    SeparateAttention,
+    TransformerBlock,
+    WideLinear,
+)
 from pmf.pair import ABSENT, Dual
 
 BLOCK_GAIN = 0.32
 """The Linear weights of blocks are initialised from N(0, BLOCK_GAIN^2 / fan_in)."""
 
 
-class Block(DualModule):
+class Block(TransformerBlock):
     """One transformer block: x + gate attn(norm(x)), then x + gate mlp(norm(x)).
 
     in_context: the gates are learned per channel and start at zero. adaln: shift, scale and gate of
@@ -49,15 +59,8 @@ class Block(DualModule):
         return chunk(self.modulation.forward_dual(condition), 6)
 
     def forward_residual(self, residual: Residual, rope: Rope, condition: Dual = ABSENT) -> Residual:
-        """Run the block on a stream whose last branch is pending; leave the block's own MLP branch pending."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self._modulations(condition)
-        first, last = self.attn.weights()
-        x, packed = self.norm1.after_residual(residual, scale1, shift1, linear=first)
-        residual = Residual(x, self.attn.mix(packed, last, rope), gate1)
-        first, last = self.mlp.weights()
-        # Backward keeps x for norm1 anyway, so norm2 adds the branch again.
-        x, hidden = self.norm2.after_residual(residual, scale2, shift2, linear=first, recompute_sum=True)
-        return Residual(x, self.mlp.finish(hidden, last), gate2)
+        """`halves`, with the gates of the block or the modulations of the condition."""
+        return self.halves(residual, self._modulations(condition), rope)
 
     def forward_dual(self, x: Dual, rope: Rope, condition: Dual = ABSENT) -> Dual:
         """x [B, S, C] -> [B, S, C]; condition [B, C] under adaln."""

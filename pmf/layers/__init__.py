@@ -15,6 +15,7 @@ from pmf.layers.base import keep_less as keep_less
 from pmf.layers.blocks import DiTBlock as DiTBlock
 from pmf.layers.blocks import LayerScale as LayerScale
 from pmf.layers.blocks import SiTBlock as SiTBlock
+from pmf.layers.blocks import TransformerBlock as TransformerBlock
 from pmf.layers.blocks import ViTBlock as ViTBlock
 from pmf.layers.diffusers_blocks import BasicTransformerBlock as BasicTransformerBlock
 from pmf.layers.embeddings import PatchEmbed as PatchEmbed

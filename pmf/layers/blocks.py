@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -14,10 +15,33 @@ from pmf.layers.base import DualModule
 from pmf.layers.mlp import Mlp
 from pmf.layers.norms import NormModulate, Residual
 from pmf.ops.heads import Norm, Pairs
-from pmf.pair import Dual
+from pmf.pair import ABSENT, Dual
 
 
-class DiTBlock(DualModule):
+class TransformerBlock(DualModule):
+    """x + gate attn(norm1(x)), then x + gate mlp(norm2(x)), of the parts that a subclass makes."""
+
+    norm1: NormModulate
+    attn: Attention
+    norm2: NormModulate
+    mlp: Mlp
+
+    def halves(self, residual: Residual, modulations: Iterable[Dual | None], rope: Rope | None) -> Residual:
+        """Run the block on a stream whose last branch is pending; leave the block's own MLP branch pending.
+
+        So the addition is fused with the next block's first norm. modulations: shift, scale and gate of each half.
+        """
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulations
+        first, last = self.attn.weights()
+        x, packed = self.norm1.after_residual(residual, scale1, shift1, linear=first)
+        residual = Residual(x, self.attn.mix(packed, last, rope), gate1)
+        first, last = self.mlp.weights()
+        # Backward keeps x for norm1 anyway, so norm2 adds the branch again.
+        x, hidden = self.norm2.after_residual(residual, scale2, shift2, linear=first, recompute_sum=True)
+        return Residual(x, self.mlp.finish(hidden, last), gate2)
+
+
+class DiTBlock(TransformerBlock):
     """A block of DiT and SiT with adaLN-Zero: x + gate attn(norm(x)), then x + gate mlp(norm(x)).
 
     Shift, scale and gate of both halves come from silu(condition) through a Linear that starts at zero, as the block
@@ -42,16 +66,8 @@ class DiTBlock(DualModule):
         nn.init.zeros_(modulation.bias)
 
     def forward_residual(self, residual: Residual, condition: Dual, rope: Rope | None = None) -> Residual:
-        """Run the block on a stream whose last branch is pending; leave the block's own MLP branch pending.
-
-        So the addition is fused with the next block's first norm.
-        """
-        modulations = chunk(dual(self.adaLN_modulation[1], ops.silu(condition)), 6)
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulations
-        x, y = self.norm1.after_residual(residual, scale1, shift1)
-        residual = Residual(x, self.attn.forward_dual(y, rope), gate1)
-        x, y = self.norm2.after_residual(residual, scale2, shift2)
-        return Residual(x, self.mlp.forward_dual(y), gate2)
+        """`halves`, with the modulations of the condition."""
+        return self.halves(residual, chunk(dual(self.adaLN_modulation[1], ops.silu(condition)), 6), rope)
 
     def forward_dual(self, x: Dual, c: Dual, rope: Rope | None = None) -> Dual:
         """x [B, S, C] -> [B, S, C]; condition c [B, C], or per token [B, S, C]."""
@@ -70,7 +86,7 @@ class LayerScale(nn.Module):
         self.gamma = nn.Parameter(torch.full((dim,), init_values))
 
 
-class ViTBlock(DualModule):
+class ViTBlock(TransformerBlock):
     """timm's block of vision transformers: x + ls1 attn(norm1(x)), then x + ls2 mlp(norm2(x)).
 
     init_values: that of the layer scales `ls1` and `ls2`; None: there are none. Norms are nn.LayerNorms.
@@ -95,11 +111,9 @@ class ViTBlock(DualModule):
         self.ls2 = None if init_values is None else LayerScale(dim, init_values)
 
     def forward_residual(self, residual: Residual, rope: Rope | None = None) -> Residual:
-        """Run the block on a stream whose last branch is pending; leave the block's own MLP branch pending."""
+        """`halves`, with the layer scales as gates."""
         gate1, gate2 = (None if scale is None else Dual(scale.gamma) for scale in (self.ls1, self.ls2))
-        x, y = self.norm1.after_residual(residual)
-        x, y = self.norm2.after_residual(Residual(x, self.attn.forward_dual(y, rope), gate1))
-        return Residual(x, self.mlp.forward_dual(y), gate2)
+        return self.halves(residual, (ABSENT, ABSENT, gate1, ABSENT, ABSENT, gate2), rope)
 
     def forward_dual(self, x: Dual, rope: Rope | None = None) -> Dual:
         """x [B, S, C] -> [B, S, C]."""

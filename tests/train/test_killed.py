@@ -99,9 +99,12 @@ def survive(folder: Path, kills: int, processes: int, seed: int = 0, flags: list
 
 SHARDED = ["--sharding", "zero1", "--ema-every", "3"]
 HELD = ["--ema-device", "cpu", "--ema-every", "3"]
+LESS = ["--checkpointing", "light", "--precision", "bfloat16", "--stream", "bfloat16"]
 
 
-@pytest.mark.parametrize(("processes", "kills", "more"), [(1, 2, []), (2, 1, []), (2, 1, SHARDED), (1, 1, HELD)])
+@pytest.mark.parametrize(
+    ("processes", "kills", "more"), [(1, 2, []), (2, 1, []), (2, 1, SHARDED), (1, 1, HELD), (1, 1, LESS), (2, 1, LESS)]
+)
 def test_a_killed_run_resumes_bit_for_bit(tmp_path, processes, kills, more):
     """`python -m tests.train.test_killed` does the same with 20 kills."""
     survive(tmp_path, kills, processes, flags=[*FLAGS, *more])
