@@ -217,7 +217,7 @@ def test_second_derivatives(name):
 @EVERY
 def test_backward_uses_the_parameters_of_the_forward_pass(name):
     """A layer may have others when backward runs, as after `functional_call`."""
-    plain, light, call = pair(name, F32, impl="triton")
+    plain, light, _ = pair(name, F32, impl="triton")
     x, results = tokens(F32), []
     for layer in (light, plain):
         others = {n: (2 * p).detach().requires_grad_() for n, p in layer.named_parameters()}
@@ -238,7 +238,7 @@ def test_a_weight_changed_in_place_is_noticed(name, changed, impl):
     if changed == "fc1.bias":
         torch.autograd.grad(y, x)
         return
-    with pytest.raises(RuntimeError, match="modified by an inplace operation|changed in place"):
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation|changed in place"):
         torch.autograd.grad(y, x)
 
 
@@ -254,7 +254,7 @@ def test_what_is_kept_and_changed_in_place_is_noticed():
             continue
         with torch.no_grad():
             given[:, :, -1] = 0
-        with pytest.raises(RuntimeError, match="in ?place"):
+        with pytest.raises(RuntimeError, match=r"in ?place"):
             torch.autograd.grad(y, packed)
 
 

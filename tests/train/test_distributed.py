@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 import pmf
 from pmf.data import ImageSet
+from pmf.layers import keep_less
 from pmf.optim import OptimizerConfig, split_parameters
 from pmf.sharded import full
 from pmf.train.config import RunConfig
@@ -40,13 +41,15 @@ def config(out: Path, **changes) -> RunConfig:
 def first_steps(out: Path, sharding: str, impl: str) -> dict[str, torch.Tensor]:
     """Gradients of the first step, and weights and averages after one step (reference: two steps in float64).
 
-    `impl` bfloat16 is the reference with its products and its stream in bfloat16.
+    `impl` bfloat16 is the reference with its products and its stream in bfloat16, light the kernels with layers that
+    keep less.
     """
     reference = impl == "reference"
     torch.set_default_dtype(torch.float64 if reference else torch.float32)
     low = dict(impl="reference", precision="bfloat16", stream="bfloat16")
-    how = low if impl == "bfloat16" else dict(impl=impl)
+    how = {"bfloat16": low, "light": dict(impl="triton")}.get(impl, dict(impl=impl))
     trainer = Trainer(config(out, sharding=sharding, **how), data())
+    keep_less(trainer.model, impl == "light")
     torch.manual_seed(1)
     with torch.no_grad():  # most gradients of a new network are zero
         for p in trainer.model.parameters():
@@ -98,7 +101,10 @@ def free_port() -> int:
 
 
 CASES = {
-    2: [("ddp", "reference"), ("fsdp", "reference"), ("ddp", "triton"), ("fsdp", "triton"), ("fsdp", "bfloat16")],
+    2: [
+        *(("ddp", "reference"), ("fsdp", "reference"), ("ddp", "triton"), ("fsdp", "triton"), ("fsdp", "bfloat16")),
+        *(("ddp", "light"), ("fsdp", "light")),
+    ],
     4: [("ddp", "reference"), ("fsdp", "reference"), ("hybrid", "reference"), ("fsdp", "triton")],
 }
 
@@ -128,7 +134,7 @@ def test_several_processes_give_the_results_of_one(several, one):
     """
     muon = {name for name, _ in named_matrices()}
     for (sharding, impl), result in several.items():
-        expected = one[impl]
+        expected = one["triton" if impl == "light" else impl]
         assert result.keys() == expected.keys()
         for key in expected:
             kind, name = key.split()
