@@ -365,3 +365,17 @@ def test_backward_of_one_graph_in_several_threads():
     for thread in threads:
         thread.join()
     assert len(found) == 200 and all(found)
+
+
+def test_backward_makes_again_under_the_autocast_of_the_forward_pass():
+    weight, x = drawn(8, 8, dtype=F32), drawn(8, 8, seed=1, dtype=F32).requires_grad_()
+
+    def make(x):
+        return (Dual(x.value @ weight),)
+
+    results = []
+    for way in (lambda: made_again(make, lambda a: a.value.square(), Dual(x)), lambda: make(Dual(x))[0].value.square()):
+        with torch.autocast(DEVICE, BF16):
+            y = way().sum()
+        results.append(torch.autograd.grad(y, x))
+    assert equal(*results)
