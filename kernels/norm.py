@@ -254,7 +254,8 @@ def _gradients_with_product(ctx, dx_new, dout, *_):
     if dout is None:
         return *_norm_gradients(ctx, saved, dx_new, None)[:6], None, None
     needs = ctx.needs_input_grad[6:8]
-    *found, y = _norm_gradients(ctx, saved, dx_new, dout @ matrix, again=needs[0])
+    dy = products.input_gradient(dout, matrix, any(ctx.needs_input_grad[:6]))
+    *found, y = _norm_gradients(ctx, saved, dx_new, dy, again=needs[0])
     return *found, *products.weight_gradients(dout, y, needs)
 
 

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pmf.kernels import registration
-from pmf.kernels.products import Weights, product, weight_gradients
+from pmf.kernels.products import Weights, input_gradient, product, weight_gradients
 from pmf.kernels.registration import Chip, Composition, RowTile
 from pmf.kernels.tiles import gelu as gelu_of
 from pmf.kernels.tiles import silu
@@ -222,16 +222,16 @@ def _save_with_product(ctx, inputs, outputs):
 def _swiglu_linear_gradients(ctx, dout, *_):
     if dout is None:
         return None, None, None
-    (x, matrix), needs = ctx.saved_tensors, ctx.needs_input_grad[1:3]
-    dx, y = swiglu_backward(dout @ matrix, x, needs[0])
+    (x, matrix), (before, *needs) = ctx.saved_tensors, ctx.needs_input_grad[:3]
+    dx, y = swiglu_backward(input_gradient(dout, matrix, before), x, needs[0])
     return dx, *weight_gradients(dout, y, needs)
 
 
 def _gelu_linear_gradients(ctx, dout, *_):
     if dout is None:
         return None, None, None
-    (x, matrix), needs = ctx.saved_tensors, ctx.needs_input_grad[1:3]
-    dx, y = gelu_backward(dout @ matrix, x, ctx.tanh, needs[0])
+    (x, matrix), (before, *needs) = ctx.saved_tensors, ctx.needs_input_grad[:3]
+    dx, y = gelu_backward(input_gradient(dout, matrix, before), x, ctx.tanh, needs[0])
     return dx, *weight_gradients(dout, y, needs)
 
 

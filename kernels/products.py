@@ -8,6 +8,7 @@ has read all that y depends on. So dW comes after dx, and nothing is kept for it
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -26,7 +27,12 @@ def product(y: Tensor, y_dot: Tensor | None, weights: Weights) -> tuple[Tensor, 
     return F.linear(y, *weights), None if y_dot is None else F.linear(y_dot, weights.matrix)
 
 
-def weight_gradients(dout: Tensor, y: Tensor | None, needs: tuple[bool, ...]) -> tuple[Tensor | None, Tensor | None]:
+def input_gradient(dout: Tensor, matrix: Tensor, needed: bool) -> Tensor:
+    """dy; zeros if nothing before y needs a gradient, since a backward kernel takes some to write y."""
+    return dout @ matrix if needed else dout.new_zeros(*dout.shape[:-1], matrix.shape[1])
+
+
+def weight_gradients(dout: Tensor, y: Tensor | None, needs: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
     """dW, if there is y, and db, if it is needed."""
     rows = dout.flatten(0, -2)
     dmatrix = rows.mT @ y.flatten(0, -2) if y is not None else None

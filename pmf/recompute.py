@@ -72,6 +72,7 @@ def made_again(make: Callable[[Dual], tuple[Dual, ...]], use: Callable[..., Any]
     """`use(*make(x))`, where backward calls `make` again instead of keeping what it gave.
 
     `make` gives Duals, deterministically; results that are views of x are kept, as x is. Backward makes only values.
+    Of modules, `make` must hold the parameters themselves: a module may have others when backward runs.
     """
     if not torch.is_grad_enabled() or transforming():
         return use(*make(x))
@@ -80,7 +81,9 @@ def made_again(make: Callable[[Dual], tuple[Dual, ...]], use: Callable[..., Any]
     made = make(x)
     again = _Again(make, x.value, [dual.value for dual in made])
     with torch.autograd.graph.saved_tensors_hooks(again.pack, again.unpack):
-        return use(*made)
+        result = use(*made)
+    again.x = None  # if nothing is to be made again, nothing is kept for it
+    return result
 
 
 def _made_in_checkpoint(make: Callable[[Dual], tuple[Dual, ...]], x: Dual) -> tuple[Dual, ...]:
@@ -108,16 +111,17 @@ class _Place(NamedTuple):
 class _Again:
     """Hooks that swap what `make(x)` gave, where autograd saves it, for its place, and make it when backward asks.
 
-    Everything else goes to the hooks around, x too: they may count tensors, or move them elsewhere.
+    Everything else goes to the hooks around, and with the first place x: they may count tensors, or move them.
     """
 
     def __init__(self, make: Callable[[Dual], tuple[Dual, ...]], x: Tensor, made: list[Tensor]) -> None:
         self.make, self.autocast = make, autocast_dtype(x.device.type)
         around: tuple[Callable, Callable] = saved_tensor_hooks() or (_unchanged, _unchanged)
         self.pack_around, self.unpack_around = around
-        self.x, self.version = self.pack_around(x.detach()), version(x)
-        kept = storage_id(x)
-        self.which = {storage_id(m): i for i, m in enumerate(made) if storage_id(m) != kept}
+        self.x: Tensor | None = x
+        self.kept: Any = None
+        self.version = 0
+        self.which = {storage_id(m): i for i, m in enumerate(made) if storage_id(m) != storage_id(x)}
         self.places = 0
         self.served: set[int] = set()
         self.made: list[Tensor] = []
@@ -127,6 +131,9 @@ class _Again:
         which = self.which.get(storage_id(x))
         if which is None:
             return self.pack_around(x)
+        if self.places == 0 and self.x is not None:
+            self.kept = self.pack_around(self.x.detach())
+            self.version = version(self.kept) if isinstance(self.kept, Tensor) else 0
         self.places += 1
         return _Place(which, x.shape, x.stride(), x.storage_offset())
 
@@ -134,18 +141,18 @@ class _Again:
         """The tensor; what was made is dropped when it has been read everywhere."""
         if not isinstance(packed, _Place):
             return self.unpack_around(packed)
-        if not self.made:
-            self.made = self._make()
-        found = self.made[packed.which].as_strided(*packed[1:])
+        made = self.made or self._make()
+        self.made = made
+        found = made[packed.which].as_strided(*packed[1:])
         self.served.add(id(packed))
         if len(self.served) == self.places:
             self.made, self.served = [], set()
         return found
 
     def _make(self) -> list[Tensor]:
-        if isinstance(self.x, Tensor) and version(self.x) != self.version:
+        if isinstance(self.kept, Tensor) and version(self.kept) != self.version:
             raise RuntimeError("made_again: what backward reads was changed in place after the forward pass")
-        x = self.unpack_around(self.x)
+        x = self.unpack_around(self.kept)
         with torch.no_grad(), autocast_to(x.device, self.autocast):
             return [dual.value for dual in self.make(Dual(x))]
 

@@ -119,12 +119,16 @@ class Attention(DualModule, PackedModule):
                 q, k, v, causal=self.causal, key_lengths=key_lengths, enable_gqa=grouped, impl=self.impl
             )
 
-        heads = functools.partial(self._heads, rope=rope)
+        heads = functools.partial(self._heads, rope=rope, norms=self._norms())
         mixed = made_again(heads, attend, packed) if self.light else attend(*heads(packed))
         return linear_dual(mixed.map(lambda o: o.flatten(2)), *last)
 
-    def _heads(self, packed: Dual, *, rope: Rope | None) -> tuple[Dual, Dual, Dual]:
-        """q, k and v [B, S, H, D] of the projected tokens, normalised and rotated."""
+    def _norms(self) -> tuple[tuple[Tensor | None, Tensor | None], ...]:
+        """Weight and bias of the norms of queries and keys."""
+        return _parameters(self.q_norm, self.qk_norm), _parameters(self.k_norm, self.qk_norm)
+
+    def _heads(self, packed: Dual, *, rope: Rope | None, norms: tuple) -> tuple[Dual, Dual, Dual]:
+        """q, k and v [B, S, H, D] of the projected tokens, normalised and rotated; norms: see `_norms`."""
         if (rope is None) != (self.rope is None):
             wanted, got = ("no tables", "some") if self.rope is None else ("tables", "none")
             raise InputError(f"Attention: with rope={self.rope!r} forward expects {wanted}, got {got}")
@@ -134,9 +138,7 @@ class Attention(DualModule, PackedModule):
             dots = [None] * 3 if heads.dot is None else heads.dot.split(sizes, 2)
             q, k, v = map(Dual, heads.value.split(sizes, 2), dots)
             return q, k, v
-        (q_weight, q_bias), (k_weight, k_bias) = (
-            _parameters(norm, self.qk_norm) for norm in (self.q_norm, self.k_norm)
-        )
+        (q_weight, q_bias), (k_weight, k_bias) = norms
         return ops.qk_norm_rope(
             heads, q_weight, k_weight, *(rope or (None, None)), q_bias=q_bias, k_bias=k_bias,
             num_kv_heads=self.num_kv_heads, norm=self.qk_norm, across_heads=self.norm_across_heads,

@@ -86,8 +86,8 @@ class DualModule(nn.Module):
 def keep_less(network: nn.Module, less: bool = True) -> None:
     """Let the layers of `pmf.layers` in a network keep less for backward; with `less` False, as much as before.
 
-    Backward then makes the results of norms, of MLPs' functions, and normalised queries and keys again from what is
-    kept anyway. It repeats no product of the network, no attention and no tangent.
+    Backward then makes the results of MLPs' functions, normalised queries and keys and, in every `TransformerBlock`,
+    the results of norms again from what is kept anyway. It repeats no product of the network, attention or tangent.
     """
     for module in network.modules():
         if isinstance(module, DualModule):

@@ -37,15 +37,16 @@ def then_linear(op: Callable[..., Any]) -> Callable[..., Any]:
         if linear is None:
             return op(*inputs, **options)
 
-        def both(*inputs: Any) -> Any:
+        def both(matrix: Tensor, bias: Tensor | None, *inputs: Any) -> Any:
             result = op(*inputs, **options)
             if isinstance(result, Dual):
-                return _product(result, linear)
-            return *result[:-1], _product(result[-1], linear)
+                return _product(result, (matrix, bias))
+            return *result[:-1], _product(result[-1], (matrix, bias))
 
         if torch.compiler.is_compiling() or transforming() or not torch.is_grad_enabled():
-            return both(*inputs)
-        return checkpoint_values(both, *inputs, preserve_rng_state=False)
+            return both(*linear, *inputs)
+        # As an input, the weight is saved, and backward raises if it was changed in place.
+        return checkpoint_values(both, *linear, *inputs, preserve_rng_state=False)
 
     run.__doc__ = op.__doc__
     return run

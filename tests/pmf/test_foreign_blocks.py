@@ -120,12 +120,14 @@ def randomised(block):
     return block
 
 
+@pytest.mark.parametrize("less", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_outputs_gradients_and_tangents_are_those_of_the_block_whose_state_dict_is_loaded(name):
+def test_outputs_gradients_and_tangents_are_those_of_the_block_whose_state_dict_is_loaded(name, less):
     make_theirs, make_ours, draw, call = CASES[name]
     theirs, ours = randomised(make_theirs()).eval(), make_ours().double()  # in training, diffusers drops labels
     ours.load_state_dict(theirs.state_dict(), strict=True)
     theirs.load_state_dict(ours.state_dict(), strict=True)
+    layers.keep_less(ours, less)
     torch.manual_seed(1)
     inputs = [x.requires_grad_() for x in draw()]
     wanted, y = call(theirs, *inputs), call(ours, *inputs)

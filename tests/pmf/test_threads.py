@@ -66,7 +66,7 @@ def same(found, wanted):
 
 
 @pytest.mark.parametrize("low", [(False,) * 5, (True,) * 5, (False, True, True, True, False), (True,) + (False,) * 4])
-@pytest.mark.parametrize("checkpointing", ["none", "block"])
+@pytest.mark.parametrize("checkpointing", ["none", "light", "block"])
 def test_threads_on_one_network_compute_what_each_does_alone(checkpointing, low):
     """`low`: the threads that are under autocast."""
     model = random_model(dtype=torch.float32, checkpointing=checkpointing)
