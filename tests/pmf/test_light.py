@@ -137,3 +137,15 @@ def test_compiled_blocks(backend):
         close(found, expected, 1e-6)
     kept = [saved_bytes(lambda m=m: step(m.to(DEVICE), F32, rows=9), m.parameters()) for m in (compiled, plain)]
     assert kept[0] < kept[1]
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_kernels_keep_what_eager_ones_keep():
+    """The partitioner of inductor, whose own compiler this does not need, makes q and k again too."""
+    config = dataclasses.replace(TINY, depth=2)
+    light, compiled = (random_model(config, dtype=F32, impl="triton", checkpointing="light") for _ in range(2))
+    compiled.compile_blocks(backend="aot_eager_decomp_partition")
+    plain = random_model(config, dtype=F32, impl="triton")
+    kept = [saved_bytes(lambda m=m: step(m, F32, low=True).loss, m.parameters()) for m in (light, compiled, plain)]
+    assert kept[1] == kept[0] < 0.9 * kept[2]
+    assert equal(outcome(compiled, dtype=F32, low=True), outcome(light, dtype=F32, low=True))
