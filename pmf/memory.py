@@ -13,7 +13,7 @@ from pmf.config import LOSSES, LossConfig, ModelConfig, model_config
 from pmf.counting import live_bytes, per_block, saved_bytes
 from pmf.draws import Draws, sample_draws
 from pmf.loss import squared_errors
-from pmf.model import Checkpointing, PMFDiT, create_model
+from pmf.model import Checkpointing, PMFDiT, Stream, create_model
 from pmf.pair import Dual
 from pmf.private import FakeTensorMode
 from pmf.reference.jvp import model_jvp
@@ -117,14 +117,14 @@ def saved_per_row(
     device: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
     forward: Pass = main_pass,
-    **network: Any,
+    checkpointing: Checkpointing = "none",
+    stream: Stream = "float32",
 ) -> int:
-    """Bytes that one more row saves for backward; `network`: options of `create_model`. For the rest see
-    `training_memory`.
-    """
+    """Bytes that one more row saves for backward; for the arguments see `training_memory`."""
     precision = Precision.on(device, dtype)
     with FakeTensorMode():
-        model = create_model(config, impl=impl, device=precision.device, **network)
+        how: dict[str, Any] = dict(checkpointing=checkpointing, stream=stream, device=precision.device)
+        model = create_model(config, impl=impl, **how)
 
         def kept(rows: int) -> int:
             with precision.autocast():
@@ -148,7 +148,8 @@ def step_peak(
     loss: LossConfig | None = None,
     device: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
-    **network: Any,
+    checkpointing: Checkpointing = "none",
+    stream: Stream = "float32",
 ) -> int:
     """Bytes of live tensors that forward and backward of a step with `rows` rows add at their peak, gradients included.
 
@@ -161,7 +162,8 @@ def step_peak(
     x, y = (torch.empty(rows, *shape, device="meta") for shape in (config.image_shape, ()))
     planned = plan_step(create_model(config, device="meta"), x, y.long(), draws, settings)
     with FakeTensorMode():
-        model = create_model(config, impl=impl, device=precision.device, **network)
+        how: dict[str, Any] = dict(checkpointing=checkpointing, stream=stream, device=precision.device)
+        model = create_model(config, impl=impl, **how)
         parts = {field.name: getattr(planned, field.name) for field in fields(planned)}
         fake: dict[str, Any] = {
             name: torch.empty(part.shape, dtype=part.dtype, device=precision.device)
@@ -188,26 +190,26 @@ def training_memory(
     dtype: torch.dtype = torch.bfloat16,
     ema_copies: int = EMA_COPIES,
     forward: Pass = main_pass,
-    **network: Any,
+    stream: Stream = "float32",
 ) -> TrainingMemory:
     """Estimate the memory of training a network with Muon and Adam; `forward` is the recorded pass.
 
     `device`: cuda or cpu (default: cuda if available). `dtype`: bfloat16 (products and activations, under autocast) or
     float32. `loss`: the law of the draws (default: a preset's own). `ema_copies`: averages on the same device.
-    `network`: further options of `create_model`. Not counted:
-    perceptual networks, and what a `forward` of another step does not save. impl "triton" needs a GPU or
-    TRITON_INTERPRET=1. Errors: `InputError` if `impl` cannot run.
+    `checkpointing`, `stream`: those of `create_model`. Not counted: perceptual networks, and what a `forward` of
+    another step does not save. impl "triton" needs a GPU or TRITON_INTERPRET=1. Errors: `InputError` if `impl` cannot
+    run.
     """
     config = model_config(name_or_config)
-    options = dict(device=device, dtype=dtype, checkpointing=checkpointing, **network)
+    options: dict[str, Any] = dict(device=device, dtype=dtype, checkpointing=checkpointing, stream=stream)
     if loss is None and isinstance(name_or_config, str):
         loss = LOSSES.get(name_or_config)
 
-    def count(network: ModelConfig) -> list[int]:
-        saved = saved_per_row(network, impl, forward=forward, **options)
+    def count(shallow: ModelConfig) -> list[int]:
+        saved = saved_per_row(shallow, impl, forward=forward, **options)
         if forward is not main_pass:
             return [saved, saved]
-        few, many = (step_peak(network, rows, impl, loss=loss, **options) for rows in PEAK_ROWS)
+        few, many = (step_peak(shallow, rows, impl, loss=loss, **options) for rows in PEAK_ROWS)
         return [saved, (many - few) // (PEAK_ROWS[1] - PEAK_ROWS[0])]
 
     if checkpointing == "block" and forward is main_pass:  # the peak is at another place in a deep network

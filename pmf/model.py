@@ -98,7 +98,8 @@ class PMFDiT(nn.Module):
         stream: Stream = "float32",
     ) -> None:
         super().__init__()
-        self.config, self.impl, self.checkpointing, self.stream = config, impl, checkpointing, stream
+        require(stream in STREAMS, f"stream: expected one of {STREAMS}, got {stream!r}")
+        self.config, self.impl, self.stream = config, impl, stream
         shared = config.depth - config.aux_head_depth
         self.conditioning = Conditioning(config)
         self.patch_embed = PatchEmbed(
@@ -115,7 +116,7 @@ class PMFDiT(nn.Module):
         self._compiled: CompiledBlocks | None = None
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
-        keep_less(self, checkpointing == "light")
+        self.checkpointing = checkpointing
 
     def _apply(self, fn, recurse=True):
         """Keep the rotary tables in float32 whatever the network's dtype is."""
@@ -123,6 +124,17 @@ class PMFDiT(nn.Module):
         tables = ops.rope_tables(self.config.grid_size, self.config.head_dim, device=self.rope_cos.device)
         self.rope_cos, self.rope_sin = tables
         return result
+
+    @property
+    def checkpointing(self) -> Checkpointing:
+        """What backward makes again; see `create_model`."""
+        return self._checkpointing
+
+    @checkpointing.setter
+    def checkpointing(self, kind: Checkpointing) -> None:
+        require(kind in CHECKPOINTING, f"checkpointing: expected one of {CHECKPOINTING}, got {kind!r}")
+        self._checkpointing: Checkpointing = kind
+        keep_less(self, kind == "light")
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -154,7 +166,8 @@ class PMFDiT(nn.Module):
         products = product_dtype(x.value)
         if products == torch.bfloat16:
             return x.map(lambda part: part.to(torch.bfloat16))
-        require(not torch.is_grad_enabled(), f"stream: bfloat16 needs autocast to bfloat16 to record, got {products}")
+        unrecorded = not torch.is_grad_enabled()
+        require(unrecorded, lambda: f"stream: bfloat16 needs autocast to bfloat16 to record, got {products}")
         return x
 
     @property
@@ -350,12 +363,11 @@ def create_model(
     backward what kernels can make from what is kept anyway; "block" keeps only the blocks' inputs and recomputes the
     rest. `stream="bfloat16"` rounds the residual stream and its tangent to bfloat16 in passes with bfloat16 products;
     "float32" keeps them in the network's own dtype, also under autocast.
-    Errors: an unknown preset, impl, checkpointing or stream; a bfloat16 stream with another dtype.
+    Errors: an unknown preset, impl, checkpointing or stream; a bfloat16 stream with a dtype
+    other than float32 or bfloat16.
     """
     config = model_config(name_or_config)
     dispatch.checked_impl(impl)
-    require(checkpointing in CHECKPOINTING, f"checkpointing: expected one of {CHECKPOINTING}, got {checkpointing!r}")
-    require(stream in STREAMS, f"stream: expected one of {STREAMS}, got {stream!r}")
     check_values(bool, aux_head=aux_head)
     floating = dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)
     require(floating, lambda: f"dtype: expected a floating dtype such as torch.bfloat16, got {dtype!r}")

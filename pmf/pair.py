@@ -56,6 +56,10 @@ ABSENT = Dual(cast(Tensor, None))
 """An omitted optional input."""
 
 
+Weights = tuple[Tensor, Tensor | None]
+"""Weight [N, C] and bias [N] of a product; None is no bias."""
+
+
 def tangent_rows(tangents: Iterable[Tensor | None]) -> int | None:
     """B_dot, the number of samples that carry a tangent; None when no tangent is given."""
     return next((tangent.shape[0] for tangent in tangents if tangent is not None), None)

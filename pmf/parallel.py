@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import get_args
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -13,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pmf.blocks import Block
 from pmf.config import LossConfig
 from pmf.draws import Draws
+from pmf.errors import require
 from pmf.loss import pmf_loss
 from pmf.model import PMFDiT
 from pmf.sharded import REPLICATED, Sharding
@@ -40,6 +42,8 @@ def wrap(loss: LossModule, mesh: DeviceMesh | None, sharding: Sharding = "ddp") 
     mesh to `pmf.optim` as `shard_over`. With fsdp and hybrid, enter autocast with `cache_enabled=False`: its cache
     would keep casts of weights that FSDP2 has freed.
     """
+    known = get_args(Sharding)
+    require(sharding in known, f"sharding: expected one of {', '.join(known)}, got {sharding!r}")
     if mesh is None:
         return loss
     if sharding in REPLICATED:

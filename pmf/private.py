@@ -235,7 +235,7 @@ def version(x: Tensor) -> int:
 
 
 def saved_tensor_hooks() -> tuple[Callable, Callable] | None:
-    """The innermost hooks around of `torch.autograd.graph.saved_tensors_hooks`."""
+    """The innermost active hooks of `torch.autograd.graph.saved_tensors_hooks`."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 

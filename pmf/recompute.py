@@ -1,6 +1,6 @@
 """Activation checkpointing of dual layers: backward recomputes values, never tangents.
 
-`checkpoint_values` repeats a layer, `made_again` only what is cheap: it keeps what the layer makes of that.
+`checkpoint_values` repeats a whole layer, `made_again` only its cheap first part; it keeps what follows.
 """
 
 from __future__ import annotations
@@ -116,19 +116,20 @@ class _Again:
 
     def __init__(self, make: Callable[[Dual], tuple[Dual, ...]], x: Tensor, made: list[Tensor]) -> None:
         self.make, self.autocast = make, autocast_dtype(x.device.type)
-        around: tuple[Callable, Callable] = saved_tensor_hooks() or (_unchanged, _unchanged)
+        # Without hooks around: an output that is kept as it is would keep its own node, and that the output.
+        around: tuple[Callable, Callable] = saved_tensor_hooks() or (Tensor.detach, _unchanged)
         self.pack_around, self.unpack_around = around
         self.x: Tensor | None = x
         self.kept: Any = None
         self.version = 0
-        self.which = {storage_id(m): i for i, m in enumerate(made) if storage_id(m) != storage_id(x)}
+        self.which = {(storage_id(m), m.dtype): i for i, m in enumerate(made) if storage_id(m) != storage_id(x)}
         self.places = 0
         self.served: set[int] = set()
         self.made: list[Tensor] = []
 
     def pack(self, x: Tensor) -> Any:
         """The place of x, or what the hooks around make of it."""
-        which = self.which.get(storage_id(x))
+        which = self.which.get((storage_id(x), x.dtype))
         if which is None:
             return self.pack_around(x)
         if self.places == 0 and self.x is not None:

@@ -57,7 +57,7 @@ RULES = {
     "pmf/sharded.py": r"nothing",
     "pmf/optim": r"pmf\.(optim.*|errors|fields|jax_states|private|sharded)",
     "pmf/fine_tuning.py": r"pmf\.(errors|fields|model|published_weights)",
-    "pmf/parallel.py": r"pmf\.(blocks|config|draws|loss|model|sharded)",
+    "pmf/parallel.py": r"pmf\.(blocks|config|draws|errors|loss|model|sharded)",
     "pmf/metrics.py": r"pmf\.(atomic_files|errors|fields|sizes)",
     "pmf": r"pmf(?!\.(train|benchmarks|kernels)).*",
     "train": r"pmf(?!\.(benchmarks|kernels)).*",

@@ -139,15 +139,14 @@ class RunConfig:
     device: str = "auto"
     """Device to train on: auto (cuda if available, else cpu), cpu, cuda, cuda:1, ..."""
     sharding: Sharding = "ddp"
-    """Under torchrun: ddp replicates the network in every process, zero1 as well, but shards the optimizers' state and
-    the averages over all of them, fsdp shards the network too, hybrid shards all that within each machine and
-    replicates it across machines. A single process ignores it."""
+    """Under torchrun. ddp: every process holds everything. zero1: they share the optimizers' state and the averages.
+    fsdp: they share the network too. hybrid: they share all that within each machine. A single process ignores it."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """bfloat16: matrix products and activations under autocast, weights in float32.
     auto: bfloat16 on CUDA, else float32."""
     checkpointing: Checkpointing = "none"
-    """What backward makes again instead of keeping it. light: what takes no product, attention or tangent, a third of
-    the bytes. block: all but the inputs of the blocks, for a fifth more operations."""
+    """What backward makes again instead of keeping it. light: norms, MLP functions, q and k, which saves a third of the
+    bytes and adds no product. block: all but the inputs of the blocks, for a fifth more operations."""
     stream: Stream = "float32"
     """Residual stream of the network in training, with precision bfloat16; bfloat16 saves memory for backward."""
     captured: bool = False
@@ -161,7 +160,7 @@ class RunConfig:
     ema_half_lives: tuple[float, ...] = (500.0, 1000.0, 2000.0)
     """Half-lives of the EMA copies, in thousands of images."""
     ema_device: Literal["auto", "cpu"] = "auto"
-    """Where the EMA copies are: auto (where the network is), or cpu, where a thread updates them during training."""
+    """Where the EMA copies are: auto (where the network is), or cpu: beside a GPU, a thread updates them there."""
     ema_every: int = 1
     """Steps between updates of the EMA copies, each with the product of these steps' decay factors."""
     sampling_weights: str = "ema_500"

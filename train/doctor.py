@@ -51,12 +51,16 @@ class DoctorConfig(RunConfig):
     """Seconds to spend on reading data."""
     card: float | None = None
     """Instead of all this, print the largest device batch of each published model on a card of so many GB, under each
-    checkpointing, and what that costs."""
+    checkpointing, and its operations. Sharding, processes, precision, stream, impl and ema options count."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.processes is None or self.processes > 0, f"processes: expected >= 1, got {self.processes}")
-        require(self.card is None or self.card > 0, f"card: expected a positive number of GB, got {self.card}")
+        if self.card is not None:
+            require(0 < self.card < math.inf, f"card: expected a positive number of GB, got {self.card}")
+            require(self.sharding != "hybrid", "sharding: expected ddp, zero1 or fsdp with --card, got hybrid")
+            counted = self.sharding == "ddp" or self.processes is not None
+            require(counted, f"processes: expected a number with --card and --sharding {self.sharding}, got none")
         require(self.seconds > 0, f"seconds: expected a positive number, got {self.seconds}")
 
 

@@ -33,6 +33,11 @@ def _on_gpu(config: Any) -> bool:
     return config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
 
 
+def _of_card(config: Any) -> bool:
+    """Whether `pmf doctor` is asked about a card, on whatever machine."""
+    return getattr(config, "card", None) is not None
+
+
 RUN_NEEDS = (
     Need(("init", "init_weights", "init_state", "overwrite"), "with --resume", lambda c: c.resume is None),
     Need(("init_weights",), "without --init", lambda c: c.init is not None),
@@ -59,7 +64,7 @@ RUN_NEEDS = (
     Need(
         ("stream",),
         "without --precision bfloat16",
-        lambda c: c.precision == "bfloat16" or (c.precision == "auto" and _on_gpu(c)),
+        lambda c: c.precision == "bfloat16" or (c.precision == "auto" and (_on_gpu(c) or _of_card(c))),
     ),
     Need(
         ("perceptual.enabled",),

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from pmf.dual import acts_as, linear_dual
-from pmf.errors import InputError
+from pmf.errors import InputError, require
 from pmf.packing import Join, PackedModule
 from pmf.pair import Dual
+from pmf.pair import Weights as Weights
 from pmf.private import hooked
 from pmf.tangents.carriers import CARRIERS, as_dual, carrier_of, moves
 from pmf.wide import wide_linear
 
-Weights = tuple[Tensor, Tensor | None]
-"""Weight and bias of a product; None is no bias."""
 Linears = Callable[..., nn.Linear]
 """Makes a Linear layer from (in_features, out_features, bias=...), such as nn.Linear itself."""
 
@@ -86,12 +85,17 @@ class DualModule(nn.Module):
 def keep_less(network: nn.Module, less: bool = True) -> None:
     """Let the layers of `pmf.layers` in a network keep less for backward; with `less` False, as much as before.
 
-    Backward then makes the results of MLPs' functions, normalised queries and keys and, in every `TransformerBlock`,
-    the results of norms again from what is kept anyway. It repeats no product of the network, attention or tangent.
+    Backward then makes the results of MLPs' functions, the normalised queries and keys of self-attention and, in every
+    `TransformerBlock`, the results of norms again from what is kept anyway. It repeats no product of the network, no
+    attention and no tangent. Cross-attention, and the norms of `BasicTransformerBlock`, keep what they kept.
+    Errors: `InputError` on a network without such layers.
     """
-    for module in network.modules():
-        if isinstance(module, DualModule):
-            module.light = less
+    found = [m for m in network.modules() if isinstance(m, DualModule)] if isinstance(network, nn.Module) else []
+    require(
+        bool(found), lambda: f"keep_less: expected a network with layers of pmf.layers, got {type(network).__name__}"
+    )
+    for module in found:
+        module.light = less
 
 
 class Linear(PackedModule, nn.Linear):

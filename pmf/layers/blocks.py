@@ -11,7 +11,7 @@ from torch import nn
 from pmf import ops
 from pmf.dual import chunk, dual
 from pmf.layers.attention import Attention, Rope
-from pmf.layers.base import DualModule
+from pmf.layers.base import DualModule, check_tokens
 from pmf.layers.mlp import Mlp
 from pmf.layers.norms import NormModulate, Residual
 from pmf.ops.heads import Norm, Pairs
@@ -32,13 +32,28 @@ class TransformerBlock(DualModule):
         So the addition is fused with the next block's first norm. modulations: shift, scale and gate of each half.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = modulations
+        x, branch = self._attend(residual, scale1, shift1, rope)
+        x, branch = self._transform(Residual(x, branch, gate1), scale2, shift2)
+        return Residual(x, branch, gate2)
+
+    def _attend(self, residual: Residual, scale: Dual, shift: Dual, rope: Rope | None) -> tuple[Dual, Dual]:
+        """The stream, and attention of its norm."""
+        if not (self.light and type(self.attn).forward_dual is Attention.forward_dual):
+            x, y = self.norm1.after_residual(residual, scale, shift)
+            return x, self.attn.forward_dual(y, rope)
+        check_tokens("Attention", "x", residual.x, self.attn.num_heads * self.attn.head_dim)
         first, last = self.attn.weights()
-        x, packed = self.norm1.after_residual(residual, scale1, shift1, linear=first)
-        residual = Residual(x, self.attn.mix(packed, last, rope), gate1)
+        x, packed = self.norm1.after_residual(residual, scale, shift, linear=first)
+        return x, self.attn.mix(packed, last, rope)
+
+    def _transform(self, residual: Residual, scale: Dual, shift: Dual) -> tuple[Dual, Dual]:
+        """The stream, and the MLP of its norm. Backward keeps x for norm1 anyway, so norm2 adds the branch again."""
+        if not (self.light and type(self.mlp).forward_dual is Mlp.forward_dual):
+            x, y = self.norm2.after_residual(residual, scale, shift, recompute_sum=True)
+            return x, self.mlp.forward_dual(y)
         first, last = self.mlp.weights()
-        # Backward keeps x for norm1 anyway, so norm2 adds the branch again.
-        x, hidden = self.norm2.after_residual(residual, scale2, shift2, linear=first, recompute_sum=True)
-        return Residual(x, self.mlp.finish(hidden, last), gate2)
+        x, hidden = self.norm2.after_residual(residual, scale, shift, linear=first, recompute_sum=True)
+        return x, self.mlp.finish(hidden, last)
 
 
 class DiTBlock(TransformerBlock):

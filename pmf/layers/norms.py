@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pmf import ops
-from pmf.dual import gated_residual, linear_dual
+from pmf.dual import gated_residual
 from pmf.errors import require
 from pmf.layers.base import DualModule, Weights
 from pmf.pair import ABSENT, Dual
@@ -60,15 +60,12 @@ class NormModulate(DualModule):
     ) -> tuple[Dual, Dual]:  # fmt: skip
         """The stream with its pending branch added, and that sum normalised and modulated.
 
-        linear: weight and bias of the product that reads this. recompute_sum: see `ops.residual_norm_modulate`.
+        linear, recompute_sum: see `ops.residual_norm_modulate`.
         """
-        options: dict = dict(kind=self.kind, eps=self.eps, impl=self.impl)
-        if self.light:  # the op multiplies, because backward makes the product's input while it is at the norm
-            options["linear"], linear = linear, None
+        options: dict = dict(kind=self.kind, eps=self.eps, linear=linear, impl=self.impl)
         x, branch, gate = residual
         if branch is None:
-            y = ops.norm_modulate(x, self.weight, scale, shift, self.bias, **options)
-        else:
-            options["recompute_sum"] = recompute_sum
-            x, y = ops.residual_norm_modulate(x, branch, gate, self.weight, scale, shift, self.bias, **options)
-        return x, y if linear is None else linear_dual(y, *linear)
+            return x, ops.norm_modulate(x, self.weight, scale, shift, self.bias, **options)
+        return ops.residual_norm_modulate(
+            x, branch, gate, self.weight, scale, shift, self.bias, recompute_sum=recompute_sum, **options
+        )

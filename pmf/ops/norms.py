@@ -108,7 +108,7 @@ def norm_modulate(x, weight=None, scale=None, shift=None, bias=None, *, kind="rm
     Returns y in the shape of x, in the autocast dtype if autocast is on, else in that of x.
     Tangents: of x, and of scale and shift per sample or token.
     """
-    given = {"weight": weight, "bias": bias, **linear_inputs(linear)}
+    given = {"weight": weight, "bias": bias, **linear_inputs("norm_modulate", linear)}
     inputs = Inputs("norm_modulate", {"x": x, "scale": scale, "shift": shift}, given)
     value = _check(inputs, weight, bias, kind)
     run = inputs.implementation(impl, value.shape[-1])
@@ -149,7 +149,8 @@ def residual_norm_modulate(
     Tangents: of x and branch, and of gate, scale and shift per sample or token.
     """
     moving = {"x": x, "branch": branch, "gate": gate, "scale": scale, "shift": shift}
-    inputs = Inputs("residual_norm_modulate", moving, {"weight": weight, "bias": bias, **linear_inputs(linear)})
+    given = {"weight": weight, "bias": bias, **linear_inputs("residual_norm_modulate", linear)}
+    inputs = Inputs("residual_norm_modulate", moving, given)
     value = _check(inputs, weight, bias, kind)
     inputs.shape("branch", inputs.duals[1].value, *value.shape)
     run = inputs.implementation(impl, value.shape[-1])

@@ -24,7 +24,7 @@ def swiglu(x, *, linear=None, impl=None):
     Args: x [B, 2F], [B, S, 2F] or [B, H, W, 2F]; linear (W [N, F], b [N] or None) gives y W^T + b in place of y, which
     is then made again in backward instead of kept. Returns the same with F (N). Tangents: of x.
     """
-    inputs = Inputs("swiglu", {"x": x}, linear_inputs(linear))
+    inputs = Inputs("swiglu", {"x": x}, linear_inputs("swiglu", linear))
     value = inputs.duals[0].value
     inputs.one_of_shapes("x", value, (None,) * 2, (None,) * 3, (None,) * 4)
     if value.shape[-1] % 2 != 0:
@@ -43,7 +43,7 @@ def gelu(x, *, approximate="none", linear=None, impl=None):
 
     Args: x [B, F], [B, S, F] or [B, H, W, F]; linear as in `swiglu`. Returns the same shape. Tangents: of x.
     """
-    inputs = Inputs("gelu", {"x": x}, linear_inputs(linear))
+    inputs = Inputs("gelu", {"x": x}, linear_inputs("gelu", linear))
     value = inputs.duals[0].value
     inputs.one_of_shapes("x", value, (None,) * 2, (None,) * 3, (None,) * 4)
     if approximate not in ("none", "tanh"):

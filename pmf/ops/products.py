@@ -5,28 +5,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pmf.autocast import autocast_dtype
 from pmf.errors import InputError
 from pmf.inputs import Inputs
+from pmf.pair import Weights
 
-Linear = tuple[Tensor, Tensor | None]
+Linear = Weights
 """(weight [N, C], bias [N] or None): y W^T + b takes the place of y."""
 
 
-def linear_inputs(linear: Linear | None) -> dict[str, Tensor | None]:
+def linear_inputs(op: str, linear: Linear | None) -> dict[str, Tensor | None]:
     """The weight and bias as fixed inputs of an op."""
     if linear is None:
         return {}
-    if not (isinstance(linear, tuple) and len(linear) == 2):
-        raise InputError(f"linear: expected a pair (weight, bias), got {type(linear).__name__}")
+    if not (isinstance(linear, tuple | list) and len(linear) == 2):
+        got = f"{len(linear)} values" if isinstance(linear, tuple | list) else type(linear).__name__
+        raise InputError(f"{op}: linear must be a pair (weight, bias), got {got}")
     return {"linear's weight": linear[0], "linear's bias": linear[1]}
 
 
 def checked_linear(inputs: Inputs, linear: Linear | None, width: int, dtype: torch.dtype) -> Linear | None:
-    """The weight and bias of a product of rows of `width` values, in the dtype of the rows."""
+    """The weight and bias of a product of rows of `width` values and this dtype, cast to it by autocast alone."""
     if linear is None:
         return None
     weight, bias = linear
     inputs.shape("linear's weight", weight, None, width)
     if bias is not None:
         inputs.shape("linear's bias", bias, len(weight))
-    return weight.to(dtype), None if bias is None else bias.to(dtype)
+    if autocast_dtype(weight.device.type) is not None:
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
+    for name, given in (("weight", weight), ("bias", bias)):
+        if given is not None and given.dtype != dtype:
+            raise InputError(f"{inputs.op}: linear's {name} must have the result's dtype {dtype}, got {given.dtype}")
+    return weight, bias

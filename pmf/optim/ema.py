@@ -65,6 +65,8 @@ class EMA:
     @torch.no_grad()
     def update(self, model: nn.Module, batch: int, images_seen: int) -> None:
         """Move the average towards the model after a step of `batch` images; images_seen includes them."""
+        if self.background is not None:
+            self.background.wait()
         if self.advance(batch, images_seen):
             self.move([local(p.detach(), self.shard_over) for p in model.parameters()], self.take())
 
@@ -99,10 +101,10 @@ class EMA:
 class Averages(Mapping[str, EMA]):
     """Several averages of one model, {"ema_500": EMA, ...}, that are updated together. Arguments: see `EMA`.
 
-    On another device than the model's they move in the background (`background`, by default just then): `update`
-    starts a copy of the weights to the host on a stream of its own and returns, and a thread moves the averages once
-    the copy is done. Call `before_step` before the weights change. Who reads an average waits for the thread; an error
-    in it is raised by the next call. Half of an update is worth nothing: the error is raised by every later call too.
+    On another type of device than the model's they move in the background (`background`, by default just then):
+    `update` starts a copy of the weights to the host on a stream of its own and returns, and a thread moves the
+    averages once the copy is done. Call `before_step` before the weights change. Who reads an average waits for the
+    thread. An error in it is raised by every later update and reading: half of an update is worth nothing.
     """
 
     def __init__(
@@ -116,7 +118,12 @@ class Averages(Mapping[str, EMA]):
         background: bool | None = None,
     ) -> None:
         how = dict(every=every, device=device, shard_over=shard_over)
-        self._emas = {f"ema_{k:g}": EMA(model, k, **how) for k in half_lives_kimg}  # type: ignore[arg-type]
+        several = isinstance(half_lives_kimg, Sequence) and not isinstance(half_lives_kimg, str)
+        require(several, lambda: f"half_lives_kimg: expected a sequence of numbers, got {half_lives_kimg!r}")
+        emas = [EMA(model, k, **how) for k in half_lives_kimg]  # type: ignore[arg-type]
+        self._emas = {f"ema_{ema.half_life_kimg:g}": ema for ema in emas}
+        different = len(self._emas) == len(emas)
+        require(different, lambda: f"half_lives_kimg: expected different ones, got {half_lives_kimg}")
         self.shard_over = shard_over
         parts = self._parts(model)
         if background is None:

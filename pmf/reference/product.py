@@ -9,15 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pmf.pair import Dual
+from pmf.pair import Dual, Weights
 from pmf.private import transforming
 from pmf.recompute import checkpoint_values
 
-Linear = tuple[Tensor, Tensor | None]
-"""W [N, C] and b [N] or None."""
 
-
-def _product(y: Dual, linear: Linear) -> Dual:
+def _product(y: Dual, linear: Weights) -> Dual:
     """y W^T + b, and y_dot W^T."""
     value = F.linear(y.value, *linear)
     if y.dot is None:
@@ -33,7 +30,7 @@ def then_linear(op: Callable[..., Any]) -> Callable[..., Any]:
     result. Compilers choose themselves what to keep, and transforms keep everything.
     """
 
-    def run(*inputs: Any, linear: Linear | None = None, **options: Any) -> Any:
+    def run(*inputs: Any, linear: Weights | None = None, **options: Any) -> Any:
         if linear is None:
             return op(*inputs, **options)
 

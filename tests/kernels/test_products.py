@@ -167,7 +167,12 @@ def test_second_derivatives_are_refused():
     [
         ((torch.ones(8, 7), None), r"linear's weight must have shape \[any, 24\], got \[8, 7\]"),
         ((torch.ones(8, 24), torch.ones(7)), r"linear's bias must have shape \[8\], got \[7\]"),
-        (torch.ones(8, 24), r"linear: expected a pair \(weight, bias\), got Tensor"),
+        (torch.ones(8, 24), r"^\w+: linear must be a pair \(weight, bias\), got Tensor"),
+        ((torch.ones(8, 24),) * 3, r"^\w+: linear must be a pair \(weight, bias\), got 3 values"),
+        (
+            (torch.ones(8, 24).half(), None),
+            r"linear's weight must have the result's dtype torch.float32, got torch.float16",
+        ),
         ((None, None), r"linear's weight must be a floating tensor, got None"),
         ((torch.ones(8, 24, dtype=torch.int64), None), r"linear's weight"),
     ],

@@ -135,6 +135,10 @@ def test_bad_input_and_help(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["doctor", "digits", "--seconds", "0"])
     assert stop.value.code == 2 and "seconds: expected a positive number" in capsys.readouterr().err
+    for card in ("0", "-1", "nan", "inf"):
+        with pytest.raises(SystemExit) as stop:
+            main(["doctor", "--card", card])
+        assert stop.value.code == 2 and "card: expected a" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         main(["doctor", "--help"])
     out = capsys.readouterr().out
@@ -221,7 +225,7 @@ def test_options_count():
 def test_a_card_is_a_table(capsys, monkeypatch):
     some = ("pMF-B/16", "pMF-H/32")
     monkeypatch.setattr(budget, "PUBLISHED", {name: pmf.config.PUBLISHED[name] for name in some})
-    main(["doctor", "digits", "--card", "40", "--ema-device", "cpu", "--stream", "bfloat16", "--precision", "bfloat16"])
+    main(["doctor", "digits", "--card", "40", "--ema-device", "cpu", "--stream", "bfloat16"])
     head, options, _, columns, *rows = capsys.readouterr().out.splitlines()
     assert head.startswith("largest device batches on a card of 40 GB, filled to 90%")
     assert options == "triton kernels, bfloat16, stream bfloat16, 3 averages on the host, 1 x ddp"
