@@ -104,7 +104,7 @@ def test_a_ledger_without_figures_is_refused(tmp_path, capsys):
 
 def test_the_end_of_a_measurement_shows_the_largest_batches(measured):
     lines = figures.summary(figures.read_ledger(measured)).splitlines()
-    assert len(lines) == 5 and lines[0].endswith("| 40 GB | 80 GB | 141 GB |")
+    assert len(lines) == 6 and lines[0].endswith("| 40 GB | 80 GB | 141 GB |")
     assert [line.split(" | ")[1] for line in lines[2:]] == ["lean", "lean, light", "lean, checkpointed", "joint jvp"]
 
 
