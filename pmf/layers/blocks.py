@@ -32,19 +32,16 @@ class TransformerBlock(DualModule):
         So the addition is fused with the next block's first norm. modulations: shift, scale and gate of each half.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = modulations
-        x, branch = self._attend(residual, scale1, shift1, rope)
+        if self.light and type(self.attn).forward_dual is Attention.forward_dual:
+            check_tokens("Attention", "x", residual.x, self.attn.num_heads * self.attn.head_dim)
+            first, last = self.attn.weights()
+            x, packed = self.norm1.after_residual(residual, scale1, shift1, linear=first)
+            branch = self.attn.mix(packed, last, rope)
+        else:
+            x, y = self.norm1.after_residual(residual, scale1, shift1)
+            branch = self.attn.forward_dual(y, rope)
         x, branch = self._transform(Residual(x, branch, gate1), scale2, shift2)
         return Residual(x, branch, gate2)
-
-    def _attend(self, residual: Residual, scale: Dual, shift: Dual, rope: Rope | None) -> tuple[Dual, Dual]:
-        """The stream, and attention of its norm."""
-        if not (self.light and type(self.attn).forward_dual is Attention.forward_dual):
-            x, y = self.norm1.after_residual(residual, scale, shift)
-            return x, self.attn.forward_dual(y, rope)
-        check_tokens("Attention", "x", residual.x, self.attn.num_heads * self.attn.head_dim)
-        first, last = self.attn.weights()
-        x, packed = self.norm1.after_residual(residual, scale, shift, linear=first)
-        return x, self.attn.mix(packed, last, rope)
 
     def _transform(self, residual: Residual, scale: Dual, shift: Dual) -> tuple[Dual, Dual]:
         """The stream, and the MLP of its norm. Backward keeps x for norm1 anyway, so norm2 adds the branch again."""

@@ -102,7 +102,7 @@ def test_compilers_checkpointing_and_forward_mode(op):
         gen = generator(0)
         primals, tangents = (randn(3, 5, 48, gen=gen, dtype=BF16),), (randn(2, 5, 48, gen=gen, dtype=BF16),)
     width = primals[0].shape[-1] // (2 if op is swiglu_linear else 1)
-    primals, tangents = with_weights(primals, tangents, width, 16, F32)
+    primals, tangents = with_weights(primals, tangents, width, 16, primals[0].dtype)
     moving = tuple(i for i, t in enumerate(tangents) if t is not None)
     check_compiles(op, primals, tangents)
     check_forward_mode(op, primals, moving)
