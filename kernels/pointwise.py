@@ -184,21 +184,23 @@ def gelu_backward(dy: Tensor, x: Tensor, tanh: bool, again: bool) -> tuple[Tenso
     return _run_backward(_gelu_backward, dy, x, again, TANH=tanh)
 
 
+def _backward(dy: Tensor, x: Tensor, tanh: bool | None, again: bool) -> tuple[Tensor, Tensor | None]:
+    """dx, and y if `again`, of gelu, or of swiglu for tanh None."""
+    return swiglu_backward(dy, x, again) if tanh is None else gelu_backward(dy, x, tanh, again)
+
+
 def _save(ctx, inputs, outputs):
-    ctx.tanh = len(inputs) > 2 and inputs[2]
-    ctx.save_for_backward(inputs[0])
+    x, _, *tanh = inputs
+    ctx.tanh = tanh[0] if tanh else None
+    ctx.save_for_backward(x)
 
 
-def _swiglu_gradients(ctx, dy, *_):
-    return (None if dy is None else swiglu_backward(dy, *ctx.saved_tensors, False)[0],)
+def _gradients(ctx, dy, *_):
+    return (None if dy is None else _backward(dy, *ctx.saved_tensors, ctx.tanh, False)[0],)
 
 
-def _gelu_gradients(ctx, dy, *_):
-    return (None if dy is None else gelu_backward(dy, *ctx.saved_tensors, ctx.tanh, False)[0],)
-
-
-_swiglu_alone = registration.differentiable("SwiGLU", "swiglu", swiglu_forward, _save, _swiglu_gradients, inputs=1)
-_gelu_alone = registration.differentiable("GELU", "gelu", gelu_forward, _save, _gelu_gradients, inputs=1)
+_swiglu_alone = registration.differentiable("SwiGLU", "swiglu", swiglu_forward, _save, _gradients, inputs=1)
+_gelu_alone = registration.differentiable("GELU", "gelu", gelu_forward, _save, _gradients, inputs=1)
 
 
 # With the product behind them: x, W, b, x_dot -> out, out_dot.
@@ -215,31 +217,25 @@ def _gelu_then_product(run):
 
 
 def _save_with_product(ctx, inputs, outputs):
-    ctx.tanh = len(inputs) > 4 and inputs[4]
-    ctx.save_for_backward(*inputs[:2])
+    x, matrix, _, _, *tanh = inputs
+    ctx.tanh = tanh[0] if tanh else None
+    ctx.save_for_backward(x, matrix)
 
 
-def _swiglu_linear_gradients(ctx, dout, *_):
+def _gradients_with_product(ctx, dout, *_):
     if dout is None:
         return None, None, None
     (x, matrix), (before, *needs) = ctx.saved_tensors, ctx.needs_input_grad[:3]
-    dx, y = swiglu_backward(input_gradient(dout, matrix, before), x, needs[0])
+    dx, y = _backward(input_gradient(dout, matrix, before), x, ctx.tanh, needs[0])
     return dx, *weight_gradients(dout, y, needs)
 
 
-def _gelu_linear_gradients(ctx, dout, *_):
-    if dout is None:
-        return None, None, None
-    (x, matrix), (before, *needs) = ctx.saved_tensors, ctx.needs_input_grad[:3]
-    dx, y = gelu_backward(input_gradient(dout, matrix, before), x, ctx.tanh, needs[0])
-    return dx, *weight_gradients(dout, y, needs)
-
-
-_swiglu_linear = registration.differentiable(
-    "SwiGLULinear", "swiglu", Composition(_swiglu_then_product), _save_with_product, _swiglu_linear_gradients, inputs=3
-)
-_gelu_linear = registration.differentiable(
-    "GELULinear", "gelu", Composition(_gelu_then_product), _save_with_product, _gelu_linear_gradients, inputs=3
+_swiglu_linear, _gelu_linear = (
+    registration.differentiable(name, op, Composition(both), _save_with_product, _gradients_with_product, inputs=3)
+    for name, op, both in (
+        ("SwiGLULinear", "swiglu", _swiglu_then_product),
+        ("GELULinear", "gelu", _gelu_then_product),
+    )
 )
 
 

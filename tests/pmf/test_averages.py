@@ -148,26 +148,24 @@ def test_a_job_that_fails_is_raised_by_the_next_one():
         background.run(lambda: None)
 
 
-def test_a_thread_that_hangs_does_not_keep_the_process(tmp_path):
+@pytest.mark.parametrize(
+    ("patience", "job", "printed"),
+    [
+        (0.5, "threading.Event().wait", "end\n"),
+        (10, "lambda: (time.sleep(1), print('done', flush=True))", "end\ndone\n"),
+    ],
+    ids=("hangs", "works"),
+)
+def test_the_end_of_a_process_waits_for_a_thread_that_works(patience, job, printed):
     script = (
-        "import threading, pmf.optim.background as b\n"
-        "b.PATIENCE = 0.5\n"
+        "import threading, time, pmf.optim.background as b\n"
+        f"b.PATIENCE = {patience}\n"
         "work = b.Background()\n"
-        "work.run(threading.Event().wait)\n"
-        "print('end')\n"
+        f"work.run({job})\n"
+        "print('end', flush=True)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
-
-
-def test_a_thread_that_works_is_done_before_the_process_ends():
-    script = (
-        "import time, pmf.optim.background as b\n"
-        "work = b.Background()\n"
-        "work.run(lambda: (time.sleep(1), print('done', flush=True)))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, printed, "")
 
 
 def test_staged_copies_keep_values_shapes_and_dtypes():
