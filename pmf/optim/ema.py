@@ -49,24 +49,23 @@ class EMA:
         require_replicated(list(model.parameters()), shard_over)
         self.half_life_kimg, self.every, self.shard_over = half_life_kimg, every, shard_over
         self.pending = {"beta": 1.0, "updates": 0}
-        self.background: Background | None = None
-        """The thread that moves the average, if one does: who reads the average waits for it."""
+        self._background: Background | None = None
         self._average = {
             name: shard(p.detach(), shard_over).to(place or p.device, copy=True) for name, p in model.named_parameters()
         }
 
     @property
     def average(self) -> dict[str, Tensor]:
-        """The averaged parameters by name."""
-        if self.background is not None:
-            self.background.wait()
+        """The averaged parameters by name, once a thread that moves them is done."""
+        if self._background is not None:
+            self._background.wait()
         return self._average
 
     @torch.no_grad()
     def update(self, model: nn.Module, batch: int, images_seen: int) -> None:
         """Move the average towards the model after a step of `batch` images; images_seen includes them."""
-        if self.background is not None:
-            self.background.wait()
+        if self._background is not None:
+            self._background.wait()
         if self.advance(batch, images_seen):
             self.move([local(p.detach(), self.shard_over) for p in model.parameters()], self.take())
 
@@ -131,7 +130,7 @@ class Averages(Mapping[str, EMA]):
         self._staging = Staging(parts) if background and self._emas else None
         self._background = Background()
         for ema in self.values() if background else ():
-            ema.background = self._background
+            ema._background = self._background
 
     def __getitem__(self, name: str) -> EMA:
         return self._emas[name]
