@@ -1,4 +1,4 @@
-"""`python -m pmf.benchmarks SUITE` measures; `report` and `plot` show a ledger.
+"""`python -m pmf.benchmarks SUITE` measures; `report` and `plot` show a ledger; `peaks` counts whole steps.
 
 Figures from a GPU are recorded in benchmarks/results, and only where the tests of the measured code pass.
 """
@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from pmf.benchmarks.figures import plot, report
 from pmf.benchmarks.measuring import run
+from pmf.benchmarks.peaks import peaks
 from pmf.benchmarks.plan import Options
 from pmf.errors import InputError, extra
 
@@ -34,8 +35,13 @@ def command(suite: str) -> Callable[..., None]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, report or plot. Bad input is one line on stderr and exit status 2."""
-    commands = {**{suite: command(suite) for suite in SUITES}, "report": report, "plot": plot}
+    """Measure, report, plot or count. Bad input is one line on stderr and exit status 2."""
+    commands: dict[str, Callable[..., None]] = {
+        **{suite: command(suite) for suite in SUITES},
+        "report": report,
+        "plot": plot,
+        "peaks": peaks,
+    }
     try:
         with extra("train", "the command line needs"):
             import tyro

@@ -17,7 +17,7 @@ from pmf.model import Checkpointing, PMFDiT, Stream, create_model
 from pmf.pair import Dual
 from pmf.private import FakeTensorMode
 from pmf.reference.jvp import model_jvp
-from pmf.step_plan import plan_step
+from pmf.step_plan import PlannedStep, plan_step
 
 EMA_COPIES = 3
 PEAK_ROWS = (64, 128)
@@ -140,6 +140,31 @@ def fully_guided(rows: int, loss: LossConfig) -> Draws:
     return replace(draws, drop_mask=never, t_min=zero, t_max=one)
 
 
+def meta_plan(config: ModelConfig, draws: Draws, loss: LossConfig) -> PlannedStep:
+    """The plan of a step on meta tensors, whose images are as many as `draws`."""
+    x = torch.empty(len(draws.t), *config.image_shape, device="meta")
+    y = torch.empty(len(x), dtype=torch.int64, device="meta")
+    return plan_step(create_model(config, device="meta"), x, y, replace(draws, noise=x), loss)
+
+
+def allocated(planned: PlannedStep, device: str) -> PlannedStep:
+    """A plan with tensors of the same shapes and dtypes on the device, undefined in value; fake in `FakeTensorMode`."""
+    parts = {field.name: getattr(planned, field.name) for field in fields(planned)}
+    made: dict[str, Any] = {
+        name: torch.empty(part.shape, dtype=part.dtype, device=device)
+        for name, part in parts.items()
+        if isinstance(part, Tensor)
+    }
+    return replace(planned, **made)
+
+
+def forward_and_backward(model: PMFDiT, step: PlannedStep, loss: LossConfig, precision: Precision) -> None:
+    """Run forward and backward of a planned step."""
+    with precision.autocast():
+        losses = squared_errors(model, step, loss).rows
+    losses.mean().backward()
+
+
 def step_peak(
     config: ModelConfig,
     rows: int,
@@ -157,27 +182,12 @@ def step_peak(
     frees inside is not counted.
     """
     precision, settings = Precision.on(device, dtype), loss or LossConfig()
-    noise = torch.empty(rows, *config.image_shape, device="meta")
-    draws = replace(fully_guided(rows, settings), noise=noise)
-    x, y = (torch.empty(rows, *shape, device="meta") for shape in (config.image_shape, ()))
-    planned = plan_step(create_model(config, device="meta"), x, y.long(), draws, settings)
+    planned = meta_plan(config, fully_guided(rows, settings), settings)
     with FakeTensorMode():
         how: dict[str, Any] = dict(checkpointing=checkpointing, stream=stream, device=precision.device)
         model = create_model(config, impl=impl, **how)
-        parts = {field.name: getattr(planned, field.name) for field in fields(planned)}
-        fake: dict[str, Any] = {
-            name: torch.empty(part.shape, dtype=part.dtype, device=precision.device)
-            for name, part in parts.items()
-            if isinstance(part, Tensor)
-        }
-        step = replace(planned, **fake)
-
-        def forward_and_backward() -> None:
-            with precision.autocast():
-                losses = squared_errors(model, step, settings).rows
-            losses.mean().backward()
-
-        return live_bytes(forward_and_backward).peak
+        step = allocated(planned, precision.device)
+        return live_bytes(lambda: forward_and_backward(model, step, settings, precision)).peak
 
 
 def training_memory(
