@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from pmf.errors import require
 from pmf.private import foreach_add_, foreach_copy_, foreach_mul
-from pmf.sharded import batched, distributed, divided, local, shard
+from pmf.sharded import batched, distributed, divided, full, local, shard
 
 State = dict[str, Tensor]
 """The optimizer state of one parameter."""
@@ -45,6 +45,19 @@ def initialise_state(state: State, p: Tensor, names: Sequence[str], shard_over: 
     if not state:
         state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
         state.update({name: torch.zeros_like(shard(p.detach(), shard_over)) for name in names})
+
+
+def place_state(states: Mapping[Tensor, State], shard_over: DeviceMesh | None) -> None:
+    """Shard a loaded state like one of this optimizer's own; without a mesh, every rank gets the whole of it.
+
+    Sharded parameters keep what they have loaded. Every rank must call it.
+    """
+    for p, state in states.items():
+        for name, value in state.items() if not isinstance(p, DTensor) else ():
+            if isinstance(value, DTensor) and value.device_mesh != shard_over:
+                value = full(value)
+            part = shard(value, shard_over)
+            state[name] = part if part is value else part.clone()  # a view would keep the whole
 
 
 def advance(

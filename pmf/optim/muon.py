@@ -13,7 +13,7 @@ from torch.distributed.tensor import Shard
 
 from pmf.errors import require
 from pmf.fields import check_values
-from pmf.optim.moments import advance, batches, evaluated, nesterov, require_replicated
+from pmf.optim.moments import advance, batches, evaluated, nesterov, place_state, require_replicated
 from pmf.private import foreach_lerp_, foreach_sub_
 from pmf.sharded import batched, distributed, local
 
@@ -79,6 +79,11 @@ class Muon(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, object]:
         """The state for copies and pickles; PyTorch's own omits the meshes."""
         return {**super().__getstate__(), "mesh": self.mesh, "shard_over": self.shard_over}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of any sharding; see `place_state`."""
+        super().load_state_dict(state_dict)
+        place_state(self.state, self.shard_over)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from pmf.errors import require
 from pmf.fields import check_values
-from pmf.optim.moments import advance, evaluated, gather, nesterov, require_replicated
+from pmf.optim.moments import advance, evaluated, gather, nesterov, place_state, require_replicated
 from pmf.private import (
     foreach_add_,
     foreach_addcdiv_,
@@ -57,6 +57,11 @@ class NesterovAdam(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, object]:
         """The state for copies and pickles; PyTorch's own omits the mesh."""
         return {**super().__getstate__(), "shard_over": self.shard_over}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of any sharding; see `place_state`."""
+        super().load_state_dict(state_dict)
+        place_state(self.state, self.shard_over)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

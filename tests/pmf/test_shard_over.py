@@ -34,7 +34,13 @@ def steps(mesh, shard_over, count=4):
     model = network()
     optimizers = build_optimizers(model, OptimizerConfig(learning_rate=0.1), mesh, shard_over)
     averages = Averages(model, (1.0,), every=2, shard_over=shard_over, background=shard_over is not None)
-    for step in range(count):
+    go_on(model, optimizers, averages, 0, count)
+    return model, optimizers, averages["ema_1"]
+
+
+def go_on(model, optimizers, averages, first, last):
+    """Take steps `first` to `last`."""
+    for step in range(first, last):
         generator = torch.Generator().manual_seed(step)
         for i, p in enumerate(model.parameters()):
             gradient = torch.randn(p.shape, generator=generator)
@@ -43,7 +49,26 @@ def steps(mesh, shard_over, count=4):
         for part in optimizers.values():
             part.step()
         averages.update(model, 8, 8 * (step + 1))
-    return model, optimizers, averages["ema_1"]
+
+
+def check_loading(mesh, rank):
+    """A replicated state goes on sharded, and a sharded one replicated, with the same results."""
+    expected = values(*steps(mesh, None, count=6))
+    for first, then in (((mesh, None), (None, mesh)), ((None, mesh), (mesh, None))):
+        model, before, _ = steps(*first)
+        after = build_optimizers(model, OptimizerConfig(learning_rate=0.1), *then)
+        for name, part in after.items():
+            part.load_state_dict(before[name].state_dict())
+        go_on(model, after, Averages(model, ()), 4, 6)
+        for name, p in model.named_parameters():
+            assert torch.equal(p, expected[f"weight {name}"]), name
+            for key, value in next((part.state[p] for part in after.values() if p in part.state), {}).items():
+                whole = expected[f"{key} {name}"]
+                check_share(whole, value, rank) if then[1] else check_same(whole, value)
+
+
+def check_same(whole, value):
+    assert not isinstance(value, DTensor) and torch.equal(value, whole)
 
 
 def values(model, optimizers, ema):
@@ -101,6 +126,7 @@ def worker(rank, port):
     whole = torch.arange(10.0).view(5, 2)
     assert torch.equal(shard(whole, mesh).full_tensor(), whole) and shard(whole, None) is whole
     assert local(shard(whole, mesh)).data_ptr() == whole[2 * rank :].data_ptr() or rank == 3  # a view
+    check_loading(mesh, rank)
     check_refusals(mesh, init_device_mesh("cpu", (2, 2)))
     dist.destroy_process_group()
     os._exit(0)  # for the reason given in train/__main__.py
