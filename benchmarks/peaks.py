@@ -54,14 +54,15 @@ def step_bytes(size: str, batch: int, saving: Saving) -> LiveBytes:
     planned = meta_plan(MODELS[size], step_draws(size, batch), loss)
 
     def train() -> object:
-        how = dict(checkpointing=saving.checkpointing, stream=saving.stream, device=precision.device)
-        model = create_model(size, impl=impl, **how)  # type: ignore[arg-type]
+        model = create_model(
+            size, impl=impl, checkpointing=saving.checkpointing, stream=saving.stream, device=precision.device
+        )
         optimizers = build_optimizers(model, OptimizerConfig())
         averages = Averages(model, range(1, 1 + saving.averages))
         for step in (1, 2):
             forward_and_backward(model, allocated(planned, precision.device), loss, precision)
-            for optimizer in optimizers.values():
-                optimizer.step()
+            for part in optimizers.values():
+                part.step()
             averages.update(model, batch, step * batch)
             for part in optimizers.values():
                 part.zero_grad()

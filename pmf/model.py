@@ -363,8 +363,8 @@ def create_model(
     backward what kernels can make from what is kept anyway; "block" keeps only the blocks' inputs and recomputes the
     rest. `stream="bfloat16"` rounds the residual stream and its tangent to bfloat16 in passes with bfloat16 products;
     "float32" keeps them in the network's own dtype, also under autocast.
-    Errors: an unknown preset, impl, checkpointing or stream; a bfloat16 stream with a dtype
-    other than float32 or bfloat16.
+    Errors: an unknown preset, impl, checkpointing or stream; a bfloat16 stream with a dtype other than float32 or
+    bfloat16.
     """
     config = model_config(name_or_config)
     dispatch.checked_impl(impl)

@@ -190,8 +190,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        require_at_least(self, 1, "steps", "batch_size", "save_every", "sample_every", "keep_checkpoints")
-        require_at_least(self, 1, "ema_every")
+        require_at_least(self, 1, "steps", "batch_size", "save_every", "sample_every", "keep_checkpoints", "ema_every")
         require_at_least(self, 0, "workers", "max_corrupt", "max_skipped", "eval_every", "seed")
         require(self.workers <= MAX_WORKERS, f"workers: expected at most {MAX_WORKERS}, got {self.workers}")
         whole = self.device_batch is None or (self.device_batch > 0 and self.batch_size % self.device_batch == 0)

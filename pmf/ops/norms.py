@@ -11,8 +11,8 @@ from torch import Tensor
 from pmf.autocast import product_dtype
 from pmf.errors import InputError
 from pmf.inputs import Inputs, Moving, Pair
-from pmf.ops.products import Linear, checked_linear, linear_inputs
-from pmf.pair import Dual, total
+from pmf.ops.products import checked_linear, linear_inputs
+from pmf.pair import Dual, Weights, total
 from pmf.reference.tangent import accumulate, epsilon
 
 
@@ -86,13 +86,13 @@ def _shaped(x: Tensor) -> Callable[[Tensor], Tensor]:
 @overload
 def norm_modulate(
     x: Tensor, weight: Tensor | None = None, scale: Tensor | None = None, shift: Tensor | None = None,
-    bias: Tensor | None = None, *, kind: str = "rms", eps: float | None = 1e-6, linear: Linear | None = None,
+    bias: Tensor | None = None, *, kind: str = "rms", eps: float | None = 1e-6, linear: Weights | None = None,
     impl: str | None = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def norm_modulate(
     x: Pair, weight: Tensor | None = None, scale: Moving | None = None, shift: Moving | None = None,
-    bias: Tensor | None = None, *, kind: str = "rms", eps: float | None = 1e-6, linear: Linear | None = None,
+    bias: Tensor | None = None, *, kind: str = "rms", eps: float | None = 1e-6, linear: Weights | None = None,
     impl: str | None = None,
 ) -> Dual: ...  # fmt: skip
 def norm_modulate(x, weight=None, scale=None, shift=None, bias=None, *, kind="rms", eps=1e-6, linear=None, impl=None):
@@ -125,14 +125,14 @@ def norm_modulate(x, weight=None, scale=None, shift=None, bias=None, *, kind="rm
 def residual_norm_modulate(
     x: Tensor, branch: Tensor, gate: Tensor | None = None, weight: Tensor | None = None, scale: Tensor | None = None,
     shift: Tensor | None = None,
-    bias: Tensor | None = None, *, kind: str = "rms", eps: float | None = 1e-6, linear: Linear | None = None,
+    bias: Tensor | None = None, *, kind: str = "rms", eps: float | None = 1e-6, linear: Weights | None = None,
     recompute_sum: bool = False, impl: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def residual_norm_modulate(
     x: Pair, branch: Moving, gate: Moving | None = None, weight: Tensor | None = None, scale: Moving | None = None,
     shift: Moving | None = None,
-    bias: Tensor | None = None, *, kind: str = "rms", eps: float | None = 1e-6, linear: Linear | None = None,
+    bias: Tensor | None = None, *, kind: str = "rms", eps: float | None = 1e-6, linear: Weights | None = None,
     recompute_sum: bool = False, impl: str | None = None,
 ) -> tuple[Dual, Dual]: ...  # fmt: skip
 def residual_norm_modulate(

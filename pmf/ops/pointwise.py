@@ -10,14 +10,14 @@ from pmf import reference
 from pmf.autocast import product_dtype
 from pmf.errors import InputError
 from pmf.inputs import Inputs, Pair
-from pmf.ops.products import Linear, checked_linear, linear_inputs
-from pmf.pair import Dual
+from pmf.ops.products import checked_linear, linear_inputs
+from pmf.pair import Dual, Weights
 
 
 @overload
-def swiglu(x: Tensor, *, linear: Linear | None = None, impl: str | None = None) -> Tensor: ...
+def swiglu(x: Tensor, *, linear: Weights | None = None, impl: str | None = None) -> Tensor: ...
 @overload
-def swiglu(x: Pair, *, linear: Linear | None = None, impl: str | None = None) -> Dual: ...
+def swiglu(x: Pair, *, linear: Weights | None = None, impl: str | None = None) -> Dual: ...
 def swiglu(x, *, linear=None, impl=None):
     """SwiGLU's pointwise half: silu(a) b for x = [a, b], and its tangent silu'(a) a_dot b + silu(a) b_dot.
 
@@ -35,9 +35,9 @@ def swiglu(x, *, linear=None, impl=None):
 
 
 @overload
-def gelu(x: Tensor, *, approximate: str = "none", linear: Linear | None = None, impl: str | None = None) -> Tensor: ...
+def gelu(x: Tensor, *, approximate: str = "none", linear: Weights | None = None, impl: str | None = None) -> Tensor: ...
 @overload
-def gelu(x: Pair, *, approximate: str = "none", linear: Linear | None = None, impl: str | None = None) -> Dual: ...
+def gelu(x: Pair, *, approximate: str = "none", linear: Weights | None = None, impl: str | None = None) -> Dual: ...
 def gelu(x, *, approximate="none", linear=None, impl=None):
     """gelu(x) = x Phi(x), and its tangent gelu'(x) x_dot; `approximate` is "none" or "tanh", as in F.gelu.
 

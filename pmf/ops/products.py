@@ -10,11 +10,8 @@ from pmf.errors import InputError
 from pmf.inputs import Inputs
 from pmf.pair import Weights
 
-Linear = Weights
-"""(weight [N, C], bias [N] or None): y W^T + b takes the place of y."""
 
-
-def linear_inputs(op: str, linear: Linear | None) -> dict[str, Tensor | None]:
+def linear_inputs(op: str, linear: Weights | None) -> dict[str, Tensor | None]:
     """The weight and bias as fixed inputs of an op."""
     if linear is None:
         return {}
@@ -24,7 +21,7 @@ def linear_inputs(op: str, linear: Linear | None) -> dict[str, Tensor | None]:
     return {"linear's weight": linear[0], "linear's bias": linear[1]}
 
 
-def checked_linear(inputs: Inputs, linear: Linear | None, width: int, dtype: torch.dtype) -> Linear | None:
+def checked_linear(inputs: Inputs, linear: Weights | None, width: int, dtype: torch.dtype) -> Weights | None:
     """The weight and bias of a product of rows of `width` values and this dtype, cast to it by autocast alone."""
     if linear is None:
         return None

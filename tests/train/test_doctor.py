@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -220,6 +221,18 @@ def test_options_count():
     zero1, fsdp, hybrid = (shared(plain, kind, 8, 4) for kind in ("zero1", "fsdp", "hybrid"))
     assert zero1.weights == plain.weights and zero1.optimizer == fsdp.optimizer == -(-plain.optimizer // 8)
     assert fsdp.weights == plain.weights // 8 and hybrid.weights == plain.weights // 4
+
+
+def test_readme_has_the_largest_batches_of_b16():
+    settings, columns = pmf.config.PUBLISHED["pMF-B/16"], (24, 40, 80, 141)
+    run = RunConfig(precision="bfloat16", model=settings.network, loss=settings.loss)
+    lines = (Path(__file__).parents[2] / "README.md").read_text().splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("| B/16; L/16; H/16 |"))
+    rows = (("none", False), ("light", False), ("light", True), ("block", True))
+    for line, (kind, away) in zip(lines[first : first + 4], rows, strict=True):
+        memory = counted_memory(run, kind, "triton", "cpu", torch.bfloat16, away=away)
+        shown = [int(cell.split(";")[0]) for cell in line.split("|")[2:-1]]
+        assert shown == [memory.largest_batch(HEADROOM * gigabytes * GB) for gigabytes in columns]
 
 
 def test_a_card_is_a_table(capsys, monkeypatch):
