@@ -75,6 +75,6 @@ clean:
 .venv-extras/ready: pyproject.toml constraints-extras.txt
 	$(PYTHON) -m venv .venv-extras
 	.venv-extras/bin/python -m pip install --quiet --constraint constraints-extras.txt \
-		--editable '.[train,perceptual,eval,jax,jax-checkpoints,flash]' \
-		optax timm diffusers pytest pytest-benchmark pytest-xdist hypothesis
+		--editable '.[train,perceptual,eval,posttrain,jax,jax-checkpoints,flash]' \
+		optax diffusers pytest pytest-benchmark pytest-xdist hypothesis
 	touch $@

@@ -281,16 +281,20 @@ class Inception(torch.nn.Module):
         # No TF32, and no algorithm chosen by timing.
         exact = dict(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
         with torch.backends.cudnn.flags(**exact):  # type: ignore[arg-type]
-            return self.network(images) if self.resize == "tf1" else self._after(half_pixel(images))
+            if self.resize == "tf1":
+                return self.network(images)
+            return self.layers((half_pixel(images) - 128) / 128)
 
-    def _after(self, resized: Tensor) -> tuple[Tensor, Tensor]:
-        """Run torch-fidelity's network after its own resize: every layer in turn, the last without its bias."""
-        *layers, last = self.network.children()
-        x = (resized - 128) / 128
+    def layers(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Run torch-fidelity's network after its own resize and scaling, differentiably.
+
+        Every layer in turn, the last without its bias; the pool and what follows are in float32 at least.
+        """
+        *layers, pool, last = self.network.children()
         for layer in layers:
             x = layer(x)
-        features = x.flatten(1)
-        return features, features @ last.get_parameter("weight").T
+        features = pool(x.to(torch.promote_types(x.dtype, torch.float32))).flatten(1)
+        return features, features @ last.get_parameter("weight").to(features.dtype).T
 
 
 def half_pixel(images: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import re
@@ -164,3 +165,12 @@ def _content(file: Path) -> tuple[dict[str, str], Any]:
         raise InputError(f"source: {file} is not a readable checkpoint: {reason}") from error
     except Exception as error:  # reading a corrupt file can raise anything
         raise InputError(f"source: {file} is not a readable checkpoint: {first_line(error)}") from error
+
+
+def weights_digest(module: Any) -> str:
+    """Digest of all weights and buffers of a network, 32 hexadecimal digits."""
+    total = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        total.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        total.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return total.hexdigest()[:32]

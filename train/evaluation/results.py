@@ -9,12 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import pmf
 from pmf.errors import InputError
 from pmf.features import Extractor
 from pmf.train.run_directory import json_lines
+from pmf.weights import weights_digest
 
 
 class Results:
@@ -50,15 +49,6 @@ class Results:
 def digest(*parts: object) -> str:
     """Digest of these values' repr, 32 hexadecimal digits."""
     return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()[:32]
-
-
-def weights_digest(module: torch.nn.Module | Extractor) -> str:
-    """Digest of all weights and buffers of a network."""
-    total = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        total.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        total.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return total.hexdigest()[:32]
 
 
 def network_digest(network: pmf.PMFDiT) -> str:
