@@ -57,7 +57,7 @@ class FeatureNetwork(nn.Module):
     """A frozen network, always in evaluation mode: images [B, c, H, W] in about [-1, 1] -> features [B, width].
 
     It runs in its own dtype even under autocast; resizing and features are in float32 at least. Images of one channel
-    count as grey. Attributes: name; width (None for pixels: all values of three channels); space, which identifies the
+    count as grey. Attributes: name; width (None for pixels: all values); space, which identifies the
     feature space in one line (network, input, digest of the weights, whatever the dtype); classes of `logits`, or None.
     """
 
@@ -86,7 +86,7 @@ class FeatureNetwork(nn.Module):
         fits = images.is_floating_point() and len(shape) == 4 and shape[1] in (1, 3) and min(shape[2:]) > 0
         require(fits, lambda: f"images: expected floats [B, 1 or 3, H, W], got {images.dtype} {shape}")
         with no_autocast(images.device):
-            return self.trunk(images.to(self.wide).expand(-1, 3, -1, -1)).to(self.wide)
+            return self.trunk(images.to(self.wide)).to(self.wide)
 
     def logits(self, features: Tensor) -> Tensor:
         """Logits [B, classes] of features, in the order of ImageNet. Errors: `InputError` without a classifier."""
@@ -117,7 +117,7 @@ class _TimmTrunk(nn.Module):
             self.classifier = nn.Sequential(nn.Unflatten(1, (-1, 1, 1)), head.norm, nn.Flatten(), head.fc)
 
     def forward(self, images: Tensor) -> Tensor:
-        x, size = images / 2 + 0.5, (self.size, self.size)
+        x, size = images.expand(-1, 3, -1, -1) / 2 + 0.5, (self.size, self.size)
         if x.shape[2:] != size:
             x = interpolate(x, size, mode="bicubic", align_corners=False, antialias=True)
         x = self.network.forward_features(((x - self.mean) / self.std).to(self.dtype))
@@ -135,7 +135,7 @@ class _InceptionTrunk(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         rows, columns = (_tf1_weights(size, images) for size in images.shape[2:])
-        resized = rows @ ((images + 1) / 2 * 255) @ columns.T
+        resized = rows @ ((images.expand(-1, 3, -1, -1) + 1) / 2 * 255) @ columns.T
         return self.network.layers(((resized - 128) / 128).to(self.dtype))[0]
 
 

@@ -21,7 +21,8 @@ def copy_weights(model: PMFDiT, source: str | Path, weights: str | None = None) 
     The network may be wrapped, by DDP or torch.compile.
     `source` and `weights` are as in `PMFDiT.from_pretrained`: our checkpoints, published ones, hub ids. If the
     checkpoint has no v head, as most published ones, the v head starts as a copy of the u head: at h = 0 both fields
-    are the instantaneous velocity. A class table of another size keeps its random initial values. Errors: `InputError`
+    are the instantaneous velocity; a network without a v head leaves that of the checkpoint.
+    A class table of another size keeps its random initial values. Errors: `InputError`
     on any other weight that is missing, unexpected or of another shape; the network is then unchanged.
     """
     check_values(torch.nn.Module, model=model)
@@ -31,6 +32,8 @@ def copy_weights(model: PMFDiT, source: str | Path, weights: str | None = None) 
         state |= {name.replace(".u.", ".v."): value for name, value in state.items() if ".u." in name}
         notes.append("the v head starts as a copy of the u head")
     wanted = unwrapped(dict(model.named_parameters()))
+    if not any(".v." in name for name in wanted):
+        state = {name: value for name, value in state.items() if ".v." not in name}
     surplus = sorted(set(state) - set(wanted))
     require(not surplus, f"init: {source} holds {', '.join(surplus[:1])!r}, which this network does not have")
     if CLASSES in state and len(state[CLASSES]) != len(wanted[CLASSES]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import get_args
+from typing import Any, get_args
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -12,11 +12,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.nn.parallel import DistributedDataParallel
 
 from pmf.blocks import Block
-from pmf.config import LossConfig
+from pmf.config import Guidance, LossConfig
 from pmf.draws import Draws
 from pmf.errors import require
 from pmf.loss import pmf_loss
 from pmf.model import PMFDiT
+from pmf.sampling import integrate
 from pmf.sharded import REPLICATED, Sharding
 
 
@@ -33,6 +34,20 @@ class LossModule(nn.Module):
         """(loss, reported terms) of one device batch; arguments: see `pmf_loss`."""
         out = pmf_loss(self.model, x, y, draws, self.config, perceptual)
         return out.loss, out.terms
+
+
+class GeneratorModule(LossModule):
+    """One module for what post-training runs: one-step images, whose gradients it takes, and the loss as an anchor."""
+
+    def __init__(self, model: PMFDiT, config: LossConfig, guidance: Guidance) -> None:
+        super().__init__(model, config)
+        self.guidance = guidance
+
+    def forward(self, x: Tensor, y: Tensor, draws: Draws | None = None, perceptual: Callable | None = None) -> Any:
+        """The images [B, c, H, W] of unit-variance noise x and labels y; given draws, what `LossModule` returns."""
+        if draws is not None:
+            return super().forward(x, y, draws, perceptual)
+        return integrate(self.model, self.model.config.noise_scale * x, y, 1, self.guidance)
 
 
 def wrap(loss: LossModule, mesh: DeviceMesh | None, sharding: Sharding = "ddp") -> nn.Module:

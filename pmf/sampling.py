@@ -74,7 +74,7 @@ def generate(
         for part in request.parts(batch_size, progress):
             z = model.config.noise_scale * request.noise_of(part, device)
             labels = request.labels[part].to(device, non_blocking=True)
-            images.append(_integrate(model, z, labels, steps, guidance))
+            images.append(integrate(model, z, labels, steps, guidance))
     return torch.cat(images)
 
 
@@ -154,7 +154,7 @@ class Sampler:
     def _batch(self, noise: Tensor, labels: Tensor, weights: list[Held]) -> Tensor:
         """The images of one batch."""
         with self.model.held_weights(weights):
-            return _integrate(self.model, self.model.config.noise_scale * noise, labels, self.steps, self._guidance)
+            return integrate(self.model, self.model.config.noise_scale * noise, labels, self.steps, self._guidance)
 
     def _prepared(self, work: Callable[..., Result], *fixed: Any) -> Callable[..., Result]:
         """`work`; on CUDA a graph of `work(*fixed)` with fixed outputs, after runs that initialise compilers."""
@@ -256,8 +256,11 @@ def _guidance(config: ModelConfig, omega: float | None, t_min: float | None, t_m
     return Guidance(chosen("omega", omega), chosen("t_min", t_min), chosen("t_max", t_max))
 
 
-def _integrate(model: PMFDiT, z: Tensor, y: Tensor, steps: int, guidance: Guidance) -> Tensor:
-    """Integrate from z_1 to z_0 in equal steps; only the u head runs."""
+def integrate(model: PMFDiT, z: Tensor, y: Tensor, steps: int, guidance: Guidance) -> Tensor:
+    """Integrate from z_1 [n, c, H, W] to z_0, the images of labels y int64 [n], in equal steps; only the u head runs.
+
+    It is recorded where gradients are: post-training differentiates through it.
+    """
     conditions = (guidance.omega, guidance.t_min, guidance.t_max)
     omega, t_min, t_max = (z.new_full((len(z),), value, dtype=torch.float32) for value in conditions)
     times = torch.linspace(1, 0, steps + 1, device=z.device)

@@ -19,6 +19,7 @@ from pmf.train.terminal import soft_output
 
 COMMANDS = {
     "train": ("pmf.train.loop", "train a preset or resume a run; start it with torchrun for several GPUs"),
+    "posttrain": ("pmf.train.posttraining.command", "post-train a run by the Fréchet distance as the loss"),
     "data": ("pmf.train.data.prepare", "prepare ImageNet or your own pictures for training"),
     "sample": ("pmf.train.sample", "draw a PNG grid of images from a checkpoint"),
     "eval": ("pmf.train.evaluation.command", "measure a checkpoint: FID, Inception score, precision and recall"),
@@ -42,7 +43,7 @@ def _find_packages() -> None:
 
 
 def _usage(presets: Iterable[str]) -> str:
-    lines = "\n".join(f"  {name:8}{text}" for name, (_, text) in COMMANDS.items())
+    lines = "\n".join(f"  {name:10}{text}" for name, (_, text) in COMMANDS.items())
     return (
         f"usage: pmf COMMAND [options], or pmf --version\n\n{lines}\n\n`pmf COMMAND --help` explains every option. "
         f"Presets to train: {', '.join(presets)};\n`pmf digits` is short for `pmf train digits`."

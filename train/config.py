@@ -197,6 +197,8 @@ class RunConfig:
         require(whole, f"device_batch: expected a divisor of batch_size {self.batch_size}, got {self.device_batch}")
         whole = not self.compiled or self.sharding in REPLICATED
         require(whole, f"compiled: expected sharding {' or '.join(REPLICATED)}, got {self.sharding}")
+        whole = self.sharding != "zero1" or self.optimizer.name == "muon"
+        require(whole, f"sharding: expected ddp, fsdp or hybrid with optimizer {self.optimizer.name}, got zero1")
         require(not self.init_state or self.init is not None, "init_state: expected a train state in init, got none")
         require(all(k > 0 for k in self.ema_half_lives), f"ema_half_lives: expected > 0, got {self.ema_half_lives}")
         known = ("model", *(f"ema_{k:g}" for k in self.ema_half_lives))
@@ -204,6 +206,11 @@ class RunConfig:
         require_choice(self, "sampling_weights", known)
         for got in self.evaluation.weights:
             require(got in known, f"evaluation.weights: expected one of {', '.join(known)}, got {got!r}")
+
+    @property
+    def both_heads(self) -> bool:
+        """Whether the network has its v head."""
+        return True
 
     def device_batch_on(self, processes: int) -> int:
         """Return the device batch on this many processes. Errors: `InputError` if they cannot share a step evenly."""
@@ -222,6 +229,76 @@ class RunConfig:
         return torch.bfloat16 if low else torch.float32
 
 
+@dataclass(frozen=True)
+class PosttrainConfig(RunConfig):
+    """Post-training of a generator by the Fréchet distance between its images and real ones (arXiv 2604.28190).
+
+    Images come from one step of the u head at the guidance of `sampling`. Options of the MeanFlow loss and its data
+    count with --anchor alone.
+    """
+
+    features: tuple[str, ...] = ("inception", "siglip", "mae")
+    """Networks whose features are matched: inception, siglip, mae, convnext, dinov2, clip, pixels, digits;
+    NAME:FILE takes their weights from a file, NAME:random makes random ones (for trial runs)."""
+    feature_weights: tuple[float, ...] = ()
+    """Weight of each network's term, in their order (default: 1)."""
+    feature_precision: Literal["bfloat16", "float32"] = "float32"
+    """Precision of these networks."""
+    reference: Path | None = None
+    """Directory of statistics of real images, NAME.npz by `pmf eval statistics`. Digits can do without."""
+    held_out: Path | None = None
+    """Directory of statistics of held-out real images: distances are reported over theirs as well (FDr)."""
+    population: Literal["average", "queue"] = "average"
+    """How features of past images are kept: exponential averages of their moments, or the last ones."""
+    decay: float | None = None
+    """Decay of the averages in a step (default: a window 1 / (1 - decay) of a hundredth of the run, within 0.8 and
+    0.999)."""
+    queue: int = 50_000
+    """Features in the queue."""
+    fill: int = 50_000
+    """Images that fill the averages before the first step (the queue is filled whole)."""
+    label_weight: float = 0.0
+    """Weight of the cross-entropy of the labels by networks with a classifier (convnext, digits): the statistics do not
+    know the classes."""
+    anchor: float = 0.0
+    """Weight of the MeanFlow loss on real images, which keeps samples of several steps alive."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least(self, 1, "fill")
+        require_at_least(self, 0, "label_weight", "anchor")
+        names = [spec.partition(":")[0] for spec in self.features]
+        require(bool(names), "features: expected at least one network, got none")
+        require(len(set(names)) == len(names), f"features: expected different networks, got {', '.join(names)}")
+        fits = not self.feature_weights or len(self.feature_weights) == len(names)
+        require(fits, f"feature_weights: expected {len(names)} of them, got {len(self.feature_weights)}")
+        require(all(w > 0 for w in self.feature_weights), f"feature_weights: expected > 0, got {self.feature_weights}")
+        require(self.decay is None or 0 <= self.decay < 1, f"decay: expected a number in [0, 1), got {self.decay}")
+        fits = self.population == "average" or self.queue >= max(self.batch_size, 2)
+        require(fits, f"queue: expected at least a batch, {self.batch_size} features, got {self.queue}")
+        require(not self.init_state, "init_state: expected none: post-training has an optimizer of its own")
+        require(not self.captured, "captured: expected none: the steps of post-training are not captured")
+
+    @property
+    def both_heads(self) -> bool:
+        """Whether the network has its v head, which only the anchor trains."""
+        return self.anchor > 0
+
+    @property
+    def decay_in_effect(self) -> float:
+        """The decay of the averages."""
+        if self.decay is not None:
+            return self.decay
+        return min(0.999, max(0.8, 1 - 100 / self.steps))
+
+    @property
+    def window(self) -> float:
+        """How many steps the population covers."""
+        if self.population == "queue":
+            return self.queue / self.batch_size
+        return 1 / (1 - self.decay_in_effect)
+
+
 def to_json(config: RunConfig) -> str:
     """The whole configuration as JSON."""
     return json.dumps(asdict(config), indent=2, default=str)
@@ -230,12 +307,15 @@ def to_json(config: RunConfig) -> str:
 def load_run_config(directory: Path, name: str = "resume") -> RunConfig:
     """Load the configuration of the run in `directory`, which the argument `name` names.
 
+    It is a `PosttrainConfig` where the run is a post-training.
     Errors: `InputError` if there is none or it is unreadable.
     """
     file = directory / CONFIG_FILE
     require(file.is_file(), f"{name}: {directory} holds no run, expected a directory with {CONFIG_FILE}")
     try:
-        return from_json(RunConfig, json.loads(file.read_text()))
+        stored = json.loads(file.read_text())
+        kind = PosttrainConfig if isinstance(stored, dict) and "features" in stored else RunConfig
+        return from_json(kind, stored)
     except (InputError, ValueError, TypeError, RecursionError, OSError) as error:
         raise InputError(f"{name}: {file} is not a readable run configuration: {first_line(error)}") from error
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -55,13 +55,13 @@ def _samples(
         save_grid(file, images, columns=columns)
 
 
-def export_curve(directory: Path) -> None:
-    """Write the loss curve of a run's metrics."""
-    kept = [[record.get(name) for name in ("step", "loss_u", "loss_v")] for record in metrics(directory)]
+def export_curve(directory: Path, names: Sequence[str]) -> None:
+    """Write the curves of these values in a run's metrics."""
+    kept = [[record.get(name) for name in ("step", *names)] for record in metrics(directory)]
     kept = [values for values in kept if all(isinstance(value, (int, float)) for value in values)]
     if kept:  # none if every step was skipped or metrics.jsonl is lost
-        steps, u, v = map(list, zip(*kept, strict=True))
-        save_loss_curve(directory / CURVE_FILE, steps, {"loss_u": u, "loss_v": v})
+        steps, *values = map(list, zip(*kept, strict=True))
+        save_loss_curve(directory / CURVE_FILE, steps, dict(zip(names, values, strict=True)))
 
 
 def save_loss_curve(path: str | Path, steps: list[int], terms: dict[str, list[float]]) -> None:

@@ -44,6 +44,7 @@ class Learner:
             impl=config.impl,
             checkpointing=config.checkpointing,
             stream=config.stream,
+            aux_head=config.both_heads,
             device=world.device,
         )
         pmf.generate(self.model, [0], **asdict(config.sampling))  # fail now if exports could not sample
@@ -53,7 +54,7 @@ class Learner:
             self._start_from_weights(init, config.init_weights)
         if config.compiled:
             self.model.compile_blocks()
-        self.wrapped = wrap(LossModule(self.model, config.loss), world.mesh, config.sharding)
+        self.wrapped = wrap(self._module(), world.mesh, config.sharding)
         self.captured = None
         if config.captured:
             require(world.size == 1, f"captured: expected a single process, got {world.size}")
@@ -72,6 +73,10 @@ class Learner:
         """Whether the state is that of `step`, not half of an update."""
         if init is not None and config.init_state:
             self.step = self._continue_authors_run(init)
+
+    def _module(self) -> LossModule:
+        """What a step calls, to be wrapped."""
+        return LossModule(self.model, self.config.loss)
 
     def _start_from_weights(self, init: str, weights: str | None) -> None:
         """Copy these weights; the main process reads them and sends them to the others."""
@@ -135,8 +140,11 @@ class Learner:
             part.zero_grad()
         return record
 
-    def _gradients(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        """Accumulate gradients of the mean loss over this process's images by device batches; return the mean terms."""
+    def _gradients(self, x: Tensor, y: Tensor, weight: float = 1.0) -> dict[str, Tensor]:
+        """Accumulate gradients of the mean loss over this process's images by device batches; return the mean terms.
+
+        The loss counts by `weight`.
+        """
         batches = list(zip(x.split(self.device_batch), y.split(self.device_batch), strict=True))
         totals: dict[str, Tensor] = {}
         for i, (images, labels) in enumerate(batches):
@@ -144,7 +152,7 @@ class Learner:
             synchronise_gradients(self.wrapped, wanted=i == len(batches) - 1)
             loss, terms = self._loss(images, labels, number)
             if loss.requires_grad:  # else the captured step has run backward already
-                (loss / len(batches)).backward()
+                (weight * loss / len(batches)).backward()
             for name, value in ({"loss": loss.detach()} | terms).items():
                 totals[name] = totals.get(name, 0) + value / len(batches)
         return totals
@@ -159,13 +167,16 @@ class Learner:
         generator = torch.Generator().manual_seed(seed("draws"))
         draws = pmf.sample_draws(len(x), config.model.image_shape, config.loss, generator, device)
         perceptual = None if self.perceptual is None else self.perceptual.for_step(seed("crops"))
-        # Under FSDP autocast must not cache casts: the guidance pass's casts belong to weights that are freed after it.
-        kept = self.world.replicated
-        with torch.autocast(device.type, torch.bfloat16, self.dtype == torch.bfloat16, cache_enabled=kept):
+        with self._autocast():
             if self.captured is not None:
                 out = self.captured(x, y, draws, perceptual)
                 return out.loss, out.terms
             return self.wrapped(x, y, draws, perceptual)
+
+    def _autocast(self) -> torch.autocast:
+        # Under FSDP it must not cache casts: those of a pass without gradients belong to weights that are freed then.
+        low, kept = self.dtype == torch.bfloat16, self.world.replicated
+        return torch.autocast(self.world.device.type, torch.bfloat16, low, cache_enabled=kept)
 
     def _update(self, record: dict[str, float]) -> None:
         config = self.config
@@ -226,7 +237,7 @@ class Learner:
         require(latest <= last, f"steps: {directory} is already at step {latest}, expected at least that, got {last}")
         state, known = self.state(), snapshots.names(latest)
         settings = {name: copy.deepcopy(part["param_groups"]) for name, part in state["optimizers"].items()}
-        muon = state["optimizers"]["muon"]["state"]
+        muon = state["optimizers"].get("muon", {"state": {}})["state"]
         # Snapshots of earlier versions lack Muon's step count: do not load it, use the run's step.
         uncounted = [values for name, values in muon.items() if f"optimizers.muon.state.{name}.step" not in known]
         for values in uncounted:
@@ -240,6 +251,7 @@ class Learner:
         self.step, self.skipped = state["step"], state["skipped"]
         swapped = f"resume: the checkpoint of step {latest} in {directory} holds step {self.step!r}, expected {latest}"
         require(self.step == latest, swapped)
+        self._check_loaded(state)
         for name, pending in state.get("ema_pending", {}).items():
             self.emas[name].pending = pending
         for values in uncounted:
@@ -247,6 +259,9 @@ class Learner:
         for name, part in self.optimizers.items():
             stored = {**state["optimizers"][name], "param_groups": settings[name]}
             set_optimizer_state_dict(self.model, part, stored)
+
+    def _check_loaded(self, state: dict[str, Any]) -> None:
+        """Raise `InputError` if a loaded state does not belong to this run. A training run takes any that fits."""
 
 
 def _perceptual(config: RunConfig, device: torch.device, dtype: torch.dtype) -> PerceptualLoss | None:

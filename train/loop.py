@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -38,14 +39,25 @@ from pmf.train.terminal import decoration, soft_output
 log = logging.getLogger(__name__)
 
 
+class Batches(Protocol):
+    """What a run trains on: this process's images and labels of each step, such as a `Loader`."""
+
+    def __next__(self) -> tuple[Tensor, Tensor]: ...
+    def close(self) -> None: ...  # noqa: D102
+
+
 class Trainer(Learner):
     """A run: a learner with data and a directory. Every process holds one; all write snapshots, the main one the rest.
 
     The order of the data is a function of (seed, step), so the learner's state is the state of the run.
     """
 
-    def __init__(self, config: RunConfig, data: TrainingData, world: World | None = None) -> None:
-        check_data(data, config)
+    curves: Sequence[str] = ("loss_u", "loss_v")
+    """The values of a step that the loss curve shows; the first is beside the progress bar."""
+
+    def __init__(self, config: RunConfig, data: TrainingData | None, world: World | None = None) -> None:
+        if data is not None:
+            check_data(data, config)
         super().__init__(config, world or join(config.device, config.sharding))
         self.data = data
         self.directory = config.resume or config.out
@@ -75,17 +87,18 @@ class Trainer(Learner):
     def _open_directory(self) -> dict | None:
         if self.config.resume is None:
             run_directory.make_room(self.directory, self.config.overwrite)
-        else:
+        elif self.data is not None:
             run_directory.check_data_identity(self.directory, self.config.data, self.data)
         stored = replace(self.config, out=self.directory, resume=None, overwrite=False)
         run_directory.write_config(self.directory, stored)  # first: it marks the directory as a run's
-        run_directory.write_data_identity(self.directory, self.config.data, self.data)
+        if self.data is not None:
+            run_directory.write_data_identity(self.directory, self.config.data, self.data)
         return run_directory.keep_metrics_until(self.directory, self.step)
 
     def run(self) -> None:
         """Train to the last step. The stop signals save and stop; a full disk stops without saving."""
         with soft_output(), self.lock, StopRequest(self.world.main) as stop:
-            stopped = self._prepare_evaluation(stop)
+            stopped = self._prepare(stop)
             if self.step == self.config.steps:  # it stopped while exporting the last step
                 self._export()
             if not stopped:
@@ -94,8 +107,11 @@ class Trainer(Learner):
             if stopped:
                 self._say_saved(f"stopped at step {self.step}")
 
-    def _prepare_evaluation(self, stop: StopRequest) -> bool:
-        """Compute the statistics of a reference that has none, for long; return whether that was stopped."""
+    def _prepare(self, stop: StopRequest) -> bool:
+        """Do what takes long before the first step; return whether that was stopped.
+
+        That is: compute the statistics of an evaluation's reference that has none.
+        """
         try:
             if self.evaluation is not None:
                 self.evaluation.prepare(stop.is_requested)
@@ -103,10 +119,11 @@ class Trainer(Learner):
         except Stopped:
             return True
 
-    def _train(self, batches: Loader, stop: StopRequest) -> bool:
+    def _train(self, batches: Batches, stop: StopRequest) -> bool:
         """Train to the last step or to a stop; return whether it was a stop."""
         main = self.world.main
-        reports = Progress(self.directory, self.last_record, self.step, self.config.steps) if main else nullcontext()
+        steps = self.step, self.config.steps
+        reports = Progress(self.directory, self.last_record, *steps, self.curves[0]) if main else nullcontext()
         with reports as progress:
             stopped = self._evaluate_when_due(progress, stop)  # the run may have stopped during this step's evaluation
             while self.step < self.config.steps and not stopped:
@@ -120,7 +137,7 @@ class Trainer(Learner):
                 stopped = stopped or self._evaluate_when_due(progress, stop)
         return stopped
 
-    def _step(self, batches: Loader, stop: StopRequest) -> dict[str, float] | None:
+    def _step(self, batches: Batches, stop: StopRequest) -> dict[str, float] | None:
         """Take a step on the next batch and return its record; None if any process is asked to stop.
 
         Errors: `CommonError` if any process has no batch. Others may be in their steps already, so that one takes part
@@ -147,7 +164,8 @@ class Trainer(Learner):
         x = torch.zeros(count, *self.config.model.image_shape, device=device)
         return x, torch.zeros(count, dtype=torch.int64, device=device)
 
-    def _loader(self) -> Loader:
+    def _loader(self) -> Batches:
+        assert self.data is not None
         return Loader(
             self.data,
             self.config.batch_size,
@@ -207,7 +225,7 @@ class Trainer(Learner):
         """Write the weights and pictures."""
         network = None if self.evaluation is None else self.evaluation.network
         export_weights(self.directory, self.step, self._weights(), self.config, self.world, network)
-        self.world.main_first(partial(_draw_curve, self.directory))
+        self.world.main_first(partial(_draw_curve, self.directory, self.curves))
 
     def _evaluate_when_due(self, progress: Progress | None, stop: StopRequest) -> bool:
         """Measure the weights if they are due; return whether that was stopped."""
@@ -225,9 +243,9 @@ class Trainer(Learner):
         return {"model": self.model.state_dict(), **{name: ema.state_dict() for name, ema in self.emas.items()}}
 
 
-def _draw_curve(directory: Path) -> None:
+def _draw_curve(directory: Path, names: Sequence[str]) -> None:
     with decoration(CURVE_FILE):
-        export_curve(directory)
+        export_curve(directory, names)
 
 
 def check_data(data: TrainingData, config: RunConfig) -> None:

@@ -78,6 +78,12 @@ RUN_NEEDS = (
         "without --optimizer.decay-share",
         lambda c: c.optimizer.decay_share > 0,
     ),
+    Need(
+        ("optimizer.momentum", "optimizer.newton_schulz_steps"),
+        "with --optimizer.name adamw",
+        lambda c: c.optimizer.name == "muon",
+    ),
+    Need(("optimizer.weight_decay",), "with --optimizer.name muon", lambda c: c.optimizer.name == "adamw"),
     Need(("ema_device", "ema_every"), "without --ema-half-lives", lambda c: bool(c.ema_half_lives)),
     Need(("model.*_tokens",), "with --model.conditioning adaln", lambda c: c.model.conditioning == "in_context"),
 )
@@ -87,6 +93,19 @@ EVAL_NEEDS = (
         "without --reference",
         lambda c: c.reference is not None,
     ),
+)
+
+
+POSTTRAIN_NEEDS = (
+    Need(
+        ("workers", "flip", "max_corrupt", "loss.*", "perceptual.*"),
+        "without --anchor",
+        lambda c: c.anchor > 0,
+    ),
+    Need(("data",), "without --anchor, but with --reference", lambda c: c.anchor > 0 or c.reference is None),
+    Need(("decay", "fill"), "with --population queue", lambda c: c.population == "average"),
+    Need(("queue",), "with --population average", lambda c: c.population == "queue"),
+    Need(("init_weights",), "with --resume", lambda c: c.resume is None),
 )
 
 

@@ -6,15 +6,16 @@ The presets are the two demos and the six published models with their published 
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 from pmf.config import DIGITS, PUBLISHED, Guidance, ModelSettings
 from pmf.errors import require
 from pmf.optim import OptimizerConfig
-from pmf.train.config import PerceptualConfig, RunConfig, load_run_config
-from pmf.train.options import RUN_NEEDS, parse, refuse_ignored, refuse_repeated
+from pmf.train.config import PerceptualConfig, PosttrainConfig, RunConfig, load_run_config
+from pmf.train.options import POSTTRAIN_NEEDS, RUN_NEEDS, parse, refuse_ignored, refuse_repeated
 
 Config = TypeVar("Config", bound=RunConfig)
 IMAGENET_IMAGES = 1_281_167
@@ -70,32 +71,54 @@ def run_preset(name: str) -> RunConfig:
     return PRESETS[name]
 
 
-def configured(arguments: list[str], command: str, kind: type[Config], default: str | None = None) -> Config:
-    """Parse `[PRESET] [--resume DIRECTORY] [options]` into a configuration; without a preset, that named `default`.
+@dataclass(frozen=True)
+class Start:
+    """What a command starts from, its first argument, unless it resumes a run."""
 
-    The preset, or the stored configuration of the resumed run, supplies the defaults of all options. Errors:
+    word: str
+    """The argument's name in messages."""
+    expected: str
+    """What it may be, in words."""
+    configuration: Callable[[str], RunConfig]
+    """The defaults of all options."""
+
+
+PRESET = Start("preset", f"one of {', '.join(PRESETS)}", run_preset)
+
+
+def configured(
+    arguments: list[str], command: str, kind: type[Config], default: str | None = None, start: Start = PRESET
+) -> Config:
+    """Parse `[START] [--resume DIRECTORY] [options]` into a configuration; without a start, that named `default`.
+
+    The start, or the stored configuration of the resumed run, supplies the defaults of all options. Errors:
     `InputError` on both, on an option that would be ignored, and on one given twice.
     """
-    preset = None
+    first = None
     if arguments and not arguments[0].startswith("-"):
-        preset, arguments = arguments[0], arguments[1:]
+        first, arguments = arguments[0], arguments[1:]
     refuse_repeated(kind, arguments)
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--resume", type=Path)
     resumed = finder.parse_known_args(arguments)[0].resume
     require(
-        preset is None or resumed is None,
-        f"preset: expected none beside --resume, which takes the configuration of {resumed}, got {preset!r}",
+        first is None or resumed is None,
+        f"{start.word}: expected none beside --resume, which takes the configuration of {resumed}, got {first!r}",
     )
-    preset = preset or (default if resumed is None else None)
-    require(
-        preset is not None or resumed is not None or "--help" in arguments or "-h" in arguments,
-        f"preset: expected one of {', '.join(PRESETS)}, or --resume DIRECTORY",
-    )
-    stored = run_preset(preset or "digits") if resumed is None else load_run_config(resumed)
+    first = first or (default if resumed is None else None)
+    helped = "--help" in arguments or "-h" in arguments
+    needed = first is not None or resumed is not None or helped
+    require(needed, f"{start.word}: expected {start.expected}, or --resume DIRECTORY")
+    if resumed is None:
+        stored = start.configuration(first) if first is not None else kind()
+    else:
+        stored = load_run_config(resumed)
+        ours = isinstance(stored, PosttrainConfig) == issubclass(kind, PosttrainConfig)
+        trained = "pmf posttrain" if isinstance(stored, PosttrainConfig) else "pmf train"
+        require(ours, f"resume: {resumed} is a run of `{trained}`, expected `{trained} --resume {resumed}`")
     stored = kind(**vars(stored))
-    config = parse(kind, f"pmf {command} {preset or 'PRESET'}", arguments, stored)
-    refuse_ignored(config, stored, RUN_NEEDS)
+    config = parse(kind, f"pmf {command} {first or start.word.upper()}", arguments, stored)
+    refuse_ignored(config, stored, (*RUN_NEEDS, *(POSTTRAIN_NEEDS if isinstance(config, PosttrainConfig) else ())))
     require(
         resumed is None or config.out in (stored.out, resumed),
         f"out: expected none beside --resume, which continues in {resumed}, got {config.out}",

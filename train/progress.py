@@ -19,11 +19,13 @@ log = logging.getLogger(__name__)
 class Progress:
     """The main process's reports. `last` is the last record of the first `done` steps; new ones are appended.
 
+    `shown` is the value of a step that the bar shows.
+
     Lines that cannot be written, on a full disk, are kept and written with later ones.
     """
 
-    def __init__(self, directory: Path, last: dict[str, Any] | None, done: int, steps: int) -> None:
-        self.last = last
+    def __init__(self, directory: Path, last: dict[str, Any] | None, done: int, steps: int, shown: str) -> None:
+        self.last, self.shown = last, shown
         self.file, self.unwritten, self.warned = directory / METRICS_FILE, b"", False
         self.bar = tqdm(total=steps, initial=done, desc="training", unit="step")
         self.writer = None
@@ -43,7 +45,7 @@ class Progress:
     def add(self, record: dict[str, float]) -> None:
         """Record a step."""
         self._write(record)
-        shown = dict(loss_u=f"{record['loss_u']:.3f}", images_per_s=f"{record['images_per_second']:.0f}")
+        shown = {self.shown: f"{record[self.shown]:.3f}", "images_per_s": f"{record['images_per_second']:.0f}"}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
 

@@ -18,10 +18,12 @@ from pmf.optim.nesterov_adam import NesterovAdam
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Muon and Adam, both with Nesterov momentum and one learning rate; the defaults are the published values."""
+    """The optimizers and their learning rate; the defaults are the published values."""
 
+    name: Literal["muon", "adamw"] = "muon"
+    """muon: Muon on Linear weights and Adam on the rest, both with Nesterov momentum. adamw: AdamW on all weights."""
     learning_rate: float = 1e-3
-    """Learning rate of both optimizers."""
+    """Learning rate of every optimizer."""
     momentum: float = 0.95
     """Momentum of Muon (Nesterov)."""
     newton_schulz_steps: int = 5
@@ -30,6 +32,8 @@ class OptimizerConfig:
     """Decay rates of Adam's moments."""
     adam_eps: float = 1e-8
     """Offset of Adam's denominator."""
+    weight_decay: float = 0.0
+    """Weight decay of AdamW, as a multiple of the learning rate."""
     warmup_steps: int = 0
     """Steps of linear warm-up; the learning rate of the first step is zero (0: no warm-up, as published)."""
     decay_share: float = 0.0
@@ -50,6 +54,7 @@ class OptimizerConfig:
             "newton_schulz_steps": 1 <= self.newton_schulz_steps < 100,
             "adam_betas": all(0 <= beta < 1 for beta in self.adam_betas),
             "adam_eps": self.adam_eps > 0,
+            "weight_decay": self.weight_decay >= 0,
             "warmup_steps": self.warmup_steps >= 0,
             "decay_share": 0 <= self.decay_share <= 1,
             "decay_to": 0 <= self.decay_to <= 1,
@@ -75,13 +80,19 @@ def build_optimizers(
     mesh: DeviceMesh | None = None,
     shard_over: DeviceMesh | None = None,
 ) -> dict[str, torch.optim.Optimizer]:
-    """{"muon": Muon, "adam": NesterovAdam} over the model's parameters, as the authors train.
+    """{"muon": Muon, "adam": NesterovAdam} over the model's parameters, as the authors train, or {"adamw": AdamW}.
 
     `mesh`: the device mesh whose ranks share Muon's work (see `Muon`). Build them after wrapping the model with FSDP2.
     `shard_over`: a mesh of one dimension over which the moments of a replicated model are sharded (ZeRO-1).
+    Errors: `InputError` on adamw with `shard_over`: PyTorch's AdamW shards nothing that is replicated.
     """
     check_values(nn.Module, model=model)
     check_values(OptimizerConfig, config=config)
+    if config.name == "adamw":
+        require(shard_over is None, "shard_over: expected none with adamw, whose state is sharded with the weights")
+        rate, betas, decay = config.learning_rate, config.adam_betas, config.weight_decay
+        adamw = torch.optim.AdamW(model.parameters(), lr=rate, betas=betas, eps=config.adam_eps, weight_decay=decay)
+        return {"adamw": adamw}
     muon, adam = split_parameters(model)
     rate, iterations = config.learning_rate, config.newton_schulz_steps
     return {

@@ -133,7 +133,9 @@ def test_what_one_process_does_is_not_repeated_by_the_others_of_torchrun(argumen
 
 
 def test_unknown_commands_name_the_known_ones():
-    with pytest.raises(SystemExit, match="unknown command 'paint', expected one of train, data, sample, eval"):
+    with pytest.raises(
+        SystemExit, match="unknown command 'paint', expected one of train, posttrain, data, sample, eval"
+    ):
         main(["paint"])
 
 

@@ -287,7 +287,7 @@ def test_metrics_that_the_disk_does_not_take_are_written_later(tmp_path, caplog)
     file = tmp_path / "metrics.jsonl"
     file.symlink_to("/dev/full")
     record = dict(loss_u=1.0, images_per_second=2.0)
-    with Progress(tmp_path, None, 0, 3) as progress:
+    with Progress(tmp_path, None, 0, 3, "loss_u") as progress:
         progress.add({"step": 1, **record})
         progress.add({"step": 2, **record})
         file.unlink()

@@ -1,0 +1,97 @@
+"""The configuration of a post-training from what it starts from: a run, or a published network."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from pmf.config import PUBLISHED, ModelConfig
+from pmf.errors import InputError, require
+from pmf.optim import OptimizerConfig
+from pmf.train.config import EvaluationConfig, PosttrainConfig, RunConfig, find_run_config
+from pmf.train.presets import Start, run_preset
+from pmf.weights import read_weights
+
+BATCH, STEPS = 1024, 62_500
+"""Fifty epochs of 1,250 steps, as in the authors' shorter runs."""
+
+
+def configuration_of(source: str) -> PosttrainConfig:
+    """The defaults of a post-training of a run, a checkpoint in one, or a published network.
+
+    Network, guidance and data are those of the source. Learning rate, batch and length are the authors', for digits
+    ours. Errors: `InputError` on a network of unknown guidance.
+    """
+    base = _run_of(source)
+    kept = {name: value for name, value in vars(base).items() if name in vars(RunConfig())}
+    run = Path(source) if Path(source).is_dir() else Path("runs") / Path(source).stem
+    kept |= dict(
+        out=run.with_name(f"{run.name}-posttrained"),
+        init=source,
+        init_weights=None,
+        init_state=False,
+        resume=None,
+        overwrite=False,
+        captured=False,
+        sharding="ddp" if base.sharding == "zero1" else base.sharding,
+        evaluation=EvaluationConfig(),
+        eval_every=0,
+    )
+    return _digits(kept) if base.data == "digits" else _published(kept)
+
+
+def _published(kept: dict) -> PosttrainConfig:
+    warmup = STEPS // 10
+    return PosttrainConfig(
+        **kept
+        | dict(
+            steps=STEPS,
+            batch_size=BATCH,
+            ema_half_lives=(250.0, 500.0, 1000.0, 2000.0),
+            sampling_weights="ema_500",
+            optimizer=OptimizerConfig(
+                name="adamw", learning_rate=1e-6, warmup_steps=warmup, decay_share=1.0, decay="cosine"
+            ),
+        )
+    )
+
+
+def _digits(kept: dict) -> PosttrainConfig:
+    return PosttrainConfig(
+        **kept
+        | dict(
+            steps=400,
+            batch_size=128,
+            device_batch=None,
+            ema_half_lives=(500.0,),
+            sampling_weights="ema_500",
+            features=("pixels", "digits"),
+            fill=4000,
+            label_weight=10.0,
+            optimizer=OptimizerConfig(
+                name="adamw", learning_rate=5e-5, warmup_steps=20, decay_share=1.0, decay="cosine"
+            ),
+        )
+    )
+
+
+def _run_of(source: str) -> RunConfig:
+    """The run that made the source: its own, that of the directory it is in, or the preset of its network."""
+    path = Path(source)
+    run = find_run_config(source) or (find_run_config(str(path.parent)) if path.is_file() else None)
+    if run is not None:
+        return run
+    network = _network(source)
+    name = next((name for name, settings in PUBLISHED.items() if settings.network == network), None)
+    if name is None:
+        raise InputError(f"source: {source} is in no run and no published network, so its guidance is unknown")
+    return replace(run_preset(name), out=Path("runs") / name.replace("/", "-"))
+
+
+def _network(source: str) -> ModelConfig:
+    _, network, state = read_weights(source)
+    require(any(".u." in name for name in state), f"source: {source} has no u head, which draws the images")
+    return network
+
+
+SOURCE = Start("source", "a run directory, a checkpoint file or a hub id", configuration_of)
