@@ -22,7 +22,7 @@ from pmf.config import MODELS, Guidance, ModelConfig, published_guidance
 from pmf.errors import InputError, require
 from pmf.hub import locate
 from pmf.metrics import INCEPTION_FEATURES, inception
-from pmf.train.config import ExtractionConfig, MeasurementConfig, find_run_config
+from pmf.train.config import ExtractionConfig, MeasurementConfig, PosttrainConfig, find_run_config
 from pmf.train.distributed import World, join, leave, pick_device
 from pmf.train.evaluation.measurement import MakeExtractor, Measurement, demo_score
 from pmf.train.evaluation.reference import open_pictures, warn_of_few, write_folder_statistics
@@ -163,7 +163,8 @@ def evaluate_demo(config: EvalConfig) -> None:
         score = score or demo_score(model.config, trained_on(config), world)
         result = score(model, seed=config.seed, **point.settings)
         numbers = {name: round(value, 4) for name, value in result.items()}
-        print(json.dumps({"weights": point.weights, **point.settings, **numbers}), flush=True)
+        trained = {"trained_on": spaces} if (spaces := _trained_spaces(config)) else {}
+        print(json.dumps({"weights": point.weights, **point.settings, **numbers, **trained}), flush=True)
 
 
 def _draw(model: pmf.PMFDiT, point: Point, dtype: str, labels: list[int], seeds: list[int]) -> Tensor:
@@ -213,6 +214,13 @@ def trained_on(config: EvalConfig) -> str | None:
         run = find_run_config(str(source.parent))
         return read_metadata(source).get("data") or (run.data if run else None)
     return None
+
+
+def _trained_spaces(config: EvalConfig) -> list[str]:
+    """The feature spaces whose Fréchet distance the run was post-trained on."""
+    stored = find_run_config(config.source)
+    specs = stored.features if isinstance(stored, PosttrainConfig) else ()
+    return [spec.partition(":")[0] for spec in specs]
 
 
 def grid(config: EvalConfig, weights: str | None, model: ModelConfig, steps: tuple[int, ...] = (1,)) -> list[Point]:

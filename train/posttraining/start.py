@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from pmf.config import PUBLISHED, ModelConfig
@@ -81,11 +80,16 @@ def _run_of(source: str) -> RunConfig:
     run = find_run_config(source) or (find_run_config(str(path.parent)) if path.is_file() else None)
     if run is not None:
         return run
-    network = _network(source)
-    name = next((name for name, settings in PUBLISHED.items() if settings.network == network), None)
-    if name is None:
+    published = published_run(_network(source))
+    if published is None:
         raise InputError(f"source: {source} is in no run and no published network, so its guidance is unknown")
-    return replace(run_preset(name), out=Path("runs") / name.replace("/", "-"))
+    return published
+
+
+def published_run(network: ModelConfig) -> RunConfig | None:
+    """The preset of a published network; None for any other."""
+    name = next((name for name, settings in PUBLISHED.items() if settings.network == network), None)
+    return None if name is None else run_preset(name)
 
 
 def _network(source: str) -> ModelConfig:

@@ -1,0 +1,372 @@
+"""`pmf posttrain`: runs that resume bit for bit, several processes against one, and what they refuse."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+import pmf
+from pmf.config import PUBLISHED
+from pmf.feature_networks import feature_network
+from pmf.metrics import Statistics
+from pmf.optim import OptimizerConfig
+from pmf.sharded import full
+from pmf.train.cli import main
+from pmf.train.config import PosttrainConfig, load_run_config
+from pmf.train.demo import digits
+from pmf.train.distributed import join
+from pmf.train.loop import Trainer
+from pmf.train.options import POSTTRAIN_NEEDS
+from pmf.train.posttraining.references import open_networks, open_references
+from pmf.train.posttraining.start import configuration_of, published_run
+from pmf.train.posttraining.trainer import PosttrainTrainer
+from pmf.train.presets import run_preset
+from tests.train.small_runs import ENVIRONMENT, SMALL_MODEL
+from tests.train.test_distributed import free_port, placed_like
+from tests.train.test_killed import flatten, lines
+from tests.train.test_loop import SMALL
+
+ADAMW = OptimizerConfig(name="adamw", learning_rate=1e-3)
+FLAGS = "--features pixels --batch-size 16 --device-batch 4 --fill 64 --device cpu --label-weight 0".split()  # noqa: SIM905
+
+
+def config(out: Path, **changes) -> PosttrainConfig:
+    base = dict(
+        model=SMALL, features=("pixels",), steps=3, batch_size=8, device_batch=2, fill=24, device="cpu",
+        ema_half_lives=(500.0,), optimizer=ADAMW,
+    )  # fmt: skip
+    return PosttrainConfig(out=out, **(base | changes))
+
+
+def trainer_of(config: PosttrainConfig, dtype: torch.dtype = torch.float32) -> PosttrainTrainer:
+    world = join(config.device, config.sharding)
+    networks = {"pixels": feature_network("pixels", dtype=dtype)}
+    data = digits()[0] if config.anchor else None
+    return PosttrainTrainer(config, world, networks, open_references(config, networks), data=data)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A short run of digits."""
+    out = tmp_path_factory.mktemp("base") / "run"
+    flags = ["--steps", "30", "--batch-size", "32", "--device", "cpu", "--seed", "3"]
+    main(["digits", "--out", str(out), *flags, *SMALL_MODEL])
+    return out
+
+
+def records(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_lowers_the_distance_that_it_trains_and_can_be_sampled_and_measured(run, tmp_path, capsys):
+    out = tmp_path / "post"
+    main(["posttrain", str(run), "--out", str(out), *FLAGS, "--steps", "60", "--optimizer.learning-rate", "1e-3"])
+    found = records(out)
+    assert [record["step"] for record in found] == list(range(1, 61))
+    assert found[-1]["fd/pixels"] < 0.5 * found[0]["fd/pixels"]
+    config = load_run_config(out)
+    assert (
+        isinstance(config, PosttrainConfig) and config.init == str(run) and config.model == load_run_config(run).model
+    )
+    assert {"samples.png", "loss.png", "model.safetensors", "ema_500.safetensors"} <= set(os.listdir(out))
+    weights = pmf.PMFDiT.from_pretrained(out).state_dict()
+    assert not any(".v." in name for name in weights)
+    main(["sample", str(out), "--out", str(tmp_path / "grid.png"), "--rows", "1"])
+    capsys.readouterr()
+    main(["eval", str(out), "--steps", "1"])
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line["trained_on"] == ["pixels"]
+    assert {"frechet_distance", "judge_distance", "precision", "recall", "accuracy", "class_spread"} <= set(line)
+
+
+def test_without_options_it_starts_from_the_run_beside_it(run):
+    found = configuration_of(str(run))
+    assert found.out == run.with_name("run-posttrained") and found.init == str(run)
+    assert found.features == ("pixels", "digits") and found.optimizer.name == "adamw"
+    assert configuration_of(str(run / "model.safetensors")).model == found.model
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_network_starts_with_its_own_guidance_and_the_authors_recipe(name):
+    found = published_run(PUBLISHED[name].network)
+    assert found is not None and found == run_preset(name)
+    assert found.sampling == PUBLISHED[name].guidance
+
+
+def start(processes: int, arguments: list[str]) -> list[subprocess.Popen]:
+    command = [sys.executable, "-m", "pmf.train", "posttrain", *arguments]
+    common = ENVIRONMENT | dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(processes))
+    ranks = [common | dict(RANK=str(i), LOCAL_RANK=str(i)) for i in range(processes)]
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return [subprocess.Popen(command, env=e if processes > 1 else ENVIRONMENT, **quiet) for e in ranks]
+
+
+def final_state(directory: Path, steps: int) -> dict[str, torch.Tensor]:
+    config = dataclasses.replace(load_run_config(directory), resume=directory)
+    networks = open_networks(config, torch.device("cpu"))
+    data = digits()[0] if config.anchor else None
+    held = PosttrainTrainer(config, join("cpu", "ddp"), networks, open_references(config, networks), data=data)
+    assert held.step == steps
+    return flatten(held.state())
+
+
+CASES = {
+    "average": [],
+    "queue": ["--population", "queue", "--queue", "40"],
+    "anchor": ["--anchor", "0.5"],
+    "digits": ["--features", "pixels", "digits", "--label-weight", "2"],
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_run_resumes_bit_for_bit(run, tmp_path, case, processes):
+    if processes == 2 and case in ("queue", "digits"):
+        return
+    peace, war, steps = tmp_path / "peace", tmp_path / "war", 16
+    flags = [*FLAGS, "--steps", str(steps), "--save-every", "2", *CASES[case]]
+    assert all(job.wait() == 0 for job in start(processes, [str(run), "--out", str(peace), *flags]))
+    jobs = start(processes, [str(run), "--out", str(war), *flags])
+    deadline = time.monotonic() + 120
+    while lines(war) < 7:
+        assert all(job.poll() is None for job in jobs) and time.monotonic() < deadline
+        time.sleep(0.002)
+    for job in jobs:
+        job.send_signal(signal.SIGKILL)
+    for job in jobs:
+        job.wait()
+    assert all(job.wait() == 0 for job in start(processes, ["--resume", str(war)]))
+    expected, got = final_state(peace, steps), final_state(war, steps)
+    populations = [name for name in expected if name.startswith(".populations")]
+    assert len(populations) >= 3 and expected.keys() == got.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def first_steps(out: Path, sharding: str, anchor: float) -> dict[str, torch.Tensor]:
+    """Gradients of the first step, and weights, averages and populations after two steps, all in float64."""
+    torch.set_default_dtype(torch.float64)
+    trainer = trainer_of(config(out, sharding=sharding, anchor=anchor, impl="reference"), torch.float64)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in trainer.model.parameters():
+            spread = 1.0 if p.ndim == 1 else p.shape[-1] ** -0.5
+            p.copy_(placed_like(p, torch.randn(p.shape) * spread))
+    trainer._prepare(type("Never", (), {"is_requested": staticmethod(lambda: False)}))
+    batches = trainer._loader()
+    batch = next(batches)
+    terms = trainer._gradients(*batch)
+    result = {f"gradient {name}": full(p.grad).clone() for name, p in trainer.model.named_parameters()}
+    result |= {f"term {name}": trainer.world.mean(value.detach().clone()) for name, value in terms.items()}
+    trainer.model.zero_grad()
+    trainer.train_step(*batch)
+    trainer.train_step(*next(batches))
+    result |= {f"weight {name}": full(p).detach().clone() for name, p in trainer.model.named_parameters()}
+    result |= {f"average {name}": full(v).clone() for name, v in trainer.emas["ema_500"].state_dict().items()}
+    return result | {f"population {name}": v.clone() for name, v in trainer.frechet.state_dict().items()}
+
+
+def worker(rank: int, size: int, port: int, out: str) -> None:
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
+    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)
+    for sharding in ("ddp", "fsdp"):
+        for anchor in (0.0, 0.5):
+            result = first_steps(Path(out) / f"{sharding}-{anchor}", sharding, anchor)
+            if rank == 0:
+                torch.save(result, Path(out) / f"{sharding}-{anchor}.pt")
+    torch.distributed.destroy_process_group()
+    os._exit(0)  # for the reason given in train/__main__.py
+
+
+def test_two_processes_give_the_results_of_one(tmp_path):
+    """To 1e-10, in float64: of the norm of a gradient, absolutely for the rest, which is of order 1."""
+    mp.spawn(worker, (2, free_port(), str(tmp_path)), nprocs=2)
+    for anchor in (0.0, 0.5):
+        expected = first_steps(tmp_path / f"one-{anchor}", "ddp", anchor)
+        torch.set_default_dtype(torch.float32)
+        assert float(expected["population populations.pixels.count"]) == 24 + 2 * 8
+        for sharding in ("ddp", "fsdp"):
+            result = torch.load(tmp_path / f"{sharding}-{anchor}.pt")
+            assert result.keys() == expected.keys()
+            for key, value in expected.items():
+                scale = value.norm() if key.startswith("gradient") else 1.0
+                assert (result[key] - value).abs().max() <= 1e-10 * scale, (sharding, anchor, key)
+
+
+def test_a_step_that_is_not_finite_changes_neither_weights_nor_populations(run, tmp_path):
+    trainer = trainer_of(config(tmp_path / "run", init=str(run), model=load_run_config(run).model))
+    trainer._prepare(type("Never", (), {"is_requested": staticmethod(lambda: False)}))
+    before = {name: value.clone() for name, value in flatten(trainer.state()).items()}
+    images = trainer._images
+    trainer.frechet_step.generate = lambda noise, labels: images(noise, labels) * torch.nan
+    trainer.train_step(*next(trainer._loader()))
+    assert (trainer.step, trainer.skipped) == (1, 1)
+    assert all(torch.equal(value, before[name]) for name, value in flatten(trainer.state()).items())
+    trainer.frechet_step.generate = images
+    trainer.train_step(*next(trainer._loader()))
+    assert trainer.skipped == 0
+    assert not torch.equal(
+        trainer.frechet.state_dict()["populations.pixels.first"], before[".populations.populations.pixels.first"]
+    )
+
+
+def test_the_population_begins_as_images_of_the_generator_as_it_is(run, tmp_path):
+    trainer = trainer_of(config(tmp_path / "run", init=str(run), model=load_run_config(run).model, fill=20))
+    trainer._prepare(type("Never", (), {"is_requested": staticmethod(lambda: False)}))
+    network, sampling = pmf.PMFDiT.from_pretrained(run, aux_head=False), vars(load_run_config(run).sampling)
+    parts = [part for number in range(3) for part in trainer._batches(f"population {number}")]
+    images = [pmf.generate(network, part.labels, noise=part.noise, **sampling).flatten(1) for part in parts]
+    expected = Statistics.of(torch.cat(images))
+    population = trainer.frechet.populations["pixels"]
+    assert int(population.count) == expected.count == 24
+    sigma = population.second - population.first.outer(population.first)
+    torch.testing.assert_close(population.first, torch.from_numpy(expected.mu), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(sigma * 24 / 23, torch.from_numpy(expected.sigma), rtol=1e-5, atol=1e-6)
+
+
+def test_a_stop_while_the_population_fills_ends_the_run(run, tmp_path):
+    out = tmp_path / "run"
+    flags = [*FLAGS, "--fill", "1000000", "--steps", "3"]
+    command = [sys.executable, "-m", "pmf.train", "posttrain", str(run), "--out", str(out), *flags]
+    job = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (out / "data.json").exists() and not (out / "metrics.jsonl").exists():
+        assert job.poll() is None
+        time.sleep(0.05)
+    time.sleep(1)
+    job.send_signal(signal.SIGTERM)
+    told = job.communicate(timeout=60)[0]
+    assert job.returncode == 0 and "stopped at step 0; the run is not saved" in told
+    main(["posttrain", str(run), "--out", str(out), *FLAGS, "--steps", "1"])
+    assert len(records(out)) == 1
+
+
+def save_statistics(folder: Path, **changes) -> Path:
+    folder.mkdir()
+    pixels = digits()[0].images.flatten(1)
+    values = dict(mu=pixels.double().mean(0).numpy(), sigma=pixels.double().T.cov().numpy()) | changes
+    np.savez(folder / "pixels.npz", **values)
+    return folder
+
+
+def test_references_of_a_directory_and_distances_over_held_out_ones(run, tmp_path, capsys):
+    reference = save_statistics(tmp_path / "reference")
+    held = digits()[1].images.flatten(1).double()
+    held_out = save_statistics(tmp_path / "held", mu=held.mean(0).numpy(), sigma=held.T.cov().numpy())
+    out = tmp_path / "post"
+    main(
+        [
+            "posttrain",
+            str(run),
+            "--out",
+            str(out),
+            *FLAGS,
+            "--steps",
+            "2",
+            "--reference",
+            str(reference),
+            "--held-out",
+            str(held_out),
+        ]
+    )
+    last = records(out)[-1]
+    assert last["fdr/pixels"] == pytest.approx(last["fd/pixels"] / 0.4647, rel=1e-3)
+    capsys.readouterr()
+    save_statistics(tmp_path / "other", mu=np.zeros(64))
+    with pytest.raises(SystemExit):
+        main(["posttrain", "--resume", str(out), "--steps", "3", "--reference", str(tmp_path / "other")])
+    assert "reference: the statistics of pixels are not those that" in capsys.readouterr().err
+    main(["posttrain", "--resume", str(out), "--steps", "3"])
+    assert len(records(out)) == 3
+
+
+def u_headless(run: Path, file: Path) -> Path:
+    network = pmf.PMFDiT.from_pretrained(run, weights="model")
+    state = {name: value for name, value in network.state_dict().items() if ".u." not in name}
+    pmf.save_model(file, network.config, state)
+    return file
+
+
+REFUSED = {
+    "no source": ([], "source: expected a run directory, a checkpoint file or a hub id, or --resume DIRECTORY"),
+    "unknown": (["nowhere"], "source: nowhere does not exist"),
+    "network": (["RUN", "--features", "vgg"], "features: expected one of inception"),
+    "twice": (["RUN", "--features", "pixels", "pixels"], "features: expected different networks"),
+    "weights": (["RUN", "--features", "pixels", "--feature-weights", "1", "2"], "feature_weights: expected 1 of them, got 2"),
+    "small queue": (["RUN", "--population", "queue", "--queue", "100"], "queue: expected at least a batch, 128 features, got 100"),
+    "ignored queue": (["RUN", "--queue", "1000"], "queue: has no effect with --population average"),
+    "ignored decay": (["RUN", "--population", "queue", "--decay", "0.9"], "decay: has no effect with --population queue"),
+    "ignored data": (["RUN", "--flip"], "flip: has no effect without --anchor"),
+    "decay": (["RUN", "--decay", "1"], "decay: expected a number in [0, 1), got 1.0"),
+    "zero1": (["RUN", "--sharding", "zero1"], "sharding: expected ddp, fsdp or hybrid with optimizer adamw, got zero1"),
+    "captured": (["RUN", "--captured"], "captured: "),
+    "label": (["RUN", "--features", "pixels", "--label-weight", "1"], "label_weight: expected a network with a classifier of 10 classes, got none"),
+    "other folder": (["RUN", "--features", "pixels", "--label-weight", "0", "--reference", "EMPTY"], "reference: EMPTY/pixels.npz does not exist, expected the statistics of pixels"),
+    "other width": (["RUN", "--features", "pixels", "--label-weight", "0", "--reference", "NARROW"], "reference: NARROW/pixels.npz has 9 features, expected 64"),
+    "no u head": (["HEADLESS"], "u head"),
+    "trained": (["--resume", "RUN"], "resume: RUN is a run of `pmf train`, expected `pmf train --resume RUN`"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def places(run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("places")
+    (folder / "empty").mkdir()
+    narrow = save_statistics(folder / "narrow", mu=np.zeros(9), sigma=np.eye(9))
+    headless = u_headless(run, folder / "headless.safetensors")
+    return dict(RUN=str(run), EMPTY=str(folder / "empty"), NARROW=str(narrow), HEADLESS=str(headless))
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_one_line(places, case, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments, expected = REFUSED[case]
+    for name, path in places.items():
+        expected = expected.replace(name, path)
+    with pytest.raises(SystemExit) as ended:
+        main(["posttrain", *(places.get(word, word) for word in arguments), "--device", "cpu"])
+    told = capsys.readouterr().err.strip()
+    assert ended.value.code == 2 and len(told.splitlines()) == 1, told
+    assert expected in told
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_post_trained_run_is_not_resumed_by_pmf_train(run, tmp_path, capsys):
+    out = tmp_path / "post"
+    main(["posttrain", str(run), "--out", str(out), *FLAGS, "--steps", "1"])
+    with pytest.raises(SystemExit):
+        main(["train", "--resume", str(out)])
+    assert f"expected `pmf posttrain --resume {out}`" in capsys.readouterr().err
+
+
+def test_a_window_that_covers_much_of_the_run_is_warned_of(run, tmp_path, capsys):
+    for decay, warned in (("0.99", True), ("0.8", False)):
+        flags = [*FLAGS, "--steps", "100", "--decay", decay]
+        trainer_of(dataclasses.replace(config(tmp_path / decay), steps=100, decay=float(decay)))
+        assert ("more than a twentieth of the run" in capsys.readouterr().err) == warned, flags
+    assert config(tmp_path, steps=400).decay_in_effect == 0.8
+    assert config(tmp_path, steps=1500).decay_in_effect == pytest.approx(1 - 1 / 15)
+    assert config(tmp_path, steps=10**6).decay_in_effect == 0.999
+    assert all(name for need in POSTTRAIN_NEEDS for name in need.names)
+
+
+def test_a_run_of_both_heads_trains_its_v_head_by_the_anchor_alone(run, tmp_path):
+    trainer = trainer_of(config(tmp_path / "run", init=str(run), model=load_run_config(run).model, anchor=0.3))
+    trainer._prepare(type("Never", (), {"is_requested": staticmethod(lambda: False)}))
+    trainer._gradients(*next(trainer._loader()))
+    whole = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
+    trainer.model.zero_grad()
+    Trainer._gradients(trainer, *next(trainer._loader()), 0.3)
+    for name, p in trainer.model.named_parameters():
+        same = torch.equal(p.grad, whole[name])
+        assert same if ".v." in name else not same, name
