@@ -30,7 +30,7 @@ from pmf.metrics import Statistics
 
 EPS = 0.01
 ROUNDING = 16
-"""Eigenvalues of M are known to this many units of rounding of |S_r| |S|; up to 3 were seen, of widths up to 1024."""
+"""Eigenvalues of M are known to this many units of rounding of |S_r| |S|; fewer than 1 was seen, up to width 1024."""
 BLOCK = 4096
 """So many features of a queue are float64 at a time."""
 
@@ -48,10 +48,9 @@ class Target(nn.Module):
         mu, sigma = (torch.from_numpy(np.array(x, np.float64, order="C")) for x in (reference.mu, reference.sigma))
         sigma = (sigma + sigma.T) / 2
         values, vectors = torch.linalg.eigh(sigma)
-        roots = torch.where(values > len(mu) * torch.finfo(values.dtype).eps * values[-1], values, 0).sqrt()
         self.register_buffer("mu", mu, persistent=False)
         self.register_buffer("sigma", sigma, persistent=False)
-        self.register_buffer("root", (vectors * roots) @ vectors.T, persistent=False)
+        self.register_buffer("root", (vectors * values.clamp(min=0).sqrt()) @ vectors.T, persistent=False)
         self.register_buffer("largest", values[-1], persistent=False)
 
     def forward(self, mu: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
