@@ -14,19 +14,25 @@ moved the whole population, so its size does not depend on the population's.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pmf.errors import require
+from pmf.errors import InputError, require
 from pmf.fields import check_values
 from pmf.metrics import Statistics
 
 EPS = 0.01
+ROUNDING = 16
+"""Eigenvalues of M are known to this many units of rounding of |S_r| |S|; fewer than 1 was seen, up to width 1024."""
+BLOCK = 4096
+"""So many features of a queue are float64 at a time."""
 
 
 class Target(nn.Module):
@@ -35,142 +41,190 @@ class Target(nn.Module):
     mu: Tensor
     sigma: Tensor
     root: Tensor
+    largest: Tensor
 
     def __init__(self, reference: Statistics) -> None:
         super().__init__()
-        check_values(Statistics, reference=reference)
-        sigma = torch.from_numpy(reference.sigma).double()
+        mu, sigma = (torch.from_numpy(np.array(x, np.float64, order="C")) for x in (reference.mu, reference.sigma))
         sigma = (sigma + sigma.T) / 2
         values, vectors = torch.linalg.eigh(sigma)
-        self.register_buffer("mu", torch.from_numpy(reference.mu).double(), persistent=False)
+        self.register_buffer("mu", mu, persistent=False)
         self.register_buffer("sigma", sigma, persistent=False)
         self.register_buffer("root", (vectors * values.clamp(min=0).sqrt()) @ vectors.T, persistent=False)
+        self.register_buffer("largest", values[-1], persistent=False)
 
     def forward(self, mu: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(FD, dFD/dmu [d], dFD/dS [d, d]) of a mean [d] and a covariance [d, d], both float64.
 
         Eigenvalues of M within rounding of zero count as zero, and their directions have no gradient of the root term:
-        it would be as large as the rounding is small. Values that are not finite give NaN.
+        it would be as large as the rounding is small. NaN if values are not finite or their eigenvalues are not found.
         """
-        between = self.root @ sigma @ self.root
-        difference = mu - self.mu
-        if not bool(torch.isfinite(between).all()):
-            return between.new_tensor(torch.nan), torch.full_like(mu, torch.nan), torch.full_like(sigma, torch.nan)
-        values, vectors = torch.linalg.eigh((between + between.T) / 2)
-        known = values > len(mu) * torch.finfo(values.dtype).eps * values[-1]
-        inverse = torch.where(known, values, 1).rsqrt() * known
+        values, vectors = _eigh(self.root @ sigma @ self.root)
+        # Not relative to the largest of M: M is all rounding where two populations share no direction.
+        floor = ROUNDING * torch.finfo(values.dtype).eps * self.largest * torch.linalg.matrix_norm(sigma)
+        values = torch.where(values <= floor, 0, values)  # keeps NaN
+        inverse = torch.where(values == 0, 0, values.rsqrt())
         turned = self.root @ vectors
-        d_sigma = torch.eye(len(mu), dtype=mu.dtype, device=mu.device) - (turned * inverse) @ turned.T
-        root_trace = values.clamp(min=0).sqrt().sum()
-        distance = difference.square().sum() + sigma.trace() + self.sigma.trace() - 2 * root_trace
-        return distance, 2 * difference, d_sigma
+        d_sigma = (turned * -inverse) @ turned.T
+        d_sigma.diagonal().add_(1)
+        difference = mu - self.mu
+        distance = difference.square().sum() + sigma.trace() + self.sigma.trace() - 2 * values.sqrt().sum()
+        return distance.clamp(min=0), 2 * difference, d_sigma
 
 
-class MovingAverage(nn.Module):
-    """A population as exponential averages of E[f] and E[f f^T], float64.
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of a symmetric matrix; NaN if it is not finite, or if the algorithm fails."""
+    if bool(torch.isfinite(matrix).all()):
+        with contextlib.suppress(torch.linalg.LinAlgError):
+            return torch.linalg.eigh((matrix + matrix.T) / 2)
+    return torch.full_like(matrix[0], torch.nan), torch.full_like(matrix, torch.nan)
 
-    E' = decay E + (1 - decay) mean over the batch. Its window is 1 / (1 - decay) batches. The covariance is
-    E[f f^T] - mu mu^T. It starts empty; features that are added before `begin` count equally.
+
+def _mixed(mu: Tensor, sigma: Tensor, features: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of a population of which features [n, d], float64, take a share.
+
+    Covariances are about their own means: E[f f^T] - mu mu^T would lose the digits that mu^2 has before S.
+    """
+    mean = features.mean(0)
+    centred, difference = features - mean, mean - mu
+    mixed = torch.addmm(sigma, centred.T, centred, beta=1 - share, alpha=share / len(features))
+    return mu + share * difference, mixed.addr_(difference, difference, alpha=share * (1 - share))
+
+
+class Population(nn.Module):
+    """Past features by their mean and covariance, float64: `MovingAverage` or `Queue`. It starts empty.
+
+    A batch that would make it infinite or NaN does not enter: no later one could mend it.
     """
 
-    first: Tensor
-    second: Tensor
+    mu: Tensor
+    sigma: Tensor
     count: Tensor
 
-    def __init__(self, width: int, decay: float) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
         check_values(int, width=width)
-        check_values(float, decay=decay)
         require(width > 0, f"width: expected a positive number, got {width}")
-        require(0 <= decay < 1, f"decay: expected a number in [0, 1), got {decay}")
-        self.decay = decay
-        self.register_buffer("first", torch.zeros(width, dtype=torch.float64))
-        self.register_buffer("second", torch.zeros(width, width, dtype=torch.float64))
+        self.register_buffer("mu", torch.zeros(width, dtype=torch.float64))
+        self.register_buffer("sigma", torch.zeros(width, width, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
-    @property
-    def unbiased(self) -> float:
-        """The factor of the covariance."""
-        return 1.0
-
     def moved(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """E[f] and E[f f^T] once a batch [B, d] has entered; the population itself stays."""
-        f = features.double()
-        return torch.lerp(f.mean(0), self.first, self.decay), torch.lerp(f.T @ f / len(f), self.second, self.decay)
+        """Mean and covariance (divided by n) once a batch [B, d] has entered; the population itself stays."""
+        raise NotImplementedError
+
+    def unbiased(self, batch: int) -> float:
+        """The factor of the covariance once so many features have entered."""
+        return 1.0
 
     def fill(self, features: Tensor) -> None:
         """Add features [n, d] with equal weights: what the population is before the first step."""
-        f, count = features.double(), self.count + len(features)
-        self.first.add_((f.sum(0) - len(f) * self.first) / count)
-        self.second.add_((f.T @ f - len(f) * self.second) / count)
-        self.count.copy_(count)
+        raise NotImplementedError
 
+    @torch.no_grad()
     def add(self, features: Tensor) -> None:
         """Let a batch [B, d] enter."""
-        first, second = self.moved(features)
-        self.first.copy_(first)
-        self.second.copy_(second)
-        self.count.add_(len(features))
+        self._enter(features, *self.moved(features))
 
-    def check_batch(self, batch: int) -> None:
-        """Any batch fits."""
+    def _enter(self, features: Tensor, mu: Tensor, sigma: Tensor) -> bool:
+        finite = bool(torch.isfinite(sigma).all())
+        if finite:
+            self.mu.copy_(mu)
+            self.sigma.copy_(sigma)
+            self.count.add_(len(features))
+        return finite
 
 
-class Queue(nn.Module):
-    """A population of the last `size` features, float32, with running sums of f and f f^T, float64.
+class MovingAverage(Population):
+    """A population in which every batch has a share of 1 - decay when it enters.
 
-    Its window is size / B batches; its covariance is unbiased. A batch takes the places of the oldest features.
+    The weight of a batch decays by `decay` with every later one, so its window is 1 / (1 - decay) batches. Mean and
+    covariance are those of all features by their weights; the first batch of an empty population is all of it.
+    """
+
+    def __init__(self, width: int, decay: float) -> None:
+        super().__init__(width)
+        check_values(float, decay=decay)
+        require(0 <= decay < 1, f"decay: expected a number in [0, 1), got {decay}")
+        self.decay = decay
+
+    def moved(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and covariance once a batch [B, d] has entered; the population itself stays."""
+        _check_rows("features", features, self.mu)
+        return _mixed(self.mu, self.sigma, features.double(), 1 - self.decay if int(self.count) else 1.0)
+
+    @torch.no_grad()
+    def fill(self, features: Tensor) -> None:
+        """Add features [n, d], so that all so far weigh the same: what the population is before the first step."""
+        _check_rows("features", features, self.mu)
+        share = len(features) / (int(self.count) + len(features))
+        self._enter(features, *_mixed(self.mu, self.sigma, features.double(), share))
+
+
+class Queue(Population):
+    """A population of the last `size` features, float32, or of all so far if they are fewer.
+
+    Its window is size / B batches; its covariance is unbiased. A batch takes the places of the oldest features. Mean
+    and covariance move with every batch, and are computed anew from all features whenever the places start over: the
+    rounding that a large feature leaves behind does not stay.
     """
 
     features: Tensor
-    first: Tensor
-    second: Tensor
-    count: Tensor
 
     def __init__(self, width: int, size: int) -> None:
-        super().__init__()
-        check_values(int, width=width, size=size)
-        require(width > 0 and size > 1, f"width, size: expected > 0 and > 1, got {width} and {size}")
+        super().__init__(width)
+        check_values(int, size=size)
+        require(size > 1, f"size: expected more than 1 feature, got {size}")
         self.size = size
         self.register_buffer("features", torch.zeros(size, width))
-        self.register_buffer("first", torch.zeros(width, dtype=torch.float64))
-        self.register_buffer("second", torch.zeros(width, width, dtype=torch.float64))
-        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
-    @property
-    def unbiased(self) -> float:
-        """The factor of the covariance."""
-        return self.size / (self.size - 1)
+    def unbiased(self, batch: int) -> float:
+        """The factor of the covariance once so many features have entered."""
+        number = min(int(self.count) + batch, self.size)
+        return number / max(number - 1, 1)
 
     def moved(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """E[f] and E[f f^T] once a batch [B, d] has entered; the population itself stays."""
-        first, second = self._sums(features)
-        return first / self.size, second / self.size
+        """Mean and covariance (divided by n) once a batch [B, d] has entered; the population itself stays."""
+        _check_rows("features", features, self.mu)
+        batch, count = len(features), int(self.count)
+        require(batch <= self.size, f"size: expected a queue of at least a batch, {batch} features, got {self.size}")
+        before, after = min(count, self.size), min(count + batch, self.size)
+        new, old = features.float().double(), self.features[self._places(batch)[after - before :]].double()
+        # About the mean before, which loses no digits.
+        centre = self.mu if before else new.mean(0)
+        new, old = new - centre, old - centre
+        shift = (new.sum(0) - old.sum(0)) / after
+        sigma = torch.addmm(self.sigma, new.T, new, beta=before / after, alpha=1 / after)
+        sigma.addmm_(old.T, old, alpha=-1 / after).addr_(shift, shift, alpha=-1)
+        return centre + shift, sigma
 
-    def _sums(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        new, old = features.float().double(), self.features[self._places(len(features))].double()
-        return self.first + new.sum(0) - old.sum(0), self.second + new.T @ new - old.T @ old
+    def _places(self, batch: int) -> Tensor:
+        return (self.count + torch.arange(batch, device=self.features.device)) % self.size
 
-    def _places(self, count: int) -> Tensor:
-        return (self.count + torch.arange(count, device=self.features.device)) % self.size
+    def _enter(self, features: Tensor, mu: Tensor, sigma: Tensor) -> bool:
+        places, starts_over = self._places(len(features)), int(self.count) % self.size + len(features) >= self.size
+        finite = super()._enter(features, mu, sigma)
+        if finite:
+            self.features[places] = features.float()
+        if finite and starts_over:
+            self._compute_anew()
+        return finite
 
-    def add(self, features: Tensor) -> None:
-        """Let a batch [B, d] enter."""
-        self.check_batch(len(features))
-        first, second = self._sums(features)
-        self.first.copy_(first)
-        self.second.copy_(second)
-        self.features[self._places(len(features))] = features.float()
-        self.count.add_(len(features))
+    def _compute_anew(self) -> None:
+        """Take mean and covariance from the features, of which there are `size`."""
+        mu, sigma, done = torch.zeros_like(self.mu), torch.zeros_like(self.sigma), 0
+        for rows in self.features.split(BLOCK):
+            done += len(rows)
+            mu, sigma = _mixed(mu, sigma, rows.double(), len(rows) / done)
+        self.mu.copy_(mu)
+        self.sigma.copy_(sigma)
 
-    fill = add
-
-    def check_batch(self, batch: int) -> None:
-        """Raise `InputError` on a batch that is larger than the queue."""
-        require(batch <= self.size, f"queue: expected at least a batch, {batch} features, got {self.size}")
-
-
-Population = MovingAverage | Queue
+    @torch.no_grad()
+    def fill(self, features: Tensor) -> None:
+        """Add features [n, d], any number: what the population is before the first step."""
+        _check_rows("features", features, self.mu)
+        for rows in features.split(min(self.size, BLOCK)):
+            self.add(rows)
 
 
 class _Distance(torch.autograd.Function):
@@ -178,19 +232,19 @@ class _Distance(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows: Tensor, every: Tensor, target: Target, population: Population) -> Tensor:
-        first, second = population.moved(every)
-        sigma = (second - first.outer(first)) * population.unbiased
-        distance, d_mu, d_sigma = target(first, sigma)
+        mu, sigma = population.moved(every)
+        unbiased = population.unbiased(len(every))
+        distance, d_mu, d_sigma = target(mu, sigma * unbiased)
         # Ranks average their gradients, of which each has only those of its own rows: divide by these.
-        gradient = (d_mu + 2 * population.unbiased * (rows.double() - first) @ d_sigma) / len(rows)
-        ctx.save_for_backward(gradient.to(rows.dtype))
+        ctx.save_for_backward((d_mu + 2 * unbiased * (rows.double() - mu) @ d_sigma) / len(rows))
+        ctx.dtype = rows.dtype
         return distance
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_distance: Tensor):
         (gradient,) = ctx.saved_tensors
-        return d_distance.to(gradient.dtype) * gradient, None, None, None
+        return (d_distance * gradient).to(ctx.dtype), None, None, None
 
 
 @dataclass(frozen=True)
@@ -234,32 +288,46 @@ class FrechetLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_values(float, eps=eps)
+        check_values(Mapping, references=references)
+        check_values(Mapping | None, weights=weights)
+        check_values(Callable, population=population)
+        check_values(dist.ProcessGroup | None, group=group)
         require(len(references) > 0, "references: expected at least one network, got none")
         require(eps > 0, f"eps: expected a positive number, got {eps}")
         weights = dict.fromkeys(references, 1.0) | dict(weights or {})
-        unknown = sorted(set(weights) - set(references))
-        require(not unknown, f"weights: expected networks of {sorted(references)}, got {unknown}")
+        unknown = [name for name in weights if name not in references]
+        require(not unknown, f"weights: expected networks of {list(references)}, got {unknown}")
         for name, weight in weights.items():
             check_values(float, **{f"weights[{name!r}]": weight})
             require(weight > 0, f"weights: expected positive numbers, got {weight} for {name}")
         self.weights, self.eps, self.group = weights, eps, group
-        targets = {name: Target(value) for name, value in references.items()}
-        populations = {name: population(len(value.mu)) for name, value in references.items()}
-        self.targets = nn.ModuleDict(targets)  # type: ignore[assignment]
-        self.populations = nn.ModuleDict(populations)  # type: ignore[assignment]
+        self.targets, self.populations = nn.ModuleDict(), nn.ModuleDict()  # type: ignore[assignment]
+        for name, reference in references.items():
+            self._add_network(name, reference, population)
+
+    def _add_network(self, name: str, reference: Statistics, population: Callable[[int], Population]) -> None:
+        check_values(Statistics, **{f"references[{name!r}]": reference})
+        width = len(reference.mu)
+        held = population(width)
+        fits = isinstance(held, Population) and len(held.mu) == width
+        require(fits, lambda: f"population: expected a MovingAverage or Queue of width {width}, got {held!r:.80}")
+        try:
+            self.targets[name], self.populations[name] = Target(reference), held
+        except (KeyError, TypeError) as error:
+            raise InputError(f"references: expected names that modules can have, got {name!r}: {error}") from None
 
     def forward(self, features: Mapping[str, Tensor]) -> FrechetOutput:
-        """The loss of this rank's features {network: [B, d]}; the populations stay as they are."""
+        """The loss of this rank's features {network: [B, d]}; the populations stay as they are.
+
+        It is NaN where features are not finite, and where eigenvalues are not found.
+        """
         every = self.gathered(features)
-        total: Tensor = torch.zeros((), dtype=torch.float64)
-        distances = {}
+        terms, distances = [], {}
         for name, target in self.targets.items():
-            population = self.populations[name]
-            population.check_batch(len(every[name]))
-            distance = _Distance.apply(features[name], every[name], target, population)
+            distance = _Distance.apply(features[name], every[name], target, self.populations[name])
             distances[name] = distance.detach()
-            total = total.to(distance) + self.weights[name] * distance / (distances[name] + self.eps)
-        return FrechetOutput(total, distances, every)
+            terms.append(self.weights[name] * distance / (distances[name] + self.eps))
+        return FrechetOutput(torch.stack(terms).sum(), distances, every)
 
     def gathered(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The features of all ranks in order of rank, without gradient. Every rank must call."""
@@ -269,23 +337,39 @@ class FrechetLoss(nn.Module):
 
     @torch.no_grad()
     def fill(self, every: Mapping[str, Tensor]) -> None:
-        """Add features of all ranks, from `gathered`, to the populations before the first step, with equal weights."""
+        """Add features of all ranks, from `gathered`, to the populations before the first step, with equal weights.
+
+        Errors: `InputError` on features that are not finite.
+        """
+        self._check(every)
+        for name in self.targets:
+            finite = bool(torch.isfinite(every[name].float()).all())
+            require(finite, f"features: expected finite values of {name}, got NaN or infinity")
         for name, population in self.populations.items():
             population.fill(every[name])
 
     @torch.no_grad()
     def add(self, every: Mapping[str, Tensor]) -> None:
-        """Let the features of a batch, `FrechetOutput.features`, enter the populations."""
+        """Let the features of a batch, `FrechetOutput.features`, enter the populations, unless they are not finite."""
+        self._check(every)
         for name, population in self.populations.items():
             population.add(every[name])
 
     def _check(self, features: Mapping[str, Tensor]) -> None:
+        check_values(Mapping, features=features)
         same = set(features) == set(self.targets)
-        require(same, lambda: f"features: expected those of {sorted(self.targets)}, got {sorted(features)}")
+        require(same, lambda: f"features: expected those of {list(self.targets)}, got {list(features)}")
         for name, value in features.items():
-            width, shape = len(self.targets[name].mu), list(value.shape)
-            fits = len(shape) == 2 and shape[0] > 0 and shape[1] == width
-            require(fits, lambda: f"features: expected {name} of shape [B, {width}], got {shape}")  # noqa: B023
+            _check_rows(f"features[{name!r}]", value, self.targets[name].mu)
+
+
+def _check_rows(name: str, value: Tensor, mu: Tensor) -> None:
+    """Raise `InputError` unless these are features of the width and on the device of a mean."""
+    check_values(Tensor, **{name: value})
+    shape, wanted = list(value.shape), f"floats [B, {len(mu)}] on {mu.device}"
+    fits = value.is_floating_point() and len(shape) == 2 and shape[0] > 0 and shape[1] == len(mu)
+    fits = fits and value.device == mu.device
+    require(fits, lambda: f"{name}: expected {wanted}, got {value.dtype} {shape} on {value.device}")
 
 
 def _all_rows(rows: Tensor, ranks: int, group: dist.ProcessGroup | None) -> Tensor:
