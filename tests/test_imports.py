@@ -59,7 +59,7 @@ RULES = {
     "pmf/fine_tuning.py": r"pmf\.(errors|fields|model|published_weights)",
     "pmf/parallel.py": r"pmf\.(blocks|config|draws|errors|loss|model|sharded)",
     "pmf/metrics.py": r"pmf\.(atomic_files|errors|fields|sizes)",
-    "pmf/feature_networks.py": r"pmf\.(autocast|errors|fields|metrics|perceptual|sizes|weights)",
+    "pmf/feature_networks.py": r"pmf\.(autocast|errors|fields|images|metrics|sizes|weights)",
     "pmf/frechet.py": r"pmf\.(errors|fields|metrics)",
     "pmf": r"pmf(?!\.(train|benchmarks|kernels)).*",
     "train": r"pmf(?!\.(benchmarks|kernels)).*",
