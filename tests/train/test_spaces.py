@@ -16,9 +16,11 @@ from PIL import Image
 
 import pmf
 from pmf.config import Guidance
+from pmf.feature_networks import FeatureNetwork
 from pmf.images import to_float
 from pmf.metrics import Statistics, frechet_distance, precision_recall
 from pmf.train.evaluation import command as module
+from pmf.train.evaluation import spaces
 from pmf.train.evaluation.command import command
 from pmf.train.evaluation.spaces import of_spaces
 from tests.train.evaluation import checkpoint
@@ -92,6 +94,30 @@ def test_two_processes_write_what_one_writes(folders, tmp_path):
     assert [process.wait() for process in both] == [0, 0]
     one, two = (Statistics.load(folder / "pixels.npz") for folder in (reference, tmp_path))
     assert np.array_equal(one.features, two.features) and np.allclose(one.sigma, two.sigma, atol=1e-12)
+
+
+def test_interrupted_statistics_resume_with_the_network_they_were_at(folders, tmp_path, monkeypatch):
+    real, out = folders[0], tmp_path / "out"
+    fed: list[str] = []
+
+    def network(spec, device):
+        made = FeatureNetwork(spec, torch.nn.Flatten(), width=192, space=f"{spec} of a test", dtype=torch.float32)
+        made.register_forward_pre_hook(lambda module, inputs: fed.append(spec))
+        if spec == "mae" and stop:
+            raise KeyboardInterrupt
+        return made
+
+    monkeypatch.setattr(spaces, "feature_network", network)
+    stop = True
+    with pytest.raises(KeyboardInterrupt):
+        statistics(real, out, networks=("clip", "mae"))
+    assert fed == ["clip"] and not list(out.glob("[!.]*"))
+    stop = False
+    statistics(real, out, networks=("clip", "mae"))
+    assert fed == ["clip", "mae"] and sorted(file.name for file in out.iterdir()) == ["clip.npz", "mae.npz"]
+    assert Statistics.load(out / "clip.npz").space == "clip of a test"
+    statistics(real, out, networks=("clip",))  # a complete call computes anew
+    assert fed == ["clip", "mae", "clip"]
 
 
 def test_the_distance_is_that_of_the_drawn_images_and_fdr_is_relative_to_held_out_ones(

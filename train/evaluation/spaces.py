@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from pmf.pictures import is_picture
 from pmf.train.config import ExtractionConfig, MeasurementConfig
 from pmf.train.distributed import World
 from pmf.train.evaluation.measurement import Draw, Measurement
-from pmf.train.evaluation.reference import Pictures, warn_of_few, write_folder_statistics
+from pmf.train.evaluation.reference import Pictures, pictures_digest, warn_of_few, write_folder_statistics
 
 
 def of_spaces(reference: Path | None) -> bool:
@@ -43,19 +44,27 @@ def write_statistics(
 ) -> None:
     """Write the statistics of these images in the space of each network, in float32: NAME.npz in the directory `out`.
 
+    Files get their names once all are complete, so that an interrupted call resumes with the network it was at.
     Errors: `InputError` if `out` is a file, or on images of several sizes in the space of pixels.
     """
     networks = named(specs)
     require(not out.exists() or out.is_dir(), f"out: {out} is a file, expected a directory for one npz per network")
-    one_size = "pixels" not in networks or world.main_first(pictures.side) is not None
+    side = world.main_first(pictures.side) if "pixels" in networks else None
+    one_size = "pixels" not in networks or side is not None
     require(one_size, "folder: expected squares of one size for the network pixels, got others")
+    written: dict[str, tuple[Path, str]] = {}
     for name, spec in networks.items():
         network = feature_network(spec, device=world.device)
+        warn_of_few(world, "folder", pictures.count, network.width or 3 * (side or 1) ** 2)
+        extractor = SpaceExtractor(network)
+        kept = "-features" if keep else ""
+        part = out / f".{name}-{pictures_digest(pictures, extractor)}{kept}.npz"
+        write_folder_statistics(pictures, part, extractor, world, config, keep=keep, again=False)
+        written[name] = part, network.space
+    for name, (part, space) in written.items():
         file = out / f"{name}.npz"
-        write_folder_statistics(pictures, file, SpaceExtractor(network), world, config, keep=keep)
-        statistics = Statistics.load(file)
-        warn_of_few(world, "folder", pictures.count, len(statistics.mu))
-        world.say(f"wrote {file}: statistics of {pictures.count} images, {network.space}")
+        world.main_first(partial(part.replace, file))
+        world.say(f"wrote {file}: statistics of {pictures.count} images, {space}")
 
 
 class SpacesMeasurement:
