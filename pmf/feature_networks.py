@@ -24,8 +24,8 @@ from torch.nn.functional import interpolate
 from pmf.autocast import no_autocast
 from pmf.errors import InputError, extra, first_line, require
 from pmf.fields import check_values
-from pmf.metrics import INCEPTION_FEATURES, INCEPTION_SIZE, Inception, inception
-from pmf.perceptual import own_kernels_hidden
+from pmf.images import to_float
+from pmf.metrics import INCEPTION_FEATURES, INCEPTION_SIZE, Inception, Resize, inception
 from pmf.sizes import check_is_file
 from pmf.weights import weights_digest
 
@@ -61,6 +61,8 @@ class FeatureNetwork(nn.Module):
     feature space in one line (network, input, digest of the weights, whatever the dtype); classes of `logits`, or None.
     """
 
+    _place: Tensor
+
     def __init__(self, name: str, trunk: nn.Module, *, width: int | None, space: str, dtype: torch.dtype) -> None:
         """Args: trunk, a module from images [B, 3, H, W] in float32 at least to features, which runs in `dtype` itself;
         it may have a `classifier`, a module from features to logits, and `classes`, their number.
@@ -68,8 +70,14 @@ class FeatureNetwork(nn.Module):
         super().__init__()
         self.name, self.width, self.space, self.dtype = name, width, space, dtype
         self.trunk = trunk
+        self.register_buffer("_place", torch.empty(0), persistent=False)
         self.classes: int | None = getattr(trunk, "classes", None)
         self.requires_grad_(False).eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self._place.device
 
     @property
     def wide(self) -> torch.dtype:
@@ -94,6 +102,24 @@ class FeatureNetwork(nn.Module):
             raise InputError(f"features: {self.name} has no classifier of ImageNet, expected convnext")
         with no_autocast(features.device):
             return self.trunk.classifier(features.to(self.wide))  # type: ignore[operator]
+
+
+class SpaceExtractor(nn.Module):
+    """A feature network as an extractor of `pmf.features`: bytes [n, 3, H, W] -> features and logits of no classes."""
+
+    resize: Resize = "tf1"
+
+    def __init__(self, network: FeatureNetwork) -> None:
+        super().__init__()
+        self.network, self.space = network, network.space
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [n, width] and logits [n, 0], without TF32 convolutions nor algorithms chosen by timing."""
+        exact = dict(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+        with torch.backends.cudnn.flags(**exact):  # type: ignore[arg-type]
+            features = self.network(to_float(images.to(self.network.device)))
+        return features, features[:, :0]
 
 
 class _TimmTrunk(nn.Module):
@@ -213,8 +239,7 @@ def _inception(weights: str) -> Inception:
 
 def _timm(name: str, weights: str) -> nn.Module:
     source = _TIMM[name]
-    with own_kernels_hidden():
-        import timm
+    import timm
 
     any_size = dict(dynamic_img_size=True, dynamic_img_pad=True) if source.identifier.startswith("vit_") else {}
     network = timm.create_model(source.identifier, pretrained=not weights, num_classes=source.classes, **any_size)

@@ -174,18 +174,20 @@ def quality(chunks: Chunks, reference: Statistics, device: torch.device | str = 
     """FID, Inception score with its deviation, precision and recall of generated images against a reference.
 
     `chunks` holds their features, made with the reference's extractor and resize. Precision and recall are computed
-    on `device`, and are None if the reference has no features. Errors: see the functions of `pmf.metrics`.
+    on `device`, and are None if the reference has no features. In other spaces than Inception's, FID is called
+    frechet_distance; without logits there is no score. Errors: see the functions of `pmf.metrics`.
     """
-    generated = replace(chunks.statistics(keep=True), resize=reference.resize)
-    score, deviation = inception_score(torch.cat(list(chunks.read("logits"))), splits=SPLITS)
+    known: dict[str, Any] = dict(resize=reference.resize, space=reference.space, image_size=reference.image_size)
+    generated, logits = replace(chunks.statistics(keep=True), **known), torch.cat(list(chunks.read("logits")))
+    scores = {}
+    if logits.shape[1] > 0:
+        scores = dict(
+            zip(("inception_score", "inception_score_std"), inception_score(logits, splits=SPLITS), strict=True)
+        )
     precision = recall = None
     if reference.features is not None:
         both = (torch.from_numpy(x).to(device) for x in (generated.features, reference.features))
         precision, recall = precision_recall(*both)
-    return {
-        "fid": frechet_distance(generated, reference),
-        "inception_score": score,
-        "inception_score_std": deviation,
-        "precision": precision,
-        "recall": recall,
-    }
+    name = "fid" if (reference.space or "inception ").startswith("inception ") else "frechet_distance"
+    distance = {name: frechet_distance(generated, reference)}
+    return {**distance, **scores, "precision": precision, "recall": recall}

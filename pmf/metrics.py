@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,6 +32,9 @@ INCEPTION_SIZE, INCEPTION_FEATURES = 299, 2048
 NEIGHBOURS = 3
 """Of each feature, for precision and recall: sets need more images than that."""
 SCORE_SEED = 2020
+DETAILS = ("count", "features", "space", "image_size")
+"""What an npz of statistics may hold beside mean and covariance."""
+LONGEST = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +43,8 @@ class Statistics:
 
     mu float64 [d]; sigma float64 [d, d], unbiased (zero for one image); count, the number of images,
     if known; features float32 [count, d], if kept (precision and recall need them);
-    resize, the convention that Inception features were made with (None: unknown or irrelevant).
+    resize, the convention that Inception features were made with (None: unknown or irrelevant); space, the identity of
+    the feature space (`pmf.feature_networks`), and image_size, the side of the images, if known.
     Errors: `InputError` on other types and shapes, on values that are not finite, and if sigma is no covariance.
     """
 
@@ -49,13 +53,20 @@ class Statistics:
     count: int | None = None
     features: np.ndarray | None = None
     resize: Resize | None = None
+    space: str | None = None
+    image_size: int | None = None
 
     def __post_init__(self) -> None:
         check_values(np.ndarray, mu=self.mu, sigma=self.sigma)
         shapes = list(self.mu.shape), list(self.sigma.shape)
         fits = len(shapes[0]) == 1 and shapes[0][0] > 0 and shapes[1] == 2 * shapes[0]
         require(fits, f"statistics: expected mu [d] and sigma [d, d], got {shapes}")
-        check_values(int | None, count=self.count)
+        check_values(int | None, count=self.count, image_size=self.image_size)
+        check_values(str | None, space=self.space)
+        space, size = self.space, self.image_size
+        named = space is None or (0 < len(space) <= LONGEST and space.isprintable())
+        require(named, lambda: f"space: expected one line of at most {LONGEST} characters, got {space!r:.80}")
+        require(size is None or size >= 1, f"image_size: expected at least 1, got {size}")
         check_values(Resize | None, resize=self.resize)
         check_values(np.ndarray | None, features=self.features)
         require(self.count is None or self.count >= 1, f"count: expected at least 1, got {self.count}")
@@ -82,7 +93,7 @@ class Statistics:
 
         With n = n_a + n_b and d = mu_b - mu_a: mu = mu_a + d n_b / n, and the sums of squares add up
         with d d^T n_a n_b / n. Neither set's features are kept. Errors: `InputError` if a count is unknown,
-        or if the resizes differ.
+        or if the resizes, spaces or image sizes differ.
         """
         _check_comparable(self, other)
         if self.count is None or other.count is None:
@@ -91,12 +102,13 @@ class Statistics:
         squares = self.sigma * (self.count - 1) + other.sigma * (other.count - 1)
         squares += np.outer(difference, difference) * (self.count * other.count / count)
         mu, sigma = self.mu + difference * (other.count / count), squares / (count - 1)
-        return Statistics(mu, sigma, count, resize=self.resize or other.resize)
+        space, size = self.space or other.space, self.image_size or other.image_size
+        return Statistics(mu, sigma, count, resize=self.resize or other.resize, space=space, image_size=size)
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
         """Read an npz archive: `mu` and `sigma` (made with the tf1 resize), or `ref_mu` and `ref_sigma` (half_pixel);
-        also `count` and `features` if present.
+        also `count`, `features`, `space` and `image_size` if present.
 
         Errors: `InputError` if the file cannot be read, lacks both pairs or holds both, or has arrays of wrong shape.
         """
@@ -107,10 +119,12 @@ class Statistics:
         features = arrays.get("features")
         real = features is None or features.dtype.kind == "f"
         require(real, f"reference: expected features of floats, got {features is not None and features.dtype}")
-        count = _float64("count", arrays["count"]).reshape(-1)[0] if "count" in arrays else None
-        require(count is None or bool(np.isfinite(count)), f"reference: {path}: its count holds NaN or infinity")
+        count, size = (_whole(name, arrays.get(name), path) for name in ("count", "image_size"))
+        space = arrays.get("space")
+        if space is not None and (space.dtype.kind != "U" or space.ndim > 0):
+            raise InputError(f"reference: {path}: expected a text in space, got {space.dtype} {list(space.shape)}")
         try:
-            return cls(mu, sigma, None if count is None else int(count), features, resize)
+            return cls(mu, sigma, count, features, resize, None if space is None else str(space), size)
         except InputError as error:
             raise InputError(f"reference: {path}: {error}") from None
 
@@ -119,7 +133,7 @@ class Statistics:
         """The shapes of the arrays that `load` reads, checked before any is read, and the resize that names tell."""
         check_is_file("reference", path)
         with _reading(path):
-            shapes, others = _npz_shapes(path, {"count", "features", *(n for pair in NAMES.values() for n in pair)})
+            shapes, others = _npz_shapes(path, {*DETAILS, *(n for pair in NAMES.values() for n in pair)})
         named = {name for pair in NAMES.values() for name in pair if name in shapes}
         resize = next((resize for resize, pair in NAMES.items() if named == set(pair)), None)
         if resize is None:
@@ -136,7 +150,7 @@ class Statistics:
     def save(self, path: str | Path) -> None:
         """Write an npz archive that `load` reads, atomically; its names encode the resize (tf1 if unknown)."""
         mu, sigma = NAMES[self.resize or "tf1"]
-        values = {mu: self.mu, sigma: self.sigma, "count": self.count, "features": self.features}
+        values = {mu: self.mu, sigma: self.sigma} | {name: getattr(self, name) for name in DETAILS}
         arrays = {name: value for name, value in values.items() if value is not None}
 
         def write(temporary: Path) -> None:
@@ -182,11 +196,20 @@ def _float64(name: str, values: np.ndarray) -> np.ndarray:
     return values.astype(np.float64)
 
 
+def _whole(name: str, values: np.ndarray | None, path: str | Path) -> int | None:
+    """The first of these values, as an integer."""
+    if values is None:
+        return None
+    value = _float64(name, values).reshape(-1)[0]
+    require(bool(np.isfinite(value)), f"reference: {path}: its {name} holds NaN or infinity")
+    return int(value)
+
+
 def frechet_distance(a: Statistics, b: Statistics) -> float:
     """|mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)) in float64, A and B being the covariances.
 
     On Inception features this is FID; on flattened images, FID in pixel space.
-    Errors: `InputError` on different numbers of features, or different resizes.
+    Errors: `InputError` on different numbers of features, resizes, spaces or image sizes.
     """
     _check_comparable(a, b)
     difference = a.mu - b.mu
@@ -202,8 +225,11 @@ def _check_comparable(a: Statistics, b: Statistics) -> None:
     check_values(Statistics, statistics=b)
     widths, resizes = (len(a.mu), len(b.mu)), (a.resize, b.resize)
     require(widths[0] == widths[1], f"statistics: expected as many features in both, got {widths[0]} and {widths[1]}")
-    same = None in resizes or resizes[0] == resizes[1]
-    require(same, f"statistics: expected features made with one resize, got {resizes[0]} and {resizes[1]}")
+    kinds: dict[str, tuple[Any, Any]] = {"made with one resize": resizes, "of one space": (a.space, b.space)}
+    kinds["of images of one size"] = (a.image_size, b.image_size)
+    for kind, (first, second) in kinds.items():
+        same = first is None or second is None or first == second
+        require(same, f"statistics: expected features {kind}, got {first} and {second}")
 
 
 def _check_features(name: str, values: Tensor) -> None:

@@ -213,7 +213,7 @@ def _loading(argument: str, source: str) -> Iterator[None]:
 
 
 @contextmanager
-def own_kernels_hidden() -> Iterator[None]:
+def _own_kernels_hidden() -> Iterator[None]:
     """Hide a clone's folder `kernels` from transformers, which would take it for Hugging Face's package `kernels`."""
     found, own = (importlib.util.find_spec(name) for name in ("kernels", "pmf.kernels"))
     files = [spec.origin for spec in (found, own) if spec is not None and spec.origin is not None]
@@ -269,7 +269,7 @@ def _with_biases(network: Any) -> Any:
 def _load_convnext(source: str) -> Any:
     """ConvNeXt-V2 without its classifier."""
     name = CONVNEXT if source == "hub" else source
-    with _loading("convnext", name), own_kernels_hidden():
+    with _loading("convnext", name), _own_kernels_hidden():
         from transformers import ConvNextV2Config, ConvNextV2Model
 
         if source == "random":

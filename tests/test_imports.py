@@ -59,7 +59,7 @@ RULES = {
     "pmf/fine_tuning.py": r"pmf\.(errors|fields|model|published_weights)",
     "pmf/parallel.py": r"pmf\.(blocks|config|draws|errors|loss|model|sampling|sharded)",
     "pmf/metrics.py": r"pmf\.(atomic_files|errors|fields|sizes)",
-    "pmf/feature_networks.py": r"pmf\.(autocast|errors|fields|metrics|perceptual|sizes|weights)",
+    "pmf/feature_networks.py": r"pmf\.(autocast|errors|fields|images|metrics|sizes|weights)",
     "pmf/frechet.py": r"pmf\.(errors|fields|metrics)",
     "pmf/post_training.py": r"pmf\.(draws|errors|feature_networks|fields|frechet)",
     "pmf": r"pmf(?!\.(train|benchmarks|kernels)).*",

@@ -1,5 +1,6 @@
 import dataclasses
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -108,6 +109,25 @@ def test_statistics_are_written_whole(tmp_path):
     assert Statistics.load(tmp_path / "ref.npz").features is None
 
 
+def test_statistics_name_their_space_and_the_size_of_the_images(tmp_path):
+    plain = Statistics.of(normal(20, 3))
+    known = replace(plain, space="mae 224", image_size=256)
+    known.save(tmp_path / "ref.npz")
+    read = Statistics.load(tmp_path / "ref.npz")
+    assert (read.space, read.image_size) == ("mae 224", 256)
+    merged = plain.merge(known)
+    assert (merged.space, merged.image_size) == ("mae 224", 256) and frechet_distance(known, plain) < 1e-9
+    plain.save(tmp_path / "ref.npz")
+    assert Statistics.load(tmp_path / "ref.npz").space is Statistics.load(tmp_path / "ref.npz").image_size is None
+    for change, message in (
+        (dict(space="clip 256"), "statistics: expected features of one space, got mae 224 and clip 256"),
+        (dict(image_size=64), "statistics: expected features of images of one size, got 256 and 64"),
+    ):
+        for compare in (frechet_distance, Statistics.merge):
+            with pytest.raises(InputError, match=message):
+                compare(known, replace(known, **change))
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
@@ -124,6 +144,13 @@ def test_statistics_are_written_whole(tmp_path):
         (dict(mu=np.full(2, np.nan), sigma=np.eye(2)), "holds NaN or infinity"),
         (dict(mu=np.zeros(2), sigma=np.eye(2), count=np.nan), "holds NaN or infinity"),
         (dict(mu=np.zeros(2), sigma=np.eye(2), count=np.inf), "holds NaN or infinity"),
+        (dict(mu=np.zeros(2), sigma=np.eye(2), space=np.zeros(2)), r"expected a text in space, got float64 \[2\]"),
+        (dict(mu=np.zeros(2), sigma=np.eye(2), space=np.array(["a"])), r"expected a text in space, got <U1 \[1\]"),
+        (dict(mu=np.zeros(2), sigma=np.eye(2), space=np.array("a\nb")), "space: expected one line of at most 1000"),
+        (dict(mu=np.zeros(2), sigma=np.eye(2), space=np.array(9999 * "a")), "space: expected one line of at most 1000"),
+        (dict(mu=np.zeros(2), sigma=np.eye(2), image_size=np.array("x")), "expected real numbers in image_size, got"),
+        (dict(mu=np.zeros(2), sigma=np.eye(2), image_size=np.nan), "its image_size holds NaN or infinity"),
+        (dict(mu=np.zeros(2), sigma=np.eye(2), image_size=0), "image_size: expected at least 1, got 0"),
         (dict(mu=np.zeros(2), sigma=np.eye(2), features=np.full((5, 2), np.nan)), "holds NaN or infinity"),
         (dict(mu=np.zeros(2), sigma=np.eye(2), features=np.zeros((5, 3))), r"expected features \[n, 2\], got \(5, 3\)"),
     ],

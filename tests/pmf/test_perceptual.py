@@ -10,7 +10,7 @@ from torch import nn
 
 import pmf
 from pmf.crops import draw_crops, resize_crops
-from pmf.perceptual import CONVNEXT_BASE, ConvNextDistance, LPIPSDistance, PerceptualLoss, own_kernels_hidden
+from pmf.perceptual import CONVNEXT_BASE, ConvNextDistance, LPIPSDistance, PerceptualLoss, _own_kernels_hidden
 from pmf.reference.loss import adaptive, pmf_fields, squared_errors
 from tests.networks import TINY, random_model, relative_error
 from tests.pmf.test_crops import resized_written_out
@@ -23,7 +23,7 @@ needs_extras = pytest.mark.extras
 
 def package(name):
     """A package of the extra; skips the test if it cannot be imported (torchvision needs its matching torch)."""
-    with own_kernels_hidden():
+    with _own_kernels_hidden():
         return pytest.importorskip(
             name,
             reason=f"{name} does not import beside torch {torch.__version__}",
@@ -42,7 +42,7 @@ def _lpips_network(trunk):
 def _convnext_network(**options):
     transformers = package("transformers")
     torch.manual_seed(0)
-    with own_kernels_hidden():
+    with _own_kernels_hidden():
         return scattered(
             transformers.ConvNextV2Model(transformers.ConvNextV2Config(**SMALL, **options)).double().eval()
         )

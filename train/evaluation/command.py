@@ -22,12 +22,23 @@ from pmf.config import MODELS, Guidance, ModelConfig, published_guidance
 from pmf.errors import InputError, require
 from pmf.hub import locate
 from pmf.metrics import INCEPTION_FEATURES, inception
-from pmf.train.config import ExtractionConfig, MeasurementConfig, PosttrainConfig, find_run_config
+from pmf.train.config import ExtractionConfig, MeasurementConfig, RunConfig, find_run_config
 from pmf.train.distributed import World, join, leave, pick_device
 from pmf.train.evaluation.measurement import MakeExtractor, Measurement, demo_score
 from pmf.train.evaluation.reference import open_pictures, warn_of_few, write_folder_statistics
-from pmf.train.options import EVAL_NEEDS, parse, refuse_ignored
+from pmf.train.evaluation.spaces import SpacesMeasurement, of_spaces, write_statistics
+from pmf.train.options import EVAL_NEEDS, Need, parse, refuse_ignored
 from pmf.weights import read_metadata
+
+SPACES_NEEDS = (
+    Need(
+        ("networks", "held_out"),
+        "without a directory of NAME.npz as --reference",
+        lambda c: of_spaces(c.reference),
+    ),
+    Need(("resize", "inception"), "in several spaces; see --networks", lambda c: not of_spaces(c.reference)),
+)
+STATISTICS_NEEDS = (Need(("resize", "inception"), "with --networks", lambda c: not c.networks),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +72,11 @@ class EvalConfig(MeasurementConfig):
     """Precision of the network's matrix products."""
     device: str = "auto"
     """Device: auto (each process its own GPU), cpu, cuda, ..."""
+    networks: tuple[str, ...] = ()
+    """Of a reference that holds NAME.npz by feature network: those to measure, each as NAME (published weights),
+    NAME:PATH or NAME:random (default: all, with published weights)."""
+    held_out: Path | None = None
+    """Directory of such statistics of held-out real images: reports FDr, distances relative to theirs."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,9 +94,12 @@ class StatisticsConfig(ExtractionConfig):
     folder: tyro.conf.Positional[Path]
     """Folder of images."""
     out: Path
-    """The npz to write: mu, sigma, count; with --resize half_pixel ref_mu, ref_sigma, count."""
+    """The npz to write: mu, sigma, count; with --resize half_pixel ref_mu, ref_sigma, count; or a directory."""
     features: bool = False
     """Store the features too (8 KB per image): precision and recall need them."""
+    networks: tuple[str, ...] = ()
+    """Feature networks, each as NAME (published weights), NAME:PATH or NAME:random: inception, siglip, mae, convnext,
+    dinov2, clip, pixels. Then `out` is a directory, which gets NAME.npz of each."""
     device: str = "auto"
     """Device: auto (each process its own GPU), cpu, cuda, ..."""
 
@@ -106,17 +125,24 @@ class Point:
 
 
 def command(arguments: list[str]) -> None:
-    """Print one JSON line per grid point, then the point of lowest FID if there are several."""
+    """Print one JSON line per grid point, then the point of lowest FID if there are several.
+
+    With statistics of several spaces: one line per space, then one that compares them.
+    """
     if arguments[:1] == ["statistics"]:
         statistics_command(arguments[1:])
         return
     config = parse(EvalConfig, "pmf eval", arguments)
-    refuse_ignored(config, EvalConfig(source=config.source), EVAL_NEEDS)
+    refuse_ignored(config, EvalConfig(source=config.source), EVAL_NEEDS + SPACES_NEEDS)
     if config.reference is None:
         if int(os.environ.get("RANK", 0)) == 0:
             evaluate_demo(config)
         return
     world = join(config.device)
+    if of_spaces(config.reference):
+        evaluate_spaces(config, world)
+        leave(world)
+        return
     lines = evaluate(config, world)
     if len(lines) > 1:
         world.say(json.dumps({"best": min(lines, key=lambda line: line["fid"])}))
@@ -126,7 +152,13 @@ def command(arguments: list[str]) -> None:
 def statistics_command(arguments: list[str]) -> None:
     """Write the statistics of a folder."""
     config = parse(StatisticsConfig, "pmf eval statistics", arguments)
+    refuse_ignored(config, StatisticsConfig(folder=config.folder, out=config.out), STATISTICS_NEEDS)
     pictures, world = open_pictures(config.folder), join(config.device)
+    if config.networks:
+        pictures.warn_of_sizes(world)
+        write_statistics(pictures, config.out, config.networks, world, config, keep=config.features)
+        leave(world)
+        return
     extractor = inception(config.inception, resize=config.resize or "tf1", device=world.device)
     warn_of_few(world, "folder", pictures.count, INCEPTION_FEATURES)
     pictures.warn_of_sizes(world)
@@ -137,9 +169,7 @@ def statistics_command(arguments: list[str]) -> None:
 
 def evaluate(config: EvalConfig, world: World, make_extractor: MakeExtractor | None = None) -> list[dict[str, Any]]:
     """Measure every grid point and return the results in order; each is printed and stored as soon as it is known."""
-    run = Path(config.source)
-    out = config.out or (run / "eval" if run.is_dir() else Path("eval") / run.stem)
-    measurement = Measurement(config, out, world, make_extractor)
+    measurement = Measurement(config, _out(config), world, make_extractor)
     lines = []
     for model, point in _grid_points(config, world):
         draw = partial(_draw, model, point, config.dtype)
@@ -153,18 +183,44 @@ def evaluate(config: EvalConfig, world: World, make_extractor: MakeExtractor | N
     return lines
 
 
+def evaluate_spaces(config: EvalConfig, world: World) -> None:
+    """Print a line per grid point and space, and after each point one with the spaces that the run was trained on."""
+    spaces = SpacesMeasurement(config, config.networks, config.held_out, _out(config), world)
+    run = _run_of(config)
+    for model, point in _grid_points(config, world):
+        spaces.check(model)
+        head = {"source": config.source, "weights": point.weights}
+        lines = spaces.measure(
+            model,
+            partial(_draw, model, point, config.dtype),
+            head,
+            settings=point.settings,
+            seed=config.seed,
+            dtype=config.dtype,
+            images=config.images and config.images / point.name,
+        )
+        for line in (*lines, spaces.summary(head | point.settings, lines, getattr(run, "features", ()))):
+            world.say(json.dumps(line))
+
+
+def _out(config: EvalConfig) -> Path:
+    run = Path(config.source)
+    return config.out or (run / "eval" if run.is_dir() else Path("eval") / run.stem)
+
+
 def evaluate_demo(config: EvalConfig) -> None:
     """Print one JSON line per grid point of a network of digits or photographs, with the scores of the demos.
 
     Errors: `InputError` on any other network: it needs a reference.
     """
     world, score = World(pick_device(config.device)), None
+    features = getattr(_run_of(config), "features", ())
+    spaces = {"trained_on": [spec.partition(":")[0] for spec in features]} if features else {}
     for model, point in _grid_points(config, world, steps=(1, 2)):
         score = score or demo_score(model.config, trained_on(config), world)
         result = score(model, seed=config.seed, **point.settings)
         numbers = {name: round(value, 4) for name, value in result.items()}
-        trained = {"trained_on": spaces} if (spaces := _trained_spaces(config)) else {}
-        print(json.dumps({"weights": point.weights, **point.settings, **numbers, **trained}), flush=True)
+        print(json.dumps({"weights": point.weights, **point.settings, **numbers, **spaces}), flush=True)
 
 
 def _draw(model: pmf.PMFDiT, point: Point, dtype: str, labels: list[int], seeds: list[int]) -> Tensor:
@@ -206,21 +262,20 @@ def _load_together(source: str, weights: str | None, world: World) -> pmf.PMFDiT
 
 def trained_on(config: EvalConfig) -> str | None:
     """The training data of a checkpoint, by its metadata or by the run that it is in; None if neither tells."""
-    source = Path(config.source)
-    if not source.is_file():
-        run = find_run_config(config.source)
-        return run.data if run else None
-    with contextlib.suppress(InputError):  # a config.json beside the file may be anything
-        run = find_run_config(str(source.parent))
-        return read_metadata(source).get("data") or (run.data if run else None)
+    source, run = Path(config.source), _run_of(config)
+    with contextlib.suppress(InputError):  # metadata may be anything
+        return (source.is_file() and read_metadata(source).get("data")) or (run.data if run else None)
     return None
 
 
-def _trained_spaces(config: EvalConfig) -> list[str]:
-    """The feature spaces whose Fréchet distance the run was post-trained on."""
-    stored = find_run_config(config.source)
-    specs = stored.features if isinstance(stored, PosttrainConfig) else ()
-    return [spec.partition(":")[0] for spec in specs]
+def _run_of(config: EvalConfig) -> RunConfig | None:
+    """The configuration of the run that the source is, or is in; None if there is none."""
+    source = Path(config.source)
+    if not source.is_file():
+        return find_run_config(config.source)
+    with contextlib.suppress(InputError):  # a config.json beside the file may be anything
+        return find_run_config(str(source.parent))
+    return None
 
 
 def grid(config: EvalConfig, weights: str | None, model: ModelConfig, steps: tuple[int, ...] = (1,)) -> list[Point]:

@@ -102,6 +102,7 @@ class Measurement:
                 _check_width(given, INCEPTION_FEATURES)
             make_extractor = partial(inception, config.inception, device=world.device)
         self.extractor = make_extractor(resize=self.resize)
+        self.space: str | None = getattr(self.extractor, "space", None)
         self._warned = False
         self._extractor_digest = extractor_digest(self.extractor)
         self._reference: tuple[Statistics, str] | None = None
@@ -109,10 +110,12 @@ class Measurement:
             self._take(given, path)
 
     def _take(self, statistics: Statistics, file: Path) -> None:
-        blank = torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=self.world.device)
+        _check_space(statistics, self.space, file)
+        side = statistics.image_size or 32
+        blank = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=self.world.device)
         _check_width(statistics, self.extractor(blank)[0].shape[1])
         named = hashlib.sha256(file.read_bytes()).hexdigest()[:32]
-        self._reference = replace(statistics, resize=self.resize), named
+        self._reference = replace(statistics, resize=self.resize, space=self.space or statistics.space), named
 
     def reference(self, stopping: Callable[[], bool] = never) -> tuple[Statistics, str]:
         """The reference and a digest of its content. A folder's statistics are computed once and kept in `out`.
@@ -149,6 +152,7 @@ class Measurement:
         count = image_count(self.config, network.config, "source")
         seeds_from(seed, count)
         per_class, named = self.config.per_class, (self._extractor_digest, self.reference(stopping)[1])
+        self.check_size(network.config.image_size, stopping)
         self.warn(count, network.config.image_size)
         key = digest(network_digest(network), settings, per_class, seed, dtype, *named)
         folder = images and images.with_name(f"{images.name}-{key[:8]}")
@@ -172,10 +176,17 @@ class Measurement:
 
     def _result(self, chunks: Chunks, head: dict[str, Any], key: str) -> dict[str, Any]:
         """The result of the finished chunks, which is stored."""
-        against = {"reference": str(self.config.reference), "resize": self.resize}
+        kind = {"resize": self.resize} if self.space is None else {"space": self.space}
+        against = {"reference": str(self.config.reference), **kind}
         line = {**head, **against, **quality(chunks, self.reference()[0], self.world.device), "key": key}
         self.results.append(line)
         return line
+
+    def check_size(self, image_size: int, stopping: Callable[[], bool] = never) -> None:
+        """Raise `InputError` if the reference is known to be of images of another size."""
+        got = self.reference(stopping)[0].image_size
+        good = got in (None, image_size)
+        require(good, f"reference: expected images of {image_size} pixels, as the samples, got {got}")
 
     def warn(self, count: int, image_size: int) -> None:
         """Warn, once, of sets of images that are too small or of other sizes."""
@@ -206,6 +217,13 @@ def _check_enough(pictures: Pictures | None, given: Statistics | None) -> None:
     count = pictures.count if pictures is not None else None if features is None else len(features)
     enough = count is None or count > NEIGHBOURS
     require(enough, f"reference: expected more than {NEIGHBOURS} images, for precision and recall, got {count}")
+
+
+def _check_space(statistics: Statistics, space: str | None, file: Path) -> None:
+    """Refuse statistics that are known to be of another space; an extractor without one is Inception."""
+    got = statistics.space
+    good = got is None or (got.startswith("inception ") if space is None else got == space)
+    require(good, f"reference: {file}: expected features of {space or 'inception'}, got {got}")
 
 
 def _check_width(statistics: Statistics, width: int) -> None:

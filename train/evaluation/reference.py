@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from pmf.data.training_data import CorruptImageError
 from pmf.errors import InputError, extra
 from pmf.features import Chunks, Extractor, Source, find_images, images_of
+from pmf.metrics import Statistics
 from pmf.pictures import open_file, open_picture
 from pmf.train.config import ExtractionConfig
 from pmf.train.data.samples import listed
@@ -71,6 +73,11 @@ class Pictures:
     sizes: Callable[[], Counter[tuple[int, int]]]
     """(width, height) -> number of images, by their headers."""
 
+    def side(self) -> int | None:
+        """The side of the images if all are squares of one size, else None."""
+        sizes = set(self.sizes())
+        return next(iter(sizes))[0] if len({side for size in sizes for side in size}) == 1 else None
+
     def warn_of_sizes(self, world: World, wanted: int | None = None) -> None:
         """Warn, in one line, of sizes that differ, or differ from that of the samples: only equal ones compare."""
         sizes = self.sizes() if world.main else Counter()
@@ -89,7 +96,7 @@ def open_pictures(path: Path) -> Pictures:
     if any(path.glob("shard-*.*")):
         return _prepared(path)
     files = find_images(path)
-    return Pictures(files, len(files), images_of(files), lambda: _sizes(files))
+    return Pictures(files, len(files), images_of(files), cache(lambda: _sizes(files)))
 
 
 def _prepared(path: Path) -> Pictures:
@@ -160,6 +167,13 @@ def pictures_digest(pictures: Pictures, extractor: Extractor) -> str:
     return digest(listing, extractor_digest(extractor))
 
 
+def _described(statistics: Statistics, pictures: Pictures, extractor: Extractor) -> Statistics:
+    """The statistics with what is known of their features."""
+    space = getattr(extractor, "space", None)
+    size = pictures.side() if space else None
+    return replace(statistics, resize=extractor.resize, space=space, image_size=size)
+
+
 def write_folder_statistics(
     pictures: Pictures,
     out: Path,
@@ -183,5 +197,5 @@ def write_folder_statistics(
         if not again and world.broadcast(out.is_file()):
             return
         compute_together(chunks, chunks.missing(), pictures.read, extractor, world, config.batch_size, stopping)
-        world.main_first(lambda: replace(chunks.statistics(keep=keep), resize=extractor.resize).save(out))
+        world.main_first(lambda: _described(chunks.statistics(keep=keep), pictures, extractor).save(out))
         chunks.remove()

@@ -57,5 +57,6 @@ def network_digest(network: pmf.PMFDiT) -> str:
 
 
 def extractor_digest(extractor: Extractor) -> str:
-    """Digest of an extractor: its weights and its resize."""
-    return digest(weights_digest(extractor), extractor.resize)
+    """Digest of an extractor: the space of its features, else its weights and its resize."""
+    space = getattr(extractor, "space", None)
+    return digest(space) if space else digest(weights_digest(extractor), extractor.resize)

@@ -66,9 +66,13 @@ def _read(file: Path, argument: str, config: PosttrainConfig, network: FeatureNe
         found = Statistics.load(file)
     except InputError as error:
         raise InputError(f"{argument}: {str(error).removeprefix('reference: ')}") from error
+    size, wanted = found.image_size, config.model.image_size
+    space = found.space in (None, network.space)
+    require(space, f"{argument}: {file} was made by {found.space}, expected {network.space}")
     width = len(found.mu)
-    expected = network.width or config.model.in_channels * config.model.image_size**2
+    expected = network.width or config.model.in_channels * wanted**2
     require(width == expected, f"{argument}: {file} has {width} features, expected {expected}")
+    require(size in (None, wanted), f"{argument}: {file} is of images of {size} pixels, the network has {wanted}")
     return found
 
 

@@ -59,14 +59,14 @@ def _digits(kept: dict) -> PosttrainConfig:
     return PosttrainConfig(
         **kept
         | dict(
-            steps=400,
+            steps=500,
             batch_size=128,
             device_batch=None,
             ema_half_lives=(500.0,),
             sampling_weights="ema_500",
             features=("pixels", "digits"),
             fill=4000,
-            label_weight=10.0,
+            label_weight=20.0,
             optimizer=OptimizerConfig(
                 name="adamw", learning_rate=5e-5, warmup_steps=20, decay_share=1.0, decay="cosine"
             ),
