@@ -112,6 +112,8 @@ def _check_sizes(file: Path, config: ModelConfig, state: Mapping[str, Tensor]) -
     _check_weight(file, state, "conditioning.classes.weight", [config.num_classes + 1, width])
     for ours, theirs in PREFIX_TOKENS.items() if config.conditioning == "in_context" else ():
         _check_weight(file, state, f"conditioning.tokens.{ours}", [getattr(config, f"{theirs}_tokens"), width])
+    drawn = any(name.startswith("final_layers.u.") for name in state)
+    require(drawn, f"source: {file} has no u head, which draws the images")
     shared = config.depth - config.aux_head_depth
     for stack, depth in (("shared_blocks", shared), ("head_blocks.u", config.aux_head_depth)):
         matches = (re.match(rf"{stack}\.(\d+)\.", name) for name in state)

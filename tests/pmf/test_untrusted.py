@@ -73,6 +73,7 @@ def test_a_wide_network_of_vectors_alone_is_refused(tmp_path):
         "conditioning.classes.weight": torch.zeros(wide.num_classes + 1, 2**20),
         "shared_blocks.0.norm1.weight": torch.zeros(1),
         "head_blocks.u.0.norm1.weight": torch.zeros(1),
+        "final_layers.u.norm.weight": torch.zeros(1),
     }
     save_model(tmp_path / "m.safetensors", replace(wide, aux_head_depth=1), state)
     refused(tmp_path / "m.safetensors", "declares a network of at least .* values")

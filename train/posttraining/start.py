@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pmf.config import PUBLISHED, ModelConfig
-from pmf.errors import InputError, require
+from pmf.errors import InputError
 from pmf.optim import OptimizerConfig
 from pmf.train.config import EvaluationConfig, PosttrainConfig, RunConfig, find_run_config
 from pmf.train.presets import Start, run_preset
@@ -80,7 +80,7 @@ def _run_of(source: str) -> RunConfig:
     run = find_run_config(source) or (find_run_config(str(path.parent)) if path.is_file() else None)
     if run is not None:
         return run
-    published = published_run(_network(source))
+    published = published_run(read_weights(source)[1])
     if published is None:
         raise InputError(f"source: {source} is in no run and no published network, so its guidance is unknown")
     return published
@@ -90,12 +90,6 @@ def published_run(network: ModelConfig) -> RunConfig | None:
     """The preset of a published network; None for any other."""
     name = next((name for name, settings in PUBLISHED.items() if settings.network == network), None)
     return None if name is None else run_preset(name)
-
-
-def _network(source: str) -> ModelConfig:
-    _, network, state = read_weights(source)
-    require(any(".u." in name for name in state), f"source: {source} has no u head, which draws the images")
-    return network
 
 
 SOURCE = Start("source", "a run directory, a checkpoint file or a hub id", configuration_of)
