@@ -1,4 +1,4 @@
-"""`python -m pmf.benchmarks SUITE` measures; `report` and `plot` show a ledger; `peaks` counts whole steps.
+"""`python -m pmf.benchmarks SUITE` measures; `report` and `plot` show a ledger; `peaks`, `posttrain` count steps.
 
 Figures from a GPU are recorded in benchmarks/results, and only where the tests of the measured code pass.
 """
@@ -12,6 +12,7 @@ from pmf.benchmarks.figures import plot, report
 from pmf.benchmarks.measuring import run
 from pmf.benchmarks.peaks import peaks
 from pmf.benchmarks.plan import Options
+from pmf.benchmarks.posttrain import posttrain
 from pmf.errors import InputError, extra
 
 SUITES = {
@@ -41,6 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
         "report": report,
         "plot": plot,
         "peaks": peaks,
+        "posttrain": posttrain,
     }
     try:
         with extra("train", "the command line needs"):
