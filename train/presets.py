@@ -79,11 +79,11 @@ class Start:
     """The argument's name in messages."""
     expected: str
     """What it may be, in words."""
-    configuration: Callable[[str], RunConfig]
-    """The defaults of all options."""
+    configuration: Callable[[str, str | None], RunConfig]
+    """(argument, --init-weights) -> the defaults of all options."""
 
 
-PRESET = Start("preset", f"one of {', '.join(PRESETS)}", run_preset)
+PRESET = Start("preset", f"one of {', '.join(PRESETS)}", lambda name, weights: run_preset(name))
 
 
 def configured(
@@ -100,7 +100,9 @@ def configured(
     refuse_repeated(kind, arguments)
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--resume", type=Path)
-    resumed = finder.parse_known_args(arguments)[0].resume
+    finder.add_argument("--init-weights", "--init_weights")
+    found = finder.parse_known_args(arguments)[0]
+    resumed = found.resume
     require(
         first is None or resumed is None,
         f"{start.word}: expected none beside --resume, which takes the configuration of {resumed}, got {first!r}",
@@ -110,7 +112,7 @@ def configured(
     needed = first is not None or resumed is not None or helped
     require(needed, f"{start.word}: expected {start.expected}, or --resume DIRECTORY")
     if resumed is None:
-        stored = start.configuration(first) if first is not None else kind()
+        stored = start.configuration(first, found.init_weights) if first is not None else kind()
     else:
         stored = load_run_config(resumed)
         ours = isinstance(stored, PosttrainConfig) == issubclass(kind, PosttrainConfig)

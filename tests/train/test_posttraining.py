@@ -99,6 +99,15 @@ def test_without_options_it_starts_from_the_run_beside_it(run):
     assert configuration_of(str(run / "model.safetensors")).model == found.model
 
 
+def test_the_weights_that_an_option_names_are_those_whose_network_counts(run, tmp_path):
+    for name in ("a", "b"):
+        pmf.save_model(tmp_path / f"{name}.safetensors", SMALL, pmf.create_model(SMALL).state_dict())
+    with pytest.raises(pmf.InputError, match="holds several networks"):
+        configuration_of(str(tmp_path))
+    with pytest.raises(pmf.InputError, match="so its guidance is unknown"):
+        configuration_of(str(tmp_path), "a")
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_network_starts_with_its_own_guidance_and_the_authors_recipe(name):
     found = published_run(PUBLISHED[name].network)

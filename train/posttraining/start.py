@@ -7,7 +7,7 @@ from pathlib import Path
 from pmf.config import PUBLISHED, ModelConfig
 from pmf.errors import InputError
 from pmf.optim import OptimizerConfig
-from pmf.train.config import EvaluationConfig, PosttrainConfig, RunConfig, find_run_config
+from pmf.train.config import EvaluationConfig, PerceptualConfig, PosttrainConfig, RunConfig, find_run_config
 from pmf.train.presets import Start, run_preset
 from pmf.weights import read_weights
 
@@ -15,15 +15,17 @@ BATCH, STEPS = 1024, 62_500
 """Fifty epochs of 1,250 steps, as in the authors' shorter runs."""
 
 
-def configuration_of(source: str) -> PosttrainConfig:
+def configuration_of(source: str, weights: str | None = None) -> PosttrainConfig:
     """The defaults of a post-training of a run, a checkpoint in one, or a published network.
 
-    Network, guidance and data are those of the source. Learning rate, batch and length are the authors', for digits
-    ours. Errors: `InputError` on a network of unknown guidance.
+    `weights` names a network in the source, see `PMFDiT.from_pretrained`. Network, guidance and data are those of the
+    source. Learning rate, batch and length are the authors', for digits ours; an anchor has no perceptual terms unless
+    they are asked for. Errors: `InputError` on a network of unknown guidance.
     """
-    base = _run_of(source)
+    base = _run_of(source, weights)
     kept = {name: value for name, value in vars(base).items() if name in vars(RunConfig())}
-    run = Path(source) if Path(source).is_dir() else Path("runs") / Path(source).stem
+    name = (weights or Path(source).stem).replace("/", "-").replace(":", "-")
+    run = Path(source) if Path(source).is_dir() else Path("runs") / name
     kept |= dict(
         out=run.with_name(f"{run.name}-posttrained"),
         init=source,
@@ -32,6 +34,7 @@ def configuration_of(source: str) -> PosttrainConfig:
         resume=None,
         overwrite=False,
         captured=False,
+        perceptual=PerceptualConfig(),
         sharding="ddp" if base.sharding == "zero1" else base.sharding,
         evaluation=EvaluationConfig(),
         eval_every=0,
@@ -74,13 +77,13 @@ def _digits(kept: dict) -> PosttrainConfig:
     )
 
 
-def _run_of(source: str) -> RunConfig:
+def _run_of(source: str, weights: str | None) -> RunConfig:
     """The run that made the source: its own, that of the directory it is in, or the preset of its network."""
     path = Path(source)
     run = find_run_config(source) or (find_run_config(str(path.parent)) if path.is_file() else None)
     if run is not None:
         return run
-    published = published_run(read_weights(source)[1])
+    published = published_run(read_weights(source, weights)[1])
     if published is None:
         raise InputError(f"source: {source} is in no run and no published network, so its guidance is unknown")
     return published
