@@ -30,7 +30,10 @@ from pmf.metrics import Statistics
 
 EPS = 0.01
 ROUNDING = 16
-"""Eigenvalues of M are known to this many units of rounding of |S_r| |S|; fewer than 1 was seen, up to width 1024."""
+"""Eigenvalues of M are known to so many units of rounding of the product of the norms of S_r and S.
+
+Fewer than 1 was seen, up to width 1024.
+"""
 BLOCK = 4096
 """So many features of a queue are float64 at a time."""
 
