@@ -54,7 +54,7 @@ class Target(nn.Module):
         self.register_buffer("mu", mu, persistent=False)
         self.register_buffer("sigma", sigma, persistent=False)
         self.register_buffer("root", (vectors * values.clamp(min=0).sqrt()) @ vectors.T, persistent=False)
-        self.register_buffer("largest", values[-1], persistent=False)
+        self.register_buffer("largest", values[-1].clone(), persistent=False)
 
     def forward(self, mu: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(FD, dFD/dmu [d], dFD/dS [d, d]) of a mean [d] and a covariance [d, d], both float64.
@@ -112,6 +112,11 @@ class Population(nn.Module):
         self.register_buffer("sigma", torch.zeros(width, width, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
+    @property
+    def seen(self) -> int:
+        """How many features have entered."""
+        return int(self.count.item())
+
     def moved(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and covariance (divided by n) once a batch [B, d] has entered; the population itself stays."""
         raise NotImplementedError
@@ -154,13 +159,13 @@ class MovingAverage(Population):
     def moved(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and covariance once a batch [B, d] has entered; the population itself stays."""
         _check_rows("features", features, self.mu)
-        return _mixed(self.mu, self.sigma, features.double(), 1 - self.decay if int(self.count) else 1.0)
+        return _mixed(self.mu, self.sigma, features.double(), 1 - self.decay if self.seen else 1.0)
 
     @torch.no_grad()
     def fill(self, features: Tensor) -> None:
         """Add features [n, d], so that all so far weigh the same: what the population is before the first step."""
         _check_rows("features", features, self.mu)
-        share = len(features) / (int(self.count) + len(features))
+        share = len(features) / (self.seen + len(features))
         self._enter(features, *_mixed(self.mu, self.sigma, features.double(), share))
 
 
@@ -183,13 +188,13 @@ class Queue(Population):
 
     def unbiased(self, batch: int) -> float:
         """The factor of the covariance once so many features have entered."""
-        number = min(int(self.count) + batch, self.size)
+        number = min(self.seen + batch, self.size)
         return number / max(number - 1, 1)
 
     def moved(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and covariance (divided by n) once a batch [B, d] has entered; the population itself stays."""
         _check_rows("features", features, self.mu)
-        batch, count = len(features), int(self.count)
+        batch, count = len(features), self.seen
         require(batch <= self.size, f"size: expected a queue of at least a batch, {batch} features, got {self.size}")
         before, after = min(count, self.size), min(count + batch, self.size)
         new, old = features.float().double(), self.features[self._places(batch)[after - before :]].double()
@@ -205,7 +210,7 @@ class Queue(Population):
         return (self.count + torch.arange(batch, device=self.features.device)) % self.size
 
     def _enter(self, features: Tensor, mu: Tensor, sigma: Tensor) -> bool:
-        places, starts_over = self._places(len(features)), int(self.count) % self.size + len(features) >= self.size
+        places, starts_over = self._places(len(features)), self.seen % self.size + len(features) >= self.size
         finite = super()._enter(features, mu, sigma)
         if finite:
             self.features[places] = features.float()

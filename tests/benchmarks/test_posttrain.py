@@ -33,7 +33,8 @@ def state(width, dtype):
     model, network = create_model(SIZE, aux_head=False, device="meta"), feature_network("mae:random", dtype=dtype)
     values = sum(p.numel() for p in model.parameters())
     small = sum(b.nbytes for b in model.buffers()) + 4 * len(list(model.parameters()))  # rotary tables, step counts
-    frechet = 8 * (3 * width**2 + 2 * width + 1)  # sigma, root, E[f f^T]; mu, E[f]; the number of features
+    # Target and population: two sigmas and a root; two means; the largest eigenvalue and the number of features.
+    frechet = 8 * (3 * width**2 + 2 * width + 2)
     output = 4 * BATCH * width + 8 * 2  # features of all processes; the loss and the distance, float64
     return 4 * 5 * values + small + bytes_of(network) + frechet + output
 

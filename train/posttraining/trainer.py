@@ -86,7 +86,7 @@ class PosttrainTrainer(Trainer):
     def _fill(self, stop: StopRequest) -> None:
         wanted = self.config.fill if self.config.population == "average" else self.config.queue
         rounds = -(-wanted // self.config.batch_size)
-        filled = min(int(population.count) for population in self.frechet.populations.values())
+        filled = min(population.seen for population in self.frechet.populations.values())
         if filled:  # it is resumed from before the first step
             return
         bar = tqdm(total=rounds * self.config.batch_size, desc="population", unit="image", disable=not self.world.main)
