@@ -6,7 +6,8 @@ Nothing is computed: operations are counted on meta tensors, live tensors on fak
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache, partial
@@ -20,7 +21,7 @@ from pmf import create_model
 from pmf.benchmarks.figures import markdown
 from pmf.benchmarks.step_cases import counted_on
 from pmf.config import LOSSES, MODELS, SAMPLING, published_guidance
-from pmf.counting import LiveBytes, live_bytes, operations
+from pmf.counting import LiveBytes, computing_operators, live_bytes, operations
 from pmf.errors import require
 from pmf.feature_networks import FeatureNetwork, feature_network
 from pmf.frechet import FrechetLoss, MovingAverage
@@ -133,7 +134,12 @@ def gathered_bytes(width: int) -> int:
 
 
 def train(setting: Setting, device_batch: int, network: Callable[[str], FeatureNetwork]) -> object:
-    """Take a step with moments, average and gradients in place; return what is held between steps, gradients too.
+    """Take a step with moments, average and gradients in place; return what is held between steps, gradients too."""
+    return prepared(setting, device_batch, network)()
+
+
+def prepared(setting: Setting, device_batch: int, network: Callable[[str], FeatureNetwork]) -> Callable[[], object]:
+    """What takes a step, see `train`, once all that is held between steps is in place.
 
     `network` gives those of the setting. A process that has more images than a device batch takes two of these: more
     would add their features alone.
@@ -157,19 +163,23 @@ def train(setting: Setting, device_batch: int, network: Callable[[str], FeatureN
         averages.update(model, BATCH, BATCH)
 
     update()
-    count = 1 if device_batch >= SHARE else 2
-    batches = [_latents(setting.size, device_batch) for _ in range(count)]
-    if not networks:
-        generate(batches[0].noise, batches[0].labels).sum().backward()
+    widths = {name: made.width or 0 for name, made in networks.items()}
+    loss = frechet_loss(widths) if networks else None
+
+    def step() -> object:
+        batches = [_latents(setting.size, device_batch) for _ in range(1 if device_batch >= SHARE else 2)]
+        if loss is None:
+            generate(batches[0].noise, batches[0].labels).sum().backward()
+            update()
+            return model, optimizers, averages
+        out = FrechetStep(generate, networks, loss)(batches)
         update()
-        return model, optimizers, averages
-    loss = frechet_loss({name: made.width or 0 for name, made in networks.items()})
-    out = FrechetStep(generate, networks, loss)(batches)
-    update()
-    loss.add(out.features)
-    del batches
-    gc.collect()
-    return model, optimizers, averages, networks, loss, out
+        loss.add(out.features)
+        del batches
+        gc.collect()
+        return model, optimizers, averages, networks, loss, out
+
+    return step
 
 
 def _latents(size: str, rows: int) -> Latents:
@@ -181,11 +191,24 @@ def step_bytes(setting: Setting, device_batch: int) -> LiveBytes:
 
     Counted on fake CPU tensors. What an operator allocates and frees inside, such as eigh, is not counted.
     """
+    with _fake_networks(setting) as network:
+        return live_bytes(lambda: train(setting, device_batch, network))
+
+
+def step_operators(setting: Setting, device_batch: int) -> int:
+    """Operators of a step that compute, see `computing_operators`; a fused op of ours counts as one."""
+    with _fake_networks(setting) as network:
+        return computing_operators(prepared(setting, device_batch, network))
+
+
+@contextmanager
+def _fake_networks(setting: Setting) -> Iterator[Callable[[str], FeatureNetwork]]:
+    """A context in which every tensor is fake, and the networks of the setting in it."""
     networks = {name: deepcopy(meta_network(name, setting.dtype)) for name in setting.networks}
     # The optimizer reads the number of its step, and the loss whether features are finite: no fake tensor knows.
     read = patch.multiple(FakeTensor, item=lambda number: 1.0, __bool__=lambda value: True)
     with FakeTensorMode(), read:
-        return live_bytes(lambda: train(setting, device_batch, lambda name: filled(networks[name])))
+        yield lambda name: filled(networks[name])
 
 
 def largest_batch(peak: Callable[[int], int], budget: float) -> int:
@@ -212,6 +235,7 @@ def posttrain(size: str = "pMF-B/16", device_batch: int = SHARE) -> None:
     require(size in known, f"size: expected one of {', '.join(known)}, got {size!r}")
     require(device_batch > 0, f"device_batch: expected a positive number, got {device_batch}")
     columns = ["", "weights, M", "GFLOP of an image", "blocks checkpointed", "float64 GFLOP of a step", "MB gathered"]
+    columns.append("operators of a step")
     start = f"{size}, {BATCH} images over {PROCESSES} processes, device batch {device_batch}"
     print(start, markdown(columns, [counts(size, names, device_batch) for names in ROWS]), sep="\n\n")
     choices = [(dtype, way) for way in CHECKPOINTINGS for dtype in (torch.float32, torch.bfloat16)]
@@ -241,6 +265,7 @@ def counts(size: str, networks: tuple[str, ...], device_batch: int) -> list[str]
         *(f"{value / 1e9:.0f}" for value in images),
         f"{exact / 1e9:.0f}",
         f"{sent / 1e6:.1f}",
+        f"{step_operators(Setting(size, networks), device_batch):,}",
     ]
 
 

@@ -115,6 +115,30 @@ def operations(run: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
+def computing_operators(run: Callable[[], object]) -> int:
+    """Operators in `run` that compute values, neither views nor allocations, on any device.
+
+    On a GPU each launches at least one kernel: few launch more, such as sums in two passes and eigenvectors.
+    """
+    with _Computing() as counter:
+        run()
+    return counter.count
+
+
+class _Computing(TorchDispatchMode):
+    """Counts operators as they are dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().partition("::")[2]
+        allocates = name.startswith(("empty", "new_empty", "detach", "lift_fresh", "is_same_size", "_unsafe_view"))
+        self.count += not (func.is_view or allocates)
+        return func(*args, **(kwargs or {}))
+
+
 def per_block(config: ModelConfig, count: Callable[[ModelConfig], list[int]]) -> tuple[list[int], list[int]]:
     """`count` of the network with one shared block and one block per head, and the increment per further block.
 

@@ -7,7 +7,7 @@ from pmf import create_model, feature_networks
 from pmf.benchmarks import __main__ as cli
 from pmf.benchmarks import posttrain
 from pmf.benchmarks.posttrain import BATCH, SHARE, Setting, frechet_loss, frechet_operations, step_bytes, train
-from pmf.counting import live_bytes, operations
+from pmf.counting import computing_operators, live_bytes, operations
 from pmf.feature_networks import feature_network
 
 extras = pytest.mark.extras
@@ -63,6 +63,20 @@ def test_operations_of_the_products_of_the_frechet_part(small):
         loss.add(out.features)
 
     assert operations(step) == frechet_operations(WIDTH) - posttrain.EIGH * WIDTH**3
+
+
+def test_operators_that_compute_are_counted():
+    x = torch.randn(4, 4)
+    assert computing_operators(lambda: (x @ x).T.reshape(2, 8).add_(1)) == 3  # product, the reshape's copy, sum
+    assert computing_operators(lambda: torch.empty(3).view(3, 1).detach()) == 0
+
+
+@extras
+def test_operators_of_a_step(small):
+    """More images are no more operators, unless they take a second batch: then all passes but the update repeat."""
+    one, more, two = (posttrain.step_operators(Setting(SIZE, ("mae",)), rows) for rows in (SHARE, 2 * SHARE, 4))
+    alone = posttrain.step_operators(Setting(SIZE), SHARE)
+    assert one == more and alone < one < two < 3 * one
 
 
 @extras
