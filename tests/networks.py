@@ -7,6 +7,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,13 @@ import pmf
 from pmf.step_plan import StepPlan
 
 DATA = Path(__file__).parent / "data"
+
+
+def extras(test):
+    """Mark a test that needs the networks of the extra `posttrain`, which the core's tests do without."""
+    missing = [name for name in ("timm", "torch_fidelity") if find_spec(name) is None]
+    return pytest.mark.extras(pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}")(test))
+
 
 TINY = pmf.ModelConfig(
     image_size=8,

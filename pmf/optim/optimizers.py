@@ -20,8 +20,6 @@ from pmf.optim.nesterov_adam import NesterovAdam
 class OptimizerConfig:
     """The optimizers and their learning rate; the defaults are the published values."""
 
-    name: Literal["muon", "adamw"] = "muon"
-    """muon: Muon on Linear weights and Adam on the rest, both with Nesterov momentum. adamw: AdamW on all weights."""
     learning_rate: float = 1e-3
     """Learning rate of every optimizer."""
     momentum: float = 0.95
@@ -32,8 +30,6 @@ class OptimizerConfig:
     """Decay rates of Adam's moments."""
     adam_eps: float = 1e-8
     """Offset of Adam's denominator."""
-    weight_decay: float = 0.0
-    """Weight decay of AdamW, as a multiple of the learning rate."""
     warmup_steps: int = 0
     """Steps of linear warm-up; the learning rate of the first step is zero (0: no warm-up, as published)."""
     decay_share: float = 0.0
@@ -45,6 +41,10 @@ class OptimizerConfig:
     """Final learning rate of the decay, as a share of `learning_rate`."""
     clip_norm: float = 0.0
     """Clip the norm of the whole gradient to this value (0: no clipping, as published)."""
+    name: Literal["muon", "adamw"] = "muon"
+    """muon: Muon on Linear weights and Adam on the rest, both with Nesterov momentum. adamw: AdamW on all weights."""
+    weight_decay: float = 0.0
+    """Weight decay of AdamW, as a multiple of the learning rate."""
 
     def __post_init__(self) -> None:
         check_fields(self, "optimizer.")

@@ -9,8 +9,8 @@ from pmf.benchmarks import posttrain
 from pmf.benchmarks.posttrain import BATCH, SHARE, Setting, frechet_loss, frechet_operations, step_bytes, train
 from pmf.counting import computing_operators, live_bytes, operations
 from pmf.feature_networks import feature_network
+from tests.networks import extras
 
-extras = pytest.mark.extras
 SIZE, WIDTH, ROWS = "pMF-digits", 192, 3
 
 

@@ -14,9 +14,8 @@ from pmf.errors import InputError
 from pmf.feature_networks import NETWORKS, feature_network
 from pmf.images import to_float
 from pmf.metrics import inception
-from tests.networks import relative_error
+from tests.networks import extras, relative_error
 
-extras = pytest.mark.extras
 ROOT = Path(__file__).parents[2]
 SIZES = {"siglip": 224, "mae": 224, "convnext": 224, "dinov2": 256, "clip": 256}
 WIDTHS = {"siglip": 1152, "mae": 1024, "convnext": 1024, "dinov2": 1024, "clip": 1024, "inception": 2048}
@@ -157,9 +156,10 @@ def test_what_does_not_fit_is_one_line(small, tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_pixels_are_the_images_flattened_in_three_channels():
-    network, x = feature_network("pixels"), images(3, 8, channels=1)
-    assert torch.equal(network(x), x.expand(-1, 3, -1, -1).flatten(1))
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pixels_are_the_images_flattened(channels):
+    network, x = feature_network("pixels"), images(3, 8, channels=channels)
+    assert torch.equal(network(x), x.flatten(1))
     assert (network.name, network.width, network.space, network.classes) == ("pixels", None, "pixels", None)
     assert not torch.nn.Sequential(network).train()[0].training
     with pytest.raises(InputError, match="features: pixels has no classifier"):

@@ -63,7 +63,7 @@ def test_the_weights_are_measured_every_eval_every_steps_and_at_the_last(whole):
         assert {name: line[name] for name in expected} == expected
         assert records(whole)[-1][f"frechet_distance/{weights}"] == expected["frechet_distance"]
     assert [record["step"] for record in records(whole)] == [2, 4, 5]
-    assert all(len(record) == 5 for record in records(whole))
+    assert all(len(record) == 9 for record in records(whole))  # four scores of two networks, and the step
 
 
 def test_weights_that_are_equal_are_measured_once_and_named_twice(tmp_path):
