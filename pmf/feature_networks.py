@@ -196,7 +196,7 @@ def feature_network(
         check_is_file("features", weights)
         require(Path(weights).is_file(), f"features: {weights} does not exist, expected a file of {name}'s weights")
     with _loading(spec), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # that of the CPU alone
         network: Any = _inception(weights) if name == "inception" else _timm(name, weights)
         if weights == RANDOM:
             _randomise(network)

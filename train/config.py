@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -318,6 +319,16 @@ def load_run_config(directory: Path, name: str = "resume") -> RunConfig:
         return from_json(kind, stored)
     except (InputError, ValueError, TypeError, RecursionError, OSError) as error:
         raise InputError(f"{name}: {file} is not a readable run configuration: {first_line(error)}") from error
+
+
+def find_run_around(source: str) -> RunConfig | None:
+    """Load the configuration of the run that `source` is, or is a file in; None if there is none."""
+    path = Path(source)
+    if not path.is_file():
+        return find_run_config(source)
+    with contextlib.suppress(InputError):  # a config.json beside the file may be anything
+        return find_run_config(str(path.parent))
+    return None
 
 
 def find_run_config(source: str) -> RunConfig | None:

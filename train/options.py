@@ -105,7 +105,6 @@ POSTTRAIN_NEEDS = (
     Need(("data",), "without --anchor, but with --reference", lambda c: c.anchor > 0 or c.reference is None),
     Need(("decay", "fill"), "with --population queue", lambda c: c.population == "average"),
     Need(("queue",), "with --population average", lambda c: c.population == "queue"),
-    Need(("init_weights",), "with --resume", lambda c: c.resume is None),
 )
 
 

@@ -23,7 +23,7 @@ from pmf.metrics import Statistics
 from pmf.optim import OptimizerConfig
 from pmf.sharded import full
 from pmf.train.cli import main
-from pmf.train.config import PosttrainConfig, load_run_config
+from pmf.train.config import PosttrainConfig, load_run_config, to_json
 from pmf.train.demo import digits
 from pmf.train.distributed import join
 from pmf.train.loop import Trainer
@@ -97,6 +97,25 @@ def test_without_options_it_starts_from_the_run_beside_it(run):
     assert found.out == run.with_name("run-posttrained") and found.init == str(run)
     assert found.features == ("pixels", "digits") and found.optimizer.name == "adamw"
     assert configuration_of(str(run / "model.safetensors")).model == found.model
+
+
+def test_a_source_of_another_device_batch_or_a_relative_path(run, tmp_path, monkeypatch):
+    stored = dataclasses.replace(load_run_config(run), data="photographs", batch_size=96, device_batch=96)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(to_json(stored))
+    assert configuration_of(str(tmp_path / "other")).device_batch is None
+    monkeypatch.chdir(run)
+    assert configuration_of(".").out == run.with_name("run-posttrained")
+
+
+def test_a_run_without_a_reference_resumes_on_another_number_of_threads(run, tmp_path):
+    digests = []
+    for threads in (1, 2):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        digests.append(trainer_of(config(tmp_path / str(threads))).references)
+        torch.set_num_threads(before)
+    assert digests[0] == digests[1] and digests[0]["pixels"]
 
 
 def test_the_weights_that_an_option_names_are_those_whose_network_counts(run, tmp_path):
@@ -296,77 +315,6 @@ def test_references_of_a_directory_and_distances_over_held_out_ones(run, tmp_pat
     assert "reference: the statistics of pixels are not those that" in capsys.readouterr().err
     main(["posttrain", "--resume", str(out), "--steps", "3"])
     assert len(records(out)) == 3
-
-
-def u_headless(run: Path, file: Path) -> Path:
-    network = pmf.PMFDiT.from_pretrained(run, weights="model")
-    state = {name: value for name, value in network.state_dict().items() if ".u." not in name}
-    pmf.save_model(file, network.config, state)
-    return file
-
-
-ALONE = ["RUN", *PIXELS]
-REFUSED = {
-    "no source": ([], "source: expected a run directory, a checkpoint file or a hub id, or --resume DIRECTORY"),
-    "unknown": (["nowhere"], "source: nowhere does not exist"),
-    "network": (["RUN", "--features", "vgg"], "features: expected one of inception"),
-    "twice": (["RUN", "--features", "pixels", "pixels"], "features: expected different networks"),
-    "weights": ([*ALONE, "--feature-weights", "1", "2"], "feature_weights: expected 1 of them, got 2"),
-    "small queue": (
-        ["RUN", "--population", "queue", "--queue", "100"],
-        "queue: expected at least a batch, 128 features, got 100",
-    ),
-    "ignored queue": (["RUN", "--queue", "1000"], "queue: has no effect with --population average"),
-    "ignored decay": (["RUN", "--population", "queue", "--decay", "0.9"], "decay: has no effect with --population"),
-    "ignored data": (["RUN", "--flip"], "flip: has no effect without --anchor"),
-    "decay": (["RUN", "--decay", "1"], "decay: expected a number in [0, 1), got 1.0"),
-    "zero1": (["RUN", "--sharding", "zero1"], "sharding: expected ddp, fsdp or hybrid with optimizer adamw, got zero1"),
-    "captured": (["RUN", "--captured"], "captured: "),
-    "label": (
-        ["RUN", "--features", "pixels", "--label-weight", "1"],
-        "label_weight: expected a network with a classifier of 10 classes, got none",
-    ),
-    "missing": (
-        [*ALONE, "--reference", "EMPTY"],
-        "reference: EMPTY/pixels.npz does not exist, expected the statistics of pixels",
-    ),
-    "width": ([*ALONE, "--reference", "NARROW"], "reference: NARROW/pixels.npz has 9 features, expected 64"),
-    "space": ([*ALONE, "--reference", "SPACE"], "reference: SPACE/pixels.npz was made by mae, expected pixels"),
-    "size": ([*ALONE, "--reference", "SIZE"], "SIZE/pixels.npz is of images of 16 pixels, the network has 8"),
-    "held out": ([*ALONE, "--reference", "GOOD", "--held-out", "EMPTY"], "held_out: EMPTY/pixels.npz does not exist"),
-    "held out the same": (
-        [*ALONE, "--held-out", "GOOD"],
-        "held_out: expected other images than those of the reference",
-    ),
-    "no u head": (["HEADLESS"], "source: HEADLESS has no u head, which draws the images"),
-    "trained": (["--resume", "RUN"], "resume: RUN is a run of `pmf train`, expected `pmf train --resume RUN`"),
-}
-
-
-@pytest.fixture(scope="module")
-def places(run, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("places")
-    (folder / "empty").mkdir()
-    made = dict(
-        GOOD={}, NARROW=dict(mu=np.zeros(9), sigma=np.eye(9)), SPACE=dict(space="mae"), SIZE=dict(image_size=16)
-    )
-    found = {name: str(save_statistics(folder / name, **changes)) for name, changes in made.items()}
-    headless = u_headless(run, folder / "headless.safetensors")
-    return found | dict(RUN=str(run), EMPTY=str(folder / "empty"), HEADLESS=str(headless))
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_bad_input_is_one_line(places, case, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    arguments, expected = REFUSED[case]
-    for name, path in places.items():
-        expected = expected.replace(name, path)
-    with pytest.raises(SystemExit) as ended:
-        main(["posttrain", *(places.get(word, word) for word in arguments), "--device", "cpu"])
-    told = capsys.readouterr().err.strip()
-    assert ended.value.code == 2 and len(told.splitlines()) == 1, told
-    assert expected in told
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_post_trained_run_is_not_resumed_by_pmf_train(run, tmp_path, capsys):

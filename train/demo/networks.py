@@ -28,7 +28,7 @@ def _trained(make: Callable[[], nn.Sequential], seed: int, epochs: int) -> nn.Se
     torch.set_num_threads(1)
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # that of the CPU alone
             network = make()
             optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
             for _ in range(epochs):

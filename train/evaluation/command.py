@@ -22,7 +22,7 @@ from pmf.config import MODELS, Guidance, ModelConfig, published_guidance
 from pmf.errors import InputError, require
 from pmf.hub import locate
 from pmf.metrics import INCEPTION_FEATURES, inception
-from pmf.train.config import ExtractionConfig, MeasurementConfig, RunConfig, find_run_config
+from pmf.train.config import ExtractionConfig, MeasurementConfig, find_run_around, find_run_config
 from pmf.train.distributed import World, join, leave, pick_device
 from pmf.train.evaluation.measurement import MakeExtractor, Measurement, demo_score
 from pmf.train.evaluation.reference import open_pictures, warn_of_few, write_folder_statistics
@@ -186,7 +186,7 @@ def evaluate(config: EvalConfig, world: World, make_extractor: MakeExtractor | N
 def evaluate_spaces(config: EvalConfig, world: World) -> None:
     """Print a line per grid point and space, and after each point one with the spaces that the run was trained on."""
     spaces = SpacesMeasurement(config, config.networks, config.held_out, _out(config), world)
-    run = _run_of(config)
+    run = find_run_around(config.source)
     for model, point in _grid_points(config, world):
         spaces.check(model)
         head = {"source": config.source, "weights": point.weights}
@@ -214,7 +214,7 @@ def evaluate_demo(config: EvalConfig) -> None:
     Errors: `InputError` on any other network: it needs a reference.
     """
     world, score = World(pick_device(config.device)), None
-    features = getattr(_run_of(config), "features", ())
+    features = getattr(find_run_around(config.source), "features", ())
     spaces = {"trained_on": [spec.partition(":")[0] for spec in features]} if features else {}
     for model, point in _grid_points(config, world, steps=(1, 2)):
         score = score or demo_score(model.config, trained_on(config), world)
@@ -262,19 +262,9 @@ def _load_together(source: str, weights: str | None, world: World) -> pmf.PMFDiT
 
 def trained_on(config: EvalConfig) -> str | None:
     """The training data of a checkpoint, by its metadata or by the run that it is in; None if neither tells."""
-    source, run = Path(config.source), _run_of(config)
+    source, run = Path(config.source), find_run_around(config.source)
     with contextlib.suppress(InputError):  # metadata may be anything
         return (source.is_file() and read_metadata(source).get("data")) or (run.data if run else None)
-    return None
-
-
-def _run_of(config: EvalConfig) -> RunConfig | None:
-    """The configuration of the run that the source is, or is in; None if there is none."""
-    source = Path(config.source)
-    if not source.is_file():
-        return find_run_config(config.source)
-    with contextlib.suppress(InputError):  # a config.json beside the file may be anything
-        return find_run_config(str(source.parent))
     return None
 
 

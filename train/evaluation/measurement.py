@@ -16,7 +16,7 @@ import pmf
 from pmf.errors import InputError, require
 from pmf.features import SPLITS, Chunks, Extractor, Source, quality
 from pmf.images import save_png, to_bytes
-from pmf.metrics import INCEPTION_FEATURES, NEIGHBOURS, Resize, Statistics, inception
+from pmf.metrics import INCEPTION_FEATURES, INCEPTION_SIZE, NEIGHBOURS, Resize, Statistics, inception
 from pmf.sampling import seeds_from
 from pmf.train.config import MeasurementConfig
 from pmf.train.distributed import World
@@ -33,6 +33,7 @@ from pmf.train.evaluation.reference import (
     write_folder_statistics,
 )
 from pmf.train.evaluation.results import Results, digest, extractor_digest, network_digest
+from pmf.weights import weights_digest
 
 Score = Callable[..., dict[str, float]]
 Draw = Callable[[list[int], list[int]], Tensor]
@@ -110,7 +111,8 @@ class Measurement:
             self._take(given, path)
 
     def _take(self, statistics: Statistics, file: Path) -> None:
-        _check_space(statistics, self.space, file)
+        own = f"inception {self.resize} {INCEPTION_SIZE} {weights_digest(self.extractor)}"
+        _check_space(statistics, self.space or own, file)
         side = statistics.image_size or 32
         blank = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=self.world.device)
         _check_width(statistics, self.extractor(blank)[0].shape[1])
@@ -219,11 +221,10 @@ def _check_enough(pictures: Pictures | None, given: Statistics | None) -> None:
     require(enough, f"reference: expected more than {NEIGHBOURS} images, for precision and recall, got {count}")
 
 
-def _check_space(statistics: Statistics, space: str | None, file: Path) -> None:
-    """Refuse statistics that are known to be of another space; an extractor without one is Inception."""
+def _check_space(statistics: Statistics, space: str, file: Path) -> None:
+    """Refuse statistics that are known to be of another space."""
     got = statistics.space
-    good = got is None or (got.startswith("inception ") if space is None else got == space)
-    require(good, f"reference: {file}: expected features of {space or 'inception'}, got {got}")
+    require(got in (None, space), f"reference: {file}: expected features of {space}, got {got}")
 
 
 def _check_width(statistics: Statistics, width: int) -> None:

@@ -67,6 +67,8 @@ def _read(file: Path, argument: str, config: PosttrainConfig, network: FeatureNe
     except InputError as error:
         raise InputError(f"{argument}: {str(error).removeprefix('reference: ')}") from error
     size, wanted = found.image_size, config.model.image_size
+    resized = network.name != "inception" or found.resize in (None, "tf1")
+    require(resized, f"{argument}: {file} has ref_mu and ref_sigma, of the half_pixel resize, expected mu and sigma")
     space = found.space in (None, network.space)
     require(space, f"{argument}: {file} was made by {found.space}, expected {network.space}")
     width = len(found.mu)
@@ -79,13 +81,8 @@ def _read(file: Path, argument: str, config: PosttrainConfig, network: FeatureNe
 @torch.no_grad()
 def _statistics_of_digits(network: FeatureNetwork) -> Statistics:
     images = to_float(digits()[0].images)
-    parts = [network(part.to(_device(network))).cpu() for part in images.split(AT_ONCE)]
+    parts = [network(part.to(network.device)).cpu() for part in images.split(AT_ONCE)]
     return Statistics.of(torch.cat(parts))
-
-
-def _device(network: FeatureNetwork) -> torch.device:
-    first = next(network.parameters(), None)
-    return torch.device("cpu") if first is None else first.device
 
 
 def held_out_distances(

@@ -7,7 +7,7 @@ from pathlib import Path
 from pmf.config import PUBLISHED, ModelConfig
 from pmf.errors import InputError
 from pmf.optim import OptimizerConfig
-from pmf.train.config import EvaluationConfig, PerceptualConfig, PosttrainConfig, RunConfig, find_run_config
+from pmf.train.config import EvaluationConfig, PerceptualConfig, PosttrainConfig, RunConfig, find_run_around
 from pmf.train.presets import Start, run_preset
 from pmf.weights import read_weights
 
@@ -25,7 +25,7 @@ def configuration_of(source: str, weights: str | None = None) -> PosttrainConfig
     base = _run_of(source, weights)
     kept = {name: value for name, value in vars(base).items() if name in vars(RunConfig())}
     name = (weights or Path(source).stem).replace("/", "-").replace(":", "-")
-    run = Path(source) if Path(source).is_dir() else Path("runs") / name
+    run = Path(source).resolve() if Path(source).is_dir() else Path("runs") / name
     kept |= dict(
         out=run.with_name(f"{run.name}-posttrained"),
         init=source,
@@ -43,12 +43,13 @@ def configuration_of(source: str, weights: str | None = None) -> PosttrainConfig
 
 
 def _published(kept: dict) -> PosttrainConfig:
-    warmup = STEPS // 10
+    warmup, size = STEPS // 10, kept["device_batch"]
     return PosttrainConfig(
         **kept
         | dict(
             steps=STEPS,
             batch_size=BATCH,
+            device_batch=size if size is not None and BATCH % size == 0 else None,
             ema_half_lives=(250.0, 500.0, 1000.0, 2000.0),
             sampling_weights="ema_500",
             optimizer=OptimizerConfig(
@@ -79,8 +80,7 @@ def _digits(kept: dict) -> PosttrainConfig:
 
 def _run_of(source: str, weights: str | None) -> RunConfig:
     """The run that made the source: its own, that of the directory it is in, or the preset of its network."""
-    path = Path(source)
-    run = find_run_config(source) or (find_run_config(str(path.parent)) if path.is_file() else None)
+    run = find_run_around(source)
     if run is not None:
         return run
     published = published_run(read_weights(source, weights)[1])

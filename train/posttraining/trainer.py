@@ -50,7 +50,7 @@ class PosttrainTrainer(Trainer):
         weights = dict(zip(networks, config.feature_weights, strict=False))
         self.frechet = FrechetLoss(references, _population_of(config), weights=weights).to(world.device)
         self.networks, self.held_out = networks, held_out or {}
-        self.references = {name: digest(r.mu.tobytes(), r.sigma.tobytes()) for name, r in references.items()}
+        self.references = _digests(config, networks, references)
         self.curves = tuple(f"fd/{name}" for name in networks)
         super().__init__(config, data, world)
         self.frechet_step = FrechetStep(self._images, networks, self.frechet, label_weight=config.label_weight)
@@ -59,6 +59,9 @@ class PosttrainTrainer(Trainer):
         if config.window > LARGEST_WINDOW * config.steps:
             text = f"{config.population}: a window of {config.window:.3g} steps is more than a twentieth of the run"
             warn(world, f"{text}, {config.steps} steps: the population grows stale")
+        if config.optimizer.warmup_steps >= config.steps:
+            text = f"all {config.steps} steps warm up, expected fewer than these"
+            warn(world, f"optimizer.warmup_steps: {text}, got {config.optimizer.warmup_steps}")
 
     def _module(self) -> LossModule:
         return GeneratorModule(self.model, self.config.loss, self.config.sampling)
@@ -136,7 +139,7 @@ class PosttrainTrainer(Trainer):
         self.frechet.add(self.entering)
 
     def _loader(self) -> Batches:
-        return super()._loader() if self.config.anchor else _NoImages(self._blank())
+        return super()._loader() if self.config.anchor else _NoImages(self.world.device)
 
     # Saving and resuming.
 
@@ -151,6 +154,15 @@ class PosttrainTrainer(Trainer):
         require(not changed, f"reference: the statistics of {', '.join(changed)} are not those that {where} began with")
 
 
+def _digests(
+    config: PosttrainConfig, networks: Mapping[str, FeatureNetwork], references: Mapping[str, Statistics]
+) -> dict[str, str]:
+    """What identifies the references. Those made at the start round differently on another number of threads."""
+    if config.reference is None:
+        return {name: digest(config.data, network.space) for name, network in networks.items()}
+    return {name: digest(r.mu.tobytes(), r.sigma.tobytes()) for name, r in references.items()}
+
+
 def _population_of(config: PosttrainConfig):
     def population(width: int) -> Population:
         if config.population == "queue":
@@ -163,11 +175,11 @@ def _population_of(config: PosttrainConfig):
 class _NoImages:
     """The batches of a run that needs none."""
 
-    def __init__(self, blank: tuple[Tensor, Tensor]) -> None:
-        self.blank = blank
+    def __init__(self, device: torch.device) -> None:
+        self.none = torch.empty(0, device=device)
 
     def __next__(self) -> tuple[Tensor, Tensor]:
-        return self.blank
+        return self.none, self.none
 
     def close(self) -> None:
         """Nothing is open."""
