@@ -3,11 +3,11 @@
 import dataclasses
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from pmf.config import Guidance
 from pmf.feature_networks import FeatureNetwork
 from pmf.images import to_float
 from pmf.metrics import Statistics, frechet_distance, precision_recall
-from pmf.train.evaluation import command as module
+from pmf.train.config import PosttrainConfig, to_json
 from pmf.train.evaluation import spaces
 from pmf.train.evaluation.command import command
 from pmf.train.evaluation.spaces import of_spaces
@@ -144,10 +144,14 @@ def test_the_distance_is_that_of_the_drawn_images_and_fdr_is_relative_to_held_ou
     assert len((tmp_path / "results.jsonl").read_bytes().splitlines()) == 1  # nothing was measured twice
 
 
-def test_spaces_that_a_run_was_trained_on_are_told_apart(source, folders, tmp_path, capsys, monkeypatch):
-    run = SimpleNamespace(features=("pixels", "mae:/some/file"), sampling=Guidance(1.5), sampling_weights="ema_500")
-    monkeypatch.setattr(module, "find_run_config", lambda source: run)
-    evaluate(source, folders[1], tmp_path)
+def test_spaces_that_a_run_was_trained_on_are_told_apart(source, folders, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(source, run / "model.safetensors")
+    network, features = pmf.PMFDiT.from_pretrained(source).config, ("pixels", "mae:/some/file")
+    stored = PosttrainConfig(model=network, features=features, sampling=Guidance(1.5), sampling_weights="model")
+    (run / "config.json").write_text(to_json(stored))
+    evaluate(run, folders[1], tmp_path)
     line, summary = lines(capsys)
     assert summary["trained_on"] == {"pixels": line["frechet_distance"]} and summary["not_trained_on"] == {}
 
@@ -233,7 +237,9 @@ def test_statistics_of_another_space_are_no_reference_of_inception(source, folde
     from tests.train.evaluation import evaluate as measured
 
     config = EvalConfig(source=str(source), reference=reference / "pixels.npz", out=tmp_path, **SETTINGS)
-    with pytest.raises(pmf.InputError, match=r"reference: .*pixels.npz: expected features of inception, got pixels"):
+    with pytest.raises(
+        pmf.InputError, match=r"reference: .*pixels.npz: expected features of inception tf1 299 .*, got pixels"
+    ):
         measured(config, Toy())
 
 
