@@ -174,6 +174,11 @@ def _tf1_weights(size: int, like: Tensor) -> Tensor:
     return (1 - share) * one[low] + share * one[(low + 1).clamp(max=size - 1)]
 
 
+def network_name(spec: str) -> str:
+    """The name in NAME, NAME:PATH or NAME:random."""
+    return spec.partition(":")[0]
+
+
 def feature_network(
     spec: str, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> FeatureNetwork:
@@ -186,7 +191,7 @@ def feature_network(
     """
     check_values(str, spec=spec)
     require(dtype.is_floating_point, f"dtype: expected a floating dtype, got {dtype}")
-    name, _, weights = spec.partition(":")
+    name, weights = network_name(spec), spec.partition(":")[2]
     require(name in NETWORKS, f"features: expected one of {', '.join(NETWORKS)}, with :PATH or :random, got {spec!r}")
     require(bool(weights) == (":" in spec), f"features: expected a path or random after the colon, got {spec!r}")
     require(name != "pixels" or not weights, f"features: pixels have no weights, expected pixels, got {spec!r}")

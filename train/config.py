@@ -14,6 +14,7 @@ import torch
 from pmf.config import DIGITS, Guidance, LossConfig, ModelConfig
 from pmf.data.loader import MAX_WORKERS
 from pmf.errors import InputError, first_line, require
+from pmf.feature_networks import network_name
 from pmf.fields import check_fields, from_json
 from pmf.metrics import Resize
 from pmf.model import Checkpointing, Stream
@@ -213,6 +214,11 @@ class RunConfig:
         """Whether the network has its v head."""
         return True
 
+    @property
+    def spaces(self) -> tuple[str, ...]:
+        """The feature spaces whose Fréchet distance the run trains: none in MeanFlow training."""
+        return ()
+
     def device_batch_on(self, processes: int) -> int:
         """Return the device batch on this many processes. Errors: `InputError` if they cannot share a step evenly."""
         size = self.device_batch or self.batch_size // processes
@@ -268,7 +274,7 @@ class PosttrainConfig(RunConfig):
         super().__post_init__()
         require_at_least(self, 1, "fill")
         require_at_least(self, 0, "label_weight", "anchor")
-        names = [spec.partition(":")[0] for spec in self.features]
+        names = self.spaces
         require(bool(names), "features: expected at least one network, got none")
         require(len(set(names)) == len(names), f"features: expected different networks, got {', '.join(names)}")
         fits = not self.feature_weights or len(self.feature_weights) == len(names)
@@ -284,6 +290,11 @@ class PosttrainConfig(RunConfig):
     def both_heads(self) -> bool:
         """Whether the network has its v head, which only the anchor trains."""
         return self.anchor > 0
+
+    @property
+    def spaces(self) -> tuple[str, ...]:
+        """The names of the networks of `features`."""
+        return tuple(map(network_name, self.features))
 
     @property
     def decay_in_effect(self) -> float:

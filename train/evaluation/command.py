@@ -199,7 +199,7 @@ def evaluate_spaces(config: EvalConfig, world: World) -> None:
             dtype=config.dtype,
             images=config.images and config.images / point.name,
         )
-        for line in (*lines, spaces.summary(head | point.settings, lines, getattr(run, "features", ()))):
+        for line in (*lines, spaces.summary(head | point.settings, lines, run.spaces if run else ())):
             world.say(json.dumps(line))
 
 
@@ -214,8 +214,8 @@ def evaluate_demo(config: EvalConfig) -> None:
     Errors: `InputError` on any other network: it needs a reference.
     """
     world, score = World(pick_device(config.device)), None
-    features = getattr(find_run_around(config.source), "features", ())
-    spaces = {"trained_on": [spec.partition(":")[0] for spec in features]} if features else {}
+    run = find_run_around(config.source)
+    spaces = {"trained_on": list(run.spaces)} if run and run.spaces else {}
     for model, point in _grid_points(config, world, steps=(1, 2)):
         score = score or demo_score(model.config, trained_on(config), world)
         result = score(model, seed=config.seed, **point.settings)

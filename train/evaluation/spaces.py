@@ -10,7 +10,7 @@ from typing import Any
 
 import pmf
 from pmf.errors import InputError, require
-from pmf.feature_networks import NETWORKS, SpaceExtractor, feature_network
+from pmf.feature_networks import NETWORKS, SpaceExtractor, feature_network, network_name
 from pmf.metrics import INCEPTION_FEATURES, Statistics, frechet_distance
 from pmf.pictures import is_picture
 from pmf.train.config import ExtractionConfig, MeasurementConfig
@@ -32,7 +32,7 @@ def named(specs: Sequence[str]) -> dict[str, str]:
     """Network name -> spec. Errors: `InputError` on unknown and repeated names."""
     found: dict[str, str] = {}
     for spec in specs:
-        name = spec.partition(":")[0]
+        name = network_name(spec)
         require(name in NETWORKS, f"networks: expected some of {', '.join(NETWORKS)}, got {spec!r}")
         require(name not in found, f"networks: expected each network once, got {name} twice")
         found[name] = spec
@@ -107,12 +107,11 @@ class SpacesMeasurement:
             lines, images = [*lines, line], None
         return lines
 
-    def summary(self, head: dict[str, Any], lines: list[dict[str, Any]], features: Sequence[str]) -> dict[str, Any]:
+    def summary(self, head: dict[str, Any], lines: list[dict[str, Any]], trained: Sequence[str]) -> dict[str, Any]:
         """The distances in the spaces that a run was trained on and in the others; with held-out images also FDr.
 
         FDr = FD(generated, reference) / FD(held out, reference): 1 is as far from the reference as other real images.
         """
-        trained = {spec.partition(":")[0] for spec in features}
         distances = {line["network"]: line["fid" if "fid" in line else "frechet_distance"] for line in lines}
         groups = {"trained_on": True, "not_trained_on": False}
         found: dict[str, Any] = {

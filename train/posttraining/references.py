@@ -22,7 +22,8 @@ AT_ONCE = 500
 def open_networks(config: PosttrainConfig, device: torch.device) -> dict[str, FeatureNetwork]:
     """The networks by name. Errors: `InputError` on one that is unknown, missing, or not for such images."""
     dtype = torch.bfloat16 if config.feature_precision == "bfloat16" else torch.float32
-    networks = {spec.partition(":")[0]: _network(spec, config, device, dtype) for spec in config.features}
+    made = [_network(spec, config, device, dtype) for spec in config.features]
+    networks = {network.name: network for network in made}
     if config.label_weight:
         known = {name: network.classes for name, network in networks.items() if network.classes is not None}
         wanted = config.model.num_classes
