@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -107,36 +107,12 @@ class Chunks:
         """The file with the features of a chunk."""
         return self.directory / f"chunk-{span.start:08d}.npz"
 
-    def missing(self, finished: Callable[[range], bool] = lambda span: True) -> list[range]:
-        """The chunks that are not on disk or not `finished`."""
-        return [span for span in self.spans() if not (self.file(span).is_file() and finished(span))]
+    def missing(self) -> list[range]:
+        """The chunks that are not on disk."""
+        return [span for span in self.spans() if not self.file(span).is_file()]
 
-    def compute(
-        self,
-        spans: list[range],
-        source: Source,
-        extractor: Extractor,
-        *,
-        batch_size: int,
-        progress: bool = True,
-        before: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Compute these chunks and write each one as soon as it is complete.
-
-        `progress` shows a bar. `before` is called before every batch; what it raises ends the computation.
-        """
-        with _bar(sum(map(len, spans))) if progress else nullcontext() as bar:
-            for span in spans:
-                parts = []
-                for start in range(span.start, span.stop, batch_size):
-                    before()
-                    batch = range(start, min(start + batch_size, span.stop))
-                    parts += [[x.cpu() for x in extractor(images)] for images in source(batch)]
-                    if bar is not None:
-                        bar.update(len(batch))
-                self._write(span, *map(torch.cat, zip(*parts, strict=True)))
-
-    def _write(self, span: range, features: Tensor, logits: Tensor) -> None:
+    def write(self, span: range, features: Tensor, logits: Tensor) -> None:
+        """Write the features [n, d] and logits [n, classes] of a chunk."""
         arrays = (features.float().numpy(), logits.float().numpy())
         write_atomically(self.file(span), lambda temporary: np.savez(temporary, features=arrays[0], logits=arrays[1]))
 
@@ -168,6 +144,37 @@ class Chunks:
     def remove(self) -> None:
         """Delete the chunks."""
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def compute(
+    sets: Sequence[tuple[Chunks, Extractor]],
+    spans: list[range],
+    source: Source,
+    *,
+    batch_size: int,
+    progress: bool = True,
+    before: Callable[[], None] = lambda: None,
+) -> None:
+    """Compute the features of these chunks of images by one or several extractors, each into its own `Chunks`.
+
+    The images of a batch are read once for all. A chunk is written as soon as it is complete; one that is on disk
+    stays. `progress` shows a bar. `before` is called before every batch; what it raises ends the computation.
+    """
+    with _bar(sum(map(len, spans))) if progress else nullcontext() as bar:
+        for span in spans:
+            missing = [(chunks, extractor) for chunks, extractor in sets if not chunks.file(span).is_file()]
+            parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in missing]
+            for start in range(span.start, span.stop, batch_size):
+                before()
+                batch = range(start, min(start + batch_size, span.stop))
+                for images in source(batch):
+                    for (_, extractor), found in zip(missing, parts, strict=True):
+                        features, logits = extractor(images)
+                        found.append((features.cpu(), logits.cpu()))
+                if bar is not None:
+                    bar.update(len(batch))
+            for (chunks, _), found in zip(missing, parts, strict=True):
+                chunks.write(span, *map(torch.cat, zip(*found, strict=True)))
 
 
 def quality(chunks: Chunks, reference: Statistics, device: torch.device | str = "cpu") -> dict[str, float | None]:

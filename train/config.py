@@ -19,6 +19,7 @@ from pmf.fields import check_fields, from_json
 from pmf.metrics import Resize
 from pmf.model import Checkpointing, Stream
 from pmf.optim import OptimizerConfig
+from pmf.pictures import is_picture
 from pmf.sharded import REPLICATED, Sharding
 
 CONFIG_FILE = "config.json"
@@ -80,16 +81,31 @@ class MeasurementConfig(ExtractionConfig):
     """The weights to measure, and the reference."""
 
     reference: Path | None = None
-    """Folder of real images, or npz of statistics (mu and sigma, or ref_mu and ref_sigma).
-    Precision and recall need a folder or an npz with features. Digits and photographs can do without a reference."""
+    """Folder of real images, npz of statistics (mu and sigma, or ref_mu and ref_sigma), or directory of NAME.npz by
+    feature network. Precision and recall need a folder, or statistics with features.
+    Digits and photographs can do without a reference."""
     weights: tuple[str, ...] = ()
     """Weights of a run to measure: model, ema_500, ... (default: the run's sampling_weights)."""
     per_class: int = 50
     """Images per class (without a reference: always 50)."""
+    networks: tuple[str, ...] = ()
+    """Of a reference that holds NAME.npz by feature network: those to measure, each as NAME (published weights),
+    NAME:PATH or NAME:random (default: all, with published weights)."""
+    held_out: Path | None = None
+    """Directory of such statistics of held-out real images: reports FDr, distances relative to theirs."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least(self, 1, "per_class")
+
+    @property
+    def of_spaces(self) -> bool:
+        """Whether the reference is a directory of statistics by feature network, NAME.npz, and not one of pictures."""
+        if self.reference is None or not self.reference.is_dir():
+            return False
+        seen = [entry for entry in self.reference.iterdir() if not entry.name.startswith(".")]
+        pictures = any(entry.is_dir() or is_picture(entry.name) for entry in seen)
+        return not pictures and any(entry.suffix == ".npz" for entry in seen)
 
 
 @dataclass(frozen=True)

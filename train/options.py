@@ -33,6 +33,22 @@ def _on_gpu(config: Any) -> bool:
     return config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
 
 
+def _of_spaces(prefix: str, measurement: Callable[[Any], Any]) -> tuple[Need, Need]:
+    """What `MeasurementConfig` needs for references of one and of several feature spaces."""
+    return (
+        Need(
+            (f"{prefix}networks", f"{prefix}held_out"),
+            f"without a directory of NAME.npz as --{prefix}reference",
+            lambda c: measurement(c).of_spaces,
+        ),
+        Need(
+            (f"{prefix}resize", f"{prefix}inception"),
+            f"in several spaces; see --{prefix}networks",
+            lambda c: not measurement(c).of_spaces,
+        ),
+    )
+
+
 def _of_card(config: Any) -> bool:
     """Whether `pmf doctor` is asked about a card, on whatever machine."""
     return getattr(config, "card", None) is not None
@@ -49,6 +65,7 @@ RUN_NEEDS = (
         "without --evaluation.reference",
         lambda c: c.evaluation.reference is not None,
     ),
+    *_of_spaces("evaluation.", lambda c: c.evaluation),
     Need(
         (
             "perceptual.lpips",
@@ -93,6 +110,7 @@ EVAL_NEEDS = (
         "without --reference",
         lambda c: c.reference is not None,
     ),
+    *_of_spaces("", lambda c: c),
 )
 
 

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from pmf.errors import InputError
-from pmf.features import Chunks, find_images, images_of
+from pmf.features import Chunks, compute, find_images, images_of
 from pmf.metrics import Statistics
 from pmf.train.config import ExtractionConfig
 from pmf.train.distributed import World, join, leave
@@ -58,7 +58,7 @@ def source(batch):
 
 def test_chunks_hold_the_features_of_every_image_in_order(tmp_path):
     chunks = Chunks(tmp_path / "chunks", 23, 10)
-    chunks.compute(chunks.spans(), source, Toy(), batch_size=10)
+    compute([(chunks, Toy())], chunks.spans(), source, batch_size=10)
     features, logits = (torch.cat(list(chunks.read(name))) for name in ("features", "logits"))
     expected = [Toy()(next(source(span))) for span in (range(10), range(10, 20), range(20, 23))]
     assert torch.equal(features, torch.cat([f for f, _ in expected]))
@@ -82,10 +82,10 @@ def test_the_processes_share_the_missing_chunks(tmp_path):
         def wait(self):
             pass
 
-    compute_together(chunks, chunks.missing(), source, Toy(), Second(torch.device("cpu"), rank=1, size=2), 5)
+    compute_together([(chunks, Toy())], chunks.missing(), source, Second(torch.device("cpu"), rank=1, size=2), 5)
     assert [chunks.file(span).is_file() for span in chunks.spans()] == [False, True, False, True, False]
     extractor = Toy()
-    compute_together(chunks, chunks.missing(), source, extractor, ALONE, 5)
+    compute_together([(chunks, extractor)], chunks.missing(), source, ALONE, 5)
     assert extractor.calls == 3 and all(chunks.file(span).is_file() for span in chunks.spans())
 
 

@@ -10,7 +10,7 @@ from sklearn.datasets import load_sample_images
 
 import pmf.metrics
 from pmf.errors import InputError
-from pmf.features import Chunks, find_images, images_of
+from pmf.features import Chunks, compute, find_images, images_of
 from pmf.metrics import Statistics, frechet_distance, inception, inception_score, precision_recall
 
 EPS = {dtype: np.finfo(dtype).eps for dtype in (np.float32, np.float64)}
@@ -301,7 +301,7 @@ def test_metrics_of_folders_agree_with_torch_fidelity(fidelity, inception_weight
     extractor = inception(inception_weights)
     chunks = [Chunks(tmp_path / str(i), 8, 4) for i in range(2)]
     for part, folder in zip(chunks, folders, strict=True):
-        part.compute(part.spans(), images_of(find_images(folder)), extractor, batch_size=4)
+        compute([(part, extractor)], part.spans(), images_of(find_images(folder)), batch_size=4)
     generated, real = (part.statistics(keep=True) for part in chunks)
 
     distance = theirs["frechet_inception_distance"]

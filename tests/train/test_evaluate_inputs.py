@@ -19,7 +19,7 @@ from pmf.metrics import Statistics
 from pmf.train.config import EvaluationConfig, RunConfig, to_json
 from pmf.train.evaluation.command import EvalConfig, command
 from pmf.train.evaluation.lock import alone
-from pmf.train.evaluation.measurement import Measurement, Stopped
+from pmf.train.evaluation.measurement import Measurement, Stopped, measure
 from pmf.train.evaluation.periodic import PeriodicEvaluation
 from pmf.train.evaluation.reference import open_pictures
 from pmf.train.evaluation.results import Results
@@ -192,7 +192,7 @@ def measured(config, stopping, extractor=None):
     def draw(labels, seeds):
         return pmf.generate(network, labels, seeds=seeds, **settings)
 
-    return measurement.measure(network, draw, {}, settings, seed=0, dtype="float32", stopping=stopping)
+    return measure([measurement], network, draw, {}, settings, seed=0, dtype="float32", stopping=stopping)[0]
 
 
 def test_an_evaluation_stops_at_the_next_batch_and_loses_no_chunk(config):

@@ -11,6 +11,7 @@ import torch
 
 import pmf
 from pmf.data import ImageSet
+from pmf.images import save_png, to_bytes
 from pmf.metrics import Statistics
 from pmf.train.config import EvaluationConfig, load_run_config
 from pmf.train.demo import digits
@@ -254,9 +255,55 @@ def test_what_cannot_be_measured_is_refused_before_training(tmp_path, monkeypatc
 
 
 @pytest.fixture(scope="module")
+def spaces(tmp_path_factory):
+    """Statistics of training digits and of held-out ones in the space of pixels."""
+    folder = tmp_path_factory.mktemp("spaces")
+    for name, part, of in (("ref", digits()[0], 20), ("held", digits()[1], 30)):
+        for i, image in enumerate(to_bytes(part.images[:of])):
+            save_png(folder / f"{name}-pictures" / f"{i}.png", image.expand(3, -1, -1).permute(1, 2, 0).numpy())
+        pictures, out = (str(folder / f"{name}{end}") for end in ("-pictures", ""))
+        command(["statistics", pictures, "--out", out, "--networks", "pixels", "--features", "--device", "cpu"])
+    return folder
+
+
+def test_a_run_is_measured_in_the_spaces_of_a_directory(spaces, tmp_path, capsys):
+    measured = dict(reference=spaces / "ref", held_out=spaces / "held", per_class=1, chunk=4, batch_size=3)
+    run = train(examined(tmp_path / "run", steps=2, evaluation=EvaluationConfig(**measured)))
+    (record,), (line,) = records(run), lines(run)
+    kinds = ("frechet_distance", "precision", "recall")
+    assert record == {
+        "step": 2,
+        **{f"{kind}/pixels/ema_500": line[kind] for kind in kinds},
+        "fdr/pixels/ema_500": record["fdr/pixels/ema_500"],
+    }
+    capsys.readouterr()
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in measured.items()]
+    command([str(run), *arguments, "--device", "cpu"])
+    known, summary = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert len(lines(run)) == 1 and known["frechet_distance"] == line["frechet_distance"]
+    assert summary["fdr"]["pixels"] == record["fdr/pixels/ema_500"]
+
+
+def test_what_cannot_be_measured_in_spaces_is_refused_before_training(spaces, tmp_path):
+    out, ref = tmp_path / "run", spaces / "ref"
+    refused(out, "networks: expected some of inception, siglip", reference=ref, networks=("dino",))
+    refused(out, r"reference: .*/ref has no mae\.npz", reference=ref, networks=("mae:random",))
+    refused(out, r"held_out: .*-pictures has no pixels\.npz", reference=ref, held_out=spaces / "held-pictures")
+    for change, message in (
+        (dict(image_size=16), "reference: expected statistics of 768 features, got 192"),
+        (dict(image_size=8), "reference: expected images of 16 pixels, as the samples, got 8"),
+    ):
+        known = dataclasses.replace(Statistics.load(ref / "pixels.npz"), **change)
+        (tmp_path / "other").mkdir(exist_ok=True)
+        known.save(tmp_path / "other" / "pixels.npz")
+        size = SMALL if change["image_size"] == 16 else dataclasses.replace(SMALL, image_size=16)
+        data = ImageSet(torch.zeros(20, *size.image_shape), torch.arange(20) % 10)
+        refused(out, message, size, data, reference=tmp_path / "other")
+
+
+@pytest.fixture(scope="module")
 def reference(inception_weights, tmp_path_factory):
     """Statistics of held-out digits with the half-pixel resize."""
-    from pmf.images import to_bytes
     from pmf.metrics import inception
 
     images = to_bytes(digits()[1].images[:12]).expand(-1, 3, -1, -1)

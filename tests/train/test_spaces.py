@@ -19,10 +19,9 @@ from pmf.config import Guidance
 from pmf.feature_networks import FeatureNetwork
 from pmf.images import to_float
 from pmf.metrics import Statistics, frechet_distance, precision_recall
-from pmf.train.config import PosttrainConfig, to_json
+from pmf.train.config import MeasurementConfig, PosttrainConfig, to_json
 from pmf.train.evaluation import spaces
 from pmf.train.evaluation.command import command
-from pmf.train.evaluation.spaces import of_spaces
 from tests.train.evaluation import checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -78,7 +77,8 @@ def test_statistics_of_pixels_are_those_of_the_images(folders):
     assert (known.count, known.space, known.image_size) == (24, "pixels", 8)
     assert torch.equal(torch.from_numpy(known.features), to_float(read(real)).flatten(1))
     assert Statistics.load(held / "pixels.npz").features is None
-    assert of_spaces(reference) and not of_spaces(real) and not of_spaces(None) and not list(reference.glob(".*"))
+    kinds = [MeasurementConfig(reference=folder).of_spaces for folder in (reference, real, None)]
+    assert kinds == [True, False, False] and not list(reference.glob(".*"))
 
 
 def test_two_processes_write_what_one_writes(folders, tmp_path):
@@ -96,28 +96,105 @@ def test_two_processes_write_what_one_writes(folders, tmp_path):
     assert np.array_equal(one.features, two.features) and np.allclose(one.sigma, two.sigma, atol=1e-12)
 
 
-def test_interrupted_statistics_resume_with_the_network_they_were_at(folders, tmp_path, monkeypatch):
-    real, out = folders[0], tmp_path / "out"
-    fed: list[str] = []
+class Scaled(torch.nn.Module):
+    """The pixels by a factor: a feature network of a test."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, images):
+        return self.factor * images.flatten(1)
+
+
+@pytest.fixture
+def fed(monkeypatch):
+    """Feature networks that need no package: which were fed, and with how many images; `fed.dies` is to raise."""
+    calls = Calls()
 
     def network(spec, device):
-        made = FeatureNetwork(spec, torch.nn.Flatten(), width=192, space=f"{spec} of a test", dtype=torch.float32)
-        made.register_forward_pre_hook(lambda module, inputs: fed.append(spec))
-        if spec == "mae" and stop:
-            raise KeyboardInterrupt
+        name = spec.partition(":")[0]
+        made = FeatureNetwork(name, Scaled(len(name)), width=192, space=f"{name} of a test", dtype=torch.float32)
+
+        def fed(module, inputs):
+            if len(inputs[0]) == 1:  # a blank image tells the width
+                return
+            if calls.dies == (name, sum(n for which, n in calls if which == name)):
+                raise KeyboardInterrupt
+            calls.append((name, len(inputs[0])))
+
+        made.register_forward_pre_hook(fed)
         return made
 
     monkeypatch.setattr(spaces, "feature_network", network)
-    stop = True
+    return calls
+
+
+class Calls(list):
+    dies = None
+
+    def taken(self):
+        """Images by network since the last call."""
+        found = dict.fromkeys((name for name, _ in self), 0)
+        for name, n in self:
+            found[name] += n
+        self.clear()
+        return found
+
+
+def test_interrupted_statistics_resume_with_the_network_they_were_at(folders, tmp_path, fed):
+    real, out = folders[0], tmp_path / "out"
+    fed.dies = "mae", 0
     with pytest.raises(KeyboardInterrupt):
         statistics(real, out, networks=("clip", "mae"))
-    assert fed == ["clip"] and not list(out.glob("[!.]*"))
-    stop = False
+    assert fed.taken() == {"clip": 24} and not list(out.glob("[!.]*"))
+    fed.dies = None
     statistics(real, out, networks=("clip", "mae"))
-    assert fed == ["clip", "mae"] and sorted(file.name for file in out.iterdir()) == ["clip.npz", "mae.npz"]
+    assert fed.taken() == {"mae": 24} and sorted(file.name for file in out.iterdir()) == ["clip.npz", "mae.npz"]
     assert Statistics.load(out / "clip.npz").space == "clip of a test"
     statistics(real, out, networks=("clip",))  # a complete call computes anew
-    assert fed == ["clip", "mae", "clip"]
+    assert fed.taken() == {"clip": 24}
+
+
+def test_images_are_drawn_once_for_all_spaces(source, folders, tmp_path, fed, monkeypatch, capsys):
+    """Also where an evaluation resumes, and where some spaces are known already."""
+    reference = statistics(folders[0], tmp_path / "ref", networks=("clip", "mae", "pixels"))
+    fed.clear()
+    capsys.readouterr()
+    own, drawn = pmf.generate, []
+
+    def generate(model, labels, **settings):
+        drawn.append(len(labels))
+        return own(model, labels, **settings)
+
+    monkeypatch.setattr(pmf, "generate", generate)
+    evaluate(source, reference, tmp_path / "whole")
+    *whole, summary = lines(capsys)
+    assert sum(drawn) == 30 and fed.taken() == {"clip": 30, "mae": 30, "pixels": 30}
+    # Factors of pixels scale distances by their squares: every line is of its own space.
+    distances = summary["not_trained_on"]
+    assert distances["mae"] == pytest.approx(9 / 16 * distances["clip"], rel=1e-3)
+    assert distances["pixels"] == pytest.approx(36 / 16 * distances["clip"], rel=1e-3)
+    assert [line["network"] for line in whole] == ["clip", "mae", "pixels"]
+
+    drawn.clear()
+    fed.dies = "mae", 8 + 3  # in the second chunk of 8 images, after a batch of 3
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(source, reference, tmp_path / "out")
+    fed.taken()
+    fed.dies = None
+    evaluate(source, reference, tmp_path / "out", "--networks", "pixels")
+    assert fed.taken() == {"pixels": 22}
+    drawn.clear()
+    capsys.readouterr()
+    evaluate(source, reference, tmp_path / "out")
+    assert sum(drawn) == 22 and fed.taken() == {"clip": 22, "mae": 22}
+    assert lines(capsys)[:3] == whole
+
+    drawn.clear()
+    evaluate(source, reference, tmp_path / "out", "--images", str(tmp_path / "images"))
+    assert sum(drawn) == 30 and not fed and len(list((tmp_path / "images").parent.glob("images/*/*.png"))) == 30
+    assert lines(capsys)[:3] == whole
 
 
 def test_the_distance_is_that_of_the_drawn_images_and_fdr_is_relative_to_held_out_ones(

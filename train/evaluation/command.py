@@ -24,20 +24,12 @@ from pmf.hub import locate
 from pmf.metrics import INCEPTION_FEATURES, inception
 from pmf.train.config import ExtractionConfig, MeasurementConfig, find_run_around, find_run_config
 from pmf.train.distributed import World, join, leave, pick_device
-from pmf.train.evaluation.measurement import MakeExtractor, Measurement, demo_score
+from pmf.train.evaluation.measurement import MakeExtractor, Measurement, demo_score, measure
 from pmf.train.evaluation.reference import open_pictures, warn_of_few, write_folder_statistics
-from pmf.train.evaluation.spaces import SpacesMeasurement, of_spaces, write_statistics
+from pmf.train.evaluation.spaces import SpacesMeasurement, write_statistics
 from pmf.train.options import EVAL_NEEDS, Need, parse, refuse_ignored
 from pmf.weights import read_metadata
 
-SPACES_NEEDS = (
-    Need(
-        ("networks", "held_out"),
-        "without a directory of NAME.npz as --reference",
-        lambda c: of_spaces(c.reference),
-    ),
-    Need(("resize", "inception"), "in several spaces; see --networks", lambda c: not of_spaces(c.reference)),
-)
 STATISTICS_NEEDS = (Need(("resize", "inception"), "with --networks", lambda c: not c.networks),)
 
 
@@ -72,11 +64,6 @@ class EvalConfig(MeasurementConfig):
     """Precision of the network's matrix products."""
     device: str = "auto"
     """Device: auto (each process its own GPU), cpu, cuda, ..."""
-    networks: tuple[str, ...] = ()
-    """Of a reference that holds NAME.npz by feature network: those to measure, each as NAME (published weights),
-    NAME:PATH or NAME:random (default: all, with published weights)."""
-    held_out: Path | None = None
-    """Directory of such statistics of held-out real images: reports FDr, distances relative to theirs."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -133,13 +120,13 @@ def command(arguments: list[str]) -> None:
         statistics_command(arguments[1:])
         return
     config = parse(EvalConfig, "pmf eval", arguments)
-    refuse_ignored(config, EvalConfig(source=config.source), EVAL_NEEDS + SPACES_NEEDS)
+    refuse_ignored(config, EvalConfig(source=config.source), EVAL_NEEDS)
     if config.reference is None:
         if int(os.environ.get("RANK", 0)) == 0:
             evaluate_demo(config)
         return
     world = join(config.device)
-    if of_spaces(config.reference):
+    if config.of_spaces:
         evaluate_spaces(config, world)
         leave(world)
         return
@@ -169,15 +156,8 @@ def statistics_command(arguments: list[str]) -> None:
 
 def evaluate(config: EvalConfig, world: World, make_extractor: MakeExtractor | None = None) -> list[dict[str, Any]]:
     """Measure every grid point and return the results in order; each is printed and stored as soon as it is known."""
-    measurement = Measurement(config, _out(config), world, make_extractor)
-    lines = []
-    for model, point in _grid_points(config, world):
-        draw = partial(_draw, model, point, config.dtype)
-        head = {"source": config.source, "weights": point.weights}
-        images = config.images and config.images / point.name
-        line = measurement.measure(
-            model, draw, head, point.settings, seed=config.seed, dtype=config.dtype, images=images
-        )
+    measurement, lines = Measurement(config, _out(config), world, make_extractor), []
+    for _, _, (line,) in _measured(config, [measurement], world):
         lines.append(line)
         world.say(json.dumps(line))
     return lines
@@ -185,22 +165,23 @@ def evaluate(config: EvalConfig, world: World, make_extractor: MakeExtractor | N
 
 def evaluate_spaces(config: EvalConfig, world: World) -> None:
     """Print a line per grid point and space, and after each point one with the spaces that the run was trained on."""
-    spaces = SpacesMeasurement(config, config.networks, config.held_out, _out(config), world)
+    spaces = SpacesMeasurement(config, _out(config), world)
     run = find_run_around(config.source)
-    for model, point in _grid_points(config, world):
-        spaces.check(model)
-        head = {"source": config.source, "weights": point.weights}
-        lines = spaces.measure(
-            model,
-            partial(_draw, model, point, config.dtype),
-            head,
-            settings=point.settings,
-            seed=config.seed,
-            dtype=config.dtype,
-            images=config.images and config.images / point.name,
-        )
-        for line in (*lines, spaces.summary(head | point.settings, lines, run.spaces if run else ())):
+    for head, settings, lines in _measured(config, list(spaces), world):
+        for line in (*lines, spaces.summary(head | settings, lines, run.spaces if run else ())):
             world.say(json.dumps(line))
+
+
+def _measured(
+    config: EvalConfig, measurements: list[Measurement], world: World
+) -> Iterator[tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]]:
+    """Measure every grid point; yield what was sampled from, with which settings, and the results."""
+    for model, point in _grid_points(config, world):
+        head = {"source": config.source, "weights": point.weights}
+        images = config.images and config.images / point.name
+        more: dict[str, Any] = dict(seed=config.seed, dtype=config.dtype, images=images)
+        draw = partial(_draw, model, point, config.dtype)
+        yield head, point.settings, measure(measurements, model, draw, head, point.settings, **more)
 
 
 def _out(config: EvalConfig) -> Path:

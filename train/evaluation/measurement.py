@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ MakeExtractor = Callable[..., Extractor]
 """Keyword argument `resize` -> extractor."""
 NO_REFERENCE = "reference: expected a folder of images or an npz of statistics, got none"
 DEMOS = ("digits", "photographs")
-__all__ = ["NO_REFERENCE", "Draw", "MakeExtractor", "Measurement", "Stopped", "demo_score", "image_count"]
+__all__ = ["NO_REFERENCE", "Draw", "MakeExtractor", "Measurement", "Stopped", "demo_score", "image_count", "measure"]
 
 
 def image_count(config: MeasurementConfig, network: pmf.ModelConfig, name: str) -> int:
@@ -82,14 +83,21 @@ class Measurement:
     """Compares generated images with a reference, by an extractor and a resize common to both.
 
     The resize is the configured one, else that of the reference's statistics, else (for a folder) tf1. Results and
-    unfinished features are kept in `out`. `make_extractor` replaces Inception.
+    unfinished features are kept in `out`. `make_extractor` replaces Inception, `network` is its name in results.
     Errors: `InputError` on a reference that is missing, unreadable or of another number of features.
     """
 
     def __init__(
-        self, config: MeasurementConfig, out: Path, world: World, make_extractor: MakeExtractor | None = None
+        self,
+        config: MeasurementConfig,
+        out: Path,
+        world: World,
+        make_extractor: MakeExtractor | None = None,
+        *,
+        network: str | None = None,
     ) -> None:
         self.config, self.out, self.world = config, out, world
+        self.label = {} if network is None else {"network": network}
         self.results = Results(out)
         path = config.reference
         if path is None:
@@ -133,50 +141,16 @@ class Measurement:
         assert self._reference is not None
         return self._reference
 
-    def measure(
-        self,
-        network: pmf.PMFDiT,
-        draw: Draw,
-        head: dict[str, Any],
-        settings: dict[str, Any],
-        *,
-        seed: int,
-        dtype: str,
-        images: Path | None = None,
-        stopping: Callable[[], bool] = never,
-    ) -> dict[str, Any]:
-        """Return the result for a network's images at these settings: read if it is known, else computed.
+    @property
+    def known(self) -> bool:
+        """Whether the statistics of the reference are known, and need not be computed."""
+        return self._reference is not None
 
-        Every process must call, and gets the same result. An interrupted call resumes when repeated. `head`: values to
-        add to the result. `images`: a directory in which to keep the images as PNGs, one folder per key; missing ones
-        are drawn again. Errors: `Stopped`, in every process, once `stopping` holds in one; what is computed is kept.
-        """
-        count = image_count(self.config, network.config, "source")
-        seeds_from(seed, count)
-        per_class, named = self.config.per_class, (self._extractor_digest, self.reference(stopping)[1])
-        self.check_size(network.config.image_size, stopping)
-        self.warn(count, network.config.image_size)
-        key = digest(network_digest(network), settings, per_class, seed, dtype, *named)
-        folder = images and images.with_name(f"{images.name}-{key[:8]}")
+    def key(self, *images: object) -> str:
+        """A name for the result of the images that these values determine."""
+        return digest(*images, self._extractor_digest, self.reference()[1])
 
-        def drawn(span: range) -> bool:
-            return folder is None or all(_png(folder, i).is_file() for i in span)
-
-        chunks = Chunks(self.out / f".{key}-{self.config.chunk}", count, self.config.chunk)
-        head = {**head, **settings, "images": count, "seed": seed, "dtype": dtype}
-        with alone(self.out / f".{key}.lock", self.world, stopping) as held:
-            if not held:
-                raise Stopped
-            line: Any = self.world.broadcast(self.results.find(key))
-            if line is None or not self.world.broadcast(drawn(range(count))):
-                source, size = self._source(draw, seed, folder), self.config.batch_size
-                missing = chunks.missing(drawn)
-                compute_together(chunks, missing, source, self.extractor, self.world, size, stopping)
-            line = self.world.main_first(lambda: line or self._result(chunks, head, key))
-            chunks.remove()
-        return line | head  # equal weights share a result, each under its own name
-
-    def _result(self, chunks: Chunks, head: dict[str, Any], key: str) -> dict[str, Any]:
+    def result(self, chunks: Chunks, head: dict[str, Any], key: str) -> dict[str, Any]:
         """The result of the finished chunks, which is stored."""
         kind = {"resize": self.resize} if self.space is None else {"space": self.space}
         against = {"reference": str(self.config.reference), **kind}
@@ -199,18 +173,100 @@ class Measurement:
             if self._pictures is not None:
                 self._pictures.warn_of_sizes(self.world, image_size)
 
-    def _source(self, draw: Draw, seed: int, folder: Path | None) -> Source:
-        """Image i shows class i // per_class and has seed `seed` + i."""
 
-        def images(batch: range) -> Iterator[Tensor]:
-            labels, seeds = [i // self.config.per_class for i in batch], [seed + i for i in batch]
-            pixels = to_bytes(draw(labels, seeds).float()).expand(-1, 3, -1, -1)
-            if folder is not None:
-                for i, image in zip(batch, pixels.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
-                    save_png(_png(folder, i), image)
-            yield pixels
+def measure(
+    measurements: Sequence[Measurement],
+    network: pmf.PMFDiT,
+    draw: Draw,
+    head: dict[str, Any],
+    settings: dict[str, Any],
+    *,
+    seed: int,
+    dtype: str,
+    images: Path | None = None,
+    stopping: Callable[[], bool] = never,
+) -> list[dict[str, Any]]:
+    """Return the results for a network's images at these settings, one a measurement: read if known, else computed.
 
-        return images
+    The images are drawn once for all measurements, which have one configuration but for the reference. Every process
+    must call, and gets the same results. An interrupted call resumes when repeated. `head`: values to add to a result.
+    `images`: a directory in which to keep the images as PNGs, one folder per key; missing ones are drawn again. Errors:
+    `Stopped`, in every process, once `stopping` holds in one; what is computed is kept.
+    """
+    config, world, out = measurements[0].config, measurements[0].world, measurements[0].out
+    count, side = image_count(config, network.config, "source"), network.config.image_size
+    seeds_from(seed, count)
+    for measurement in measurements:
+        measurement.check_size(side, stopping)
+        measurement.warn(count, side)
+    shown = (network_digest(network), settings, config.per_class, seed, dtype)
+    asked = [_Asked(each, key := each.key(*shown), _chunks(each, key, count)) for each in measurements]
+    folder = images and images.with_name(f"{images.name}-{asked[0].key[:8]}")
+    heads = [{**head, **each.label, **settings, "images": count, "seed": seed, "dtype": dtype} for each in measurements]
+    with _alone([out / f".{one.key}.lock" for one in asked], world, stopping):
+        known = world.main_first(lambda: [one.measurement.results.find(one.key) for one in asked])
+        rest = [one for one, line in zip(asked, known, strict=True) if line is None]
+        spans = world.main_first(lambda: _missing(asked[0].chunks.spans(), rest, folder))
+        if spans:
+            sets = [(one.chunks, one.measurement.extractor) for one in rest]
+            source = _source(draw, config.per_class, seed, folder)
+            compute_together(sets, spans, source, world, config.batch_size, stopping)
+        every = list(zip(known, asked, heads, strict=True))
+        found = world.main_first(
+            lambda: [line or one.measurement.result(one.chunks, own, one.key) for line, one, own in every]
+        )
+        for one in asked:
+            one.chunks.remove()
+    # Equal weights share a result, each under its own name.
+    return [line | own for line, own in zip(found, heads, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A result that is asked for."""
+
+    measurement: Measurement
+    key: str
+    chunks: Chunks
+
+
+def _chunks(measurement: Measurement, key: str, count: int) -> Chunks:
+    size = measurement.config.chunk
+    return Chunks(measurement.out / f".{key}-{size}", count, size)
+
+
+@contextlib.contextmanager
+def _alone(files: Sequence[Path], world: World, stopping: Callable[[], bool]) -> Iterator[None]:
+    """Hold all of these lock files, taken in one order by all evaluations so that no two wait for each other."""
+    with contextlib.ExitStack() as stack:
+        for file in sorted(files):
+            if not stack.enter_context(alone(file, world, stopping)):
+                raise Stopped
+        yield
+
+
+def _missing(spans: list[range], asked: Sequence[_Asked], folder: Path | None) -> list[range]:
+    """The spans of images some of whose features are not on disk, or some of whose pictures are not in the folder."""
+    return [
+        span
+        for span in spans
+        if not all(one.chunks.file(span).is_file() for one in asked)
+        or (folder is not None and not all(_png(folder, i).is_file() for i in span))
+    ]
+
+
+def _source(draw: Draw, per_class: int, seed: int, folder: Path | None) -> Source:
+    """Image i shows class i // per_class and has seed `seed` + i."""
+
+    def images(batch: range) -> Iterator[Tensor]:
+        labels, seeds = [i // per_class for i in batch], [seed + i for i in batch]
+        pixels = to_bytes(draw(labels, seeds).float()).expand(-1, 3, -1, -1)
+        if folder is not None:
+            for i, image in zip(batch, pixels.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
+                save_png(_png(folder, i), image)
+        yield pixels
+
+    return images
 
 
 def _check_enough(pictures: Pictures | None, given: Statistics | None) -> None:

@@ -16,18 +16,21 @@ import pmf
 from pmf.sharded import whole
 from pmf.train.config import RunConfig
 from pmf.train.distributed import World
-from pmf.train.evaluation.measurement import Measurement, demo_score, image_count
+from pmf.train.evaluation.measurement import Measurement, demo_score, image_count, measure
 from pmf.train.evaluation.reference import never, stop_together
 from pmf.train.evaluation.results import Results, digest, network_digest
+from pmf.train.evaluation.spaces import SpacesMeasurement
 from pmf.train.run_directory import EVALUATION_FOLDER
 
 SEED = 0  # of the first image, as in `pmf eval`
 REPORTED = ("fid", "inception_score", "precision", "recall", "frechet_distance", "accuracy")
+"""The numbers that go into metrics.jsonl."""
 
 
 class PeriodicEvaluation:
     """Measures the weights that `config.evaluation` names, sampled in one step with the run's guidance.
 
+    With statistics of several feature spaces, in each: a post-training is to be watched where it is not trained.
     All weights are loaded, in place, into one network with one sampler. Each result is a line of eval/results.jsonl
     with a key for what was measured, so nothing is measured twice; unfinished features are kept beside it. The random
     state is left unchanged.
@@ -40,11 +43,12 @@ class PeriodicEvaluation:
         self.results = Results(directory / EVALUATION_FOLDER)
         demo = self.settings.reference is None
         self.dtype = torch.float32 if demo else config.dtype_on(world.device, self.settings.precision)
-        self.measurement: Measurement | None = None
+        self.spaces: SpacesMeasurement | None = None
+        self.measurements: list[Measurement] = []
         with _random_state_kept(world.device):
             if not demo:  # refuse an unusable reference before networks are made
                 count = image_count(self.settings, config.model, "model.in_channels")
-                self.measurement = Measurement(self.settings, directory / EVALUATION_FOLDER, world)
+                self._open_reference(directory / EVALUATION_FOLDER)
             self.network = pmf.create_model(
                 config.model, impl=config.impl, aux_head=False, device=world.device, dtype=self.dtype
             )
@@ -62,16 +66,18 @@ class PeriodicEvaluation:
 
         Errors: `Stopped`, as in `measure`.
         """
-        if self.measurement is not None:
-            with _random_state_kept(self.world.device):
-                self.measurement.reference(stopping)
+        with _random_state_kept(self.world.device):
+            for measurement in self.measurements:
+                measurement.check_size(self.config.model.image_size, stopping)
                 count = image_count(self.settings, self.config.model, "model")
-                self.measurement.warn(count, self.config.model.image_size)
+                measurement.warn(count, self.config.model.image_size)
 
     def measure(
         self, step: int, weights: Mapping[str, dict[str, Tensor]], stopping: Callable[[], bool] = never
     ) -> dict[str, float]:
         """Return the reported numbers of the chosen weights: {"fid/ema_500": ...}. Every process must call.
+
+        In several spaces: {"frechet_distance/dinov2/ema_500": ...}, with held-out images also "fdr/dinov2/ema_500".
 
         Errors: `Stopped`, in every process, before the next batch once `stopping` holds in one. Nothing is lost: the
         same call later continues with the next features.
@@ -80,19 +86,39 @@ class PeriodicEvaluation:
         with _random_state_kept(self.world.device):
             for name in self.settings.weights or (self.config.sampling_weights,):
                 stop_together(self.world, stopping)
-                tensors = whole(weights[name], keep=self.world.main or self.measurement is not None)
+                tensors = whole(weights[name], keep=self.world.main or bool(self.measurements))
                 self.network.load_state_dict(tensors, strict=False)  # it has no v head
-                line = self._line({"source": str(self.directory), "weights": name, "step": step}, stopping)
-                self.world.main_first(partial(self._record, line))
-                found |= {f"{metric}/{name}": line[metric] for metric in REPORTED if line.get(metric) is not None}
+                lines = self._lines({"source": str(self.directory), "weights": name, "step": step}, stopping)
+                self.world.main_first(partial(self._record, lines))
+                found |= {f"{key}/{name}": value for key, value in self._numbers(lines).items()}
         return found
 
-    def _line(self, head: dict[str, Any], stopping: Callable[[], bool]) -> dict[str, Any]:
-        """The result for the weights that the network holds."""
-        if self.measurement is None:
-            return self.world.main_first(lambda: self._demo_line(head | self.sampling))
+    def _numbers(self, lines: list[dict[str, Any]]) -> dict[str, float]:
+        """What is reported of the results, by metric, or by metric and space."""
+        found: dict[str, float] = {}
+        for line in lines:
+            space = f"/{line['network']}" if "network" in line else ""
+            found |= {f"{key}{space}": line[key] for key in REPORTED if line.get(key) is not None}
+        ratios = self.spaces.fdr(lines) if self.spaces is not None else {}
+        return found | {f"fdr/{space}": ratio for space, ratio in ratios.items()}
+
+    def _open_reference(self, out: Path) -> None:
+        if self.settings.of_spaces:
+            self.spaces = SpacesMeasurement(self.settings, out, self.world)
+            self.measurements = list(self.spaces)
+        else:
+            self.measurements = [Measurement(self.settings, out, self.world)]
+        for measurement in self.measurements:
+            if measurement.known:
+                measurement.check_size(self.config.model.image_size)
+
+    def _lines(self, head: dict[str, Any], stopping: Callable[[], bool]) -> list[dict[str, Any]]:
+        """The results for the weights that the network holds."""
+        if not self.measurements:
+            return [self.world.main_first(lambda: self._demo_line(head | self.sampling))]
         dtype = str(self.dtype).removeprefix("torch.")
-        return self.measurement.measure(
+        return measure(
+            self.measurements,
             self.network,
             lambda labels, seeds: self.sampler(labels, seeds=seeds),
             head,
@@ -111,10 +137,11 @@ class PeriodicEvaluation:
             self.results.append(line)
         return line | head
 
-    def _record(self, line: dict[str, Any]) -> None:
-        """Add a line for these weights and step if the result was found under those of equal weights."""
-        if self.results.find(line["key"], weights=line["weights"], step=line["step"]) is None:
-            self.results.append(line)
+    def _record(self, lines: list[dict[str, Any]]) -> None:
+        """Add a line for these weights and step if a result was found under those of equal weights."""
+        for line in lines:
+            if self.results.find(line["key"], weights=line["weights"], step=line["step"]) is None:
+                self.results.append(line)
 
 
 @contextmanager

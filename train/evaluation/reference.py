@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pmf.data.training_data import CorruptImageError
 from pmf.errors import InputError, extra
-from pmf.features import Chunks, Extractor, Source, find_images, images_of
+from pmf.features import Chunks, Extractor, Source, compute, find_images, images_of
 from pmf.metrics import Statistics
 from pmf.pictures import open_file, open_picture
 from pmf.train.config import ExtractionConfig
@@ -131,15 +131,14 @@ def _sizes(files: list[Path]) -> Counter[tuple[int, int]]:
 
 
 def compute_together(
-    chunks: Chunks,
+    sets: Sequence[tuple[Chunks, Extractor]],
     spans: list[range],
     source: Source,
-    extractor: Extractor,
     world: World,
     batch_size: int,
     stopping: Callable[[], bool] = never,
 ) -> None:
-    """Compute the chunks in the main process's list, a share in every process; return when all are done.
+    """Compute the chunks in the main process's list, a share in every process; return when all are done. See `compute`.
 
     If `stopping` becomes true in any process, every process raises `Stopped` before its next batch: they agree before
     each one, as often as the process with the most batches has some. Finished chunks stay on disk.
@@ -155,7 +154,7 @@ def compute_together(
         stop_together(world, stopping)
 
     progress = world.main
-    chunks.compute(shares[world.rank], source, extractor, batch_size=batch_size, progress=progress, before=agree)
+    compute(sets, shares[world.rank], source, batch_size=batch_size, progress=progress, before=agree)
     while agreed < max(batches):
         agree()
     world.wait()
@@ -196,6 +195,6 @@ def write_folder_statistics(
             raise Stopped
         if not again and world.broadcast(out.is_file()):
             return
-        compute_together(chunks, chunks.missing(), pictures.read, extractor, world, config.batch_size, stopping)
+        compute_together([(chunks, extractor)], chunks.missing(), pictures.read, world, config.batch_size, stopping)
         world.main_first(lambda: _described(chunks.statistics(keep=keep), pictures, extractor).save(out))
         chunks.remove()

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pmf
 from pmf.errors import InputError, require
 from pmf.feature_networks import NETWORKS, SpaceExtractor, feature_network, network_name
 from pmf.metrics import INCEPTION_FEATURES, Statistics, frechet_distance
-from pmf.pictures import is_picture
 from pmf.train.config import ExtractionConfig, MeasurementConfig
 from pmf.train.distributed import World
-from pmf.train.evaluation.measurement import Draw, Measurement
+from pmf.train.evaluation.measurement import Measurement
 from pmf.train.evaluation.reference import Pictures, pictures_digest, warn_of_few, write_folder_statistics
-
-
-def of_spaces(reference: Path | None) -> bool:
-    """Whether this is a directory of statistics by network, NAME.npz, and not one of pictures."""
-    if reference is None or not reference.is_dir():
-        return False
-    seen = [entry for entry in reference.iterdir() if not entry.name.startswith(".")]
-    pictures = any(entry.is_dir() or is_picture(entry.name) for entry in seen)
-    return not pictures and any(entry.suffix == ".npz" for entry in seen)
 
 
 def named(specs: Sequence[str]) -> dict[str, str]:
@@ -70,57 +59,51 @@ def write_statistics(
 class SpacesMeasurement:
     """Compares generated images with the statistics of real ones in every space of a directory.
 
-    `networks` chooses among the directory's statistics, and says where weights come from; by default all are measured
-    with published weights. Everything is loaded and checked first. Errors: `InputError` on statistics that are missing
-    or unreadable, or of another network, width or image size.
+    `config.networks` chooses among the directory's statistics, and says where weights come from; by default all are
+    measured with published weights. Everything is loaded and checked first. Errors: `InputError` on statistics that are
+    missing or unreadable, or of another network, width or image size.
     """
 
-    def __init__(
-        self, config: MeasurementConfig, networks: Sequence[str], held_out: Path | None, out: Path, world: World
-    ) -> None:
+    def __init__(self, config: MeasurementConfig, out: Path, world: World) -> None:
         folder = config.reference
         assert folder is not None
-        specs = named(networks or sorted(file.stem for file in folder.glob("*.npz") if not file.name.startswith(".")))
+        files = sorted(file.stem for file in folder.glob("*.npz") if not file.name.startswith("."))
+        specs = named(config.networks or files)
         self.measurements: dict[str, Measurement] = {}
         self.floors: dict[str, float] = {}
         for name, spec in specs.items():
             file = _file(folder, name, "reference")
             _check_inception(name, file)
             extractor = SpaceExtractor(feature_network(spec, device=world.device))
-            made = Measurement(replace(config, reference=file), out, world, lambda resize, made=extractor: made)
+            one = replace(config, reference=file)
+            made = Measurement(one, out, world, lambda resize, made=extractor: made, network=name)
             self.measurements[name] = made
-            if held_out is not None:
-                self.floors[name] = _floor(name, held_out, made)
+            if config.held_out is not None:
+                self.floors[name] = _floor(name, config.held_out, made)
 
-    def check(self, network: pmf.PMFDiT) -> None:
-        """Raise `InputError` if statistics are of images of another size than the network's."""
-        for measurement in self.measurements.values():
-            measurement.check_size(network.config.image_size)
+    def __iter__(self) -> Iterator[Measurement]:
+        return iter(self.measurements.values())
 
-    def measure(
-        self, network: pmf.PMFDiT, draw: Draw, head: dict[str, Any], images: Path | None, **more: Any
-    ) -> list[dict]:
-        """The result in each space, see `Measurement.measure`; the images are kept once."""
-        lines: list[dict] = []
-        for name, measurement in self.measurements.items():
-            line = measurement.measure(network, draw, {**head, "network": name}, images=images, **more)
-            lines, images = [*lines, line], None
-        return lines
-
-    def summary(self, head: dict[str, Any], lines: list[dict[str, Any]], trained: Sequence[str]) -> dict[str, Any]:
-        """The distances in the spaces that a run was trained on and in the others; with held-out images also FDr.
+    def fdr(self, lines: list[dict[str, Any]]) -> dict[str, float]:
+        """FDr by network, empty without held-out images.
 
         FDr = FD(generated, reference) / FD(held out, reference): 1 is as far from the reference as other real images.
         """
-        distances = {line["network"]: line["fid" if "fid" in line else "frechet_distance"] for line in lines}
+        distances = _distances(lines)
+        return {name: distances[name] / floor for name, floor in self.floors.items()}
+
+    def summary(self, head: dict[str, Any], lines: list[dict[str, Any]], trained: Sequence[str]) -> dict[str, Any]:
+        """The distances in the spaces that a run was trained on and in the others; with held-out images also FDr."""
         groups = {"trained_on": True, "not_trained_on": False}
-        found: dict[str, Any] = {
-            group: {name: value for name, value in distances.items() if (name in trained) == member}
+        found = {
+            group: {name: value for name, value in _distances(lines).items() if (name in trained) == member}
             for group, member in groups.items()
         }
-        if self.floors:
-            found["fdr"] = {name: value / self.floors[name] for name, value in distances.items()}
-        return head | found
+        return head | found | ({"fdr": self.fdr(lines)} if self.floors else {})
+
+
+def _distances(lines: list[dict[str, Any]]) -> dict[str, float]:
+    return {line["network"]: line["fid" if "fid" in line else "frechet_distance"] for line in lines}
 
 
 def _file(folder: Path, name: str, argument: str) -> Path:
