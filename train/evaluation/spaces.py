@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from pmf.errors import InputError, require
 from pmf.feature_networks import NETWORKS, SpaceExtractor, feature_network, network_name
@@ -70,16 +72,13 @@ class SpacesMeasurement:
         files = sorted(file.stem for file in folder.glob("*.npz") if not file.name.startswith("."))
         specs = named(config.networks or files)
         self.measurements: dict[str, Measurement] = {}
-        self.floors: dict[str, float] = {}
         for name, spec in specs.items():
-            file = _file(folder, name, "reference")
-            _check_inception(name, file)
+            load_statistics(folder, name, "reference")
             extractor = SpaceExtractor(feature_network(spec, device=world.device))
-            one = replace(config, reference=file)
+            one = replace(config, reference=folder / f"{name}.npz")
             made = Measurement(one, out, world, lambda resize, made=extractor: made, network=name)
             self.measurements[name] = made
-            if config.held_out is not None:
-                self.floors[name] = _floor(name, config.held_out, made)
+        self.floors = floors(config.held_out, {name: one.reference()[0] for name, one in self.measurements.items()})
 
     def __iter__(self) -> Iterator[Measurement]:
         return iter(self.measurements.values())
@@ -106,29 +105,39 @@ def _distances(lines: list[dict[str, Any]]) -> dict[str, float]:
     return {line["network"]: line["fid" if "fid" in line else "frechet_distance"] for line in lines}
 
 
-def _file(folder: Path, name: str, argument: str) -> Path:
+def load_statistics(folder: Path, name: str, argument: str) -> Statistics:
+    """NAME.npz of a directory, which `argument` names.
+
+    Errors: `InputError` if it is missing or unreadable, or, for inception, of another resize or width than that of the
+    feature network, which need not be loaded to know.
+    """
     file = folder / f"{name}.npz"
     require(file.is_file(), f"{argument}: {folder} has no {name}.npz, expected statistics in the space of {name}")
-    return file
-
-
-def _check_inception(name: str, file: Path) -> None:
-    """Refuse, before a network is loaded, what no resize of a feature network gives."""
-    if name == "inception":
-        known = Statistics.load(file)
-        got = known.resize
-        require(got == "tf1", f"reference: {file}: expected mu and sigma, of the tf1 resize, got those of {got}")
-        width = len(known.mu)
-        require(width == INCEPTION_FEATURES, f"reference: {file}: expected {INCEPTION_FEATURES} features, got {width}")
-
-
-def _floor(name: str, held_out: Path, measurement: Measurement) -> float:
-    """The distance between held-out real images and the reference."""
-    file = _file(held_out, name, "held_out")
-    statistics, reference = Statistics.load(file), measurement.reference()[0]
     try:
-        distance = frechet_distance(statistics, reference)
+        found = Statistics.load(file)
     except InputError as error:
-        raise InputError(f"held_out: {file}: {error}") from None
-    require(distance > 0, f"held_out: {file}: expected other images than the reference's, got a distance of {distance}")
+        raise InputError(f"{argument}: {str(error).removeprefix('reference: ')}") from error
+    if name == "inception":
+        resize, width = found.resize or "tf1", len(found.mu)
+        require(resize == "tf1", f"{argument}: {file}: expected mu and sigma, of the tf1 resize, got those of {resize}")
+        require(width == INCEPTION_FEATURES, f"{argument}: {file}: expected {INCEPTION_FEATURES} features, got {width}")
+    return found
+
+
+def floors(held_out: Path | None, references: Mapping[str, Statistics]) -> dict[str, float]:
+    """FD of held-out real images to the reference by network, over which FDr is taken; empty without them."""
+    if held_out is None:
+        return {}
+    return {name: _floor(held_out, name, reference) for name, reference in references.items()}
+
+
+def _floor(held_out: Path, name: str, reference: Statistics) -> float:
+    found, where = load_statistics(held_out, name, "held_out"), f"held_out: {held_out / name}.npz"
+    try:
+        distance = frechet_distance(found, reference)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    # Equal statistics of few images have a distance that is rounding, and not zero.
+    equal = np.array_equal(found.mu, reference.mu) and np.array_equal(found.sigma, reference.sigma)
+    require(distance > 0 and not equal, f"{where}: expected other images than the reference's, got the same statistics")
     return distance

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pmf.train.config import PosttrainConfig
 from pmf.train.data.by_name import open_data
 from pmf.train.distributed import join, leave
-from pmf.train.posttraining.references import held_out_distances, open_networks, open_references
+from pmf.train.evaluation.spaces import floors
+from pmf.train.posttraining.references import open_networks, open_references
 from pmf.train.posttraining.start import SOURCE
 from pmf.train.posttraining.trainer import PosttrainTrainer
 from pmf.train.presets import configured
@@ -17,7 +18,7 @@ def command(arguments: list[str]) -> None:
     world = join(config.device, config.sharding)
     networks = open_networks(config, world.device)
     references = open_references(config, networks)
-    held_out = held_out_distances(config, networks, references)
+    held_out = floors(config.held_out, references)
     data = open_data(config.data, config.model.image_size) if config.anchor else None
     trainer = PosttrainTrainer(config, world, networks, references, held_out=held_out, data=data)
     trainer.run()

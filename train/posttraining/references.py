@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from pmf.errors import InputError, require
+from pmf.errors import require
 from pmf.feature_networks import FeatureNetwork, feature_network
 from pmf.images import to_float
-from pmf.metrics import Statistics, frechet_distance
+from pmf.metrics import Statistics
 from pmf.train.config import PosttrainConfig
 from pmf.train.demo import digits
+from pmf.train.evaluation.spaces import load_statistics
 
 DIGITS = "digits"
 AT_ONCE = 500
@@ -47,53 +49,33 @@ def open_references(config: PosttrainConfig, networks: Mapping[str, FeatureNetwo
 
     Errors: `InputError` if there are none, or if they are of another network or of images of another size.
     """
-    if config.reference is None:
+    folder = config.reference
+    if folder is None:
         require(config.data == DIGITS, "reference: expected a directory of statistics (pmf eval statistics), got none")
         return {name: _statistics_of_digits(network) for name, network in networks.items()}
-    return read_statistics(config.reference, "reference", config, networks)
+    require(folder.is_dir(), f"reference: expected a directory of statistics, got {folder}")
+    return {name: _read(folder, config, network) for name, network in networks.items()}
 
 
-def read_statistics(
-    folder: Path, argument: str, config: PosttrainConfig, networks: Mapping[str, FeatureNetwork]
-) -> dict[str, Statistics]:
-    """NAME.npz of every network in a folder, which `argument` names. Errors: see `open_references`."""
-    require(folder.is_dir(), f"{argument}: expected a directory of statistics, got {folder}")
-    return {name: _read(folder / f"{name}.npz", argument, config, network) for name, network in networks.items()}
-
-
-def _read(file: Path, argument: str, config: PosttrainConfig, network: FeatureNetwork) -> Statistics:
-    require(file.is_file(), f"{argument}: {file} does not exist, expected the statistics of {network.name}")
-    try:
-        found = Statistics.load(file)
-    except InputError as error:
-        raise InputError(f"{argument}: {str(error).removeprefix('reference: ')}") from error
-    size, wanted = found.image_size, config.model.image_size
-    resized = network.name != "inception" or found.resize in (None, "tf1")
-    require(resized, f"{argument}: {file} has ref_mu and ref_sigma, of the half_pixel resize, expected mu and sigma")
+def _read(folder: Path, config: PosttrainConfig, network: FeatureNetwork) -> Statistics:
+    found, where = load_statistics(folder, network.name, "reference"), f"reference: {folder / network.name}.npz"
     space = found.space in (None, network.space)
-    require(space, f"{argument}: {file} was made by {found.space}, expected {network.space}")
-    width = len(found.mu)
-    expected = network.width or config.model.in_channels * wanted**2
-    require(width == expected, f"{argument}: {file} has {width} features, expected {expected}")
-    require(size in (None, wanted), f"{argument}: {file} is of images of {size} pixels, the network has {wanted}")
-    return found
+    require(space, f"{where}: expected features of {network.space}, got {found.space}")
+    width, side = len(found.mu), config.model.image_size
+    expected = network.width or config.model.in_channels * side**2
+    require(width == expected, f"{where}: expected {expected} features, got {width}")
+    size = found.image_size
+    require(size in (None, side), f"{where}: expected images of {side} pixels, as the network's, got {size}")
+    return _described(found, network, side)
+
+
+def _described(statistics: Statistics, network: FeatureNetwork, image_size: int) -> Statistics:
+    """The statistics with what is known of their features."""
+    return replace(statistics, space=network.space, image_size=image_size)
 
 
 @torch.no_grad()
 def _statistics_of_digits(network: FeatureNetwork) -> Statistics:
     images = to_float(digits()[0].images)
     parts = [network(part.to(network.device)).cpu() for part in images.split(AT_ONCE)]
-    return Statistics.of(torch.cat(parts))
-
-
-def held_out_distances(
-    config: PosttrainConfig, networks: Mapping[str, FeatureNetwork], references: Mapping[str, Statistics]
-) -> dict[str, float]:
-    """FD of held-out real images to the reference by network, over which FDr is taken; empty without them."""
-    if config.held_out is None:
-        return {}
-    found = read_statistics(config.held_out, "held_out", config, networks)
-    distances = {name: frechet_distance(found[name], references[name]) for name in networks}
-    for name, value in distances.items():
-        require(value > 0, f"held_out: expected other images than those of the reference, {name} has a distance of 0")
-    return distances
+    return _described(Statistics.of(torch.cat(parts)), network, images.shape[-1])
