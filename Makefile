@@ -33,10 +33,12 @@ wheel:
 	cd .venv-wheel/empty && ! ../bin/pmf --help 2>../message
 	test $$(wc -l < .venv-wheel/message) = 1 && grep "pip install 'pixel-meanflow\[train\]'" .venv-wheel/message
 
-# The tests that need a GPU, then every kernel test on it; many processes compile the kernels.
+# The tests that need a GPU, then every kernel test on it, except those that compile for other chips; many processes
+# compile the kernels.
 test-gpu: .venv/dev
-	$(BIN)/python -m pytest -m gpu -rs tests/test_gpu.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 12 --dist worksteal tests/kernels
+	$(BIN)/python -m pytest -m gpu -rs tests/test_gpu.py tests/pmf/test_averages.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 12 --dist worksteal tests/kernels \
+		--ignore tests/kernels/test_static.py
 
 # Every test on the lowest versions that pyproject.toml declares: several GB.
 test-oldest: .venv-oldest/ready

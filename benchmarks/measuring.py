@@ -43,7 +43,7 @@ def run(suite: str, options: Options) -> None:
     queue = deque(remaining(jobs, ledger))
     if len(queue) < len(jobs):
         print(f"{len(jobs) - len(queue)} of {len(jobs)} jobs were measured before", flush=True)
-    tests = sorted({test for job in queue for test in job.tests()}) if on_gpu else []
+    tests = list(dict.fromkeys(test for job in queue for test in sorted(job.tests()))) if on_gpu else []
     red = gate.failing(tests, ledger, TEST_SHARE * (deadline - time.monotonic()))
     while queue:
         job = queue.popleft()

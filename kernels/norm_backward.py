@@ -96,14 +96,15 @@ def _backward(
                 b_dx_new = tl.load(p_dx_new + i_row * C + i_tile, mask=mask, other=0.0)
             if (p_d.gate is not None) or FORM.add:
                 b_branch = tl.load(p_branch + i_row * C + i_tile, mask=mask, other=0.0)
+            b_tile_gate = b_gate
             if TOKEN.gate:
-                b_gate = load_tile(p.gate, i_row, mask, STEPS.gate, ROWS, BLOCK)
+                b_tile_gate = load_tile(p.gate, i_row, mask, STEPS.gate, ROWS, BLOCK)
             b_tile_factor = b_factor
             if TOKEN.scale:
                 b_one_plus = 1.0 + load_tile(p.scale, i_row, mask, STEPS.scale, ROWS, BLOCK)
                 b_tile_factor = b_factor * b_one_plus
             if FORM.add:
-                b_x = (b_x.to(tl.float32) + b_gate * b_branch.to(tl.float32)).to(p_x.dtype.element_ty)
+                b_x = (b_x.to(tl.float32) + b_tile_gate * b_branch.to(tl.float32)).to(p_x.dtype.element_ty)
             p_row = p_stats + (i_row + i_r[:, None]) * STATISTICS
             b_rstd = tl.load(p_row, mask=m_r, other=0.0)
             b_n, b_dy = b_x.to(tl.float32), b_dy.to(tl.float32)
@@ -116,7 +117,7 @@ def _backward(
                 b_dx += b_dx_new.to(tl.float32)
             tl.store(p_out.dx + i_row * C + i_tile, b_dx.to(p_out.dx.dtype.element_ty), mask=mask)
             if p_out.dbranch is not None:
-                b_dbranch = (b_dx * b_gate).to(p_out.dbranch.dtype.element_ty)
+                b_dbranch = (b_dx * b_tile_gate).to(p_out.dbranch.dtype.element_ty)
                 tl.store(p_out.dbranch + i_row * C + i_tile, b_dbranch, mask=mask)
             if p_out.y is not None:
                 b_y = b_n * b_tile_factor

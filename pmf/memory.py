@@ -249,12 +249,13 @@ def measured_largest_batch(run: Callable[[int], object], budget: float, guess: i
         except torch.cuda.OutOfMemoryError:
             return False
 
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
+    index = torch.cuda.current_device() if device.index is None else device.index  # PyTorch wants a number here
+    total = torch.cuda.get_device_properties(index).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), index)
     try:
         return largest(fits, guess)
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0, index)
 
 
 def largest(fits: Callable[[int], bool], guess: int) -> int:

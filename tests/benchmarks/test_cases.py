@@ -230,7 +230,13 @@ def test_the_largest_batch_is_found_from_any_guess(limit, guess):
 def test_a_largest_batch_is_measured_within_its_budget(monkeypatch):
     limits = []
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(total_memory=100))
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda limit, device: limits.append(limit))
+
+    def limited(limit, device):
+        assert torch.cuda._utils._get_device_index(device) == 3  # as PyTorch reads it: a device without a number raises
+        limits.append(limit)
+
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limited)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
 

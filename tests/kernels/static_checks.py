@@ -82,7 +82,7 @@ def norm_cases(size: str, stream, low):
     for name, again in (("", False), (" of terms again", True)):
         run = functools.partial(norm_backward.norm_backward.function, *backward_adaln, again, again)
         yield f"backward adaln{name}", run
-    if size in ("B", "H"):
+    if size in ("digits", "B", "H"):  # digits: several rows a tile
         yield from _token_cases(width, stream, low)
 
 

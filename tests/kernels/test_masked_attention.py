@@ -135,8 +135,11 @@ def test_any_shape(kind, samples, queries, keys, heads, head_dim, share, dtype):
 
 @pytest.mark.parametrize("impl", ("triton", "reference"))
 def test_padding_is_never_read(impl):
-    """The same bits whatever it holds; its gradients are zero (with one key, that of k is zero there too)."""
-    primals, tangents, options = problem(("lengths",), 4, 20, 140, (2, 2), 16, 3, F32)
+    """The same bits whatever it holds; its gradients are zero (with one key, that of k is zero there too).
+
+    No more than 64 keys: on a GPU, backward would sum over parts of more in any order.
+    """
+    primals, tangents, options = problem(("lengths",), 4, 20, 60, (2, 2), 16, 3, F32)
     lengths = options["key_lengths"]
     plain = [tuple(x.nan_to_num(0.3) for x in parts) for parts in (primals, tangents)]
     runs = [evaluate("attention", *given, None, impl=impl, **options) for given in ((primals, tangents), plain)]

@@ -179,7 +179,9 @@ def test_second_derivatives_are_refused():
 )
 @pytest.mark.parametrize("impl", ("triton", "reference"))
 def test_bad_weights(linear, message, impl):
-    x = torch.ones(2, 5, 24)
+    x = torch.ones(2, 5, 24, device=DEVICE)
+    if isinstance(linear, tuple):
+        linear = tuple(part if part is None else part.to(DEVICE) for part in linear)
     for run in (ops.norm_modulate, ops.gelu, lambda x, **k: ops.swiglu(torch.cat([x, x], -1), **k)):
         with pytest.raises(InputError, match=message):
             run(x, linear=linear, impl=impl)
@@ -187,7 +189,7 @@ def test_bad_weights(linear, message, impl):
 
 def test_pairs_and_tensors():
     """A tensor gives a tensor, a pair a Dual, of the same product."""
-    x, matrix = torch.randn(2, 5, 24), torch.randn(8, 24)
+    x, matrix = torch.randn(2, 5, 24, device=DEVICE), torch.randn(8, 24, device=DEVICE)
     for impl in ("triton", "reference"):
         plain = ops.norm_modulate(x, linear=(matrix, None), impl=impl)
         dual = ops.norm_modulate((x, x), linear=(matrix, None), impl=impl)
