@@ -94,7 +94,8 @@ class FeatureNetwork(nn.Module):
         fits = images.is_floating_point() and len(shape) == 4 and shape[1] in (1, 3) and min(shape[2:]) > 0
         require(fits, lambda: f"images: expected floats [B, 1 or 3, H, W], got {images.dtype} {shape}")
         with no_autocast(images.device):
-            return self.trunk(images.to(self.wide)).to(self.wide)
+            # A class token is a view, which would keep the tokens of all patches for as long as the features are held.
+            return self.trunk(images.to(self.wide)).to(self.wide).contiguous()
 
     def logits(self, features: Tensor) -> Tensor:
         """Logits [B, classes] of features, in the order of ImageNet. Errors: `InputError` without a classifier."""

@@ -11,7 +11,7 @@ from torch.nn.functional import interpolate
 
 from pmf import feature_networks
 from pmf.errors import InputError
-from pmf.feature_networks import NETWORKS, feature_network
+from pmf.feature_networks import NETWORKS, FeatureNetwork, feature_network
 from pmf.images import to_float
 from pmf.metrics import inception
 from tests.networks import extras, relative_error
@@ -154,6 +154,18 @@ def test_what_does_not_fit_is_one_line(small, tmp_path):
         with pytest.raises(InputError, match=r"^(features|inception): cannot (load|take) ") as error:
             feature_network(f"{name}:{file}")
         assert "\n" not in str(error.value)
+
+
+def test_features_keep_nothing_else_in_memory():
+    """A class token is a view of all tokens."""
+
+    class FirstColumn(torch.nn.Module):
+        def forward(self, images):
+            return images.flatten(2).transpose(1, 2)[:, 0]
+
+    network = FeatureNetwork("token", FirstColumn(), width=3, space="token", dtype=torch.float32)
+    features = network(images())
+    assert torch.equal(features, images()[:, :, 0, 0]) and features.untyped_storage().nbytes() == features.nbytes
 
 
 @pytest.mark.parametrize("channels", [1, 3])
