@@ -83,9 +83,9 @@ def filled(network: FeatureNetwork) -> FeatureNetwork:
 class OneOfMany(FrechetLoss):
     """The loss in one of several processes, which all have the same features."""
 
-    def gathered(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _of_all_ranks(self, rows: Tensor) -> Tensor:
         """Features of `BATCH` images."""
-        return {name: rows.detach()[torch.arange(BATCH) % len(rows)] for name, rows in features.items()}
+        return rows.detach()[torch.arange(BATCH) % len(rows)]
 
 
 def frechet_loss(widths: Mapping[str, int]) -> FrechetLoss:

@@ -2,6 +2,9 @@
 
 f = network((resize(x / 2 + 1/2) - mean) / std)     resized bicubically with antialiasing, neither clamped nor rounded
 
+Images are resized by two matrix products, since PyTorch's own backward of it adds in no fixed order on CUDA. They run
+without autocast, in TF32 only where the user allows it for all products (`torch.set_float32_matmul_precision`).
+
 Sizes and pooling are those of FD-loss (arXiv 2604.28190), so that its published distances apply. It keeps 256 pixels
 for patches of 14 pixels: normalised images get zeros at the right and bottom, up to 266. Position embeddings are
 interpolated to that grid. Inception resizes as TensorFlow 1 did, as for FID (see `pmf.metrics.inception`).
@@ -94,7 +97,8 @@ class FeatureNetwork(nn.Module):
         fits = images.is_floating_point() and len(shape) == 4 and shape[1] in (1, 3) and min(shape[2:]) > 0
         require(fits, lambda: f"images: expected floats [B, 1 or 3, H, W], got {images.dtype} {shape}")
         with no_autocast(images.device):
-            return self.trunk(images.to(self.wide)).to(self.wide)
+            # A class token is a view, which would keep the tokens of all patches for as long as the features are held.
+            return self.trunk(images.to(self.wide)).to(self.wide).contiguous()
 
     def logits(self, features: Tensor) -> Tensor:
         """Logits [B, classes] of features, in the order of ImageNet. Errors: `InputError` without a classifier."""
@@ -145,11 +149,27 @@ class _TimmTrunk(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x, size = images.expand(-1, 3, -1, -1) / 2 + 0.5, (self.size, self.size)
         if x.shape[2:] != size:
-            x = interpolate(x, size, mode="bicubic", align_corners=False, antialias=True)
+            x = _bicubic(x, size)
         x = self.network.forward_features(((x - self.mean) / self.std).to(self.dtype))
         if x.ndim == 4:
             return x.to(images.dtype).mean((2, 3))
         return self.network.forward_head(x, pre_logits=True)
+
+
+def _bicubic(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Images [..., H, W] resized to [..., *size], the bicubic `interpolate` with antialiasing, up to rounding."""
+    rows, columns = (_bicubic_weights(n, wanted, images) for n, wanted in zip(images.shape[-2:], size, strict=True))
+    return rows @ images @ columns.T
+
+
+def _bicubic_weights(size: int, wanted: int, like: Tensor) -> Tensor:
+    """What `interpolate` does along one dimension, as a matrix [wanted, size]: it resizes the columns of the identity.
+
+    On the CPU, so that the weights do not depend on the device.
+    """
+    one = torch.eye(size, dtype=like.dtype, device="cpu")[None, None]
+    resized = interpolate(one, (wanted, size), mode="bicubic", align_corners=False, antialias=True)
+    return resized[0, 0].to(like.device)
 
 
 class _InceptionTrunk(nn.Module):

@@ -329,19 +329,38 @@ class FrechetLoss(nn.Module):
 
         It is NaN where features are not finite, and where eigenvalues are not found.
         """
-        every = self.gathered(features)
-        terms, distances = [], {}
-        for name, target in self.targets.items():
-            distance = _Distance.apply(features[name], every[name], target, self.populations[name])
-            distances[name] = distance.detach()
-            terms.append(self.weights[name] * distance / (distances[name] + self.eps))
-        return FrechetOutput(torch.stack(terms).sum(), distances, every)
+        self._check(features)
+        parts = [self.term(name, features[name]) for name in self.targets]
+        distances = {name: value for part in parts for name, value in part.distances.items()}
+        every = {name: rows for part in parts for name, rows in part.features.items()}
+        return FrechetOutput(torch.stack([part.loss for part in parts]).sum(), distances, every)
+
+    def term(self, name: str, rows: Tensor) -> FrechetOutput:
+        """The part of the loss that network `name` has with this rank's features [B, d]; the loss is the sum of these.
+
+        By this a step can take networks one after another. Every rank must call with the same network.
+        Errors: `InputError` on another name, or features of another width, dtype or device.
+        """
+        check_values(str, name=name)
+        require(name in self.targets, lambda: f"name: expected one of {list(self.targets)}, got {name!r}")
+        _check_rows(f"features[{name!r}]", rows, self.targets[name].mu)
+        every = self._of_all_ranks(rows)
+        distance = _Distance.apply(rows, every, self.targets[name], self.populations[name])
+        value = distance.detach()
+        return FrechetOutput(self.weights[name] * distance / (value + self.eps), {name: value}, {name: every})
 
     def gathered(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The features of all ranks in order of rank, without gradient. Every rank must call."""
         self._check(features)
-        ranks = dist.get_world_size(self.group) if dist.is_initialized() else 1
-        return {name: _all_rows(features[name].detach(), ranks, self.group) for name in self.targets}
+        return {name: self._of_all_ranks(features[name]) for name in self.targets}
+
+    def _of_all_ranks(self, rows: Tensor) -> Tensor:
+        rows, ranks = rows.detach(), dist.get_world_size(self.group) if dist.is_initialized() else 1
+        if ranks == 1:
+            return rows
+        every = rows.new_empty(ranks * len(rows), *rows.shape[1:])
+        dist.all_gather_into_tensor(every, rows.contiguous(), group=self.group)
+        return every
 
     @torch.no_grad()
     def fill(self, every: Mapping[str, Tensor]) -> None:
@@ -378,11 +397,3 @@ def _check_rows(name: str, value: Tensor, mu: Tensor) -> None:
     fits = value.is_floating_point() and len(shape) == 2 and shape[0] > 0 and shape[1] == len(mu)
     fits = fits and value.device == mu.device
     require(fits, lambda: f"{name}: expected {wanted}, got {value.dtype} {shape} on {value.device}")
-
-
-def _all_rows(rows: Tensor, ranks: int, group: dist.ProcessGroup | None) -> Tensor:
-    if ranks == 1:
-        return rows
-    every = rows.new_empty(ranks * len(rows), *rows.shape[1:])
-    dist.all_gather_into_tensor(every, rows.contiguous(), group=group)
-    return every

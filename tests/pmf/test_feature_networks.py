@@ -11,7 +11,7 @@ from torch.nn.functional import interpolate
 
 from pmf import feature_networks
 from pmf.errors import InputError
-from pmf.feature_networks import NETWORKS, feature_network
+from pmf.feature_networks import NETWORKS, FeatureNetwork, feature_network
 from pmf.images import to_float
 from pmf.metrics import inception
 from tests.networks import extras, relative_error
@@ -57,6 +57,66 @@ def test_features_are_those_of_timm(name):
     else:
         assert network.classes is None
     assert network.space.split()[1:3] == ["bicubic", str(SIZES[name])]
+
+
+RESIZES = [
+    ((256, 256), (224, 224)),
+    ((32, 32), (224, 224)),
+    ((300, 200), (256, 256)),
+    ((64, 501), (224, 256)),
+    ((1, 7), (5, 3)),
+    ((224, 37), (224, 224)),
+]
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(("size", "wanted"), RESIZES)
+def test_the_resize_and_its_gradient_are_those_of_interpolate(size, wanted, dtype, bound):
+    """Two products, also in the gradient: none of PyTorch's resize, which adds in no fixed order on CUDA."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, *size, generator=generator).to(dtype).requires_grad_()
+    weights = torch.randn(2, 3, *wanted, generator=generator).to(dtype)
+    resized = feature_networks._bicubic(x, wanted)
+    expected = interpolate(x, wanted, mode="bicubic", align_corners=False, antialias=True)
+    assert resized.dtype == dtype and resized.shape == expected.shape
+    assert relative_error(resized, expected) <= bound
+    gradient, differentiated = (torch.autograd.grad((y * weights).sum(), x)[0] for y in (resized, expected))
+    assert relative_error(gradient, differentiated) <= bound
+
+
+class Stub(torch.nn.Module):
+    """What `_TimmTrunk` needs of a network of timm; its features are its input."""
+
+    pretrained_cfg = dict(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+
+    def forward_features(self, x):
+        return x.flatten(1)
+
+    def forward_head(self, x, pre_logits):
+        return x
+
+
+def test_images_of_the_size_of_the_network_are_not_resized():
+    trunk, x = feature_networks._TimmTrunk(Stub(), 16, torch.float32), images(2, 16)
+    assert torch.equal(trunk(x), (x / 2 + 0.5).flatten(1))
+    larger = images(2, 32)
+    expected = interpolate(larger / 2 + 0.5, (16, 16), mode="bicubic", align_corners=False, antialias=True)
+    assert relative_error(trunk(larger), expected.flatten(1)) <= 1e-6
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_resize_records_products_alone_and_ignores_autocast(autocast):
+    trunk, x = feature_networks._TimmTrunk(Stub(), 16, torch.float32), images(2, 32).requires_grad_()
+    network = FeatureNetwork("stub", trunk, width=3 * 16 * 16, space="stub", dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        features = network(x)
+    pending, names = [features.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        names.add(node.name())
+        pending += [source for source, _ in node.next_functions if source is not None]
+    assert not any("Upsample" in name for name in names) and names & {"MmBackward0", "BmmBackward0"}
+    assert features.dtype == torch.float32 and relative_error(features, trunk(x)) <= 1e-6
 
 
 @extras
@@ -154,6 +214,18 @@ def test_what_does_not_fit_is_one_line(small, tmp_path):
         with pytest.raises(InputError, match=r"^(features|inception): cannot (load|take) ") as error:
             feature_network(f"{name}:{file}")
         assert "\n" not in str(error.value)
+
+
+def test_features_keep_nothing_else_in_memory():
+    """A class token is a view of all tokens."""
+
+    class FirstColumn(torch.nn.Module):
+        def forward(self, images):
+            return images.flatten(2).transpose(1, 2)[:, 0]
+
+    network = FeatureNetwork("token", FirstColumn(), width=3, space="token", dtype=torch.float32)
+    features = network(images())
+    assert torch.equal(features, images()[:, :, 0, 0]) and features.untyped_storage().nbytes() == features.nbytes
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -131,6 +131,20 @@ def test_the_loss_and_its_gradient_are_those_of_plain_code(population, plain, sh
             assert_close(gradient, expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
 
 
+def test_the_loss_is_the_sum_of_the_terms_of_its_networks():
+    references = {name: Statistics.of(features(50, D, seed)) for name, seed in (("a", 10), ("b", 20))}
+    loss = FrechetLoss(references, lambda d: MovingAverage(d, 0.9), weights={"b": 0.3})
+    rows = {name: features(12, D, seed).requires_grad_() for name, seed in (("a", 40), ("b", 41))}
+    whole, parts = loss(rows), {name: loss.term(name, rows[name]) for name in "ab"}
+    assert torch.equal(whole.loss, parts["a"].loss + parts["b"].loss)
+    for name, part in parts.items():
+        assert part.distances == {name: whole.distances[name]} and part.features.keys() == {name}
+        assert torch.equal(part.features[name], rows[name]) and not part.features[name].requires_grad
+        (gradient,), (expected,) = (torch.autograd.grad(out.loss, rows[name]) for out in (part, whole))
+        assert torch.equal(gradient, expected)
+        whole = loss(rows)
+
+
 def test_the_size_of_the_gradient_does_not_depend_on_that_of_the_population():
     """Populations of copies of the batch: all have its mean and, a queue up to N / (N - 1), its covariance."""
     x, reference = features(128, D, 0).float().double(), Statistics.of(features(50, D, 10))
@@ -312,6 +326,8 @@ BAD = [
 WRONG = [None, X, {}, {"b": X}, {"a": X, "b": X}, *({"a": v} for v in (
     None, [1.0], X[0], X[:0], X[:, :1], X[None], X.long(), X.to("meta")
 ))]  # fmt: skip
+BAD += [("name", lambda v=v: built().term(v, X)) for v in (None, "b", 3, ["a"])]
+BAD += [(r"features\['a'\]", lambda v=v["a"]: built().term("a", v)) for v in WRONG[5:]]
 BAD += [
     ("features", lambda v=v, name=name: getattr(built(), name)(v))
     for v in WRONG
