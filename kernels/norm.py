@@ -189,12 +189,14 @@ def norm_forward(
     weight = registration.unit_step(weight)
     given = (gate, scale, shift, gate_dot, scale_dot, shift_dot)
     modulations = [as_rows(m) for m in given]
+    token = Modulations(*map(per_token, given))
     tile = forward_tile(width, branch is None and x_dot is None, registration.chip(x.device))
     registration.launch(
         _forward, samples * registration.cdiv(length, tile.rows),
         *streams, Modulations(*modulations), weight, x_new, y, x_new_dot, y_dot, stats, length, first_dot, eps,
-        STEPS=Modulations(*map(step_of, modulations)), TOKEN=Modulations(*map(per_token, given)),
+        STEPS=Modulations(*map(step_of, modulations)), TOKEN=token,
         C=width, LAYER=layer, ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps,
+        maxnreg=112 if any(token) else None,  # else Triton 3.6 keeps to 80 and spills
     )  # fmt: skip
     return x_new, y, x_new_dot, y_dot, stats
 
