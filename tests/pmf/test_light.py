@@ -33,7 +33,7 @@ def networks(config=TINY, dtype=F64, **options):
 def step(model, dtype=F64, low=False, rows=6):
     """The loss of one step, and its fields."""
     x, y, draws = step_inputs(rows, dtype=dtype)
-    draws = pmf.Draws(**{f.name: getattr(draws, f.name).to(DEVICE) for f in dataclasses.fields(draws)})
+    draws = dataclasses.replace(draws, noise=draws.noise.to(DEVICE))
     with torch.autocast(DEVICE, BF16, enabled=low):
         return pmf.pmf_loss(model, x.to(DEVICE), y.to(DEVICE), draws, LOSS, return_fields=True)
 
@@ -145,9 +145,10 @@ def test_compiled_blocks(backend):
 def test_compiled_kernels_keep_what_eager_ones_keep():
     """The partitioner of inductor, whose own compiler this does not need, makes q and k again too."""
     config = dataclasses.replace(TINY, depth=2)
-    light, compiled = (random_model(config, dtype=F32, impl="triton", checkpointing="light") for _ in range(2))
+    how = dict(dtype=F32, impl="triton", checkpointing="light")
+    light, compiled = (random_model(config, **how).to(DEVICE) for _ in range(2))
     compiled.compile_blocks(backend="aot_eager_decomp_partition")
-    plain = random_model(config, dtype=F32, impl="triton")
+    plain = random_model(config, dtype=F32, impl="triton").to(DEVICE)
     kept = [saved_bytes(lambda m=m: step(m, F32, low=True).loss, m.parameters()) for m in (light, compiled, plain)]
     assert kept[0] <= kept[1] < 0.9 * kept[2]
     # The partitioner of PyTorch 2.11 keeps some of them.

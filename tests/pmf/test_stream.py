@@ -47,6 +47,7 @@ def outcome(model, dtype=F32):
 def kept_by(model):
     """The tensors of the stream's shape, and the bytes, that a pass under autocast saves for backward."""
     shape, kept = (BATCH, model.config.sequence_length, TINY.hidden_size), []
+    inputs = {name: value.to(DEVICE) for name, value in model_inputs(TINY, BATCH, dtype=F32).items()}
 
     def keep(tensor):
         if tensor.shape == shape:
@@ -55,11 +56,11 @@ def kept_by(model):
 
     def run():
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            return model(**model_inputs(TINY, BATCH, dtype=F32))
+            return model(**inputs)
 
     with torch.autocast(DEVICE, BF16):
         run()
-        total = saved_bytes(lambda: model(**model_inputs(TINY, BATCH, dtype=F32)), model.parameters())
+        total = saved_bytes(lambda: model(**inputs), model.parameters())
     return kept, total
 
 
