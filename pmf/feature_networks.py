@@ -59,9 +59,10 @@ NETWORKS = ("inception", *_TIMM, "pixels")
 class FeatureNetwork(nn.Module):
     """A frozen network, always in evaluation mode: images [B, c, H, W] in about [-1, 1] -> features [B, width].
 
-    It runs in its own dtype even under autocast; resizing and features are in float32 at least. Images of one channel
-    count as grey. Attributes: name; width (None for pixels: all values); space, which identifies the
-    feature space in one line (network, input, digest of the weights, whatever the dtype); classes of `logits`, or None.
+    It runs in its own dtype even under autocast; resizing and features are in float32 at least. On a GPU convolutions
+    of float32 may be in TF32, by PyTorch's default; `SpaceExtractor` excludes it. Images of one channel count as grey.
+    Attributes: name; width (None for pixels: all values); space, which identifies the feature space in one line
+    (network, input, digest of the weights, whatever the dtype); classes of `logits`, or None.
     """
 
     _place: Tensor
@@ -163,13 +164,9 @@ def _bicubic(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _bicubic_weights(size: int, wanted: int, like: Tensor) -> Tensor:
-    """What `interpolate` does along one dimension, as a matrix [wanted, size]: it resizes the columns of the identity.
-
-    On the CPU, so that the weights do not depend on the device.
-    """
-    one = torch.eye(size, dtype=like.dtype, device="cpu")[None, None]
-    resized = interpolate(one, (wanted, size), mode="bicubic", align_corners=False, antialias=True)
-    return resized[0, 0].to(like.device)
+    """What `interpolate` does along one dimension, a matrix [wanted, size]: it resizes the columns of the identity."""
+    one = torch.eye(size, dtype=like.dtype, device=like.device)[None, None]
+    return interpolate(one, (wanted, size), mode="bicubic", align_corners=False, antialias=True)[0, 0]
 
 
 class _InceptionTrunk(nn.Module):
