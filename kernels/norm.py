@@ -196,7 +196,7 @@ def norm_forward(
         *streams, Modulations(*modulations), weight, x_new, y, x_new_dot, y_dot, stats, length, first_dot, eps,
         STEPS=Modulations(*map(step_of, modulations)), TOKEN=token,
         C=width, LAYER=layer, ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps,
-        maxnreg=112 if any(token) else None,  # else Triton 3.6 keeps to 80 and spills
+        maxnreg=112 if any(token) and tile.block <= 4096 else None,  # else Triton 3.6 keeps to 80 and spills
     )  # fmt: skip
     return x_new, y, x_new_dot, y_dot, stats
 

@@ -37,23 +37,26 @@ RANDOM = "random"
 
 @dataclass(frozen=True)
 class _Source:
-    """A network of timm: its identifier, the size of its input, the width of its features, its classes if any."""
+    """A network of timm: identifier, size of its input, width of its features, number of weights, classes if any."""
 
     identifier: str
     size: int
     width: int
+    weights: int
     classes: int = 0
 
 
 _TIMM = {
-    "siglip": _Source("vit_so400m_patch16_siglip_256.v2_webli", 224, 1152),
-    "mae": _Source("vit_large_patch16_224.mae", 224, 1024),
-    "convnext": _Source("convnextv2_base.fcmae_ft_in22k_in1k", 224, 1024, 1000),
-    "dinov2": _Source("vit_large_patch14_dinov2.lvd142m", 256, 1024),
-    "clip": _Source("vit_large_patch14_clip_224.openai", 256, 1024),
+    "siglip": _Source("vit_so400m_patch16_siglip_256.v2_webli", 224, 1152, 427_888_064),
+    "mae": _Source("vit_large_patch16_224.mae", 224, 1024, 303_301_632),
+    "convnext": _Source("convnextv2_base.fcmae_ft_in22k_in1k", 224, 1024, 88_717_800, 1000),
+    "dinov2": _Source("vit_large_patch14_dinov2.lvd142m", 256, 1024, 304_367_616),
+    "clip": _Source("vit_large_patch14_clip_224.openai", 256, 1024, 303_179_776),
 }
 NETWORKS = ("inception", *_TIMM, "pixels")
 """The names that `feature_network` knows."""
+WEIGHTS = {"inception": 23_850_960, "pixels": 0} | {name: source.weights for name, source in _TIMM.items()}
+"""How many weights each has."""
 
 
 class FeatureNetwork(nn.Module):

@@ -19,18 +19,18 @@ from pmf import dispatch
 from pmf.counting import row_operations
 from pmf.data import Loader
 from pmf.errors import first_line, require
+from pmf.feature_networks import WEIGHTS
 from pmf.memory import TrainingMemory
 from pmf.model import CHECKPOINTING, Checkpointing
 from pmf.train.budget import HEADROOM, card_table, counted_memory, shared
 from pmf.train.config import RunConfig
 from pmf.train.data.by_name import open_data
 from pmf.train.distributed import World, pick_device
+from pmf.train.evaluation.spaces import spaces_of
 from pmf.train.learner import Learner
 from pmf.train.loop import check_data
 from pmf.train.presets import configured
 
-INCEPTION_BYTES = 4 * 24_000_000
-"""Of its weights."""
 PATIENCE = 20
 """Without workers every step waits for its images: reading must be this many times as fast as the step."""
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -188,7 +188,7 @@ class Doctor:
 
 
 def evaluation_bytes(config: RunConfig, device: torch.device) -> int:
-    """Bytes that evaluations while training keep: a second network, the sampler's joined weights and Inception."""
+    """Bytes that evaluations while training keep: a second network, the sampler's joined weights, feature networks."""
     if not config.eval_every:
         return 0
     network = pmf.create_model(config.model, impl=config.impl, aux_head=False, device="meta")
@@ -196,7 +196,8 @@ def evaluation_bytes(config: RunConfig, device: torch.device) -> int:
     if settings.reference is None:
         return 4 * values  # in float32
     dtype = config.dtype_on(device, settings.precision)
-    return 2 * dtype.itemsize * values + INCEPTION_BYTES
+    networks = spaces_of(settings) if settings.of_spaces else ("inception",)
+    return 2 * dtype.itemsize * values + 4 * sum(WEIGHTS[name] for name in networks)
 
 
 def memory_change(

@@ -35,11 +35,16 @@ def _on_gpu(config: Any) -> bool:
 
 def _of_spaces(prefix: str, measurement: Callable[[Any], Any]) -> tuple[Need, Need]:
     """What `MeasurementConfig` needs for references of one and of several feature spaces."""
+
+    def missing(config: Any) -> bool:  # which another error will say
+        reference = measurement(config).reference
+        return reference is not None and not reference.exists()
+
     return (
         Need(
             (f"{prefix}networks", f"{prefix}held_out"),
             f"without a directory of NAME.npz as --{prefix}reference",
-            lambda c: measurement(c).of_spaces,
+            lambda c: measurement(c).of_spaces or missing(c),
         ),
         Need(
             (f"{prefix}resize", f"{prefix}inception"),

@@ -284,6 +284,13 @@ def test_a_run_is_measured_in_the_spaces_of_a_directory(spaces, tmp_path, capsys
     assert summary["fdr"]["pixels"] == record["fdr/pixels/ema_500"]
 
 
+def test_spaces_that_a_run_stored_are_not_ignored_with_another_reference(spaces, tmp_path):
+    Statistics.of(torch.randn(9, 2048)).save(tmp_path / "one.npz")
+    for name, given in (("networks", ("pixels",)), ("held_out", spaces / "held")):
+        message = f"evaluation.{name}: expected none with a reference of one space, got "
+        refused(tmp_path / "run", message, reference=tmp_path / "one.npz", **{name: given})
+
+
 def test_what_cannot_be_measured_in_spaces_is_refused_before_training(spaces, tmp_path):
     out, ref = tmp_path / "run", spaces / "ref"
     refused(out, "networks: expected some of inception, siglip", reference=ref, networks=("dino",))

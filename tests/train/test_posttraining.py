@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from torch import nn
 
 import pmf
 from pmf.config import PUBLISHED
-from pmf.feature_networks import feature_network
+from pmf.feature_networks import FeatureNetwork, feature_network
 from pmf.metrics import Statistics
 from pmf.optim import OptimizerConfig
 from pmf.sharded import full
@@ -51,9 +52,21 @@ def config(out: Path, **changes) -> PosttrainConfig:
     return PosttrainConfig(out=out, **(base | changes))
 
 
+def _pixels(name: str, dtype: torch.dtype) -> FeatureNetwork:
+    """The pixels, or for another name a network of random weights with a classifier, in a dtype of choice."""
+    if name == "pixels":
+        return feature_network(name, dtype=dtype)
+    generator = torch.Generator().manual_seed(5)
+    trunk = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.Tanh())
+    trunk.classifier, trunk.classes = nn.Linear(6, 10), 10
+    for p in trunk.parameters():
+        nn.init.normal_(p, std=0.3, generator=generator)
+    return FeatureNetwork(name, trunk.to(dtype), width=6, space="random", dtype=dtype)
+
+
 def trainer_of(config: PosttrainConfig, dtype: torch.dtype = torch.float32) -> PosttrainTrainer:
     world = join(config.device, config.sharding)
-    networks = {"pixels": feature_network("pixels", dtype=dtype)}
+    networks = {name: _pixels(name, dtype) for name in config.features}
     data = digits()[0] if config.anchor else None
     return PosttrainTrainer(config, world, networks, open_references(config, networks), data=data)
 
@@ -182,10 +195,18 @@ def test_a_killed_run_resumes_bit_for_bit(run, tmp_path, case, processes):
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
-def first_steps(out: Path, sharding: str, anchor: float) -> dict[str, torch.Tensor]:
+CASES = {
+    "two batches": {},
+    "two batches, anchor": dict(anchor=0.5),
+    "one batch, two networks": dict(device_batch=4, features=("pixels", "digits"), label_weight=2.0),
+}
+"""Options of a run of 8 images, over 2 processes."""
+
+
+def first_steps(out: Path, sharding: str, case: str) -> dict[str, torch.Tensor]:
     """Gradients of the first step, and weights, averages and populations after two steps, all in float64."""
     torch.set_default_dtype(torch.float64)
-    trainer = trainer_of(config(out, sharding=sharding, anchor=anchor, impl="reference"), torch.float64)
+    trainer = trainer_of(config(out, sharding=sharding, impl="reference", **CASES[case]), torch.float64)
     torch.manual_seed(1)
     with torch.no_grad():
         for p in trainer.model.parameters():
@@ -210,10 +231,10 @@ def worker(rank: int, size: int, port: int, out: str) -> None:
     os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
     for sharding in ("ddp", "fsdp"):
-        for anchor in (0.0, 0.5):
-            result = first_steps(Path(out) / f"{sharding}-{anchor}", sharding, anchor)
+        for case in CASES:
+            result = first_steps(Path(out) / f"{sharding}-{case}", sharding, case)
             if rank == 0:
-                torch.save(result, Path(out) / f"{sharding}-{anchor}.pt")
+                torch.save(result, Path(out) / f"{sharding}-{case}.pt")
     torch.distributed.destroy_process_group()
     os._exit(0)  # for the reason given in train/__main__.py
 
@@ -221,16 +242,16 @@ def worker(rank: int, size: int, port: int, out: str) -> None:
 def test_two_processes_give_the_results_of_one(tmp_path):
     """To 1e-10, in float64: of the norm of a gradient, absolutely for the rest, which is of order 1."""
     mp.spawn(worker, (2, free_port(), str(tmp_path)), nprocs=2)
-    for anchor in (0.0, 0.5):
-        expected = first_steps(tmp_path / f"one-{anchor}", "ddp", anchor)
+    for case in CASES:
+        expected = first_steps(tmp_path / f"one-{case}", "ddp", case)
         torch.set_default_dtype(torch.float32)
         assert float(expected["population populations.pixels.count"]) == 24 + 2 * 8
         for sharding in ("ddp", "fsdp"):
-            result = torch.load(tmp_path / f"{sharding}-{anchor}.pt")
+            result = torch.load(tmp_path / f"{sharding}-{case}.pt")
             assert result.keys() == expected.keys()
             for key, value in expected.items():
                 scale = value.norm() if key.startswith("gradient") else 1.0
-                assert (result[key] - value).abs().max() <= 1e-10 * scale, (sharding, anchor, key)
+                assert (result[key] - value).abs().max() <= 1e-10 * scale, (sharding, case, key)
 
 
 def test_a_step_that_is_not_finite_changes_neither_weights_nor_populations(run, tmp_path):

@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -221,6 +222,25 @@ def test_the_distance_is_that_of_the_drawn_images_and_fdr_is_relative_to_held_ou
     assert len((tmp_path / "results.jsonl").read_bytes().splitlines()) == 1  # nothing was measured twice
 
 
+def test_two_evaluations_of_the_same_spaces_do_not_wait_for_each_other_in_turn(source, folders, tmp_path, fed):
+    """Whatever the order in which they name them."""
+    reference = statistics(folders[0], tmp_path / "ref", networks=("clip", "mae"))
+    fed.clear()
+    orders = ("clip", "mae"), ("mae", "clip")
+    both = [
+        threading.Thread(target=evaluate, args=(source, reference, tmp_path / "out", "--networks", *o), daemon=True)
+        for o in orders
+    ]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join(timeout=120)
+    assert not any(thread.is_alive() for thread in both)
+    assert fed.taken() == {"clip": 30, "mae": 30}  # the second takes the results of the first
+    assert len((tmp_path / "out" / "results.jsonl").read_bytes().splitlines()) == 2
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["results.jsonl"]
+
+
 def test_spaces_that_a_run_was_trained_on_are_told_apart(source, folders, tmp_path, capsys):
     run = tmp_path / "run"
     run.mkdir()
@@ -286,6 +306,7 @@ def test_what_does_not_fit_together_is_one_line(source, folders, tmp_path):
         ((reference, "--resize", "tf1"), "resize: has no effect in several spaces"),
         ((real, "--networks", "pixels"), "networks: has no effect without a directory of NAME.npz"),
         ((real, "--held-out", str(held)), "held_out: has no effect without a directory of NAME.npz"),
+        ((tmp_path / "no", "--networks", "mae"), "reference: .*no is not a readable npz archive"),
     ]
     for (where, *more), message in cases:
         with pytest.raises(pmf.InputError, match=message):

@@ -126,7 +126,7 @@ def command(arguments: list[str]) -> None:
             evaluate_demo(config)
         return
     world = join(config.device)
-    if config.of_spaces:
+    if world.main_first(lambda: config.of_spaces):
         evaluate_spaces(config, world)
         leave(world)
         return

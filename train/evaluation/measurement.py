@@ -125,7 +125,10 @@ class Measurement:
         blank = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=self.world.device)
         _check_width(statistics, self.extractor(blank)[0].shape[1])
         named = hashlib.sha256(file.read_bytes()).hexdigest()[:32]
-        self._reference = replace(statistics, resize=self.resize, space=self.space or statistics.space), named
+        known = replace(statistics, resize=self.resize, space=self.space or statistics.space)
+        if not self.world.main:  # which alone computes results
+            known = replace(known, features=None)
+        self._reference = known, named
 
     def reference(self, stopping: Callable[[], bool] = never) -> tuple[Statistics, str]:
         """The reference and a digest of its content. A folder's statistics are computed once and kept in `out`.

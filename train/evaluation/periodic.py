@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import pmf
+from pmf.errors import require
 from pmf.sharded import whole
 from pmf.train.config import RunConfig
 from pmf.train.distributed import World
@@ -103,10 +104,14 @@ class PeriodicEvaluation:
         return found | {f"fdr/{space}": ratio for space, ratio in ratios.items()}
 
     def _open_reference(self, out: Path) -> None:
-        if self.settings.of_spaces:
+        assert self.settings.reference is not None
+        if self.world.main_first(lambda: self.settings.of_spaces):
             self.spaces = SpacesMeasurement(self.settings, out, self.world)
             self.measurements = list(self.spaces)
         else:
+            for name in ("networks", "held_out"):  # a resumed run may have stored them, with another reference
+                given = self.settings.reference.exists() and getattr(self.settings, name)
+                require(not given, f"evaluation.{name}: expected none with a reference of one space, got {given}")
             self.measurements = [Measurement(self.settings, out, self.world)]
         for measurement in self.measurements:
             if measurement.known:

@@ -19,6 +19,13 @@ from pmf.train.evaluation.measurement import Measurement
 from pmf.train.evaluation.reference import Pictures, pictures_digest, warn_of_few, write_folder_statistics
 
 
+def spaces_of(config: MeasurementConfig) -> dict[str, str]:
+    """Network name -> spec of the spaces to measure: `config.networks`, else all whose statistics the reference has."""
+    assert config.reference is not None
+    files = sorted(file.stem for file in config.reference.glob("*.npz") if not file.name.startswith("."))
+    return named(config.networks or files)
+
+
 def named(specs: Sequence[str]) -> dict[str, str]:
     """Network name -> spec. Errors: `InputError` on unknown and repeated names."""
     found: dict[str, str] = {}
@@ -69,13 +76,11 @@ class SpacesMeasurement:
     def __init__(self, config: MeasurementConfig, out: Path, world: World) -> None:
         folder = config.reference
         assert folder is not None
-        files = sorted(file.stem for file in folder.glob("*.npz") if not file.name.startswith("."))
-        specs = named(config.networks or files)
         self.measurements: dict[str, Measurement] = {}
-        for name, spec in specs.items():
+        for name, spec in world.main_first(lambda: spaces_of(config)).items():  # one listing for all processes
             load_statistics(folder, name, "reference")
             extractor = SpaceExtractor(feature_network(spec, device=world.device))
-            one = replace(config, reference=folder / f"{name}.npz")
+            one = replace(config, reference=folder / f"{name}.npz", resize=None)
             made = Measurement(one, out, world, lambda resize, made=extractor: made, network=name)
             self.measurements[name] = made
         self.floors = floors(config.held_out, {name: one.reference()[0] for name, one in self.measurements.items()})
@@ -139,5 +144,6 @@ def _floor(held_out: Path, name: str, reference: Statistics) -> float:
         raise InputError(f"{where}: {error}") from None
     # Equal statistics of few images have a distance that is rounding, and not zero.
     equal = np.array_equal(found.mu, reference.mu) and np.array_equal(found.sigma, reference.sigma)
-    require(distance > 0 and not equal, f"{where}: expected other images than the reference's, got the same statistics")
+    require(not equal, f"{where}: expected other images than the reference's, got the same statistics")
+    require(distance > 0, f"{where}: expected a positive distance to the reference, got {distance}")
     return distance
