@@ -11,7 +11,7 @@ from torch.nn.functional import interpolate
 
 from pmf import feature_networks
 from pmf.errors import InputError
-from pmf.feature_networks import NETWORKS, FeatureNetwork, feature_network
+from pmf.feature_networks import NETWORKS, WEIGHTS, FeatureNetwork, feature_network
 from pmf.images import to_float
 from pmf.metrics import inception
 from tests.networks import extras, relative_error
@@ -57,6 +57,7 @@ def test_features_are_those_of_timm(name):
     else:
         assert network.classes is None
     assert network.space.split()[1:3] == ["bicubic", str(SIZES[name])]
+    assert sum(p.numel() for p in network.parameters()) == WEIGHTS[name]
 
 
 RESIZES = [

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 import pmf
-from pmf import layers
+from pmf import layers, metrics
+from pmf.images import save_png
 from tests.networks import relative_error
+from tests.train.evaluation import Toy
 
 PAGE = (Path(__file__).parents[2] / "docs" / "library.md").read_text()
 SECTIONS = {
@@ -55,6 +57,20 @@ def test_code_runs_as_printed(section):
     assert len(found) == SECTIONS[section]
     for block in found:
         exec(block, given)
+
+
+def test_metrics_are_computed_as_printed(tmp_path, monkeypatch, capsys):
+    """By a small extractor in Inception's place, on the CPU."""
+    (block,) = blocks("Metrics")
+    folder = tmp_path / "images"
+    for i in range(12):
+        pixels = torch.randint(256, (8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
+        save_png(folder / f"{i}.png", pixels.numpy())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(metrics, "inception", lambda device: Toy())
+    metrics.Statistics.of(torch.randn(20, 6)).save("imagenet.npz")
+    exec(block.replace('"cuda"', '"cpu"'), dict(folder=folder))
+    assert "'fid': " in capsys.readouterr().out
 
 
 def test_the_block_of_ones_own_is_llamas():

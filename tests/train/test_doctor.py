@@ -9,13 +9,15 @@ import pytest
 import torch
 
 import pmf
+from pmf.feature_networks import WEIGHTS
 from pmf.memory import TrainingMemory
+from pmf.metrics import Statistics
 from pmf.model import CHECKPOINTING
 from pmf.train import budget
 from pmf.train.budget import HEADROOM, counted_memory, shared
 from pmf.train.cli import main
-from pmf.train.config import RunConfig
-from pmf.train.doctor import Doctor, DoctorConfig, data_change, memory_change
+from pmf.train.config import EvaluationConfig, RunConfig
+from pmf.train.doctor import Doctor, DoctorConfig, data_change, evaluation_bytes, memory_change
 from tests.train.small_runs import SMALL_MODEL
 
 TINY = [*SMALL_MODEL, "--batch-size", "8"]
@@ -233,6 +235,16 @@ def test_readme_has_the_largest_batches_of_b16():
         memory = counted_memory(run, kind, "triton", "cpu", torch.bfloat16, away=away)
         shown = [int(cell.split(";")[0]) for cell in line.split("|")[2:-1]]
         assert shown == [memory.largest_batch(HEADROOM * gigabytes * GB) for gigabytes in columns]
+
+
+def test_evaluations_in_several_spaces_hold_their_networks(tmp_path):
+    for name in ("siglip", "pixels"):
+        Statistics.of(torch.randn(9, 4)).save(tmp_path / f"{name}.npz")
+    none = RunConfig(eval_every=10, evaluation=EvaluationConfig(reference=tmp_path / "one.npz"))
+    every = dataclasses.replace(none, evaluation=EvaluationConfig(reference=tmp_path))
+    one = dataclasses.replace(every, evaluation=EvaluationConfig(reference=tmp_path, networks=("pixels",)))
+    single, both, pixels = (evaluation_bytes(config, torch.device("cpu")) for config in (none, every, one))
+    assert both - pixels == 4 * WEIGHTS["siglip"] and single - pixels == 4 * WEIGHTS["inception"] > 0
 
 
 def test_a_card_is_a_table(capsys, monkeypatch):

@@ -52,21 +52,32 @@ def config(out: Path, **changes) -> PosttrainConfig:
     return PosttrainConfig(out=out, **(base | changes))
 
 
-def _pixels(name: str, dtype: torch.dtype) -> FeatureNetwork:
-    """The pixels, or for another name a network of random weights with a classifier, in a dtype of choice."""
+class Judge(nn.Module):
+    """Random features, and a classifier."""
+
+    classes = 10
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.classifier = nn.Linear(64, 6), nn.Linear(6, 10)
+        generator = torch.Generator().manual_seed(5)
+        for p in self.parameters():
+            nn.init.normal_(p, std=0.3, generator=generator)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.linear(images.flatten(1)).tanh()
+
+
+def network_of(name: str, dtype: torch.dtype) -> FeatureNetwork:
+    """The pixels, or for another name a network with a classifier, in a dtype of choice."""
     if name == "pixels":
         return feature_network(name, dtype=dtype)
-    generator = torch.Generator().manual_seed(5)
-    trunk = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.Tanh())
-    trunk.classifier, trunk.classes = nn.Linear(6, 10), 10
-    for p in trunk.parameters():
-        nn.init.normal_(p, std=0.3, generator=generator)
-    return FeatureNetwork(name, trunk.to(dtype), width=6, space="random", dtype=dtype)
+    return FeatureNetwork(name, Judge().to(dtype), width=6, space="random", dtype=dtype)
 
 
 def trainer_of(config: PosttrainConfig, dtype: torch.dtype = torch.float32) -> PosttrainTrainer:
     world = join(config.device, config.sharding)
-    networks = {name: _pixels(name, dtype) for name in config.features}
+    networks = {name: network_of(name, dtype) for name in config.features}
     data = digits()[0] if config.anchor else None
     return PosttrainTrainer(config, world, networks, open_references(config, networks), data=data)
 
