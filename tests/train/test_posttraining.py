@@ -206,7 +206,7 @@ def test_a_killed_run_resumes_bit_for_bit(run, tmp_path, case, processes):
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
-CASES = {
+SHARED = {
     "two batches": {},
     "two batches, anchor": dict(anchor=0.5),
     "one batch, two networks": dict(device_batch=4, features=("pixels", "digits"), label_weight=2.0),
@@ -217,7 +217,7 @@ CASES = {
 def first_steps(out: Path, sharding: str, case: str) -> dict[str, torch.Tensor]:
     """Gradients of the first step, and weights, averages and populations after two steps, all in float64."""
     torch.set_default_dtype(torch.float64)
-    trainer = trainer_of(config(out, sharding=sharding, impl="reference", **CASES[case]), torch.float64)
+    trainer = trainer_of(config(out, sharding=sharding, impl="reference", **SHARED[case]), torch.float64)
     torch.manual_seed(1)
     with torch.no_grad():
         for p in trainer.model.parameters():
@@ -242,7 +242,7 @@ def worker(rank: int, size: int, port: int, out: str) -> None:
     os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
     for sharding in ("ddp", "fsdp"):
-        for case in CASES:
+        for case in SHARED:
             result = first_steps(Path(out) / f"{sharding}-{case}", sharding, case)
             if rank == 0:
                 torch.save(result, Path(out) / f"{sharding}-{case}.pt")
@@ -253,7 +253,7 @@ def worker(rank: int, size: int, port: int, out: str) -> None:
 def test_two_processes_give_the_results_of_one(tmp_path):
     """To 1e-10, in float64: of the norm of a gradient, absolutely for the rest, which is of order 1."""
     mp.spawn(worker, (2, free_port(), str(tmp_path)), nprocs=2)
-    for case in CASES:
+    for case in SHARED:
         expected = first_steps(tmp_path / f"one-{case}", "ddp", case)
         torch.set_default_dtype(torch.float32)
         assert float(expected["population populations.pixels.count"]) == 24 + 2 * 8
