@@ -17,7 +17,7 @@ SIZE, WIDTH, ROWS = "pMF-digits", 192, 3
 @pytest.fixture
 def small(monkeypatch):
     """A tiny ViT as mae."""
-    vit = feature_networks._Source("vit_tiny_patch16_224.augreg_in21k", 224, WIDTH)
+    vit = feature_networks._Source("vit_tiny_patch16_224.augreg_in21k", 224, WIDTH, 0)
     monkeypatch.setitem(feature_networks._TIMM, "mae", vit)
     posttrain.meta_network.cache_clear()
     yield

@@ -28,8 +28,8 @@ def images(count=2, size=64, channels=3, dtype=torch.float32):
 @pytest.fixture
 def small(monkeypatch):
     """A tiny ViT as mae and a tiny ConvNeXt as convnext."""
-    vit = feature_networks._Source("vit_tiny_patch16_224.augreg_in21k", 224, 192)
-    convnext = feature_networks._Source("convnextv2_atto.fcmae_ft_in1k", 224, 320, 1000)
+    vit = feature_networks._Source("vit_tiny_patch16_224.augreg_in21k", 224, 192, 0)
+    convnext = feature_networks._Source("convnextv2_atto.fcmae_ft_in1k", 224, 320, 0, 1000)
     monkeypatch.setitem(feature_networks._TIMM, "mae", vit)
     monkeypatch.setitem(feature_networks._TIMM, "convnext", convnext)
 

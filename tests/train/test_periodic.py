@@ -352,12 +352,14 @@ def test_a_run_is_measured_by_inception_and_goes_on_where_it_was_killed(referenc
     ]
 
     trainer = Trainer(examined(tmp_path / "run", **measured), digits()[0])
-    trainer.evaluation.measurement.extractor = Dies(trainer.evaluation.measurement.extractor, 8)
+    (measurement,) = trainer.evaluation.measurements
+    measurement.extractor = Dies(measurement.extractor, 8)
     with pytest.raises(Killed):
         trainer.run()
     assert len(lines(tmp_path / "run")) == 1 and len(list((tmp_path / "run" / "eval").glob(".*/chunk-*"))) == 1
     resumed = Trainer(dataclasses.replace(load_run_config(tmp_path / "run"), resume=tmp_path / "run"), digits()[0])
-    resumed.evaluation.measurement.extractor = Dies(resumed.evaluation.measurement.extractor, 3)  # the rest
+    (measurement,) = resumed.evaluation.measurements
+    measurement.extractor = Dies(measurement.extractor, 3)  # the rest
     resumed.run()
     assert numbers(tmp_path / "run") == numbers(whole) and records(tmp_path / "run") == records(whole)
 
