@@ -83,7 +83,7 @@ def filled(network: FeatureNetwork) -> FeatureNetwork:
 class OneOfMany(FrechetLoss):
     """The loss in one of several processes, which all have the same features."""
 
-    def _of_all_ranks(self, rows: Tensor) -> Tensor:
+    def of_all_ranks(self, rows: Tensor) -> Tensor:
         """Features of `BATCH` images."""
         return rows.detach()[torch.arange(BATCH) % len(rows)]
 

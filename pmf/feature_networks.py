@@ -13,7 +13,7 @@ interpolated to that grid. Inception resizes as TensorFlow 1 did, as for FID (se
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,21 +153,21 @@ class _TimmTrunk(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x, size = images.expand(-1, 3, -1, -1) / 2 + 0.5, (self.size, self.size)
         if x.shape[2:] != size:
-            x = _bicubic(x, size)
+            x = _resized(x, size, _bicubic_weights)
         x = self.network.forward_features(((x - self.mean) / self.std).to(self.dtype))
         if x.ndim == 4:
             return x.to(images.dtype).mean((2, 3))
         return self.network.forward_head(x, pre_logits=True)
 
 
-def _bicubic(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Images [..., H, W] resized to [..., *size], the bicubic `interpolate` with antialiasing, up to rounding."""
-    rows, columns = (_bicubic_weights(n, wanted, images) for n, wanted in zip(images.shape[-2:], size, strict=True))
+def _resized(images: Tensor, size: tuple[int, int], weights: Callable[[int, int, Tensor], Tensor]) -> Tensor:
+    """Images [..., H, W] resized to [..., *size]; weights(n, wanted, images): the matrix [wanted, n] of a dimension."""
+    rows, columns = (weights(n, wanted, images) for n, wanted in zip(images.shape[-2:], size, strict=True))
     return rows @ images @ columns.T
 
 
 def _bicubic_weights(size: int, wanted: int, like: Tensor) -> Tensor:
-    """What `interpolate` does along one dimension, a matrix [wanted, size]: it resizes the columns of the identity."""
+    """The bicubic, antialiased `interpolate` as a matrix [wanted, size]: it resizes the columns of the identity."""
     one = torch.eye(size, dtype=like.dtype, device=like.device)[None, None]
     return interpolate(one, (wanted, size), mode="bicubic", align_corners=False, antialias=True)[0, 0]
 
@@ -180,14 +180,14 @@ class _InceptionTrunk(nn.Module):
         self.network, self.dtype = network.to(dtype), dtype
 
     def forward(self, images: Tensor) -> Tensor:
-        rows, columns = (_tf1_weights(size, images) for size in images.shape[2:])
-        resized = rows @ ((images.expand(-1, 3, -1, -1) + 1) / 2 * 255) @ columns.T
+        pixels = (images.expand(-1, 3, -1, -1) + 1) / 2 * 255
+        resized = _resized(pixels, (INCEPTION_SIZE, INCEPTION_SIZE), _tf1_weights)
         return self.network.layers(((resized - 128) / 128).to(self.dtype))[0]
 
 
-def _tf1_weights(size: int, like: Tensor) -> Tensor:
-    """The bilinear resize of TensorFlow 1 as a matrix [299, size]: output i reads position i size / 299, in float32."""
-    place = torch.arange(INCEPTION_SIZE, dtype=torch.float32, device=like.device) * (size / INCEPTION_SIZE)
+def _tf1_weights(size: int, wanted: int, like: Tensor) -> Tensor:
+    """The bilinear resize of TensorFlow 1 as a matrix [wanted, size]: output i reads i size / wanted, in float32."""
+    place = torch.arange(wanted, dtype=torch.float32, device=like.device) * (size / wanted)
     low = place.long()
     share = (place - low).to(like)[:, None]
     one = torch.eye(size, dtype=like.dtype, device=like.device)

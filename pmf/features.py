@@ -162,19 +162,20 @@ def compute(
     """
     with _bar(sum(map(len, spans))) if progress else nullcontext() as bar:
         for span in spans:
-            missing = [(chunks, extractor) for chunks, extractor in sets if not chunks.file(span).is_file()]
-            parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in missing]
+            missing: list[tuple[Chunks, Extractor, list[tuple[Tensor, Tensor]]]] = [
+                (chunks, extractor, []) for chunks, extractor in sets if not chunks.file(span).is_file()
+            ]
             for start in range(span.start, span.stop, batch_size):
                 before()
                 batch = range(start, min(start + batch_size, span.stop))
                 for images in source(batch):
-                    for (_, extractor), found in zip(missing, parts, strict=True):
+                    for _, extractor, parts in missing:
                         features, logits = extractor(images)
-                        found.append((features.cpu(), logits.cpu()))
+                        parts.append((features.cpu(), logits.cpu()))
                 if bar is not None:
                     bar.update(len(batch))
-            for (chunks, _), found in zip(missing, parts, strict=True):
-                chunks.write(span, *map(torch.cat, zip(*found, strict=True)))
+            for chunks, _, parts in missing:
+                chunks.write(span, *map(torch.cat, zip(*parts, strict=True)))
 
 
 def quality(chunks: Chunks, reference: Statistics, device: torch.device | str = "cpu") -> dict[str, float | None]:

@@ -344,7 +344,7 @@ class FrechetLoss(nn.Module):
         check_values(str, name=name)
         require(name in self.targets, lambda: f"name: expected one of {list(self.targets)}, got {name!r}")
         _check_rows(f"features[{name!r}]", rows, self.targets[name].mu)
-        every = self._of_all_ranks(rows)
+        every = self.of_all_ranks(rows)
         distance = _Distance.apply(rows, every, self.targets[name], self.populations[name])
         value = distance.detach()
         return FrechetOutput(self.weights[name] * distance / (value + self.eps), {name: value}, {name: every})
@@ -352,9 +352,10 @@ class FrechetLoss(nn.Module):
     def gathered(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The features of all ranks in order of rank, without gradient. Every rank must call."""
         self._check(features)
-        return {name: self._of_all_ranks(features[name]) for name in self.targets}
+        return {name: self.of_all_ranks(features[name]) for name in self.targets}
 
-    def _of_all_ranks(self, rows: Tensor) -> Tensor:
+    def of_all_ranks(self, rows: Tensor) -> Tensor:
+        """The rows [B, d] of all ranks in order of rank, without gradient. Every rank must call."""
         rows, ranks = rows.detach(), dist.get_world_size(self.group) if dist.is_initialized() else 1
         if ranks == 1:
             return rows

@@ -83,7 +83,8 @@ class Measurement:
     """Compares generated images with a reference, by an extractor and a resize common to both.
 
     The resize is the configured one, else that of the reference's statistics, else (for a folder) tf1. Results and
-    unfinished features are kept in `out`. `make_extractor` replaces Inception, `network` is its name in results.
+    unfinished features are kept in `out`. `make_extractor` replaces Inception, `network` is its name in results;
+    `given` are the statistics that the configured reference holds, if they are loaded.
     Errors: `InputError` on a reference that is missing, unreadable or of another number of features.
     """
 
@@ -95,6 +96,7 @@ class Measurement:
         make_extractor: MakeExtractor | None = None,
         *,
         network: str | None = None,
+        given: Statistics | None = None,
     ) -> None:
         self.config, self.out, self.world = config, out, world
         self.label = {} if network is None else {"network": network}
@@ -103,7 +105,8 @@ class Measurement:
         if path is None:
             raise InputError(NO_REFERENCE)
         self._pictures = open_pictures(path) if path.is_dir() else None
-        given = None if self._pictures else Statistics.load(path)
+        if self._pictures is None and given is None:
+            given = Statistics.load(path)
         _check_enough(self._pictures, given)
         self.resize: Resize = config.resize or (given and given.resize) or "tf1"
         if make_extractor is None:
@@ -203,9 +206,9 @@ def measure(
         measurement.check_size(side, stopping)
         measurement.warn(count, side)
     shown = (network_digest(network), settings, config.per_class, seed, dtype)
-    asked = [_Asked(each, key := each.key(*shown), _chunks(each, key, count)) for each in measurements]
+    more = {**settings, "images": count, "seed": seed, "dtype": dtype}
+    asked = [_Asked(each, each.key(*shown), {**head, **each.label, **more}) for each in measurements]
     folder = images and images.with_name(f"{images.name}-{asked[0].key[:8]}")
-    heads = [{**head, **each.label, **settings, "images": count, "seed": seed, "dtype": dtype} for each in measurements]
     with _alone([out / f".{one.key}.lock" for one in asked], world, stopping):
         known = world.main_first(lambda: [one.measurement.results.find(one.key) for one in asked])
         rest = [one for one, line in zip(asked, known, strict=True) if line is None]
@@ -214,28 +217,30 @@ def measure(
             sets = [(one.chunks, one.measurement.extractor) for one in rest]
             source = _source(draw, config.per_class, seed, folder)
             compute_together(sets, spans, source, world, config.batch_size, stopping)
-        every = list(zip(known, asked, heads, strict=True))
-        found = world.main_first(
-            lambda: [line or one.measurement.result(one.chunks, own, one.key) for line, one, own in every]
-        )
+        found = world.main_first(lambda: [line or one.result() for line, one in zip(known, asked, strict=True)])
         for one in asked:
             one.chunks.remove()
     # Equal weights share a result, each under its own name.
-    return [line | own for line, own in zip(found, heads, strict=True)]
+    return [line | one.head for line, one in zip(found, asked, strict=True)]
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """A result that is asked for."""
+    """A result that is asked for: its key, and what it says besides the numbers."""
 
     measurement: Measurement
     key: str
-    chunks: Chunks
+    head: dict[str, Any]
 
+    @property
+    def chunks(self) -> Chunks:
+        """The features on disk."""
+        size = self.measurement.config.chunk
+        return Chunks(self.measurement.out / f".{self.key}-{size}", self.head["images"], size)
 
-def _chunks(measurement: Measurement, key: str, count: int) -> Chunks:
-    size = measurement.config.chunk
-    return Chunks(measurement.out / f".{key}-{size}", count, size)
+    def result(self) -> dict[str, Any]:
+        """The result, from finished chunks."""
+        return self.measurement.result(self.chunks, self.head, self.key)
 
 
 @contextlib.contextmanager

@@ -78,10 +78,10 @@ class SpacesMeasurement:
         assert folder is not None
         self.measurements: dict[str, Measurement] = {}
         for name, spec in world.main_first(lambda: spaces_of(config)).items():  # one listing for all processes
-            load_statistics(folder, name, "reference")
+            given = load_statistics(folder, name, "reference")  # before the network, which may have to be downloaded
             extractor = SpaceExtractor(feature_network(spec, device=world.device))
             one = replace(config, reference=folder / f"{name}.npz", resize=None)
-            made = Measurement(one, out, world, lambda resize, made=extractor: made, network=name)
+            made = Measurement(one, out, world, lambda resize, made=extractor: made, network=name, given=given)
             self.measurements[name] = made
         self.floors = floors(config.held_out, {name: one.reference()[0] for name, one in self.measurements.items()})
 
