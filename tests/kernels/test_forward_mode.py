@@ -58,7 +58,7 @@ PLAIN = ("scalar_features", "silu")
 """Ops without kernels."""
 
 
-def value(shape: tuple, gen: torch.Generator) -> Tensor:
+def drawn(shape: tuple, gen: torch.Generator) -> Tensor:
     """Normal values. A product's weights are scaled so that results are of order one: sines of more only round more."""
     return randn(*shape, gen=gen) / (math.prod(shape[1:]) ** 0.5 if shape in WEIGHTS else 1)
 
@@ -70,7 +70,7 @@ class Case:
         shapes, moving, fixed, options = SHAPES[name]
         op = name.partition(",")[0]
         options = options if op in PLAIN else {"impl": impl, **options}
-        given = [s if s is None else value(s, generator(name, i)).to(dtype) for i, s in enumerate(shapes)]
+        given = [s if s is None else drawn(s, generator(name, i)).to(dtype) for i, s in enumerate(shapes)]
         inputs = [x if x is None else x.requires_grad_(i not in fixed) for i, x in enumerate(given)]
         self.trained = [x for x in inputs if x is not None and x.requires_grad]
         self.parts = tuple(inputs[i] for i in moving)

@@ -69,7 +69,7 @@ def outcome(impl: str, config=DIGITS, rounded=F32, dtype=None, autocast=None, **
 
 
 def by_kind(values: dict) -> dict:
-    """Join the gradients of one kind of parameter, over all blocks, both heads and all conditions, into one vector.
+    """Join the gradients of one kind of parameter, over all blocks and both heads, into one vector.
 
     Rounding errors pass through the whole network, so the reference's error in one entry or one small parameter
     is a matter of chance. Its mean over a kind is not, and a wrong kernel is wrong in every block.
@@ -77,8 +77,6 @@ def by_kind(values: dict) -> dict:
     kinds: dict[str, list] = {}
     for name, value in values.items():
         kind = re.sub(r"^(shared_blocks|head_blocks\.[uv])\.\d+", "block", name)
-        kind = re.sub(r"^conditioning\.embedders\.\w+", "embedder", kind)
-        kind = re.sub(r"^conditioning\.(tokens\.\w+|classes\.weight)", "conditioning", kind)
         kinds.setdefault(re.sub(r"^final_layers\.[uv]", "final", kind), []).append(value.flatten())
     return {kind: torch.cat(parts) for kind, parts in kinds.items()}
 
