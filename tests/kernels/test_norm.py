@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pmf import ops
+from pmf import dispatch, ops
 from pmf.errors import InputError
 from tests.kernels.checks import (
     DEVICE,
@@ -274,5 +274,6 @@ def test_mismatched_lengths():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_cpu_outside_the_interpreter(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
+    dispatch.forget_choices()
     with pytest.raises(InputError, match=r'^norm_modulate: impl="triton" needs cuda tensors, got cpu'):
         ops.norm_modulate(torch.ones(2, 5, 8), impl="triton")
