@@ -1,4 +1,4 @@
-"""All private names of PyTorch that we use, as of torch 2.11.0 and 2.13.0.
+"""All private names of PyTorch that we use, as of torch 2.11.0 and 2.13.0, but those of `pmf.tangents.tracing`.
 
 Those of Triton are in `pmf.kernels.launching`. test_private.py fails on private names anywhere else.
 """
@@ -6,7 +6,6 @@ Those of Triton are in `pmf.kernels.launching`. test_private.py fails on private
 from __future__ import annotations
 
 import multiprocessing.queues
-import operator
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -58,19 +57,6 @@ def constant(function: Callable) -> Callable:
     """
     setattr(function, "_dynamo_marked_constant", True)  # noqa: B010
     return function
-
-
-@constant
-def multiply_in_order() -> None:
-    """Let Dynamo compute `a @ b` of an object a and a tensor b as `Tensor.__rmatmul__(b, a)`.
-
-    Its table of reflected operators lacks that of @, for which it would take `Tensor.__matmul__(b, a)`, which is b a.
-    """
-    from torch._dynamo.variables import builtin  # importing the compiler takes a second
-
-    builtin.populate_builtin_to_tensor_fn_map()
-    for operation in (operator.matmul, operator.imatmul):
-        builtin.BUILTIN_TO_TENSOR_RFN_MAP.setdefault(operation, Tensor.__rmatmul__)
 
 
 def open_batch(x: Tensor) -> None:

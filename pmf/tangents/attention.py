@@ -5,17 +5,19 @@ P = softmax(S), S_dot = scale (q_dot k^T + q k_dot^T) + mask_dot, H = P * S_dot,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pmf import ops
 from pmf.dispatch import implementation
 from pmf.errors import InputError
 from pmf.pair import Dual, total
-from pmf.tangents.handlers import ruled
-from pmf.tangents.rules import HANDLERS, is_dual, named
+from pmf.tangents.handlers import by_torch_func, ruled
+from pmf.tangents.rules import HANDLERS, TRACED, argument, is_dual, name_of, named
 from pmf.tangents.rules import value as plain
 
 
@@ -90,5 +92,13 @@ def _attention(out, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=
     return _plain(out, query, key, value, attn_mask, is_causal, scale)
 
 
+def _traced_multi_head(function: Callable, args: tuple, kwargs: dict) -> Any:
+    """For compilers, attention without dropout, by `torch.func.jvp` as a whole."""
+    if argument(args, kwargs, (10, "dropout_p")) and kwargs.get("training", True):
+        raise InputError(f"pmf.jvp: {name_of(function)} with dropout has no rule that compiles; expected dropout 0")
+    return by_torch_func(function, args, kwargs)
+
+
+TRACED[F.multi_head_attention_forward] = _traced_multi_head
 for _function in named("scaled_dot_product_attention"):
     HANDLERS[_function] = ruled(_attention)

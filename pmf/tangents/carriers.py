@@ -14,9 +14,10 @@ from torch import Tensor
 
 from pmf.errors import InputError
 from pmf.pair import Dual
-from pmf.private import inside_function, make_shell, multiply_in_order, storage_id, transform_level, tree_leaves
+from pmf.private import inside_function, make_shell, storage_id, transform_level, tree_leaves
 from pmf.tangents.memory import fitted
 from pmf.tangents.rules import HANDLERS, Handler, can_move, name_of
+from pmf.tangents.tracing import trace_as_tensor
 
 
 class DualTensor(Tensor):
@@ -123,8 +124,13 @@ TRACED_METHODS: dict[str, Handler] = {
     "__rsub__": _flipped(torch.sub),
     "__rtruediv__": _flipped(torch.div),
     "__rdiv__": _flipped(torch.div),
+    "__rfloordiv__": _flipped(torch.floor_divide),
+    "__rmod__": _flipped(torch.remainder),
     "__rpow__": _flipped(torch.pow),
     "__rmatmul__": _flipped(torch.matmul),
+    "__floordiv__": lambda method, args, kwargs: propagate(torch.floor_divide, args, kwargs),
+    "__len__": lambda method, args, kwargs: args[0].value.shape[0],
+    "norm": lambda method, args, kwargs: HANDLERS[None](method, args, kwargs),
     "pow": lambda method, args, kwargs: HANDLERS[torch.pow](torch.pow, args, kwargs),
     "unflatten": lambda method, args, kwargs: HANDLERS[torch.unflatten](torch.unflatten, args, kwargs),
 }
@@ -145,7 +151,7 @@ def _complete() -> None:
         method = getattr(Tensor, name)
         if not name.startswith("_") and callable(method):
             setattr(TracedDualTensor, name, _method(method))
-    for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_cpu", "is_meta"):
+    for name in PROPERTIES.split():
         setattr(TracedDualTensor, name, _property(name))
     for name in ("T", "mT", "H", "mH", "real", "imag", "data"):
         setattr(TracedDualTensor, name, _moving_property(getattr(Tensor, name).__get__))
@@ -157,10 +163,15 @@ def _complete() -> None:
             setattr(kind, f"__{name}__", _reflected(name))
 
 
-OPERATORS = """
-add iadd sub isub mul imul truediv itruediv pow matmul neg abs getitem setitem lt le gt ge eq ne mod len bool
+PROPERTIES = """
+device dtype grad grad_fn is_cpu is_cuda is_leaf is_meta is_mkldnn is_mps is_nested is_quantized is_sparse is_sparse_csr
+is_xla is_xpu itemsize layout nbytes ndim requires_grad shape
 """
-REFLECTED = "radd rsub rmul rtruediv rpow rmatmul"
+OPERATORS = """
+add iadd sub isub mul imul truediv itruediv floordiv ifloordiv mod imod pow matmul neg pos abs getitem setitem
+lt le gt ge eq ne len bool
+"""
+REFLECTED = "radd rsub rmul rtruediv rfloordiv rmod rpow rmatmul"
 _complete()
 
 
@@ -240,7 +251,7 @@ def carrier(value: Tensor, dot: Tensor | None) -> Any:
     """`value` and its tangent as one object that behaves as a tensor."""
     if not torch.compiler.is_compiling():
         return DualTensor(value, dot)
-    multiply_in_order()
+    trace_as_tensor(TracedDualTensor)
     return TracedDualTensor(value, dot)
 
 
@@ -341,7 +352,8 @@ def _rebuilt(like: Any, parts: list) -> Any:
     """The parts in a list or tuple of the kind of another one; that itself if they are its own."""
     if all([a is b for a, b in zip(like, parts, strict=True)]):
         return like
-    return type(like)(*parts) if hasattr(like, "_fields") else type(like)(parts)
+    named = hasattr(like, "_fields") and not hasattr(like, "n_fields")  # not torch.return_types
+    return type(like)(*parts) if named else type(like)(parts)
 
 
 def values_of(x: Any) -> Any:

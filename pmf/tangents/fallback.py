@@ -14,7 +14,6 @@ from torch.func import jvp as forward_jvp  # scripts may put pmf.jvp in its plac
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pmf.errors import InputError, first_line
-from pmf.pair import Dual
 from pmf.private import (
     FUNCTION_NAMESPACES,
     forward_mode,
@@ -92,15 +91,13 @@ def shares_memory(out: Any, *arguments: Any) -> bool:
 
 
 def check_eager(function: Callable) -> None:
-    """Errors: `InputError` in a compiler, which does not trace what follows."""
+    """Errors: `InputError` in a compiler, which cannot trace what follows."""
     if torch.compiler.is_compiling():
         raise InputError(f"pmf.jvp: {name_of(function)} has no rule that compiles; expected a function that has one")
 
 
 def tangents_by_torch_func(function: Callable, out: Any, args: tuple, kwargs: dict) -> Any:
     """The tangents of `out = function(*args, **kwargs)`, by computing it again under `torch.func.jvp`."""
-    check_eager(function)
-    before = versions(args, kwargs)
     leaves, spec = tree_flatten((args, kwargs), is_leaf=is_dual)
     places = [i for i, x in enumerate(leaves) if is_dual(x)]
 
@@ -111,11 +108,17 @@ def tangents_by_torch_func(function: Callable, out: Any, args: tuple, kwargs: di
         args, kwargs = tree_unflatten(given, spec)
         return [x for x in tree_leaves(function(*args, **kwargs)) if can_move(x)]
 
+    if torch.compiler.is_compiling():
+        moving = [leaves[i] for i in places]
+        with sdpa_kernel(SDPBackend.MATH):
+            dots = forward_jvp(floats, tuple([x.value.detach() for x in moving]), tuple([x.dot for x in moving]))[1]
+        return _arranged(out, iter([dot.clone() for dot in dots]))
+    before = versions(args, kwargs)
     try:
         # Flash attention has no forward mode, its mathematics has; torch 2.11 has none in inference mode.
         with FORWARD_MODE, sdpa_kernel(SDPBackend.MATH), torch.inference_mode(False), torch.no_grad():
             leaves = [x.map(_ordinary) if is_dual(x) else _ordinary(x) for x in leaves]
-            moving: list[Dual] = [leaves[i] for i in places]
+            moving = [leaves[i] for i in places]
             primals, tangents = tuple(_primal(x.value) for x in moving), tuple(x.dot for x in moving)
             dots = [_owned(dot, tangents) for dot in forward_jvp(floats, primals, tangents)[1]]
     except (RuntimeError, NotImplementedError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -157,7 +158,10 @@ NO_RULE = "it is not a function of PyTorch and has no rule; expected one registe
 
 def by_torch_func(function: Callable, args: tuple, kwargs: dict) -> Any:
     """The handler that computes a function twice: recorded, and under `torch.func.jvp`, unrecorded."""
-    check_eager(function)
+    if torch.compiler.is_compiling():
+        return ruled(lambda out, *duals, **named: tangents_by_torch_func(function, out, duals, named))(
+            function, args, kwargs
+        )
     before = versions(args, kwargs)
 
     def check_arguments() -> None:
@@ -176,8 +180,26 @@ def by_torch_func(function: Callable, args: tuple, kwargs: dict) -> Any:
     return result
 
 
+DRAWING = """
+alpha_dropout binomial feature_alpha_dropout fractional_max_pool2d fractional_max_pool2d_with_indices
+fractional_max_pool3d fractional_max_pool3d_with_indices gru gumbel_softmax lstm normal poisson rnn_relu rnn_tanh rrelu
+rrelu_with_noise
+"""
+"""Functions without rule that draw random numbers."""
+
+
+def eager_only(function: Callable, args: tuple, kwargs: dict) -> Any:
+    """The handler of a function without rule that draws numbers, which compilers cannot draw again, or that writes."""
+    check_eager(function)
+    return by_torch_func(function, args, kwargs)
+
+
 HANDLERS[None] = unknown
 for _function in overridable():
+    _name = getattr(_function, "__name__", "")
     _handler = composite(_function)
+    if _name in DRAWING.split() or re.fullmatch(r"\w*[^_]_|__i(and|or|xor|lshift|rshift)__", _name):
+        TRACED[_function] = eager_only
+        _handler = _handler or eager_only
     if _handler is not None:
         HANDLERS[_function] = _handler

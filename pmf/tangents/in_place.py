@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pmf.errors import InputError
@@ -14,7 +17,7 @@ from pmf.tangents.carriers import CARRIERS, moves, propagate, values_of
 from pmf.tangents.handlers import refused
 from pmf.tangents.memory import overlaps
 from pmf.tangents.random_state import replayed
-from pmf.tangents.rules import HANDLERS, Handler, name_of
+from pmf.tangents.rules import HANDLERS, Handler, argument, name_of
 
 OPERATORS = {
     "__iadd__": "add",
@@ -130,6 +133,25 @@ def _set_item(function: Callable, args: tuple, kwargs: dict) -> None:
         target.tangent[index] = source.tangent if moves(source) else 0
 
 
+def _optional(plain: Handler, position: int) -> Handler:
+    """The handler of a function with an argument `inplace` at that position, its last, given the handler without it.
+
+    Compilers write the result to a copy's place: what backward keeps of the argument stays.
+    """
+
+    def handle(function, args, kwargs):
+        if not torch.compiler.is_compiling():
+            return plain(function, args, kwargs)
+        rest = {name: x for name, x in kwargs.items() if name != "inplace"}
+        if not argument(args, kwargs, (position, "inplace")):
+            return plain(function, args[:position], rest)
+        target = args[0] if args else rest.pop("input")
+        result = plain(function, (target.clone(), *args[1:position]), rest)
+        return propagate(Tensor.copy_, (target, result), {})
+
+    return handle
+
+
 for _space in FUNCTION_NAMESPACES:
     for _name in dir(_space):
         _function, _counterpart = getattr(_space, _name), getattr(_space, _name[:-1], None)
@@ -151,3 +173,8 @@ for _space in FUNCTION_NAMESPACES:
             if hasattr(_space, _name):
                 HANDLERS[getattr(_space, _name)] = _handler
 HANDLERS[Tensor.__setitem__] = _set_item
+for _function in vars(F).values():
+    if isinstance(_function, FunctionType) and _function in HANDLERS:
+        _parameters = list(inspect.signature(_function).parameters)
+        if "inplace" in _parameters:
+            HANDLERS[_function] = _optional(HANDLERS[_function], _parameters.index("inplace"))

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pmf.errors import InputError
+from pmf.tangents.fallback import check_eager
 from pmf.tangents.handlers import by_torch_func, drawn, ruled
-from pmf.tangents.rules import HANDLERS, TRACED, Handler, Rule, argument, is_dual, linear_in_first, name_of, named
+from pmf.tangents.rules import HANDLERS, TRACED, Handler, Rule, argument, is_dual, linear_in_first, named
 
 _ATEN = torch.ops.aten
 
@@ -93,21 +93,9 @@ for _name, _derivative in BY_OUTPUT.items():
         HANDLERS[_function] = ruled(_by_output(_derivative))
 
 
-def _traced(rule: Rule, inplace: int) -> Handler:
-    """For compilers, the handler of a function of torch.nn.functional with an argument `inplace` at that position."""
-    plain = ruled(lambda out, *args, inplace=False, **kwargs: rule(out, *args, **kwargs))
-
-    def handle(function, args, kwargs):
-        if kwargs.get("inplace") or any(args[inplace:]):
-            raise InputError(f"pmf.jvp: {name_of(function)} got inplace=True, which does not compile; expected False")
-        return plain(function, args[:inplace], kwargs)
-
-    return handle
-
-
-for _name, _inplace in {"silu": 1, "mish": 1, "leaky_relu": 2}.items():
-    TRACED[getattr(F, _name)] = _traced(_by_input(BY_INPUT[_name]), _inplace)
-TRACED[F.relu] = _traced(_by_output(BY_OUTPUT["relu"]), 1)
+for _name in ("silu", "mish", "leaky_relu"):
+    TRACED[getattr(F, _name)] = ruled(_by_input(BY_INPUT[_name]))
+TRACED[F.relu] = ruled(_by_output(BY_OUTPUT["relu"]))
 
 
 def _power(out, x, exponent=None, **kwargs):
@@ -156,12 +144,25 @@ for _function in named("alpha_dropout", "feature_alpha_dropout"):
     HANDLERS[_function] = _dropout(_function, by_torch_func)
 
 
-def _traced_dropout(out, x, p=0.5, training=True):
-    """Compilers draw the mask inside, where no rule can read it."""
-    if training and p > 0:
-        raise InputError(f"pmf.jvp: dropout with p {p} in training has no rule that compiles; expected p 0 or eval()")
-    return x.dot
+def _traced_dropout(function: Callable, args: tuple, kwargs: dict) -> Any:
+    """For compilers, which would draw other numbers a second time: the mask by itself, and its product."""
+    x, p, training = (argument(args, kwargs, slot) for slot in ((0, "input"), (1, "p"), (2, "training")))
+    p = 0.5 if p is None else p
+    if training is False or p == 0:
+        return x
+    kept = function(torch.ones_like(x.value), p).bool()
+    return (x * kept) * (1 / (1 - p) if p < 1 else 0)
 
 
-for _function in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout):
-    TRACED[_function] = _traced(_traced_dropout, 3)
+def _traced_alpha_dropout(function: Callable, args: tuple, kwargs: dict) -> Any:
+    """For compilers, that of a dropout which also adds."""
+    x, p, training = (argument(args, kwargs, slot) for slot in ((0, "input"), (1, "p"), (2, "training")))
+    if training and p != 0:
+        check_eager(function)
+    return x
+
+
+for _function in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d):
+    TRACED[_function] = _traced_dropout
+for _function in (F.alpha_dropout, F.feature_alpha_dropout):
+    TRACED[_function] = _traced_alpha_dropout

@@ -107,6 +107,31 @@ def test_tangent_gradients_and_bytes_of_an_unmodified_network(kind):
     assert (got - wanted).norm() < 1e-9 * wanted.norm()
 
 
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_a_compiled_network_has_the_same_tangent_gradients_and_bytes(kind):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    network = kind().to(F64).eval()
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    z, v = torch.randn(2, 3, *kind.shape, dtype=F64)
+    t = torch.rand(3, dtype=F64)
+    given = z, t, t / 2
+    u, du = pmf.jvp(network, given, (v, 1, 0))
+    wanted = gradients(network, u, du)
+    network.zero_grad()
+    # This backend chooses what to save as inductor does, but generates no code.
+    options = dict(fullgraph=True, backend="aot_eager_decomp_partition")
+    forward, call = (
+        torch.compile(network, **options),
+        torch.compile(lambda: pmf.jvp(network, given, (v, 1, 0)), **options),
+    )
+    assert saved_bytes(call, network.parameters()) <= saved_bytes(lambda: forward(*given), network.parameters())
+    got = call()
+    for a, b in ((got[0], u), (got[1], du), (gradients(network, *got), wanted)):
+        assert (a - b).norm() < 1e-9 * b.norm()
+
+
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_a_step_takes_at_most_nine_tenths_of_the_time_of_a_joint_jvp(kind):

@@ -1,6 +1,5 @@
 """`pmf.jvp` of networks that DDP or FSDP2 wraps, in two processes, and under torch.compile."""
 
-import operator
 import os
 
 import pytest
@@ -126,59 +125,6 @@ def test_compiled_without_break_it_is_equal_and_saves_the_bytes_of_the_compiled_
     (u + (t - r)[:, None, None, None] * du - v).square().mean().backward()
     for a, b in zip([u, du, *gradients(network)], [*expected, *gradients(eager)], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-
-
-def compiled(function, *given, **options):
-    torch._dynamo.reset()
-    x = torch.randn(3, 4, 5, dtype=torch.float64)
-    call = torch.compile(
-        lambda x: pmf.jvp(lambda y: function(y, *given, **options), (x,), (x.cos(),)),
-        fullgraph=True,
-        backend="aot_eager",
-    )
-    return call(x), torch.func.jvp(lambda y: function(y, *given, **options), (x,), (x.cos(),))
-
-
-@pytest.mark.parametrize(
-    ("function", "given"),
-    [(F.silu, ()), (F.relu, ()), (F.leaky_relu, (0.2,)), (F.mish, ()), (F.dropout, (0.5, False)),
-     (F.dropout, (0.0,)), (F.dropout1d, (0.5, False)), (F.softmax, (-1,)), (F.layer_norm, ((5,),)), (F.gelu, ()),
-     (torch.var, (-1,)), (operator.pow, (2,)), (operator.mul, (torch.ones(5),)),
-     (lambda x: torch.where(x > 0, x, x < x.cos()), ()), (lambda x: x * x.isfinite(), ())],
-)  # fmt: skip
-def test_functions_that_networks_call_compile(function, given):
-    for got, expected in zip(*compiled(function, *given), strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("operation", [operator.matmul, operator.imatmul, operator.sub, operator.truediv])
-@pytest.mark.parametrize("reflected", [False, True])
-def test_compiled_operators_take_their_operands_in_order(operation, reflected):
-    torch._dynamo.reset()
-    x, other, v = drawn(4, 4), drawn(4, 4, seed=1), drawn(4, 4, seed=2)
-
-    def function(x):
-        return operation(other, x) if reflected else operation(x, other)
-
-    got = torch.compile(lambda: pmf.jvp(function, (x,), (v,)), fullgraph=True, backend="aot_eager")()
-    for a, b in zip(got, torch.func.jvp(function, (x,), (v,)), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("function", "given", "message"),
-    [
-        (torch.cumprod, (0,), "cumprod has no rule that compiles"),
-        (lambda x: 2**x, (), "pow has no rule that compiles"),
-        (F.silu, (True,), "silu got inplace=True, which does not compile"),
-        (F.leaky_relu, (0.1, True), "leaky_relu got inplace=True, which does not compile"),
-        (F.dropout, (0.1, True), "dropout with p 0.1 in training has no rule that compiles"),
-        (F.dropout, (0.1, False, True), "dropout got inplace=True, which does not compile"),
-    ],
-)
-def test_a_function_that_compilers_cannot_follow_is_named(function, given, message):
-    with pytest.raises(Exception, match=message):
-        compiled(function, *given)
 
 
 @pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
