@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from pmf.pair import Dual
 from pmf.private import inside_function, make_shell, storage_id, transform_level, tree_leaves
 from pmf.tangents.memory import fitted
 from pmf.tangents.rules import HANDLERS, Handler, can_move, name_of
-from pmf.tangents.tracing import trace_as_tensor
+from pmf.tangents.tracing import trace_as_tensors
 
 
 class DualTensor(Tensor):
@@ -141,22 +142,25 @@ def _property(name: str) -> property:
     return property(lambda self: getattr(self.value, name))
 
 
-def _moving_property(getter: Callable) -> property:
-    return property(lambda self: propagate(getter, (self,), {}))
+def _moving_property(own: Any) -> property:
+    read, write = own.__get__, own.__set__
+    return property(lambda self: propagate(read, (self,), {}), lambda self, x: propagate(write, (self, x), {}))
 
 
 def _complete() -> None:
-    """Give TracedDualTensor the methods and properties of Tensor."""
+    """Give carriers the methods and properties of Tensor; Dynamo cannot call those that DualTensor would inherit."""
     for name in dir(Tensor):
         method = getattr(Tensor, name)
         if not name.startswith("_") and callable(method):
-            setattr(TracedDualTensor, name, _method(method))
+            for kind in CARRIERS:
+                setattr(kind, name, _method(method))
     for name in PROPERTIES.split():
         setattr(TracedDualTensor, name, _property(name))
     for name in ("T", "mT", "H", "mH", "real", "imag", "data"):
-        setattr(TracedDualTensor, name, _moving_property(getattr(Tensor, name).__get__))
+        for kind in CARRIERS:
+            setattr(kind, name, _moving_property(getattr(Tensor, name)))
     for name in OPERATORS.split():
-        for kind in CARRIERS:  # Dynamo cannot call the operators that DualTensor would inherit
+        for kind in CARRIERS:
             setattr(kind, f"__{name}__", _method(getattr(Tensor, f"__{name}__")))
     for name in REFLECTED.split():
         for kind in CARRIERS:
@@ -192,6 +196,8 @@ def open_call() -> Iterator[None]:
     """Inside the context values move; after it, what is left of them (in closures, say) acts as plain values."""
     if _calls.open:
         raise InputError("pmf.jvp: expected a function without pmf.jvp in it, got a nested call")
+    if "torch._dynamo" in sys.modules:  # the function may call compiled ones
+        trace_as_tensors(CARRIERS)
     call: list[weakref.ref] = []
     try:
         with _joined(call):
@@ -251,7 +257,7 @@ def carrier(value: Tensor, dot: Tensor | None) -> Any:
     """`value` and its tangent as one object that behaves as a tensor."""
     if not torch.compiler.is_compiling():
         return DualTensor(value, dot)
-    trace_as_tensor(TracedDualTensor)
+    trace_as_tensors(CARRIERS)
     return TracedDualTensor(value, dot)
 
 
