@@ -1,4 +1,4 @@
-"""What Dynamo and einops are told to trace carriers: private names of both, as of torch 2.11 to 2.14, einops 0.8."""
+"""What Dynamo and einops are told to trace carriers: private names of both, as of torch 2.11 to 2.14, einops 0.8.2."""
 
 from __future__ import annotations
 
