@@ -54,7 +54,7 @@ class Job:
     size: str
     batch: int = 128
     group: str = ""
-    """Restricts a step to one group of providers; see `group_of`."""
+    """Restricts the step of pMF or a network to one group of providers; see `group_of`."""
     pairs: tuple[tuple[str, str], ...] = ()
 
     def keys(self) -> set[Key]:
@@ -87,8 +87,9 @@ def everything(options: Options) -> list[Job]:
     job = partial(Job, options)
     return [
         *(job("steps", B16, 64, "eager"), job("steps", B16, 128, "eager"), job("ops", B16), job("sampling", B16)),
-        *(job("networks", size, 64) for size in FULL_SIZE),
+        *(job("networks", size, 64, "eager") for size in FULL_SIZE),
         *(job("steps", B16, 128, "backends"), job("steps", B16, 64, "compiled")),
+        *(job("networks", size, 64, "compiled") for size in FULL_SIZE),
         *(job("steps", L16, 64, "eager"), job("steps", H16, 64, "eager")),
         *(job("ops", H16), job("ops", LONG_ATTENTION, 1), job("memory", B16, 0), job("steps", B16, 128, "compiled")),
         *(job("sampling", H16), job("memory", H16, 0), job("ops", L16), job("sampling", L16), job("memory", L16, 0)),
@@ -116,7 +117,8 @@ def parts_of(suite: str, options: Options) -> list[Job]:
 def jobs_of(suite: str, options: Options) -> list[Job]:
     """Split a suite into jobs: one per provider of a pMF step or sampler, one per op, one for all largest batches.
 
-    A network's providers share a process, so that they run in turn.
+    A network's providers share a process, so that they run in turn, but for compiled ones: where torch.func.jvp does
+    not compile, PyTorch leaves forward mode on.
 
     Raises `InputError` for an unknown preset or provider, and for a pattern that matches no case.
     """
@@ -131,7 +133,10 @@ def jobs_of(suite: str, options: Options) -> list[Job]:
         for case, name in [(c, provider) for c in chosen for provider in c.providers]:
             known.add(name)
             if name in (options.providers or case.providers) and part.group in ("", group_of(name)):
-                process = {"ops": case.name.split()[0], "memory": "", "networks": ""}.get(part.suite, name)
+                together = {"ops": case.name.split()[0], "memory": ""}
+                if group_of(name) == "eager":
+                    together["networks"] = ""
+                process = together.get(part.suite, name)
                 processes.setdefault(process, []).append((case.name, name))
         jobs += [replace(part, pairs=tuple(pairs)) for pairs in processes.values()]
     require(bool(known), f"only: {options.only!r} matches no case")

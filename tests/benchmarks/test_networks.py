@@ -42,6 +42,25 @@ def test_every_provider_computes_the_joint_jvp(size, way):
     assert max(map(relative_error, gradients, expected)) < 1e-9 and expected_dot.norm() > 0.1 * expected_u.norm()
 
 
+def test_the_compiled_step_computes_the_same():
+    """Of the UNet, whose layers have no tangents of their own."""
+    eager, compiled = randomised("UNet small", "pmf.jvp"), randomised("UNet small", "pmf.jvp")
+    compiled.differentiate = torch.compile(compiled.differentiate, fullgraph=True, backend="aot_eager")
+    for a, b in zip(results(compiled), results(eager), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_compiled_ways_are_measured_on_a_gpu_each_in_its_own_process():
+    ways = {f"{way}, compiled" for way in WAYS}
+    case = network_case("DiT-B/4", 8, torch.device("cuda"))
+    assert case.providers.keys() == WAYS.keys() | ways and not network_case("DiT-B/4", 8, CPU).providers.keys() & ways
+    jobs = plan.jobs_of("networks", plan.Options(sizes=("DiT-B/4",), device="cuda"))
+    assert sorted(len(job.pairs) for job in jobs) == [1] * len(WAYS) + [len(WAYS)]
+    assert all("pmf/test_jvp_compiled.py" in job.tests() for job in jobs if len(job.pairs) == 1)
+    parts = plan.parts_of("gpu", plan.Options(device="cuda"))
+    assert {part.group for part in parts if part.suite == "networks"} == {"eager", "compiled"}
+
+
 @pytest.mark.parametrize("size", SMALL)
 def test_the_plain_forward_has_the_same_value_and_no_tangent(size):
     step = randomised(size, PLAIN)
