@@ -231,13 +231,13 @@ def refused(out, message, model=SMALL, data=None, **evaluation):
 
 def test_what_cannot_be_measured_is_refused_before_training(tmp_path, monkeypatch):
     out, missing = tmp_path / "run", tmp_path / "missing.npz"
-    refused(out, f"reference: {missing} is not a readable npz archive", reference=missing)
+    refused(out, f"^evaluation.reference: {missing} is not a readable npz archive", reference=missing)
     (tmp_path / "empty").mkdir()
-    refused(out, r"reference: .*empty holds no \.png", reference=tmp_path / "empty")
+    refused(out, r"^evaluation.reference: .*empty holds no \.png", reference=tmp_path / "empty")
     np.savez(tmp_path / "half.npz", ref_mu=np.zeros(3), sigma=np.eye(3))
     refused(out, "expected mu and sigma, or ref_mu and ref_sigma", reference=tmp_path / "half.npz")
     tiny = ImageSet(torch.zeros(20, *TINY.image_shape), torch.arange(20) % TINY.num_classes)
-    refused(out, "reference: expected a folder of images or an npz of statistics, got none", TINY, tiny)
+    refused(out, "^evaluation.reference: expected a folder of images or an npz of statistics, got none", TINY, tiny)
     refused(out, "model.in_channels: expected images of 1 or 3 channels", TINY, tiny, reference=missing)
     one = dataclasses.replace(TINY, in_channels=3)
     refused(
@@ -249,7 +249,7 @@ def test_what_cannot_be_measured_is_refused_before_training(tmp_path, monkeypatc
     )
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     Statistics.of(torch.randn(9, 7)).save(tmp_path / "seven.npz")  # refused before Inception is loaded
-    refused(out, "reference: expected statistics of 2048 features, got 7", reference=tmp_path / "seven.npz")
+    refused(out, "^evaluation.reference: expected statistics of 2048 features, got 7", reference=tmp_path / "seven.npz")
     Statistics.of(torch.randn(3, 2048)).save(tmp_path / "fitting.npz")
     refused(out, r"expected pip install 'pixel-meanflow\[eval\]'", reference=tmp_path / "fitting.npz")
 
@@ -293,12 +293,14 @@ def test_spaces_that_a_run_stored_are_not_ignored_with_another_reference(spaces,
 
 def test_what_cannot_be_measured_in_spaces_is_refused_before_training(spaces, tmp_path):
     out, ref = tmp_path / "run", spaces / "ref"
-    refused(out, "networks: expected some of inception, siglip", reference=ref, networks=("dino",))
-    refused(out, r"reference: .*/ref has no mae\.npz", reference=ref, networks=("mae:random",))
-    refused(out, r"held_out: .*-pictures has no pixels\.npz", reference=ref, held_out=spaces / "held-pictures")
+    refused(out, "^evaluation.networks: expected some of inception, siglip", reference=ref, networks=("dino",))
+    refused(out, r"^evaluation.reference: .*/ref has no mae\.npz", reference=ref, networks=("mae:random",))
+    refused(
+        out, r"^evaluation.held_out: .*-pictures has no pixels\.npz", reference=ref, held_out=spaces / "held-pictures"
+    )
     for change, message in (
-        (dict(image_size=16), "reference: expected statistics of 768 features, got 192"),
-        (dict(image_size=8), "reference: expected images of 16 pixels, as the samples, got 8"),
+        (dict(image_size=16), "^evaluation.reference: expected statistics of 768 features, got 192"),
+        (dict(image_size=8), "^evaluation.reference: expected images of 16 pixels, as the samples, got 8"),
     ):
         known = dataclasses.replace(Statistics.load(ref / "pixels.npz"), **change)
         (tmp_path / "other").mkdir(exist_ok=True)

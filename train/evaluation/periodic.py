@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import pmf
-from pmf.errors import require
+from pmf.errors import InputError, require
 from pmf.sharded import whole
 from pmf.train.config import RunConfig
 from pmf.train.distributed import World
@@ -46,7 +46,7 @@ class PeriodicEvaluation:
         self.dtype = torch.float32 if demo else config.dtype_on(world.device, self.settings.precision)
         self.spaces: SpacesMeasurement | None = None
         self.measurements: list[Measurement] = []
-        with _random_state_kept(world.device):
+        with _random_state_kept(world.device), self._named_as_options():
             if not demo:  # refuse an unusable reference before networks are made
                 count = image_count(self.settings, config.model, "model.in_channels")
                 self._open_reference(directory / EVALUATION_FOLDER)
@@ -67,7 +67,7 @@ class PeriodicEvaluation:
 
         Errors: `Stopped`, as in `measure`.
         """
-        with _random_state_kept(self.world.device):
+        with _random_state_kept(self.world.device), self._named_as_options():
             for measurement in self.measurements:
                 measurement.check_size(self.config.model.image_size, stopping)
                 count = image_count(self.settings, self.config.model, "model")
@@ -102,6 +102,16 @@ class PeriodicEvaluation:
             found |= {f"{key}{space}": line[key] for key in REPORTED if line.get(key) is not None}
         ratios = self.spaces.fdr(lines) if self.spaces is not None else {}
         return found | {f"fdr/{space}": ratio for space, ratio in ratios.items()}
+
+    @contextmanager
+    def _named_as_options(self) -> Iterator[None]:
+        """Let errors name options as a training's command line does: a post-training has a reference of its own too."""
+        try:
+            yield
+        except InputError as error:
+            if str(error).partition(":")[0] in {field.name for field in fields(self.settings)}:
+                raise InputError(f"evaluation.{error}") from error
+            raise
 
     def _open_reference(self, out: Path) -> None:
         assert self.settings.reference is not None
