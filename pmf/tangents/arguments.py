@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import torch
+
 from pmf.pair import Dual
-from pmf.tangents.carriers import CARRIERS, DualTensor, each, moves, values_of
+from pmf.tangents.carriers import CARRIERS, DualTensor, TracedDualTensor, each, moves, values_of
 
 
 class Given(NamedTuple):
@@ -40,6 +42,8 @@ def _split(arguments: Iterable[Any]) -> tuple[list, list, list[DualTensor], bool
     for x in arguments:
         value = dual = x
         if type(x) in CARRIERS:
+            if type(x) is TracedDualTensor and not torch.compiler.is_compiling():
+                x.join()
             value, dot = x.value, x.tangent
             dual = value if dot is None else Dual(value, dot)
             moving = moving or dot is not None

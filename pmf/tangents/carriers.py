@@ -84,11 +84,24 @@ class DualTensor(Tensor):
 class TracedDualTensor:
     """A `DualTensor` for compilers, which cannot construct subclasses of Tensor: a plain object with its methods."""
 
+    _call: list[weakref.ref] | None = None
+    """The open call of `pmf.jvp` in which eager code has met this, which compiled code made."""
+
     def __init__(self, value: Tensor, dot: Tensor | None) -> None:
         self.value, self.tangent = value, dot
 
     def start(self) -> None:
         """Does nothing: unlike a DualTensor, this has a tangent from the start."""
+
+    def stop(self) -> None:
+        """Act as the value alone from now on."""
+        self.tangent = self._call = None
+
+    def join(self) -> None:
+        """Be stopped by the end of the call that is open."""
+        if self._call is None and _calls.open:
+            self._call = _calls.open[-1]
+            self._call.append(weakref.ref(self))
 
     @staticmethod
     def __torch_function__(function, types, args=(), kwargs=None):
@@ -131,7 +144,7 @@ TRACED_METHODS: dict[str, Handler] = {
     "__rmatmul__": _flipped(torch.matmul),
     "__floordiv__": lambda method, args, kwargs: propagate(torch.floor_divide, args, kwargs),
     "__len__": lambda method, args, kwargs: args[0].value.shape[0],
-    "norm": lambda method, args, kwargs: HANDLERS[None](method, args, kwargs),
+    "norm": lambda method, args, kwargs: HANDLERS[torch.norm](torch.norm, args, kwargs),
     "pow": lambda method, args, kwargs: HANDLERS[torch.pow](torch.pow, args, kwargs),
     "unflatten": lambda method, args, kwargs: HANDLERS[torch.unflatten](torch.unflatten, args, kwargs),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Sequence
+from types import BuiltinFunctionType, FunctionType, MethodDescriptorType
 from typing import Any
 
 import torch
@@ -143,9 +144,8 @@ def composite(function: Callable) -> Handler | None:
 
 
 def unknown(function: Callable, args: tuple, kwargs: dict) -> Any:
-    """The handler of a function without rule."""
-    if torch.compiler.is_compiling():
-        return by_torch_func(function, args, kwargs)
+    """The handler of a function without rule that PyTorch does not list."""
+    check_eager(function)
     if isinstance(getattr(function, "__self__", None), property):
         return refused("its tangent would be lost; expected torch functions")(function, args, kwargs)
     handler = composite(function) or (by_torch_func if is_torch(function) else refused(NO_RULE))
@@ -180,10 +180,11 @@ def by_torch_func(function: Callable, args: tuple, kwargs: dict) -> Any:
     return result
 
 
+LISTED = BuiltinFunctionType | FunctionType | MethodDescriptorType
 DRAWING = """
-alpha_dropout binomial feature_alpha_dropout fractional_max_pool2d fractional_max_pool2d_with_indices
-fractional_max_pool3d fractional_max_pool3d_with_indices gru gumbel_softmax lstm normal poisson rnn_relu rnn_tanh rrelu
-rrelu_with_noise
+_fused_dropout _sample_dirichlet _standard_gamma alpha_dropout binomial feature_alpha_dropout fractional_max_pool2d
+fractional_max_pool2d_with_indices fractional_max_pool3d fractional_max_pool3d_with_indices gru gumbel_softmax lstm
+native_dropout normal pca_lowrank poisson rnn_relu rnn_tanh rrelu rrelu_with_noise svd_lowrank
 """
 """Functions without rule that draw random numbers."""
 
@@ -198,8 +199,8 @@ HANDLERS[None] = unknown
 for _function in overridable():
     _name = getattr(_function, "__name__", "")
     _handler = composite(_function)
-    if _name in DRAWING.split() or re.fullmatch(r"\w*[^_]_|__i(and|or|xor|lshift|rshift)__", _name):
+    if _name in DRAWING.split() or re.fullmatch(r"\w*[^_]_|__i(and|or|xor|lshift|rshift)__|_scaled_dot\w+", _name):
         TRACED[_function] = eager_only
         _handler = _handler or eager_only
-    if _handler is not None:
-        HANDLERS[_function] = _handler
+    if _handler is not None or isinstance(_function, LISTED):
+        HANDLERS[_function] = _handler or by_torch_func

@@ -148,7 +148,7 @@ def _traced_dropout(function: Callable, args: tuple, kwargs: dict) -> Any:
     """For compilers, which would draw other numbers a second time: the mask by itself, and its product."""
     x, p, training = (argument(args, kwargs, slot) for slot in ((0, "input"), (1, "p"), (2, "training")))
     p = 0.5 if p is None else p
-    if training is False or p == 0:
+    if p == 0 or not (training or (len(args) < 3 and "training" not in kwargs)):
         return x
     kept = function(torch.ones_like(x.value), p).bool()
     return (x * kept) * (1 / (1 - p) if p < 1 else 0)

@@ -13,6 +13,7 @@ from pmf.pair import Dual
 from pmf.tangents.handlers import by_torch_func, made_like, refused, ruled, still
 from pmf.tangents.rules import (
     HANDLERS,
+    TRACED,
     Rule,
     argument,
     getter,
@@ -191,6 +192,9 @@ for _name, _slots in JOINT.items():
 for _function in named(*ZERO.split()):
     HANDLERS[_function] = still
 HANDLERS[Tensor.where] = ruled(jointly_linear(Tensor.where, (0, "input"), (2, "other")))
+TRACED[torch.split] = ruled(linear_in_first(torch.split))
+for _function in (torch.atleast_1d, torch.atleast_2d, torch.atleast_3d, torch.broadcast_tensors):
+    TRACED[_function] = ruled(_together(_function))
 HANDLERS[torch.functional.meshgrid] = ruled(_together(torch.functional.meshgrid))
 for _function in named(*MADE_LIKE.split()):
     HANDLERS[_function] = made_like

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pmf.errors import InputError
 from pmf.private import constant
 
 
@@ -20,19 +21,21 @@ def trace_as_tensors(kinds: tuple[type, ...]) -> None:
 
     `isinstance(x, Tensor)` and `torch.is_tensor(x)` are true then. `x @ x` works, and `a @ x` of a tensor a is
     `Tensor.__rmatmul__(x, a)`: Dynamo's tables of operators lack @, and it would compute x a. `torch.cat((a, x))` comes
-    to `__torch_function__`, for which Dynamo looks in lists and dicts, but not in tuples.
+    to `__torch_function__`, for which Dynamo looks in lists and dicts, but not in tuples. An autograd.Function raises:
+    Dynamo would trace its forward and leave out its backward.
     """
-    if "einops" in sys.modules:
-        backends = sys.modules["einops._backends"]
+    backends: Any = sys.modules.get("einops._backends")
+    known = getattr(backends, "_type2backend", None)
+    if known is not None:
         for kind in kinds:
-            backends._type2backend.setdefault(kind, backends.TorchBackend())
+            known.setdefault(kind, backends.TorchBackend())
     _tell_dynamo(kinds)
 
 
 @functools.cache
 def _tell_dynamo(kinds: tuple[type, ...]) -> None:
     from torch._dynamo.variables import UserDefinedObjectVariable as Object  # importing the compiler takes a second
-    from torch._dynamo.variables import builtin, torch_function
+    from torch._dynamo.variables import builtin, misc, torch_function
     from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 
     def known(x: Any) -> bool:
@@ -51,7 +54,23 @@ def _tell_dynamo(kinds: tuple[type, ...]) -> None:
     variable: Any = builtin.BuiltinVariable
     variable.call_isinstance = _as_tensor(known, variable.call_isinstance, lambda classes: classes.as_python_constant())
     variable.call_function_handler_cache.clear()  # it holds the former handlers
+    function: Any = misc.AutogradFunctionVariable
+    function.call_apply = _refusing(known, function.call_apply)
     torch_function._flatten_vts = _with_tuples(known, torch_function._flatten_vts)
+
+
+def _refusing(known: Callable, apply: Callable) -> Callable:
+    """Dynamo's call of an autograd.Function, which raises where an argument is known."""
+
+    def call(self, tx, args, kwargs):
+        if any(map(known, [*args, *kwargs.values()])):
+            name = self.fn_cls.__name__
+            raise InputError(
+                f"pmf.jvp: {name}, an autograd.Function, does not compile; expected it outside torch.compile"
+            )
+        return apply(self, tx, args, kwargs)
+
+    return call
 
 
 def _with_tuples(known: Callable, flatten: Callable) -> Callable:

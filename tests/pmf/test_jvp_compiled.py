@@ -1,5 +1,6 @@
 """`pmf.jvp` under torch.compile, in one graph: functions with a rule and without, and a network of them."""
 
+import functools
 import operator
 
 import pytest
@@ -57,6 +58,13 @@ def test_compiled_operators_take_their_operands_in_order(operation, operands):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+def written_through(x, view):
+    with torch.no_grad():  # where it records, PyTorch lets nobody write to one of several views
+        y = x * 1
+        view(y).mul_(3)
+    return y * x
+
+
 WITHOUT_RULE = {
     "interpolate": lambda x: F.interpolate(x[None], scale_factor=2, mode="bilinear"),
     "pad": lambda x: F.pad(x, (1, 2, 1, 0), mode="reflect"),
@@ -75,6 +83,9 @@ WITHOUT_RULE = {
     "classes": lambda x: x * 2 if isinstance(x, torch.Tensor) and torch.is_tensor(x) and not x.is_nested else x * 3,
     "other classes": lambda x: x * 2 if isinstance(x, nn.Parameter | int) else x * 3,
     "a gradient cut": lambda x: x * x.detach().amax(),
+    "a view of parts": lambda x: written_through(x, lambda y: torch.split(y, 2, 1)[0]),
+    "a view of one more dimension": lambda x: written_through(x, lambda y: torch.atleast_3d(y)[0]),
+    "a broadcast view": lambda x: written_through(x, lambda y: torch.broadcast_tensors(y, x)[0]),
 }
 
 
@@ -195,6 +206,18 @@ def test_a_compiled_batch_norm_updates_its_averages_once(training):
     assert norms[1].num_batches_tracked == int(training)
 
 
+class Sevenfold(torch.autograd.Function):
+    """A function whose backward is not the derivative of its forward."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 7 * grad
+
+
 @pytest.mark.parametrize(
     ("function", "given", "message"),
     [
@@ -203,12 +226,38 @@ def test_a_compiled_batch_norm_updates_its_averages_once(training):
         (F.alpha_dropout, (0.1, True), "alpha_dropout has no rule that compiles"),
         (F.multi_head_attention_forward, ATTENTION, "multi_head_attention_forward with dropout has no rule"),
         (lambda x: (x[0] * 1).fill_diagonal_(0), (), "fill_diagonal_ has no rule that compiles"),
-        (torch.cdist, (torch.ones(3, 2, 5, dtype=F64),), "forward AD"),
+        (torch.native_dropout, (0.5, True), "native_dropout has no rule that compiles"),
+        (torch.ops.aten.native_dropout, (0.5, True), "has no rule that compiles"),
+        (lambda x: torch.ops.aten.mul_.Tensor(x * 1, x), (), "has no rule that compiles"),
+        (lambda x: torch.ops.aten.select(x * 1, 0, 1).mul_(3), (), "has no rule that compiles"),
+        (lambda x: torch.utils.checkpoint.checkpoint(torch.sin, x, use_reentrant=False), (), "no rule that compiles"),
+        (lambda x: Sevenfold.apply(x), (), "Sevenfold, an autograd.Function, does not compile"),
+        (torch.cdist, (torch.ones(3, 2, 5, dtype=F64),), "cdist"),
     ],
 )
-def test_a_function_that_compilers_cannot_follow_is_named(function, given, message):
+@pytest.mark.parametrize("inside", ["whole call", "block"])
+def test_a_function_that_compilers_cannot_follow_is_named(function, given, message, inside):
+    torch._dynamo.reset()
+    options = dict(fullgraph=True, backend="aot_eager")
+    block = torch.compile(lambda x: function(x, *given), **options)
+    call = block if inside == "block" else lambda x: function(x, *given)
+    call = functools.partial(pmf.jvp, call, (X,), (X.cos(),))
     with pytest.raises(Exception, match=message):
-        compiled(function, *given)
+        call() if inside == "block" else torch.compile(call, **options)()
+
+
+def test_what_a_compiled_block_gave_stands_still_after_the_call():
+    torch._dynamo.reset()
+    block = torch.compile(torch.sin, fullgraph=True, backend="aot_eager")
+    x, v, kept = drawn(3, 4), drawn(3, 4, seed=1), []
+
+    def network(x):
+        kept.append(block(x))
+        return sum(kept) if len(kept) > 1 else kept[0] * 1
+
+    pmf.jvp(network, (x,), (v,))
+    torch.testing.assert_close(pmf.jvp(network, (x,), (v,)), (2 * x.sin(), v * x.cos()))
+    assert type(kept[0] * 2) is torch.Tensor
 
 
 class UNet(nn.Module):
