@@ -181,6 +181,7 @@ def by_torch_func(function: Callable, args: tuple, kwargs: dict) -> Any:
 
 
 LISTED = BuiltinFunctionType | FunctionType | MethodDescriptorType
+"""The kinds of functions that are listed at once, so that compilers tell PyTorch's own from others."""
 DRAWING = """
 _fused_dropout _sample_dirichlet _standard_gamma alpha_dropout binomial feature_alpha_dropout fractional_max_pool2d
 fractional_max_pool2d_with_indices fractional_max_pool3d fractional_max_pool3d_with_indices gru gumbel_softmax lstm

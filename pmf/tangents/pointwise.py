@@ -144,25 +144,22 @@ for _function in named("alpha_dropout", "feature_alpha_dropout"):
     HANDLERS[_function] = _dropout(_function, by_torch_func)
 
 
-def _traced_dropout(function: Callable, args: tuple, kwargs: dict) -> Any:
-    """For compilers, which would draw other numbers a second time: the mask by itself, and its product."""
-    x, p, training = (argument(args, kwargs, slot) for slot in ((0, "input"), (1, "p"), (2, "training")))
-    p = 0.5 if p is None else p
-    if p == 0 or not (training or (len(args) < 3 and "training" not in kwargs)):
-        return x
-    kept = function(torch.ones_like(x.value), p).bool()
-    return (x * kept) * (1 / (1 - p) if p < 1 else 0)
+def _masked(function: Callable, input: Any, p: float = 0.5, training: bool = True) -> Any:
+    """Dropout by a mask that is drawn once and multiplied with: compilers would draw another for the tangent."""
+    if p == 0 or not training:
+        return input
+    kept = function(torch.ones_like(input.value), p).bool()
+    return (input * kept) * (1 / (1 - p) if p < 1 else 0)
 
 
-def _traced_alpha_dropout(function: Callable, args: tuple, kwargs: dict) -> Any:
-    """For compilers, that of a dropout which also adds."""
-    x, p, training = (argument(args, kwargs, slot) for slot in ((0, "input"), (1, "p"), (2, "training")))
-    if training and p != 0:
+def _unmasked(function: Callable, input: Any, p: float = 0.5, training: bool = False) -> Any:
+    """Alpha dropout, which also adds, and compiles only where it does nothing."""
+    if p != 0 and training:
         check_eager(function)
-    return x
+    return input
 
 
 for _function in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d):
-    TRACED[_function] = _traced_dropout
+    TRACED[_function] = lambda function, args, kwargs: _masked(function, *args, **kwargs)
 for _function in (F.alpha_dropout, F.feature_alpha_dropout):
-    TRACED[_function] = _traced_alpha_dropout
+    TRACED[_function] = lambda function, args, kwargs: _unmasked(function, *args, **kwargs)

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import pmf
 from pmf.counting import saved_bytes
 from tests.pmf.jvp_checks import F64, drawn
+from tests.pmf.test_jvp_refusals import Scaled
 
 X = drawn(3, 4, 5)
 ATTENTION = (X, X, 5, 1, drawn(15, 5), None, None, None, False, 0.1, drawn(5, 5), None)
@@ -206,18 +207,6 @@ def test_a_compiled_batch_norm_updates_its_averages_once(training):
     assert norms[1].num_batches_tracked == int(training)
 
 
-class Sevenfold(torch.autograd.Function):
-    """A function whose backward is not the derivative of its forward."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x * 2
-
-    @staticmethod
-    def backward(ctx, grad):
-        return 7 * grad
-
-
 @pytest.mark.parametrize(
     ("function", "given", "message"),
     [
@@ -231,7 +220,7 @@ class Sevenfold(torch.autograd.Function):
         (lambda x: torch.ops.aten.mul_.Tensor(x * 1, x), (), "has no rule that compiles"),
         (lambda x: torch.ops.aten.select(x * 1, 0, 1).mul_(3), (), "has no rule that compiles"),
         (lambda x: torch.utils.checkpoint.checkpoint(torch.sin, x, use_reentrant=False), (), "no rule that compiles"),
-        (lambda x: Sevenfold.apply(x), (), "Sevenfold, an autograd.Function, does not compile"),
+        (lambda x: Scaled.apply(x), (), "Scaled, an autograd.Function, does not compile"),
         (torch.cdist, (torch.ones(3, 2, 5, dtype=F64),), "cdist"),
     ],
 )
