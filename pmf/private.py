@@ -263,16 +263,17 @@ def _unseen() -> Iterator[None]:
 
 
 @contextmanager
-def intercepted_by(kinds: tuple[type, ...], apply: Callable, plain: Callable) -> Iterator[None]:
+def intercepted_by(kinds: tuple[type, ...], apply: Callable, plain: Callable, again: Callable) -> Iterator[None]:
     """Call `apply(function, function.apply, args, kwargs)` for every autograd.Function that is applied to `kinds`.
 
-    Checkpoints (without reentry) see `plain` arguments, so that they keep and recompute those. Compilers cannot trace
-    an `apply` that is not PyTorch's own, so this lasts as long as the context of any thread.
+    Checkpoints (without reentry) see `plain` arguments, so that they keep those, and call `again(function, args)` of
+    them in backward. Compilers cannot trace an `apply` that is not PyTorch's own, so this lasts as long as the context
+    of any thread.
     """
     with _PATCHING:
         _patches.append(None)
         if len(_patches) == 1:
-            _patches[0] = _patch(kinds, apply, plain)
+            _patches[0] = _patch(kinds, apply, plain, again)
     try:
         yield
     finally:
@@ -289,7 +290,7 @@ _patches: list[Any] = []
 """One entry for each context that is open; the first takes the patch back."""
 
 
-def _patch(kinds: tuple[type, ...], apply: Callable, plain: Callable) -> Callable[[], None]:
+def _patch(kinds: tuple[type, ...], apply: Callable, plain: Callable, again: Callable) -> Callable[[], None]:
     """Patch PyTorch; give a function that takes it back."""
     import torch.utils.checkpoint
 
@@ -307,7 +308,9 @@ def _patch(kinds: tuple[type, ...], apply: Callable, plain: Callable) -> Callabl
         return original(*args, **kwargs)
 
     def of_plain(checkpoint):
-        return lambda *args, **kwargs: checkpoint(*plain(args), **plain(kwargs))
+        return lambda function, *args, **kwargs: checkpoint(
+            again(function, (args, kwargs)), *plain(args), **plain(kwargs)
+        )
 
     def unpatch():
         if own is None:

@@ -134,7 +134,7 @@ def _flipped(function: Callable) -> Handler:
     return lambda method, args, kwargs: propagate(function, (args[1], args[0]), kwargs)
 
 
-TRACED_METHODS: dict[str, Handler] = {
+TRACED_BY_NAME: dict[str, Handler] = {
     "__rsub__": _flipped(torch.sub),
     "__rtruediv__": _flipped(torch.div),
     "__rdiv__": _flipped(torch.div),
@@ -148,7 +148,7 @@ TRACED_METHODS: dict[str, Handler] = {
     "pow": lambda method, args, kwargs: HANDLERS[torch.pow](torch.pow, args, kwargs),
     "unflatten": lambda method, args, kwargs: HANDLERS[torch.unflatten](torch.unflatten, args, kwargs),
 }
-"""For compilers, which cannot look up methods that PyTorch writes in Python, their handlers by name."""
+"""For compilers, by name, the handlers of what they cannot look up: methods written in Python, and checkpoints."""
 
 
 def _property(name: str) -> property:
@@ -237,7 +237,7 @@ def propagate(function: Callable, args: tuple, kwargs: dict | None) -> Any:
     """The result of a torch function some of whose arguments are carriers."""
     handler = None
     if torch.compiler.is_compiling():
-        handler = TRACED_METHODS.get(getattr(function, "__name__", ""))
+        handler = TRACED_BY_NAME.get(getattr(function, "__name__", ""))
     else:
         if not _calls.open:  # another thread, or the call is over
             calls = [x._call for x in _carriers(args, kwargs) if x._call is not None]

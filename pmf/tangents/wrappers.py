@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from pmf.private import PASSES_INPUTS_ON, REENTRANT_CHECKPOINT, UNUSED_PARAMETERS, intercepted_by
-from pmf.tangents.carriers import CARRIERS, moves, values_of
+from pmf.private import (
+    PASSES_INPUTS_ON,
+    REENTRANT_CHECKPOINT,
+    UNUSED_PARAMETERS,
+    intercepted_by,
+    tree_flatten,
+    tree_leaves,
+    tree_unflatten,
+)
+from pmf.tangents.carriers import CARRIERS, TRACED_BY_NAME, moves, open_call, values_of
 from pmf.tangents.handlers import by_torch_func, refused, ruled
+from pmf.tangents.memory import fitted
 from pmf.tangents.rules import HANDLERS, Handler, is_dual
+from pmf.tangents.tracing import compiled
 
 
 def _passed_on(out: tuple, *args: Any) -> tuple:
@@ -52,6 +65,46 @@ def _apply(function: type, apply: Callable, args: tuple, kwargs: dict) -> Any:
     return _handler(function, args)(_named(function, apply), args, kwargs)
 
 
+def _traced_checkpoint(operator: Callable, args: tuple, kwargs: dict) -> Any:
+    """For compilers, a checkpoint of a function of no carrier: they look for those in arguments, not in closures.
+
+    Compilers make again in backward what it reads; no tangent is among that.
+    """
+    function, *inputs = args
+    moving = {name: x for name, x in kwargs.items() if moves(x)}
+    rest = {name: values_of(x) for name, x in kwargs.items() if name not in moving}  # options of the checkpoint too
+    return checkpoint(lambda **still: function(*inputs, **moving, **still), **rest)
+
+
+def _again(function: Callable, inputs: tuple) -> Callable:
+    """What backward calls for a checkpoint: the function itself, of plain values, unless there is compiled code in it.
+
+    That has a graph for carriers, which keeps other values than its graph for tensors. So it gets carriers again.
+    """
+    leaves = tree_leaves(inputs)  # the options of the checkpoint too, none of which is a tensor
+    if "torch._dynamo" not in sys.modules or not moves(leaves) or not any(map(compiled, (function, *leaves))):
+        return function
+    kinds = [(type(x), moves(x)) for x in leaves if isinstance(x, (Tensor, *CARRIERS))]
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        leaves, spec = tree_flatten((args, kwargs))
+        first = iter(kinds)
+        again = [_as(*next(first), x) if isinstance(x, Tensor) else x for x in leaves]
+        args, kwargs = tree_unflatten(again, spec)
+        with open_call(), seen_through():
+            return function(*args, **kwargs)
+
+    return run
+
+
+def _as(kind: type, moving: bool, x: Tensor) -> Any:
+    """x as an object of this class, with any tangent if it moves."""
+    return kind(x, fitted(torch.zeros_like(x), x) if moving else None) if kind in CARRIERS else x
+
+
+TRACED_BY_NAME["tag_activation_checkpoint"] = _traced_checkpoint
+
+
 def seen_through() -> AbstractContextManager[None]:
     """Inside the context, wrappers treat carriers as above."""
-    return intercepted_by(CARRIERS, _apply, values_of)
+    return intercepted_by(CARRIERS, _apply, values_of, _again)

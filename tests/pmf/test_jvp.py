@@ -1,14 +1,12 @@
-"""`pmf.jvp` of networks: bytes, gradients, checkpoints, structures, partial tangents, autocast, our own layers."""
+"""`pmf.jvp` of networks: bytes, gradients, structures, partial tangents, autocast, our own layers."""
 
 import dataclasses
-import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import pmf
 from pmf import InputError, layers
@@ -36,11 +34,11 @@ class Block(nn.Module):
 class Net(nn.Module):
     """`wrap(block, x, c)` calls each block."""
 
-    def __init__(self, wrap=lambda block, x, c: block(x, c)):
+    def __init__(self, wrap=lambda block, x, c: block(x, c), depth=3):
         super().__init__()
         torch.manual_seed(0)
         self.time, self.wrap = nn.Linear(2, 8), wrap
-        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.blocks = nn.ModuleList(Block() for _ in range(depth))
         self.double()
 
     def forward(self, z, t, r):
@@ -78,48 +76,6 @@ def test_a_network_has_the_tangent_and_the_gradients_of_torch_func_jvp():
     with sdpa_kernel(SDPBackend.MATH):
         expected = meanflow(Net(), torch.func.jvp)
     assert_same(meanflow(Net()), expected, 1e-10)
-
-
-def save_products(context, function, *args, **kwargs):
-    products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
-    return CheckpointPolicy.MUST_SAVE if function in products else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-CHECKPOINTS = {
-    "arguments": lambda block, x, c: checkpoint(block, x, c, use_reentrant=False),
-    "keywords": lambda block, x, c: checkpoint(block, x, c=c, use_reentrant=False),
-    "closure": lambda block, x, c: checkpoint(lambda x: block(x, c), x, use_reentrant=False),
-    "selective": lambda block, x, c: checkpoint(
-        block,
-        x,
-        c,
-        use_reentrant=False,
-        context_fn=functools.partial(create_selective_checkpoint_contexts, save_products),
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", CHECKPOINTS)
-def test_checkpoints_keep_and_recompute_values_alone(kind):
-    assert_same(meanflow(Net(CHECKPOINTS[kind])), meanflow(Net()))
-
-
-def test_backward_of_a_checkpoint_computes_no_tangent():
-    z, t, r = inputs()
-    calls = []
-
-    def watched(block, x, c):
-        def run(x, c):
-            calls.append(type(x))
-            return block(x, c)
-
-        return checkpoint(run, x, c, use_reentrant=False)
-
-    u, _ = pmf.jvp(Net(watched), (z, t, r), (z, 1, 0))
-    first = len(calls)
-    u.sum().backward()
-    assert first == 3 and len(calls) == 6
-    assert all(kind is not torch.Tensor for kind in calls[:3]) and all(kind is torch.Tensor for kind in calls[3:])
 
 
 def test_tangents_are_freed_with_the_call():
