@@ -107,13 +107,23 @@ def test_tangent_gradients_and_bytes_of_an_unmodified_network(kind):
     assert (got - wanted).norm() < 1e-9 * wanted.norm()
 
 
-@pytest.mark.parametrize("kind", NETWORKS)
-def test_a_compiled_network_has_the_same_tangent_gradients_and_bytes(kind):
+CHECKPOINTED = [DiffusersDiT, DiffusersUNet, TransformersViT]
+"""Those that checkpoint their own blocks on request, timm's in `forward_features` alone."""
+
+
+@pytest.mark.parametrize(("kind", "checkpointed"), [*((kind, False) for kind in NETWORKS),
+                                                    *((kind, True) for kind in CHECKPOINTED)])  # fmt: skip
+def test_a_compiled_network_has_the_same_tangent_gradients_and_bytes(kind, checkpointed):
     torch._dynamo.reset()
     torch.manual_seed(0)
     network = kind().to(F64).eval()
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.1)
+    if checkpointed and kind is TransformersViT:
+        network.network.gradient_checkpointing_enable()
+        network.train()  # it does so in training only; its dropout is 0
+    elif checkpointed:
+        network.network.enable_gradient_checkpointing()
     z, v = torch.randn(2, 3, *kind.shape, dtype=F64)
     t = torch.rand(3, dtype=F64)
     given = z, t, t / 2
