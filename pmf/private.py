@@ -301,6 +301,8 @@ def _patch(kinds: tuple[type, ...], apply: Callable, plain: Callable, again: Cal
     generators = {name: getattr(module, name) for name in names if hasattr(module, name)}  # the second since 2.14
 
     def intercepted_apply(cls, *args, **kwargs):
+        if torch.compiler.is_dynamo_compiling():  # somebody has kept an `apply` that was looked up meanwhile
+            return cls.apply(*args, **kwargs)
         original = super(function, cls).apply if own is None else own.__get__(None, cls)
         for x in (*args, *kwargs.values()):
             if type(x) in kinds or (type(x) in (list, tuple, dict) and _holds(x, kinds)):

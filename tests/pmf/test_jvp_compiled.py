@@ -234,6 +234,19 @@ def test_a_function_that_compilers_cannot_follow_is_named(function, given, messa
         call() if inside == "block" else torch.compile(call, **options)()
 
 
+def test_an_apply_that_was_looked_up_inside_a_call_compiles_after_it():
+    torch._dynamo.reset()
+    kept = []
+    pmf.jvp(lambda x: kept.append(Scaled.apply) or x * 2, (X,), (X,))
+    x = X.clone().requires_grad_()
+    expected = torch.autograd.grad(Scaled.apply(x.sin()).sum(), x)
+    block = torch.compile(lambda x: kept[0](x.sin()), fullgraph=True, backend="aot_eager")
+    assert torch.equal(torch.autograd.grad(block(x).sum(), x)[0], expected[0])
+    torch._dynamo.reset()
+    out, dot = pmf.jvp(lambda y: y * block(x), (X,), (1,))  # inside another call, on what stands still
+    assert torch.equal(dot, Scaled.apply(x.sin())) and out.requires_grad
+
+
 def test_what_a_compiled_block_gave_stands_still_after_the_call():
     torch._dynamo.reset()
     block = torch.compile(torch.sin, fullgraph=True, backend="aot_eager")
