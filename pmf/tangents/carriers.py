@@ -146,6 +146,7 @@ TRACED_BY_NAME: dict[str, Handler] = {
     "__len__": lambda method, args, kwargs: args[0].value.shape[0],
     "norm": lambda method, args, kwargs: HANDLERS[torch.norm](torch.norm, args, kwargs),
     "pow": lambda method, args, kwargs: HANDLERS[torch.pow](torch.pow, args, kwargs),
+    "pow_": lambda method, args, kwargs: HANDLERS[Tensor.pow_](Tensor.pow_, args, kwargs),
     "unflatten": lambda method, args, kwargs: HANDLERS[torch.unflatten](torch.unflatten, args, kwargs),
 }
 """For compilers, by name, the handlers of what they cannot look up: methods written in Python, and checkpoints."""
@@ -185,7 +186,7 @@ device dtype grad grad_fn is_cpu is_cuda is_leaf is_meta is_mkldnn is_mps is_nes
 is_xla is_xpu itemsize layout nbytes ndim requires_grad shape
 """
 OPERATORS = """
-add iadd sub isub mul imul truediv itruediv floordiv ifloordiv mod imod pow matmul neg pos abs getitem setitem
+add iadd sub isub mul imul truediv itruediv floordiv ifloordiv mod imod pow ipow matmul neg pos abs getitem setitem
 lt le gt ge eq ne len bool
 """
 REFLECTED = "radd rsub rmul rtruediv rfloordiv rmod rpow rmatmul"

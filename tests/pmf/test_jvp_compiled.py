@@ -94,6 +94,7 @@ ASKED = {
     "sizes": lambda x: x * x.size(0) / x.dim() + x.shape[1] * len(x) * x.ndim * x.itemsize,
     "kinds": lambda x: x * 2 if x.is_floating_point() and x.dtype == F64 and not x.is_nested and not x.is_cuda else x,
     "views": lambda x: x.mT @ x + x.flatten(1).sum() + x.data.mean() + sum(x.chunk(2, 1)).sum(),
+    "powers in place": lambda x: operator.ipow(x.clone(), 2) + operator.ipow(x.abs(), x.cos()),
     "writing": lambda x: x.clone().mul_(2).index_fill_(0, torch.tensor([0]), 1.0),
 }
 """What networks ask a tensor, and its methods."""
