@@ -266,9 +266,9 @@ def _unseen() -> Iterator[None]:
 def intercepted_by(kinds: tuple[type, ...], apply: Callable, plain: Callable, again: Callable) -> Iterator[None]:
     """Call `apply(function, function.apply, args, kwargs)` for every autograd.Function that is applied to `kinds`.
 
-    Checkpoints (without reentry) see `plain` arguments, so that they keep those, and call `again(function, args)` of
-    them in backward. Compilers cannot trace an `apply` that is not PyTorch's own, so this lasts as long as the context
-    of any thread.
+    Checkpoints (without reentry) see `plain` arguments, so that they keep and recompute those; `again(function, args)`
+    recomputes in place of a function in which compiled code ran. Compilers cannot trace an `apply` that is not
+    PyTorch's own, so this lasts as long as the context of any thread.
     """
     with _PATCHING:
         _patches.append(None)
@@ -285,6 +285,13 @@ def intercepted_by(kinds: tuple[type, ...], apply: Callable, plain: Callable, ag
                 _patches.pop()
 
 
+class _CompiledRuns(threading.local):
+    """How often code that records for backward and was compiled in such a context has run in this thread."""
+
+    count = 0
+
+
+_compiled_runs = _CompiledRuns()
 _PATCHING = threading.Lock()
 _patches: list[Any] = []
 """One entry for each context that is open; the first takes the patch back."""
@@ -303,6 +310,7 @@ def _patch(kinds: tuple[type, ...], apply: Callable, plain: Callable, again: Cal
     def intercepted_apply(cls, *args, **kwargs):
         if torch.compiler.is_dynamo_compiling():  # somebody has kept an `apply` that was looked up meanwhile
             return cls.apply(*args, **kwargs)
+        _compiled_runs.count += cls.__name__ == "CompiledFunction"
         original = super(function, cls).apply if own is None else own.__get__(None, cls)
         for x in (*args, *kwargs.values()):
             if type(x) in kinds or (type(x) in (list, tuple, dict) and _holds(x, kinds)):
@@ -310,9 +318,13 @@ def _patch(kinds: tuple[type, ...], apply: Callable, plain: Callable, again: Cal
         return original(*args, **kwargs)
 
     def of_plain(checkpoint):
-        return lambda function, *args, **kwargs: checkpoint(
-            again(function, (args, kwargs)), *plain(args), **plain(kwargs)
-        )
+        def steps(run, *args, **kwargs):
+            recompute, before = [run], _compiled_runs.count
+            yield from checkpoint(lambda *x, **named: recompute[0](*x, **named), *plain(args), **plain(kwargs))
+            if _compiled_runs.count != before:
+                recompute[0] = again(run, (args, kwargs))
+
+        return steps
 
     def unpatch():
         if own is None:

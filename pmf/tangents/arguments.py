@@ -59,7 +59,8 @@ def _split(arguments: Iterable[Any]) -> tuple[list, list, list[DualTensor], bool
 def standing_still(x: Any) -> list[DualTensor]:
     """The DualTensors without tangent that are x, or in the lists and tuples in x."""
     if type(x) is DualTensor:
-        return [x] if x.tangent is None else []
+        stopped = torch.compiler.is_compiling() and x._call is None  # by the end of its call: compilers see no views
+        return [x] if x.tangent is None and not stopped else []
     return [one for part in x for one in standing_still(part)] if isinstance(x, (tuple, list)) else []
 
 

@@ -1,18 +1,15 @@
-"""What Dynamo and einops are told of carriers, and what Dynamo has compiled: private names of both, as of torch 2.11
-to 2.14, einops 0.8.2."""
+"""What Dynamo and einops are told to trace carriers: private names of both, as of torch 2.11 to 2.14, einops 0.8.2."""
 
 from __future__ import annotations
 
 import functools
-import inspect
 import operator
 import sys
 from collections.abc import Callable
-from types import FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pmf.errors import InputError
 from pmf.private import constant
@@ -97,30 +94,3 @@ def _as_tensor(known: Callable, handler: Callable, asked: Callable) -> Callable:
         return handler(self, tx, x, *classes)
 
     return handle
-
-
-COMPILED = "_torchdynamo_orig_callable"
-
-
-def compiled(x: Any, depth: int = 4) -> bool:
-    """Whether a module or function is compiled, or a module in it, what it is bound to, or what it calls by name."""
-    if isinstance(x, nn.Module):
-        return any(m._compiled_call_impl is not None or hasattr(m.forward, COMPILED) for m in x.modules())
-    if depth == 0 or not callable(x):
-        return False
-    return hasattr(x, COMPILED) or any(compiled(part, depth - 1) for part in _parts(x))
-
-
-def _parts(function: Callable) -> list[Any]:
-    """What a function calls: what it is a part of, the variables around it, or the objects that it is bound to."""
-    if isinstance(function, functools.partial):
-        return [function.func, *function.args, *function.keywords.values()]
-    if isinstance(function, MethodType):
-        return [function.__self__, function.__func__]
-    if not isinstance(function, FunctionType) or function.__module__.split(".")[0] == "torch":
-        return []
-    try:
-        around = inspect.getclosurevars(function)
-    except ValueError:  # a variable that is not set yet
-        return []
-    return [*around.nonlocals.values(), *around.globals.values()]

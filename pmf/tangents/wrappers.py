@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,11 +19,10 @@ from pmf.private import (
     tree_leaves,
     tree_unflatten,
 )
-from pmf.tangents.carriers import CARRIERS, TRACED_BY_NAME, moves, open_call, values_of
+from pmf.tangents.carriers import CARRIERS, TRACED_BY_NAME, inside_call, moves, open_call, values_of
 from pmf.tangents.handlers import by_torch_func, refused, ruled
 from pmf.tangents.memory import fitted
 from pmf.tangents.rules import HANDLERS, Handler, is_dual
-from pmf.tangents.tracing import compiled
 
 
 def _passed_on(out: tuple, *args: Any) -> tuple:
@@ -77,21 +75,20 @@ def _traced_checkpoint(operator: Callable, args: tuple, kwargs: dict) -> Any:
 
 
 def _again(function: Callable, inputs: tuple) -> Callable:
-    """What backward calls for a checkpoint: the function itself, of plain values, unless there is compiled code in it.
+    """What backward calls for a checkpoint in which compiled code ran: the function, of carriers again.
 
-    That has a graph for carriers, which keeps other values than its graph for tensors. So it gets carriers again.
+    Compiled code has a graph for carriers, which keeps other values than its graph for tensors.
     """
     leaves = tree_leaves(inputs)  # the options of the checkpoint too, none of which is a tensor
-    if "torch._dynamo" not in sys.modules or not moves(leaves) or not any(map(compiled, (function, *leaves))):
-        return function
-    kinds = [(type(x), moves(x)) for x in leaves if isinstance(x, (Tensor, *CARRIERS))]
+    tensors = (Tensor, *CARRIERS)
+    kinds = [(type(x), moves(x)) for x in leaves if isinstance(x, tensors)]
 
     def run(*args: Any, **kwargs: Any) -> Any:
         leaves, spec = tree_flatten((args, kwargs))
         first = iter(kinds)
-        again = [_as(*next(first), x) if isinstance(x, Tensor) else x for x in leaves]
+        again = [_as(*next(first), values_of(x)) if isinstance(x, tensors) else x for x in leaves]
         args, kwargs = tree_unflatten(again, spec)
-        with open_call(), seen_through():
+        with nullcontext() if inside_call() else open_call(), seen_through():
             return function(*args, **kwargs)
 
     return run

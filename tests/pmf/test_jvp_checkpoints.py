@@ -1,6 +1,7 @@
 """`pmf.jvp` of networks with activation checkpoints: in eager mode, in compiled code, and around it."""
 
 import functools
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -133,6 +134,14 @@ class Compiled(nn.Module):
         return self(x, c)
 
 
+class Holder:
+    def __init__(self, block):
+        self.blocks = [block]
+
+    def __call__(self, x, c):
+        return self.blocks[0](x, c)
+
+
 class Around(nn.Module):
     def __init__(self, block):
         super().__init__()
@@ -150,6 +159,7 @@ AROUND = {
     "a compiled function": lambda block: torch.compile(block.forward, **OPTIONS),
     "an optimized module": lambda block: torch.compile(block, **OPTIONS),
     "a function": lambda block: lambda x, c: block(x, c),
+    "an object": Holder,
     "a partial": lambda block: functools.partial(lambda block, x, c: block(x, c), block),
 }
 """What is checkpointed, in eager mode, of a compiled block."""
@@ -167,3 +177,20 @@ def test_checkpoints_around_compiled_code(kind):
         results.append([out, dot, *torch.autograd.grad(out.square().sum(), (z, c, block.weight))])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_a_checkpoint_around_compiled_code_is_recomputed_inside_another_call():
+    torch._dynamo.reset()
+    z, c = drawn(4, 6).requires_grad_(), drawn(4, 6, seed=1)
+    block = Compiled()
+    run = functools.partial(checkpoint, use_reentrant=False)
+    expected = torch.autograd.grad(block(z.sin(), c.exp()).sum(), z)
+    out, _ = pmf.jvp(lambda z, c: run(lambda x: block(x["z"], c), OrderedDict(z=z.sin())), (z, c.exp()), (1, 1))
+    got = []
+
+    def network(x):
+        got.extend(torch.autograd.grad(out.sum(), z))
+        return x.sin()
+
+    pmf.jvp(network, (c,), (1,))
+    torch.testing.assert_close(got, list(expected), rtol=1e-12, atol=1e-12)
