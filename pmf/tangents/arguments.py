@@ -57,10 +57,13 @@ def _split(arguments: Iterable[Any]) -> tuple[list, list, list[DualTensor], bool
 
 
 def standing_still(x: Any) -> list[DualTensor]:
-    """The DualTensors without tangent that are x, or in the lists and tuples in x."""
+    """The DualTensors without tangent that are x, or in the lists and tuples in x.
+
+    For compilers, which cannot look for their views, without those that nobody will write to: their call is over.
+    """
     if type(x) is DualTensor:
-        stopped = torch.compiler.is_compiling() and x._call is None  # by the end of its call: compilers see no views
-        return [x] if x.tangent is None and not stopped else []
+        plain = torch.compiler.is_compiling() and x.stopped
+        return [x] if x.tangent is None and not plain else []
     return [one for part in x for one in standing_still(part)] if isinstance(x, (tuple, list)) else []
 
 

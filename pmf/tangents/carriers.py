@@ -56,6 +56,11 @@ class DualTensor(Tensor):
                 self._tangent = self._view(self._viewed.tangent)  # type: ignore[misc]
         return self._tangent
 
+    @property
+    def stopped(self) -> bool:
+        """Whether the call that made this is over."""
+        return self._call is None
+
     def start(self) -> None:
         """Let this stand still with a tangent of zero, to which in-place functions can write."""
         if self.tangent is None and self._viewed is not None:
