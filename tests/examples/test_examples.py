@@ -14,6 +14,7 @@ from torch import nn
 import pmf
 from pmf.counting import saved_bytes
 from tests.networks import random_model
+from tests.pmf.jvp_checks import PARTITIONED
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PORTS = EXAMPLES / "ports"
@@ -118,17 +119,15 @@ def test_the_fused_network_compiles_without_break_at_the_bytes_of_its_compiled_f
     module = scripts(f"{port}_fused")
     eager, network = (drawn(getattr(module, NETWORKS[port]), width=64, depth=2) for _ in range(2))
     expected, _ = step_of(eager, module.errors)
-    # This backend chooses what to save as inductor does, but generates no code.
-    options = dict(fullgraph=True, backend="aot_eager_decomp_partition")
     z, (t, r), y = torch.randn(6, 1, 8, 8).double(), torch.rand(2, 6).double(), torch.arange(6)
     forward, jvp = network, pmf.jvp
     if compiled == "blocks":
         for block in network.vit.blocks if port == "vit" else network.dit.transformer_blocks:
-            block.compile(**options)
+            block.compile(**PARTITIONED)
     else:
-        forward = torch.compile(network, **options)
+        forward = torch.compile(network, **PARTITIONED)
         eager_jvp = pmf.jvp
-        jvp = torch.compile(lambda network, primals, tangents: eager_jvp(network, primals, tangents), **options)
+        jvp = torch.compile(lambda network, primals, tangents: eager_jvp(network, primals, tangents), **PARTITIONED)
     plain = saved_bytes(lambda: forward(z, t, r, y), network.parameters())
     ours = saved_bytes(lambda: jvp(network, (z, t, r, y), (z, 1, 0, None)), network.parameters())
     assert ours <= 1.02 * plain

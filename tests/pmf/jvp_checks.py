@@ -6,6 +6,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import pmf
 
 F64 = torch.float64
+PARTITIONED = dict(fullgraph=True, backend="aot_eager_decomp_partition")
+"""Options of torch.compile: this backend chooses what to save as inductor does, but generates no code."""
 
 
 def drawn(*shape, seed=0):

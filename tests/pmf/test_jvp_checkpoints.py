@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import pmf
 from pmf.counting import saved_bytes
-from tests.pmf.jvp_checks import W, drawn
+from tests.pmf.jvp_checks import PARTITIONED, W, drawn
 from tests.pmf.test_jvp import Net, assert_same, inputs, meanflow
 
 
@@ -60,10 +60,6 @@ def test_backward_of_a_checkpoint_computes_no_tangent():
     assert all(kind is not torch.Tensor for kind in calls[:3]) and all(kind is torch.Tensor for kind in calls[3:])
 
 
-OPTIONS = dict(fullgraph=True, backend="aot_eager_decomp_partition")
-"""This backend chooses what to save as inductor does, but generates no code."""
-
-
 @pytest.mark.parametrize("kind", CHECKPOINTS)
 @pytest.mark.parametrize("compiled", ["whole call", "blocks"])
 def test_compiled_checkpoints_save_the_bytes_of_the_compiled_forward(kind, compiled):
@@ -71,11 +67,11 @@ def test_compiled_checkpoints_save_the_bytes_of_the_compiled_forward(kind, compi
     wrap, (z, t, r) = CHECKPOINTS[kind], inputs()
     expected = meanflow(Net(wrap, depth=2))
     if compiled == "blocks":
-        forward, jvp = Net(torch.compile(wrap, **OPTIONS), depth=2), pmf.jvp
-        network = forward
+        network = forward = Net(torch.compile(wrap, **PARTITIONED), depth=2)
+        jvp = pmf.jvp
     else:
         network = Net(wrap, depth=2)
-        forward, jvp = torch.compile(network, **OPTIONS), torch.compile(pmf.jvp, **OPTIONS)
+        forward, jvp = torch.compile(network, **PARTITIONED), torch.compile(pmf.jvp, **PARTITIONED)
     assert_same(meanflow(network, jvp), expected)
     plain = saved_bytes(lambda: forward(z, t, r), network.parameters())
     assert saved_bytes(lambda: jvp(network, (z, t, r), (z, 1, 0)), network.parameters()) <= plain
@@ -109,10 +105,10 @@ def test_backward_of_a_compiled_checkpoint_computes_no_tangent():
 def test_a_compiled_checkpoint_drops_the_same_values_again(eager):
     torch._dynamo.reset()
     x, v = drawn(50).requires_grad_(), drawn(50, seed=1)
-    drop = torch.compile(lambda x: F.dropout(x).square(), **OPTIONS)
+    drop = torch.compile(lambda x: F.dropout(x).square(), **PARTITIONED)
     run = functools.partial(checkpoint, drop if eager else lambda x: F.dropout(x).square(), use_reentrant=False)
     call = functools.partial(pmf.jvp, run, (x,), (v,))
-    out, dot = call() if eager else torch.compile(call, **OPTIONS)()
+    out, dot = call() if eager else torch.compile(call, **PARTITIONED)()
     (gradient,) = torch.autograd.grad(out.sum(), x)
     assert 0 < out.count_nonzero() < 50
     torch.testing.assert_close(gradient * x, 2 * out)
@@ -125,7 +121,7 @@ class Compiled(nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(W.clone())
-        self.compile(**OPTIONS)
+        self.compile(**PARTITIONED)
 
     def forward(self, x, c):
         return x + F.softplus((x * c) @ self.weight) @ W
@@ -156,8 +152,8 @@ AROUND = {
     "its call": lambda block: block.__call__,
     "a method": lambda block: block.run,
     "a module around": Around,
-    "a compiled function": lambda block: torch.compile(block.forward, **OPTIONS),
-    "an optimized module": lambda block: torch.compile(block, **OPTIONS),
+    "a compiled function": lambda block: torch.compile(block.forward, **PARTITIONED),
+    "an optimized module": lambda block: torch.compile(block, **PARTITIONED),
     "a function": lambda block: lambda x, c: block(x, c),
     "an object": Holder,
     "a partial": lambda block: functools.partial(lambda block, x, c: block(x, c), block),

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pmf
 from pmf.counting import saved_bytes
-from tests.pmf.jvp_checks import F64, drawn
+from tests.pmf.jvp_checks import F64, PARTITIONED, drawn
 from tests.pmf.test_jvp_refusals import Scaled
 
 X = drawn(3, 4, 5)
@@ -290,10 +290,8 @@ def test_a_compiled_network_without_rules_saves_the_bytes_of_its_compiled_forwar
     torch._dynamo.reset()
     network = UNet()
     z, v, t = drawn(2, 3, 8, 8), drawn(2, 3, 8, 8, seed=1), torch.rand(2, dtype=F64)
-    # This backend chooses what to save as inductor does, but generates no code.
-    options = dict(fullgraph=True, backend="aot_eager_decomp_partition")
-    forward = torch.compile(network, **options)
-    call = torch.compile(lambda *given: pmf.jvp(network, given, (v, 1, 0)), **options)
+    forward = torch.compile(network, **PARTITIONED)
+    call = torch.compile(lambda *given: pmf.jvp(network, given, (v, 1, 0)), **PARTITIONED)
     results = []
     for one in (call, lambda *given: pmf.jvp(network, given, (v, 1, 0))):
         network.zero_grad()

@@ -8,12 +8,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import pmf
 from pmf.counting import saved_bytes
 from pmf.timing import measure
+from tests.pmf.jvp_checks import F64, PARTITIONED
 
 pytestmark = [
     pytest.mark.extras,
     pytest.mark.filterwarnings("ignore"),
 ]
-F64 = torch.float64
 
 
 class TimmViT(nn.Module):
@@ -130,11 +130,9 @@ def test_a_compiled_network_has_the_same_tangent_gradients_and_bytes(kind, check
     u, du = pmf.jvp(network, given, (v, 1, 0))
     wanted = gradients(network, u, du)
     network.zero_grad()
-    # This backend chooses what to save as inductor does, but generates no code.
-    options = dict(fullgraph=True, backend="aot_eager_decomp_partition")
     forward, call = (
-        torch.compile(network, **options),
-        torch.compile(lambda: pmf.jvp(network, given, (v, 1, 0)), **options),
+        torch.compile(network, **PARTITIONED),
+        torch.compile(lambda: pmf.jvp(network, given, (v, 1, 0)), **PARTITIONED),
     )
     assert saved_bytes(call, network.parameters()) <= saved_bytes(lambda: forward(*given), network.parameters())
     got = call()

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 import pmf
 from pmf import layers, ops
 from pmf.counting import saved_bytes
-from tests.pmf.jvp_checks import drawn
+from tests.pmf.jvp_checks import PARTITIONED, drawn
 
 
 class Block(nn.Module):
@@ -111,14 +111,12 @@ def test_compiled_without_break_it_is_equal_and_saves_the_bytes_of_the_compiled_
     eager, network = FusedDiT(), FusedDiT()
     z, v, t, r = batch()
     expected = step(eager, z, v, t, r)
-    # This backend chooses what to save as inductor does, but generates no code.
-    options = dict(fullgraph=True, backend="aot_eager_decomp_partition")
     forward, call = network, lambda: pmf.jvp(network, (z, t, r), (v, 1, 0))
     if compiled == "blocks":
         for block in network.blocks:
-            block.compile(**options)
+            block.compile(**PARTITIONED)
     else:
-        forward, call = torch.compile(forward, **options), torch.compile(call, **options)
+        forward, call = torch.compile(forward, **PARTITIONED), torch.compile(call, **PARTITIONED)
     plain = saved_bytes(lambda: forward(z, t, r), network.parameters())
     assert saved_bytes(call, network.parameters()) <= 1.02 * plain
     u, du = call()
