@@ -1,10 +1,13 @@
 """The rule of attention: softmax(scale q k^T + mask) v.
 
 P = softmax(S), S_dot = scale (q_dot k^T + q k_dot^T) + mask_dot, H = P * S_dot, o_dot = P v_dot + H v - rowsum(H) o.
+Dropout keeps some of P, D = P M / (1 - p) for a mask M of zeros and ones. Then o = D v, and
+o_dot = D v_dot + (D * S_dot) v - rowsum(H) o.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,10 +17,12 @@ from torch import Tensor
 
 from pmf import ops
 from pmf.dispatch import implementation
-from pmf.errors import InputError
 from pmf.pair import Dual, total
-from pmf.tangents.handlers import by_torch_func, ruled
-from pmf.tangents.rules import HANDLERS, TRACED, argument, is_dual, name_of, named
+from pmf.private import tree_leaves
+from pmf.tangents.carriers import values_of
+from pmf.tangents.handlers import ruled
+from pmf.tangents.random_state import replayed
+from pmf.tangents.rules import HANDLERS, argument, is_dual, named
 from pmf.tangents.rules import value as plain
 
 
@@ -41,8 +46,10 @@ def _mapped(x: Any, function) -> Any:
     return x.map(function) if is_dual(x) else function(x)
 
 
-def _plain(out: Tensor, q: Any, k: Any, v: Any, mask: Any, is_causal: bool, scale: float) -> Tensor:
-    """o_dot by the formula above, in plain PyTorch: it needs all scores at once."""
+def _plain(
+    out: Tensor, q: Any, k: Any, v: Any, mask: Any, is_causal: bool, scale: float, kept: Tensor | None = None
+) -> Tensor:
+    """o_dot by the formula above, in plain PyTorch: it needs all scores at once. `kept` is D."""
     scores, scores_dot = _product(_mapped(q, lambda part: part * scale), _transposed(k))
     if is_causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
@@ -51,11 +58,11 @@ def _plain(out: Tensor, q: Any, k: Any, v: Any, mask: Any, is_causal: bool, scal
         scores = scores.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else scores + seen
         scores_dot = total(scores_dot, mask.dot if is_dual(mask) else None)
     weights = scores.softmax(-1).nan_to_num(0)  # as attention gives zero where a query sees no key
-    dot = weights @ v.dot if is_dual(v) else torch.zeros_like(out)
+    kept = weights if kept is None else kept
+    dot = kept @ v.dot if is_dual(v) else torch.zeros_like(out)
     if scores_dot is None:
         return dot
-    weights_dot = weights * scores_dot
-    return dot + weights_dot @ plain(v) - weights_dot.sum(-1, keepdim=True) * out
+    return dot + (kept * scores_dot) @ plain(v) - (weights * scores_dot).sum(-1, keepdim=True) * out
 
 
 def _on_kernels(q: Any, k: Any, v: Any, mask: Any, is_causal: bool, enable_gqa: bool) -> bool:
@@ -75,13 +82,26 @@ def _on_kernels(q: Any, k: Any, v: Any, mask: Any, is_causal: bool, enable_gqa: 
     return module.__name__ != "pmf.reference"
 
 
-def _attention(out, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    if dropout_p > 0:
-        raise InputError(
-            f"pmf.jvp: scaled_dot_product_attention got dropout_p {dropout_p}, whose mask is not known; expected 0"
-        )
+def _attention(
+    out,
+    query,
+    key,
+    value,
+    attn_mask=None,
+    dropout_p=0.0,
+    is_causal=False,
+    scale=None,
+    enable_gqa=False,
+    *,
+    again: Callable | None = None,
+):
+    """`again` is attention with the random numbers that gave `out`, and None without dropout."""
+    kept = None
+    if again is not None and out.numel():
+        numbers = [plain(x) for x in (query, key, value, attn_mask)]
+        kept = _kept(again, *numbers, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     scale = plain(query).shape[-1] ** -0.5 if scale is None else scale
-    if _on_kernels(query, key, value, attn_mask, is_causal, enable_gqa):
+    if kept is None and _on_kernels(query, key, value, attn_mask, is_causal, enable_gqa):
         # Ops take [B, S, H, D]; the product that they need again costs less than a second form of the value.
         duals = [_mapped(x, lambda part: part.detach().transpose(1, 2)) for x in (query, key, value)]
         options: dict[str, Any] = dict(scale=scale, causal=is_causal, enable_gqa=enable_gqa)
@@ -89,16 +109,49 @@ def _attention(out, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=
     if enable_gqa:
         heads = plain(query).shape[-3]
         key, value = _repeated(key, heads), _repeated(value, heads)
-    return _plain(out, query, key, value, attn_mask, is_causal, scale)
+    return _plain(out, query, key, value, attn_mask, is_causal, scale, kept)
 
 
-def _traced_multi_head(function: Callable, args: tuple, kwargs: dict) -> Any:
-    """For compilers, attention without dropout, by `torch.func.jvp` as a whole."""
-    if argument(args, kwargs, (10, "dropout_p")) and kwargs.get("training", True):
-        raise InputError(f"pmf.jvp: {name_of(function)} with dropout has no rule that compiles; expected dropout 0")
-    return by_torch_func(function, args, kwargs)
+def _kept(again: Callable, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """D, the attention of the columns of the identity: kernels do not say what they drop.
+
+    As many columns as v has at once, so that PyTorch chooses the kernel that it chose for v.
+    """
+    keys, columns = value.shape[-2:]
+    identity = torch.eye(keys, -(-keys // columns) * columns, dtype=value.dtype, device=value.device)
+    parts = [again(query, key, part.expand_as(value), *args, **kwargs) for part in identity.split(columns, -1)]
+    return torch.cat(parts, -1)[..., :keys]
 
 
-TRACED[F.multi_head_attention_forward] = _traced_multi_head
+def _unfused(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """Attention function by function, each with its rule, for compilers: they would draw the mask of dropout twice."""
+    root = (query.shape[-1] ** -0.5 if scale is None else scale) ** 0.5
+    if enable_gqa:
+        heads = query.shape[-3]
+        key, value = (x.repeat_interleave(heads // x.shape[-3], -3) for x in (key, value))
+    scores = (query * root) @ (key * root).mT
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is None:
+        return F.dropout(scores.softmax(-1), dropout_p) @ value
+    hidden = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask.detach() == -torch.inf
+    sees_no_key = hidden.all(-1, keepdim=True)
+    scores = scores.masked_fill(hidden, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+    weights = scores.masked_fill(sees_no_key, 0).softmax(-1).masked_fill(sees_no_key, 0)
+    return F.dropout(weights, dropout_p) @ value
+
+
+def _scaled_dot_product(function: Callable, args: tuple, kwargs: dict) -> Any:
+    if not argument(args, kwargs, (4, "dropout_p")):
+        return _WITHOUT_DROPOUT(function, args, kwargs)
+    if torch.compiler.is_compiling():
+        return _unfused(*args, **kwargs)
+    with replayed(tree_leaves(values_of((args, kwargs)))) as replay:
+        rule = functools.partial(_attention, again=functools.partial(replay, function))
+        return ruled(rule)(function, args, kwargs)
+
+
+_WITHOUT_DROPOUT = ruled(_attention)
+
 for _function in named("scaled_dot_product_attention"):
-    HANDLERS[_function] = ruled(_attention)
+    HANDLERS[_function] = _scaled_dot_product

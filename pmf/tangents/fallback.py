@@ -1,10 +1,9 @@
-"""Functions without a rule: run PyTorch's Python functions line by line, leave builtins to `torch.func.jvp`."""
+"""Functions without a rule are left to `torch.func.jvp`."""
 
 from __future__ import annotations
 
 import functools
 import threading
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pmf.errors import InputError, first_line
 from pmf.private import (
     FUNCTION_NAMESPACES,
+    UNLISTED,
     forward_mode,
     is_aten,
     is_zero_tensor,
@@ -38,28 +38,6 @@ def forward_mode_around() -> bool:
         return forward_mode()
 
 
-def _never(*tensors: Any) -> bool:
-    return False
-
-
-@functools.cache
-def composite_body(function: Callable) -> Callable | None:
-    """The body of a torch function written in Python, without its own dispatch to carriers; None for a builtin."""
-    if not isinstance(function, types.FunctionType) or function.__module__.split(".")[0] != "torch":
-        return None
-    if "__class__" in function.__code__.co_freevars:  # super().name would come back here
-        return None
-    asks = {name: _never for name in function.__code__.co_names if name.startswith("has_torch_function")}
-    if not asks.keys() <= function.__globals__.keys():  # torch.nn.init asks torch.overrides
-        return None
-    if not asks:
-        return None
-    scope = {**function.__globals__, **asks}
-    body = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
-    body.__kwdefaults__ = function.__kwdefaults__
-    return body
-
-
 def is_torch(function: Callable) -> bool:
     """Whether a function is one of PyTorch's own, for which `torch.func.jvp` is right or raises."""
     return is_aten(function) or function in overridable()
@@ -70,7 +48,7 @@ def overridable() -> frozenset[Callable]:
     """The functions of PyTorch that dispatch to `__torch_function__`."""
     listed = [f for functions in torch.overrides.get_overridable_functions().values() for f in functions]
     builtin = [getattr(space, name) for space in FUNCTION_NAMESPACES for name in dir(space)]
-    return frozenset(f for f in (*listed, *builtin) if callable(f) and f.__hash__ is not None)
+    return frozenset(f for f in (*listed, *builtin, *UNLISTED) if callable(f) and f.__hash__ is not None)
 
 
 def versions(*arguments: Any) -> list[int]:

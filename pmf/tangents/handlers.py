@@ -9,10 +9,12 @@ from types import BuiltinFunctionType, FunctionType, MethodDescriptorType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from pmf.errors import InputError
 from pmf.private import tree_leaves, unrecorded
 from pmf.tangents.arguments import given
+from pmf.tangents.bodies import body_of
 from pmf.tangents.carriers import (
     CARRIERS,
     carrier,
@@ -24,7 +26,6 @@ from pmf.tangents.carriers import (
 )
 from pmf.tangents.fallback import (
     check_eager,
-    composite_body,
     is_torch,
     mutated,
     overridable,
@@ -131,12 +132,13 @@ def refused(reason: str) -> Handler:
 
 def composite(function: Callable) -> Handler | None:
     """The handler of a function that PyTorch writes in Python: its body, run on the carriers; None for a builtin."""
-    body = composite_body(function)
+    body = body_of(function)
     if body is None:
         return None
+    traceable = function.__module__ == F.__name__  # compilers enter no other module of PyTorch
 
     def handle(function, args, kwargs):
-        if torch.compiler.is_compiling():  # Dynamo cannot trace the body in its altered scope
+        if torch.compiler.is_compiling() and (function in TRACED or not traceable):
             return TRACED.get(function, by_torch_func)(function, args, kwargs)
         return body(*args, **kwargs)
 
@@ -201,7 +203,6 @@ for _function in overridable():
     _name = getattr(_function, "__name__", "")
     _handler = composite(_function)
     if _name in DRAWING.split() or re.fullmatch(r"\w*[^_]_|__i(and|or|xor|lshift|rshift)__|_scaled_dot\w+", _name):
-        TRACED[_function] = eager_only
         _handler = _handler or eager_only
     if _handler is not None or isinstance(_function, LISTED):
         HANDLERS[_function] = _handler or by_torch_func

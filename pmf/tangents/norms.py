@@ -10,12 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pmf.tangents.fallback import check_eager, tangents_by_torch_func
 from pmf.tangents.handlers import ruled
-from pmf.tangents.rules import HANDLERS, TRACED, Rule, is_dual, named
+from pmf.tangents.rules import HANDLERS, Rule, is_dual, named
 
 _ATEN = torch.ops.aten
 ONLY_INPUT = [True, False, False]
@@ -105,41 +104,13 @@ def _running_norm(function: Callable, first: int) -> Rule:
     return rule
 
 
-def _traced_batch_norm(
-    out, input, running_mean=None, running_var=None, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
-):
-    return _BATCH_NORM(out, input, weight, bias, running_mean, running_var, training, momentum, eps, True)
-
-
-def _traced_instance_norm(
-    out,
-    input,
-    running_mean=None,
-    running_var=None,
-    weight=None,
-    bias=None,
-    use_input_stats=True,
-    momentum=0.1,
-    eps=1e-5,
-):
-    return _INSTANCE_NORM(out, input, weight, bias, running_mean, running_var, use_input_stats, momentum, eps, True)
-
-
-_BATCH_NORM = _running_norm(torch.batch_norm, 0)
-_INSTANCE_NORM = _running_norm(torch.instance_norm, 2)
-TRACED[F.batch_norm] = ruled(_traced_batch_norm)
-TRACED[F.instance_norm] = ruled(_traced_instance_norm)
-TRACED[F.layer_norm] = ruled(_layer_norm)
-TRACED[F.group_norm] = ruled(_group_norm)
-TRACED[F.rms_norm] = ruled(_rms_norm)
 for _name, _rule in (
     ("layer_norm", _layer_norm),
     ("group_norm", _group_norm),
     ("rms_norm", _rms_norm),
     ("var", _variance),
+    ("batch_norm", _running_norm(torch.batch_norm, 0)),
+    ("instance_norm", _running_norm(torch.instance_norm, 2)),
 ):
-    for _function in named(_name):
-        HANDLERS[_function] = ruled(_rule)
-for _name, _rule in (("batch_norm", _BATCH_NORM), ("instance_norm", _INSTANCE_NORM)):
     for _function in named(_name):
         HANDLERS[_function] = ruled(_rule)

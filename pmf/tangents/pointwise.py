@@ -10,12 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from pmf.tangents.fallback import check_eager
-from pmf.tangents.handlers import by_torch_func, drawn, ruled
-from pmf.tangents.rules import HANDLERS, TRACED, Handler, Rule, argument, is_dual, linear_in_first, named
+from pmf.tangents.handlers import by_torch_func, drawn, eager_only, ruled
+from pmf.tangents.rules import HANDLERS, Handler, Rule, argument, is_dual, linear_in_first, named
 
 _ATEN = torch.ops.aten
 
@@ -93,11 +91,6 @@ for _name, _derivative in BY_OUTPUT.items():
         HANDLERS[_function] = ruled(_by_output(_derivative))
 
 
-for _name in ("silu", "mish", "leaky_relu"):
-    TRACED[getattr(F, _name)] = ruled(_by_input(BY_INPUT[_name]))
-TRACED[F.relu] = ruled(_by_output(BY_OUTPUT["relu"]))
-
-
 def _power(out, x, exponent=None, **kwargs):
     """n x^(n - 1) x_dot for a number n."""
     if not is_dual(x) or type(exponent) not in (int, float) or out.is_complex():
@@ -123,43 +116,28 @@ def _log_softmax(out, x, dim, dtype=None, **kwargs):
 for _names, _rule in (("pow", _power), ("__pow__", _power), ("softmax", _softmax), ("log_softmax", _log_softmax)):
     for _function in named(_names):
         HANDLERS[_function] = ruled(_rule)
-TRACED[F.softmax] = ruled(lambda out, x, dim, *unused, **also_unused: _softmax(out, x, dim))
-TRACED[F.log_softmax] = ruled(lambda out, x, dim, *unused, **also_unused: _log_softmax(out, x, dim))
 
 
-def _dropout(function: Callable, with_mask: Handler) -> Handler:
+def _dropout(function: Callable, eager: Handler, traced: Handler) -> Handler:
     """Without training a dropout is the identity, which returns its input."""
     without = ruled(linear_in_first(function))
 
     def handle(dropout, args, kwargs):
-        p, training = argument(args, kwargs, (1, "p")), argument(args, kwargs, (2, "train"))
-        return (with_mask if training and p > 0 else without)(dropout, args, kwargs)
+        if not (argument(args, kwargs, (2, "train")) and argument(args, kwargs, (1, "p")) > 0):
+            return without(dropout, args, kwargs)
+        return (traced if torch.compiler.is_compiling() else eager)(dropout, args, kwargs)
 
     return handle
 
 
-for _function in named("dropout", "feature_dropout"):  # linear, given the mask that they draw
-    HANDLERS[_function] = _dropout(_function, drawn(linear_in_first(_function)))
-for _function in named("alpha_dropout", "feature_alpha_dropout"):
-    HANDLERS[_function] = _dropout(_function, by_torch_func)
-
-
-def _masked(function: Callable, input: Any, p: float = 0.5, training: bool = True) -> Any:
+def _masked(function: Callable, args: tuple, kwargs: dict) -> Any:
     """Dropout by a mask that is drawn once and multiplied with: compilers would draw another for the tangent."""
-    if p == 0 or not training:
-        return input
-    kept = function(torch.ones_like(input.value), p).bool()
-    return (input * kept) * (1 / (1 - p) if p < 1 else 0)
+    x, p = argument(args, kwargs, (0, "input")), argument(args, kwargs, (1, "p"))
+    kept = function(torch.ones_like(x.value), p, True).bool()
+    return (x * kept) * (1 / (1 - p) if p < 1 else 0)
 
 
-def _unmasked(function: Callable, input: Any, p: float = 0.5, training: bool = False) -> Any:
-    """Alpha dropout, which also adds, and compiles only where it does nothing."""
-    if p != 0 and training:
-        check_eager(function)
-    return input
-
-
-for _function in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d):
-    TRACED[_function] = lambda function, args, kwargs: _masked(function, *args, **kwargs)
-for _function in (F.alpha_dropout, F.feature_alpha_dropout):
-    TRACED[_function] = lambda function, args, kwargs: _unmasked(function, *args, **kwargs)
+for _function in named("dropout", "feature_dropout"):  # linear, given the mask that they draw
+    HANDLERS[_function] = _dropout(_function, drawn(linear_in_first(_function)), _masked)
+for _function in named("alpha_dropout", "feature_alpha_dropout"):
+    HANDLERS[_function] = _dropout(_function, by_torch_func, eager_only)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pmf.errors import InputError
-from pmf.private import constant
+from pmf.private import DISPATCHING, constant
 
 
 @constant
@@ -36,7 +36,7 @@ def trace_as_tensors(kinds: tuple[type, ...]) -> None:
 def _tell_dynamo(kinds: tuple[type, ...]) -> None:
     from torch._dynamo.variables import UserDefinedObjectVariable as Object  # importing the compiler takes a second
     from torch._dynamo.variables import builtin, misc, torch_function
-    from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
+    from torch._dynamo.variables.torch import TorchInGraphFunctionVariable, get_overridable_functions
 
     def known(x: Any) -> bool:
         return isinstance(x, Object) and x.value_type in kinds
@@ -44,6 +44,7 @@ def _tell_dynamo(kinds: tuple[type, ...]) -> None:
     def multiply(tx, a, b):
         return a.call_method(tx, "__matmul__", [b], {}) if known(a) else None
 
+    get_overridable_functions().update(DISPATCHING)
     builtin.populate_builtin_to_tensor_fn_map()
     pairs = builtin.BuiltinVariable._binop_handlers()
     for operation in (operator.matmul, operator.imatmul):

@@ -16,7 +16,6 @@ from tests.pmf.jvp_checks import F64, PARTITIONED, drawn
 from tests.pmf.test_jvp_refusals import Scaled
 
 X = drawn(3, 4, 5)
-ATTENTION = (X, X, 5, 1, drawn(15, 5), None, None, None, False, 0.1, drawn(5, 5), None)
 
 
 def compiled(function, *given, **options):
@@ -80,6 +79,10 @@ WITHOUT_RULE = {
     "order": lambda x: x.sort(-1).values[..., :3] * x.topk(3, -1).values,
     "tuples": lambda x: torch.cat((x, torch.ones(3, 4, 1, dtype=F64), x), dim=-1) * torch.stack((x, x)).sum(),
     "attention": lambda x: F.scaled_dot_product_attention(x, x.cos(), x.sin(), is_causal=True),
+    "activations that PyTorch does not list": lambda x: F.hardswish(x) * F.hardsigmoid(x) + F.tanh(x) * F.sigmoid(x),
+    "inner functions": lambda x: torch._C._nn.elu(x, 0.5) * torch._C._nn.softplus(x),
+    "upsampling": lambda x: F.upsample_nearest(x[None], scale_factor=2),
+    "a warning": lambda x: F.softmax(x[0]) + F.mse_loss(x, x[:1].cos()),
     "length": lambda x: x / len(x) + sum(x.unbind()) / x.numel(),
     "classes": lambda x: x * 2 if isinstance(x, torch.Tensor) and torch.is_tensor(x) and not x.is_nested else x * 3,
     "other classes": lambda x: x * 2 if isinstance(x, nn.Parameter | int) else x * 3,
@@ -212,9 +215,7 @@ def test_a_compiled_batch_norm_updates_its_averages_once(training):
     ("function", "given", "message"),
     [
         (F.rrelu, (0.1, 0.3, True), "rrelu has no rule that compiles"),
-        (F.gumbel_softmax, (), "gumbel_softmax has no rule that compiles"),
         (F.alpha_dropout, (0.1, True), "alpha_dropout has no rule that compiles"),
-        (F.multi_head_attention_forward, ATTENTION, "multi_head_attention_forward with dropout has no rule"),
         (lambda x: (x[0] * 1).fill_diagonal_(0), (), "fill_diagonal_ has no rule that compiles"),
         (torch.native_dropout, (0.5, True), "native_dropout has no rule that compiles"),
         (torch.ops.aten.native_dropout, (0.5, True), "has no rule that compiles"),

@@ -126,10 +126,6 @@ LOSSES = {
     "still target of an index": (lambda x: torch.zeros(3, dtype=F64).__setitem__(0, x[0]), "writes a moving value"),
     "data set": (lambda x: setattr(x * 1, "data", x), "data"),
     "alpha dropout in place": (lambda x: F.alpha_dropout(x * 1, 0.5, True, inplace=True), "inplace=False"),
-    "attention dropout": (
-        lambda x: F.scaled_dot_product_attention(*[x[None, :, None]] * 3, dropout_p=0.5),
-        "dropout_p",
-    ),
     "gradient inside": (lambda x: torch.autograd.grad((x * 2).sum(), x), "backward|grad"),
     "written by a list": (lambda x: torch._foreach_mul_([x * 1], 2), "writes to its arguments"),
     "nested call": (lambda x: pmf.jvp(torch.sin, (x,), (x,))[1], "nested|another call"),

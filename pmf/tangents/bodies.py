@@ -1,0 +1,76 @@
+"""The functions that PyTorch writes in Python, to run line by line on carriers instead of dispatching to them."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from pmf.private import UNLISTED
+
+
+@functools.cache
+def body_of(function: Callable) -> Callable | None:
+    """The body of a torch function written in Python, without its own dispatch to carriers; None for a builtin."""
+    if not isinstance(function, types.FunctionType) or function.__module__.split(".")[0] != "torch":
+        return None
+    if "__class__" in function.__code__.co_freevars:  # super().name would come back here
+        return None
+    asks = _asks(function.__code__.co_names)
+    if (
+        not (asks or function in UNLISTED) or not asks <= function.__globals__.keys()
+    ):  # torch.nn.init asks torch.overrides
+        return None
+    return _in_scope(function, vars(_without_dispatch(function.__globals__["__name__"])))
+
+
+def _asks(names: Any) -> set[str]:
+    """Those of the names that ask whether to dispatch."""
+    return {name for name in names if name.startswith("has_torch_function")}
+
+
+def _in_scope(function: types.FunctionType, scope: dict) -> Callable:
+    """The function with other globals."""
+    made = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
+
+
+@functools.cache
+def _without_dispatch(name: str) -> types.ModuleType:
+    """A copy of a module of PyTorch in which no function dispatches, and which warns in eager mode only.
+
+    It is a module, since compilers look for the globals of a function in one; they cannot trace a warning.
+    """
+    original = vars(sys.modules[name])
+    copy = types.ModuleType(f"pmf.tangents.without_dispatch.{name}")
+    scope = vars(copy)
+    scope.update({name: x for name, x in original.items() if name == "__builtins__" or not name.startswith("__")})
+    scope.update({name: _never for name in _asks(original)})
+    if "warnings" in original:
+        scope["warnings"] = types.SimpleNamespace(**vars(warnings) | {"warn": _warn})
+    for name, x in original.items():
+        if isinstance(x, types.FunctionType) and x.__globals__ is original and _only_warns(x.__code__.co_names):
+            scope[name] = _in_scope(x, scope)
+    sys.modules[copy.__name__] = copy
+    return copy
+
+
+def _only_warns(names: tuple[str, ...]) -> bool:
+    """Whether a function of these names warns and does not dispatch."""
+    return "warnings" in names and not _asks(names)
+
+
+def _never(*tensors: Any) -> bool:
+    return False
+
+
+def _warn(*args: Any, stacklevel: int = 1, **kwargs: Any) -> None:
+    """`warnings.warn`, except in a compiler."""
+    if not torch.compiler.is_compiling():
+        warnings.warn(*args, stacklevel=stacklevel + 1, **kwargs)
