@@ -83,53 +83,41 @@ def _on_kernels(q: Any, k: Any, v: Any, mask: Any, is_causal: bool, enable_gqa: 
 
 
 def _attention(
-    out,
-    query,
-    key,
-    value,
-    attn_mask=None,
-    dropout_p=0.0,
-    is_causal=False,
-    scale=None,
-    enable_gqa=False,
-    *,
-    again: Callable | None = None,
+    out, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, kept=None
 ):
-    """`again` is attention with the random numbers that gave `out`, and None without dropout."""
-    kept = None
-    if again is not None and out.numel():
-        numbers = [plain(x) for x in (query, key, value, attn_mask)]
-        kept = _kept(again, *numbers, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     scale = plain(query).shape[-1] ** -0.5 if scale is None else scale
     if kept is None and _on_kernels(query, key, value, attn_mask, is_causal, enable_gqa):
         # Ops take [B, S, H, D]; the product that they need again costs less than a second form of the value.
         duals = [_mapped(x, lambda part: part.detach().transpose(1, 2)) for x in (query, key, value)]
-        options: dict[str, Any] = dict(scale=scale, causal=is_causal, enable_gqa=enable_gqa)
-        return ops.attention(*(x if is_dual(x) else Dual(x) for x in duals), **options).dot.transpose(1, 2)
+        duals = [x if is_dual(x) else Dual(x) for x in duals]
+        dot: Any = ops.attention(*duals, scale=scale, causal=is_causal, enable_gqa=enable_gqa).dot
+        return dot.transpose(1, 2)
     if enable_gqa:
         heads = plain(query).shape[-3]
         key, value = _repeated(key, heads), _repeated(value, heads)
     return _plain(out, query, key, value, attn_mask, is_causal, scale, kept)
 
 
-def _kept(again: Callable, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _kept(attention: Callable, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
     """D, the attention of the columns of the identity: kernels do not say what they drop.
 
     As many columns as v has at once, so that PyTorch chooses the kernel that it chose for v.
     """
+    if not value.numel():
+        return None
     keys, columns = value.shape[-2:]
     identity = torch.eye(keys, -(-keys // columns) * columns, dtype=value.dtype, device=value.device)
-    parts = [again(query, key, part.expand_as(value), *args, **kwargs) for part in identity.split(columns, -1)]
+    parts = [attention(query, key, part.expand_as(value), *args, **kwargs) for part in identity.split(columns, -1)]
     return torch.cat(parts, -1)[..., :keys]
 
 
 def _unfused(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     """Attention function by function, each with its rule, for compilers: they would draw the mask of dropout twice."""
-    root = (query.shape[-1] ** -0.5 if scale is None else scale) ** 0.5
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     if enable_gqa:
         heads = query.shape[-3]
         key, value = (x.repeat_interleave(heads // x.shape[-3], -3) for x in (key, value))
-    scores = (query * root) @ (key * root).mT
+    scores = (query * scale) @ key.mT
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if attn_mask is None:
@@ -147,7 +135,13 @@ def _scaled_dot_product(function: Callable, args: tuple, kwargs: dict) -> Any:
     if torch.compiler.is_compiling():
         return _unfused(*args, **kwargs)
     with replayed(tree_leaves(values_of((args, kwargs)))) as replay:
-        rule = functools.partial(_attention, again=functools.partial(replay, function))
+
+        def rule(out, query, key, value, attn_mask=None, *args, **kwargs):
+            kept = _kept(
+                functools.partial(replay, function), *map(plain, (query, key, value, attn_mask)), *args, **kwargs
+            )
+            return _attention(out, query, key, value, attn_mask, *args, **kwargs, kept=kept)
+
         return ruled(rule)(function, args, kwargs)
 
 

@@ -70,7 +70,7 @@ def _never(*tensors: Any) -> bool:
     return False
 
 
-def _warn(*args: Any, stacklevel: int = 1, **kwargs: Any) -> None:
+def _warn(message: Any, category: Any = None, stacklevel: int = 1, source: Any = None) -> None:
     """`warnings.warn`, except in a compiler."""
     if not torch.compiler.is_compiling():
-        warnings.warn(*args, stacklevel=stacklevel + 1, **kwargs)
+        warnings.warn(message, category, stacklevel + 1, source)

@@ -16,7 +16,7 @@ OPTIONS = {
     "mask": {"attn_mask": SEEN},
     "mask that is added": {"attn_mask": torch.where(SEEN, drawn(5, 7), -torch.inf)},
     "causal": {"is_causal": True},
-    "scale": {"scale": 0.3},
+    "scale": {"scale": -0.3},
     "grouped heads": {"enable_gqa": True},
     "nothing kept": {"dropout_p": 1.0},
 }
