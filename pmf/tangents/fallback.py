@@ -16,6 +16,7 @@ from pmf.errors import InputError, first_line
 from pmf.private import (
     FUNCTION_NAMESPACES,
     UNLISTED,
+    constant,
     forward_mode,
     is_aten,
     is_zero_tensor,
@@ -38,6 +39,7 @@ def forward_mode_around() -> bool:
         return forward_mode()
 
 
+@constant
 def is_torch(function: Callable) -> bool:
     """Whether a function is one of PyTorch's own, for which `torch.func.jvp` is right or raises."""
     return is_aten(function) or function in overridable()

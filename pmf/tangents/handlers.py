@@ -64,12 +64,14 @@ def ruled(rule: Rule) -> Handler:
             return out
         with unrecorded():
             duals, named = _first_by_position(parts.duals, parts.named_duals)
+            if "axis" in named and is_torch(function):  # NumPy's name for it
+                named["dim"] = named.pop("axis")
             try:
                 dots = rule(out, *duals, **named)
             except TypeError:
                 if not is_torch(function) or _takes(rule, out, *duals, **named):
                     raise
-                dots = NotImplemented  # another form of the call, such as torch.softmax(x, axis=1)
+                dots = NotImplemented  # another form of the call, such as x.max(y)
             if dots is NotImplemented:
                 dots = tangents_by_torch_func(function, out, duals, named)
         return give(out, dots)

@@ -82,6 +82,8 @@ WITHOUT_RULE = {
     "activations that PyTorch does not list": lambda x: F.hardswish(x) * F.hardsigmoid(x) + F.tanh(x) * F.sigmoid(x),
     "inner functions": lambda x: torch._C._nn.elu(x, 0.5) * torch._C._nn.softplus(x),
     "upsampling": lambda x: F.upsample_nearest(x[None], scale_factor=2),
+    "strides": lambda x: (x[1:] * 2).as_strided((3, 4), (8, 2)),
+    "names of NumPy": lambda x: torch.softmax(x, axis=1) + x.sum(axis=1, keepdims=True),
     "a warning": lambda x: F.softmax(x[0]) + F.mse_loss(x, x[:1].cos()),
     "length": lambda x: x / len(x) + sum(x.unbind()) / x.numel(),
     "classes": lambda x: x * 2 if isinstance(x, torch.Tensor) and torch.is_tensor(x) and not x.is_nested else x * 3,
