@@ -47,6 +47,8 @@ def checkpoint_values(layer: Callable, *inputs: Any, preserve_rng_state: bool = 
     `compiled`: the graphs with and without tangents may save different tensors, so the first run records nothing and
     backward differentiates the second (reentrant checkpointing): `backward` works, `torch.autograd.grad` does not.
     """
+    if torch.compiler.is_compiling():  # backward of one graph makes again what it reads; no tangent is among that
+        return checkpoint(lambda: layer(*inputs), use_reentrant=False, preserve_rng_state=preserve_rng_state)
     values, dots, structure = _split(inputs)
     tangents_in: list = [dots]
     tangents_out: list = []
