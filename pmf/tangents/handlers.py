@@ -49,6 +49,10 @@ def ruled(rule: Rule) -> Handler:
         if kwargs.get("out") is not None:
             raise InputError(f"pmf.jvp: {name_of(function)} got a moving value and out=; expected no out")
         parts = given(args, kwargs)
+        if parts.at_rest and torch.compiler.is_compiling():  # compilers cannot ask whether out lies in their memory
+            for x in parts.at_rest:
+                x.start()
+            parts = given(args, kwargs)
         out = function(*parts.values, **parts.named_values)
         if not has_tangent(out):
             return out

@@ -139,5 +139,15 @@ def _masked(function: Callable, args: tuple, kwargs: dict) -> Any:
 
 for _function in named("dropout", "feature_dropout"):  # linear, given the mask that they draw
     HANDLERS[_function] = _dropout(_function, drawn(linear_in_first(_function)), _masked)
+
+
+def _rrelu(function: Callable, args: tuple, kwargs: dict) -> Any:
+    """Leaky ReLU with slopes that are drawn in training."""
+    draws = argument(args, kwargs, (3, "training"))
+    return (eager_only if draws else by_torch_func)(function, args, kwargs)
+
+
+for _function in named("rrelu"):
+    HANDLERS[_function] = _rrelu
 for _function in named("alpha_dropout", "feature_alpha_dropout"):
     HANDLERS[_function] = _dropout(_function, by_torch_func, eager_only)

@@ -72,7 +72,9 @@ WITHOUT_RULE = {
     "largest": lambda x: x.amax(1, keepdim=True) + x.max(1, keepdim=True).values * x.argmax(-1, keepdim=True),
     "bounds": lambda x: x.clamp(-0.5, 0.5) * torch.maximum(x, x.cos()),
     "norms": lambda x: F.normalize(x, dim=-1) * x.norm(dim=-1, keepdim=True) + torch.linalg.vector_norm(x),
-    "activations": lambda x: F.elu(x) + F.selu(x) * F.hardtanh(x) - F.logsigmoid(x) + F.glu(x[..., :4]).sum(),
+    "activations": lambda x: (
+        F.elu(x) + F.selu(x) * F.hardtanh(x) - F.logsigmoid(x) + F.rrelu(x) + F.glu(x[..., :4]).sum()
+    ),
     "powers": lambda x: 2**x + x.abs() ** x,
     "remainders": lambda x: x % 0.3,
     "products": lambda x: torch.addcmul(x, x, x.cos(), value=0.5) + torch.lerp(x, x.sin(), 0.3),
@@ -263,6 +265,43 @@ def test_what_a_compiled_block_gave_stands_still_after_the_call():
     pmf.jvp(network, (x,), (v,))
     torch.testing.assert_close(pmf.jvp(network, (x,), (v,)), (2 * x.sin(), v * x.cos()))
     assert type(kept[0] * 2) is torch.Tensor
+
+
+def written_in_part(x, still):
+    still[1:].copy_(x[1:] * 2)
+    return still * x
+
+
+def written_behind_a_view(x, still):
+    every_second, sum_before = still.flatten()[::2], still + 1
+    still.mul_(x)
+    return every_second.sum() * x + sum_before
+
+
+STILL_BLOCKS = {
+    "read": lambda x, still: x * still.cos() + still.sum(),
+    "stacked": lambda x, still: torch.cat((x, still)).sum(0) + still[0],
+    "written in part": written_in_part,
+    "written behind a view": written_behind_a_view,
+}
+
+
+@pytest.mark.parametrize("name", STILL_BLOCKS)
+def test_a_compiled_block_takes_tensors_of_the_call_that_do_not_move_yet(name):
+    """They are made like one that moves, and may be written to in the block and after it."""
+
+    def network(block, x):
+        still = x.new_ones(3, 4)
+        view = still[:2]
+        first = block(x.sin(), still)
+        still.add_(x)
+        return first * 2 + block(x.cos(), still) + view.sum()
+
+    torch._dynamo.reset()
+    x, v, eager = drawn(3, 4), drawn(3, 4, seed=1), STILL_BLOCKS[name]
+    block = torch.compile(eager, fullgraph=True, backend="aot_eager")
+    got, expected = (pmf.jvp(functools.partial(network, one), (x,), (v,)) for one in (block, eager))
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
 class UNet(nn.Module):
