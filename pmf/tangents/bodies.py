@@ -22,9 +22,8 @@ def body_of(function: Callable) -> Callable | None:
     if "__class__" in function.__code__.co_freevars:  # super().name would come back here
         return None
     asks = _asks(function.__code__.co_names)
-    if (
-        not (asks or function in UNLISTED) or not asks <= function.__globals__.keys()
-    ):  # torch.nn.init asks torch.overrides
+    answered = asks <= function.__globals__.keys()  # torch.nn.init asks torch.overrides
+    if not answered or not (asks or function in UNLISTED):
         return None
     return _in_scope(function, vars(_without_dispatch(function.__globals__["__name__"])))
 
