@@ -17,12 +17,13 @@ from torch import Tensor
 
 from pmf import ops
 from pmf.dispatch import implementation
+from pmf.errors import InputError
 from pmf.pair import Dual, total
 from pmf.private import tree_leaves
 from pmf.tangents.carriers import values_of
 from pmf.tangents.handlers import ruled
 from pmf.tangents.random_state import replayed
-from pmf.tangents.rules import HANDLERS, argument, is_dual, named
+from pmf.tangents.rules import HANDLERS, argument, is_dual, named, replaced
 from pmf.tangents.rules import value as plain
 
 
@@ -112,27 +113,36 @@ def _kept(attention: Callable, query: Tensor, key: Tensor, value: Tensor, *args:
 
 
 def _unfused(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """Attention function by function, each with its rule, for compilers: they would draw the mask of dropout twice."""
+    """Attention function by function, each with its rule, for compilers: they would draw the mask of dropout twice.
+
+    Scores and weights of half precision are float32, as in PyTorch's attention.
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if enable_gqa:
         heads = query.shape[-3]
         key, value = (x.repeat_interleave(heads // x.shape[-3], -3) for x in (key, value))
-    scores = (query * scale) @ key.mT
+    with torch.autocast(query.device.type, enabled=False):
+        scores = (query.to(dtype) * scale) @ key.to(dtype).mT
     if is_causal:
+        if attn_mask is not None:
+            raise InputError("pmf.jvp: scaled_dot_product_attention got attn_mask and is_causal; expected one of them")
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if attn_mask is None:
-        return F.dropout(scores.softmax(-1), dropout_p) @ value
+        return F.dropout(scores.softmax(-1), dropout_p).to(value.dtype) @ value
     hidden = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask.detach() == -torch.inf
     sees_no_key = hidden.all(-1, keepdim=True)
     scores = scores.masked_fill(hidden, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
     weights = scores.masked_fill(sees_no_key, 0).softmax(-1).masked_fill(sees_no_key, 0)
-    return F.dropout(weights, dropout_p) @ value
+    return F.dropout(weights, dropout_p).to(value.dtype) @ value
 
 
 def _scaled_dot_product(function: Callable, args: tuple, kwargs: dict) -> Any:
     if not argument(args, kwargs, (4, "dropout_p")):
         return _WITHOUT_DROPOUT(function, args, kwargs)
     if torch.compiler.is_compiling():
+        checked, named = replaced(values_of(args), values_of(kwargs), (4, "dropout_p"), 0.0)
+        function(*checked, **named)  # it raises where the arguments do not fit; compilers drop what nobody reads
         return _unfused(*args, **kwargs)
     with replayed(tree_leaves(values_of((args, kwargs)))) as replay:
 

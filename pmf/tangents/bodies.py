@@ -1,4 +1,7 @@
-"""The functions that PyTorch writes in Python, to run line by line on carriers instead of dispatching to them."""
+"""The functions that PyTorch writes in Python, to run line by line on carriers instead of dispatching to them.
+
+Compilers trace them too, and with them the helpers that they would take for operators of their own.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pmf.private import UNLISTED
 
@@ -42,27 +46,26 @@ def _in_scope(function: types.FunctionType, scope: dict) -> Callable:
 
 @functools.cache
 def _without_dispatch(name: str) -> types.ModuleType:
-    """A copy of a module of PyTorch in which no function dispatches, and which warns in eager mode only.
+    """A copy of a module of PyTorch in which no function dispatches, and that compilers can trace.
 
-    It is a module, since compilers look for the globals of a function in one; they cannot trace a warning.
+    It is a module, since they look for the globals of a function in one.
     """
     original = vars(sys.modules[name])
     copy = types.ModuleType(f"pmf.tangents.without_dispatch.{name}")
     scope = vars(copy)
     scope.update({name: x for name, x in original.items() if name == "__builtins__" or not name.startswith("__")})
     scope.update({name: _never for name in _asks(original)})
-    if "warnings" in original:
-        scope["warnings"] = types.SimpleNamespace(**vars(warnings) | {"warn": _warn})
     for name, x in original.items():
-        if isinstance(x, types.FunctionType) and x.__globals__ is original and _only_warns(x.__code__.co_names):
-            scope[name] = _in_scope(x, scope)
+        if isinstance(x, types.ModuleType) and x.__name__ in _HELPERS:
+            scope[name] = _without_dispatch(x.__name__)
+        elif isinstance(x, types.FunctionType) and not _asks(x.__code__.co_names):
+            if x.__globals__ is original:
+                scope[name] = _in_scope(x, scope)
+            elif x.__module__ in _HELPERS:
+                scope[name] = getattr(_without_dispatch(x.__module__), name)
+    scope.update({name: x for name, x in _TRACEABLE.items() if name in original})
     sys.modules[copy.__name__] = copy
     return copy
-
-
-def _only_warns(names: tuple[str, ...]) -> bool:
-    """Whether a function of these names warns and does not dispatch."""
-    return "warnings" in names and not _asks(names)
 
 
 def _never(*tensors: Any) -> bool:
@@ -73,3 +76,20 @@ def _warn(message: Any, category: Any = None, stacklevel: int = 1, source: Any =
     """`warnings.warn`, except in a compiler."""
     if not torch.compiler.is_compiling():
         warnings.warn(message, category, stacklevel + 1, source)
+
+
+def _check_key_padding_mask(key_padding_mask: Tensor, src_len: int, bsz: int) -> None:
+    """The check of PyTorch, whose messages hold a tensor."""
+    for i, expected in enumerate((bsz, src_len)):
+        found = key_padding_mask.shape[i]
+        if found != expected:
+            raise AssertionError(f"Expected key_padded_mask.shape[{i}] to be {expected}, but got {found}")
+
+
+_HELPERS = "torch.nn._reduction", "torch.nn.modules.utils"
+"""Modules of helpers that compilers take for operators."""
+_TRACEABLE = {
+    "warnings": types.SimpleNamespace(**vars(warnings) | {"warn": _warn}),
+    "_check_key_padding_mask": _check_key_padding_mask,
+}
+"""What takes the place of helpers that compilers cannot trace."""

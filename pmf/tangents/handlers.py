@@ -142,11 +142,14 @@ def composite(function: Callable) -> Handler | None:
     if body is None:
         return None
     traceable = function.__module__ == F.__name__  # compilers enter no other module of PyTorch
+    imports = "importlib" in function.__code__.co_names  # for deterministic algorithms; compilers cannot trace it
 
     def handle(function, args, kwargs):
-        if torch.compiler.is_compiling() and (function in TRACED or not traceable):
-            return TRACED.get(function, by_torch_func)(function, args, kwargs)
-        return body(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            return body(*args, **kwargs)
+        if traceable and not (imports and torch.are_deterministic_algorithms_enabled()):
+            return body(*args, **kwargs)
+        return TRACED.get(function, by_torch_func)(function, args, kwargs)
 
     return handle
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,13 +18,21 @@ def _generators(arguments: list) -> list[torch.Generator]:
     return [torch.default_generator, *(torch.cuda.default_generators[i] for i in gpus), *given]
 
 
+_DRAWING = threading.RLock()
+"""Threads share the generators."""
+
+
 @contextmanager
 def replayed(arguments: list) -> Iterator[Callable[..., Any]]:
     """Give `replay(function, ...)`, which calls a function with the generators as they were on entry.
 
-    Afterwards they go on as if that call had not been.
+    Afterwards they go on as if that call had not been. Other threads that replay wait meanwhile.
     """
-    generators = _generators(arguments)
+    with _DRAWING:
+        yield _replay(_generators(arguments))
+
+
+def _replay(generators: list[torch.Generator]) -> Callable[..., Any]:
     before = [one.get_state() for one in generators]
 
     def restore(states: list[Tensor]) -> None:
@@ -38,4 +47,4 @@ def replayed(arguments: list) -> Iterator[Callable[..., Any]]:
         finally:
             restore(after)
 
-    yield replay
+    return replay

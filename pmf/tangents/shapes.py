@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pmf.errors import InputError
@@ -198,8 +197,7 @@ for _name, _slots in JOINT.items():
 for _function in named(*ZERO.split()):
     HANDLERS[_function] = still
 HANDLERS[Tensor.where] = ruled(jointly_linear(Tensor.where, (0, "input"), (2, "other")))
-for _function in (torch.split, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d):
-    TRACED[_function] = ruled(linear_in_first(_function))
+TRACED[torch.split] = ruled(linear_in_first(torch.split))
 for _function in (torch.atleast_1d, torch.atleast_2d, torch.atleast_3d, torch.broadcast_tensors):
     TRACED[_function] = ruled(_together(_function))
 HANDLERS[torch.functional.meshgrid] = ruled(_together(torch.functional.meshgrid))

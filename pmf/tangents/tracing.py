@@ -36,7 +36,7 @@ def trace_as_tensors(kinds: tuple[type, ...]) -> None:
 def _tell_dynamo(kinds: tuple[type, ...]) -> None:
     from torch._dynamo.variables import UserDefinedObjectVariable as Object  # importing the compiler takes a second
     from torch._dynamo.variables import builtin, misc, torch_function
-    from torch._dynamo.variables.torch import TorchInGraphFunctionVariable, get_overridable_functions
+    from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 
     def known(x: Any) -> bool:
         return isinstance(x, Object) and x.value_type in kinds
@@ -44,7 +44,6 @@ def _tell_dynamo(kinds: tuple[type, ...]) -> None:
     def multiply(tx, a, b):
         return a.call_method(tx, "__matmul__", [b], {}) if known(a) else None
 
-    get_overridable_functions().update(DISPATCHING)
     builtin.populate_builtin_to_tensor_fn_map()
     pairs = builtin.BuiltinVariable._binop_handlers()
     for operation in (operator.matmul, operator.imatmul):
@@ -55,9 +54,26 @@ def _tell_dynamo(kinds: tuple[type, ...]) -> None:
     variable: Any = builtin.BuiltinVariable
     variable.call_isinstance = _as_tensor(known, variable.call_isinstance, lambda classes: classes.as_python_constant())
     variable.call_function_handler_cache.clear()  # it holds the former handlers
+    called: Any = TorchInGraphFunctionVariable
+    called.torch_function_override_enabled = _dispatching(kinds, called.torch_function_override_enabled)
     function: Any = misc.AutogradFunctionVariable
     function.call_apply = _refusing(known, function.call_apply)
     torch_function._flatten_vts = _with_tuples(known, torch_function._flatten_vts)
+
+
+def _dispatching(kinds: tuple[type, ...], enabled: Callable) -> Callable:
+    """Dynamo's answer whether a function dispatches: yes for more functions where arguments are of these kinds."""
+    from torch._dynamo.variables.torch_function import _flatten_vts
+
+    def answer(self, tx, args, kwargs):
+        if enabled(self, tx, args, kwargs):
+            return True
+        if self.get_function() not in DISPATCHING:
+            return False
+        given = [x.realize() for x in _flatten_vts([*args, *kwargs.values()])]
+        return any(getattr(x, "value_type", getattr(x, "class_type", None)) in kinds for x in given)
+
+    return answer
 
 
 def _refusing(known: Callable, apply: Callable) -> Callable:

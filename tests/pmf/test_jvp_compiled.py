@@ -86,6 +86,10 @@ WITHOUT_RULE = {
     "upsampling": lambda x: F.upsample_nearest(x[None], scale_factor=2),
     "strides": lambda x: (x[1:] * 2).as_strided((3, 4), (8, 2)),
     "names of NumPy": lambda x: torch.softmax(x, axis=1) + x.sum(axis=1, keepdims=True),
+    "names of former versions": lambda x: (
+        F.l1_loss(x, x.cos(), size_average=False) * F.mse_loss(x, x.cos(), reduce=False)
+        + F.smooth_l1_loss(x, x.cos(), reduction="elementwise_mean")
+    ),
     "a warning": lambda x: F.softmax(x[0]) + F.mse_loss(x, x[:1].cos()),
     "length": lambda x: x / len(x) + sum(x.unbind()) / x.numel(),
     "classes": lambda x: x * 2 if isinstance(x, torch.Tensor) and torch.is_tensor(x) and not x.is_nested else x * 3,

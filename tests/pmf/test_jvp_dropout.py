@@ -1,5 +1,7 @@
 """`pmf.jvp` of attention with dropout: value and tangent lose the same weights."""
 
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -79,22 +81,102 @@ def test_value_and_tangent_of_compiled_attention_lose_the_same(backend):
     torch.testing.assert_close(by_values, kept.sum(-2)[..., None].expand(2, 4, 7, 7), rtol=1e-12, atol=1e-12)
 
 
+REFUSED = {
+    "mask of integers": {"attn_mask": torch.ones(5, 7, dtype=torch.int64)},
+    "mask of another dtype": {"attn_mask": torch.zeros(5, 7, dtype=torch.bfloat16)},
+    "mask of a larger batch": {"attn_mask": drawn(3, 4, 5, 7)},
+    "two masks": {"attn_mask": torch.zeros(5, 7, dtype=F64), "is_causal": True},
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", REFUSED)
+def test_masks_that_attention_refuses_are_refused(name, compiled):
+    torch._dynamo.reset()
+    primals, tangents = attention_inputs({})
+    call = torch.compile(
+        lambda *given: pmf.jvp(attention(REFUSED[name]), given, tuple(tangents)),
+        fullgraph=True,
+        backend="aot_eager",
+        disable=not compiled,
+    )
+    with pytest.raises(Exception, match=r"attn_mask|broadcast|must match"):
+        call(*primals)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_compiled_scores_of_half_precision_do_not_overflow(dtype):
+    """They reach 250,000; PyTorch's attention computes them in float32."""
+    torch._dynamo.reset()
+    x = (60 * drawn(1, 1, 8, 64)).to(dtype)
+    call = torch.compile(
+        lambda x: pmf.jvp(attention({"scale": 1.0}), (x, x, x), (x / 1000, None, x)),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    out, dot = call(x)
+    assert out.dtype == dot.dtype == dtype and out.isfinite().all() and dot.isfinite().all()
+    kept = out != 0  # each query sees itself alone
+    torch.testing.assert_close(out[kept], (x / 0.6)[kept], rtol=1e-2, atol=0)
+
+
+def test_threads_lose_the_same_of_value_and_tangent():
+    """Each calls `pmf.jvp` on numbers of its own; all draw from one generator."""
+    wrong = []
+
+    def run(seed):
+        x = drawn(1, 2, 6, 4, seed=seed)
+        for function in (attention({}), lambda q, k, v: F.dropout(v, 0.4)):
+            for _ in range(50):
+                out, dot = pmf.jvp(function, (x, x, x), (None, None, x))
+                if not torch.allclose(out, dot):
+                    wrong.append(seed)
+
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
 class SelfAttention(nn.Module):
     """nn.MultiheadAttention with dropout, of one input."""
 
-    def __init__(self, need_weights):
+    def __init__(self, **options):
         super().__init__()
-        self.attention, self.need_weights = nn.MultiheadAttention(12, 3, dropout=0.3, batch_first=True), need_weights
+        self.attention, self.options = nn.MultiheadAttention(12, 3, dropout=0.3, batch_first=True), options
 
     def forward(self, x):
-        return self.attention(x, x.cos(), x.sin(), need_weights=self.need_weights)[0]
+        return self.attention(x, x.cos(), x.sin(), **self.options)[0]
+
+
+PADDING = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+
+
+class Padded(nn.Module):
+    """A layer that is given which tokens are padding."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.layer = kind(12, 3, 24, dropout=0.2, batch_first=True)
+
+    def forward(self, x):
+        if isinstance(self.layer, nn.TransformerEncoderLayer):
+            return self.layer(x, src_key_padding_mask=PADDING)
+        return self.layer(x, x.cos(), tgt_key_padding_mask=PADDING)
 
 
 LAYERS = {
     "layer": lambda: nn.TransformerEncoderLayer(12, 3, 24, dropout=0.2, batch_first=True),
     "layer, norm first": lambda: nn.TransformerEncoderLayer(12, 3, 24, dropout=0.2, batch_first=True, norm_first=True),
+    "layer with padding": lambda: Padded(nn.TransformerEncoderLayer),
+    "decoder layer with padding": lambda: Padded(nn.TransformerDecoderLayer),
     "attention": lambda: SelfAttention(need_weights=False),
     "attention and its weights": lambda: SelfAttention(need_weights=True),
+    "attention with padding": lambda: SelfAttention(
+        need_weights=False, key_padding_mask=torch.zeros(2, 5, dtype=F64).masked_fill(PADDING, -torch.inf)
+    ),
     "Gumbel softmax": lambda: lambda x: F.gumbel_softmax(x.sin(), tau=0.7),
 }
 
