@@ -180,19 +180,6 @@ FUNCTION_NAMESPACES: tuple[Any, ...] = (
 )
 """Where PyTorch keeps the builtin functions that dispatch to `__torch_function__`."""
 
-UNLISTED = frozenset(
-    getattr(nn.functional, name)
-    for name in ["hardsigmoid", "hardswish", "sigmoid", "tanh", "upsample", "upsample_bilinear", "upsample_nearest"]
-)
-"""Functions that compilers do not look into, and that PyTorch does not list as overridable."""
-DISPATCHING = UNLISTED | {
-    getattr(space, name)
-    for space in (torch._C._nn, torch._C._VariableFunctions)
-    for name in dir(space)
-    if not name.startswith("__")
-}
-"""Functions that compilers have to be told to dispatch to `__torch_function__`."""
-
 grouped_mm = torch._grouped_mm
 """What `torch.nn.functional.grouped_mm` calls."""
 

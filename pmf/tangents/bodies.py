@@ -13,9 +13,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from pmf.private import UNLISTED
+UNLISTED = frozenset(
+    {F.hardsigmoid, F.hardswish, F.sigmoid, F.tanh, F.upsample, F.upsample_bilinear, F.upsample_nearest}
+)
+"""Functions that compilers do not look into, and that PyTorch does not list as overridable."""
 
 
 @functools.cache

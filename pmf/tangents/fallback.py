@@ -15,7 +15,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pmf.errors import InputError, first_line
 from pmf.private import (
     FUNCTION_NAMESPACES,
-    UNLISTED,
     constant,
     forward_mode,
     is_aten,
@@ -26,6 +25,7 @@ from pmf.private import (
     tree_unflatten,
     version,
 )
+from pmf.tangents.bodies import UNLISTED
 from pmf.tangents.memory import overlaps
 from pmf.tangents.rules import can_move, is_dual, name_of
 

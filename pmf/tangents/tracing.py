@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from pmf.errors import InputError
-from pmf.private import DISPATCHING, constant
+from pmf.private import constant
+from pmf.tangents.bodies import UNLISTED
+
+DISPATCHING = UNLISTED | {
+    getattr(space, name)
+    for space in (torch._C._nn, torch._C._VariableFunctions)
+    for name in dir(space)
+    if not name.startswith("__")
+}
+"""Functions that Dynamo has to be told to dispatch to `__torch_function__`."""
 
 
 @constant

@@ -1,6 +1,6 @@
 """`pmf.jvp` of attention with dropout: value and tangent lose the same weights."""
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -132,11 +132,8 @@ def test_threads_lose_the_same_of_value_and_tangent():
                 if not torch.allclose(out, dot):
                     wrong.append(seed)
 
-    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(run, range(6)))
     assert not wrong
 
 
