@@ -22,7 +22,7 @@ RULES = {
     "pmf/dispatch.py": r"pmf\.(reference|errors|private)",
     "pmf/errors.py": r"pmf\.private",
     "pmf/unrecorded.py": r"pmf\.(pair|private)",
-    "pmf/tangents": r"pmf\.(tangents.*|ops|dispatch|pair|errors|private)",
+    "pmf/tangents": r"pmf\.(tangents.*|ops|dispatch|pair|autocast|errors|private)",
     "pmf/inputs.py": r"pmf\.(dispatch|pair|errors|private|reference|tangents\.carriers|unrecorded)",
     "pmf/ops": r"pmf\.(ops.*|autocast|dispatch|pair|errors|inputs|reference(\.tangent)?)",
     "pmf/packing.py": r"pmf\.(autocast|private)",

@@ -12,7 +12,18 @@ from torch import Tensor
 
 from pmf.errors import InputError
 from pmf.private import forward_mode, operators_of, tree_broadcast, tree_flatten, tree_leaves, tree_map, tree_unflatten
-from pmf.tangents import attention, in_place, norms, pointwise, products, queries, shapes, wrappers  # noqa: F401 (they register)
+from pmf.tangents import (  # noqa: F401 (they register)
+    attention,
+    in_place,
+    norms,
+    places,
+    pointwise,
+    products,
+    queries,
+    recurrent,
+    shapes,
+    wrappers,
+)
 from pmf.tangents.carriers import CARRIERS, carrier, open_call
 from pmf.tangents.fallback import forward_mode_around
 from pmf.tangents.handlers import ruled

@@ -195,8 +195,8 @@ LISTED = BuiltinFunctionType | FunctionType | MethodDescriptorType
 """The kinds of functions that are listed at once, so that compilers tell PyTorch's own from others."""
 DRAWING = """
 _fused_dropout _sample_dirichlet _standard_gamma alpha_dropout binomial feature_alpha_dropout fractional_max_pool2d
-fractional_max_pool2d_with_indices fractional_max_pool3d fractional_max_pool3d_with_indices gru gumbel_softmax lstm
-native_dropout normal pca_lowrank poisson rnn_relu rnn_tanh rrelu rrelu_with_noise svd_lowrank
+fractional_max_pool2d_with_indices fractional_max_pool3d fractional_max_pool3d_with_indices gumbel_softmax
+native_dropout normal pca_lowrank poisson rrelu rrelu_with_noise svd_lowrank
 """
 """Functions without rule that draw random numbers."""
 

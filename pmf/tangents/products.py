@@ -33,7 +33,8 @@ for _name, _spatial in WEIGHTED.items():
         HANDLERS[_function] = ruled(multilinear(_function, FIRST, (1, "weight"), added=(2, "bias"), spatial=_spatial))
 ADDED: dict[str, Callable] = {"addmm": torch.mm, "baddbmm": torch.bmm, "addmv": torch.mv, "addr": torch.outer}
 """Sums beta x + alpha product(a, b), and their product."""
-HANDLERS[grouped_mm] = ruled(multilinear(grouped_mm, FIRST, (1, "mat2")))
+for _function in (grouped_mm, torch.sparse.mm):
+    HANDLERS[_function] = ruled(multilinear(_function, FIRST, (1, "mat2")))
 
 
 def _scaled(x: Any, alpha: Any) -> Tensor | None:

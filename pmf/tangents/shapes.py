@@ -27,19 +27,17 @@ from pmf.tangents.rules import (
 )
 
 LINEAR = """
-__getitem__ __neg__ __pos__
-adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adjoint avg_pool1d avg_pool2d avg_pool3d bfloat16
-broadcast_to cdouble cfloat chalf channel_shuffle chunk clone col2im conj conj_physical contiguous cpu cuda cumsum diag
-diag_embed diagonal double dsplit expand fft fft2 fftn fftshift flatten flip fliplr flipud float gather grid_sampler
-grid_sampler_2d grid_sampler_3d half hfft hfft2 hfftn hsplit ifft ifft2 ifftn ifftshift ihfft ihfft2 ihfftn im2col imag
-index_select irfft irfft2 irfftn ldexp mH mT masked_select mean moveaxis movedim narrow narrow_copy
-native_channel_shuffle neg negative permute pixel_shuffle pixel_unshuffle positive ravel real reflection_pad1d
-reflection_pad2d reflection_pad3d repeat repeat_interleave replication_pad1d replication_pad2d replication_pad3d
-reshape resolve_conj resolve_neg rfft rfft2 rfftn roll rot90 select slice_copy split split_with_sizes squeeze sum
-sum_to_size swapaxes swapdims t take take_along_dim tensor_split tile to trace transpose tril triu type unbind
-unflatten unfold unsafe_chunk unsafe_split unsafe_split_with_sizes unsqueeze upsample_bicubic2d upsample_bilinear2d
-upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_trilinear3d view_as_complex
-view_as_real vsplit
+__getitem__ __neg__ __pos__ adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adjoint avg_pool1d avg_pool2d
+avg_pool3d bfloat16 broadcast_to cdouble cfloat chalf channel_shuffle chunk clone col2im conj conj_physical contiguous
+cpu cuda cumsum diag diag_embed diagonal double dsplit expand fft fft2 fftn fftshift flatten flip fliplr flipud float
+gather half hfft hfft2 hfftn hsplit ifft ifft2 ifftn ifftshift ihfft ihfft2 ihfftn im2col imag index_select irfft irfft2
+irfftn ldexp mH mT masked_select mean moveaxis movedim narrow narrow_copy native_channel_shuffle neg negative permute
+pixel_shuffle pixel_unshuffle positive ravel real reflection_pad1d reflection_pad2d reflection_pad3d repeat
+repeat_interleave replication_pad1d replication_pad2d replication_pad3d reshape resolve_conj resolve_neg rfft rfft2
+rfftn roll rot90 select slice_copy split split_with_sizes squeeze sum sum_to_size swapaxes swapdims t take
+take_along_dim tensor_split tile to trace transpose tril triu type unbind unflatten unfold unsafe_chunk unsafe_split
+unsafe_split_with_sizes unsqueeze upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d
+upsample_nearest2d upsample_nearest3d upsample_trilinear3d view_as_complex view_as_real vsplit
 """
 """Linear in the first argument, over the real numbers."""
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import pmf
 from tests.pmf.jvp_checks import F64, W, compare, drawn
 
 MASK = torch.ones(4, 4, dtype=torch.bool).tril()
@@ -166,26 +165,3 @@ def test_random_compositions_agree_or_raise(seed):
         return x
 
     compare(chain, [drawn(3, 4, 6)], [drawn(3, 4, 6, seed=1)])
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("mode", ["bilinear", "nearest", "bicubic"])
-def test_the_tangent_of_samples_is_sampled(mode, compiled):
-    """It is linear in the picture; PyTorch has no forward mode of it, so a grid that moves raises."""
-    torch._dynamo.reset()
-    x, v, grid = drawn(2, 3, 5, 4), drawn(2, 3, 5, 4, seed=1), drawn(2, 6, 7, 2, seed=2)
-
-    def sampled(x, grid):
-        return F.grid_sample(x, grid, mode=mode, align_corners=False)
-
-    call = torch.compile(
-        lambda *tangents: pmf.jvp(sampled, (x, grid), tangents),
-        fullgraph=True,
-        backend="aot_eager",
-        disable=not compiled,
-    )
-    out, dot = call(v, None)
-    torch.testing.assert_close(out, sampled(x, grid), rtol=0, atol=0)
-    torch.testing.assert_close(dot, sampled(v, grid), rtol=0, atol=0)
-    with pytest.raises(Exception, match="grid_sampler"):
-        call(v, grid)
