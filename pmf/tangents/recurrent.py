@@ -69,9 +69,19 @@ def _direction(
     return torch.cat(steps), state
 
 
-def _layers(cell: Cell, x: Tensor, sizes: Sequence[int], hx: State, params: Sequence[Tensor], *options: Any) -> tuple:
-    """All layers: outputs as x lies, and the last states [layers x directions, B, H]."""
-    biases, num_layers, dropout, dtype, bidirectional = options
+def _layers(
+    cell: Cell,
+    x: Tensor,
+    sizes: Sequence[int],
+    hx: Tensor | Sequence[Tensor],
+    params: Sequence[Tensor],
+    biases: bool,
+    num_layers: int,
+    dropout: float,
+    bidirectional: bool,
+    dtype: torch.dtype,
+) -> tuple:
+    """All layers: outputs as x lies, and the last states [layers x directions, B, H]. Dropout draws in `dtype`."""
     directions = (False, True) if bidirectional else (False,)
     count = len(params) // (num_layers * len(directions))
     states: list[State] = []
@@ -82,7 +92,7 @@ def _layers(cell: Cell, x: Tensor, sizes: Sequence[int], hx: State, params: Sequ
         outs = []
         for backwards in directions:
             k = len(states)
-            first = tuple([part[k] for part in hx])
+            first = tuple([part[k] for part in ((hx,) if isinstance(hx, Tensor) else hx)])
             weights = params[k * count : (k + 1) * count]
             out, state = _direction(cell, x, sizes, first, weights, biases, backwards)
             outs.append(out)
@@ -91,28 +101,28 @@ def _layers(cell: Cell, x: Tensor, sizes: Sequence[int], hx: State, params: Sequ
     return x, *[torch.stack(parts) for parts in zip(*states, strict=True)]
 
 
-def _dense(cell: Cell, dtype: torch.dtype) -> Callable:
-    """The function of padded sequences, whose dropout draws in `dtype`."""
+def _padded(cell: Cell, dtype: torch.dtype) -> Callable:
+    """torch.lstm and others of padded sequences."""
 
     def network(input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first):
         x = input.transpose(0, 1) if batch_first else input
-        steps, batch = x.shape[:2]
-        options = has_biases, num_layers, dropout if train else 0, dtype, bidirectional
-        states = hx if isinstance(hx, list | tuple) else (hx,)
-        out, *last = _layers(cell, x.flatten(0, 1), [batch] * steps, tuple(states), params, *options)
-        out = out.unflatten(0, (steps, batch))
+        sizes = [x.shape[1]] * len(x)
+        lost = dropout if train else 0
+        out, *last = _layers(
+            cell, x.flatten(0, 1), sizes, hx, params, has_biases, num_layers, lost, bidirectional, dtype
+        )
+        out = out.unflatten(0, x.shape[:2])
         return out.transpose(0, 1) if batch_first else out, *last
 
     return network
 
 
 def _packed(cell: Cell, dtype: torch.dtype) -> Callable:
-    """The function of packed sequences, whose dropout draws in `dtype`."""
+    """torch.lstm and others of packed sequences."""
 
     def network(data, batch_sizes, hx, params, has_biases, num_layers, dropout, train, bidirectional):
-        options = has_biases, num_layers, dropout if train else 0, dtype, bidirectional
-        states = hx if isinstance(hx, list | tuple) else (hx,)
-        return _layers(cell, data, batch_sizes.tolist(), tuple(states), params, *options)
+        sizes, lost = batch_sizes.tolist(), dropout if train else 0
+        return _layers(cell, data, sizes, hx, params, has_biases, num_layers, lost, bidirectional, dtype)
 
     return network
 
@@ -140,7 +150,7 @@ def _network(function: Callable, cell: Cell) -> Handler:
             check_eager(function)
             if torch.backends.cudnn.is_acceptable(value(args[0])):
                 raise InputError(CUDNN_DROPOUT)
-        return _tangents((_packed if packed else _dense)(cell, out[0].dtype), out, args)
+        return _tangents((_packed if packed else _padded)(cell, out[0].dtype), out, args)
 
     def handle(function, args, kwargs):
         return (ruled if torch.compiler.is_compiling() else drawn)(rule)(function, args, kwargs)
