@@ -33,30 +33,28 @@ from pmf.tangents.rules import HANDLERS, Rule
 Number = int | float | complex
 
 
-def jvp(
-    function: Callable, primals: tuple, tangents: tuple, *, has_aux: bool = False, rows: int | None = None
-) -> tuple:
-    """`function(*primals)` and its derivative along `tangents`, without recording the derivative for backward.
+def jvp(func: Callable, primals: tuple, tangents: tuple, *, has_aux: bool = False, rows: int | None = None) -> tuple:
+    """`func(*primals)` and its derivative along `tangents`, without recording the derivative for backward.
 
-    out_dot = sum_i (d function / d primal_i) tangent_i, by forward-mode differentiation: MeanFlow's du/dt is
+    out_dot = sum_i (d func / d primal_i) tangent_i, by forward-mode differentiation: MeanFlow's du/dt is
     `pmf.jvp(network, (z, t, r), (v, 1, 0))`. The arguments are those of `torch.func.jvp`, and so is the result, but
-    for the gradient: `out` is recorded exactly as `function(*primals)` is, and `out_dot` has none. No more is saved
-    for backward than by `function(*primals)`; the tangent of each layer is freed when the next has read it.
+    for the gradient: `out` is recorded exactly as `func(*primals)` is, and `out_dot` has none. No more is saved
+    for backward than by `func(*primals)`; the tangent of each layer is freed when the next has read it.
 
     Args:
-        function: any function of tensors that calls PyTorch: a module, or one that calls modules.
+        func: any function of tensors that calls PyTorch: a module, or one that calls modules.
         primals: tuple of tensors, or of lists, tuples and dicts of tensors. Other leaves are passed on as they are.
         tangents: for each primal a tree of the same structure with tensors of the same shapes. None or 0 in place of
             a tensor or of a whole tree is zero and costs nothing; another number stands for a tensor filled with it.
-        has_aux: `function` returns (output, aux); aux is returned as it is, without tangents.
+        has_aux: `func` returns (output, aux); aux is returned as it is, without tangents.
         rows: the tangents cover only the last `rows` samples (the first dimension) of every tensor, and so does the
-            derivative. `function` is called on the other samples and then on these, so samples must not depend on one
+            derivative. `func` is called on the other samples and then on these, so samples must not depend on one
             another, and every tensor with samples must be among the primals.
 
     Returns (out, out_dot), with has_aux (out, out_dot, aux). out_dot has the structure of out; it is zero where
     nothing moves, and None for leaves that are not tensors.
 
-    Numerics: values are those of `function(*primals)` bit by bit, except that PyTorch's fused inference path of
+    Numerics: values are those of `func(*primals)` bit by bit, except that PyTorch's fused inference path of
     nn.MultiheadAttention and nn.TransformerEncoderLayer (in eval, without gradients) is not taken and rounds otherwise;
     tangents are computed in the dtypes of their values.
     Inside, a value that moves is a Tensor with a second one beside it. Cut from the tangent, as under torch.func.jvp:
@@ -66,14 +64,19 @@ def jvp(
     or a custom operator, unless `pmf.jvp.rule` knows it; reentrant checkpointing, torch.vmap, TorchScript, numpy;
     outputs in objects that are no lists, tuples or dicts; and bad primals or tangents.
     """
+    return _jvp(func, primals, tangents, has_aux, rows)
+
+
+def _jvp(func: Callable, primals: tuple, tangents: tuple, has_aux: bool, rows: int | None) -> tuple:
+    """`jvp`. Apart from it, so that torch.compile(jvp) compiles what Dynamo may not begin with."""
     if forward_mode() and (torch.compiler.is_compiling() or forward_mode_around()):
         raise InputError("pmf.jvp: expected no torch.func.jvp or forward_ad around it, which it would not carry on")
     leaves, dots, spec = _leaves(primals, tangents)
     if rows is not None:
-        return _on_last_rows(function, leaves, dots, spec, has_aux, rows)
+        return _on_last_rows(func, leaves, dots, spec, has_aux, rows)
     # A compiler traces the carriers of this call into one graph, and nothing of them is left.
     with nullcontext() if torch.compiler.is_compiling() else _eager_call():
-        result = function(*tree_unflatten(list(map(_moving, leaves, dots)), spec))
+        result = func(*tree_unflatten(list(map(_moving, leaves, dots)), spec))
         if not has_aux:
             return _parted(result)
         if not (isinstance(result, tuple) and len(result) == 2):
@@ -180,8 +183,8 @@ def _on_last_rows(function: Callable, leaves: list, dots: list, spec: Any, has_a
     def part(rows: slice) -> list:
         return [x[rows] if _has_samples(x) and len(x) == batch else x for x in leaves]
 
-    last = jvp(
-        function, tree_unflatten(part(slice(batch - rows, None)), spec), tree_unflatten(dots, spec), has_aux=has_aux
+    last = _jvp(
+        function, tree_unflatten(part(slice(batch - rows, None)), spec), tree_unflatten(dots, spec), has_aux, None
     )
     if rows == batch:
         return last

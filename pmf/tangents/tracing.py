@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -68,6 +69,50 @@ def _tell_dynamo(kinds: tuple[type, ...]) -> None:
     function: Any = misc.AutogradFunctionVariable
     function.call_apply = _refusing(known, function.call_apply)
     torch_function._flatten_vts = _with_tuples(known, torch_function._flatten_vts)
+    _leave_own_frames()
+
+
+RUNNING_NETWORKS = "pmf.tangents.call", "pmf.tangents.wrappers"
+"""The modules whose functions call those of users, which may be compiled."""
+
+
+def _leave_own_frames() -> None:
+    """Let Dynamo compile code of this package as part of what calls it, never by itself.
+
+    After a graph break the rest of a network runs in Python, function by function, and Dynamo tries to compile each:
+    of ours it would keep the first, and what that does to one torch function, for others too.
+    """
+    from torch._C._dynamo.eval_frame import set_code_exec_strategy
+    from torch._dynamo.types import FrameAction, FrameExecStrategy
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("pmf.tangents.") and hasattr(module, "__file__"):
+            called = FrameAction.DEFAULT if name in RUNNING_NETWORKS else FrameAction.SKIP
+            for code in _codes(module):
+                if code.co_filename == module.__file__ and code.co_name != "jvp":  # torch.compile(pmf.jvp) begins there
+                    set_code_exec_strategy(code, FrameExecStrategy(FrameAction.SKIP, called))
+
+
+def _codes(x: Any) -> Iterator[CodeType]:
+    """The code of the functions in a module, in its classes, and in functions."""
+    x = getattr(x, "__wrapped__", getattr(x, "__func__", x))
+    if isinstance(x, CodeType):
+        yield x
+    for part in _parts(x):
+        yield from _codes(part)
+
+
+def _parts(x: Any) -> Iterable[Any]:
+    """What in a module, class, property, function or code may have code."""
+    if isinstance(x, CodeType):
+        return x.co_consts
+    if isinstance(x, FunctionType):
+        return (x.__code__,)
+    if isinstance(x, property):
+        return x.fget, x.fset
+    if isinstance(x, ModuleType) or (isinstance(x, type) and x.__module__.startswith("pmf.tangents.")):
+        return [part for part in vars(x).values() if not isinstance(part, ModuleType)]
+    return ()
 
 
 def _dispatching(kinds: tuple[type, ...], enabled: Callable) -> Callable:
