@@ -1,12 +1,12 @@
-"""All private names of PyTorch that we use, as of torch 2.11.0 and 2.13.0, but those of `pmf.tangents.tracing`.
+"""All private names of PyTorch that we use, as of torch 2.11.0 and 2.13.0, but those of two rooms in `pmf.tangents`.
 
-Those of Triton are in `pmf.kernels.launching`. test_private.py fails on private names anywhere else.
+`interception` and `tracing` there say what PyTorch and its compiler are told of values that move. Triton's names are
+in `pmf.kernels.launching`. test_private.py fails on private names anywhere else.
 """
 
 from __future__ import annotations
 
 import multiprocessing.queues
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -72,7 +72,9 @@ def reread_buffers() -> None:
 
 
 def storage_id(x: Tensor) -> int:
-    """An identifier of x's storage, even if that has no memory (fake and meta tensors)."""
+    """An identifier of x's storage, even if that has no memory (fake and meta tensors), or transforms wrap x."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
     return x.untyped_storage()._cdata
 
 
@@ -200,6 +202,29 @@ def make_shell(kind: type, like: Tensor) -> Any:
     )
 
 
+def alone(x: Tensor) -> bool:
+    """Whether no tensor shares x's memory but that which x is a view of, if any."""
+    return torch._C._storage_Use_Count(x.untyped_storage()._cdata) == 2 + x._is_view()  # x and this storage object
+
+
+def viewed(x: Tensor) -> Tensor | None:
+    """The tensor that x is a view of."""
+    return x._base
+
+
+def exchange(a: Tensor, b: Tensor) -> None:
+    """Let whoever holds one of two tensors in Python hold the other; what PyTorch holds, as of views, stays.
+
+    `torch.utils.swap_tensors` does the same, but for tensors with views.
+    """
+    with torch._C.DisableTorchFunctionSubclass():
+        torch._C._swap_tensor_impl(a, b)
+    for name in ("__class__", "__dict__"):
+        of_a = getattr(a, name)
+        setattr(a, name, getattr(b, name))
+        setattr(b, name, of_a)
+
+
 def is_zero_tensor(x: Tensor) -> bool:
     """Whether x is a zero without memory, as forward mode makes for what does not move."""
     return x._is_zerotensor()
@@ -260,89 +285,6 @@ def _unseen() -> Iterator[None]:
     selective = isinstance(_get_current_dispatch_mode(), torch.utils.checkpoint._CachingTorchDispatchMode)
     with torch.no_grad(), _disable_current_modes() if selective else nullcontext():
         yield
-
-
-@contextmanager
-def intercepted_by(kinds: tuple[type, ...], apply: Callable, plain: Callable, again: Callable) -> Iterator[None]:
-    """Call `apply(function, function.apply, args, kwargs)` for every autograd.Function that is applied to `kinds`.
-
-    Checkpoints (without reentry) see `plain` arguments, so that they keep and recompute those; `again(function, args)`
-    recomputes in place of a function in which compiled code ran. Compilers cannot trace an `apply` that is not
-    PyTorch's own, so this lasts as long as the context of any thread.
-    """
-    with _PATCHING:
-        _patches.append(None)
-        if len(_patches) == 1:
-            _patches[0] = _patch(kinds, apply, plain, again)
-    try:
-        yield
-    finally:
-        with _PATCHING:
-            if len(_patches) == 1:
-                _patches[0]()
-                _patches.clear()
-            else:
-                _patches.pop()
-
-
-class _CompiledRuns(threading.local):
-    """How often code that records for backward and was compiled in such a context has run in this thread."""
-
-    count = 0
-
-
-_compiled_runs = _CompiledRuns()
-_PATCHING = threading.Lock()
-_patches: list[Any] = []
-"""One entry for each context that is open; the first takes the patch back."""
-
-
-def _patch(kinds: tuple[type, ...], apply: Callable, plain: Callable, again: Callable) -> Callable[[], None]:
-    """Patch PyTorch; give a function that takes it back."""
-    import torch.utils.checkpoint
-
-    function: Any = torch.autograd.Function
-    module = torch.utils.checkpoint
-    own = vars(function).get("apply")  # in Python until torch 2.13, inherited from C++ since
-    names = "_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl"
-    generators = {name: getattr(module, name) for name in names if hasattr(module, name)}  # the second since 2.14
-
-    def intercepted_apply(cls, *args, **kwargs):
-        if torch.compiler.is_dynamo_compiling():  # somebody has kept an `apply` that was looked up meanwhile
-            return cls.apply(*args, **kwargs)
-        _compiled_runs.count += cls.__name__ == "CompiledFunction"
-        original = super(function, cls).apply if own is None else own.__get__(None, cls)
-        for x in (*args, *kwargs.values()):
-            if type(x) in kinds or (type(x) in (list, tuple, dict) and _holds(x, kinds)):
-                return apply(cls, original, args, kwargs)
-        return original(*args, **kwargs)
-
-    def of_plain(checkpoint):
-        def steps(run, *args, **kwargs):
-            recompute, before = [run], _compiled_runs.count
-            yield from checkpoint(lambda *x, **named: recompute[0](*x, **named), *plain(args), **plain(kwargs))
-            if _compiled_runs.count != before:
-                recompute[0] = again(run, (args, kwargs))
-
-        return steps
-
-    def unpatch():
-        if own is None:
-            del function.apply
-        else:
-            function.apply = own
-        for name, generator in generators.items():
-            setattr(module, name, generator)
-
-    function.apply = classmethod(intercepted_apply)
-    for name, generator in generators.items():
-        setattr(module, name, of_plain(generator))
-    return unpatch
-
-
-def _holds(x: Any, kinds: tuple[type, ...]) -> bool:
-    """Whether one of `kinds` is in x, a list, tuple or dict."""
-    return any(type(leaf) in kinds for leaf in tree_leaves(x))
 
 
 def worker_processes(batches: Any) -> list[multiprocessing.Process]:

@@ -1,8 +1,8 @@
 """`pmf.jvp`: the tangent of any network beside its value, by a rule for every function that the network calls.
 
-`carriers` make a value with its tangent look like a tensor; `handlers` run a function on them, `arguments` takes them
-apart, and `memory` says how tangents lie; `rules` is the registry that the other modules fill: `shapes`, `products`,
-`pointwise`, `norms`, `attention`, `recurrent`, `places` and `in_place`. What has no rule goes to `fallback`.
-`wrappers` lets checkpointing, DDP and FSDP2 see only values, `tracing` lets compilers take carriers for tensors.
-`call` has `jvp` itself.
+`carriers` make a value with its tangent look like a tensor, also one that is `at_rest`; `handlers` run a function on
+them, `arguments` takes them apart, and `memory` says how tangents lie; `rules` is the registry that the other modules
+fill: `shapes`, `products`, `pointwise`, `norms`, `attention`, `recurrent`, `places` and `in_place`. What has no rule
+goes to `fallback`. `wrappers` and `interception` let checkpointing, DDP and FSDP2 see only values, `tracing` lets
+compilers take carriers for tensors. `call` has `jvp` itself.
 """

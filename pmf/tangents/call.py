@@ -26,7 +26,7 @@ from pmf.tangents import (  # noqa: F401 (they register)
 )
 from pmf.tangents.carriers import CARRIERS, carrier, open_call
 from pmf.tangents.fallback import forward_mode_around
-from pmf.tangents.handlers import ruled
+from pmf.tangents.handlers import TORCH_SCRIPT, ruled
 from pmf.tangents.memory import fitted
 from pmf.tangents.rules import HANDLERS, Rule
 
@@ -86,8 +86,13 @@ def _jvp(func: Callable, primals: tuple, tangents: tuple, has_aux: bool, rows: i
 
 @contextmanager
 def _eager_call() -> Iterator[None]:
-    with open_call(), wrappers.seen_through():
-        yield
+    try:
+        with open_call(), wrappers.seen_through():
+            yield
+    except RuntimeError as error:
+        if "TorchScript interpreter" not in str(error):
+            raise
+        raise InputError(f"pmf.jvp: a scripted function got a moving value; {TORCH_SCRIPT}") from error
 
 
 def _leaves(primals: Any, tangents: Any) -> tuple[list, list, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 import threading
 import weakref
@@ -10,14 +9,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pmf.errors import InputError
 from pmf.pair import Dual
-from pmf.private import inside_function, make_shell, storage_id, transform_level, tree_leaves
+from pmf.private import exchange, inside_function, make_shell, transform_level, tree_leaves
 from pmf.tangents.memory import fitted
-from pmf.tangents.rules import HANDLERS, Handler, can_move, name_of
+from pmf.tangents.rules import HANDLERS, Handler, name_of
 from pmf.tangents.tracing import trace_as_tensors
 
 
@@ -28,13 +28,16 @@ class DualTensor(Tensor):
     itself has no storage: C++ code that bypasses torch functions raises instead of losing the tangent.
     """
 
+    __module__ = "torch"
+    """Libraries such as opt_einsum ask there which one computes."""
     value: Tensor
     _tangent: Tensor | None
     _view: Callable[[Tensor], Tensor] | None = None
-    """If this is a view of a DualTensor without tangent: the same view of the tangent that the other gets later."""
     _viewed: DualTensor | None = None
     _call: list[weakref.ref] | None = None
     """The open call of `pmf.jvp` that made this, also where another thread meets it."""
+    _adopted = False
+    """Whether this was an ordinary tensor before."""
 
     @staticmethod
     def __new__(cls, value: Tensor, *dot: Tensor | None) -> DualTensor:
@@ -43,10 +46,12 @@ class DualTensor(Tensor):
             raise InputError("pmf.jvp: type(x) of a moving value makes no tensor; expected torch functions")
         made = make_shell(cls, value)
         made.value, made._tangent = value, *dot
-        if _calls.open:
-            made._call = call = _calls.open[-1]
-            call.append(weakref.ref(made))
+        made.join()
         return made
+
+    def join(self) -> None:
+        """Be stopped by the end of the call that is open."""
+        _join(self)
 
     @property
     def tangent(self) -> Tensor | None:
@@ -68,9 +73,22 @@ class DualTensor(Tensor):
         elif self.tangent is None:
             self._tangent = fitted(torch.zeros_like(self.value), self.value)
 
+    def view_of(self, viewed: DualTensor, view: Callable[[Tensor], Tensor]) -> None:
+        """Be a view of a DualTensor without tangent; `view` makes this one's tangent of that which the other gets."""
+        self._viewed, self._view = viewed, view
+
+    def take_over(self, value: Tensor, tangent: Tensor) -> None:
+        """Stand for what was an ordinary tensor, and is `value` now, until the call is over."""
+        self.value, self._tangent, self._adopted = value, tangent, True
+        self.join()
+
     def stop(self) -> None:
-        """Act as the value alone from now on."""
+        """Act as the value alone from now on; an adopted tensor is an ordinary one again."""
         self._tangent = self._viewed = self._view = self._call = None
+        if self._adopted:
+            self._adopted, value = False, self.value
+            with torch.enable_grad():
+                exchange(self, value.view_as(value) if value.requires_grad else value.detach())
 
     @staticmethod
     def __torch_function__(function, types, args=(), kwargs=None):
@@ -104,9 +122,7 @@ class TracedDualTensor:
 
     def join(self) -> None:
         """Be stopped by the end of the call that is open."""
-        if self._call is None and _calls.open:
-            self._call = _calls.open[-1]
-            self._call.append(weakref.ref(self))
+        _join(self)
 
     @staticmethod
     def __torch_function__(function, types, args=(), kwargs=None):
@@ -192,7 +208,7 @@ is_xla is_xpu itemsize layout nbytes ndim requires_grad shape
 """
 OPERATORS = """
 add iadd sub isub mul imul truediv itruediv floordiv ifloordiv mod imod pow ipow matmul neg pos abs getitem setitem
-lt le gt ge eq ne len bool
+lt le gt ge eq ne len bool float int
 """
 REFLECTED = "radd rsub rmul rtruediv rfloordiv rmod rpow rmatmul"
 _complete()
@@ -210,6 +226,12 @@ class _Calls(threading.local):
 _calls = _Calls()
 
 
+def _join(x: DualTensor | TracedDualTensor) -> None:
+    if x._call is None and _calls.open:
+        x._call = _calls.open[-1]
+        x._call.append(weakref.ref(x))
+
+
 @contextmanager
 def open_call() -> Iterator[None]:
     """Inside the context values move; after it, what is left of them (in closures, say) acts as plain values."""
@@ -222,8 +244,8 @@ def open_call() -> Iterator[None]:
         with _joined(call):
             yield
     finally:
-        for reference in call:
-            left = reference()
+        while call:
+            left = call.pop()()
             if left is not None:
                 left.stop()
 
@@ -244,6 +266,7 @@ def propagate(function: Callable, args: tuple, kwargs: dict | None) -> Any:
     handler = None
     if torch.compiler.is_compiling():
         handler = TRACED_BY_NAME.get(getattr(function, "__name__", ""))
+        args = tuple([torch.as_tensor(x) if isinstance(x, np.ndarray) else x for x in args])  # also numbers of NumPy
     else:
         if not _calls.open:  # another thread, or the call is over
             calls = [x._call for x in _carriers(args, kwargs) if x._call is not None]
@@ -303,39 +326,7 @@ def give(out: Any, dots: Any) -> Any:
         return out
     if isinstance(out, Tensor):
         return carrier(out, fitted(dots, out))
-    return _rebuilt(out, [give(x, dot) for x, dot in zip(out, dots, strict=True)])
-
-
-def _part(function: Callable, i: int, dot: Tensor) -> Tensor:
-    return function(dot)[i]
-
-
-def views_of_still(out: Any, x: Any, again: Callable[[Tensor], Any]) -> Any:
-    """`out` with carriers for what lies in the memory of x, a DualTensor without tangent: x may be written to later.
-
-    `again` makes `out` of the tangent that x has then.
-    """
-    if type(x) is not DualTensor or not _calls.open:
-        return out
-    if isinstance(out, tuple | list):
-        parts = [functools.partial(_part, again, i) for i in range(len(out))]
-        return _rebuilt(out, [views_of_still(y, x, part) for y, part in zip(out, parts, strict=True)])
-    if out is x.value:
-        return x
-    if not can_move(out) or storage_id(out) != storage_id(x.value):
-        return out
-    view = DualTensor(out, None)
-    view._viewed, view._view = x, again
-    return view
-
-
-def start_viewed(out: Any, given: list[DualTensor]) -> bool:
-    """Start those of the given that `out` has views of; whether there are any. Outside of a call nothing starts."""
-    memory = {storage_id(x) for x in tree_leaves(out) if can_move(x)} if given and _calls.open else ()
-    viewed = [x for x in given if storage_id(x.value) in memory]
-    for x in viewed:
-        x.start()
-    return bool(viewed)
+    return rebuilt(out, [give(x, dot) for x, dot in zip(out, dots, strict=True)])
 
 
 def inside_call() -> bool:
@@ -369,11 +360,11 @@ def each(x: Any, change: Callable[[Any], Any]) -> Any:
     if kind is dict:
         return {name: each(part, change) for name, part in x.items()}
     if isinstance(x, (tuple, list)):
-        return _rebuilt(x, [each(part, change) for part in x])
+        return rebuilt(x, [each(part, change) for part in x])
     return x
 
 
-def _rebuilt(like: Any, parts: list) -> Any:
+def rebuilt(like: Any, parts: list) -> Any:
     """The parts in a list or tuple of the kind of another one; that itself if they are its own."""
     if all([a is b for a, b in zip(like, parts, strict=True)]):
         return like

@@ -14,15 +14,14 @@ import torch.nn.functional as F
 from pmf.errors import InputError
 from pmf.private import tree_leaves, unrecorded
 from pmf.tangents.arguments import given
+from pmf.tangents.at_rest import start_viewed, views_of_still
 from pmf.tangents.bodies import body_of
 from pmf.tangents.carriers import (
     CARRIERS,
     carrier,
     give,
     moves,
-    start_viewed,
     values_of,
-    views_of_still,
 )
 from pmf.tangents.fallback import (
     check_eager,
@@ -159,11 +158,13 @@ def unknown(function: Callable, args: tuple, kwargs: dict) -> Any:
     check_eager(function)
     if isinstance(getattr(function, "__self__", None), property):
         return refused("its tangent would be lost; expected torch functions")(function, args, kwargs)
-    handler = composite(function) or (by_torch_func if is_torch(function) else refused(NO_RULE))
+    hidden = refused(TORCH_SCRIPT if isinstance(function, torch.ScriptMethod) else NO_RULE)
+    handler = composite(function) or (by_torch_func if is_torch(function) else hidden)
     HANDLERS[function] = handler
     return handler(function, args, kwargs)
 
 
+TORCH_SCRIPT = "torch.jit.script loses its tangent; expected the code before it (PYTORCH_JIT=0 in the environment)"
 NO_RULE = "it is not a function of PyTorch and has no rule; expected one registered by pmf.jvp.rule"
 
 

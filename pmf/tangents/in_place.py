@@ -13,11 +13,12 @@ from torch import Tensor
 
 from pmf.errors import InputError
 from pmf.private import FUNCTION_NAMESPACES
+from pmf.tangents.at_rest import adopt
 from pmf.tangents.carriers import CARRIERS, moves, propagate, values_of
 from pmf.tangents.handlers import refused
 from pmf.tangents.memory import overlaps
 from pmf.tangents.random_state import replayed
-from pmf.tangents.rules import HANDLERS, Handler, argument, name_of
+from pmf.tangents.rules import HANDLERS, Handler, argument, can_move, name_of
 
 OPERATORS = {
     "__iadd__": "add",
@@ -36,16 +37,25 @@ RESHAPING = "resize_ resize_as_ set_ squeeze_ unsqueeze_ transpose_ swapaxes_ sw
 
 
 def _target(function: Callable, args: tuple, kwargs: dict) -> Any:
-    """The carrier that is written to. Errors: `InputError` if it is an ordinary tensor, or overlaps itself."""
+    """The carrier that is written to. Errors: `InputError` if nothing can become one, or if it overlaps itself."""
     target: Any = args[0] if args else kwargs.get("input")
+    if type(target) is Tensor and not torch.compiler.is_compiling():
+        adopt(target)
     if type(target) not in CARRIERS:
+        other = "" if torch.compiler.is_compiling() else "a new tensor without views, or "
         raise InputError(
-            f"pmf.jvp: {name_of(function)} writes a moving value into a tensor that does not move; "
-            "expected one made like a moving tensor (x.new_zeros(...), torch.empty_like(x))"
+            f"pmf.jvp: {name_of(function)} writes a moving value into a tensor that cannot move; "
+            f"expected {other}one made like a moving tensor (x.new_zeros(...), torch.empty_like(x))"
         )
     if not torch.compiler.is_compiling() and overlaps(target.value):
         raise InputError(f"pmf.jvp: {name_of(function)} writes to a tensor that overlaps itself; expected its clone()")
     return target
+
+
+def _unmoved(args: tuple, kwargs: dict) -> bool:
+    """Whether nothing moves, or what is written to are integers."""
+    target = args[0] if args else kwargs.get("input")
+    return not (moves(args) or moves(kwargs)) or (isinstance(target, Tensor) and not can_move(target))
 
 
 def _write(function: Callable, target: Any, dot: Tensor | None) -> None:
@@ -63,7 +73,7 @@ def by(counterpart: Callable) -> Handler:
     """The handler of an in-place function, given the one that returns a new tensor."""
 
     def handle(function, args, kwargs):
-        if not (moves(args) or moves(kwargs)):
+        if _unmoved(args, kwargs):
             return _done(function, args, kwargs)
         target = _target(function, args, kwargs)
         with torch.no_grad():
@@ -106,7 +116,7 @@ def _masked(function: Callable, args: tuple, kwargs: dict) -> Any:
 
 def _fill(function: Callable, args: tuple, kwargs: dict) -> Any:
     """x.fill_(number), x.copy_(source)."""
-    if not (moves(args) or moves(kwargs)):
+    if _unmoved(args, kwargs):
         return _done(function, args, kwargs)
     target, source = _target(function, args, kwargs), (args[1] if len(args) > 1 else next(iter(kwargs.values())))
     _done(function, args, kwargs)
@@ -119,7 +129,7 @@ def _fill(function: Callable, args: tuple, kwargs: dict) -> Any:
 
 def _set_item(function: Callable, args: tuple, kwargs: dict) -> None:
     """x[index] = source."""
-    if not moves(args):
+    if _unmoved(args, kwargs):
         _done(function, args, kwargs)
         return
     target = _target(function, args, kwargs)

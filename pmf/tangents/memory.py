@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pmf.private import transform_level
+
 
 def fitted(dot: Tensor, value: Tensor) -> Tensor:
     """`dot` in the shape, dtype and strides of `value`.
@@ -16,6 +18,8 @@ def fitted(dot: Tensor, value: Tensor) -> Tensor:
     if 0 in value.stride() or (not torch.compiler.is_compiling() and overlaps(value)):
         # Elements in one place would share a tangent; views of such a tensor fit contiguous ones.
         return dot.to(value.dtype).expand(value.shape).contiguous()
+    if transform_level() is not None:  # torch.vmap may have batched one of them alone
+        return dot.to(value.dtype).expand(value.shape).clone()
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device).copy_(dot)
 
 

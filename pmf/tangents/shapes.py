@@ -56,8 +56,8 @@ bernoulli ceil detach detach_copy fix floor floor_divide heaviside new_tensor ro
 """Piecewise constant, or cut from the tangent as under `torch.func.jvp`."""
 
 MADE_LIKE = """
-empty_like full_like new_empty new_empty_strided new_full new_ones new_zeros ones_like rand_like randint_like randn_like
-zeros_like
+empty_like full_like new new_empty new_empty_strided new_full new_ones new_zeros ones_like rand_like randint_like
+randn_like zeros_like
 """
 """New tensors, which may move later: when a moving value is written to them."""
 

@@ -64,11 +64,11 @@ def _tell_dynamo(kinds: tuple[type, ...]) -> None:
     variable: Any = builtin.BuiltinVariable
     variable.call_isinstance = _as_tensor(known, variable.call_isinstance, lambda classes: classes.as_python_constant())
     variable.call_function_handler_cache.clear()  # it holds the former handlers
+    torch_function._flatten_vts = _with_tuples(known, torch_function._flatten_vts)
     called: Any = TorchInGraphFunctionVariable
     called.torch_function_override_enabled = _dispatching(kinds, called.torch_function_override_enabled)
     function: Any = misc.AutogradFunctionVariable
     function.call_apply = _refusing(known, function.call_apply)
-    torch_function._flatten_vts = _with_tuples(known, torch_function._flatten_vts)
     _leave_own_frames()
 
 
@@ -110,7 +110,7 @@ def _parts(x: Any) -> Iterable[Any]:
         return (x.__code__,)
     if isinstance(x, property):
         return x.fget, x.fset
-    if isinstance(x, ModuleType) or (isinstance(x, type) and x.__module__.startswith("pmf.tangents.")):
+    if isinstance(x, ModuleType) or (isinstance(x, type) and (Tensor in x.__bases__ or x.__module__[:4] == "pmf.")):
         return [part for part in vars(x).values() if not isinstance(part, ModuleType)]
     return ()
 

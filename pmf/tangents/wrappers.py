@@ -14,13 +14,13 @@ from pmf.private import (
     PASSES_INPUTS_ON,
     REENTRANT_CHECKPOINT,
     UNUSED_PARAMETERS,
-    intercepted_by,
     tree_flatten,
     tree_leaves,
     tree_unflatten,
 )
 from pmf.tangents.carriers import CARRIERS, TRACED_BY_NAME, inside_call, moves, open_call, values_of
 from pmf.tangents.handlers import by_torch_func, refused, ruled
+from pmf.tangents.interception import intercepted_by
 from pmf.tangents.memory import fitted
 from pmf.tangents.rules import HANDLERS, Handler, is_dual
 

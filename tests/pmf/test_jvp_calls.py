@@ -162,3 +162,16 @@ def test_tangents_of_the_threads_of_the_function_are_freed_with_the_call():
     pmf.jvp(lambda x: in_thread(lambda: kept.append(x.sin()) or x * 2), (drawn(3),), (drawn(3),))
     assert kept[0].tangent is None
     compare(lambda x: x * kept[0], [drawn(3)], [drawn(3, seed=1)])
+
+
+def test_libraries_that_ask_for_the_module_of_a_class_find_torch():
+    """opt_einsum chooses so who computes."""
+    modules = []
+    pmf.jvp(lambda x: modules.append(type(x).__module__) or x * 1, (drawn(3),), (1,))
+    assert modules == ["torch"]
+
+
+def test_arguments_by_name_as_those_of_torch_func_jvp():
+    given = dict(func=torch.sin, primals=(drawn(3),), tangents=(drawn(3, seed=1),))
+    for got, expected in zip(pmf.jvp(**given), torch.func.jvp(**given), strict=True):
+        torch.testing.assert_close(got, expected)

@@ -3,12 +3,14 @@
 import functools
 import operator
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from einops import einsum, pack, rearrange, reduce, repeat, unpack
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pad_sequence
 
 import pmf
 from pmf.counting import saved_bytes
@@ -35,10 +37,19 @@ def compiled(function, *given, **options):
     [(F.silu, ()), (F.relu, ()), (F.leaky_relu, (0.2,)), (F.mish, ()), (F.dropout, (0.5, False)),
      (F.dropout, (0.0,)), (F.dropout1d, (0.5, False)), (F.softmax, (-1,)), (F.layer_norm, ((5,),)), (F.gelu, ()),
      (torch.var, (-1,)), (operator.pow, (2,)), (operator.mul, (torch.ones(5),)),
-     (lambda x: torch.where(x > 0, x, x < x.cos()), ()), (lambda x: x * x.isfinite(), ())],
+     (lambda x: torch.where(x > 0, x, x < x.cos()), ()), (lambda x: x * x.isfinite(), ()),
+     (lambda x: pad_sequence([x[0], x[1, :3]], batch_first=True), ()), (torch.quantile, (0.3, -1)),
+     (lambda x: x.new(x.shape).fill_(2.0) * x, ()), (lambda x: x * np.sqrt(2), ()), (lambda x: np.float32(2) - x, ()),
+     (lambda x: np.float64(3) / (x + np.sqrt(x.shape[-1])), ()), (lambda x: x * (x > np.float64(0.5)), ())],
 )  # fmt: skip
 def test_functions_that_networks_call_compile(function, given):
     for got, expected in zip(*compiled(function, *given), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@torch._dynamo.config.patch(capture_scalar_outputs=True)
+def test_numbers_read_from_moving_tensors_compile():
+    for got, expected in zip(*compiled(lambda x: x * float(x.sum()) + int(x[0, 0, 0] * 10)), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 

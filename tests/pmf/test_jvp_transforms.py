@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
@@ -38,6 +39,40 @@ def test_vjp_and_jacrev():
 
 def test_vmap_over_samples():
     close(vmap(lambda x, v: pmf.jvp(NETWORK, (x,), (v,)))(X, V), jvp(NETWORK, (X,), (V,)))
+
+
+FUNCTIONS = {
+    "acos": lambda x: (x / 10).acos(),
+    "norm": lambda x: x.norm(dim=-1) + F.normalize(x, dim=-1).sum(-1),
+    "clamp": lambda x: x.clamp(-0.5, 0.6) + x.clamp_min(0.5),
+    "atan2": lambda x: torch.atan2(x, x * x) % 0.3,
+    "spectrum": lambda x: torch.fft.rfft(x).abs(),
+    "written": lambda x: torch.zeros_like(x).copy_(x) * x,
+    "broadcast": lambda x: x + torch.ones(2, 1, 4, dtype=x.dtype),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_without_a_rule(name):
+    function = FUNCTIONS[name]
+
+    def moved(x, differentiate=pmf.jvp):
+        return differentiate(function, (x,), (torch.ones_like(x),))
+
+    close(vmap(moved)(X), vmap(lambda x: moved(x, jvp))(X))
+    close(jacrev(lambda x: moved(x)[0])(X), jacrev(function)(X))
+    close(vmap(grad(lambda x: moved(x)[0].sum()))(X), vmap(grad(lambda x: function(x).sum()))(X))
+
+
+def test_a_tangent_of_other_samples_than_the_value():
+    """torch.vmap batches one of them alone."""
+    t = torch.rand(3, 1, dtype=torch.float64)
+
+    def added(x, t, differentiate=pmf.jvp):
+        return differentiate(lambda t: (x + t) * t, (t,), (torch.ones_like(t),))
+
+    close(vmap(added)(X, t), vmap(lambda x, t: added(x, t, jvp))(X, t))
+    close(vmap(lambda x: added(x, t))(X), vmap(lambda x: added(x, t, jvp))(X))
 
 
 def by_forward_ad(x):
