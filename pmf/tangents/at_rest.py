@@ -55,7 +55,9 @@ def adopt(x: Tensor) -> None:
     """
     base = viewed(x)
     whole = x if base is None else base
-    if not (_ordinary(x) and _ordinary(whole) and inside_call() and transform_level() is None and alone(x)):
+    if not (_ordinary(x) and _ordinary(whole) and x.dtype == whole.dtype and alone(x)):
+        return
+    if not inside_call() or transform_level() is not None:
         return
     tangent = fitted(torch.zeros_like(whole), whole)
     if whole is not x:
@@ -64,8 +66,9 @@ def adopt(x: Tensor) -> None:
 
 
 def _ordinary(x: Tensor) -> bool:
-    """Whether x is a plain dense tensor, and nobody's leaf."""
-    return type(x) is Tensor and x.layout == torch.strided and not overlaps(x) and not (x.is_leaf and x.requires_grad)
+    """Whether x is a plain dense tensor that holds what is in its memory, and no leaf of a gradient."""
+    dense = type(x) is Tensor and x.layout == torch.strided and not overlaps(x)
+    return dense and not (x.is_conj() or x.is_neg() or (x.is_leaf and x.requires_grad))
 
 
 def _take_over(x: Any, tangent: Tensor) -> None:

@@ -224,6 +224,17 @@ def test_views_that_would_not_move_are_an_error(function, recording):
         pmf.jvp(function, (drawn(4, 6),), (1,))
 
 
+@pytest.mark.parametrize("view", [torch.view_as_real, lambda h: h.real[..., None], lambda h: h.conj()])
+def test_views_that_read_the_memory_as_other_numbers_are_an_error(view):
+    def function(x):
+        h = torch.zeros(4, 6, dtype=torch.cdouble)
+        view(h).copy_(x[..., None] if view(h).ndim == 3 else x)
+        return h * 1
+
+    with pytest.raises(InputError, match="into a tensor that cannot move"):
+        pmf.jvp(function, (drawn(4, 6),), (1,))
+
+
 @pytest.mark.parametrize("write", [lambda h, x: h.add_(x), lambda h, x: h.__setitem__(0, x[0])])
 def test_compilers_ask_for_a_tensor_like_a_moving_one(write):
     torch._dynamo.reset()
