@@ -18,7 +18,7 @@ from pmf.pair import Dual
 from pmf.private import exchange, inside_function, make_shell, transform_level, tree_leaves
 from pmf.tangents.memory import fitted
 from pmf.tangents.rules import HANDLERS, Handler, name_of
-from pmf.tangents.tracing import trace_as_tensors
+from pmf.tangents.tracing import trace_as_tensors, trace_once_imported
 
 
 class DualTensor(Tensor):
@@ -239,6 +239,8 @@ def open_call() -> Iterator[None]:
         raise InputError("pmf.jvp: expected a function without pmf.jvp in it, got a nested call")
     if "torch._dynamo" in sys.modules:  # the function may call compiled ones
         trace_as_tensors(CARRIERS)
+    else:
+        trace_once_imported(CARRIERS)
     call: list[weakref.ref] = []
     try:
         with _joined(call):

@@ -6,6 +6,7 @@ import functools
 import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from importlib.machinery import PathFinder
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -40,6 +41,30 @@ def trace_as_tensors(kinds: tuple[type, ...]) -> None:
         for kind in kinds:
             known.setdefault(kind, backends.TorchBackend())
     _tell_dynamo(kinds)
+
+
+@functools.cache
+def trace_once_imported(kinds: tuple[type, ...]) -> None:
+    """`trace_as_tensors` as soon as somebody imports Dynamo: what is compiled first may be inside a call."""
+    sys.meta_path.insert(0, _Import(kinds))
+
+
+class _Import:
+    """A finder of modules that tells Dynamo of these classes when it is imported."""
+
+    def __init__(self, kinds: tuple[type, ...]) -> None:
+        self.kinds = kinds
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != "torch._dynamo":
+            return None
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(name, path)
+        loader: Any = None if spec is None else spec.loader
+        if loader is not None:
+            execute = loader.exec_module
+            loader.exec_module = lambda module: (execute(module), trace_as_tensors(self.kinds))
+        return spec
 
 
 @functools.cache

@@ -1,5 +1,8 @@
 """`pmf.jvp` and torch.compile without fullgraph: what breaks a graph runs in Python, and the numbers stay right."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -96,6 +99,21 @@ def test_broken_graphs(name, where):
         right = torch.autograd.grad(network(X, T).sum(), weights)
         got = torch.autograd.grad(calls[where]()[0].sum(), weights)
         torch.testing.assert_close(got, right, rtol=1e-12, atol=1e-12)
+
+
+FIRST_COMPILED_INSIDE = """
+import sys, torch, pmf
+x, v, weight = torch.randn(3, 6, 6, dtype=torch.float64)
+def network(x):
+    assert "torch._dynamo" not in sys.modules
+    return torch.compile(lambda x: torch.sin(x @ weight), backend="eager")(x)
+got = pmf.jvp(network, (x,), (v,))
+torch.testing.assert_close(got, torch.func.jvp(lambda x: torch.sin(x @ weight), (x,), (v,)))
+"""
+
+
+def test_the_first_compilation_of_a_process_inside_a_call():
+    subprocess.run([sys.executable, "-c", FIRST_COMPILED_INSIDE], check=True, timeout=120)
 
 
 def test_jvp_itself_compiles_after_a_broken_graph():
