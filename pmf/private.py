@@ -7,6 +7,7 @@ in `pmf.kernels.launching`. test_private.py fails on private names anywhere else
 from __future__ import annotations
 
 import multiprocessing.queues
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -203,8 +204,10 @@ def make_shell(kind: type, like: Tensor) -> Any:
 
 
 def alone(x: Tensor) -> bool:
-    """Whether no tensor shares x's memory but that which x is a view of, if any."""
-    return torch._C._storage_Use_Count(x.untyped_storage()._cdata) == 2 + x._is_view()  # x and this storage object
+    """Whether nothing shares x's memory but what x is a view of, if anything: no tensor, array or storage object."""
+    storage = x.untyped_storage()
+    held = torch._C._storage_Use_Count(storage._cdata) != 2 + x._is_view()  # x and this storage object
+    return not held and storage.resizable() and sys.getrefcount(storage) <= 3
 
 
 def viewed(x: Tensor) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -53,22 +54,24 @@ def adopt(x: Tensor) -> None:
     Whoever holds them then holds DualTensors. Not so parameters, and what shares memory with further tensors, which
     would not move.
     """
-    base = viewed(x)
-    whole = x if base is None else base
-    if not (_ordinary(x) and _ordinary(whole) and x.dtype == whole.dtype and alone(x)):
-        return
     if not inside_call() or transform_level() is not None:
         return
+    base = viewed(x)
+    whole = x if base is None else base
+    leaf = whole.is_leaf and whole.requires_grad
+    if leaf or not (_ordinary(x) and _ordinary(whole) and x.dtype == whole.dtype and alone(x)):
+        return
     tangent = fitted(torch.zeros_like(whole), whole)
-    if whole is not x:
-        _take_over(x, tangent.as_strided(x.size(), x.stride(), x.storage_offset() - whole.storage_offset()))
-    _take_over(whole, tangent)
+    part = tangent.as_strided(x.size(), x.stride(), x.storage_offset() - whole.storage_offset())
+    with contextlib.suppress(RuntimeError):  # PyTorch holds one of them weakly, for retain_grad
+        _take_over(whole, tangent)
+        if whole is not x:
+            _take_over(x, part)
 
 
 def _ordinary(x: Tensor) -> bool:
-    """Whether x is a plain dense tensor that holds what is in its memory, and no leaf of a gradient."""
-    dense = type(x) is Tensor and x.layout == torch.strided and not overlaps(x)
-    return dense and not (x.is_conj() or x.is_neg() or (x.is_leaf and x.requires_grad))
+    """Whether x is a plain dense tensor that holds what is in its memory."""
+    return type(x) is Tensor and x.layout == torch.strided and not (overlaps(x) or x.is_conj() or x.is_neg())
 
 
 def _take_over(x: Any, tangent: Tensor) -> None:

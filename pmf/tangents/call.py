@@ -77,11 +77,12 @@ def _jvp(func: Callable, primals: tuple, tangents: tuple, has_aux: bool, rows: i
     # A compiler traces the carriers of this call into one graph, and nothing of them is left.
     with nullcontext() if torch.compiler.is_compiling() else _eager_call():
         result = func(*tree_unflatten(list(map(_moving, leaves, dots)), spec))
-        if not has_aux:
-            return _parted(result)
-        if not (isinstance(result, tuple) and len(result) == 2):
+        if has_aux and not (isinstance(result, tuple) and len(result) == 2):
             raise InputError(f"pmf.jvp: with has_aux the function must return (output, aux), got {type(result)}")
-        return *_parted(result[0]), tree_map(_value, result[1])
+        out, *aux = result if has_aux else (result,)
+        with torch.no_grad():
+            out_dots = tree_map(_dot, out)
+    return tree_map(_value, out), out_dots, *tree_map(_value, aux)
 
 
 @contextmanager
@@ -165,12 +166,6 @@ def _dot(x: Any) -> Any:
 def _holds_carriers(x: Any) -> bool:
     """Whether an object (a dataclass, a set) holds carriers."""
     return any(type(held) in CARRIERS for held in tree_leaves(gc.get_referents(x)))
-
-
-def _parted(tree: Any) -> tuple[Any, Any]:
-    """Values and tangents of the outputs."""
-    with torch.no_grad():
-        return tree_map(_value, tree), tree_map(_dot, tree)
 
 
 def _on_last_rows(function: Callable, leaves: list, dots: list, spec: Any, has_aux: bool, rows: int) -> tuple:

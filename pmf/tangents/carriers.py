@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import weakref
@@ -37,7 +38,7 @@ class DualTensor(Tensor):
     _call: list[weakref.ref] | None = None
     """The open call of `pmf.jvp` that made this, also where another thread meets it."""
     _adopted = False
-    """Whether this was an ordinary tensor before."""
+    """Whether this has taken over an ordinary tensor."""
 
     @staticmethod
     def __new__(cls, value: Tensor, *dot: Tensor | None) -> DualTensor:
@@ -83,12 +84,13 @@ class DualTensor(Tensor):
         self.join()
 
     def stop(self) -> None:
-        """Act as the value alone from now on; an adopted tensor is an ordinary one again."""
+        """Act as the value alone from now on; what took over an ordinary tensor is that tensor again."""
         self._tangent = self._viewed = self._view = self._call = None
         if self._adopted:
             self._adopted, value = False, self.value
-            with torch.enable_grad():
-                exchange(self, value.view_as(value) if value.requires_grad else value.detach())
+            with contextlib.suppress(RuntimeError):  # PyTorch holds it weakly, for retain_grad
+                exchange(self, value)
+                value.value = self  # type: ignore[attr-defined]  # for those that hold what was the value
 
     @staticmethod
     def __torch_function__(function, types, args=(), kwargs=None):

@@ -151,20 +151,87 @@ def test_a_buffer_is_an_ordinary_tensor_again_after_the_call():
     assert torch.equal(network(x), other(x))
 
 
-def test_what_outlives_the_call_stands_still():
+def test_what_outlives_the_call_is_the_tensor_that_was_written_to():
+    b = torch.zeros(4, 6, dtype=F64)
+    b.label, row, kept, seen = "sum", b[1], [], []
+
+    def function(x):
+        row.add_(x[0])
+        b.add_(x)
+        kept.extend([b, b.contiguous(), b * 1])
+        return x * b, {"sum": b}
+
+    x = drawn(4, 6).requires_grad_()
+    out, dot, aux = pmf.jvp(function, (x,), (1,), has_aux=True)
+    assert aux["sum"] is b and kept[0] is b and type(b) is torch.Tensor and b.label == "sum" and row._base is b
+    assert torch.equal(kept[1], b) and torch.equal(kept[2], b)
+    torch.testing.assert_close(dot, b + x * (1 + torch.eye(4, dtype=F64)[:, 1:2]))
+    b.register_hook(lambda gradient: seen.append(gradient))
+    (gradient,) = torch.autograd.grad(out.sum(), b, retain_graph=True)
+    assert torch.equal(gradient, x) and torch.equal(seen[0], x)
+    out.sum().backward()
+    assert torch.equal(x.grad[2:], (x + b)[2:])
+    row.add_(torch.ones(6, dtype=F64).requires_grad_())
+    assert b.requires_grad and row.requires_grad
+    assert pmf.jvp(lambda y: b * y, (x,), (1,))[1].equal(b)
+
+
+def test_an_output_that_was_filled_is_the_tensor_itself():
     kept = []
 
     def function(x):
-        h = torch.zeros(4, 6, dtype=F64)
-        h.add_(x)
-        kept.append(h)
-        return h * 2
+        kept.append(torch.zeros(4, 6, dtype=F64).add_(x))
+        return kept[0]
 
-    x = drawn(4, 6).requires_grad_()
-    pmf.jvp(function, (x,), (1,))
-    assert type(kept[0]) is torch.Tensor and torch.equal(kept[0], x)
-    assert torch.equal(torch.autograd.grad(kept[0].sum(), x)[0], torch.ones(4, 6, dtype=F64))
-    assert pmf.jvp(lambda y: kept[0] * y, (x,), (1,))[1].equal(kept[0])
+    out, dot = pmf.jvp(function, (drawn(4, 6),), (W[:4],))
+    assert type(out) is torch.Tensor and torch.equal(out, drawn(4, 6)) and torch.equal(dot, W[:4])
+    assert torch.equal(kept[0], out)
+
+
+def test_a_buffer_that_outputs_of_the_last_call_hold_moves_again():
+    class Network(Remembering):
+        def forward(self, x):
+            return super().forward(x) * self.mean, self.mean
+
+    network, other, outs = Network(), Network(), []
+    for _ in range(3):
+        outs.append(pmf.jvp(network, (drawn(4, 6),), (1,))[0])
+        assert torch.equal(outs[-1][0], other(drawn(4, 6))[0]) and outs[-1][1] is network.mean
+
+
+def test_retained_gradients():
+    weight = W[:4].clone().requires_grad_()
+
+    def before(x):
+        h = weight * 2
+        h.retain_grad()
+        h.mul_(x)
+        return h * x
+
+    kept = []
+
+    def after(x):
+        h = weight * 2
+        h.mul_(x)
+        h.retain_grad()
+        kept.append(h)
+        return h * x
+
+    with pytest.raises(InputError, match="cannot move"):
+        pmf.jvp(before, (drawn(4, 6),), (1,))
+    out, _ = pmf.jvp(after, (drawn(4, 6),), (1,))
+    out.sum().backward()
+    assert torch.equal(kept[0].grad, drawn(4, 6))
+
+
+def test_a_transform_around_is_named():
+    def filled(x):
+        h = torch.zeros(4, 6, dtype=F64)
+        h[0] = x[0]
+        return h * x
+
+    with pytest.raises(InputError, match="cannot move"):
+        torch.func.grad(lambda x: pmf.jvp(filled, (x,), (1,))[0].sum())(drawn(4, 6))
 
 
 def test_a_checkpoint_recomputes_what_it_filled():
@@ -212,6 +279,8 @@ def tensor_and_view(view_of):
         tensor_and_view(lambda h: h.unbind(0)[0]),
         tensor_and_view(lambda h: h.detach()),
         tensor_and_view(lambda h: torch.from_numpy(h.numpy())),
+        lambda x: torch.from_numpy(W[:4].numpy().copy()).add_(x),
+        lambda x: (lambda h: (h.untyped_storage(), h.add_(x)))(torch.zeros(4, 6, dtype=F64)),
         lambda x: (lambda rows: [rows[0].copy_(x[0]), rows[1]])([*torch.zeros(4, 6, dtype=F64).split(1)]),
         lambda x: (lambda part: [part[0].copy_(x[0]), part])(torch.zeros(4, 6, dtype=F64)[:2]),
     ],
