@@ -16,13 +16,7 @@ from pmf.private import tree_leaves, unrecorded
 from pmf.tangents.arguments import given
 from pmf.tangents.at_rest import start_viewed, views_of_still
 from pmf.tangents.bodies import body_of
-from pmf.tangents.carriers import (
-    CARRIERS,
-    carrier,
-    give,
-    moves,
-    values_of,
-)
+from pmf.tangents.carriers import CARRIERS, carrier, give, moves, values_of
 from pmf.tangents.fallback import (
     check_eager,
     is_torch,

@@ -11,7 +11,7 @@ from torch import Tensor
 from pmf.pair import Dual
 from pmf.private import grouped_mm
 from pmf.tangents.handlers import ruled
-from pmf.tangents.rules import HANDLERS, Rule, is_dual, multilinear, named, value
+from pmf.tangents.rules import HANDLERS, Rule, argument, is_dual, multilinear, named, value
 
 FIRST = (0, "input")
 PRODUCTS = {
@@ -33,8 +33,21 @@ for _name, _spatial in WEIGHTED.items():
         HANDLERS[_function] = ruled(multilinear(_function, FIRST, (1, "weight"), added=(2, "bias"), spatial=_spatial))
 ADDED: dict[str, Callable] = {"addmm": torch.mm, "baddbmm": torch.bmm, "addmv": torch.mv, "addr": torch.outer}
 """Sums beta x + alpha product(a, b), and their product."""
-for _function in (grouped_mm, torch.sparse.mm):
-    HANDLERS[_function] = ruled(multilinear(_function, FIRST, (1, "mat2")))
+HANDLERS[grouped_mm] = ruled(multilinear(grouped_mm, FIRST, (1, "mat2")))
+
+
+def _sparse(function: Callable) -> Rule:
+    """The product rule, unless the product takes largest or smallest terms instead of sums."""
+    product = multilinear(function, FIRST, (1, "mat2"))
+
+    def rule(out, *args, **kwargs):
+        reduced = argument(args, kwargs, (2, "reduce"))
+        return product(out, *args, **kwargs) if reduced in (None, "sum", "mean") else NotImplemented
+
+    return rule
+
+
+HANDLERS[torch.sparse.mm] = ruled(_sparse(torch.sparse.mm))
 
 
 def _scaled(x: Any, alpha: Any) -> Tensor | None:

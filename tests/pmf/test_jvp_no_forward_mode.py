@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import pmf
+from pmf import InputError
 from tests.pmf.jvp_checks import PARTITIONED, W, drawn
 
 EDGES = (torch.rand(6, 4, generator=torch.Generator().manual_seed(8)) > 0.5).double().to_sparse()
@@ -224,3 +225,11 @@ def test_sampled_volumes(mode):
 def test_products_with_sparse_matrices():
     check(lambda x: torch.sparse.mm(EDGES, x * x), [drawn(4, 3)], [drawn(4, 3, seed=1)])
     check(lambda x: EDGES @ (x * x), [drawn(4, 3)], [drawn(4, 3, seed=1)])
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_products_with_sparse_matrices_that_take_other_terms_than_sums():
+    edges = EDGES.to_sparse_csr()
+    check(lambda x: torch.sparse.mm(edges, x, "mean"), [drawn(4, 3)], [drawn(4, 3, seed=1)])
+    with pytest.raises(InputError, match="_sparse_mm has no rule"):
+        pmf.jvp(lambda x: torch.sparse.mm(edges, x, "amax"), (drawn(4, 3),), (1,))
