@@ -215,6 +215,24 @@ def test_sampled_images(mode, padding, aligned, compiled):
         check(lambda grid: sampled(primals[0], grid), primals[1:], [drawn(2, 6, 7, 2, seed=3)], compiled=compiled)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("mode", ["bilinear", "nearest", "bicubic"])
+def test_the_tangent_of_samples_is_sampled(mode, compiled):
+    """Where the grid stands still: they are linear in the images."""
+    torch._dynamo.reset()
+    x, v, grid = drawn(2, 3, 5, 4), drawn(2, 3, 5, 4, seed=1), drawn(2, 6, 7, 2, seed=2)
+
+    def sampled(x):
+        return F.grid_sample(x, grid, mode=mode, align_corners=False)
+
+    call = torch.compile(
+        lambda: pmf.jvp(sampled, (x,), (v,)), fullgraph=True, backend="aot_eager", disable=not compiled
+    )
+    out, dot = call()
+    torch.testing.assert_close(out, sampled(x), rtol=0, atol=0)
+    torch.testing.assert_close(dot, sampled(v), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("mode", ["bilinear", "nearest"])
 def test_sampled_volumes(mode):
     primals = drawn(2, 3, 4, 5, 4), drawn(2, 3, 6, 2, 3, seed=2) / 2
