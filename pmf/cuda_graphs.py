@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from pmf.autocast import autocast_dtype
@@ -64,12 +65,14 @@ class CapturedStep:
     Each call uses the autocast state it is called in. Weights may change in place between calls; all gradients are
     views of one fixed buffer. Perceptual terms, whose number of rows varies, run uncaptured between the two halves.
     Other threads may sample from the network meanwhile, but not train it: a capture replaces its parameters by aliases.
+    On several GPUs each process captures its own steps. `all_reduce_gradients` replaces DDP; the weights must be equal
+    at first.
     Errors: `InputError` as in `pmf_loss`, on sharded weights (FSDP), on a call during another, and if the model's
     parameters have been replaced since construction.
     """
 
     def __init__(self, model: PMFDiT, loss_config: LossConfig, *, scale: float = 1.0) -> None:
-        """`scale` multiplies the gradients (not the loss): pass 1 / n to accumulate n batches."""
+        """`scale` multiplies the gradients (not the loss): pass 1 / n to average over n batches, of all processes."""
         check_network(model)
         check_values(float, scale=scale)
         self.model, self.config, self.scale = model, loss_config, scale
@@ -97,6 +100,14 @@ class CapturedStep:
             return self._step(x, y, draws, perceptual)
         finally:
             self._turn.release()
+
+    def all_reduce_gradients(self, group: dist.ProcessGroup | None = None) -> None:
+        """Add up the `.grad`s of all ranks of the group (None: all ranks), in one all-reduce of their buffer.
+
+        Call it on every rank after the last batch of a step, before anything reads the gradients.
+        """
+        self._gradients.adopt()
+        dist.all_reduce(self._gradients.buffer, group=group)
 
     def _step(self, x: Tensor, y: Tensor, draws: Draws, perceptual: PerceptualFunction | None) -> LossOutput:
         step = plan_step(self.model, x, y, draws, self.config)

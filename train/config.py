@@ -168,7 +168,7 @@ class RunConfig:
     stream: Stream = "float32"
     """Residual stream of the network in training, with precision bfloat16; bfloat16 saves memory for backward."""
     captured: bool = False
-    """Run forward and backward as CUDA graphs, captured once per combination of row counts (single process only)."""
+    """Run forward and backward as CUDA graphs, one pair per combination of row counts (not with fsdp or hybrid)."""
     compiled: bool = False
     """Compile the blocks with torch.compile (not with fsdp or hybrid)."""
     impl: str | None = None

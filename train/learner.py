@@ -21,7 +21,7 @@ from pmf.optim import Averages, build_optimizers, learning_rate
 from pmf.optim.authors_state import check_fits, fill_run
 from pmf.parallel import LossModule, synchronise_gradients, wrap
 from pmf.perceptual import PerceptualLoss
-from pmf.sharded import full, give, local
+from pmf.sharded import REPLICATED, full, give, local
 from pmf.train.config import RunConfig
 from pmf.train.distributed import CommonError, World
 from pmf.train.snapshots import Snapshots
@@ -54,12 +54,8 @@ class Learner:
             self._start_from_weights(init, config.init_weights)
         if config.compiled:
             self.model.compile_blocks()
-        self.wrapped = wrap(self._module(), world.mesh, config.sharding)
-        self.captured = None
-        if config.captured:
-            require(world.size == 1, f"captured: expected a single process, got {world.size}")
-            share = self.device_batch / config.batch_size
-            self.captured = pmf.CapturedStep(self.model, config.loss, scale=share)
+        self.captured = self._captured_step() if config.captured else None
+        self.wrapped = wrap(self._module(), world.mesh if self.captured is None else None, config.sharding)
         self.optimizers = build_optimizers(self.model, config.optimizer, world.mesh, world.shard_over)
         self.emas = Averages(
             self.model,
@@ -81,8 +77,19 @@ class Learner:
     def _start_from_weights(self, init: str, weights: str | None) -> None:
         """Copy these weights; the main process reads them and sends them to the others."""
         self.world.say(*self.world.main_first(lambda: copy_weights(self.model, init, weights)))
+        self._share_weights()
+
+    def _share_weights(self) -> None:
+        """Send the main process's weights to the others."""
         for p in self.model.parameters():
             give(p, p)
+
+    def _captured_step(self) -> pmf.CapturedStep:
+        """The step as CUDA graphs, which cannot contain what DDP and FSDP do."""
+        message = f"captured: expected sharding {' or '.join(REPLICATED)}, got {self.config.sharding}"
+        require(self.world.replicated, message)
+        self._share_weights()  # as DDP does
+        return pmf.CapturedStep(self.model, self.config.loss, scale=self.device_batch / self.config.batch_size)
 
     def _continue_authors_run(self, init: str) -> int:
         """Take over the authors' training state in `init`, which the main process reads; return its step."""
@@ -106,7 +113,7 @@ class Learner:
 
         Call it before the first step of a new or resumed run.
         """
-        if self.world.mesh is not None and self.world.replicated:
+        if self.world.mesh is not None and self.world.replicated and self.captured is None:
             x = torch.zeros(1, *self.config.model.image_shape, device=self.world.device)
             self._loss(x, torch.zeros(1, dtype=torch.int64, device=self.world.device), 0)[0].backward()
             self.model.zero_grad()
@@ -155,6 +162,8 @@ class Learner:
                 (weight * loss / len(batches)).backward()
             for name, value in ({"loss": loss.detach()} | terms).items():
                 totals[name] = totals.get(name, 0) + value / len(batches)
+        if self.captured is not None and self.world.size > 1:
+            self.captured.all_reduce_gradients()
         return totals
 
     def _loss(self, x: Tensor, y: Tensor, number: int) -> tuple[Tensor, dict[str, Tensor]]:

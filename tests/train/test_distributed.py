@@ -16,9 +16,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 import pmf
 from pmf.data import ImageSet
+from pmf.errors import InputError
 from pmf.optim import OptimizerConfig, split_parameters
 from pmf.sharded import full
 from pmf.train.config import RunConfig
+from pmf.train.distributed import join
+from pmf.train.learner import Learner
 from pmf.train.loop import Trainer
 from tests.networks import TINY
 
@@ -42,16 +45,19 @@ HOW: dict[str, dict] = {
     "triton": dict(impl="triton"),
     "light": dict(impl="triton", checkpointing="light"),
     "bfloat16": dict(impl="reference", precision="bfloat16", stream="bfloat16"),
+    "captured": dict(impl="reference", captured=True),
 }
+EXACT = ("reference", "captured")
+"""Those in float64."""
 
 
 def first_steps(out: Path, sharding: str, impl: str) -> dict[str, torch.Tensor]:
-    """Gradients of the first step, and weights and averages after one step (reference: two steps in float64).
+    """Gradients of the first step, and weights and averages after one step (in float64, two steps).
 
     `impl`: see `HOW`.
     """
-    reference = impl == "reference"
-    torch.set_default_dtype(torch.float64 if reference else torch.float32)
+    exact = impl in EXACT
+    torch.set_default_dtype(torch.float64 if exact else torch.float32)
     trainer = Trainer(config(out, sharding=sharding, **HOW[impl]), data())
     torch.manual_seed(1)
     with torch.no_grad():  # most gradients of a new network are zero
@@ -64,7 +70,7 @@ def first_steps(out: Path, sharding: str, impl: str) -> dict[str, torch.Tensor]:
     result = {f"gradient {name}": full(p.grad).clone() for name, p in trainer.model.named_parameters()}
     trainer.model.zero_grad()
     trainer.train_step(x, y)
-    if reference:
+    if exact:
         trainer.train_step(*next(batches))
     result |= {f"weight {name}": full(p).detach().clone() for name, p in trainer.model.named_parameters()}
     result |= {f"average {name}": full(v).clone() for name, v in trainer.emas["ema_500"].state_dict().items()}
@@ -107,6 +113,7 @@ CASES = {
     2: [
         *((sharding, impl) for sharding in ("ddp", "zero1", "fsdp") for impl in ("reference", "triton")),
         *((sharding, "light") for sharding in ("ddp", "fsdp")),
+        *((sharding, "captured") for sharding in ("ddp", "zero1")),
         ("fsdp", "bfloat16"),
     ],
     4: [*((sharding, "reference") for sharding in ("ddp", "zero1", "fsdp", "hybrid")), ("fsdp", "triton")],
@@ -133,21 +140,21 @@ def one(tmp_path_factory):
 def test_several_processes_give_the_results_of_one(several, one):
     """Compares gradients relative to their norm, and weights and averages, which are of order 1, absolutely.
 
-    The reference agrees to 1e-12 in float64; the kernels, and products in bfloat16, agree to 1e-6 on float32 weights.
-    There Adam's weights are left out: Adam divides gradients that are only rounding by their own size. Several
-    processes that keep less are compared with one that keeps all.
+    The reference agrees to 1e-12 in float64, captured or not; the kernels, and products in bfloat16, agree to 1e-6 on
+    float32 weights. There Adam's weights are left out: Adam divides gradients that are only rounding by their own size.
+    Several processes that keep less, or capture their steps, are compared with one that does not.
     """
     muon = {name for name, _ in named_matrices()}
     for (sharding, impl), result in several.items():
-        expected = one["triton" if impl == "light" else impl]
+        expected = one[{"light": "triton", "captured": "reference"}.get(impl, impl)]
         assert result.keys() == expected.keys()
         for key in expected:
             kind, name = key.split()
-            if impl != "reference" and kind != "gradient" and name not in muon:
+            if impl not in EXACT and kind != "gradient" and name not in muon:
                 continue
             scale = expected[key].norm() if kind == "gradient" else 1.0
             difference = (result[key] - expected[key]).abs().max() / scale
-            assert difference <= (1e-12 if impl == "reference" else 1e-6), (sharding, impl, key, difference)
+            assert difference <= (1e-12 if impl in EXACT else 1e-6), (sharding, impl, key, difference)
 
 
 def test_sharded_state_gives_the_weights_of_replicated_state_bit_for_bit(several):
@@ -161,3 +168,22 @@ def named_matrices():
     model = pmf.create_model(TINY)
     chosen = {id(p) for p in split_parameters(model)[0]}
     return [(name, p) for name, p in model.named_parameters() if id(p) in chosen]
+
+
+def started(rank: int, size: int, port: int, out: str) -> None:
+    """Two ranks start from weights of their own seeds, and end with rank 0's; fsdp cannot be captured."""
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
+    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    world = join("cpu", "ddp")
+    for captured in (False, True):
+        learner = Learner(config(Path(out), seed=rank, captured=captured), world)
+        weights = [p.double().sum().item() for p in learner.model.parameters()]
+        assert world.gather(weights) == [weights] * size
+    with pytest.raises(InputError, match=r"^captured: expected sharding ddp or zero1, got fsdp$"):
+        Learner(config(Path(out), sharding="fsdp", captured=True), join("cpu", "fsdp"))
+    torch.distributed.destroy_process_group()
+    os._exit(0)
+
+
+def test_replicated_processes_start_from_the_same_weights(tmp_path):
+    mp.spawn(started, (2, free_port(), str(tmp_path)), nprocs=2)
