@@ -228,6 +228,11 @@ def exchange(a: Tensor, b: Tensor) -> None:
         setattr(b, name, of_a)
 
 
+def scripted_body(function: Callable) -> Callable | None:
+    """The Python function that a `torch.jit.ScriptFunction` was made of, which compilers trace too; None if unknown."""
+    return getattr(function, "_torchdynamo_inline", None)
+
+
 def is_zero_tensor(x: Tensor) -> bool:
     """Whether x is a zero without memory, as forward mode makes for what does not move."""
     return x._is_zerotensor()

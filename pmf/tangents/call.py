@@ -61,7 +61,7 @@ def jvp(func: Callable, primals: tuple, tangents: tuple, *, has_aux: bool = Fals
     `detach()`, `data`, `item()`.
 
     Errors: `InputError` names the function where the tangent would be lost: an autograd.Function without `jvp`
-    or a custom operator, unless `pmf.jvp.rule` knows it; reentrant checkpointing, torch.vmap, TorchScript, numpy;
+    or a custom operator, unless `pmf.jvp.rule` knows it; reentrant checkpointing, torch.vmap, scripted modules, numpy;
     outputs in objects that are no lists, tuples or dicts; and bad primals or tangents.
     """
     return _jvp(func, primals, tangents, has_aux, rows)

@@ -1,4 +1,4 @@
-"""What autograd.Function and checkpoints are told of carriers: private names of PyTorch, as of torch 2.11 to 2.14."""
+"""What autograd.Function, TorchScript and checkpoints are told of carriers: names of PyTorch 2.11 to 2.14."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pmf.private import tree_leaves
+from pmf.private import scripted_body, tree_leaves
 
 
 @contextmanager
 def intercepted_by(kinds: tuple[type, ...], apply: Callable, plain: Callable, again: Callable) -> Iterator[None]:
     """Call `apply(function, function.apply, args, kwargs)` for every autograd.Function that is applied to `kinds`.
 
-    Checkpoints (without reentry) see `plain` arguments, so that they keep and recompute those; `again(function, args)`
-    recomputes in place of a function in which compiled code ran. Compilers cannot trace an `apply` that is not
-    PyTorch's own, so this lasts as long as the context of any thread.
+    Scripted functions run as the Python they were made of. Checkpoints (without reentry) see `plain` arguments, so that
+    they keep and recompute those; `again(function, args)` recomputes in place of one in which compiled or scripted code
+    ran. Compilers cannot trace an `apply` that is not PyTorch's own, so this lasts as long as the context of any
+    thread.
     """
     with _PATCHING:
         _patches.append(None)
@@ -33,13 +34,16 @@ def intercepted_by(kinds: tuple[type, ...], apply: Callable, plain: Callable, ag
                 _patches.pop()
 
 
-class _CompiledRuns(threading.local):
-    """How often code that records for backward and was compiled in such a context has run in this thread."""
+class _Runs(threading.local):
+    """How often code has run in this thread that records otherwise for carriers than for tensors.
+
+    That is scripted code, and code that was compiled in such a context and records for backward.
+    """
 
     count = 0
 
 
-_compiled_runs = _CompiledRuns()
+_runs = _Runs()
 _PATCHING = threading.Lock()
 _patches: list[Any] = []
 """One entry for each context that is open; the first takes the patch back."""
@@ -50,6 +54,8 @@ def _patch(kinds: tuple[type, ...], apply: Callable, plain: Callable, again: Cal
     import torch.utils.checkpoint
 
     function: Any = torch.autograd.Function
+    script: Any = torch.jit.ScriptFunction
+    script_call = vars(script)["__call__"]
     module = torch.utils.checkpoint
     own = vars(function).get("apply")  # in Python until torch 2.13, inherited from C++ since
     names = "_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl"
@@ -58,18 +64,22 @@ def _patch(kinds: tuple[type, ...], apply: Callable, plain: Callable, again: Cal
     def intercepted_apply(cls, *args, **kwargs):
         if torch.compiler.is_dynamo_compiling():  # somebody has kept an `apply` that was looked up meanwhile
             return cls.apply(*args, **kwargs)
-        _compiled_runs.count += cls.__name__ == "CompiledFunction"
+        _runs.count += cls.__name__ == "CompiledFunction"
         original = super(function, cls).apply if own is None else own.__get__(None, cls)
-        for x in (*args, *kwargs.values()):
-            if type(x) in kinds or (type(x) in (list, tuple, dict) and _holds(x, kinds)):
-                return apply(cls, original, args, kwargs)
-        return original(*args, **kwargs)
+        return apply(cls, original, args, kwargs) if _hold(args, kwargs, kinds) else original(*args, **kwargs)
+
+    def intercepted_script(self, *args, **kwargs):
+        body = scripted_body(self)
+        if body is None or not _hold(args, kwargs, kinds):
+            return script_call.__get__(self)(*args, **kwargs)
+        _runs.count += 1
+        return body(*args, **kwargs)
 
     def of_plain(checkpoint):
         def steps(run, *args, **kwargs):
-            recompute, before = [run], _compiled_runs.count
+            recompute, before = [run], _runs.count
             yield from checkpoint(lambda *x, **named: recompute[0](*x, **named), *plain(args), **plain(kwargs))
-            if _compiled_runs.count != before:
+            if _runs.count != before:
                 recompute[0] = again(run, (args, kwargs))
 
         return steps
@@ -79,15 +89,22 @@ def _patch(kinds: tuple[type, ...], apply: Callable, plain: Callable, again: Cal
             del function.apply
         else:
             function.apply = own
+        script.__call__ = script_call
         for name, generator in generators.items():
             setattr(module, name, generator)
 
+    script.__call__ = intercepted_script
     function.apply = classmethod(intercepted_apply)
     for name, generator in generators.items():
         setattr(module, name, of_plain(generator))
     return unpatch
 
 
-def _holds(x: Any, kinds: tuple[type, ...]) -> bool:
-    """Whether one of `kinds` is in x, a list, tuple or dict."""
-    return any(type(leaf) in kinds for leaf in tree_leaves(x))
+def _hold(args: tuple, kwargs: dict, kinds: tuple[type, ...]) -> bool:
+    """Whether one of `kinds` is among the arguments, or in a list, tuple or dict among them."""
+    for x in (*args, *kwargs.values()):
+        if type(x) in kinds:
+            return True
+        if type(x) in (list, tuple, dict) and any(type(leaf) in kinds for leaf in tree_leaves(x)):
+            return True
+    return False

@@ -96,11 +96,6 @@ applied_early = super(torch.autograd.Function, Scaled).apply
 passed_early = super(torch.autograd.Function, Passed).apply
 
 
-@torch.jit.script
-def scripted(x):
-    return x * 2
-
-
 LOSSES = {
     "autograd.Function": (lambda x: Scaled.apply(x), "Scaled got a moving value; an autograd.Function hides"),
     "identity Function": (lambda x: Passed.apply(x), "Passed got a moving value"),
@@ -116,7 +111,10 @@ LOSSES = {
     "custom operator": (triple, "pmf_tests.*no rule; expected one registered by pmf.jvp.rule"),
     "vmap": (torch.vmap(torch.sin), "vmap"),
     "vmap of a closure": (lambda x: torch.vmap(lambda i: x * i)(torch.arange(3.0, dtype=F64)), "vmap"),
-    "TorchScript": (scripted, "scripted function got a moving value; torch.jit.script loses its tangent"),
+    "TorchScript without its Python": (
+        torch.jit.CompilationUnit("def scripted(x):\n    return x * 2\n").scripted,
+        "scripted function got a moving value; torch.jit.script loses its tangent",
+    ),
     "TorchScript of a module": (
         torch.jit.script(torch.nn.Linear(3, 3).double()),  # torch.func.jvp gives zeros
         "forward got a moving value; torch.jit.script loses its tangent; expected the code before it",
