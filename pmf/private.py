@@ -228,6 +228,10 @@ def exchange(a: Tensor, b: Tensor) -> None:
         setattr(b, name, of_a)
 
 
+assume = torch._check
+"""Raise unless true; compilers take it for true, of sizes that they do not know."""
+
+
 def scripted_body(function: Callable) -> Callable | None:
     """The Python function that a `torch.jit.ScriptFunction` was made of, which compilers trace too; None if unknown."""
     return getattr(function, "_torchdynamo_inline", None)

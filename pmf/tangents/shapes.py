@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pmf.errors import InputError
 from pmf.pair import Dual
+from pmf.private import assume
 from pmf.tangents.fallback import check_eager
 from pmf.tangents.handlers import by_torch_func, made_like, refused, ruled, still
 from pmf.tangents.rules import (
@@ -41,6 +42,9 @@ upsample_nearest2d upsample_nearest3d upsample_trilinear3d view_as_complex view_
 """
 """Linear in the first argument, over the real numbers."""
 
+SELECTING = "__getitem__ masked_select"
+"""Those of them whose result may have a shape that depends on data."""
+
 LIKE = "expand_as reshape_as to type_as view_as"
 """Linear in the first argument; of the second only shape, dtype or device count."""
 
@@ -65,6 +69,21 @@ randn_like zeros_like
 def _like(function: Callable) -> Rule:
     linear = linear_in_first(function)
     return lambda out, x, *args, **kwargs: linear(out, x, *map(value, args), **{k: value(v) for k, v in kwargs.items()})
+
+
+def _selecting(function: Callable) -> Rule:
+    """The rule of a linear function. Compilers give value and tangent sizes of their own where these depend on data."""
+    linear = linear_in_first(function)
+
+    def rule(out, *args, **kwargs):
+        dot = linear(out, *args, **kwargs)
+        if not torch.compiler.is_compiling() or dot is NotImplemented:
+            return dot
+        for n, size in zip(dot.shape, out.shape, strict=True):
+            assume(n == size)
+        return dot.expand(out.shape)
+
+    return rule
 
 
 def _dot(x: Tensor | Dual) -> Any:
@@ -182,6 +201,7 @@ _register("scatter", _scatter)
 for _function in named("scatter_reduce"):
     HANDLERS[_function] = _scatter_reduce
 _register(LINEAR, linear_in_first)
+_register(SELECTING, _selecting)
 _register(LIKE, _like)
 _register(STACKING, _stacking)
 _register("masked_fill index_fill", _fill)
