@@ -6,6 +6,7 @@ in `pmf.kernels.launching`. test_private.py fails on private names anywhere else
 
 from __future__ import annotations
 
+import inspect
 import multiprocessing.queues
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -232,9 +233,27 @@ assume = torch._check
 """Raise unless true; compilers take it for true, of sizes that they do not know."""
 
 
-def scripted_body(function: Callable) -> Callable | None:
-    """The Python function that a `torch.jit.ScriptFunction` was made of, which compilers trace too; None if unknown."""
-    return getattr(function, "_torchdynamo_inline", None)
+def scripted_body(function: Any) -> Callable | None:
+    """The Python function that `torch.jit.script` made this one of, and that compilers trace; None if there is none.
+
+    A traced function has one too, but may have recorded what that does no longer.
+    """
+    traced = vars(function).get("__name__") != "ScriptFunction"
+    return None if traced else getattr(function, "_torchdynamo_inline", None)
+
+
+def as_scripted(function: Any, body: Callable, args: tuple, kwargs: dict) -> Any:
+    """`body`, the Python of a scripted function, with what TorchScript passes.
+
+    That is copies of lists and dicts, and floats for integers where the signature says float.
+    """
+    args, kwargs = tree_map(lambda x: x, (args, kwargs))
+    given = inspect.signature(body).bind(*args, **kwargs)
+    given.apply_defaults()
+    for argument in function.schema.arguments:
+        if "float" in str(argument.type) and type(given.arguments[argument.name]) is int:
+            given.arguments[argument.name] = float(given.arguments[argument.name])
+    return body(*given.args, **given.kwargs)
 
 
 def is_zero_tensor(x: Tensor) -> bool:

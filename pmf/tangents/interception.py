@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pmf.private import scripted_body, tree_leaves
+from pmf.private import as_scripted, scripted_body, tree_leaves
 
 
 @contextmanager
@@ -73,7 +73,7 @@ def _patch(kinds: tuple[type, ...], apply: Callable, plain: Callable, again: Cal
         if body is None or not _hold(args, kwargs, kinds):
             return script_call.__get__(self)(*args, **kwargs)
         _runs.count += 1
-        return body(*args, **kwargs)
+        return as_scripted(self, body, args, kwargs)
 
     def of_plain(checkpoint):
         def steps(run, *args, **kwargs):
@@ -105,6 +105,6 @@ def _hold(args: tuple, kwargs: dict, kinds: tuple[type, ...]) -> bool:
     for x in (*args, *kwargs.values()):
         if type(x) in kinds:
             return True
-        if type(x) in (list, tuple, dict) and any(type(leaf) in kinds for leaf in tree_leaves(x)):
+        if isinstance(x, list | tuple | dict) and any(type(leaf) in kinds for leaf in tree_leaves(x)):
             return True
     return False

@@ -115,6 +115,10 @@ LOSSES = {
         torch.jit.CompilationUnit("def scripted(x):\n    return x * 2\n").scripted,
         "scripted function got a moving value; torch.jit.script loses its tangent",
     ),
+    "TorchScript of a trace": (
+        torch.jit.trace(lambda x: x * 2, torch.ones(3, dtype=F64)),  # its Python may do something else by now
+        "scripted function got a moving value",
+    ),
     "TorchScript of a module": (
         torch.jit.script(torch.nn.Linear(3, 3).double()),  # torch.func.jvp gives zeros
         "forward got a moving value; torch.jit.script loses its tangent; expected the code before it",
