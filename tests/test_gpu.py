@@ -11,7 +11,6 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import pmf
 from pmf import noise, ops
@@ -277,12 +276,6 @@ def judge(x_hat, x):
     return {"lpips": (x_hat - x).square().mean((1, 2, 3))}
 
 
-def digits_batch(model, size, generator):
-    x = torch.rand(size, *model.config.image_shape, generator=generator).to(DEVICE)
-    y = torch.randint(10, (size,), generator=generator).to(DEVICE)
-    return x, y, pmf.sample_draws(size, x.shape[1:], pmf.LOSSES["pMF-digits"], generator, DEVICE)
-
-
 @pytest.mark.parametrize("perceptual", (None, judge), ids=("alone", "perceptual"))
 def test_captured_steps_are_the_plain_ones(perceptual):
     """Loss and gradients in float32, for several step sizes in turn and weights changed between calls."""
@@ -290,7 +283,9 @@ def test_captured_steps_are_the_plain_ones(perceptual):
     captured = pmf.CapturedStep(model, config)
     generator = torch.Generator().manual_seed(0)
     for batch in (24, 24, 16, 24, 24, 16):
-        x, y, draws = digits_batch(model, batch, generator)
+        x = torch.rand(batch, *model.config.image_shape, generator=generator).to(DEVICE)
+        y = torch.randint(10, (batch,), generator=generator).to(DEVICE)
+        draws = pmf.sample_draws(batch, x.shape[1:], config, generator, DEVICE)
         model.zero_grad()
         out = captured(x, y, draws, perceptual)
         found = [p.grad.clone() for p in model.parameters()]
@@ -304,22 +299,6 @@ def test_captured_steps_are_the_plain_ones(perceptual):
             for parameter in model.parameters():
                 parameter.mul_(0.95)
     assert len(captured._halves) > 2
-
-
-def test_the_gradients_of_captured_steps_are_reduced(tmp_path):
-    """In a group of one rank the sum is the step's own; NCCL's watchdog thread runs during the captures."""
-    model, generator = random_model(SHALLOW, dtype=F32).to(DEVICE), torch.Generator().manual_seed(0)
-    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        captured = pmf.CapturedStep(model, pmf.LOSSES["pMF-digits"])
-        for batch in (24, 16, 24):
-            model.zero_grad()
-            captured(*digits_batch(model, batch, generator))
-            alone = [p.grad.clone() for p in model.parameters()]
-            captured.all_reduce_gradients()
-            assert all(map(torch.equal, (p.grad for p in model.parameters()), alone))
-    finally:
-        dist.destroy_process_group()
 
 
 def test_captured_steps_of_all_sizes_share_their_memory():

@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import pmf
 from pmf.errors import InputError
@@ -103,3 +104,23 @@ def test_what_it_cannot_take_is_refused():
     model.conditioning.double()
     with pytest.raises(InputError, match=r"^model: expected parameters of one dtype"):
         pmf.CapturedStep(model, CONFIG)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gradients_of_captured_steps_are_reduced_while_nccl_watches(tmp_path):
+    """In a group of one rank the sum is the step's own; NCCL's watchdog thread runs during the captures."""
+    model = random_model(dtype=torch.float32).cuda()
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        step = pmf.CapturedStep(model, CONFIG)
+        for seed in range(3):
+            x, y, _ = batch(seed, BATCH - seed % 2, torch.float32)
+            draws = pmf.sample_draws(len(x), TINY.image_shape, CONFIG, torch.Generator().manual_seed(seed), "cuda")
+            model.zero_grad()
+            step(x.cuda(), y.cuda(), draws)
+            alone = [p.grad.clone() for p in model.parameters()]
+            step.all_reduce_gradients()
+            assert all(map(torch.equal, (p.grad for p in model.parameters()), alone))
+    finally:
+        dist.destroy_process_group()
