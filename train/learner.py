@@ -52,6 +52,8 @@ class Learner:
         init = config.init if config.resume is None else None
         if init is not None and not config.init_state:
             self._start_from_weights(init, config.init_weights)
+        elif config.captured:
+            self._share_weights()  # as DDP does
         if config.compiled:
             self.model.compile_blocks()
         self.captured = self._captured_step() if config.captured else None
@@ -88,7 +90,6 @@ class Learner:
         """The step as CUDA graphs, which cannot contain what DDP and FSDP do."""
         message = f"captured: expected sharding {' or '.join(REPLICATED)}, got {self.config.sharding}"
         require(self.world.replicated, message)
-        self._share_weights()  # as DDP does
         return pmf.CapturedStep(self.model, self.config.loss, scale=self.device_batch / self.config.batch_size)
 
     def _continue_authors_run(self, init: str) -> int:

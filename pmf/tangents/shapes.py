@@ -28,11 +28,11 @@ from pmf.tangents.rules import (
 )
 
 LINEAR = """
-__getitem__ __neg__ __pos__ adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adjoint avg_pool1d avg_pool2d
+__neg__ __pos__ adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adjoint avg_pool1d avg_pool2d
 avg_pool3d bfloat16 broadcast_to cdouble cfloat chalf channel_shuffle chunk clone col2im conj conj_physical contiguous
 cpu cuda cumsum diag diag_embed diagonal double dsplit expand fft fft2 fftn fftshift flatten flip fliplr flipud float
 gather half hfft hfft2 hfftn hsplit ifft ifft2 ifftn ifftshift ihfft ihfft2 ihfftn im2col imag index_select irfft irfft2
-irfftn ldexp mH mT masked_select mean moveaxis movedim narrow narrow_copy native_channel_shuffle neg negative permute
+irfftn ldexp mH mT mean moveaxis movedim narrow narrow_copy native_channel_shuffle neg negative permute
 pixel_shuffle pixel_unshuffle positive ravel real reflection_pad1d reflection_pad2d reflection_pad3d repeat
 repeat_interleave replication_pad1d replication_pad2d replication_pad3d reshape resolve_conj resolve_neg rfft rfft2
 rfftn roll rot90 select slice_copy split split_with_sizes squeeze sum sum_to_size swapaxes swapdims t take
@@ -43,7 +43,7 @@ upsample_nearest2d upsample_nearest3d upsample_trilinear3d view_as_complex view_
 """Linear in the first argument, over the real numbers."""
 
 SELECTING = "__getitem__ masked_select"
-"""Those of them whose result may have a shape that depends on data."""
+"""Linear in the first argument too, with a result whose shape may depend on data."""
 
 LIKE = "expand_as reshape_as to type_as view_as"
 """Linear in the first argument; of the second only shape, dtype or device count."""
