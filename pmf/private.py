@@ -364,3 +364,30 @@ def ask_workers_to_end(batches: Any) -> bool:
         batches._worker_result_queue.put((None, None))
         batches._pin_memory_thread.join(1)
     return healthy
+
+
+FLEX_ATTENTION = torch.ops.higher_order.flex_attention
+"""What `torch.nn.attention.flex_attention.flex_attention` calls."""
+
+
+def for_each_score(function: Callable, of_scores: bool) -> Callable:
+    """A function of one score (or none) and its sample, head, query and key, as one of whole tensors of them."""
+    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+    from torch.nn.attention.flex_attention import _vmap_for_bhqkv
+
+    whole = _vmap_for_bhqkv(function, prefix=(0,) if of_scores else ())
+
+    def run(*args: Any) -> Any:
+        with TransformGetItemToIndex():
+            return whole(*args)
+
+    return run
+
+
+def is_plain_attention(score_mod: Callable, block_mask: tuple) -> bool:
+    """Whether FlexAttention was called without them."""
+    from torch.nn.attention.flex_attention import _LARGE_SPARSE_BLOCK_SIZE, _identity, noop_mask
+
+    *_, rows, columns, mask_mod = block_mask
+    whole = rows == _LARGE_SPARSE_BLOCK_SIZE == columns
+    return score_mod is _identity and whole and (mask_mod is None or mask_mod is noop_mask)

@@ -1,8 +1,8 @@
 """The rule of attention: softmax(scale q k^T + mask) v.
 
-P = softmax(S), S_dot = scale (q_dot k^T + q k_dot^T) + mask_dot, H = P * S_dot, o_dot = P v_dot + H v - rowsum(H) o.
-Dropout keeps some of P, D = P M / (1 - p) for a mask M of zeros and ones. Then o = D v, and
-o_dot = D v_dot + (D * S_dot) v - rowsum(H) o.
+P = softmax(S), S_dot = scale (q_dot k^T + q k_dot^T) + mask_dot, P_dot = P * (S_dot - rowsum(P * S_dot)), and
+o_dot = P v_dot + P_dot v. Dropout keeps some of P, D = P M / (1 - p) for a mask M of zeros and ones. Then o = D v, and
+o_dot = D v_dot + (D * (S_dot - rowsum(P * S_dot))) v.
 """
 
 from __future__ import annotations
@@ -23,47 +23,54 @@ from pmf.private import tree_leaves
 from pmf.tangents.carriers import values_of
 from pmf.tangents.handlers import ruled
 from pmf.tangents.random_state import replayed
-from pmf.tangents.rules import HANDLERS, argument, is_dual, named, replaced
+from pmf.tangents.rules import HANDLERS, argument, is_dual, mapped, named, replaced
 from pmf.tangents.rules import value as plain
 
 
-def _product(a: Any, b: Any) -> tuple[Tensor, Tensor | None]:
-    """a b and its tangent."""
-    product = plain(a) @ plain(b)
-    dot = total(a.dot @ plain(b) if is_dual(a) else None, plain(a) @ b.dot if is_dual(b) else None)
-    return product, dot
+def scores_of(q: Any, k: Any, scale: float) -> tuple[Tensor, Tensor | None]:
+    """S = scale q k^T and its tangent, in float32 or float64."""
+    q, k = (mapped(x, lambda part: part.to(accumulating(part.dtype))) for x in (q, k))
+    keys = mapped(k, lambda part: scale * part.mT)
+    scores = plain(q) @ plain(keys)
+    return scores, total(q.dot @ plain(keys) if is_dual(q) else None, plain(q) @ keys.dot if is_dual(k) else None)
 
 
-def _transposed(k: Any) -> Any:
-    return k.map(lambda part: part.mT) if is_dual(k) else k.mT
+def weighted(weights: Tensor, scores_dot: Tensor | None, v: Any, kept: Tensor | None = None) -> Any:
+    """o_dot by the formula above, in the dtype of the weights P; `kept` is D, if that is another."""
+    v = mapped(v, lambda part: part.to(weights.dtype))
+    kept = weights if kept is None else kept.to(weights.dtype)
+    dot = kept @ v.dot if is_dual(v) else None
+    if scores_dot is not None:
+        mean = (weights * scores_dot).sum(-1, keepdim=True)
+        dot = total(dot, (kept * (scores_dot - mean)) @ plain(v))
+    return dot
 
 
-def _repeated(x: Any, heads: int) -> Any:
+def accumulating(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of scores and weights, float32 for half precision, as in fused attention."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def repeated(x: Any, heads: int) -> Any:
     """The heads of grouped keys or values, each repeated for the queries that share it."""
-    return _mapped(x, lambda part: part.repeat_interleave(heads // part.shape[-3], -3))
-
-
-def _mapped(x: Any, function) -> Any:
-    return x.map(function) if is_dual(x) else function(x)
+    return mapped(x, lambda part: part.repeat_interleave(heads // part.shape[-3], -3))
 
 
 def _plain(
     out: Tensor, q: Any, k: Any, v: Any, mask: Any, is_causal: bool, scale: float, kept: Tensor | None = None
 ) -> Tensor:
-    """o_dot by the formula above, in plain PyTorch: it needs all scores at once. `kept` is D."""
-    scores, scores_dot = _product(_mapped(q, lambda part: part * scale), _transposed(k))
-    if is_causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if mask is not None:
-        seen = plain(mask)
-        scores = scores.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else scores + seen
-        scores_dot = total(scores_dot, mask.dot if is_dual(mask) else None)
-    weights = scores.softmax(-1).nan_to_num(0)  # as attention gives zero where a query sees no key
-    kept = weights if kept is None else kept
-    dot = kept @ v.dot if is_dual(v) else torch.zeros_like(out)
-    if scores_dot is None:
-        return dot
-    return dot + (kept * scores_dot) @ plain(v) - (weights * scores_dot).sum(-1, keepdim=True) * out
+    """o_dot in plain PyTorch: it needs all scores at once."""
+    with torch.autocast(out.device.type, enabled=False):
+        scores, scores_dot = scores_of(q, k, scale)
+        if is_causal:
+            seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+            mask = seen if mask is None else mask & seen
+        if mask is not None:
+            seen = plain(mask)
+            scores = scores.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else scores + seen
+            scores_dot = total(scores_dot, mask.dot if is_dual(mask) else None)
+        weights = scores.softmax(-1).nan_to_num(0)  # as attention gives zero where a query sees no key
+        return weighted(weights, scores_dot, v, kept).to(out.dtype)
 
 
 def _on_kernels(q: Any, k: Any, v: Any, mask: Any, is_causal: bool, enable_gqa: bool) -> bool:
@@ -83,19 +90,25 @@ def _on_kernels(q: Any, k: Any, v: Any, mask: Any, is_causal: bool, enable_gqa: 
     return module.__name__ != "pmf.reference"
 
 
-def _attention(
-    out, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, kept=None
-):
+def attention_dot(
+    out, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, kept=None,
+    key_lengths=None,
+):  # fmt: skip
+    """o_dot; queries, keys and values are [B, H, S, D], and of sample b only the first key_lengths[b] keys are read."""
     scale = plain(query).shape[-1] ** -0.5 if scale is None else scale
     if kept is None and _on_kernels(query, key, value, attn_mask, is_causal, enable_gqa):
         # Ops take [B, S, H, D]; the product that they need again costs less than a second form of the value.
-        duals = [_mapped(x, lambda part: part.detach().transpose(1, 2)) for x in (query, key, value)]
+        duals = [mapped(x, lambda part: part.detach().transpose(1, 2)) for x in (query, key, value)]
         duals = [x if is_dual(x) else Dual(x) for x in duals]
-        dot: Any = ops.attention(*duals, scale=scale, causal=is_causal, enable_gqa=enable_gqa).dot
+        dot: Any = ops.attention(
+            *duals, scale=scale, causal=is_causal, key_lengths=key_lengths, enable_gqa=enable_gqa
+        ).dot
         return dot.transpose(1, 2)
     if enable_gqa:
         heads = plain(query).shape[-3]
-        key, value = _repeated(key, heads), _repeated(value, heads)
+        key, value = repeated(key, heads), repeated(value, heads)
+    if key_lengths is not None:
+        attn_mask = torch.arange(plain(key).shape[-2], device=out.device) < key_lengths[:, None, None, None]
     return _plain(out, query, key, value, attn_mask, is_causal, scale, kept)
 
 
@@ -117,7 +130,7 @@ def _unfused(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, 
 
     Scores and weights of half precision are float32, as in PyTorch's attention.
     """
-    dtype = torch.promote_types(query.dtype, torch.float32)
+    dtype = accumulating(query.dtype)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if enable_gqa:
         heads = query.shape[-3]
@@ -150,12 +163,12 @@ def _scaled_dot_product(function: Callable, args: tuple, kwargs: dict) -> Any:
             kept = _kept(
                 functools.partial(replay, function), *map(plain, (query, key, value, attn_mask)), *args, **kwargs
             )
-            return _attention(out, query, key, value, attn_mask, *args, **kwargs, kept=kept)
+            return attention_dot(out, query, key, value, attn_mask, *args, **kwargs, kept=kept)
 
         return ruled(rule)(function, args, kwargs)
 
 
-_WITHOUT_DROPOUT = ruled(_attention)
+_WITHOUT_DROPOUT = ruled(attention_dot)
 
 for _function in named("scaled_dot_product_attention"):
     HANDLERS[_function] = _scaled_dot_product

@@ -14,8 +14,10 @@ from pmf.errors import InputError
 from pmf.private import forward_mode, operators_of, tree_broadcast, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from pmf.tangents import (  # noqa: F401 (they register)
     attention,
+    flex_attention,
     in_place,
     norms,
+    packages,
     places,
     pointwise,
     products,

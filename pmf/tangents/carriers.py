@@ -166,6 +166,7 @@ TRACED_BY_NAME: dict[str, Handler] = {
     "__rpow__": _flipped(torch.pow),
     "__rmatmul__": _flipped(torch.matmul),
     "__floordiv__": lambda method, args, kwargs: propagate(torch.floor_divide, args, kwargs),
+    "has_free_unbacked_symbols": lambda function, args, kwargs: function(*values_of(args)),
     "__len__": lambda method, args, kwargs: args[0].value.shape[0],
     "norm": lambda method, args, kwargs: HANDLERS[torch.norm](torch.norm, args, kwargs),
     "pow": lambda method, args, kwargs: HANDLERS[torch.pow](torch.pow, args, kwargs),

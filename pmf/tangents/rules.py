@@ -24,6 +24,17 @@ HANDLERS: dict[Callable | None, Handler] = {}
 TRACED: dict[Callable, Handler] = {}
 """For compilers, the handlers of functions that PyTorch writes in Python."""
 
+FINDERS: list[Callable[[Any], Handler | None]] = []
+"""Each gives the handlers of one package's autograd.Functions, which it knows by name: it may not be installed."""
+
+
+def handler_of(function: Any) -> Handler | None:
+    """The handler of an autograd.Function that is registered or known by name."""
+    found = HANDLERS.get(function) or next(filter(None, (find(function) for find in FINDERS)), None)
+    if found is not None:
+        HANDLERS[function] = found
+    return found
+
 
 def name_of(function: Callable) -> str:
     """The name of a function in messages."""
@@ -78,6 +89,11 @@ def argument(args: tuple, kwargs: dict, slot: tuple[int, str]) -> Any:
     """The argument at a slot, or None."""
     index, name = slot
     return args[index] if index < len(args) else kwargs.get(name)
+
+
+def mapped(x: Any, function: Callable[[Any], Any]) -> Any:
+    """The function of a tensor, or of value and tangent of one that moves."""
+    return x.map(function) if type(x) is Dual else function(x)
 
 
 def values(args: tuple, kwargs: dict) -> tuple[tuple, dict]:

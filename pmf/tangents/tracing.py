@@ -16,6 +16,7 @@ from torch import Tensor
 from pmf.errors import InputError
 from pmf.private import constant
 from pmf.tangents.bodies import UNLISTED
+from pmf.tangents.rules import handler_of
 
 DISPATCHING = UNLISTED | {
     getattr(space, name)
@@ -32,8 +33,8 @@ def trace_as_tensors(kinds: tuple[type, ...]) -> None:
 
     `isinstance(x, Tensor)` and `torch.is_tensor(x)` are true then. `x @ x` works, and `a @ x` of a tensor a is
     `Tensor.__rmatmul__(x, a)`: Dynamo's tables of operators lack @, and it would compute x a. `torch.cat((a, x))` comes
-    to `__torch_function__`, for which Dynamo looks in lists and dicts, but not in tuples. An autograd.Function raises:
-    Dynamo would trace its forward and leave out its backward.
+    to `__torch_function__`, for which Dynamo looks in lists and dicts, but not in tuples. An autograd.Function is left
+    to its handler: Dynamo would trace its forward and leave out its backward.
     """
     backends: Any = sys.modules.get("einops._backends")
     known = getattr(backends, "_type2backend", None)
@@ -93,7 +94,7 @@ def _tell_dynamo(kinds: tuple[type, ...]) -> None:
     called: Any = TorchInGraphFunctionVariable
     called.torch_function_override_enabled = _dispatching(kinds, called.torch_function_override_enabled)
     function: Any = misc.AutogradFunctionVariable
-    function.call_apply = _refusing(known, function.call_apply)
+    function.call_apply = _by_handlers(known, function.call_apply)
     _leave_own_frames()
 
 
@@ -143,11 +144,14 @@ def _parts(x: Any) -> Iterable[Any]:
 def _dispatching(kinds: tuple[type, ...], enabled: Callable) -> Callable:
     """Dynamo's answer whether a function dispatches: yes for more functions where arguments are of these kinds."""
     from torch._dynamo.variables.torch_function import _flatten_vts
+    from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
+
+    dispatching = DISPATCHING | {has_free_unbacked_symbols}  # which FlexAttention asks
 
     def answer(self, tx, args, kwargs):
         if enabled(self, tx, args, kwargs):
             return True
-        if self.get_function() not in DISPATCHING:
+        if self.get_function() not in dispatching:
             return False
         given = [x.realize() for x in _flatten_vts([*args, *kwargs.values()])]
         return any(getattr(x, "value_type", getattr(x, "class_type", None)) in kinds for x in given)
@@ -155,16 +159,31 @@ def _dispatching(kinds: tuple[type, ...], enabled: Callable) -> Callable:
     return answer
 
 
-def _refusing(known: Callable, apply: Callable) -> Callable:
-    """Dynamo's call of an autograd.Function, which raises where an argument is known."""
+def _by_handlers(known: Callable, apply: Callable) -> Callable:
+    """Dynamo's call of an autograd.Function, which leaves it to its handler where an argument is known."""
+    from torch._dynamo.variables import (
+        ConstantVariable,
+        ConstDictVariable,
+        GetAttrVariable,
+        TupleVariable,
+        UserFunctionVariable,
+    )
 
     def call(self, tx, args, kwargs):
-        if any(map(known, [*args, *kwargs.values()])):
-            name = self.fn_cls.__name__
+        if not any(map(known, [*args, *kwargs.values()])):
+            return apply(self, tx, args, kwargs)
+        function, handler = self.fn_cls, handler_of(self.fn_cls)
+        if handler is None:
             raise InputError(
-                f"pmf.jvp: {name}, an autograd.Function, does not compile; expected it outside torch.compile"
+                f"pmf.jvp: {function.__name__}, an autograd.Function, has no rule that compiles; expected one "
+                "registered by pmf.jvp.rule, or the call outside torch.compile"
             )
-        return apply(self, tx, args, kwargs)
+
+        given = (
+            TupleVariable(list(args)),
+            ConstDictVariable({ConstantVariable.create(name): x for name, x in kwargs.items()}),
+        )
+        return UserFunctionVariable(handler).call_function(tx, [GetAttrVariable(self, "apply"), *given], {})
 
     return call
 

@@ -22,7 +22,7 @@ from pmf.tangents.carriers import CARRIERS, TRACED_BY_NAME, inside_call, moves, 
 from pmf.tangents.handlers import by_torch_func, refused, ruled
 from pmf.tangents.interception import intercepted_by
 from pmf.tangents.memory import fitted
-from pmf.tangents.rules import HANDLERS, Handler, is_dual
+from pmf.tangents.rules import Handler, handler_of, is_dual
 
 
 def _passed_on(out: tuple, *args: Any) -> tuple:
@@ -43,8 +43,9 @@ def _named(function: type, apply: Callable) -> Callable:
 def _handler(function: type[torch.autograd.Function], args: tuple) -> Handler:
     """The handler of an autograd.Function."""
     name = f"{function.__module__}.{function.__qualname__}"
-    if function in HANDLERS:
-        return HANDLERS[function]
+    known = handler_of(function)
+    if known is not None:
+        return known
     if name == REENTRANT_CHECKPOINT:
         return refused("reentrant checkpointing hides tangents; expected use_reentrant=False")
     if name == UNUSED_PARAMETERS and args[0]().find_unused_parameters:

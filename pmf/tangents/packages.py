@@ -1,0 +1,177 @@
+"""The rules of other packages' attention, which are autograd.Functions without jvp: flash-attn 2, 3, 4 and xformers.
+
+The versions of flash-attn differ in the arguments of their Functions, whose names tell what they are.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pmf.errors import InputError
+from pmf.pair import Dual
+from pmf.tangents.attention import attention_dot
+from pmf.tangents.handlers import ruled
+from pmf.tangents.rules import FINDERS, Handler, linear_in_first, mapped
+from pmf.tangents.rules import value as plain
+
+ATTENTION = {
+    f"FlashAttn{lengths}{packed}Func" for lengths in ("", "Varlen") for packed in ("", "KVPacked", "QKVPacked")
+}
+ROTATION = {"ApplyRotaryEmb", "ApplyRotaryEmbQKV_", "ApplyRotaryEmbKV_"}
+
+XFORMERS = "xformers.ops.fmha", "_fMHA"
+
+WITHOUT_EFFECT = """
+deterministic disable_scheduler_metadata is_grad_enabled min_seqlen_k num_splits pack_gqa scheduler_metadata
+seqlen_k_per_split sm_margin
+"""
+"""Arguments that say how to compute, not what."""
+
+
+def _of_xformers(function: Any) -> Handler | None:
+    """The handler of xformers' autograd.Function; None for others."""
+    return ruled(_memory_efficient) if (function.__module__, function.__name__) == XFORMERS else None
+
+
+def _memory_efficient(
+    out: tuple, op_fw: Any, op_bw: Any, query: Any, key: Any, value: Any, attn_bias: Any = None, p: float = 0.0,
+    scale: float | None = None, *others: Any,
+) -> tuple:  # fmt: skip
+    """The tangent of softmax(scale q k^T + bias) v, of [B, S, H, D] or [B, S, G, H, D], and None for the statistics."""
+    if p:
+        raise InputError("pmf.jvp: xformers' attention got a moving value and p; expected no dropout")
+    o, q, k, v = (mapped(x, _heads_first) for x in (out[0], query, key, value))
+    causal = type(attn_bias).__name__ == "LowerTriangularMask"
+    if isinstance(attn_bias, Tensor | Dual):
+        attn_bias = mapped(attn_bias, lambda part: part.reshape(-1, *o.shape[1:-1], part.shape[-1]))
+    elif attn_bias is not None and not causal:
+        attn_bias = attn_bias.materialize((*o.shape[:-1], plain(k).shape[2]), dtype=torch.float32, device=o.device)
+    dot = attention_dot(o, q, k, v, None if causal else attn_bias, is_causal=causal, scale=scale)
+    return dot.transpose(1, 2).reshape(out[0].shape), *[None] * (len(out) - 1)
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    return x.flatten(2, -2).transpose(1, 2)
+
+
+def _of_flash_attn(function: Any) -> Handler | None:
+    """The handler of one of flash-attn's autograd.Functions; None for others."""
+    name, module = function.__name__, function.__module__
+    if "flash" not in module:
+        return None
+    if name in ROTATION:
+        return ruled(linear_in_first(lambda *args: function.apply(*args)))
+    if name not in ATTENTION:
+        return None
+    names = list(inspect.signature(function.forward).parameters)[1:]
+
+    def rule(out, *args):
+        return _attention(f"{module}.{name}", out, dict(zip(names, args, strict=False)))
+
+    return ruled(rule)
+
+
+def _attention(name: str, out: Any, given: dict[str, Any]) -> Any:
+    """The tangent of softmax(scale q k^T) v, of [B, S, H, D] or of samples of any length one after another."""
+    q, k, v = _separate(given)
+    scale, causal = given.pop("softmax_scale", None), given.pop("causal", False)
+    left, right = [-1 if side is None else side for side in given.pop("window_size", (-1, -1))]
+    packing = _packing(given)
+    _check_others(name, given)
+    value = out if isinstance(out, Tensor) else out[0]
+    if not value.numel():
+        return None
+    tokens = len(value)
+    if packing is not None:
+        q = packing[0].padded(q)
+        k, v = (packing[1].padded(x) for x in (k, v))
+    queries, keys = plain(q).shape[1], plain(k).shape[1]
+    aligned = packing[0] is packing[1] if packing else queries == keys
+    read: dict[str, Any] = {"key_lengths": packing[1].lengths.clamp(min=1)} if packing else {}
+    if left >= 0 or right >= 0 or (causal and not aligned):
+        seen = _seen(queries, keys, packing, left, 0 if causal else right, value.device)
+        read, causal = {"attn_mask": seen}, False
+    q, k, v = (mapped(x, lambda part: part.transpose(1, 2)) for x in (q, k, v))
+    dot = attention_dot(value, q, k, v, is_causal=causal, scale=scale, enable_gqa=True, **read).transpose(1, 2)
+    if packing is not None:
+        dot = packing[0].joined(dot, tokens)
+    return dot if isinstance(out, Tensor) else (dot, *[None] * (len(out) - 1))
+
+
+def _separate(given: dict[str, Any]) -> list:
+    """q, k and v, which the Function takes apart or as one tensor."""
+    parts: list = []
+    for name in ("q", "k", "v", "kv", "qkv"):
+        x = given.pop(name, None)
+        if x is not None:
+            parts += [x] if len(name) == 1 else [_part(x, i) for i in range(len(name))]
+    return parts
+
+
+def _part(x: Any, i: int) -> Any:
+    return mapped(x, lambda tensor: tensor.select(-3, i))
+
+
+class _Packing:
+    """Samples of any length one after another, [T, ...], the first token of sample b at starts[b]."""
+
+    def __init__(self, starts: Tensor, longest: int | None) -> None:
+        self.starts, self.lengths = starts.long(), starts.diff()
+        self.longest = int(self.lengths.max() if longest is None else longest)
+
+    def padded(self, x: Any) -> Any:
+        """x as [B, longest, ...], zero after the end of each sample."""
+        place = torch.arange(self.longest, device=self.starts.device)
+        outside = place >= self.lengths[:, None]
+        index = (self.starts[:-1, None] + place).masked_fill(outside, 0)
+        return mapped(x, lambda part: part[index].masked_fill(outside[..., None, None], 0))
+
+    def joined(self, x: Tensor, tokens: int) -> Tensor:
+        """The first tokens of each sample one after another, as in what `padded` was given; zero behind the last."""
+        token = torch.arange(tokens, device=x.device)
+        sample = torch.searchsorted(self.starts[1:], token, right=True).clamp(max=len(self.lengths) - 1)
+        place = (token - self.starts[sample]).clamp(max=self.longest - 1)
+        return x[sample, place].masked_fill((token >= self.starts[-1])[:, None, None], 0)
+
+
+def _packing(given: dict[str, Any]) -> tuple[_Packing, _Packing] | None:
+    """How queries and keys are packed, the same object if they are packed alike; None if they are not."""
+    ends = [[given.pop(name + end, None) for end in ("", "_q", "_k")] for name in ("cu_seqlens", "max_seqlen")]
+    (starts, of_queries, of_keys), (longest, longest_query, longest_key) = ends
+    if starts is not None:
+        of_queries, of_keys, longest_query, longest_key = starts, starts, longest, longest
+    if of_queries is None and of_keys is None:
+        return None
+    if of_queries is None or of_keys is None:
+        raise InputError("pmf.jvp: flash-attn got one of cu_seqlens_q and cu_seqlens_k; expected both")
+    queries = _Packing(of_queries, longest_query)
+    alike = of_queries is of_keys and longest_query == longest_key
+    return queries, queries if alike else _Packing(of_keys, longest_key)
+
+
+def _seen(queries: int, keys: int, packing: Any, left: int, right: int, device: torch.device) -> Tensor:
+    """Which keys a query reads, [S_q, S_k] or [B, 1, S_q, S_k]: the last query and the last key stand side by side."""
+    i, j = torch.arange(queries, device=device)[:, None], torch.arange(keys, device=device)
+    if packing is None:
+        beside, seen = j - i - (keys - queries), torch.ones((), dtype=torch.bool, device=device)
+    else:
+        of_queries, of_keys = (part.lengths[:, None, None, None] for part in packing)
+        beside, seen = j - i - (of_keys - of_queries), j < of_keys
+    if left >= 0:
+        seen = seen & (beside >= -left)
+    return seen & (beside <= right) if right >= 0 else seen
+
+
+def _check_others(name: str, given: dict[str, Any]) -> None:
+    """Errors: `InputError` on an argument that changes the value in a way that the formula does not have."""
+    for argument, x in given.items():
+        neutral = x is None or (isinstance(x, int | float) and x <= 0) or argument in WITHOUT_EFFECT.split()
+        if not neutral:
+            raise InputError(f"pmf.jvp: {name} got a moving value and {argument}; expected none of it")
+
+
+FINDERS += [_of_flash_attn, _of_xformers]
