@@ -36,7 +36,8 @@ wheel:
 # The tests that need a GPU, then every kernel test on it, except those that compile for other chips; many processes
 # compile the kernels.
 test-gpu: .venv/dev
-	$(BIN)/python -m pytest -m gpu -rs tests/test_gpu.py tests/pmf/test_averages.py tests/pmf/test_cuda_graphs.py
+	$(BIN)/python -m pytest -m gpu -rs tests/test_gpu.py tests/pmf/test_averages.py tests/pmf/test_cuda_graphs.py \
+		tests/pmf/test_jvp_packages.py tests/pmf/test_jvp_flex_attention.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 12 --dist worksteal tests/kernels \
 		--ignore tests/kernels/test_static.py
 

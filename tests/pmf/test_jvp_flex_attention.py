@@ -144,3 +144,26 @@ def test_a_moving_value_in_a_closure_raises():
 
     with pytest.raises(torch._dynamo.exc.TorchDynamoException):
         pmf.jvp(function, (drawn(4),), (drawn(4, seed=1),))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("mod", ["none", "slopes"])
+def test_on_a_gpu(mod):
+    """Value, tangent and gradients of compiled kernels as of PyTorch's eager form of the operator."""
+    mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, 256, 256, "cuda")
+    slopes = SLOPES.float().cuda()
+    change = {"none": lambda s, b, h, i, j: s * 1, "slopes": lambda s, b, h, i, j: s - slopes[h] * (i - j).abs()}[mod]
+    fused = torch.compile(flex_attention, fullgraph=True)
+    forms = (
+        lambda q, k, v: fused(q, k, v, score_mod=change, block_mask=mask),
+        lambda q, k, v: torch.ops.higher_order.flex_attention(q, k, v, change, mask.as_tuple(), 0.125, {})[0],
+    )
+    primals, tangents = inputs(*[(2, 4, 256, 64)] * 3)
+    results = []
+    for function in forms:
+        leaves = tuple(x.float().cuda().requires_grad_() for x in primals)
+        out, dot = pmf.jvp(function, leaves, tuple(v.float().cuda() for v in tangents))
+        results.append([out, dot, *torch.autograd.grad(out.sin().sum(), leaves)])
+    for a, b in zip(*results, strict=True):
+        assert (a - b).norm() < 0.005 * b.norm()

@@ -8,9 +8,10 @@ import torch
 import pmf
 from pmf import InputError
 from tests.kernels.checks import DEVICE
+from tests.kernels.test_masked_attention import decided  # noqa: F401 (a fixture)
 from tests.pmf.attention_packages import Blocks, LowerTriangularMask, flash_attn, memory_efficient_attention
 from tests.pmf.jvp_checks import PARTITIONED, drawn
-from tests.pmf.test_jvp_no_forward_mode import check
+from tests.pmf.test_jvp_no_forward_mode import check, differences
 
 WINDOWS = [
     {},
@@ -161,6 +162,31 @@ def test_xformers_with_a_moving_bias_or_grouped_heads():
         pmf.jvp(lambda x: memory_efficient_attention(x, x, x, p=0.1), (drawn(2, 7, 4, 8),), (1,))
 
 
+@pytest.mark.parametrize(
+    ("lengths", "options", "kernel"),
+    [
+        ({}, {}, True),
+        ({}, {"causal": True}, True),
+        ({}, {"window_size": (2, 1)}, False),
+        (ALIKE, {"causal": True}, True),
+        (UNLIKE, {}, True),
+        (UNLIKE, {"causal": True}, False),
+    ],
+)
+def test_on_a_gpu_the_tangent_is_the_kernel_s(decided, lengths, options, kernel):  # noqa: F811 (that fixture)
+    call = flash_attn(2, varlen=bool(lengths))
+    tokens = int(lengths["cu_seqlens_k"][-1]) if lengths else 0
+    shapes = [(12, 4, 8), (tokens, 2, 8), (tokens, 2, 8)] if lengths else [(2, 7, 4, 8), (2, 7, 2, 8), (2, 7, 2, 8)]
+    primals, tangents = ([drawn(*shape, seed=first + i) for i, shape in enumerate(shapes)] for first in (0, 5))
+
+    def function(q, k, v):
+        return call(q=q, k=k, v=v, **lengths, **options)
+
+    out, dot = pmf.jvp(function, *(tuple(x.float() for x in part) for part in (primals, tangents)))
+    assert decided == [kernel] and out.dtype == dot.dtype == torch.float32
+    torch.testing.assert_close(dot.double(), differences(function, primals, tangents), rtol=1e-5, atol=1e-5)
+
+
 class Attention(torch.autograd.Function):
     """softmax(q k^T) v as a package's function that compilers can trace."""
 
@@ -239,3 +265,34 @@ def test_the_installed_flash_attn_4(monkeypatch, varlen, causal):
     out, dot = pmf.jvp(lambda *x: function(*x, **options)[0], (q, k, v), tangents)
     wanted = pmf.jvp(lambda q, k, v: stand_in(q=q, k=k, v=v, **options), (q, k, v), tangents)
     assert torch.equal(out, wanted[0]) and torch.equal(dot, wanted[1]) and dot.abs().max() > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (8, 8)}], ids=str)
+@pytest.mark.parametrize("package", ["flash_attn", "flash_attn_interface", "flash_attn.cute"])
+def test_the_installed_packages_on_a_gpu(package, options):
+    """Value, tangent and gradients as of PyTorch's attention with the same mask."""
+    function = getattr(pytest.importorskip(package), "flash_attn_func", None)
+    if function is None:
+        pytest.skip(f"{package} has no flash_attn_func: another package has the name")
+    shape, place = (2, 300, 4, 64), torch.arange(300, device="cuda")
+    beside = place - place[:, None]
+    seen = {"causal": beside <= 0, "window_size": beside.abs() <= 8}.get(next(iter(options), ""))
+
+    def theirs(q, k, v):
+        out = function(q, k, v, **options)
+        return out if isinstance(out, torch.Tensor) else out[0]
+
+    def ours(q, k, v):
+        heads = (x.transpose(1, 2) for x in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=seen).transpose(1, 2)
+
+    tangents = tuple(drawn(*shape, seed=5 + i).cuda().bfloat16() for i in range(3))
+    results = []
+    for attention in (theirs, ours):
+        leaves = tuple(drawn(*shape, seed=i).cuda().bfloat16().requires_grad_() for i in range(3))
+        out, dot = pmf.jvp(attention, leaves, tangents)
+        results.append([out, dot, *torch.autograd.grad(out.float().sin().sum(), leaves)])
+    for a, b in zip(*results, strict=True):
+        assert (a - b).float().norm() < 0.02 * b.float().norm()
