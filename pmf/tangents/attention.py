@@ -8,6 +8,7 @@ o_dot = D v_dot + (D * (S_dot - rowsum(P * S_dot))) v.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,10 @@ from pmf.tangents.handlers import ruled
 from pmf.tangents.random_state import replayed
 from pmf.tangents.rules import HANDLERS, argument, is_dual, mapped, named, replaced
 from pmf.tangents.rules import value as plain
+
+SCORES_AT_ONCE = 2**24
+"""About as many scores of a tangent without kernel are in memory at once; compilers take all of them."""
+LEAST_QUERIES = 64
 
 
 def scores_of(q: Any, k: Any, scale: float) -> tuple[Tensor, Tensor | None]:
@@ -59,18 +64,39 @@ def repeated(x: Any, heads: int) -> Any:
 def _plain(
     out: Tensor, q: Any, k: Any, v: Any, mask: Any, is_causal: bool, scale: float, kept: Tensor | None = None
 ) -> Tensor:
-    """o_dot in plain PyTorch: it needs all scores at once."""
-    with torch.autocast(out.device.type, enabled=False):
+    """o_dot in plain PyTorch, of so many queries at once that their scores fit a limit."""
+    (*batch, queries, _), keys = plain(q).shape, plain(k).shape[-2]
+    if is_causal:
+        seen = torch.ones(queries, keys, dtype=torch.bool, device=out.device).tril()
+        mask = seen if mask is None else mask & seen
+    if torch.compiler.is_compiling():
+        return _of_queries(q, k, v, mask, scale, kept).to(out.dtype)
+    step = max(LEAST_QUERIES, SCORES_AT_ONCE // max(1, math.prod(batch) * keys))
+    parts = []
+    for start in range(0, max(1, queries), step):
+        rows = slice(start, start + step)
+        part = _of_queries(_rows(q, rows), k, v, _rows(mask, rows), scale, _rows(kept, rows))
+        parts.append(part.to(out.dtype))
+    return torch.cat(parts, -2) if len(parts) > 1 else parts[0]
+
+
+def _rows(x: Any, rows: slice) -> Any:
+    """The queries of a tensor, or all of it if it says the same of every query."""
+    if x is None or plain(x).shape[-2] == 1:
+        return x
+    return mapped(x, lambda part: part[..., rows, :])
+
+
+def _of_queries(q: Any, k: Any, v: Any, mask: Any, scale: float, kept: Tensor | None) -> Tensor:
+    """o_dot of some queries, in the dtype of the weights."""
+    with torch.autocast(plain(q).device.type, enabled=False):
         scores, scores_dot = scores_of(q, k, scale)
-        if is_causal:
-            seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-            mask = seen if mask is None else mask & seen
         if mask is not None:
             seen = plain(mask)
             scores = scores.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else scores + seen
             scores_dot = total(scores_dot, mask.dot if is_dual(mask) else None)
         weights = scores.softmax(-1).nan_to_num(0)  # as attention gives zero where a query sees no key
-        return weighted(weights, scores_dot, v, kept).to(out.dtype)
+        return weighted(weights, scores_dot, v, kept)
 
 
 def _on_kernels(q: Any, k: Any, v: Any, mask: Any, is_causal: bool, enable_gqa: bool) -> bool:

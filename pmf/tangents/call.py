@@ -73,6 +73,8 @@ def _jvp(func: Callable, primals: tuple, tangents: tuple, has_aux: bool, rows: i
     """`jvp`. Apart from it, so that torch.compile(jvp) compiles what Dynamo may not begin with."""
     if forward_mode() and (torch.compiler.is_compiling() or forward_mode_around()):
         raise InputError("pmf.jvp: expected no torch.func.jvp or forward_ad around it, which it would not carry on")
+    if not callable(func):
+        raise InputError(f"pmf.jvp: func must be callable, got {type(func).__name__}")
     leaves, dots, spec = _leaves(primals, tangents)
     if rows is not None:
         return _on_last_rows(func, leaves, dots, spec, has_aux, rows)

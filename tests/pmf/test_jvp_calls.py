@@ -36,6 +36,11 @@ def test_outputs_that_would_hide_tangents_are_refused(function):
     assert pmf.jvp(lambda x: (x, function(x)), (drawn(3),), (1,), has_aux=True)[1].sum() == 3
 
 
+def test_what_cannot_be_called_is_refused():
+    with pytest.raises(InputError, match=r"^pmf.jvp: func must be callable, got Tensor$"):
+        pmf.jvp(drawn(3), (drawn(3),), (1,))
+
+
 @pytest.mark.parametrize(
     ("primal", "tangent", "message"),
     [
