@@ -40,6 +40,11 @@ def scores_of(q: Any, k: Any, scale: float) -> tuple[Tensor, Tensor | None]:
     return scores, total(q.dot @ plain(keys) if is_dual(q) else None, plain(q) @ keys.dot if is_dual(k) else None)
 
 
+def weights_of(scores: Tensor) -> Tensor:
+    """P; zero where a query sees no key, as fused attention has it."""
+    return scores.softmax(-1).masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0)
+
+
 def weighted(weights: Tensor, scores_dot: Tensor | None, v: Any, kept: Tensor | None = None) -> Any:
     """o_dot by the formula above, in the dtype of the weights P; `kept` is D, if that is another."""
     v = mapped(v, lambda part: part.to(weights.dtype))
@@ -95,8 +100,7 @@ def _of_queries(q: Any, k: Any, v: Any, mask: Any, scale: float, kept: Tensor | 
             seen = plain(mask)
             scores = scores.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else scores + seen
             scores_dot = total(scores_dot, mask.dot if is_dual(mask) else None)
-        weights = scores.softmax(-1).nan_to_num(0)  # as attention gives zero where a query sees no key
-        return weighted(weights, scores_dot, v, kept)
+        return weighted(weights_of(scores), scores_dot, v, kept)
 
 
 def _on_kernels(q: Any, k: Any, v: Any, mask: Any, is_causal: bool, enable_gqa: bool) -> bool:

@@ -92,6 +92,7 @@ def _jvp(func: Callable, primals: tuple, tangents: tuple, has_aux: bool, rows: i
 @contextmanager
 def _eager_call() -> Iterator[None]:
     try:
+        packages.look_up_late()
         with open_call(), wrappers.seen_through():
             yield
     except RuntimeError as error:

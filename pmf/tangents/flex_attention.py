@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.func import jvp as forward_jvp  # scripts may put pmf.jvp in its place
 
 from pmf.private import FLEX_ATTENTION, for_each_score, is_plain_attention
-from pmf.tangents.attention import accumulating, attention_dot, repeated, scores_of, weighted
+from pmf.tangents.attention import accumulating, attention_dot, repeated, scores_of, weighted, weights_of
 from pmf.tangents.handlers import ruled
 from pmf.tangents.rules import HANDLERS, is_dual, mapped
 from pmf.tangents.rules import value as plain
@@ -32,12 +32,13 @@ def _flex_attention(
     unit = 1 if options.get("BACKEND") == "FLASH" else 1 / math.log(2)
     samples, heads = plain(query).shape[:2]
     key, value = (mapped(repeated(x, heads), lambda part: part.expand(samples, -1, -1, -1)) for x in (key, value))
-    if is_plain_attention(score_mod, block_mask) and not greatest.numel():
-        of_lse = unit * scale * _of_sum(query, key, scale) if lse.numel() else None
+    if is_plain_attention(score_mod, block_mask) and not options.get("OUTPUT_MAX"):
+        asked = lse.numel() and options.get("OUTPUT_LOGSUMEXP", True)
+        of_lse = unit * scale * _of_sum(query, key, scale) if asked else None
         return attention_dot(o, query, key, value, scale=scale), of_lse, None
     with torch.autocast(o.device.type, enabled=False):
         scores, dot = _scores(query, key, score_mod, block_mask, scale)
-        weights = scores.softmax(-1).nan_to_num(0)
+        weights = weights_of(scores)
         of_lse = unit * (weights * dot).sum(-1) if lse.numel() else None
         of_greatest = unit * dot.gather(-1, scores.argmax(-1, keepdim=True)).squeeze(-1) if greatest.numel() else None
         return weighted(weights, dot, value).to(o.dtype), of_lse, of_greatest

@@ -5,7 +5,11 @@ The versions of flash-attn differ in the arguments of their Functions, whose nam
 
 from __future__ import annotations
 
+import functools
 import inspect
+import sys
+from collections.abc import Callable
+from types import BuiltinMethodType, MethodType
 from typing import Any
 
 import torch
@@ -21,8 +25,10 @@ from pmf.tangents.rules import value as plain
 ATTENTION = {
     f"FlashAttn{lengths}{packed}Func" for lengths in ("", "Varlen") for packed in ("", "KVPacked", "QKVPacked")
 }
-ROTATION = {"ApplyRotaryEmb", "ApplyRotaryEmbQKV_", "ApplyRotaryEmbKV_"}
-
+LINEAR = {"ApplyRotaryEmb", "ApplyRotaryEmbQKV_", "ApplyRotaryEmbKV_", "IndexFirstAxis", "IndexPutFirstAxis"}
+"""What is linear in its first argument: rotations, also in place, and padding."""
+MODULES = "flash_attn_interface", "flash_attn.cute.interface", "layers.rotary", "bert_padding"
+"""The ends of the names of their modules."""
 XFORMERS = "xformers.ops.fmha", "_fMHA"
 
 WITHOUT_EFFECT = """
@@ -30,6 +36,10 @@ deterministic disable_scheduler_metadata is_grad_enabled min_seqlen_k num_splits
 seqlen_k_per_split sm_margin
 """
 """Arguments that say how to compute, not what."""
+FOLLOWED = """
+q k v kv qkv softmax_scale causal window_size cu_seqlens cu_seqlens_q cu_seqlens_k max_seqlen max_seqlen_q max_seqlen_k
+"""
+"""Arguments that the formula has."""
 
 
 def _of_xformers(function: Any) -> Handler | None:
@@ -61,55 +71,83 @@ def _heads_first(x: Tensor) -> Tensor:
 def _of_flash_attn(function: Any) -> Handler | None:
     """The handler of one of flash-attn's autograd.Functions; None for others."""
     name, module = function.__name__, function.__module__
-    if "flash" not in module:
+    if not module.endswith(MODULES):
         return None
-    if name in ROTATION:
-        return ruled(linear_in_first(lambda *args: function.apply(*args)))
+    if name in LINEAR:
+        return _linear
     if name not in ATTENTION:
         return None
     names = list(inspect.signature(function.forward).parameters)[1:]
 
     def rule(out, *args):
-        return _attention(f"{module}.{name}", out, dict(zip(names, args, strict=False)))
+        return _attention(f"{module}.{name}", out, names, args)
 
     return ruled(rule)
 
 
-def _attention(name: str, out: Any, given: dict[str, Any]) -> Any:
+def _linear(function: Callable, args: tuple, kwargs: dict) -> Any:
+    return ruled(linear_in_first(function))(function, args, kwargs)
+
+
+def _attention(name: str, out: Any, names: list[str], args: tuple) -> Any:
     """The tangent of softmax(scale q k^T) v, of [B, S, H, D] or of samples of any length one after another."""
-    q, k, v = _separate(given)
-    scale, causal = given.pop("softmax_scale", None), given.pop("causal", False)
-    left, right = [-1 if side is None else side for side in given.pop("window_size", (-1, -1))]
-    packing = _packing(given)
-    _check_others(name, given)
+    given = dict(zip(names, args, strict=False))
+    _check(name, given)
     value = out if isinstance(out, Tensor) else out[0]
     if not value.numel():
         return None
     tokens = len(value)
+    q, k, v = _separate(given)
+    packing = _packing(given)
     if packing is not None:
         q = packing[0].padded(q)
         k, v = (packing[1].padded(x) for x in (k, v))
-    queries, keys = plain(q).shape[1], plain(k).shape[1]
+    queries, keys, causal = plain(q).shape[1], plain(k).shape[1], given.get("causal", False)
     aligned = packing[0] is packing[1] if packing else queries == keys
+    left, right = _window(given, keys)
     read: dict[str, Any] = {"key_lengths": packing[1].lengths.clamp(min=1)} if packing else {}
     if left >= 0 or right >= 0 or (causal and not aligned):
+        if "window_size" not in names:
+            raise InputError(f"pmf.jvp: {name} got causal and unequal lengths; expected flash-attn 2.3 or later")
         seen = _seen(queries, keys, packing, left, 0 if causal else right, value.device)
         read, causal = {"attn_mask": seen}, False
     q, k, v = (mapped(x, lambda part: part.transpose(1, 2)) for x in (q, k, v))
+    scale = given.get("softmax_scale")
     dot = attention_dot(value, q, k, v, is_causal=causal, scale=scale, enable_gqa=True, **read).transpose(1, 2)
     if packing is not None:
         dot = packing[0].joined(dot, tokens)
     return dot if isinstance(out, Tensor) else (dot, *[None] * (len(out) - 1))
 
 
+def _check(name: str, given: dict[str, Any]) -> None:
+    """Errors: `InputError` on an argument that changes the value in a way that the formula does not have."""
+    known = {*WITHOUT_EFFECT.split(), *FOLLOWED.split()}
+    for argument, x in given.items():
+        empty = x is None or (isinstance(x, (int, float)) and x <= 0) or (isinstance(x, (tuple, list)) and not x)
+        if not empty and argument not in known:
+            raise InputError(f"pmf.jvp: {name} got a moving value and {argument}; expected none of it")
+    left, right = given.get("window_size") or (None, None)
+    endless = left is not None and right is not None and max(left, right) < 0
+    counted = [x for x in ((left,) if given.get("causal") else (left, right)) if x is not None]
+    if "learnable_sink" in given and not endless and min(counted, default=0) < 0:  # versions 4 differ in what they read
+        message = f"got window_size {(left, right)}; expected None for a side without limit"
+        raise InputError(f"pmf.jvp: {name} {message}")
+
+
+def _window(given: dict[str, Any], keys: int) -> tuple[int, int]:
+    """How many keys before and behind its own a query reads; -1 for all."""
+    left, right = (-1 if side is None else side for side in given.get("window_size", (-1, -1)))
+    return (
+        left,
+        -1 if "dropout_p" in given and right >= keys else right,
+    )  # as version 2 has it, for more queries than keys
+
+
 def _separate(given: dict[str, Any]) -> list:
     """q, k and v, which the Function takes apart or as one tensor."""
-    parts: list = []
-    for name in ("q", "k", "v", "kv", "qkv"):
-        x = given.pop(name, None)
-        if x is not None:
-            parts += [x] if len(name) == 1 else [_part(x, i) for i in range(len(name))]
-    return parts
+    tensors = [given[name] for name in ("q", "k", "v", "kv", "qkv") if given.get(name) is not None]
+    last = [_part(tensors[-1], i) for i in range(4 - len(tensors))] if len(tensors) < 3 else tensors[2:]
+    return [*tensors[: 3 - len(last)], *last]
 
 
 def _part(x: Any, i: int) -> Any:
@@ -125,6 +163,8 @@ class _Packing:
 
     def padded(self, x: Any) -> Any:
         """x as [B, longest, ...], zero after the end of each sample."""
+        if not len(plain(x)):
+            return mapped(x, lambda part: part.new_zeros(len(self.lengths), self.longest, *part.shape[1:]))
         place = torch.arange(self.longest, device=self.starts.device)
         outside = place >= self.lengths[:, None]
         index = (self.starts[:-1, None] + place).masked_fill(outside, 0)
@@ -140,17 +180,18 @@ class _Packing:
 
 def _packing(given: dict[str, Any]) -> tuple[_Packing, _Packing] | None:
     """How queries and keys are packed, the same object if they are packed alike; None if they are not."""
-    ends = [[given.pop(name + end, None) for end in ("", "_q", "_k")] for name in ("cu_seqlens", "max_seqlen")]
-    (starts, of_queries, of_keys), (longest, longest_query, longest_key) = ends
-    if starts is not None:
-        of_queries, of_keys, longest_query, longest_key = starts, starts, longest, longest
-    if of_queries is None and of_keys is None:
+    starts, lengths = (
+        [given.get(name), given.get(f"{name}_q"), given.get(f"{name}_k")] for name in ("cu_seqlens", "max_seqlen")
+    )
+    if starts[0] is not None:
+        starts, lengths = [starts[0]] * 3, [lengths[0]] * 3
+    if starts[1] is None and starts[2] is None:
         return None
-    if of_queries is None or of_keys is None:
+    if starts[1] is None or starts[2] is None:
         raise InputError("pmf.jvp: flash-attn got one of cu_seqlens_q and cu_seqlens_k; expected both")
-    queries = _Packing(of_queries, longest_query)
-    alike = of_queries is of_keys and longest_query == longest_key
-    return queries, queries if alike else _Packing(of_keys, longest_key)
+    queries = _Packing(starts[1], lengths[1])
+    alike = starts[1] is starts[2] and lengths[1] == lengths[2]
+    return queries, queries if alike else _Packing(starts[2], lengths[2])
 
 
 def _seen(queries: int, keys: int, packing: Any, left: int, right: int, device: torch.device) -> Tensor:
@@ -166,12 +207,16 @@ def _seen(queries: int, keys: int, packing: Any, left: int, right: int, device: 
     return seen & (beside <= right) if right >= 0 else seen
 
 
-def _check_others(name: str, given: dict[str, Any]) -> None:
-    """Errors: `InputError` on an argument that changes the value in a way that the formula does not have."""
-    for argument, x in given.items():
-        neutral = x is None or (isinstance(x, int | float) and x <= 0) or argument in WITHOUT_EFFECT.split()
-        if not neutral:
-            raise InputError(f"pmf.jvp: {name} got a moving value and {argument}; expected none of it")
+def look_up_late() -> None:
+    """Let flash-attn's padding look its Functions up when it applies them: what is looked up earlier hides tangents."""
+    module = sys.modules.get("flash_attn.bert_padding")
+    for name, function in (("index_first_axis", "IndexFirstAxis"), ("index_put_first_axis", "IndexPutFirstAxis")):
+        if isinstance(getattr(module, name, None), MethodType | BuiltinMethodType):
+            setattr(module, name, functools.partial(_applied, getattr(module, function)))
+
+
+def _applied(function: Any, *args: Any) -> Any:
+    return function.apply(*args)
 
 
 FINDERS += [_of_flash_attn, _of_xformers]

@@ -168,9 +168,13 @@ def _by_handlers(known: Callable, apply: Callable) -> Callable:
         TupleVariable,
         UserFunctionVariable,
     )
+    from torch._dynamo.variables.lists import BaseListVariable
+
+    def holds(x):
+        return known(x) or (isinstance(x, BaseListVariable) and any(map(holds, x.items)))
 
     def call(self, tx, args, kwargs):
-        if not any(map(known, [*args, *kwargs.values()])):
+        if not any(map(holds, [*args, *kwargs.values()])):
             return apply(self, tx, args, kwargs)
         function, handler = self.fn_cls, handler_of(self.fn_cls)
         if handler is None:

@@ -56,7 +56,7 @@ def _attend(given: dict) -> Tensor:
     tensors = [given[name] for name in ("q", "k", "v", "kv", "qkv") if name in given]
     q, k, v = [tensors, [tensors[0], *tensors[-1].unbind(-3)], tensors[0].unbind(-3)][3 - len(tensors)]
     starts = [given.get(f"cu_seqlens{end}", given.get("cu_seqlens")) for end in ("_q", "_k")]
-    options = given.get("softmax_scale"), given["causal"], given["window_size"]
+    options = given.get("softmax_scale"), given["causal"], given.get("window_size", (None, None)), "dropout_p" in given
     if starts[0] is None:
         return torch.stack([_sample(*x, *options) for x in zip(q, k, v, strict=True)])
     ends = [list(itertools.pairwise(x)) for x in starts]
@@ -64,11 +64,12 @@ def _attend(given: dict) -> Tensor:
     return torch.cat([*samples, q.new_zeros(len(q) - starts[0][-1], q.shape[1], v.shape[2])])
 
 
-def _sample(q: Tensor, k: Tensor, v: Tensor, scale, causal, window) -> Tensor:
+def _sample(q: Tensor, k: Tensor, v: Tensor, scale, causal, window, second) -> Tensor:
     """Of one sample [S, H, D]; the last query and the last key stand side by side."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     beside = torch.arange(len(k)) - torch.arange(len(q))[:, None] - (len(k) - len(q))
     left, right = (-1 if side is None else side for side in window)
+    right = -1 if second and right >= len(k) else right
     seen = (beside <= 0) if causal else torch.ones_like(beside, dtype=torch.bool)
     seen = seen & (beside >= -left) if left >= 0 else seen
     seen = seen & (beside <= right) if right >= 0 else seen

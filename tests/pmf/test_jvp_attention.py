@@ -78,6 +78,16 @@ def test_no_more_scores_are_alive_than_a_part_has(monkeypatch):
     assert peak(all_at_once // 8) < 0.25 * peak(all_at_once)
 
 
+def test_what_is_no_number_has_no_tangent():
+    """Only a query that sees no key stands still."""
+    (q, k, v), tangents = inputs()
+    q[0, 0, 2, 0] = torch.nan
+    seen = torch.ones(7, 9, dtype=torch.bool)
+    seen[4] = False
+    out, dot = pmf.jvp(lambda *x: F.scaled_dot_product_attention(*x, attn_mask=seen), (q, k, v), tangents)
+    assert torch.equal(out.isnan(), dot.isnan()) and dot[0, 0, 2].isnan().all() and not dot[0, 0, 4].any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("size", [1, 60])
 def test_scores_of_half_precision_are_float32(dtype, size):

@@ -1,6 +1,8 @@
 """`pmf.jvp` of attention by flash-attn and xformers: stand-ins with their arguments, and the installed flash-attn-4."""
 
 import importlib
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ import pmf
 from pmf import InputError
 from tests.kernels.checks import DEVICE
 from tests.kernels.test_masked_attention import decided  # noqa: F401 (a fixture)
-from tests.pmf.attention_packages import Blocks, LowerTriangularMask, flash_attn, memory_efficient_attention
+from tests.pmf.attention_packages import FORMS, Blocks, LowerTriangularMask, flash_attn, memory_efficient_attention
 from tests.pmf.jvp_checks import PARTITIONED, drawn
 from tests.pmf.test_jvp_no_forward_mode import check, differences
 
@@ -54,6 +56,31 @@ def test_flash_attn_of_samples_of_any_length(version, lengths, options):
     compare(lambda q, k, v: call(q=q, k=k, v=v, **lengths, **options), (12, 4, 8), (tokens, 2, 8), (tokens, 2, 8))
 
 
+def test_a_window_to_the_right_of_more_queries_than_keys():
+    """Version 2 drops it from as many keys on as there are."""
+    call = flash_attn(2)
+    compare(lambda q, k, v: call(q=q, k=k, v=v, window_size=(-1, 4)), (2, 9, 4, 8), (2, 4, 4, 8), (2, 4, 4, 8))
+    call = flash_attn(3)
+    compare(lambda q, k, v: call(q=q, k=k, v=v, window_size=(-1, 4)), (2, 9, 4, 8), (2, 4, 4, 8), (2, 4, 4, 8))
+
+
+def test_samples_without_keys():
+    call, none = flash_attn(2, varlen=True), torch.zeros(5, dtype=torch.int32)
+    q, k = drawn(12, 4, 8), drawn(0, 4, 8)
+    lengths = {"cu_seqlens_q": STARTS, "cu_seqlens_k": none, "max_seqlen_q": 7, "max_seqlen_k": 1}
+    out, dot = pmf.jvp(lambda q, k: call(q=q, k=k, v=k, **lengths), (q, k), (q, k))
+    assert not out.any() and torch.equal(dot, torch.zeros_like(q))
+
+
+def test_versions_before_windows_align_causal_queries_in_two_ways(monkeypatch):
+    monkeypatch.setitem(FORMS[2], "options", "dropout_p softmax_scale causal return_softmax")
+    call = flash_attn(2)
+    compare(lambda q, k, v: call(q=q, k=k, v=v, causal=True), *[(2, 7, 4, 8)] * 3)
+    q, k = drawn(2, 7, 4, 8), drawn(2, 9, 4, 8)
+    with pytest.raises(InputError, match=r"got causal and unequal lengths; expected flash-attn 2\.3 or later"):
+        pmf.jvp(lambda q: call(q=q, k=k, v=k, causal=True), (q,), (q,))
+
+
 def test_flash_attn_without_the_greatest_length():
     call, lengths = flash_attn(4, varlen=True), {"cu_seqlens_q": STARTS, "cu_seqlens_k": OTHER_STARTS}
     compare(lambda q, k, v: call(q=q, k=k, v=v, **lengths), (12, 4, 8), (9, 4, 8), (9, 4, 8))
@@ -85,6 +112,8 @@ def test_tokens_behind_the_last_sample_stand_still():
         (2, {"dropout_p": 0.1}, "FlashAttnFunc got a moving value and dropout_p"),
         (2, {"alibi_slopes": torch.ones(4)}, "alibi_slopes"),
         (2, {"return_softmax": True}, "return_softmax"),
+        (4, {"window_size": (3, -1)}, r"got window_size \(3, -1\); expected None for a side without limit"),
+        (4, {"window_size": (None, -2)}, r"got window_size \(None, -2\)"),
         (3, {"softcap": 3.0}, "flash_attn_interface.FlashAttnFunc got a moving value and softcap"),
         (3, {"qv": torch.ones(2, 7, 4, 8)}, "qv"),
         (4, {"learnable_sink": torch.ones(4)}, "learnable_sink"),
@@ -142,6 +171,78 @@ def test_flash_attn_s_rotation(inplace):
         return turned.sin() + h
 
     compare(function, (2, 7, 4, 8))
+
+
+def compiled(function, *inputs, tangents, where):
+    torch._dynamo.reset()
+    if where == "block":
+        return pmf.jvp(torch.compile(function, **PARTITIONED), inputs, tangents)
+    return torch.compile(lambda *given: pmf.jvp(function, given, tangents), **PARTITIONED)(*inputs)
+
+
+@pytest.mark.parametrize("where", ["whole call", "block"])
+def test_flash_attn_s_rotation_compiles(where):
+    cos, sin = drawn(7, 1, 4, seed=5).cos(), drawn(7, 1, 4, seed=5).sin()
+
+    def function(x):
+        return ApplyRotaryEmb.apply(x.sin(), cos, sin, False, False).cos()
+
+    x, v = drawn(2, 7, 4, 8).requires_grad_(), (drawn(2, 7, 4, 8, seed=1),)
+    for a, b in zip(compiled(function, x, tangents=v, where=where), pmf.jvp(function, (x,), v), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+class IndexFirstAxis(torch.autograd.Function):
+    """Stands in for flash-attn's, which its padding applies by a name bound when it is imported."""
+
+    @staticmethod
+    def forward(ctx, x, indices):
+        ctx.save_for_backward(indices)
+        ctx.samples = len(x)
+        return x[indices]
+
+    @staticmethod
+    def backward(ctx, grad):
+        (indices,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.samples, *grad.shape[1:]).index_copy(0, indices, grad), None
+
+
+class IndexPutFirstAxis(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, indices, samples):
+        ctx.save_for_backward(indices)
+        return values.new_zeros(samples, *values.shape[1:]).index_copy(0, indices, values)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (indices,) = ctx.saved_tensors
+        return grad[indices], None, None
+
+
+@pytest.fixture
+def bert_padding(monkeypatch):
+    module = ModuleType("flash_attn.bert_padding")
+    for function in (IndexFirstAxis, IndexPutFirstAxis):
+        monkeypatch.setattr(function, "__module__", module.__name__)
+        setattr(module, function.__name__, function)
+    module.index_first_axis, module.index_put_first_axis = IndexFirstAxis.apply, IndexPutFirstAxis.apply
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return module
+
+
+@pytest.mark.parametrize("where", ["eager", "whole call", "block"])
+def test_flash_attn_s_padding(bert_padding, where):
+    present = torch.tensor([0, 1, 4, 5, 6])
+
+    def function(x):
+        return bert_padding.index_put_first_axis(bert_padding.index_first_axis(x, present).sin(), present, 7)
+
+    compare(function, (7, 4))
+    x, v = drawn(7, 4).requires_grad_(), (drawn(7, 4, seed=1),)
+    if where != "eager":
+        for a, b in zip(compiled(function, x, tangents=v, where=where), pmf.jvp(function, (x,), v), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert torch.equal(function(x)[present], x[present].sin())  # the module works outside calls as before
 
 
 @pytest.mark.parametrize("bias", [None, "tensor", "causal", "blocks"])
@@ -217,23 +318,14 @@ FlashAttnFunc = type("FlashAttnFunc", (Attention,), {"__module__": "flash_attn.f
 
 @pytest.mark.parametrize("where", ["whole call", "block"])
 def test_flash_attn_compiles(where):
-    torch._dynamo.reset()
     inputs = [drawn(2, 7, 4, 8, seed=i).requires_grad_() for i in range(3)]
     tangents = tuple(drawn(2, 7, 4, 8, seed=3 + i) for i in range(3))
 
     def network(q, k, v):
         return FlashAttnFunc.apply(q.sin(), k, v, 0.3, False).cos()
 
-    def call(*inputs):
-        return pmf.jvp(network, inputs, tangents)
-
-    block = torch.compile(network, **PARTITIONED)
-    expected = call(*inputs)
-    got = (
-        torch.compile(call, **PARTITIONED)(*inputs)
-        if where == "whole call"
-        else pmf.jvp(block, tuple(inputs), tangents)
-    )
+    expected = pmf.jvp(network, tuple(inputs), tangents)
+    got = compiled(network, *inputs, tangents=tangents, where=where)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     got, expected = (torch.autograd.grad(out.sum(), inputs) for out in (got[0], expected[0]))
@@ -242,7 +334,7 @@ def test_flash_attn_compiles(where):
 
 
 @pytest.mark.extras
-@pytest.mark.skipif(DEVICE == "cuda", reason="where there is a GPU, test_gpu.py runs the package")
+@pytest.mark.skipif(DEVICE == "cuda", reason="where there is a GPU, its kernels run")
 @pytest.mark.parametrize("varlen", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_installed_flash_attn_4(monkeypatch, varlen, causal):
