@@ -1,6 +1,7 @@
 """The rules of other packages' attention, which are autograd.Functions without jvp: flash-attn 2, 3, 4 and xformers.
 
-The versions of flash-attn differ in the arguments of their Functions, whose names tell what they are.
+The versions of flash-attn differ in the arguments of their Functions: `dropout_p` is of version 2, `learnable_sink` of
+4, and before 2.3 there is no `window_size`.
 """
 
 from __future__ import annotations
@@ -121,10 +122,10 @@ def _attention(name: str, out: Any, names: list[str], args: tuple) -> Any:
 
 def _check(name: str, given: dict[str, Any]) -> None:
     """Errors: `InputError` on an argument that changes the value in a way that the formula does not have."""
-    known = {*WITHOUT_EFFECT.split(), *FOLLOWED.split()}
-    for argument, x in given.items():
+    known = WITHOUT_EFFECT.split() + FOLLOWED.split()
+    for argument, x in [(argument, x) for argument, x in given.items() if argument not in known]:
         empty = x is None or (isinstance(x, (int, float)) and x <= 0) or (isinstance(x, (tuple, list)) and not x)
-        if not empty and argument not in known:
+        if not empty:
             raise InputError(f"pmf.jvp: {name} got a moving value and {argument}; expected none of it")
     left, right = given.get("window_size") or (None, None)
     endless = left is not None and right is not None and max(left, right) < 0
@@ -137,17 +138,17 @@ def _check(name: str, given: dict[str, Any]) -> None:
 def _window(given: dict[str, Any], keys: int) -> tuple[int, int]:
     """How many keys before and behind its own a query reads; -1 for all."""
     left, right = (-1 if side is None else side for side in given.get("window_size", (-1, -1)))
-    return (
-        left,
-        -1 if "dropout_p" in given and right >= keys else right,
-    )  # as version 2 has it, for more queries than keys
+    dropped = "dropout_p" in given and right >= keys  # as version 2 has it, also where queries are more than keys
+    return left, -1 if dropped else right
 
 
 def _separate(given: dict[str, Any]) -> list:
     """q, k and v, which the Function takes apart or as one tensor."""
-    tensors = [given[name] for name in ("q", "k", "v", "kv", "qkv") if given.get(name) is not None]
-    last = [_part(tensors[-1], i) for i in range(4 - len(tensors))] if len(tensors) < 3 else tensors[2:]
-    return [*tensors[: 3 - len(last)], *last]
+    if "qkv" in given:
+        return [_part(given["qkv"], i) for i in range(3)]
+    if "kv" in given:
+        return [given["q"], *[_part(given["kv"], i) for i in range(2)]]
+    return [given["q"], given["k"], given["v"]]
 
 
 def _part(x: Any, i: int) -> Any:
