@@ -31,11 +31,12 @@ def _flex_attention(
     o, lse, greatest = out
     unit = 1 if options.get("BACKEND") == "FLASH" else 1 / math.log(2)
     samples, heads = plain(query).shape[:2]
-    key, value = (mapped(repeated(x, heads), lambda part: part.expand(samples, -1, -1, -1)) for x in (key, value))
+    key, value = (mapped(x, lambda part: part.expand(samples, -1, -1, -1)) for x in (key, value))
     if is_plain_attention(score_mod, block_mask) and not options.get("OUTPUT_MAX"):
         asked = lse.numel() and options.get("OUTPUT_LOGSUMEXP", True)
         of_lse = unit * scale * _of_sum(query, key, scale) if asked else None
-        return attention_dot(o, query, key, value, scale=scale), of_lse, None
+        return attention_dot(o, query, key, value, scale=scale, enable_gqa=True), of_lse, None
+    key, value = repeated(key, heads), repeated(value, heads)
     with torch.autocast(o.device.type, enabled=False):
         scores, dot = _scores(query, key, score_mod, block_mask, scale)
         weights = weights_of(scores)
@@ -50,8 +51,11 @@ def _of_sum(query: Any, key: Any, scale: float) -> Tensor:
     dtype = accumulating(q.dtype)
     terms = [(query.dot, k)] if is_dual(query) else []
     terms += [(q, key.dot)] if is_dual(key) else []
-    read = [(a * F.scaled_dot_product_attention(q, k, x, scale=scale)).sum(-1, dtype=dtype) for a, x in terms]
-    return sum(read, torch.zeros_like(q[..., 0], dtype=dtype))
+    found = torch.zeros_like(q[..., 0], dtype=dtype)
+    for of_queries, of_keys in terms:
+        read = F.scaled_dot_product_attention(q, k, of_keys, scale=scale, enable_gqa=True)
+        found = found + (of_queries * read).sum(-1, dtype=dtype)
+    return found
 
 
 def _scores(query: Any, key: Any, score_mod: Callable, block_mask: tuple, scale: float) -> tuple[Tensor, Tensor]:
