@@ -37,7 +37,7 @@ wheel:
 # compile the kernels.
 test-gpu: .venv/dev
 	$(BIN)/python -m pytest -m gpu -rs tests/test_gpu.py tests/pmf/test_averages.py tests/pmf/test_cuda_graphs.py \
-		tests/pmf/test_jvp_packages.py tests/pmf/test_jvp_flex_attention.py
+		tests/pmf/test_jvp_packages.py tests/pmf/test_jvp_flex_attention.py tests/pmf/test_jvp_varlen.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 12 --dist worksteal tests/kernels \
 		--ignore tests/kernels/test_static.py
 
@@ -45,7 +45,7 @@ test-gpu: .venv/dev
 test-oldest: .venv-oldest/ready
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest --numprocesses auto --dist loadfile
 
-# The tests of the optional packages (perceptual networks, FID, JAX, flash-attn-4, timm, diffusers), with a newer
+# The tests of the optional packages (perceptual networks, FID, JAX, flash-attn-4, Liger, timm, diffusers), with a newer
 # PyTorch: several GB.
 test-extras: .venv-extras/ready
 	OMP_NUM_THREADS=1 .venv-extras/bin/python -m pytest -m extras --numprocesses auto --dist loadfile
@@ -79,5 +79,5 @@ clean:
 	$(PYTHON) -m venv .venv-extras
 	.venv-extras/bin/python -m pip install --quiet --constraint constraints-extras.txt \
 		--editable '.[train,perceptual,eval,posttrain,jax,jax-checkpoints,flash]' \
-		optax diffusers pytest pytest-benchmark pytest-xdist hypothesis
+		optax diffusers liger-kernel pytest pytest-benchmark pytest-xdist hypothesis
 	touch $@

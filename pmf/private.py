@@ -296,10 +296,13 @@ def operators_of(function: Any) -> tuple:
     return (function,)
 
 
-def is_aten(function: Any) -> bool:
-    """Whether a function is an operator of PyTorch's own."""
-    operator = isinstance(function, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
-    return operator and str(function).startswith("aten")
+def schema(function: Any) -> tuple[str, list[str]]:
+    """The name of an operator and those of its arguments; of another function the name is ""."""
+    if isinstance(function, torch._ops.OpOverloadPacket):
+        function = getattr(function, function.overloads()[0])
+    if not isinstance(function, torch._ops.OpOverload):
+        return "", []
+    return function._schema.name, [x.name for x in function._schema.arguments]
 
 
 def unrecorded() -> AbstractContextManager:

@@ -15,6 +15,7 @@ from pmf.private import forward_mode, operators_of, tree_broadcast, tree_flatten
 from pmf.tangents import (  # noqa: F401 (they register)
     attention,
     flex_attention,
+    formulas,
     in_place,
     norms,
     packages,

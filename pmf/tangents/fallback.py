@@ -17,8 +17,8 @@ from pmf.private import (
     FUNCTION_NAMESPACES,
     constant,
     forward_mode,
-    is_aten,
     is_zero_tensor,
+    schema,
     storage_id,
     tree_flatten,
     tree_leaves,
@@ -42,7 +42,7 @@ def forward_mode_around() -> bool:
 @constant
 def is_torch(function: Callable) -> bool:
     """Whether a function is one of PyTorch's own, for which `torch.func.jvp` is right or raises."""
-    return is_aten(function) or function in overridable()
+    return schema(function)[0].startswith("aten::") or function in overridable()
 
 
 @functools.cache

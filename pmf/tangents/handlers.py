@@ -27,7 +27,7 @@ from pmf.tangents.fallback import (
     versions,
 )
 from pmf.tangents.random_state import replayed
-from pmf.tangents.rules import HANDLERS, TRACED, Handler, Rule, can_move, name_of
+from pmf.tangents.rules import HANDLERS, TRACED, Handler, Rule, can_move, handler_of, name_of
 
 
 def has_tangent(out: Any) -> bool:
@@ -149,6 +149,9 @@ def composite(function: Callable) -> Handler | None:
 
 def unknown(function: Callable, args: tuple, kwargs: dict) -> Any:
     """The handler of a function without rule that PyTorch does not list."""
+    found = handler_of(function)
+    if found is not None:
+        return found(function, args, kwargs)
     check_eager(function)
     if isinstance(getattr(function, "__self__", None), property):
         return refused("its tangent would be lost; expected torch functions")(function, args, kwargs)

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from pmf.errors import InputError
 from pmf.pair import Dual
+from pmf.private import schema
 from pmf.tangents.attention import attention_dot
 from pmf.tangents.handlers import ruled
-from pmf.tangents.rules import FINDERS, Handler, linear_in_first, mapped
+from pmf.tangents.rules import FINDERS, Handler, expect_none, linear_in_first, mapped
 from pmf.tangents.rules import value as plain
 
 ATTENTION = {
@@ -31,9 +32,15 @@ LINEAR = {"ApplyRotaryEmb", "ApplyRotaryEmbQKV_", "ApplyRotaryEmbKV_", "IndexFir
 MODULES = "flash_attn_interface", "flash_attn.cute.interface", "layers.rotary", "bert_padding"
 """The ends of the names of their modules."""
 XFORMERS = "xformers.ops.fmha", "_fMHA"
+VARLEN = "torch_attn::_varlen_attn"
+"""The operator of `torch.nn.attention.varlen`, and its names for flash-attn's arguments."""
+VARLEN_NAMES = {
+    "query": "q", "key": "k", "value": "v", "cu_seq_q": "cu_seqlens_q", "cu_seq_k": "cu_seqlens_k",
+    "max_q": "max_seqlen_q", "max_k": "max_seqlen_k", "is_causal": "causal", "scale": "softmax_scale",
+}  # fmt: skip
 
 WITHOUT_EFFECT = """
-deterministic disable_scheduler_metadata is_grad_enabled min_seqlen_k num_splits pack_gqa scheduler_metadata
+deterministic disable_scheduler_metadata enable_gqa is_grad_enabled min_seqlen_k num_splits pack_gqa scheduler_metadata
 seqlen_k_per_split sm_margin
 """
 """Arguments that say how to compute, not what."""
@@ -86,6 +93,19 @@ def _of_flash_attn(function: Any) -> Handler | None:
     return ruled(rule)
 
 
+def _of_varlen(function: Any) -> Handler | None:
+    """The handler of PyTorch's attention of samples of any length; None for others."""
+    operator, arguments = schema(function)
+    if operator != VARLEN:
+        return None
+    names = [VARLEN_NAMES.get(name, name) for name in arguments]
+
+    def rule(out, *args):
+        return _attention(VARLEN, out, names, args)
+
+    return ruled(rule)
+
+
 def _linear(function: Callable, args: tuple, kwargs: dict) -> Any:
     return ruled(linear_in_first(function))(function, args, kwargs)
 
@@ -122,11 +142,7 @@ def _attention(name: str, out: Any, names: list[str], args: tuple) -> Any:
 
 def _check(name: str, given: dict[str, Any]) -> None:
     """Errors: `InputError` on an argument that changes the value in a way that the formula does not have."""
-    known = WITHOUT_EFFECT.split() + FOLLOWED.split()
-    for argument, x in [(argument, x) for argument, x in given.items() if argument not in known]:
-        empty = x is None or (isinstance(x, (int, float)) and x <= 0) or (isinstance(x, (tuple, list)) and not x)
-        if not empty:
-            raise InputError(f"pmf.jvp: {name} got a moving value and {argument}; expected none of it")
+    expect_none(name, given, WITHOUT_EFFECT.split() + FOLLOWED.split())
     left, right = given.get("window_size") or (None, None)
     endless = left is not None and right is not None and max(left, right) < 0
     counted = [x for x in ((left,) if given.get("causal") else (left, right)) if x is not None]
@@ -137,7 +153,7 @@ def _check(name: str, given: dict[str, Any]) -> None:
 
 def _window(given: dict[str, Any], keys: int) -> tuple[int, int]:
     """How many keys before and behind its own a query reads; -1 for all."""
-    left, right = (-1 if side is None else side for side in given.get("window_size", (-1, -1)))
+    left, right = (-1 if side is None else side for side in given.get("window_size") or (-1, -1))
     dropped = "dropout_p" in given and right >= keys  # as version 2 has it, also where queries are more than keys
     return left, -1 if dropped else right
 
@@ -220,4 +236,4 @@ def _applied(function: Any, *args: Any) -> Any:
     return function.apply(*args)
 
 
-FINDERS += [_of_flash_attn, _of_xformers]
+FINDERS += [_of_flash_attn, _of_xformers, _of_varlen]

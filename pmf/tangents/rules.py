@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FunctionType
 from typing import Any
 
 import torch
 
+from pmf.errors import InputError
 from pmf.pair import Dual
 from pmf.private import FUNCTION_NAMESPACES
 
@@ -25,12 +26,14 @@ TRACED: dict[Callable, Handler] = {}
 """For compilers, the handlers of functions that PyTorch writes in Python."""
 
 FINDERS: list[Callable[[Any], Handler | None]] = []
-"""Each gives the handlers of one package's autograd.Functions, which it knows by name: it may not be installed."""
+"""Each gives the handlers of one package's functions, which it knows by name: it may not be installed."""
 
 
 def handler_of(function: Any) -> Handler | None:
-    """The handler of an autograd.Function that is registered or known by name."""
-    found = HANDLERS.get(function) or next(filter(None, (find(function) for find in FINDERS)), None)
+    """The handler of an autograd.Function or a custom operator that is registered or known by name."""
+    found = HANDLERS.get(function)
+    if found is None and hasattr(function, "__module__") and hasattr(function, "__name__"):
+        found = next(filter(None, (find(function) for find in FINDERS)), None)
     if found is not None:
         HANDLERS[function] = found
     return found
@@ -99,6 +102,14 @@ def mapped(x: Any, function: Callable[[Any], Any]) -> Any:
 def values(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """The arguments with the values of those that move."""
     return tuple(map(value, args)), {name: value(x) for name, x in kwargs.items()}
+
+
+def expect_none(name: str, given: dict[str, Any], known: Sequence[str]) -> None:
+    """Errors: `InputError` on an argument that changes the value in a way that the formula of a rule does not have."""
+    for argument, x in [(argument, x) for argument, x in given.items() if argument not in known]:
+        empty = x is None or (isinstance(x, (int, float)) and x <= 0) or (isinstance(x, (tuple, list)) and not x)
+        if not empty:
+            raise InputError(f"pmf.jvp: {name} got a moving value and {argument}; expected none of it")
 
 
 def moving_elsewhere(args: tuple, kwargs: dict, *slots: tuple[int, str]) -> bool:

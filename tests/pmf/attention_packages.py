@@ -41,7 +41,7 @@ def flash_attn(version: int, varlen: bool = False, packed: str = ""):
         lengths = "cu_seqlens max_seqlen"
     names = f"{tensors} {lengths} {form['options']} {form['last']}".split()
     name = f"FlashAttn{'Varlen' if varlen else ''}{packed + 'Packed' if packed else ''}Func"
-    function = _function(name, form["module"], names, _attend, pair=version != 2)
+    function = stand_in(name, form["module"], names, _attend, pair=version != 2)
     defaults = {"window_size": (-1, -1) if version < 4 else (None, None), "causal": False, "dropout_p": 0.0}
     defaults |= {"softcap": 0.0, "deterministic": True, "num_splits": 1, "is_grad_enabled": True}
 
@@ -58,13 +58,13 @@ def _attend(given: dict) -> Tensor:
     starts = [given.get(f"cu_seqlens{end}", given.get("cu_seqlens")) for end in ("_q", "_k")]
     options = given.get("softmax_scale"), given["causal"], given.get("window_size", (None, None)), "dropout_p" in given
     if starts[0] is None:
-        return torch.stack([_sample(*x, *options) for x in zip(q, k, v, strict=True)])
+        return torch.stack([sample_attention(*x, *options) for x in zip(q, k, v, strict=True)])
     ends = [list(itertools.pairwise(x)) for x in starts]
-    samples = [_sample(q[a:b], k[c:d], v[c:d], *options) for (a, b), (c, d) in zip(*ends, strict=True)]
+    samples = [sample_attention(q[a:b], k[c:d], v[c:d], *options) for (a, b), (c, d) in zip(*ends, strict=True)]
     return torch.cat([*samples, q.new_zeros(len(q) - starts[0][-1], q.shape[1], v.shape[2])])
 
 
-def _sample(q: Tensor, k: Tensor, v: Tensor, scale, causal, window, second) -> Tensor:
+def sample_attention(q: Tensor, k: Tensor, v: Tensor, scale, causal, window, second) -> Tensor:
     """Of one sample [S, H, D]; the last query and the last key stand side by side."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     beside = torch.arange(len(k)) - torch.arange(len(q))[:, None] - (len(k) - len(q))
@@ -78,23 +78,28 @@ def _sample(q: Tensor, k: Tensor, v: Tensor, scale, causal, window, second) -> T
     return torch.einsum("hst,thd->shd", weights, v)
 
 
-def _function(name: str, module: str, names: list[str], compute, pair: bool):
-    """An autograd.Function of these arguments; its backward computes again what it needs."""
+def stand_in(name: str, module: str, names: list[str], compute, pair: bool = False):
+    """An autograd.Function of these arguments; its backward computes again what it needs.
+
+    With `pair` it returns statistics beside the output, as attention does.
+    """
 
     def forward(ctx, *args):
         ctx.args = [x.detach() if isinstance(x, Tensor) else x for x in args]
         out = compute(dict(zip(names, ctx.args, strict=True)))
+        if not pair:
+            return out
         statistics = out.new_zeros(out.shape[:-1])
         ctx.mark_non_differentiable(statistics)
-        return (out, statistics) if pair else out
+        return out, statistics
 
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, *_):
+    def backward(ctx, *grads):
         moving = [x.requires_grad_(x.is_floating_point()) if isinstance(x, Tensor) else x for x in ctx.args]
         wanted = [x for x in moving if isinstance(x, Tensor) and x.requires_grad]
         with torch.enable_grad():
             out = compute(dict(zip(names, moving, strict=True)))
-        found = iter(torch.autograd.grad(out, wanted, grad))
+        found = iter(torch.autograd.grad(out, wanted, grads[:1] if pair else grads))
         return tuple(next(found) if any(x is y for y in wanted) else None for x in moving)
 
     forward.__signature__ = inspect.Signature(
@@ -133,7 +138,7 @@ def _memory_efficient(given: dict) -> Tensor:
 
 
 NAMES = ["op_fw", "op_bw", "query", "key", "value", "attn_bias", "p", "scale"]
-_FMHA = _function("_fMHA", "xformers.ops.fmha", NAMES, _memory_efficient, pair=True)
+_FMHA = stand_in("_fMHA", "xformers.ops.fmha", NAMES, _memory_efficient, pair=True)
 
 
 def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None):

@@ -1,6 +1,7 @@
 """`pmf.jvp` raises where a tangent or a gradient would be lost; `pmf.jvp.rule` registers what it does not know."""
 
 import copy
+import functools
 
 import numpy as np
 import pytest
@@ -211,3 +212,25 @@ def test_registered_functions_move():
 def test_bad_arguments_are_named(primals, tangents, options, message):
     with pytest.raises(InputError, match=message):
         pmf.jvp(torch.sin, primals, tangents, **options)
+
+
+class Getter(torch.Tensor):
+    @property
+    def twice(self):
+        return 2 * self
+
+
+class Callable:
+    def __call__(self, x):
+        return x
+
+
+@pytest.mark.parametrize("function", [Getter.twice.__get__, functools.partial(torch.add, 1), Callable()])
+def test_what_dispatches_without_a_name_is_refused(function):
+    """Libraries dispatch what they like: some of it has no name, or no module."""
+
+    def network(x):
+        return torch.overrides.handle_torch_function(function, (x,), x)
+
+    with pytest.raises(InputError, match="got a moving value; it"):
+        pmf.jvp(network, (drawn(3),), (1,))
