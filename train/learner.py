@@ -249,7 +249,8 @@ class Learner:
         settings = {name: copy.deepcopy(part["param_groups"]) for name, part in state["optimizers"].items()}
         muon = state["optimizers"].get("muon", {"state": {}})["state"]
         # Snapshots of earlier versions lack Muon's step count: do not load it, use the run's step.
-        uncounted = [values for name, values in muon.items() if f"optimizers.muon.state.{name}.step" not in known]
+        counted = any(name.startswith("optimizers.muon.state.") and name.endswith(".step") for name in known)
+        uncounted = [] if counted else [*muon.values()]
         for values in uncounted:
             del values["step"]
         if uncounted:

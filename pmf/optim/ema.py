@@ -66,8 +66,17 @@ class EMA:
         """Move the average towards the model after a step of `batch` images; images_seen includes them."""
         if self._background is not None:
             self._background.wait()
+        parts = self.parts(model)
         if self.advance(batch, images_seen):
-            self.move([local(p.detach(), self.shard_over) for p in model.parameters()], self.take())
+            self.move(parts, self.take())
+
+    def parts(self, model: nn.Module) -> list[Tensor]:
+        """This rank's parts of the model's parameters. Errors: `InputError` unless the average has their shapes."""
+        check_values(nn.Module, model=model)
+        parameters = list(model.parameters())
+        same = [p.shape for p in parameters] == [x.shape for x in self._average.values()]
+        require(same, "model: expected the parameters that the average was made of, got others")
+        return [local(p.detach(), self.shard_over) for p in parameters]
 
     def advance(self, batch: int, images_seen: int) -> bool:
         """Count an update; return whether the average moves in it."""
@@ -116,6 +125,7 @@ class Averages(Mapping[str, EMA]):
         shard_over: DeviceMesh | None = None,
         background: bool | None = None,
     ) -> None:
+        check_values(nn.Module, model=model)
         how = dict(every=every, device=device, shard_over=shard_over)
         several = isinstance(half_lives_kimg, Sequence) and not isinstance(half_lives_kimg, str)
         require(several, lambda: f"half_lives_kimg: expected a sequence of numbers, got {half_lives_kimg!r}")
@@ -123,11 +133,9 @@ class Averages(Mapping[str, EMA]):
         self._emas = {f"ema_{ema.half_life_kimg:g}": ema for ema in emas}
         different = len(self._emas) == len(emas)
         require(different, lambda: f"half_lives_kimg: expected different ones, got {half_lives_kimg}")
-        self.shard_over = shard_over
-        parts = self._parts(model)
         if background is None:
-            background = device is not None and torch.device(device).type != parts[0].device.type
-        self._staging = Staging(parts) if background and self._emas else None
+            background = device is not None and torch.device(device).type != next(model.parameters()).device.type
+        self._staging = Staging(emas[0].parts(model)) if background and emas else None
         self._background = Background()
         for ema in self.values() if background else ():
             ema._background = self._background
@@ -141,9 +149,6 @@ class Averages(Mapping[str, EMA]):
     def __len__(self) -> int:
         return len(self._emas)
 
-    def _parts(self, model: nn.Module) -> list[Tensor]:
-        return [local(p.detach(), self.shard_over) for p in model.parameters()]
-
     def before_step(self) -> None:
         """Make the device, not the host, wait until the weights of the last update are copied."""
         if self._staging is not None:
@@ -153,15 +158,16 @@ class Averages(Mapping[str, EMA]):
     def update(self, model: nn.Module, batch: int, images_seen: int) -> None:
         """Update every average; see `EMA.update`."""
         self._background.check()
+        parts = next(iter(self.values())).parts(model) if self._emas else []
         due = [ema for ema in self.values() if ema.advance(batch, images_seen)]
         if not due:
             return
         moves = [(ema, ema.take()) for ema in due]
         if self._staging is None:
-            _move(moves, self._parts(model))
+            _move(moves, parts)
         else:
             self._background.wait()  # it reads the staged weights
-            self._staging.fill(self._parts(model))
+            self._staging.fill(parts)
             self._background.run(partial(_move_staged, moves, self._staging))
 
 

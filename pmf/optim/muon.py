@@ -72,8 +72,11 @@ class Muon(torch.optim.Optimizer):
             f"lr, momentum, steps: expected >= 0, in [0, 1) and >= 1, got {lr}, {momentum}, {steps}",
         )
         super().__init__(parameters, dict(lr=lr, momentum=momentum, steps=steps))
-        require_replicated([p for group in self.param_groups for p in group["params"]], shard_over)
+        held = [p for group in self.param_groups for p in group["params"]]
+        require_replicated(held, shard_over)
         require(shard_over is None or mesh in (None, shard_over), "shard_over: expected no other mesh beside it")
+        others = [list(p.shape) for p in held if p.ndim != 2]
+        require(not others, lambda: f"parameters: expected matrices, as of split_parameters, got {others[0]}")
         self.mesh, self.shard_over = shard_over if mesh is None else mesh, shard_over
 
     def __getstate__(self) -> dict[str, object]:

@@ -49,19 +49,19 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         check_fields(self, "optimizer.")
         within = {
-            "learning_rate": self.learning_rate > 0,
-            "momentum": 0 <= self.momentum < 1,
-            "newton_schulz_steps": 1 <= self.newton_schulz_steps < 100,
-            "adam_betas": all(0 <= beta < 1 for beta in self.adam_betas),
-            "adam_eps": self.adam_eps > 0,
-            "weight_decay": self.weight_decay >= 0,
-            "warmup_steps": self.warmup_steps >= 0,
-            "decay_share": 0 <= self.decay_share <= 1,
-            "decay_to": 0 <= self.decay_to <= 1,
-            "clip_norm": self.clip_norm >= 0,
+            "learning_rate": (self.learning_rate > 0, "> 0"),
+            "momentum": (0 <= self.momentum < 1, "in [0, 1)"),
+            "newton_schulz_steps": (1 <= self.newton_schulz_steps < 100, "in [1, 100)"),
+            "adam_betas": (all(0 <= beta < 1 for beta in self.adam_betas), "in [0, 1)"),
+            "adam_eps": (self.adam_eps > 0, "> 0"),
+            "weight_decay": (self.weight_decay >= 0, ">= 0"),
+            "warmup_steps": (self.warmup_steps >= 0, ">= 0"),
+            "decay_share": (0 <= self.decay_share <= 1, "in [0, 1]"),
+            "decay_to": (0 <= self.decay_to <= 1, "in [0, 1]"),
+            "clip_norm": (self.clip_norm >= 0, ">= 0"),
         }
-        for name, good in within.items():
-            require(good, f"optimizer.{name}: out of range, got {getattr(self, name)}")
+        for name, (good, wanted) in within.items():
+            require(good, f"optimizer.{name}: expected {wanted}, got {getattr(self, name)}")
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -82,12 +82,16 @@ def build_optimizers(
 ) -> dict[str, torch.optim.Optimizer]:
     """{"muon": Muon, "adam": NesterovAdam} over the model's parameters, as the authors train, or {"adamw": AdamW}.
 
+    An optimizer that would have no parameters is left out. The rates are `learning_rate`; set `lr` of every parameter
+    group to `pmf.optim.learning_rate(config, step, steps)` for warm-up and decay, and clip by `clip_norm` yourself.
     `mesh`: the device mesh whose ranks share Muon's work (see `Muon`). Build them after wrapping the model with FSDP2.
     `shard_over`: a mesh of one dimension over which the moments of a replicated model are sharded (ZeRO-1).
-    Errors: `InputError` on adamw with `shard_over`: PyTorch's AdamW shards nothing that is replicated.
+    Errors: `InputError` on a model without parameters, and on adamw with `shard_over`: PyTorch's AdamW shards nothing
+    that is replicated.
     """
     check_values(nn.Module, model=model)
     check_values(OptimizerConfig, config=config)
+    require(any(True for _ in model.parameters()), "model: expected parameters, got none")
     if config.name == "adamw":
         require(shard_over is None, "shard_over: expected none with adamw, whose state is sharded with the weights")
         rate, betas, decay = config.learning_rate, config.adam_betas, config.weight_decay
@@ -95,10 +99,16 @@ def build_optimizers(
         return {"adamw": adamw}
     muon, adam = split_parameters(model)
     rate, iterations = config.learning_rate, config.newton_schulz_steps
-    return {
-        "muon": Muon(muon, lr=rate, momentum=config.momentum, steps=iterations, mesh=mesh, shard_over=shard_over),
-        "adam": NesterovAdam(adam, lr=rate, betas=config.adam_betas, eps=config.adam_eps, shard_over=shard_over),
-    }
+    optimizers: dict[str, torch.optim.Optimizer] = {}
+    if muon:
+        optimizers["muon"] = Muon(
+            muon, lr=rate, momentum=config.momentum, steps=iterations, mesh=mesh, shard_over=shard_over
+        )
+    if adam:
+        optimizers["adam"] = NesterovAdam(
+            adam, lr=rate, betas=config.adam_betas, eps=config.adam_eps, shard_over=shard_over
+        )
+    return optimizers
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pmf
-from pmf.optim import EMA, OptimizerConfig, build_optimizers, learning_rate, split_parameters
+from pmf.optim import EMA, Averages, Muon, OptimizerConfig, build_optimizers, learning_rate, split_parameters
 from tests.networks import TINY
 
 
@@ -133,7 +133,7 @@ def test_zero_gradients_move_nothing():
     ],
 )
 def test_impossible_optimizers_are_refused(change):
-    with pytest.raises(pmf.InputError, match=f"optimizer.{next(iter(change))}: (out of range|expected one of)"):
+    with pytest.raises(pmf.InputError, match=f"optimizer.{next(iter(change))}: expected (one of|>=? 0|in \\[)"):
         OptimizerConfig(**change)
 
 
@@ -193,3 +193,32 @@ def test_a_closure_is_evaluated_before_the_step(name):
     assert torch.equal(handed.step(lambda: evaluate(models[1])), loss)
     for expected, found in zip(*(model.parameters() for model in models), strict=True):
         assert torch.equal(expected, found)
+
+
+@pytest.mark.parametrize(
+    ("network", "names"),
+    [
+        (torch.nn.Linear(3, 3, bias=False), {"muon"}),
+        (torch.nn.Conv2d(3, 3, 3), {"adam"}),
+        (torch.nn.Linear(3, 3), {"muon", "adam"}),
+    ],
+)
+def test_an_optimizer_without_parameters_is_left_out(network, names):
+    assert build_optimizers(network, OptimizerConfig()).keys() == names
+
+
+def test_what_optimizers_and_averages_cannot_take_is_named():
+    with pytest.raises(pmf.InputError, match="model: expected parameters, got none"):
+        build_optimizers(torch.nn.ReLU(), OptimizerConfig())
+    with pytest.raises(
+        pmf.InputError, match=r"parameters: expected matrices, as of split_parameters, got \[4, 3, 3, 3\]"
+    ):
+        Muon(torch.nn.Conv2d(3, 4, 3).parameters(), lr=0.02)
+    for average in (EMA(torch.nn.Linear(3, 3), 500), Averages(torch.nn.Linear(3, 3), (500, 1000), every=2)):
+        pending = [ema.pending for ema in (average.values() if isinstance(average, Averages) else [average])]
+        with pytest.raises(pmf.InputError, match="model: expected the parameters that the average was made of"):
+            average.update(torch.nn.Linear(3, 4), 2, 2)
+        with pytest.raises(pmf.InputError, match="model: expected Module"):
+            average.update(None, 2, 2)
+        left = [ema.pending for ema in (average.values() if isinstance(average, Averages) else [average])]
+        assert left == pending

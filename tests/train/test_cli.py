@@ -62,7 +62,7 @@ def test_eval_prints_a_line_per_number_of_steps(run, capsys):
         (["eval", "/nowhere"], "source: /nowhere does not exist"),
         (["train", "--resume", "/nowhere"], "resume: /nowhere holds no run"),
         (["digits", "--out", "/proc/run"], "out: cannot write /proc/run: No such file or directory"),
-        (["digits", "--optimizer.clip-norm", "-1"], "optimizer.clip_norm: out of range, got -1.0"),
+        (["digits", "--optimizer.clip-norm", "-1"], "optimizer.clip_norm: expected >= 0, got -1.0"),
         (["digits", "--sampling.omega", "0.5"], "omega: expected a guidance scale >= 1, got 0.5"),
         (["digits", "--model.patch-size", "3"], "ModelConfig: patch_size must divide image_size 8, got 3"),
     ],
