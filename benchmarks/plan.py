@@ -14,7 +14,8 @@ from pmf.benchmarks.network_cases import FULL_SIZE, NETWORKS, network_case
 from pmf.benchmarks.op_cases import long_attention_cases, op_cases
 from pmf.benchmarks.step_cases import group_of, largest_batch_case, sampling_case, step_case
 from pmf.config import MODELS
-from pmf.errors import require
+from pmf.errors import InputError, first_line, require
+from pmf.fields import check_fields
 
 LONG_ATTENTION = "attention beyond pMF"
 """Used in place of a preset: attention at other lengths."""
@@ -25,7 +26,8 @@ class Options:
     """What to measure, and for how long."""
 
     sizes: tuple[str, ...] = ()
-    """Presets whose shapes are measured (default: all published ones; for ops, those with patches of 16)."""
+    """Presets whose shapes are measured (default: all published ones; for ops, those with patches of 16); for networks,
+    of DiT-B/4, UNet, DiT small and UNet small (default: the first two)."""
     batch: int | None = None
     """Batch size (default: 128; `gpu` also measures steps at 64)."""
     only: str = ""
@@ -43,6 +45,16 @@ class Options:
     """Folder of the ledger (default: benchmarks/results on a GPU; on a CPU, nothing is recorded)."""
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
     """Device to measure on."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("batch", "repeats"):
+            got = getattr(self, name)
+            require(got is None or got > 0, f"{name}: expected a positive number, got {got}")
+        try:
+            torch.device(self.device)  # whether it is there, a process of its own finds out
+        except RuntimeError as error:
+            raise InputError(f"device: cannot use {self.device!r}: {first_line(error)}") from None
 
 
 @dataclass(frozen=True)

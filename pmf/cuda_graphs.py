@@ -75,6 +75,7 @@ class CapturedStep:
         """`scale` multiplies the gradients (not the loss): pass 1 / n to average over n batches, of all processes."""
         check_network(model)
         check_values(float, scale=scale)
+        check_values(LossConfig, loss_config=loss_config)
         self.model, self.config, self.scale = model, loss_config, scale
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         whole = not any(hasattr(p, "to_local") for p in self._parameters)

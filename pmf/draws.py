@@ -58,8 +58,10 @@ def step_seed(seed: int, index: int, purpose: str) -> int:
     """A separate seed for each (run seed, step or epoch, purpose).
 
     With a generator seeded by it, a step's draws depend only on (seed, step), not on earlier steps. The seed has 32
-    bits, because PyTorch's CPU generator uses no more.
+    bits, because PyTorch's CPU generator uses no more. Errors: `InputError` on negative numbers.
     """
+    check_values(int, seed=seed, index=index)
+    require(seed >= 0 and index >= 0, f"seed, index: expected >= 0, got {seed}, {index}")
     entropy = [seed, index, *purpose.encode()]
     return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
@@ -178,7 +180,13 @@ def _check_draws(draws: Draws, shape: torch.Size) -> None:
     for name in ("fm_mask", "drop_mask"):
         dtype = getattr(draws, name).dtype
         require(dtype == torch.bool, f"draws.{name}: expected bool, got {dtype}")
-    require(bool((draws.omega >= 1).all()), "draws: expected omega >= 1 in every row")
+    for name in ("t", "r", "omega", "t_min", "t_max"):
+        dtype = getattr(draws, name).dtype
+        require(dtype.is_floating_point, f"draws.{name}: expected a floating dtype, got {dtype}")
+    finite = (draws.omega >= 1) & draws.omega.isfinite()
+    require(bool(finite.all()), "draws: expected omega >= 1 in every row, and finite")
+    within = (draws.t_min >= 0) & (draws.t_min <= draws.t_max) & (draws.t_max <= 1)
+    require(bool(within.all()), "draws: expected 0 <= t_min <= t_max <= 1 in every row")
     require(bool((draws.r <= draws.t).all()), "draws: expected r <= t in every row (h = t - r >= 0)")
     require(bool((draws.r >= 0).all() and (draws.t <= 1).all()), "draws: expected t and r in [0, 1]")
     require(bool((draws.t == draws.r)[draws.fm_mask].all()), "draws: expected r = t where fm_mask is set")

@@ -33,6 +33,8 @@ from pmf.sizes import check_is_file
 from pmf.weights import weights_digest
 
 RANDOM = "random"
+MOST_PIXELS = 2**14
+"""Values of an image, 3 H W, of which `pixels` makes features: their covariance takes 2 GB in float64."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,7 @@ def feature_network(
     require(bool(weights) == (":" in spec), f"features: expected a path or random after the colon, got {spec!r}")
     require(name != "pixels" or not weights, f"features: pixels have no weights, expected pixels, got {spec!r}")
     if name == "pixels":
-        return FeatureNetwork(name, nn.Flatten(), width=None, space=name, dtype=dtype).to(device)
+        return FeatureNetwork(name, _Pixels(), width=None, space=name, dtype=dtype).to(device)
     if weights not in ("", RANDOM):
         check_is_file("features", weights)
         require(Path(weights).is_file(), f"features: {weights} does not exist, expected a file of {name}'s weights")
@@ -233,6 +235,15 @@ def feature_network(
     source = _TIMM[name]
     trunk, space = _TimmTrunk(network, source.size, dtype), f"{source.identifier} bicubic {source.size} {digest}"
     return FeatureNetwork(name, trunk, width=source.width, space=space, dtype=dtype).to(device)
+
+
+class _Pixels(nn.Module):
+    """The values of an image themselves."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        width = images[0].numel()
+        require(width <= MOST_PIXELS, f"features: pixels expected at most {MOST_PIXELS} values an image, got {width}")
+        return images.flatten(1)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pmf.atomic_files import write_atomically
 from pmf.errors import InputError, extra, first_line, printable, require
+from pmf.fields import check_fields, check_values
 from pmf.metrics import Resize, Statistics, frechet_distance, inception_score, precision_recall
 from pmf.pictures import SUFFIXES, is_picture, read_file, read_picture, walk
 
@@ -41,7 +42,9 @@ class Extractor(Protocol):
 
 def find_images(folder: Path) -> list[Path]:
     """All pictures below a folder by their names, see `pmf.pictures`, sorted by path; raise `InputError` if none."""
-    require(folder.is_dir(), f"reference: {folder} does not exist, expected a folder of images or an npz archive")
+    check_values(Path, folder=folder)
+    require(folder.exists(), f"reference: {printable(folder)} does not exist, expected a folder of images")
+    require(folder.is_dir(), f"reference: {printable(folder)} is a file, expected a folder of images")
     try:
         found = sorted(Path(entry.path) for entry in walk(folder) if is_picture(entry.name))
     except OSError as error:
@@ -98,6 +101,10 @@ class Chunks:
     directory: Path
     count: int
     size: int
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(self.count >= 0 and self.size > 0, f"count, size: expected >= 0 and > 0, got {self.count}, {self.size}")
 
     def spans(self) -> list[range]:
         """The indices of each chunk's images."""

@@ -35,14 +35,14 @@ def copy_weights(model: PMFDiT, source: str | Path, weights: str | None = None) 
     if not any(".v." in name for name in wanted):
         state = {name: value for name, value in state.items() if ".v." not in name}
     surplus = sorted(set(state) - set(wanted))
-    require(not surplus, f"init: {source} holds {', '.join(surplus[:1])!r}, which this network does not have")
+    require(not surplus, f"source: {source} holds {', '.join(surplus[:1])!r}, which this network does not have")
     if CLASSES in state and len(state[CLASSES]) != len(wanted[CLASSES]):
         theirs, ours = len(state.pop(CLASSES)) - 1, len(wanted.pop(CLASSES)) - 1
         notes.append(f"the table of {ours} classes is initialised at random: {source} has {theirs}")
     for name, parameter in wanted.items():
-        require(name in state, f"init: {source} lacks the weight {name!r}")
+        require(name in state, f"source: {source} lacks the weight {name!r}")
         got, shape = list(state[name].shape), list(parameter.shape)
-        require(got == shape, f"init: expected {name!r} of shape {shape}, got {got}")
+        require(got == shape, f"source: expected {name!r} of shape {shape}, got {got}")
     for name, parameter in wanted.items():
         parameter.copy_(state[name])
     return notes

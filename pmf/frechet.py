@@ -30,10 +30,8 @@ from pmf.metrics import Statistics
 
 EPS = 0.01
 ROUNDING = 16
-"""Eigenvalues of M are known to so many units of rounding of the product of the norms of S_r and S.
-
-Fewer than 1 was seen, up to width 1024.
-"""
+"""Eigenvalues of M are known to so many units of rounding of the product of the norms of S_r and S; fewer than 1 was
+seen, up to width 1024."""
 BLOCK = 4096
 """So many features of a queue are float64 at a time."""
 
@@ -135,12 +133,12 @@ class Population(nn.Module):
         self._enter(features, *self.moved(features))
 
     def _enter(self, features: Tensor, mu: Tensor, sigma: Tensor) -> bool:
-        finite = bool(torch.isfinite(sigma).all())
-        if finite:
-            self.mu.copy_(mu)
-            self.sigma.copy_(sigma)
-            self.count.add_(len(features))
-        return finite
+        if not torch.isfinite(sigma).all():
+            return False
+        self.mu.copy_(mu)
+        self.sigma.copy_(sigma)
+        self.count.add_(len(features))
+        return True
 
 
 class MovingAverage(Population):
@@ -188,8 +186,8 @@ class Queue(Population):
 
     def unbiased(self, batch: int) -> float:
         """The factor of the covariance once so many features have entered."""
-        number = min(self.seen + batch, self.size)
-        return number / max(number - 1, 1)
+        n = min(self.seen + batch, self.size)
+        return n / max(n - 1, 1)
 
     def moved(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and covariance (divided by n) once a batch [B, d] has entered; the population itself stays."""
@@ -299,6 +297,7 @@ class FrechetLoss(nn.Module):
         check_values(Mapping, references=references)
         check_values(Mapping | None, weights=weights)
         check_values(Callable, population=population)
+        require(not isinstance(population, Population), "population: expected a function of a width, got a population")
         check_values(dist.ProcessGroup | None, group=group)
         require(len(references) > 0, "references: expected at least one network, got none")
         require(eps > 0, f"eps: expected a positive number, got {eps}")

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from pmf.atomic_files import write_atomically
 from pmf.errors import extra, require
 from pmf.fields import check_values
-from pmf.pictures import checked_size, to_rgb
+from pmf.pictures import SUFFIXES, checked_size, to_rgb
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -32,6 +32,7 @@ def to_float(images: Tensor) -> Tensor:
 
 def to_bytes(images: Tensor) -> Tensor:
     """Images in [-1, 1] as uint8, rounded as in published code: round(clip((x + 1) / 2 * 255, 0, 255))."""
+    check_values(Tensor, images=images)
     return ((images + 1) / 2 * 255).clamp(0, 255).round().to(torch.uint8)
 
 
@@ -42,6 +43,8 @@ def save_png(path: str | Path, pixels: np.ndarray) -> None:
     check_values(np.ndarray, pixels=pixels)
     shape, fits = list(pixels.shape), pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] in (1, 3)
     require(fits, f"pixels: expected uint8 [H, W, 1 or 3], got {pixels.dtype} {shape}")
+    other = Path(path).suffix.lower() in SUFFIXES[1:]  # a device or a pipe has none
+    require(not other, lambda: f"path: expected a name that ends in .png, got {path}")
     picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
     write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
 
@@ -77,8 +80,11 @@ def centre_crop(
     short side is at least twice `size`, resize the short side to `size` with a bicubic filter, crop the centre.
     EXIF orientation is ignored. Errors: those of `to_rgb`; `InputError` if the resized picture would be too large.
     """
-    from PIL.Image import Resampling
+    from PIL.Image import Image, Resampling
 
+    check_values(Image, picture=picture)
+    check_values(int, size=size)
+    require(size > 0, f"size: expected a positive number, got {size}")
     checked_size(*_sides_at(picture.size, size))  # a strip of 8000 x 1 pixels would become gigantic
     picture = to_rgb(picture, note)
     while min(picture.size) >= 2 * size:

@@ -14,7 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from pmf.blocks import Block
 from pmf.config import Guidance, LossConfig
 from pmf.draws import Draws
-from pmf.errors import require
+from pmf.errors import check_network, require
+from pmf.fields import check_values
 from pmf.loss import pmf_loss
 from pmf.model import PMFDiT
 from pmf.sampling import integrate
@@ -26,6 +27,8 @@ class LossModule(nn.Module):
 
     def __init__(self, model: PMFDiT, config: LossConfig) -> None:
         super().__init__()
+        check_network(model)
+        check_values(LossConfig, config=config)
         self.model, self.config = model, config
 
     def forward(

@@ -20,7 +20,8 @@ from torch.autograd import DeviceType
 from torch.profiler import profile
 
 from pmf.counting import live_bytes
-from pmf.errors import first_line
+from pmf.errors import checked_device, first_line, require
+from pmf.fields import check_values
 
 Run = Callable[[], Any]
 Providers = Mapping[str, Callable[[], Run]]
@@ -198,14 +199,17 @@ def details(run: Run, device: torch.device, repeats: int = 5) -> Record:
     }
 
 
-def comparison(runs: Mapping[str, Run], device: torch.device, repeats: int = 5) -> str:
+def comparison(runs: Mapping[str, Run], device: torch.device | str, repeats: int = 5) -> str:
     """Time and peak memory of each run as a table in Markdown; ratios are to the first run.
 
     The times are medians of interleaved runs; memory is what a run allocates, at its peak: on a GPU by the allocator,
     on the CPU by `pmf.counting.live_bytes`. A run that fails has its error in the table.
     """
+    check_values(Mapping, runs=runs)
+    require(len(runs) > 0, "runs: expected at least one, got none")
+    place = checked_device(device)
     providers = {name: (lambda run=run: run) for name, run in runs.items()}
-    records = {r["provider"]: r for r in measure(providers, device, repeats, graphs=False, live=True)}
+    records = {r["provider"]: r for r in measure(providers, place, repeats, graphs=False, live=True)}
     first = records[next(iter(runs))]
 
     def cell(record: Record, key: str, unit: float) -> str:

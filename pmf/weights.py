@@ -21,7 +21,7 @@ from pmf.atomic_files import write_atomically
 from pmf.config import PREFIX_TOKENS, ModelConfig
 from pmf.errors import InputError, first_line, require
 from pmf.fields import check_values, from_json
-from pmf.hub import locate
+from pmf.hub import SUFFIXES, locate
 from pmf.jax_files import is_state
 from pmf.jax_states import load_weights
 from pmf.published_weights import convert_official_state_dict, infer_config, unwrapped
@@ -34,8 +34,8 @@ SETS = ("model", "state_dict", "model_state_dict", "ema", "model_ema", "ema_mode
 def save_model(path: str | Path, config: ModelConfig, state: Mapping[str, Tensor], **metadata: object) -> None:
     """Write a state dict with its configuration (and JSON metadata) as one safetensors file, atomically.
 
-    Prefixes of DDP and torch.compile are left out of the names. Errors: `InputError` if `path` cannot be written; no
-    partial file is left behind.
+    Prefixes of DDP and torch.compile are left out of the names. Errors: `InputError` if `path` ends as
+    a file of another kind or cannot be written; no partial file is left behind.
     """
     check_values(ModelConfig, config=config)
     require(_is_json(metadata), lambda: f"metadata: expected values of JSON, got {metadata!r:.200}")
@@ -43,6 +43,8 @@ def save_model(path: str | Path, config: ModelConfig, state: Mapping[str, Tensor
     check_values(Tensor, **plain)
     info = {"pmf_config": json.dumps(asdict(config)), "pmf_metadata": json.dumps(metadata)}
     tensors = {name: value.detach().cpu().contiguous() for name, value in plain.items()}
+    other = Path(path).suffix in SUFFIXES[1:]  # by which `from_pretrained` knows the kind of a file
+    require(not other, lambda: f"path: expected a name that ends in .safetensors, got {path}")
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=info))
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 
 import pmf
-from pmf.errors import InputError, extra, first_line
+from pmf.errors import InputError, extra, first_line, require
 from pmf.train.distributed import CommonError, lost
 from pmf.train.terminal import soft_output
 
@@ -69,8 +69,9 @@ def main(arguments: list[str] | None = None) -> None:
                 _report(error, f"another process of this command ended, and this one with it ({first_line(error)})")
             if not _out_of_memory(error):
                 raise
-            advice = "`pmf doctor` with the same options says what fits"
-            _report(error, f"out of memory ({first_line(error)}); {advice}")
+            trains = not arguments or arguments[0] not in COMMANDS or "train" in arguments[0]
+            advice = "; `pmf doctor` with the same options says what fits" if trains else ""
+            _report(error, f"out of memory ({first_line(error)}){advice}")
         except KeyboardInterrupt:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would interrupt the end
             print("\npmf: interrupted", file=sys.stderr)
@@ -112,6 +113,6 @@ def _run(arguments: list[str]) -> None:
     if arguments[0] in PRESETS:
         arguments = ["train", *arguments]
     name, *rest = arguments
-    if name not in COMMANDS:
-        sys.exit(f"pmf: unknown command {name!r}, expected one of {', '.join(COMMANDS)}")
+    message = f"command: expected one of {', '.join([*COMMANDS, *PRESETS])}, got {name!r}"
+    require(name in COMMANDS, message)
     importlib.import_module(COMMANDS[name][0]).command(rest)

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 import pmf
 from pmf.draws import step_seed
-from pmf.errors import require
+from pmf.errors import InputError, require
 from pmf.fine_tuning import copy_weights
 from pmf.jax_states import find_train_state
 from pmf.optim import Averages, build_optimizers, learning_rate
@@ -78,7 +78,14 @@ class Learner:
 
     def _start_from_weights(self, init: str, weights: str | None) -> None:
         """Copy these weights; the main process reads them and sends them to the others."""
-        self.world.say(*self.world.main_first(lambda: copy_weights(self.model, init, weights)))
+
+        def read() -> list[str]:
+            try:
+                return copy_weights(self.model, init, weights)
+            except InputError as error:
+                raise InputError(f"init: {str(error).removeprefix('source: ')}") from error
+
+        self.world.say(*self.world.main_first(read))
         self._share_weights()
 
     def _share_weights(self) -> None:

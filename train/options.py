@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
@@ -150,15 +151,18 @@ def _flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def parse(kind: type[Config], prog: str, arguments: list[str], default: Config | None = None) -> Config:
-    """Parse arguments by tyro, which exits on unknown options.
+def parse(
+    kind: type[Config], prog: str, arguments: list[str], default: Config | None = None, note: str | None = None
+) -> Config:
+    """Parse arguments by tyro, which exits on unknown options. `note` follows the class's docstring in the help.
 
     Errors: `InputError` on an option that is given twice with different values, and those of the class.
     """
     refuse_repeated(kind, arguments)
     if default is None:
         return tyro.cli(kind, prog=prog, args=arguments)
-    return tyro.cli(kind, prog=prog, args=arguments, default=default)
+    described = None if note is None else f"{inspect.getdoc(kind)}\n\n{note}"
+    return tyro.cli(kind, prog=prog, args=arguments, default=default, description=described)
 
 
 def refuse_repeated(kind: type, arguments: list[str]) -> None:

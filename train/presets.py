@@ -81,9 +81,19 @@ class Start:
     """What it may be, in words."""
     configuration: Callable[[str, str | None], RunConfig]
     """(argument, --init-weights) -> the defaults of all options."""
+    example: str
+    """What the defaults belong to that help shows where there is no start."""
+    of_example: Callable[[], RunConfig]
+    """Those defaults."""
 
 
-PRESET = Start("preset", f"one of {', '.join(PRESETS)}", lambda name, weights: run_preset(name))
+PRESET = Start(
+    word="preset",
+    expected=f"one of {', '.join(PRESETS)}",
+    configuration=lambda name, weights: run_preset(name),
+    example="digits",
+    of_example=RunConfig,
+)
 
 
 def configured(
@@ -107,19 +117,24 @@ def configured(
         first is None or resumed is None,
         f"{start.word}: expected none beside --resume, which takes the configuration of {resumed}, got {first!r}",
     )
+    given = first
     first = first or (default if resumed is None else None)
     helped = "--help" in arguments or "-h" in arguments
     needed = first is not None or resumed is not None or helped
     require(needed, f"{start.word}: expected {start.expected}, or --resume DIRECTORY")
     if resumed is None:
-        stored = start.configuration(first, found.init_weights) if first is not None else kind()
+        stored = start.of_example() if first is None else start.configuration(first, found.init_weights)
     else:
         stored = load_run_config(resumed)
         ours = isinstance(stored, PosttrainConfig) == issubclass(kind, PosttrainConfig)
         trained = "pmf posttrain" if isinstance(stored, PosttrainConfig) else "pmf train"
         require(ours, f"resume: {resumed} is a run of `{trained}`, expected `{trained} --resume {resumed}`")
     stored = kind(**vars(stored))
-    config = parse(kind, f"pmf {command} {first or start.word.upper()}", arguments, stored)
+    note = None
+    if helped and given is None and resumed is None:
+        shown = f"`pmf {command} {start.word.upper()} --help` shows those of {start.word.upper()}, {start.expected}"
+        note = f"The defaults below are those of {start.example}; {shown}."
+    config = parse(kind, f"pmf {command} {given or start.word.upper()}", arguments, stored, note)
     refuse_ignored(config, stored, (*RUN_NEEDS, *(POSTTRAIN_NEEDS if isinstance(config, PosttrainConfig) else ())))
     require(
         resumed is None or config.out in (stored.out, resumed),

@@ -77,7 +77,8 @@ class Loader:
             f"batch_size: expected a positive multiple of the {world} ranks, got {batch_size}",
         )
         require(workers <= MAX_WORKERS, f"workers: expected at most {MAX_WORKERS}, got {workers}")
-        for name, value in (("workers", workers), ("first_step", first_step), ("max_corrupt", max_corrupt)):
+        counts = dict(seed=seed, workers=workers, first_step=first_step, max_corrupt=max_corrupt)
+        for name, value in counts.items():
             require(value >= 0, f"{name}: expected a number >= 0, got {value}")
         reader = Reader.of(data, max_corrupt)
         self.step = first_step

@@ -54,7 +54,7 @@ class TrainingData(Protocol):
 class ImageSet:
     """Training data in memory: images [n, c, H, W] as `TrainingData` reads them, labels int64 [n], class names.
 
-    Errors: `InputError` on other dtypes and shapes.
+    Errors: `InputError` on other dtypes and shapes, and on negative labels.
     """
 
     images: Tensor
@@ -71,6 +71,7 @@ class ImageSet:
         one_each = whole and list(labels.shape) == shape[:1]
         each = f"integers [{shape[0]}], one for each image"
         require(one_each, lambda: f"labels: expected {each}, got {labels.dtype} {list(labels.shape)}")
+        require(not (labels < 0).any(), lambda: f"labels: expected >= 0, got {labels.min().item()}")
 
     def __len__(self) -> int:
         return len(self.labels)

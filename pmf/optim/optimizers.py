@@ -69,6 +69,7 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
 
     Adam's are biases, norms, gates, tokens, positions, convolutions and the class table.
     """
+    check_values(nn.Module, model=model)
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     parameters = list(model.parameters())
     return [p for p in parameters if id(p) in linear], [p for p in parameters if id(p) not in linear]

@@ -83,7 +83,9 @@ def _jvp(func: Callable, primals: tuple, tangents: tuple, has_aux: bool, rows: i
     with nullcontext() if torch.compiler.is_compiling() else _eager_call():
         result = func(*tree_unflatten(list(map(_moving, leaves, dots)), spec))
         if has_aux and not (isinstance(result, tuple) and len(result) == 2):
-            raise InputError(f"pmf.jvp: with has_aux the function must return (output, aux), got {type(result)}")
+            raise InputError(
+                f"pmf.jvp: with has_aux the function must return (output, aux), got {_described(_value(result))}"
+            )
         out, *aux = result if has_aux else (result,)
         with torch.no_grad():
             out_dots = tree_map(_dot, out)
@@ -227,6 +229,9 @@ def rule(function: Callable) -> Callable[[Rule], Rule]:
 
     For example, `pmf.jvp.rule(Square)(lambda out, x: 2 * x.value * x.dot)`.
     """
+
+    if not callable(function):
+        raise InputError(f"pmf.jvp.rule: expected a function, got {type(function).__name__}")
 
     def register(given: Rule) -> Rule:
         for one in operators_of(function):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import subprocess
 import sys
 import time
@@ -358,3 +359,18 @@ def test_bad_options_are_one_line(arguments, message, capsys):
     with pytest.raises(SystemExit):
         cli.main(arguments)
     assert capsys.readouterr().err.startswith(f"pmf.benchmarks: {message}")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(batch=0), "batch: expected a positive number, got 0"),
+        (dict(batch=-3), "batch: expected a positive number, got -3"),
+        (dict(repeats=0), "repeats: expected a positive number, got 0"),
+        (dict(device="foo"), "device: cannot use 'foo'"),
+        (dict(minutes=math.nan), "minutes: expected a finite number"),
+    ],
+)
+def test_impossible_measurements_are_refused(change, message):
+    with pytest.raises(InputError, match=message):
+        Options(**change)

@@ -2,16 +2,23 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import pmf
 from pmf.data import ImageSet, Loader
-from pmf.images import save_grid, save_png
+from pmf.draws import step_seed
+from pmf.features import Chunks, find_images
+from pmf.frechet import FrechetLoss, MovingAverage
+from pmf.images import centre_crop, save_grid, save_png, to_bytes
 from pmf.metrics import Statistics, frechet_distance, inception_score, precision_recall
 from pmf.optim import EMA, Averages, Muon, NesterovAdam, OptimizerConfig, build_optimizers, learning_rate
+from pmf.parallel import LossModule
+from pmf.timing import comparison
 from tests.networks import TINY, random_model
 
 MODEL = random_model(dtype=torch.float32)
@@ -103,6 +110,25 @@ CASES = [
     ("betas", lambda: NesterovAdam([WEIGHT], lr=1, betas=(0.5,))),
     ("config", lambda: build_optimizers(MODEL, None)),
     ("model", lambda: build_optimizers(None, OptimizerConfig())),
+    *(("seed", lambda v=v: step_seed(*v, "epoch")) for v in ((-1, 0), (0, -1), ("0", 0))),
+    ("seed", lambda: loader(seed=-1)),
+    ("labels", lambda: ImageSet(X, Y - 3)),
+    *(("path", lambda v=v: save_grid(v, GREY, columns=2)) for v in ("a.jpg", "a.GIF", Path("a.webp"))),
+    *(("path", lambda v=v: pmf.save_model(v, TINY, {"a": X})) for v in ("a.pt", "a.bin", Path("a.zip"))),
+    *(("images", lambda v=v: to_bytes(v)) for v in (None, GREY.numpy())),
+    *(("picture", lambda v=v: centre_crop(v, 8)) for v in (None, GREY)),
+    *(("size", lambda v=v: centre_crop(Image.new("RGB", (8, 8)), v)) for v in (0, -1, "8")),
+    *(("runs", lambda v=v: comparison(v, "cpu")) for v in ({}, None)),
+    ("device", lambda: comparison({"a": lambda: None}, "nope")),
+    ("folder", lambda: find_images("pictures")),
+    ("reference", lambda: find_images(Path(__file__))),
+    *(("count", lambda v=v: Chunks(Path("a"), *v)) for v in ((-1, 4), (4, 0))),
+    ("directory", lambda: Chunks("a", 4, 4)),
+    *(("loss_config", lambda v=v: pmf.CapturedStep(MODEL, v)) for v in (None, TINY)),
+    ("model", lambda: LossModule(None, LOSS)),
+    ("config", lambda: LossModule(MODEL, TINY)),
+    ("population", lambda: FrechetLoss({"a": Statistics.of(FEATURES)}, MovingAverage(4, 0.9))),
+    ("pmf.jvp.rule", lambda: pmf.jvp.rule(3)),
     *(("step", lambda v=v: learning_rate(OptimizerConfig(), *v)) for v in ((-1, 10), (0, 0), (None, 10))),
 ]  # fmt: skip
 

@@ -109,7 +109,11 @@ def test_module_and_help_work_and_explain_every_value():
 @pytest.mark.parametrize("started_by_torchrun", [False, True])
 @pytest.mark.parametrize(
     ("arguments", "status", "error"),
-    [(["--help"], 0, ""), (["paint"], 1, "pmf: unknown command 'paint'"), (["sample", "/no"], 2, "pmf: source: /no")],
+    [
+        (["--help"], 0, ""),
+        (["paint"], 2, "pmf: command: expected one of train"),
+        (["sample", "/no"], 2, "pmf: source: /no"),
+    ],
 )
 def test_a_process_ends_with_its_status_and_all_that_it_printed(started_by_torchrun, arguments, status, error):
     environment = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}
@@ -132,11 +136,11 @@ def test_what_one_process_does_is_not_repeated_by_the_others_of_torchrun(argumen
     assert capsys.readouterr() != ("", "")
 
 
-def test_unknown_commands_name_the_known_ones():
-    with pytest.raises(
-        SystemExit, match="unknown command 'paint', expected one of train, posttrain, data, sample, eval"
-    ):
+def test_unknown_commands_name_the_known_ones(capsys):
+    with pytest.raises(SystemExit):
         main(["paint"])
+    known = "train, posttrain, data, sample, eval, doctor, digits, photographs, pMF-B/16"
+    assert f"pmf: command: expected one of {known}" in capsys.readouterr().err
 
 
 def test_paths_that_are_not_text_are_read_written_and_printed(run, tmp_path):

@@ -63,9 +63,9 @@ def test_a_published_checkpoint_gives_both_heads(source, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(depth=2), "init: .* holds 'shared_blocks.1.*', which this network does not have"),
-        (dict(depth=4), "init: .* lacks the weight 'shared_blocks.2"),
-        (dict(hidden_size=64), "init: expected '.*' of shape"),
+        (dict(depth=2), "source: .* holds 'shared_blocks.1.*', which this network does not have"),
+        (dict(depth=4), "source: .* lacks the weight 'shared_blocks.2"),
+        (dict(hidden_size=64), "source: expected '.*' of shape"),
     ],
 )
 def test_another_network_is_refused(source, change, message):

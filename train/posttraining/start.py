@@ -22,7 +22,10 @@ def configuration_of(source: str, weights: str | None = None) -> PosttrainConfig
     source. Learning rate, batch and length are the authors', for digits ours; an anchor has no perceptual terms unless
     they are asked for. Errors: `InputError` on a network of unknown guidance.
     """
-    base = _run_of(source, weights)
+    return _configuration(_run_of(source, weights), source, weights)
+
+
+def _configuration(base: RunConfig, source: str, weights: str | None = None) -> PosttrainConfig:
     kept = {name: value for name, value in vars(base).items() if name in vars(RunConfig())}
     name = (weights or Path(source).stem).replace("/", "-").replace(":", "-")
     run = Path(source).resolve() if Path(source).is_dir() else Path("runs") / name
@@ -95,4 +98,10 @@ def published_run(network: ModelConfig) -> RunConfig | None:
     return None if name is None else run_preset(name)
 
 
-SOURCE = Start("source", "a run directory, a checkpoint file or a hub id", configuration_of)
+SOURCE = Start(
+    word="source",
+    expected="a run directory, a checkpoint file or a hub id",
+    configuration=configuration_of,
+    example="pMF-B/16",
+    of_example=lambda: _configuration(run_preset("pMF-B/16"), "SOURCE"),
+)
