@@ -14,7 +14,7 @@ import torch
 from pmf.config import DIGITS, Guidance, LossConfig, ModelConfig
 from pmf.data.loader import MAX_WORKERS
 from pmf.errors import InputError, first_line, require
-from pmf.feature_networks import network_name
+from pmf.feature_networks import NETWORKS, network_name
 from pmf.fields import check_fields, from_json
 from pmf.metrics import Resize
 from pmf.model import Checkpointing, Stream
@@ -81,9 +81,9 @@ class MeasurementConfig(ExtractionConfig):
     """The weights to measure, and the reference."""
 
     reference: Path | None = None
-    """Folder of real images, npz of statistics (mu and sigma, or ref_mu and ref_sigma), or directory of NAME.npz by
-    feature network. Precision and recall need a folder, or statistics with features.
-    Digits and photographs can do without a reference."""
+    """Folder of real images, a directory that `pmf data prepare` filled, npz of statistics (mu and sigma, or ref_mu and
+    ref_sigma), or directory of NAME.npz by feature network. Precision and recall need images, or statistics with
+    features. Digits and photographs can do without a reference."""
     weights: tuple[str, ...] = ()
     """Weights of a run to measure: model, ema_500, ... (default: the run's sampling_weights)."""
     per_class: int = 50
@@ -294,6 +294,9 @@ class PosttrainConfig(RunConfig):
         require_at_least(self, 0, "label_weight", "anchor")
         names = self.spaces
         require(bool(names), "features: expected at least one network, got none")
+        known = *NETWORKS, "digits"
+        unknown = [name for name in names if name not in known]
+        require(not unknown, lambda: f"features: expected one of {', '.join(known)}, got {unknown[0]!r}")
         require(len(set(names)) == len(names), f"features: expected different networks, got {', '.join(names)}")
         fits = not self.feature_weights or len(self.feature_weights) == len(names)
         require(fits, f"feature_weights: expected {len(names)} of them, got {len(self.feature_weights)}")

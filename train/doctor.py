@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -29,6 +29,7 @@ from pmf.train.distributed import World, pick_device
 from pmf.train.evaluation.spaces import spaces_of
 from pmf.train.learner import Learner
 from pmf.train.loop import check_data
+from pmf.train.options import Need
 from pmf.train.presets import configured
 
 PATIENCE = 20
@@ -51,7 +52,8 @@ class DoctorConfig(RunConfig):
     """Seconds to spend on reading data."""
     card: float | None = None
     """Instead of all this, print the largest device batch of each published model on a card of so many GB, under each
-    checkpointing, and its operations. Sharding, processes, precision, stream, impl and ema options count."""
+    checkpointing, and its operations. Sharding, processes, precision, stream, impl, ema_half_lives and ema_device
+    count; other options are refused."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,9 +66,20 @@ class DoctorConfig(RunConfig):
         require(self.seconds > 0, f"seconds: expected a positive number, got {self.seconds}")
 
 
+COUNTED = "card", "processes", "sharding", "precision", "stream", "impl", "ema_half_lives", "ema_device"
+"""What the table of a card depends on."""
+CARD_NEEDS = (
+    Need(
+        tuple(f"{f.name}{end}" for f in fields(DoctorConfig) if f.name not in COUNTED for end in ("", ".*")),
+        "with --card",
+        lambda c: c.card is None,
+    ),
+)
+
+
 def command(arguments: list[str]) -> None:
     """Report on the run that `[PRESET] [--resume DIRECTORY] [options]` describes; exit with 1 if it has advice."""
-    config = configured(arguments, "doctor", DoctorConfig, default="digits")
+    config = configured(arguments, "doctor", DoctorConfig, default="digits", needs=CARD_NEEDS)
     if int(os.environ.get("RANK", 0)) > 0:
         return
     if config.card is not None:

@@ -15,7 +15,7 @@ from pmf.config import DIGITS, PUBLISHED, Guidance, ModelSettings
 from pmf.errors import require
 from pmf.optim import OptimizerConfig
 from pmf.train.config import PerceptualConfig, PosttrainConfig, RunConfig, load_run_config
-from pmf.train.options import POSTTRAIN_NEEDS, RUN_NEEDS, parse, refuse_ignored, refuse_repeated
+from pmf.train.options import RUN_NEEDS, Need, parse, refuse_ignored, refuse_repeated
 
 Config = TypeVar("Config", bound=RunConfig)
 IMAGENET_IMAGES = 1_281_167
@@ -97,12 +97,18 @@ PRESET = Start(
 
 
 def configured(
-    arguments: list[str], command: str, kind: type[Config], default: str | None = None, start: Start = PRESET
+    arguments: list[str],
+    command: str,
+    kind: type[Config],
+    default: str | None = None,
+    start: Start = PRESET,
+    needs: tuple[Need, ...] = (),
 ) -> Config:
     """Parse `[START] [--resume DIRECTORY] [options]` into a configuration; without a start, that named `default`.
 
-    The start, or the stored configuration of the resumed run, supplies the defaults of all options. Errors:
-    `InputError` on both, on an option that would be ignored, and on one given twice.
+    The start, or the stored configuration of the resumed run, supplies the defaults of all options. `needs`: those of
+    the command beside a run's. Errors: `InputError` on both, on an option that would be ignored, and on one given
+    twice.
     """
     first = None
     if arguments and not arguments[0].startswith("-"):
@@ -135,7 +141,7 @@ def configured(
         shown = f"`pmf {command} {start.word.upper()} --help` shows those of {start.word.upper()}, {start.expected}"
         note = f"The defaults below are those of {start.example}; {shown}."
     config = parse(kind, f"pmf {command} {given or start.word.upper()}", arguments, stored, note)
-    refuse_ignored(config, stored, (*RUN_NEEDS, *(POSTTRAIN_NEEDS if isinstance(config, PosttrainConfig) else ())))
+    refuse_ignored(config, stored, (*RUN_NEEDS, *needs))
     require(
         resumed is None or config.out in (stored.out, resumed),
         f"out: expected none beside --resume, which continues in {resumed}, got {config.out}",

@@ -247,6 +247,16 @@ def test_evaluations_in_several_spaces_hold_their_networks(tmp_path):
     assert both - pixels == 4 * WEIGHTS["siglip"] and single - pixels == 4 * WEIGHTS["inception"] > 0
 
 
+@pytest.mark.parametrize(
+    "flags", [["--steps", "5"], ["--checkpointing", "block"], ["--seconds", "1"], ["--model.depth", "3"]]
+)
+def test_what_a_card_does_not_depend_on_is_refused(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor", "--card", "24", *flags])
+    name = flags[0][2:].replace("-", "_")
+    assert stop.value.code == 2 and f"pmf: {name}: has no effect with --card" in capsys.readouterr().err
+
+
 def test_a_card_is_a_table(capsys, monkeypatch):
     some = ("pMF-B/16", "pMF-H/32")
     monkeypatch.setattr(budget, "PUBLISHED", {name: pmf.config.PUBLISHED[name] for name in some})

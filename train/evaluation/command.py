@@ -21,7 +21,7 @@ import pmf
 from pmf.config import MODELS, Guidance, ModelConfig, published_guidance
 from pmf.errors import InputError, require
 from pmf.hub import locate
-from pmf.metrics import INCEPTION_FEATURES, inception
+from pmf.metrics import INCEPTION_FEATURES, Resize, inception
 from pmf.train.config import ExtractionConfig, MeasurementConfig, find_run_around, find_run_config
 from pmf.train.distributed import World, join, leave, pick_device
 from pmf.train.evaluation.measurement import MakeExtractor, Measurement, demo_score, measure
@@ -79,9 +79,11 @@ class StatisticsConfig(ExtractionConfig):
     """
 
     folder: tyro.conf.Positional[Path]
-    """Folder of images."""
+    """Folder of images, or a directory that `pmf data prepare` filled."""
     out: Path
     """The npz to write: mu, sigma, count; with --resize half_pixel ref_mu, ref_sigma, count; or a directory."""
+    resize: Resize | None = None
+    """Resize to Inception's 299 pixels: tf1 (the default) or half_pixel (for pMF's ref_mu, ref_sigma)."""
     features: bool = False
     """Store the features too (8 KB per image): precision and recall need them."""
     networks: tuple[str, ...] = ()

@@ -6,6 +6,7 @@ from pmf.train.config import PosttrainConfig
 from pmf.train.data.by_name import open_data
 from pmf.train.distributed import join, leave
 from pmf.train.evaluation.spaces import floors
+from pmf.train.options import POSTTRAIN_NEEDS
 from pmf.train.posttraining.references import open_networks, open_references
 from pmf.train.posttraining.start import SOURCE
 from pmf.train.posttraining.trainer import PosttrainTrainer
@@ -14,7 +15,7 @@ from pmf.train.presets import configured
 
 def command(arguments: list[str]) -> None:
     """Post-train, `pmf posttrain SOURCE [options]`, or resume, `pmf posttrain --resume DIRECTORY [options]`."""
-    config = configured(arguments, "posttrain", PosttrainConfig, start=SOURCE)
+    config = configured(arguments, "posttrain", PosttrainConfig, start=SOURCE, needs=POSTTRAIN_NEEDS)
     world = join(config.device, config.sharding)
     networks = open_networks(config, world.device)
     references = open_references(config, networks)
