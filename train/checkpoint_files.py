@@ -105,13 +105,22 @@ class _Unpickler(_PYTHONS):
     dispatch[pickle.BUILD[0]] = load_build
 
 
+ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+"""What opening a file that is not there raises. Of other errors of the system the file may be whole."""
+
+
 def read_metadata(folder: Path) -> Metadata:
-    """What a checkpoint holds and where. Errors: `InputError` if it cannot be read, or refers to anything else."""
+    """What a checkpoint holds and where.
+
+    Errors: `InputError` if it is damaged, missing, or refers to anything else; `OSError` if it cannot be read now.
+    """
     try:
         with open(folder / METADATA, "rb") as file:
             metadata = _Unpickler(file).load()
         names = _names(metadata)
-    except InputError:
+    except ABSENT:
+        raise InputError(f"{METADATA} is missing") from None
+    except (InputError, OSError):
         raise
     except Exception as error:  # a damaged pickle can raise anything
         raise InputError(f"{METADATA} cannot be read: {first_line(error)}") from error
@@ -126,14 +135,19 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def damage(file: Path) -> str | None:
-    """What is wrong with a file of a checkpoint; None if nothing is, or if an earlier version wrote no checksum."""
+    """What is wrong with a file of a checkpoint; None if nothing is, or if an earlier version wrote no checksum.
+
+    Errors: `OSError` if it cannot be read now.
+    """
     beside = Path(f"{file}{CHECKSUM}")
     try:
         if beside.exists() and beside.read_text().strip() != _checksum(file):
             return f"{file.name} does not have the checksum that it was written with"
         return None if file.exists() else f"{file.name} is missing"
-    except (OSError, ValueError) as error:
-        return f"{file.name} cannot be read: {first_line(error)}"
+    except ABSENT:
+        return f"{file.name} is missing"
+    except ValueError as error:
+        return f"{beside.name} cannot be read: {first_line(error)}"
 
 
 def _system_error(error: BaseException) -> BaseException:

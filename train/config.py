@@ -211,8 +211,6 @@ class RunConfig:
         require_at_least(self, 1, "steps", "batch_size", "save_every", "sample_every", "keep_checkpoints", "ema_every")
         require_at_least(self, 0, "workers", "max_corrupt", "max_skipped", "eval_every", "seed")
         require(self.workers <= MAX_WORKERS, f"workers: expected at most {MAX_WORKERS}, got {self.workers}")
-        moved = self.ema_every <= self.steps
-        require(moved, f"ema_every: expected at most steps, {self.steps}, got {self.ema_every}: averages never move")
         whole = self.device_batch is None or (self.device_batch > 0 and self.batch_size % self.device_batch == 0)
         require(whole, f"device_batch: expected a divisor of batch_size {self.batch_size}, got {self.device_batch}")
         whole = not self.compiled or self.sharding in REPLICATED

@@ -37,6 +37,8 @@ from pmf.train.stop_signals import StopRequest, StopWaiting
 from pmf.train.terminal import decoration, soft_output
 
 log = logging.getLogger(__name__)
+PATIENCE = 10.0
+"""Seconds in which a directory that one process has made is visible to the others."""
 
 
 class Batches(Protocol):
@@ -72,28 +74,58 @@ class Trainer(Learner):
             if config.resume is None:
                 self._lock(lock)
             self.last_record = self.world.main_first(self._open_directory)
+            self._check_shared()
             self.fix_bucket_order()
             self.lock = lock.pop_all()
 
     def _lock(self, stack: ExitStack) -> None:
         """Lock the directory, for the main process, until the stack is closed at the end of `run`."""
-        argument = "resume" if self.config.resume is not None else "out"
 
         def enter() -> None:
-            stack.enter_context(locked(self.directory, argument))
+            stack.enter_context(locked(self.directory, self._argument))
 
         self.world.main_first(enter)
 
+    @property
+    def _argument(self) -> str:
+        """The argument that names the directory."""
+        return "resume" if self.config.resume is not None else "out"
+
     def _open_directory(self) -> dict | None:
+        """Make the directory that of this run, for the main process; return the last record of its metrics."""
+        try:
+            return self._begin_directory()
+        except OSError as error:
+            what = f"{error.filename or self.directory}: {error.strerror}"
+            raise InputError(f"{self._argument}: cannot use {what}") from error
+
+    def _begin_directory(self) -> dict | None:
         if self.config.resume is None:
             run_directory.make_room(self.directory, self.config.overwrite)
         elif self.data is not None:
             run_directory.check_data_identity(self.directory, self.config.data, self.data)
+        run_directory.remove_torn(self.directory)
         stored = replace(self.config, out=self.directory, resume=None, overwrite=False)
         run_directory.write_config(self.directory, stored)  # first: it marks the directory as a run's
         if self.data is not None:
             run_directory.write_data_identity(self.directory, self.config.data, self.data)
+        self.snapshots.prepare()
         return run_directory.keep_metrics_until(self.directory, self.step)
+
+    def _check_shared(self) -> None:
+        """Raise `CommonError` unless every process sees the directory that the main one has opened."""
+        deadline = time.monotonic() + PATIENCE  # network file systems may show it late
+        while not (there := run_directory.is_there(self.directory)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        blind = [rank for rank, seen in enumerate(self.world.gather(there)) if not seen]
+        if blind:
+            what = f"process {blind[0]} does not see {self.directory}"
+            raise CommonError(f"{self._argument}: {what}: expected a directory that all machines share")
+
+    def _check_kept(self) -> None:
+        """Raise `InputError` if the directory was removed or renamed: what is written there could not be resumed."""
+        message = f"{self._argument}: {self.directory} was removed or renamed, expected it to stay while the run writes"
+        require(run_directory.is_there(self.directory), message)
 
     def run(self) -> None:
         """Train to the last step. The stop signals save and stop; a full disk stops without saving."""
@@ -215,10 +247,13 @@ class Trainer(Learner):
         last = stopped or self.step == self.config.steps
         evaluated = self.evaluation is not None and self.evaluation.due(self.step)
         due = last or evaluated or self.step % self.config.save_every == 0
+        exported = last or self.step % self.config.sample_every == 0
+        if due or exported:
+            self.world.main_first(self._check_kept)
         if due or (self.owed and not self.skipped):
             self._save()
         self.snapshots.publish(wait=last or evaluated)  # a step must be resumable before it is measured
-        if last or self.step % self.config.sample_every == 0:
+        if exported:
             self._export()
 
     def _export(self) -> None:

@@ -14,13 +14,15 @@ from pmf.data import TrainingData
 from pmf.errors import InputError, require
 from pmf.train.config import CONFIG_FILE, RunConfig, load_run_config, to_json
 from pmf.train.directory_lock import LOCK_FILE
-from pmf.train.snapshots import FOLDER, remove
+from pmf.train.snapshots import FOLDER, remove, steps_in
 
 METRICS_FILE = "metrics.jsonl"
 DATA_FILE = "data.json"
 SAMPLES_FILE = "samples.png"
 CURVE_FILE = "loss.png"
 EVALUATION_FOLDER = "eval"
+FILES = METRICS_FILE, DATA_FILE, SAMPLES_FILE, CURVE_FILE, "model.safetensors", "ema_*.safetensors"
+"""What a run writes beside its configuration, checkpoints and evaluations."""
 
 
 def make_room(directory: Path, overwrite: bool) -> None:
@@ -31,18 +33,22 @@ def make_room(directory: Path, overwrite: bool) -> None:
     """
     if not directory.is_dir():
         return
-    for torn in directory.glob(f".{CONFIG_FILE}.*"):  # left by a run killed while it stored its configuration
-        torn.unlink()
+    remove_torn(directory)
     if not any(entry.name != LOCK_FILE for entry in directory.iterdir()):
         return
     require(_is_run(directory), f"out: {directory} is not empty and holds no run, expected another --out")
-    saved = any((directory / FOLDER).glob("step-*"))
+    saved = bool(steps_in(directory / FOLDER))
     require(
         overwrite or not saved,
         f"out: {directory} already holds a run, expected --resume {directory}, --overwrite or another --out",
     )
     for path in _run_files(directory):
         remove(path)
+
+
+def is_there(directory: Path) -> bool:
+    """Whether a run has begun in a directory, and it has not been removed or renamed since."""
+    return (directory / CONFIG_FILE).is_file()
 
 
 def write_config(directory: Path, config: RunConfig) -> None:
@@ -118,8 +124,16 @@ def _is_run(directory: Path) -> bool:
 
 def _run_files(directory: Path) -> list[Path]:
     """The files a run writes, except config.json: it marks the directory as a run's until the next run replaces it."""
-    pictures = (SAMPLES_FILE, CURVE_FILE)
-    patterns = [FOLDER, "tensorboard/events.*", f"{EVALUATION_FOLDER}/results.jsonl", f"{EVALUATION_FOLDER}/.*"]
-    for name in (METRICS_FILE, DATA_FILE, *pictures, "model.safetensors", "ema_*.safetensors"):
-        patterns += [name, f".{name}.*"]  # and temporary files of a killed run
-    return [path for pattern in patterns for path in directory.glob(pattern)]
+    patterns = [FOLDER, "tensorboard/events.*", f"{EVALUATION_FOLDER}/results.jsonl", f"{EVALUATION_FOLDER}/.*", *FILES]
+    return [*_torn_files(directory), *(path for pattern in patterns for path in directory.glob(pattern))]
+
+
+def _torn_files(directory: Path) -> list[Path]:
+    """Temporary files of processes that were killed while they wrote."""
+    return [path for name in (CONFIG_FILE, *FILES) for path in directory.glob(f".{name}.*")]
+
+
+def remove_torn(directory: Path) -> None:
+    """Remove temporary files of a run that was killed."""
+    for path in _torn_files(directory):
+        path.unlink(missing_ok=True)

@@ -6,10 +6,12 @@ A damaged one is noticed by its checksums and set aside, and the one before it i
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import re
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -43,9 +45,14 @@ class Snapshots:
         self.pending: tuple[int, Future] | None = None
 
     def steps(self) -> list[int]:
-        """The steps of the complete snapshots, in order."""
-        found = (re.fullmatch(r"step-(\d{8,})", path.name) for path in self.folder.glob("step-*"))
-        return sorted(int(match[1]) for match in found if match)
+        """The steps of the complete snapshots, in order. Errors: `OSError` if the folder cannot be read."""
+        return steps_in(self.folder)
+
+    def prepare(self) -> None:
+        """Create the folder and remove what killed processes left. Errors: `OSError` if it cannot be written."""
+        self.folder.mkdir(exist_ok=True)
+        _remove_torn(self.folder)
+        os.rmdir(tempfile.mkdtemp(prefix=".step-", dir=self.folder))
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Copy the state and start writing it; training may go on at once.
@@ -55,35 +62,37 @@ class Snapshots:
         self.publish(wait=True)
         if self.world.broadcast(self._path(step).exists()):
             return
-        folder = self._partial(step)
-        self.world.main_first(partial(_make_room, folder))
+        self.world.main_first(partial(self._make_room, step))
+        writer = CheckedWriter(self._partial(step))
         try:
-            future = dcp.async_save(
-                state, storage_writer=CheckedWriter(folder), process_group=self.group, no_dist=self.group is None
-            )
+            future = dcp.async_save(state, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
         except FAILURES as error:
             raise InputError(self._failure(step, error)) from error
         assert isinstance(future, Future)  # async_save returns one unless asked for a staging future
         self.pending = (step, future)
 
     def publish(self, wait: bool) -> None:
-        """Publish the pending snapshot once it is on the disk, and remove the oldest beyond `keep`.
+        """Publish the pending snapshot once it is on every process's disk, and remove the oldest beyond `keep`.
 
-        Errors: `InputError` when it could not be written; earlier ones stay.
+        Every process must call. Errors: `InputError` when it could not be written; earlier ones stay.
         """
-        if self.pending is None or not (wait or self.pending[1].done()):
+        if self.pending is None or not (wait or all(self.world.gather(self.pending[1].done()))):
             return
         (step, future), self.pending = self.pending, None
         try:
             future.result()  # fails in every process or in none
         except FAILURES as error:
             raise CommonError(self._failure(step, error)) from error
+        self.world.main_first(partial(self._show, step))
+
+    def _show(self, step: int) -> None:
+        """Give a snapshot that is on the disk its name."""
         try:
-            if self.world.main:
-                _synchronise(self._partial(step))
-                os.replace(self._partial(step), self._path(step))
-                _synchronise(self.folder)
-                self._remove_old()
+            _check_shared(self._partial(step))
+            _synchronise(self._partial(step))
+            os.replace(self._partial(step), self._path(step))
+            _synchronise(self.folder)
+            self._remove_old()
         except OSError as error:
             raise InputError(self._failure(step, error)) from error
 
@@ -98,7 +107,7 @@ class Snapshots:
         Every process must call; they share the checking. Errors: `InputError` when there is none.
         """
         faults: dict[int, str] = {}
-        steps, run = self.world.broadcast(self.steps()), self.folder.parent
+        steps, run = self.world.main_first(self._found), self.folder.parent
         require(bool(steps), f"resume: {run} has no complete checkpoint, nothing was saved there yet")
         for step in reversed(steps):
             fault = self._fault(step)
@@ -109,16 +118,39 @@ class Snapshots:
         told = "; ".join(f"{self._path(step).name}: {fault}" for step, fault in faults.items())
         raise CommonError(f"resume: every checkpoint of {run} is damaged: {told}")
 
-    def _fault(self, step: int) -> str | None:
-        """What is wrong with a snapshot; None if it is whole."""
-        files, fault = [], None
+    def _found(self) -> list[int]:
         try:
-            files = files_of(self._path(step)) if self.world.main else []
-        except InputError as error:
-            fault = str(error)
-        files, fault = self.world.broadcast((files, fault))
-        faults = [fault, *(damage(file) for file in files[self.world.rank :: self.world.size])]
+            return self.steps()
+        except OSError as error:
+            raise InputError(f"resume: cannot read {self.folder}: {error.strerror}") from error
+
+    def _fault(self, step: int) -> str | None:
+        """What is wrong with a snapshot; None if it is whole.
+
+        Errors: `InputError` if it cannot be read now, which says nothing of what it holds.
+        """
+        unreadable, faults = None, list[str | None]()
+        files, fault = self.world.main_first(partial(self._files, step))
+        try:
+            faults += [fault, *(damage(file) for file in files[self.world.rank :: self.world.size])]
+        except OSError as error:
+            unreadable = self._unreadable(step, error)
+        self.world.raise_first(unreadable)
         return next(filter(None, itertools.chain(*self.world.gather(faults))), None)
+
+    def _files(self, step: int) -> tuple[list[Path], str | None]:
+        """The files of a snapshot, and why they are not known."""
+        try:
+            return files_of(self._path(step)), None
+        except InputError as error:
+            return [], str(error)
+        except OSError as error:
+            raise self._unreadable(step, error) from error
+
+    def _unreadable(self, step: int, error: OSError) -> InputError:
+        path = self._path(step)
+        advice = f"nothing was changed; once {path} is elsewhere, a run resumes from the checkpoint before it"
+        return InputError(f"resume: cannot read {error.filename or path}: {error.strerror}; {advice}")
 
     def _set_aside(self, faults: dict[int, str], step: int) -> None:
         """Hide damaged snapshots from later runs, which write new ones of these steps; nothing is deleted."""
@@ -162,22 +194,48 @@ class Snapshots:
     def _partial(self, step: int) -> Path:
         return self.folder / f".step-{step:08d}"
 
+    def _make_room(self, step: int) -> None:
+        """Create the folder of a new snapshot, and delete unfinished ones."""
+        try:
+            self.folder.mkdir(exist_ok=True)  # not its parent: a run's directory that was removed stays so
+            _remove_torn(self.folder)
+            self._partial(step).mkdir()
+        except OSError as error:
+            raise InputError(self._failure(step, error)) from error
+
     def _failure(self, step: int, error: BaseException) -> str:
         """What to say of a snapshot that cannot be written; what is written of it is removed."""
         if self.world.main:
             shutil.rmtree(self._partial(step), ignore_errors=True)
-        kept = self.steps()
+        kept = []
+        with contextlib.suppress(OSError):
+            kept = self.steps()
         last = f"the last complete checkpoint is that of step {kept[-1]}" if kept else "no checkpoint is complete"
         return f"path: cannot write {self._path(step)}: {_reason(error)}; {last}"
 
 
-def _make_room(folder: Path) -> None:
-    """Create the folder of a new snapshot, and delete unfinished ones."""
-    for torn in folder.parent.glob(".step-*"):
+def steps_in(folder: Path) -> list[int]:
+    """The steps of the complete snapshots in a folder, in order; none if it is missing. Errors: `OSError`."""
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    found = (re.fullmatch(r"step-(\d{8,})", name) for name in names)
+    return sorted(int(match[1]) for match in found if match)
+
+
+def _remove_torn(folder: Path) -> None:
+    """Remove what is left of snapshots that no process finished."""
+    for torn in folder.glob(".step-*"):
         with contextlib.suppress(OSError):
             remove(torn)
-    folder.parent.mkdir(exist_ok=True)  # not its parent: a run's directory that was removed stays so
-    folder.mkdir()
+
+
+def _check_shared(folder: Path) -> None:
+    """Errors: `OSError` if a process wrote its part of a snapshot where this one does not see it."""
+    lost = [file.name for file in files_of(folder) if not file.exists()]
+    if lost:
+        raise OSError(errno.ENOENT, f"{lost[0]} was written elsewhere: expected a directory that all machines share")
 
 
 def remove(path: Path) -> None:

@@ -19,15 +19,14 @@ class StopWaiting(BaseException):
 class StopRequest:
     """While entered, a stop signal sets `requested`, and says so at once if `told`. Further ones change nothing.
 
-    A hangup that is ignored on entry, as under nohup, stays ignored.
+    A signal that is ignored on entry, as a hangup under nohup or Ctrl-C in a script's background, stays ignored.
     """
 
     def __init__(self, told: bool = True) -> None:
         self.requested, self.told, self.waiting = False, told, False
 
     def __enter__(self) -> StopRequest:
-        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        numbers = [number for number in STOP_SIGNALS if number != signal.SIGHUP or not ignored]
+        numbers = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         self._before = {number: signal.signal(number, self._request) for number in numbers}
         return self
 

@@ -191,3 +191,16 @@ def test_an_old_checkpoint_that_cannot_be_removed_stops_nothing(run, monkeypatch
     monkeypatch.setattr(shutil, "rmtree", busy)
     resumed(run, steps=12).run()
     assert complete(run) == [9, 12]
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_set_aside(run, name):
+    """The system's errors say nothing of what a file holds: here its name leads in a circle."""
+    newest = max((run / "checkpoints").glob("step-*"))
+    (newest / name).rename(newest / "kept")
+    (newest / name).symlink_to(newest / name)
+    with pytest.raises(pmf.InputError, match=rf"resume: cannot read .*{name}: Too many levels .*; nothing was changed"):
+        resumed(run)
+    (newest / "kept").replace(newest / name)
+    assert not list(run.glob("checkpoints/damaged-*"))
+    assert resumed(run).step == int(newest.name[5:])

@@ -120,16 +120,19 @@ def test_a_stop_signal_ends_the_computation_of_a_reference(tmp_path, capsys):
     assert captured.out == "stopped at step 0; the run is not saved\n"
 
 
-def test_a_hangup_that_nohup_ignores_stays_ignored(tmp_path):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGINT", "SIGQUIT"])
+def test_a_signal_that_is_ignored_on_entry_stays_ignored(tmp_path, name):
+    """A hangup under nohup; Ctrl-C in the background of a script, where it is meant for others."""
+    number = signal.Signals[name]
+    before = signal.signal(number, signal.SIG_IGN)
     try:
         trainer = Trainer(config(tmp_path / "run"), digits()[0])
         gradients = trainer._gradients
-        trainer._gradients = lambda *batch: (os.kill(os.getpid(), signal.SIGHUP), gradients(*batch))[1]
+        trainer._gradients = lambda *batch: (os.kill(os.getpid(), number), gradients(*batch))[1]
         trainer.run()
-        assert trainer.step == 6 and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert trainer.step == 6 and signal.getsignal(number) == signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(number, before)
 
 
 def test_a_closed_terminal_saves_the_run(tmp_path):

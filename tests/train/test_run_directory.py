@@ -44,6 +44,59 @@ def test_a_directory_that_is_removed_ends_the_run_and_stays_removed(tmp_path):
         return gradients(*batch)
 
     trainer._gradients = removing
-    with pytest.raises(pmf.InputError, match="No such file or directory"):
+    with pytest.raises(pmf.InputError, match=r"out: .*run was removed or renamed, expected it to stay"):
         trainer.run()
     assert not (tmp_path / "run").exists()
+
+
+def test_what_a_killed_run_left_is_removed_when_it_resumes(tmp_path):
+    out = train(config(tmp_path / "run", steps=3))
+    torn = [".model.safetensors.ab12.safetens", ".ema_500.safetensors.x.safetens", ".samples.png.x.png"]
+    torn += [".metrics.jsonl.x.jsonl", ".config.json.x.json"]
+    for name in torn:
+        (out / name).write_bytes(b"torn")
+    (out / "checkpoints" / ".step-00000002").mkdir()
+    train(config(out, steps=3, resume=out))
+    assert not [path for path in (*out.glob(".*"), *out.glob("checkpoints/.*")) if path.name != ".lock"]
+
+
+@pytest.mark.parametrize("place", ["nowhere", "a file"])
+def test_checkpoints_that_cannot_be_written_are_noticed_before_the_first_step(tmp_path, place, monkeypatch):
+    out, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    make_room = run_directory.make_room
+
+    def with_link(*args):
+        make_room(*args)
+        (out / "checkpoints").symlink_to(elsewhere)
+
+    monkeypatch.setattr(run_directory, "make_room", with_link)
+    if place == "a file":
+        elsewhere.write_text("a file")
+    with pytest.raises(pmf.InputError, match=r"^out: cannot use .*checkpoints: "):
+        Trainer(config(out), digits()[0])
+
+
+def test_checkpoints_that_cannot_be_listed_are_not_taken_for_none(tmp_path):
+    out = train(config(tmp_path / "run", steps=3))
+    (out / "checkpoints").rename(tmp_path / "kept")
+    (out / "checkpoints").symlink_to(out / "checkpoints")  # a loop, which the system cannot follow
+    with pytest.raises(pmf.InputError, match=r"resume: cannot read .*checkpoints: Too many levels"):
+        Trainer(config(out, steps=5, resume=out), digits()[0])
+    with pytest.raises(pmf.InputError, match=r"out: cannot use .*checkpoints: Too many levels"):
+        Trainer(config(out, steps=5), digits()[0])
+    assert (out / "model.safetensors").exists()
+
+
+def test_an_export_does_not_make_a_removed_directory_anew(tmp_path):
+    trainer = Trainer(config(tmp_path / "run", steps=6, sample_every=1, save_every=6), digits()[0])
+    gradients = trainer._gradients
+
+    def renaming(*batch):
+        if trainer.step == 2:
+            (tmp_path / "run").rename(tmp_path / "renamed")
+        return gradients(*batch)
+
+    trainer._gradients = renaming
+    with pytest.raises(pmf.InputError, match="was removed or renamed"):
+        trainer.run()
+    assert not (tmp_path / "run").exists() and (tmp_path / "renamed" / "config.json").exists()
