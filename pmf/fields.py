@@ -9,7 +9,11 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from pmf.errors import require
+import numpy as np
+import torch
+from torch import Tensor
+
+from pmf.errors import InputError, require
 
 Config = TypeVar("Config")
 LARGEST = 2**63
@@ -67,6 +71,37 @@ def is_finite(value: Any) -> bool:
 def is_integer(value: Any) -> bool:
     """Whether a value is an integer (not a bool) of at most 64 bits."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and abs(int(value)) < LARGEST
+
+
+def checked_number(owner: str, name: str, value: Any, least: float = -LARGEST_FLOAT) -> float:
+    """An argument of the function or class `owner`, which must be a finite number of at least `least`.
+
+    Ops check every call so: the first test is the fast one. Errors: `InputError`.
+    """
+    if (type(value) is float or type(value) is int) and least <= value <= LARGEST_FLOAT:
+        return value
+    if isinstance(value, (torch.SymFloat, torch.SymInt)) or (isinstance(value, Tensor) and value.ndim == 0):
+        return value  # type: ignore[return-value]  # unread: tracers would specialise the graph, a GPU would wait
+    if isinstance(value, Tensor) or not is_finite(value) or value < least:
+        wanted = "a finite number" if least == -LARGEST_FLOAT else f"a finite number of at least {least:g}"
+        raise InputError(f"{owner}: {name} must be {wanted}, got {value!r:.80}")
+    return float(value)
+
+
+def checked_integer(owner: str, name: str, value: Any, least: int = 1) -> int:
+    """As `checked_number`, an integer."""
+    if (type(value) is int or isinstance(value, torch.SymInt)) and least <= value < LARGEST:
+        return value  # type: ignore[return-value]
+    if not is_integer(value) or value < least:
+        raise InputError(f"{owner}: {name} must be an integer of at least {least}, got {value!r:.80}")
+    return int(value)
+
+
+def check_flags(owner: str, **flags: Any) -> None:
+    """Errors: `InputError` on an argument of `owner` that is neither True nor False."""
+    for name, value in flags.items():
+        if type(value) is not bool and not isinstance(value, np.bool_):
+            raise InputError(f"{owner}: {name} must be True or False, got {value!r:.80}")
 
 
 _KINDS: dict[Any, Any] = {

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pmf.autocast import autocast_dtype
 from pmf.errors import InputError, readable, require
+from pmf.fields import check_flags, checked_number
 from pmf.inputs import Inputs, Moving, Pair
 from pmf.pair import Dual
 
@@ -40,6 +41,7 @@ def attention(q, k, v, *, scale=None, causal=False, key_lengths=None, enable_gqa
     inputs = Inputs("attention", {"q": q, "k": k, "v": v})
     q, k, v = (dual.value for dual in inputs.duals)
     inputs.shape("q", q, None, None, None, None)
+    check_flags("attention", causal=causal, enable_gqa=enable_gqa)
     _check_keys(inputs, q, k, v, enable_gqa)
     if causal and q.shape[1] != k.shape[1]:
         reason = "backends differ on which keys a query reads otherwise"
@@ -55,13 +57,15 @@ def attention(q, k, v, *, scale=None, causal=False, key_lengths=None, enable_gqa
         raise InputError(f"attention: q, k, v and their tangents must have one dtype, got {inputs.dtypes}")
     head_dim = q.shape[3]
     run = inputs.implementation(impl, head_dim)
-    scale = head_dim**-0.5 if scale is None else scale
+    scale = head_dim**-0.5 if scale is None else checked_number("attention", "scale", scale)
     return inputs.give(run.attention(*inputs.duals, scale=scale, causal=bool(causal), key_lengths=key_lengths))
 
 
 def _check_keys(inputs: Inputs, q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> None:
     """Errors: `InputError` on keys or values whose shape does not go with that of q, or without tokens."""
     samples, _, heads, head_dim = q.shape
+    if head_dim == 0:
+        raise InputError("attention: q must have at least one channel in each head, got 0")
     if k is None:
         inputs.shape("k", k)
     fits = k.ndim == 4 and k.shape[0] == samples and k.shape[3] == head_dim

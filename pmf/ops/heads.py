@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
-from pmf.errors import InputError
+from pmf import reference
+from pmf.errors import InputError, checked_device
+from pmf.fields import check_flags, checked_integer, checked_number
 from pmf.inputs import Inputs, Pair
+from pmf.ops.norms import checked_epsilon
 from pmf.pair import Dual
-from pmf.reference.tangent import epsilon
 
 Norm = Literal["rms", "layer"]
 Pairs = Literal["adjacent", "half"]
@@ -47,12 +50,14 @@ def qk_norm_rope(
     fixed = {"q_weight": q_weight, "k_weight": k_weight, "cos": cos, "sin": sin, "q_bias": q_bias, "k_bias": k_bias}
     inputs = Inputs("qk_norm_rope", {"qkv": qkv}, fixed)
     value = inputs.duals[0].value
+    if num_kv_heads is not None:
+        num_kv_heads = checked_integer(inputs.op, "num_kv_heads", num_kv_heads)
     heads, kv_heads = _packed(inputs, value, num_kv_heads)
-    _tables(inputs, "qkv", value, pairs, prefix_length)
+    prefix_length = _tables(inputs, "qkv", value, pairs, prefix_length)
     _parameters(inputs, norm, across_heads, "q_", heads, value.shape[-1])
     _parameters(inputs, norm, across_heads, "k_", kv_heads, value.shape[-1])
     run = _implementation(inputs, impl, heads, across_heads)
-    options = _options(value, norm, across_heads, pairs, prefix_length, eps)
+    options = _options(inputs, value, norm, across_heads, pairs, prefix_length, eps)
     q, k, v = run.qk_norm_rope(*inputs.duals, **fixed, num_kv_heads=num_kv_heads, **options)
     return inputs.give(q), inputs.give(k), inputs.give(v)
 
@@ -94,11 +99,31 @@ def norm_rope(
     inputs = Inputs("norm_rope", {"x": x}, fixed)
     value = inputs.duals[0].value
     inputs.shape("x", value, None, None, None, None)
-    _tables(inputs, "x", value, pairs, prefix_length)
+    prefix_length = _tables(inputs, "x", value, pairs, prefix_length)
     _parameters(inputs, norm, across_heads, "", value.shape[2], value.shape[3])
     run = _implementation(inputs, impl, value.shape[2], across_heads)
-    options = _options(value, norm, across_heads, pairs, prefix_length, eps)
+    options = _options(inputs, value, norm, across_heads, pairs, prefix_length, eps)
     return inputs.give(run.norm_rope(*inputs.duals, **fixed, **options))
+
+
+def rope_tables(
+    grid_size: int, head_dim: int, *, theta: float = 10000.0, device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of the 2-D rotary angles of a square grid, each float32 [grid_size^2, head_dim / 2].
+
+    The first half of the pairs rotates with the row index, the second half with the column index; pair i of a half
+    rotates by theta^(-i / (head_dim / 4)) per step, so head_dim must be a multiple of 4. Angles are made in float64.
+    Errors: `InputError` on another head_dim, and unless grid_size is a positive integer and theta a positive number.
+    """
+    grid_size = checked_integer("rope_tables", "grid_size", grid_size)
+    head_dim = checked_integer("rope_tables", "head_dim", head_dim)
+    theta = checked_number("rope_tables", "theta", theta)
+    if head_dim % 4 != 0:
+        raise InputError(f"rope_tables: head_dim must be a multiple of 4 (pairs for rows and columns), got {head_dim}")
+    if theta <= 0:
+        raise InputError(f"rope_tables: theta must be positive, got {theta}")
+    device = device if device is None else checked_device(device)
+    return reference.rope_tables(grid_size, head_dim, theta=theta, device=device)
 
 
 def _packed(inputs: Inputs, qkv: Tensor, kv_heads: int | None) -> tuple[int, int]:
@@ -115,17 +140,18 @@ def _packed(inputs: Inputs, qkv: Tensor, kv_heads: int | None) -> tuple[int, int
     return packed - 2 * kv_heads, kv_heads
 
 
-def _tables(inputs: Inputs, name: str, x: Tensor, pairs: str, prefix: int) -> None:
-    """Check what describes the rotation."""
+def _tables(inputs: Inputs, name: str, x: Tensor, pairs: str, prefix: int) -> int:
+    """Check what describes the rotation; return the prefix's length."""
     length, head_dim, cos, sin = x.shape[1], x.shape[-1], inputs.fixed["cos"], inputs.fixed["sin"]
     if pairs not in ("adjacent", "half"):
         raise InputError(f'{inputs.op}: pairs must be "adjacent" or "half", got {pairs!r}')
-    if not 0 <= prefix <= length:
+    prefix = checked_integer(inputs.op, "prefix_length", prefix, 0)
+    if prefix > length:
         raise InputError(f"{inputs.op}: prefix_length must lie in [0, {length}], got {prefix}")
     if (cos is None) != (sin is None):
         raise InputError(f"{inputs.op}: {'cos' if cos is None else 'sin'} must be given with the other table, got None")
     if cos is None or sin is None:
-        return
+        return prefix
     if head_dim % 2 != 0:
         raise InputError(f"{inputs.op}: head_dim must be even, got {head_dim}")
     rows = length - prefix
@@ -136,6 +162,7 @@ def _tables(inputs: Inputs, name: str, x: Tensor, pairs: str, prefix: int) -> No
             inputs.one_of_shapes(table_name, table, *shapes, hint=hint)
     if sin.shape != cos.shape:
         inputs.shape("sin", sin, *cos.shape)
+    return prefix
 
 
 def _table_hint(name: str, x: Tensor, table: Tensor, rows: int, pairs: str, prefix: int) -> str:
@@ -153,6 +180,7 @@ def _table_hint(name: str, x: Tensor, table: Tensor, rows: int, pairs: str, pref
 def _parameters(inputs: Inputs, norm: str | None, across: bool, prefix: str, heads: int, head_dim: int) -> None:
     """Check the norm, its weight and its bias, whose names begin with `prefix`."""
     op, fixed = inputs.op, inputs.fixed
+    check_flags(op, across_heads=across)
     if norm not in ("rms", "layer", None):
         raise InputError(f'{op}: norm must be "rms", "layer" or None, got {norm!r}')
     if norm is None and fixed["cos"] is None:
@@ -177,12 +205,13 @@ def _implementation(inputs: Inputs, impl: str | None, heads: int, across: bool):
     return inputs.implementation(impl, head_dim, trained, heads if across else 1)
 
 
-def _options(value: Tensor, norm, across_heads: bool, pairs: str, prefix_length: int, eps: float | None) -> dict:
-    eps = epsilon(eps, value)
+def _options(
+    inputs: Inputs, value: Tensor, norm, across_heads: bool, pairs: str, prefix_length: int, eps: float | None
+) -> dict:
     return {
         "norm": norm,
-        "across_heads": across_heads,
+        "across_heads": bool(across_heads),
         "pairs": pairs,
         "prefix_length": prefix_length,
-        "eps": eps,
+        "eps": checked_epsilon(inputs, eps, value),
     }

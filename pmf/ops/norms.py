@@ -10,10 +10,16 @@ from torch import Tensor
 
 from pmf.autocast import product_dtype
 from pmf.errors import InputError
+from pmf.fields import check_flags, checked_number
 from pmf.inputs import Inputs, Moving, Pair
 from pmf.ops.products import checked_linear, linear_inputs
 from pmf.pair import Dual, Weights, total
 from pmf.reference.tangent import accumulate, epsilon
+
+
+def checked_epsilon(inputs: Inputs, eps: float | None, x: Tensor) -> float:
+    """A norm's eps; None is nn.RMSNorm's. Errors: `InputError` unless it is None or a number of at least 0."""
+    return epsilon(eps if eps is None else checked_number(inputs.op, "eps", eps, 0), x)
 
 
 def _modulation(inputs: Inputs, name: str, modulation: Dual, x: Tensor) -> None:
@@ -115,7 +121,7 @@ def norm_modulate(x, weight=None, scale=None, shift=None, bias=None, *, kind="rm
     x, scale, shift = inputs.duals
     scale, shift = scale.map(_vectors), shift.map(_vectors)
     dtype = product_dtype(x.value)
-    options = dict(kind=kind, eps=epsilon(eps, x.value), out_dtype=dtype)
+    options = dict(kind=kind, eps=checked_epsilon(inputs, eps, x.value), out_dtype=dtype)
     options["linear"] = checked_linear(inputs, linear, value.shape[-1], dtype)
     y = run.norm_modulate(x.map(_tokens), weight, scale, _with_bias(bias, scale, shift), **options)
     return inputs.give(y.map(_shaped(value)))
@@ -152,12 +158,15 @@ def residual_norm_modulate(
     given = {"weight": weight, "bias": bias, **linear_inputs("residual_norm_modulate", linear)}
     inputs = Inputs("residual_norm_modulate", moving, given)
     value = _check(inputs, weight, bias, kind)
+    check_flags(inputs.op, recompute_sum=recompute_sum)
     inputs.shape("branch", inputs.duals[1].value, *value.shape)
     run = inputs.implementation(impl, value.shape[-1])
     x, branch, *modulations = inputs.duals
     gate, scale, shift = (m.map(_vectors) for m in modulations)
     dtype = product_dtype(x.value)
-    options = dict(kind=kind, eps=epsilon(eps, x.value), out_dtype=dtype, recompute_sum=bool(recompute_sum))
+    options = dict(
+        kind=kind, eps=checked_epsilon(inputs, eps, x.value), out_dtype=dtype, recompute_sum=bool(recompute_sum)
+    )
     options["linear"] = checked_linear(inputs, linear, value.shape[-1], dtype)
     x, branch, shift = x.map(_tokens), branch.map(_tokens), _with_bias(bias, scale, shift)
     x_new, y = run.residual_norm_modulate(x, branch, gate, weight, scale, shift, **options)

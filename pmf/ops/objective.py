@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from pmf import reference
 from pmf.errors import InputError, readable
+from pmf.fields import checked_integer, checked_number
 from pmf.inputs import Inputs
+from pmf.ops.patches import check_sides
 
 
 def pmf_objective(
@@ -28,38 +33,66 @@ def pmf_objective(
     losses have no tangents.
     """
     nets = dict(net_u=net_u, net_v=net_v, net_u_dot=net_u_dot, net_c=net_c, net_n=net_n)
-    scalars = dict(t=t, h=h, guidance=guidance)
-    inputs = Inputs("pmf_objective", {}, dict(z=z, x=x, **nets, **scalars))
+    images, scalars = dict(z=z, x=x), dict(t=t, h=h, guidance=guidance)
+    options = _options("pmf_objective", null_index, t_clip, patch_size)
+    inputs = _checked("pmf_objective", nets, images, scalars, **options)
+    return inputs.implementation(impl).pmf_objective(**nets, **images, **scalars, **options)
+
+
+def pmf_objective_fields(
+    net_u: Tensor, net_v: Tensor, net_u_dot: Tensor | None, net_c: Tensor | None, net_n: Tensor | None,
+    z: Tensor, x: Tensor, t: Tensor, guidance: Tensor, null_index: Tensor, *, t_clip: float, patch_size: int,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The fields v_c, v_g, u, du_dt and v of `pmf_objective`, as images [B, c, H, W] without gradient.
+
+    Arguments: see `pmf_objective`.
+    """
+    nets = dict(net_u=net_u, net_v=net_v, net_u_dot=net_u_dot, net_c=net_c, net_n=net_n)
+    images, scalars = dict(z=z, x=x), dict(t=t, guidance=guidance)
+    options = _options("pmf_objective_fields", null_index, t_clip, patch_size)
+    _checked("pmf_objective_fields", nets, images, scalars, **options)
+    arguments: dict[str, Any] = {**nets, **images, **scalars, **options}
+    return reference.pmf_objective_fields(**arguments)
+
+
+def _options(op: str, null_index: Tensor, t_clip: float, patch_size: int) -> dict:
+    t_clip, patch_size = checked_number(op, "t_clip", t_clip, 0), checked_integer(op, "patch_size", patch_size)
+    return {"null_index": null_index, "t_clip": t_clip, "patch_size": patch_size}
+
+
+def _checked(
+    op: str, nets: dict[str, Tensor | None], images: dict[str, Tensor], scalars: dict[str, Tensor],
+    *, null_index: Tensor, t_clip: float, patch_size: int,
+) -> Inputs:  # fmt: skip
+    """The inputs of an op, whose arguments are those of `pmf_objective`; t_clip and patch_size by `_options`."""
+    inputs = Inputs(op, {}, {**images, **nets, **scalars})
+    z, net_u_dot, net_c, net_n = images["z"], nets["net_u_dot"], nets["net_c"], nets["net_n"]
     inputs.shape("z", z, None, None, None, None)
-    inputs.shape("x", x, *z.shape)
+    inputs.shape("x", images["x"], *z.shape)
     batch, channels, height, width = z.shape
-    if height % patch_size != 0 or width % patch_size != 0:
-        sides = f"sides that are multiples of the patch size {patch_size}, got {height} x {width}"
-        raise InputError(f"pmf_objective: z must have {sides}")
+    check_sides(op, "z", height, width, patch_size)
     tokens = (height // patch_size * (width // patch_size), patch_size**2 * channels)
     for name, net in nets.items():
         if name in ("net_u", "net_v") or net is not None:
             inputs.shape(name, net, batch if name in ("net_u", "net_v") else None, *tokens)
     alike = net_c.shape == net_u_dot.shape if net_c is not None and net_u_dot is not None else net_c is net_u_dot
     if not alike:
-        raise InputError("pmf_objective: net_c must cover the same rows as net_u_dot")
+        raise InputError(f"{op}: net_c must cover the same rows as net_u_dot")
     if net_c is not None and net_c.shape[0] > batch:
-        raise InputError(f"pmf_objective: net_c must have at most {batch} rows")
+        raise InputError(f"{op}: net_c must have at most {batch} rows")
     for name, scalar in scalars.items():
         inputs.shape(name, scalar, batch)
     _check_null_index(inputs, null_index, batch, 0 if net_n is None else net_n.shape[0])
-    run = inputs.implementation(impl)
-    images = dict(z=z, x=x)
-    return run.pmf_objective(**nets, **images, **scalars, null_index=null_index, t_clip=t_clip, patch_size=patch_size)
+    return inputs
 
 
 def _check_null_index(inputs: Inputs, null_index: Tensor, batch: int, rows: int) -> None:
     """Check null_index: int64 [B] on the inputs' device and, if `readable`, below net_n's number of rows."""
     if not isinstance(null_index, Tensor) or null_index.dtype != torch.int64:
         got = getattr(null_index, "dtype", null_index)
-        raise InputError(f"pmf_objective: null_index must be int64, got {got}")
+        raise InputError(f"{inputs.op}: null_index must be int64, got {got}")
     inputs.shape("null_index", null_index, batch)
     if null_index.device != inputs.device:
-        raise InputError(f"pmf_objective: null_index must be on {inputs.device}, got {null_index.device}")
+        raise InputError(f"{inputs.op}: null_index must be on {inputs.device}, got {null_index.device}")
     if readable(null_index) and not bool((null_index < max(rows, 1)).all()):
-        raise InputError(f"pmf_objective: null_index must be below net_n's {rows} rows")
+        raise InputError(f"{inputs.op}: null_index must be below net_n's {rows} rows")

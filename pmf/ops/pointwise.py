@@ -9,6 +9,7 @@ from torch import Tensor
 from pmf import reference
 from pmf.autocast import product_dtype
 from pmf.errors import InputError
+from pmf.fields import checked_integer, checked_number
 from pmf.inputs import Inputs, Pair
 from pmf.ops.products import checked_linear, linear_inputs
 from pmf.pair import Dual, Weights
@@ -61,12 +62,18 @@ def scalar_features(s, features=256, *, max_period=10000.0, shift=0.0):
     """Sinusoidal features of scalars, [cos(s f), sin(s f)] with f_i = max_period^(-i / (features / 2 - shift)).
 
     Args: s [B]. Returns [B, features], features an even number; float32, or float64 for float64. Tangents: of s.
-    DiT and SiT have shift 0, diffusers' DiT 1.
+    DiT and SiT have shift 0, diffusers' DiT 1. max_period must be positive, shift not features / 2.
     """
     inputs = Inputs("scalar_features", {"s": s})
     inputs.shape("s", inputs.duals[0].value, None)
-    if features < 2 or features % 2 != 0:
+    features = checked_integer(inputs.op, "features", features, 2)
+    if features % 2 != 0:
         raise InputError(f"scalar_features: features must be even and positive, got {features}")
+    max_period, shift = checked_number(inputs.op, "max_period", max_period), checked_number(inputs.op, "shift", shift)
+    if max_period <= 0:
+        raise InputError(f"scalar_features: max_period must be positive, got {max_period}")
+    if shift == features // 2:
+        raise InputError(f"scalar_features: shift must not be features / 2, got {shift}")
     return inputs.give(reference.scalar_features(*inputs.duals, features, max_period=max_period, shift=shift))
 
 

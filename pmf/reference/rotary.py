@@ -19,7 +19,8 @@ def rope_tables(grid_size: int, head_dim: int, *, theta: float = 10000.0, device
     """cos and sin of the 2-D rotary angles of a square grid, each float32 [grid_size^2, head_dim / 2].
 
     The first half of the pairs rotates with the row index, the second half with the column index;
-    pair i of a half rotates by theta^(-i / (head_dim / 4)) per step. Angles are computed in float64.
+    pair i of a half rotates by theta^(-i / (head_dim / 4)) per step. head_dim is a multiple of 4.
+    Angles are computed in float64.
     """
     pairs = head_dim // 4
     frequency = theta ** (-torch.arange(pairs, device=device, dtype=torch.float64) / pairs)

@@ -131,7 +131,7 @@ def attention_dot(
         duals = [mapped(x, lambda part: part.detach().transpose(1, 2)) for x in (query, key, value)]
         duals = [x if is_dual(x) else Dual(x) for x in duals]
         dot: Any = ops.attention(
-            *duals, scale=scale, causal=is_causal, key_lengths=key_lengths, enable_gqa=enable_gqa
+            *duals, scale=scale, causal=bool(is_causal), key_lengths=key_lengths, enable_gqa=bool(enable_gqa)
         ).dot
         return dot.transpose(1, 2)
     if enable_gqa:

@@ -1,5 +1,8 @@
 import logging
+import math
+import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,6 +12,80 @@ x = torch.randn(2, 5, 8)
 qkv = torch.randn(2, 5, 3, 2, 8)
 heads, angles = qkv[:, :, 0], torch.randn(5, 4)
 one, meta = torch.ones(8), torch.empty(2, 5, 8, device="meta")
+images, grouped = torch.randn(2, 1, 8, 8), qkv.flatten(2, 3)
+NUMBERS = [
+    *((f"patchify: patch_size must be an integer of at least 1, got {v!r}", lambda v=v: ops.patchify(images, v))
+      for v in (0, -2, "2", 2.0, None, True)),
+    ("patchify: images must have sides that are multiples of the patch size 3, got 8 x 8",
+     lambda: ops.patchify(images, 3)),
+    ("patchify: images must be a tensor [B, c, H, W], got [1, 8, 8]", lambda: ops.patchify(images[0], 2)),
+    ("patchify: images must be a tensor [B, c, H, W], got list", lambda: ops.patchify([images], 2)),
+    ("unpatchify: tokens must be a tensor [B, N, p * p * c], got [8]", lambda: ops.unpatchify(x[0, 0], 2, 1)),
+    *((f"unpatchify: tokens must be as many as a square grid has, got {n}",
+       lambda n=n: ops.unpatchify(torch.randn(2, n, 4), 2, 1)) for n in (15, 0)),
+    ("unpatchify: tokens must have 4 values for patch_size 2 and channels 1, got 5",
+     lambda: ops.unpatchify(torch.randn(2, 16, 5), 2, 1)),
+    ("unpatchify: channels must be an integer of at least 1, got '1'",
+     lambda: ops.unpatchify(torch.randn(2, 16, 4), 2, "1")),
+    *((f"rope_tables: grid_size must be an integer of at least 1, got {v!r}", lambda v=v: ops.rope_tables(v, 8))
+      for v in ("4", -1, 4.0)),
+    *((f"rope_tables: head_dim must be a multiple of 4 (pairs for rows and columns), got {v}",
+       lambda v=v: ops.rope_tables(4, v)) for v in (6, 2)),
+    ("rope_tables: theta must be positive, got 0", lambda: ops.rope_tables(4, 8, theta=0)),
+    *((f"attention: scale must be a finite number, got {v!r}", lambda v=v: ops.attention(heads, heads, heads, scale=v))
+      for v in ("1", math.nan, math.inf, torch.ones(1))),
+    *((f"attention: {name} must be True or False, got {v!r}",
+       lambda name=name, v=v: ops.attention(heads, heads, heads, **{name: v}))
+      for name, v in (("causal", "no"), ("causal", None), ("enable_gqa", 1))),
+    ("attention: q must have at least one channel in each head, got 0",
+     lambda: ops.attention(*[heads[..., :0]] * 3)),
+    *((f"norm_modulate: eps must be a finite number of at least 0, got {v!r}", lambda v=v: ops.norm_modulate(x, eps=v))
+      for v in ("1", -1.0, math.nan, [1])),
+    ("residual_norm_modulate: recompute_sum must be True or False, got 'no'",
+     lambda: ops.residual_norm_modulate(x, x, recompute_sum="no")),
+    ("norm_rope: eps must be a finite number of at least 0, got '1'", lambda: ops.norm_rope(heads, eps="1")),
+    ("norm_rope: across_heads must be True or False, got 1", lambda: ops.norm_rope(heads, across_heads=1)),
+    *((f"qk_norm_rope: num_kv_heads must be an integer of at least 1, got {v!r}",
+       lambda v=v: ops.qk_norm_rope(grouped, num_kv_heads=v)) for v in ("2", 2.0, 0)),
+    *((f"qk_norm_rope: prefix_length must be an integer of at least 0, got {v!r}",
+       lambda v=v: ops.qk_norm_rope(qkv, prefix_length=v)) for v in (None, -1)),
+    *((f"scalar_features: features must be an integer of at least 2, got {v!r}",
+       lambda v=v: ops.scalar_features(one, v)) for v in ("8", 0)),
+    ("scalar_features: features must be even and positive, got 7", lambda: ops.scalar_features(one, 7)),
+    ("scalar_features: max_period must be positive, got -1", lambda: ops.scalar_features(one, 8, max_period=-1)),
+    ("scalar_features: shift must not be features / 2, got 1", lambda: ops.scalar_features(one, 2, shift=1)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("message", "call"), NUMBERS, ids=range(len(NUMBERS)))
+def test_numbers_and_flags_are_checked(message, call):
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        call()
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_numbers_of_numpy_are_taken(impl):
+    two = np.int64(2)
+    assert torch.equal(ops.norm_modulate(x, eps=np.float32(0.5), impl=impl), ops.norm_modulate(x, eps=0.5, impl=impl))
+    given = ops.attention(heads, heads, heads, scale=np.float32(0.5), impl=impl)
+    assert torch.equal(given, ops.attention(heads, heads, heads, scale=0.5, impl=impl))
+    given = ops.qk_norm_rope(grouped, num_kv_heads=two, impl=impl)
+    assert all(map(torch.equal, given, ops.qk_norm_rope(grouped, num_kv_heads=2, impl=impl)))
+    given = ops.attention(heads, heads, heads, causal=np.bool_(True), impl=impl)
+    assert torch.equal(given, ops.attention(heads, heads, heads, causal=True, impl=impl))
+    assert torch.equal(ops.unpatchify(ops.patchify(images, two), two, np.int64(1)), images)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_numbers_may_be_symbols_of_a_compiler(dynamic):
+    def run(x, eps, groups, prefix):
+        y = ops.norm_modulate(x.flatten(2), eps=eps)
+        return y, *ops.qk_norm_rope(x, num_kv_heads=groups, prefix_length=prefix, eps=eps)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="eager", dynamic=dynamic)
+    for given in ((grouped, 1e-6, 1, 0), (grouped, 1e-3, 2, 1), (grouped, 0.5, 2, 3)):
+        assert all(map(torch.allclose, compiled(*given), run(*given)))
 
 
 @pytest.mark.parametrize(
@@ -192,6 +269,9 @@ def test_tangents_count_among_the_dtypes_of_a_kernel():
     ("change", "message"),
     [
         (dict(z=torch.ones(2, 3, 10, 10), x=torch.ones(2, 3, 10, 10)), "multiples of the patch size 4, got 10 x 10"),
+        (dict(patch_size=0), "pmf_objective: patch_size must be an integer of at least 1, got 0"),
+        (dict(patch_size="2"), "pmf_objective: patch_size must be an integer of at least 1, got '2'"),
+        (dict(t_clip=-1.0), "pmf_objective: t_clip must be a finite number of at least 0, got -1.0"),
         (dict(null_index=torch.tensor([0, 9])), "null_index must be below net_n's 2 rows"),
         (dict(null_index=torch.zeros(2, dtype=torch.int64, device="meta")), "null_index must be on cpu, got meta"),
         (dict(null_index=torch.zeros(2)), "null_index must be int64, got torch.float32"),
@@ -205,7 +285,10 @@ def test_the_objective_refuses_what_it_cannot_read(impl, change, message):
     good = dict(net_u=net, net_v=net, net_u_dot=net, net_c=net, net_n=net, z=image, x=image)
     good |= dict(t=scalar, h=scalar, guidance=scalar, null_index=torch.tensor([0, 1]))
     with pytest.raises(InputError, match=message):
-        ops.pmf_objective(**(good | change), patch_size=4, impl=impl)
+        ops.pmf_objective(**(dict(patch_size=4) | good | change), impl=impl)
+    fields = {name: value for name, value in (dict(patch_size=4, t_clip=0.05) | good | change).items() if name != "h"}
+    with pytest.raises(InputError, match=message.replace("pmf_objective:", "pmf_objective_fields:")):
+        ops.pmf_objective_fields(**fields)
 
 
 def test_an_op_without_a_kernel_runs_on_the_reference(monkeypatch):
