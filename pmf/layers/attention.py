@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from pmf import ops
 from pmf.dual import acts_as, chunk, dual, linear_dual
 from pmf.errors import InputError, require
-from pmf.layers.base import DualModule, Linears, Weights, check_linear, check_tokens, warn_of_hooks
+from pmf.fields import check_flags, checked_integer, checked_number
+from pmf.layers.base import DualModule, Linears, Weights, check_linear, check_sizes, check_tokens, warn_of_hooks
 from pmf.ops.heads import Norm, Pairs
 from pmf.packing import Join, PackedModule
 from pmf.pair import Dual
@@ -25,9 +26,34 @@ class Rope(NamedTuple):
     sin: Tensor
 
 
+def _head_dim(owner: str, dim: int, num_heads: int) -> int:
+    """The width of a head. Errors: `InputError` unless both are positive integers and the heads fill dim."""
+    check_sizes(owner, dim=dim)
+    whole = checked_integer(owner, "num_heads", num_heads, 0) > 0 and dim % num_heads == 0
+    require(whole, lambda: f"{owner}: dim must be a multiple of num_heads, got {dim} and {num_heads}")
+    return dim // num_heads
+
+
+def _check_tables(pairs: Pairs | None, tables: Rope | None) -> None:
+    """Errors: `InputError` unless there are two tables where a layer rotates `pairs`, and none elsewhere."""
+    if (tables is None) != (pairs is None):
+        wanted, got = ("no tables", "some") if pairs is None else ("tables", "none")
+        raise InputError(f"Attention: with rope={pairs!r} forward expects {wanted}, got {got}")
+    if tables is None:
+        return
+    if type(tables) is Dual or not isinstance(tables, (tuple, list)):  # `forward` makes a Dual of a tensor
+        got = "a tensor" if type(tables) is Dual else type(tables).__name__
+        raise InputError(f"Attention: rope must be a pair (cos, sin), got {got}")
+    if len(tables) != 2:
+        raise InputError(f"Attention: rope must be a pair (cos, sin), got {len(tables)} values")
+
+
 def _norm(kind: Norm | None, dim: int, eps: float | None) -> nn.Module:
     """The parameters of a norm of queries or keys."""
-    require(kind in (None, "rms", "layer"), f'Attention: qk_norm must be None, "rms" or "layer", got {kind!r}')
+    known = kind in (None, "rms", "layer")
+    require(known, lambda: f'Attention: qk_norm must be None, "rms" or "layer", got {kind!r}')
+    if eps is not None:
+        checked_number("Attention", "eps", eps, 0)
     return nn.Identity() if kind is None else (nn.RMSNorm if kind == "rms" else nn.LayerNorm)(dim, eps=eps)
 
 
@@ -65,16 +91,17 @@ class Attention(DualModule, PackedModule):
         linear: Linears = nn.Linear, impl: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__(impl)
-        whole = num_heads > 0 and dim % num_heads == 0
-        require(whole, f"Attention: dim must be a multiple of num_heads, got {dim} and {num_heads}")
-        self.num_heads, self.head_dim = num_heads, dim // num_heads
+        self.num_heads, self.head_dim = num_heads, _head_dim("Attention", dim, num_heads)
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        check_sizes("Attention", num_kv_heads=self.num_kv_heads)
         require(
-            self.num_kv_heads > 0 and num_heads % self.num_kv_heads == 0,
-            f"Attention: num_kv_heads must divide num_heads {num_heads}, got {num_kv_heads}",
+            num_heads % self.num_kv_heads == 0,
+            lambda: f"Attention: num_kv_heads must divide num_heads {num_heads}, got {num_kv_heads}",
         )
         known = rope in (None, "adjacent", "half")
-        require(known, f'Attention: rope must be None, "adjacent" or "half", got {rope!r}')
+        require(known, lambda: f'Attention: rope must be None, "adjacent" or "half", got {rope!r}')
+        checked_integer("Attention", "prefix_length", prefix_length, 0)
+        check_flags("Attention", norm_across_heads=norm_across_heads, causal=causal)
         self.qk_norm, self.norm_across_heads, self.eps = qk_norm, norm_across_heads, eps
         self.rope, self.prefix_length, self.causal = rope, prefix_length, causal
         kv_dim = self.num_kv_heads * self.head_dim
@@ -129,9 +156,7 @@ class Attention(DualModule, PackedModule):
 
     def _heads(self, packed: Dual, *, rope: Rope | None, norms: tuple) -> tuple[Dual, Dual, Dual]:
         """q, k and v [B, S, H, D] of the projected tokens, normalised and rotated; norms: see `_norms`."""
-        if (rope is None) != (self.rope is None):
-            wanted, got = ("no tables", "some") if self.rope is None else ("tables", "none")
-            raise InputError(f"Attention: with rope={self.rope!r} forward expects {wanted}, got {got}")
+        _check_tables(self.rope, rope)
         heads = packed.map(lambda p: p.unflatten(-1, (-1, self.head_dim)))
         if self.qk_norm is None and rope is None:
             sizes = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
@@ -171,10 +196,10 @@ class CrossAttention(DualModule):
         proj_bias: bool = True, linear: Linears = nn.Linear, impl: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__(impl)
-        whole = num_heads > 0 and dim % num_heads == 0
-        require(whole, f"CrossAttention: dim must be a multiple of num_heads, got {dim} and {num_heads}")
+        self.head_dim, self.qk_norm, self.eps = _head_dim("CrossAttention", dim, num_heads), qk_norm, eps
+        check_flags("CrossAttention", norm_across_heads=norm_across_heads)
         self.dim, self.context_dim = dim, dim if context_dim is None else context_dim
-        self.head_dim, self.qk_norm, self.eps = dim // num_heads, qk_norm, eps
+        check_sizes("CrossAttention", context_dim=self.context_dim)
         self.norm_across_heads = norm_across_heads
         self._add_projections(dim, self.context_dim, qkv_bias, proj_bias, linear)
         self.q_norm, self.k_norm = (_norm(qk_norm, dim if norm_across_heads else self.head_dim, eps) for _ in range(2))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pmf.dual import acts_as, linear_dual
 from pmf.errors import InputError, require
+from pmf.fields import checked_integer, checked_number
 from pmf.packing import Join, PackedModule
 from pmf.pair import Dual
 from pmf.pair import Weights as Weights
@@ -47,6 +48,27 @@ def check_tokens(owner: str, name: str, x: Dual, width: int) -> None:
     if shape is None or len(shape) != 3 or shape[2] != width:
         got = type(x.value).__name__ if shape is None else list(shape)
         raise InputError(f"{owner}: {name} must be a tensor [B, S, {width}], got {got}")
+
+
+def check_width(owner: str, name: str, x: Dual, width: int) -> None:
+    """Errors: `InputError` unless x is [..., width]."""
+    shape = getattr(x.value, "shape", None)
+    if shape is None or len(shape) == 0 or shape[-1] != width:
+        got = type(x.value).__name__ if shape is None else list(shape)
+        raise InputError(f"{owner}: {name} must be a tensor [..., {width}], got {got}")
+
+
+def check_sizes(owner: str, **sizes: int) -> None:
+    """Errors: `InputError` on a size that is no positive integer."""
+    for name, size in sizes.items():
+        checked_integer(owner, name, size)
+
+
+def hidden_width(owner: str, dim: int, mlp_ratio: float) -> int:
+    """The hidden width of a block's MLP. Errors: `InputError` on a ratio that leaves none."""
+    hidden = int(dim * checked_number(owner, "mlp_ratio", mlp_ratio))
+    require(hidden > 0, lambda: f"{owner}: mlp_ratio must give a hidden width of at least 1, got {mlp_ratio}")
+    return hidden
 
 
 def _dual(given: Any) -> Any:
@@ -102,6 +124,7 @@ class Linear(PackedModule, nn.Linear):
     """torch.nn.Linear with a tangent; weights drawn from N(0, gain^2 / fan_in), bias 0."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False, gain: float = 1.0):
+        check_sizes(type(self).__name__, in_features=in_features, out_features=out_features)
         self.gain = gain
         super().__init__(in_features, out_features, bias=bias)
 
@@ -117,7 +140,9 @@ class Linear(PackedModule, nn.Linear):
 
     def forward_dual(self, x: Dual) -> Dual:
         """x W^T + b, and its tangent."""
-        return linear_dual(Dual.of(x), *self.packed())
+        x = Dual.of(x)
+        check_width("Linear", "x", x, self.in_features)
+        return linear_dual(x, *self.packed())
 
 
 class WideLinear(Linear):
@@ -133,5 +158,7 @@ class WideLinear(Linear):
 
     def forward_dual(self, x: Dual) -> Dual:
         """x W^T + b, and x_dot W^T."""
+        x = Dual.of(x)
+        check_width("WideLinear", "x", x, self.in_features)
         (weight,) = self.packed()
-        return linear_dual(Dual.of(x), weight, self.bias, linear=wide_linear)
+        return linear_dual(x, weight, self.bias, linear=wide_linear)

@@ -10,8 +10,9 @@ from torch import nn
 
 from pmf import ops
 from pmf.dual import chunk, dual
+from pmf.fields import check_flags, checked_number
 from pmf.layers.attention import Attention, Rope
-from pmf.layers.base import DualModule, check_tokens
+from pmf.layers.base import DualModule, check_sizes, check_tokens, check_width, hidden_width
 from pmf.layers.mlp import Mlp
 from pmf.layers.norms import NormModulate, Residual
 from pmf.ops.heads import Norm, Pairs
@@ -66,12 +67,14 @@ class DiTBlock(TransformerBlock):
         impl: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__(impl)
+        check_sizes("DiTBlock", hidden_size=hidden_size, num_heads=num_heads)
+        self.dim, hidden = hidden_size, hidden_width("DiTBlock", hidden_size, mlp_ratio)
         self.norm1 = NormModulate(hidden_size, kind="layer", impl=impl)
         self.attn = Attention(
             hidden_size, num_heads, qkv_bias=qkv_bias, qk_norm=qk_norm, rope=rope, causal=causal, impl=impl
         )
         self.norm2 = NormModulate(hidden_size, kind="layer", impl=impl)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act=act, impl=impl)
+        self.mlp = Mlp(hidden_size, hidden, act=act, impl=impl)
         modulation = nn.Linear(hidden_size, 6 * hidden_size)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), modulation)
         nn.init.zeros_(modulation.weight)
@@ -79,6 +82,8 @@ class DiTBlock(TransformerBlock):
 
     def forward_residual(self, residual: Residual, condition: Dual, rope: Rope | None = None) -> Residual:
         """`halves`, with the modulations of the condition."""
+        check_tokens("DiTBlock", "x", residual.x, self.dim)
+        check_width("DiTBlock", "c", condition, self.dim)
         return self.halves(residual, chunk(dual(self.adaLN_modulation[1], ops.silu(condition)), 6), rope)
 
     def forward_dual(self, x: Dual, c: Dual, rope: Rope | None = None) -> Dual:
@@ -95,7 +100,8 @@ class LayerScale(nn.Module):
 
     def __init__(self, dim: int, init_values: float) -> None:
         super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), init_values))
+        check_sizes("LayerScale", dim=dim)
+        self.gamma = nn.Parameter(torch.full((dim,), float(checked_number("LayerScale", "init_values", init_values))))
 
 
 class ViTBlock(TransformerBlock):
@@ -110,6 +116,9 @@ class ViTBlock(TransformerBlock):
         eps: float = 1e-6, impl: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__(impl)
+        check_sizes("ViTBlock", dim=dim, num_heads=num_heads)
+        check_flags("ViTBlock", qk_norm=qk_norm)
+        self.dim, hidden = dim, hidden_width("ViTBlock", dim, mlp_ratio)
         affine = dict(elementwise_affine=True, bias=True)
         norm = functools.partial(NormModulate, dim, kind="layer", **affine, eps=eps, impl=impl)
         self.norm1 = norm()
@@ -119,11 +128,12 @@ class ViTBlock(TransformerBlock):
         )  # fmt: skip
         self.ls1 = None if init_values is None else LayerScale(dim, init_values)
         self.norm2 = norm()
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act=act, impl=impl)
+        self.mlp = Mlp(dim, hidden, act=act, impl=impl)
         self.ls2 = None if init_values is None else LayerScale(dim, init_values)
 
     def forward_residual(self, residual: Residual, rope: Rope | None = None) -> Residual:
         """`halves`, with the layer scales as gates."""
+        check_tokens("ViTBlock", "x", residual.x, self.dim)
         gate1, gate2 = (None if scale is None else Dual(scale.gamma) for scale in (self.ls1, self.ls2))
         return self.halves(residual, (ABSENT, ABSENT, gate1, ABSENT, ABSENT, gate2), rope)
 

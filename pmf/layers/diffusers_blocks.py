@@ -12,10 +12,11 @@ from pmf import ops
 from pmf.dual import add, chunk, dual
 from pmf.errors import InputError, require
 from pmf.layers.attention import Attention, CrossAttention
-from pmf.layers.base import DualModule, Linears
+from pmf.layers.base import DualModule, Linears, check_sizes, check_tokens, check_width
 from pmf.layers.mlp import Mlp
 from pmf.layers.norms import NormModulate, Residual
 from pmf.pair import ABSENT, Dual
+from pmf.tangents.carriers import CARRIERS
 
 ACTIVATIONS = {"gelu": "gelu", "gelu-approximate": "gelu_tanh"}
 
@@ -101,7 +102,11 @@ class _AdaLayerNormZero(nn.Module):
         if self.embeds:
             if class_labels is None:
                 raise InputError("BasicTransformerBlock: class_labels must be given with num_embeds_ada_norm, got None")
+            if not isinstance(class_labels, Tensor):
+                got = class_labels.value.dtype if isinstance(class_labels, Dual) else type(class_labels).__name__
+                raise InputError(f"BasicTransformerBlock: class_labels must be an integer tensor [B], got {got}")
             condition = self.emb.forward_dual(condition, class_labels)
+        check_width("BasicTransformerBlock", "timestep", condition, self.linear.in_features)
         return chunk(dual(self.linear, ops.silu(condition)), 6)
 
 
@@ -126,12 +131,21 @@ class BasicTransformerBlock(DualModule):
     ) -> None:  # fmt: skip
         super().__init__(impl)
         name = "BasicTransformerBlock"
+        check_sizes(name, dim=dim, num_attention_heads=num_attention_heads, attention_head_dim=attention_head_dim)
+        optional = dict(
+            num_embeds_ada_norm=num_embeds_ada_norm, cross_attention_dim=cross_attention_dim, ff_inner_dim=ff_inner_dim
+        )
+        check_sizes(name, **{option: size for option, size in optional.items() if size is not None})
+        self.dim = dim
         self.single = norm_type == "ada_norm_single"
         known = self.single or norm_type == "ada_norm_zero"
-        require(known, f'{name}: norm_type must be "ada_norm_zero" or "ada_norm_single", got {norm_type!r}')
-        require(dim == num_attention_heads * attention_head_dim, f"{name}: heads must fill dim {dim}")
-        act = ACTIVATIONS.get(activation_fn)
-        require(act is not None, f"{name}: activation_fn must be one of {tuple(ACTIVATIONS)}, got {activation_fn!r}")
+        require(known, lambda: f'{name}: norm_type must be "ada_norm_zero" or "ada_norm_single", got {norm_type!r}')
+        filled = num_attention_heads * attention_head_dim
+        require(dim == filled, lambda: f"{name}: heads must fill dim {dim}, got {filled}")
+        act = ACTIVATIONS[activation_fn] if activation_fn in tuple(ACTIVATIONS) else None
+        require(
+            act is not None, lambda: f"{name}: activation_fn must be one of {tuple(ACTIVATIONS)}, got {activation_fn!r}"
+        )
         norms = [NormModulate(
             dim, kind="layer", elementwise_affine=norm_elementwise_affine, bias=norm_elementwise_affine,
             eps=norm_eps, impl=impl,
@@ -170,11 +184,12 @@ class BasicTransformerBlock(DualModule):
     def _modulations(self, condition: Dual, class_labels: Tensor | None) -> tuple[Dual, ...]:
         if not self.single:
             return cast(_AdaLayerNormZero, self.norm1).modulations(condition, class_labels)
-        table, condition = self.scale_shift_table.flatten(), condition.map(lambda c: c.flatten(1))
-        if condition.value.shape[1] != len(table):
-            got = list(condition.value.shape)
+        table, sizes = self.scale_shift_table.flatten(), condition.value.shape
+        if len(sizes) > 1:
+            condition = condition.map(lambda c: c.flatten(1))
+        if len(sizes) < 2 or condition.value.shape[1] != len(table):
             raise InputError(
-                f"BasicTransformerBlock: timestep must be [B, {len(table)}] with ada_norm_single, got {got}"
+                f"BasicTransformerBlock: timestep must be [B, {len(table)}] with ada_norm_single, got {list(sizes)}"
             )
         return chunk(add(condition, table), 6)
 
@@ -184,8 +199,10 @@ class BasicTransformerBlock(DualModule):
     ) -> Dual:  # fmt: skip
         """x [B, S, C] -> [B, S, C]; context [B, T, E], of whose tokens context_lengths int [B] count."""
         x, condition, context = Dual.of(x), Dual.of(condition), Dual.of(context)
-        if condition.value is None:
-            raise InputError("BasicTransformerBlock: timestep must be a floating tensor, got None")
+        check_tokens("BasicTransformerBlock", "x", x, self.dim)
+        if not isinstance(condition.value, (Tensor, *CARRIERS)):
+            got = "None" if condition.value is None else type(condition.value).__name__
+            raise InputError(f"BasicTransformerBlock: timestep must be a floating tensor, got {got}")
         shift1, scale1, gate1, shift2, scale2, gate2 = self._modulations(condition, class_labels)
         if self.single:
             y = cast(NormModulate, self.norm1).forward_dual(x, scale1, shift1)

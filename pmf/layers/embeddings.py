@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from pmf import ops
 from pmf.dual import acts_as, add, concatenate, dual, linear_dual
 from pmf.errors import InputError, require
-from pmf.layers.base import DualModule, Linear, warn_of_hooks
+from pmf.fields import check_flags, checked_integer
+from pmf.layers.base import DualModule, Linear, check_sizes, check_tokens, warn_of_hooks
 from pmf.packing import Join, PackedModule
 from pmf.pair import ABSENT, Dual
 
@@ -21,6 +22,12 @@ class TimestepEmbedder(DualModule):
 
     def __init__(self, hidden_size: int, frequency_embedding_size: int = 256) -> None:
         super().__init__()
+        check_sizes("TimestepEmbedder", hidden_size=hidden_size)
+        checked_integer("TimestepEmbedder", "frequency_embedding_size", frequency_embedding_size, 2)
+        even = frequency_embedding_size % 2 == 0
+        require(
+            even, lambda: f"TimestepEmbedder: frequency_embedding_size must be even, got {frequency_embedding_size}"
+        )
         self.frequency_embedding_size = frequency_embedding_size
         first = nn.Linear(frequency_embedding_size, hidden_size)
         self.mlp = nn.Sequential(first, nn.SiLU(), nn.Linear(hidden_size, hidden_size))
@@ -39,6 +46,7 @@ class ScalarEmbedder(DualModule):
 
     def __init__(self, width: int) -> None:
         super().__init__()
+        check_sizes("ScalarEmbedder", width=width)
         self.fc1 = Linear(256, width, bias=True)
         self.fc2 = Linear(width, width, bias=True)
 
@@ -63,12 +71,25 @@ class ScalarEmbedders(PackedModule, nn.ModuleDict):
     def forward_dual(self, *scalars: Dual) -> tuple[Dual, ...]:
         """The embeddings, in the order of the names. Only the first scalar may have a tangent."""
         # Tangents cover the last rows, so the first scalar, which may have one, is put last.
+        scalars = tuple(map(Dual.of, scalars))
+        self._check(scalars)
         weight1, bias1, weight2, bias2 = self.packed()
         values, dot = torch.cat([s.value for s in reversed(scalars)]), scalars[0].dot
         features = ops.scalar_features(Dual(values, dot)).map(lambda x: x.to(weight1.dtype))
         embedded = self._each(ops.silu(self._each(features, weight1, bias1)), weight2, bias2)
         first, *others = reversed(embedded.value.chunk(len(scalars)))
         return Dual(first, embedded.dot), *map(Dual, others)
+
+    def _check(self, scalars: tuple[Dual, ...]) -> None:
+        """Errors: `InputError` unless there is a tensor [B] for each name."""
+        if len(scalars) != len(self):
+            raise InputError(f"ScalarEmbedders: expected {len(self)} scalars, {', '.join(self)}, got {len(scalars)}")
+        first = getattr(scalars[0].value, "shape", None)
+        for name, scalar in zip(self, scalars, strict=True):
+            sizes = getattr(scalar.value, "shape", None)
+            if sizes is None or len(sizes) != 1 or sizes != first:
+                got = type(scalar.value).__name__ if sizes is None else list(sizes)
+                raise InputError(f"ScalarEmbedders: {name} must be a tensor [B], as the first scalar, got {got}")
 
     def _each(self, x: Dual, weight: Tensor, bias: Tensor) -> Dual:
         """One Linear per scalar, on that scalar's part of x [n B, C]; the tangent belongs to the last part."""
@@ -93,8 +114,15 @@ class PatchEmbed(DualModule):
         positions: bool = False, prefix_length: int = 0, impl: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__(impl)
-        whole = patch_size > 0 and image_size % patch_size == 0
-        require(whole, f"PatchEmbed: image_size must be a multiple of patch_size, got {image_size} and {patch_size}")
+        check_sizes("PatchEmbed", image_size=image_size, patch_size=patch_size, in_channels=in_channels, dim=dim)
+        if bottleneck is not None:
+            check_sizes("PatchEmbed", bottleneck=bottleneck)
+        checked_integer("PatchEmbed", "prefix_length", prefix_length, 0)
+        check_flags("PatchEmbed", positions=positions)
+        require(
+            image_size % patch_size == 0,
+            lambda: f"PatchEmbed: image_size must be a multiple of patch_size, got {image_size} and {patch_size}",
+        )
         require(positions or bottleneck is None, "PatchEmbed: a bottleneck needs positions=True")
         if bottleneck is None:
             self.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
@@ -124,9 +152,13 @@ class PatchEmbed(DualModule):
         if not self._tiles(self.proj):
             raise InputError(f"PatchEmbed: proj must be a Conv2d of square patches, got {self.proj}")
         warn_of_hooks("PatchEmbed", self.proj)
-        sizes = list(images.value.shape)
-        fits = len(sizes) == 4 and sizes[1] == channels and sizes[2] % p == sizes[3] % p == 0
-        require(fits, f"PatchEmbed: images must be [B, {channels}, H, W] with sides that {p} divides, got {sizes}")
+        sizes: tuple = getattr(images.value, "shape", ())
+        if len(sizes) != 4 or sizes[1] != channels or sizes[2] % p != 0 or sizes[3] % p != 0:
+            wanted = f"[B, {channels}, H, W] with sides that {p} divides"
+            found = list(sizes) if hasattr(images.value, "shape") else type(images.value).__name__
+            raise InputError(f"PatchEmbed: images must be {wanted}, got {found}")
+        if prefix.value is not None:
+            check_tokens("PatchEmbed", "prefix", prefix, len(weight))
         patches = images.map(lambda x: ops.patchify(x.to(weight.dtype), p))
         tokens = linear_dual(patches, weight.permute(0, 2, 3, 1).flatten(1), bias)
         tokens = tokens if prefix.value is None else concatenate([prefix, tokens], 1)

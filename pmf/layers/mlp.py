@@ -9,7 +9,7 @@ from torch import nn
 from pmf import ops
 from pmf.dual import linear_dual
 from pmf.errors import require
-from pmf.layers.base import DualModule, Linears, Weights, check_linear
+from pmf.layers.base import DualModule, Linears, Weights, check_linear, check_sizes, check_width
 from pmf.packing import Join, PackedModule
 from pmf.pair import Dual
 
@@ -27,7 +27,8 @@ class Mlp(DualModule, PackedModule):
         linear: Linears = nn.Linear, impl: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__(impl)
-        require(act in ACTIVATIONS, f"Mlp: act must be one of {ACTIVATIONS}, got {act!r}")
+        check_sizes("Mlp", dim=dim, hidden=hidden)
+        require(act in ACTIVATIONS, lambda: f"Mlp: act must be one of {ACTIVATIONS}, got {act!r}")
         self.act, self.dim, self.hidden = act, dim, hidden
         self._add_projections(dim, hidden, bias, linear)
 
@@ -66,8 +67,10 @@ class Mlp(DualModule, PackedModule):
 
     def forward_dual(self, x: Dual) -> Dual:
         """x [B, C], [B, S, C] or [B, H, W, C]; returns the same shape."""
+        x = Dual.of(x)
+        check_width("Mlp", "x", x, self.dim)
         first, second = self.weights()
-        return self.finish(linear_dual(Dual.of(x), *first), second)
+        return self.finish(linear_dual(x, *first), second)
 
     def finish(self, hidden: Dual, second: Weights) -> Dual:
         """All that follows the product to the hidden width."""

@@ -10,7 +10,8 @@ from torch import nn
 from pmf import ops
 from pmf.dual import gated_residual
 from pmf.errors import require
-from pmf.layers.base import DualModule, Weights
+from pmf.fields import check_flags, checked_number
+from pmf.layers.base import DualModule, Weights, check_sizes, check_width
 from pmf.pair import ABSENT, Dual
 
 
@@ -42,7 +43,11 @@ class NormModulate(DualModule):
         eps: float | None = 1e-6, impl: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__(impl)
-        require(kind in ("rms", "layer"), f'NormModulate: kind must be "rms" or "layer", got {kind!r}')
+        check_sizes("NormModulate", dim=dim)
+        check_flags("NormModulate", elementwise_affine=elementwise_affine, bias=bias)
+        if eps is not None:
+            checked_number("NormModulate", "eps", eps, 0)
+        require(kind in ("rms", "layer"), lambda: f'NormModulate: kind must be "rms" or "layer", got {kind!r}')
         require(elementwise_affine or not bias, "NormModulate: bias=True needs elementwise_affine=True")
         self.kind, self.eps = kind, eps
         self.weight = nn.Parameter(torch.ones(dim)) if elementwise_affine else None
@@ -50,9 +55,10 @@ class NormModulate(DualModule):
 
     def forward_dual(self, x: Dual, scale: Dual = ABSENT, shift: Dual = ABSENT) -> Dual:
         """x [B, C], [B, S, C] or [B, H, W, C]; scale, shift [C], [B, C], [B, 1, C], in the shape of x, or None."""
-        return ops.norm_modulate(
-            Dual.of(x), self.weight, scale, shift, self.bias, kind=self.kind, eps=self.eps, impl=self.impl
-        )
+        x = Dual.of(x)
+        if self.weight is not None:
+            check_width("NormModulate", "x", x, len(self.weight))
+        return ops.norm_modulate(x, self.weight, scale, shift, self.bias, kind=self.kind, eps=self.eps, impl=self.impl)
 
     def after_residual(
         self, residual: Residual, scale: Dual = ABSENT, shift: Dual = ABSENT, *, linear: Weights | None = None,
