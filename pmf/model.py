@@ -16,7 +16,7 @@ from pmf.autocast import product_dtype
 from pmf.blocks import Block, FinalLayer
 from pmf.compiling import CompiledBlocks
 from pmf.config import PREFIX_TOKENS, ModelConfig, model_config
-from pmf.errors import checked_device, extent, readable, require
+from pmf.errors import InputError, checked_device, extent, readable, require
 from pmf.fields import check_values
 from pmf.layers import PatchEmbed, Residual, Rope, ScalarEmbedders, keep_less
 from pmf.packing import Held, held_weights, joined_weights
@@ -148,6 +148,8 @@ class PMFDiT(nn.Module):
 
         Runs the shared blocks and the requested heads. The loss never needs v's tangent.
         """
+        _check_heads("heads", heads, self.heads)
+        _check_heads("tangents", tangents, HEADS)
         condition = self.conditioning.forward_dual(h, omega, t_min, t_max, y)
         prefix, vector = (condition, ABSENT) if self.conditioning.in_context else (ABSENT, condition)
         stream = Residual(self._begun(self.patch_embed.forward_dual(z, prefix)))
@@ -241,8 +243,10 @@ class PMFDiT(nn.Module):
         carries a gradient, and is None if there are no tangents.
         """
         self.check_inputs(z, t, h, omega, t_min, t_max, y)
-        rows = tangent_rows((z_dot, t_dot, h_dot)) or 0
-        for name, dot, primal in (("z_dot", z_dot, z), ("t_dot", t_dot, t), ("h_dot", h_dot, h)):
+        dots = dict(z_dot=z_dot, t_dot=t_dot, h_dot=h_dot)
+        _check_tensors(**{name: dot for name, dot in dots.items() if dot is not None})
+        rows = tangent_rows(dots.values()) or 0
+        for (name, dot), primal in zip(dots.items(), (z, t, h), strict=True):
             if dot is not None:
                 wanted = [rows, *primal.shape[1:]]
                 require(
@@ -286,12 +290,13 @@ class PMFDiT(nn.Module):
         self, z: Tensor, t: Tensor, h: Tensor, omega: Tensor, t_min: Tensor, t_max: Tensor, y: Tensor
     ) -> None:
         """Check shapes always, and values if they are `readable`: on the CPU, in code that is not being compiled."""
+        scalars = dict(t=t, h=h, omega=omega, t_min=t_min, t_max=t_max)
+        _check_tensors(z=z, **scalars, y=y)
         shape = list(self.config.image_shape)
         require(
             z.ndim == 4 and list(z.shape[1:]) == shape,
-            f"z: expected shape [B, {', '.join(map(str, shape))}], got {list(z.shape)}",
+            lambda: f"z: expected shape [B, {', '.join(map(str, shape))}], got {list(z.shape)}",
         )
-        scalars = dict(t=t, h=h, omega=omega, t_min=t_min, t_max=t_max)
         for name, value in (*scalars.items(), ("y", y)):
             require(
                 list(value.shape) == [z.shape[0]],
@@ -344,6 +349,19 @@ class PMFDiT(nn.Module):
         wanted = {name: value.shape for name, value in model.state_dict().items()}
         model.load_state_dict(matching_weights(file, state, wanted))
         return model
+
+
+def _check_heads(name: str, given: Any, known: tuple[str, ...]) -> None:
+    """Errors: `InputError` on heads that are not there."""
+    if not (hasattr(given, "__iter__") and all(head in known for head in given)):
+        raise InputError(f"{name}: expected some of {known}, got {given!r:.80}")
+
+
+def _check_tensors(**given: Any) -> None:
+    """Errors: `InputError` on an argument that is no tensor."""
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise InputError(f"{name}: expected a tensor, got {type(value).__name__}")
 
 
 def create_model(

@@ -98,6 +98,41 @@ def test_bad_input_is_one_line_that_names_the_argument(change, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(t=0.5), "t: expected a tensor, got float"),
+        (dict(z=[1.0]), "z: expected a tensor, got list"),
+        (dict(y=3), "y: expected a tensor, got int"),
+    ],
+)
+def test_inputs_are_tensors(change, message):
+    model, inputs = random_model(dtype=torch.float32), model_inputs(TINY, BATCH, dtype=torch.float32) | change
+    scale = torch.ones(())
+    moving = lambda **given: pmf.jvp(lambda s: model(**given | dict(h=s * given["h"])), (scale,), (scale,))  # noqa: E731
+    for run in (model, model.forward_dual, moving):
+        with pytest.raises(pmf.InputError, match=f"^{message}$"):
+            run(**inputs)
+    good = model_inputs(TINY, BATCH, dtype=torch.float32)
+    with pytest.raises(pmf.InputError, match=r"^t_dot: expected a tensor, got float$"):
+        model.forward_dual(**good, t_dot=1.0)
+
+
+@pytest.mark.parametrize(("name", "asked"), [("heads", ("w",)), ("heads", None), ("tangents", ("w",))])
+def test_heads_are_known(name, asked):
+    inputs = model_inputs(TINY, BATCH, dtype=torch.float32)
+    given = [inputs[part] for part in ("z", "h", "omega", "t_min", "t_max", "y")]
+    with pytest.raises(pmf.InputError, match=rf"^{name}: expected some of \('u', 'v'\), got "):
+        random_model(dtype=torch.float32).predict_dual(*given, **{name: asked})
+    with pytest.raises(pmf.InputError, match=r"^heads: expected some of \('u',\), got \('u', 'v'\)$"):
+        random_model(dtype=torch.float32, aux_head=False).predict_dual(*given)
+
+
+def test_other_numbers_of_tokens_are_no_images():
+    with pytest.raises(pmf.InputError, match=r"^unpatchify: tokens must be as many as a square grid has, got 3$"):
+        random_model().to_images(torch.randn(2, 3, 4))
+
+
 def test_unknown_preset_and_impl_are_refused():
     with pytest.raises(pmf.InputError, match="unknown preset 'pMF-Z'"):
         pmf.create_model("pMF-Z")
