@@ -13,6 +13,7 @@ PyTorch would; tangents never are, so backward keeps nothing of them.
 from __future__ import annotations
 
 import functools
+import numbers
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeGuard, TypeVar
 
@@ -21,17 +22,39 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pmf.errors import InputError, require
+from pmf.fields import checked_integer, is_integer
 from pmf.pair import Dual as Dual
 from pmf.pair import tail
 from pmf.pair import tangent_rows as tangent_rows
 from pmf.private import hooked, tree_flatten, tree_unflatten
 from pmf.recompute import checkpoint_values as checkpoint_values
 from pmf.tangents.call import jvp
-from pmf.tangents.carriers import as_dual, carrier_of, inside_call
+from pmf.tangents.carriers import CARRIERS, as_dual, carrier_of, inside_call
 
 Kind = TypeVar("Kind", bound=nn.Module)
 Given = Dual | Tensor | tuple | float
 """A Dual, a tensor or number that stands still, or a pair (value, tangent)."""
+
+_TENSORS = (Tensor, *CARRIERS)
+_NUMBERS = (numbers.Number, torch.SymInt, torch.SymFloat)
+
+
+def _operand(name: str, given: Given, *others: type) -> Dual:
+    """An argument as a Dual; `name` is the function's and its own.
+
+    Errors: `InputError` unless it is a tensor, a pair, or one of the `others`, which are numbers.
+    """
+    operand = Dual.of(given)
+    if type(operand.value) is not Tensor and not isinstance(operand.value, (*_TENSORS, *others)):
+        wanted = "a tensor, a number or a pair" if others else "a tensor or a pair"
+        raise InputError(f"{name} must be {wanted} (value, tangent), got {type(operand.value).__name__}")
+    return operand
+
+
+def _operands(name: str, given: tuple[Given, ...]) -> list[Dual]:
+    """What a function of any number of tensors and numbers got."""
+    require(len(given) > 0, lambda: f"{name}: expected at least one argument, got none")
+    return [_operand(f"{name}: each argument", x, *_NUMBERS) for x in given]
 
 
 def _rows(name: str, duals: Iterable[Dual], result: Tensor | None = None) -> int | None:
@@ -59,7 +82,7 @@ def _last(value: Tensor | float, rows: int, like: Tensor) -> Tensor | float:
 
 def add(*terms: Given) -> Dual:
     """The sum of terms that broadcast, and the sum of their tangents."""
-    duals = [Dual.of(term) for term in terms]
+    duals = _operands("add", terms)
     value = functools.reduce(torch.add, (dual.value for dual in duals))
     rows = _rows("add", duals, value)
     if rows is None:
@@ -71,7 +94,7 @@ def add(*terms: Given) -> Dual:
 
 def multiply(*factors: Given) -> Dual:
     """The product of factors that broadcast; its tangent is the sum of each factor's tangent times the others."""
-    duals = [Dual.of(factor) for factor in factors]
+    duals = _operands("multiply", factors)
     value = functools.reduce(torch.mul, (dual.value for dual in duals))
     rows = _rows("multiply", duals, value)
     if rows is None:
@@ -90,7 +113,8 @@ def pointwise(function: Callable[[Tensor], Tensor], x: Given) -> Dual:
 
     The derivative is that of `torch.func.jvp`, on the samples with a tangent.
     """
-    x = Dual.of(x)
+    _check_callable("pointwise", function)
+    x = _operand("pointwise: x", x)
     value = function(x.value)
     if x.dot is None:
         return Dual(value)
@@ -100,17 +124,20 @@ def pointwise(function: Callable[[Tensor], Tensor], x: Given) -> Dual:
 
 def chunk(x: Given, parts: int, dim: int = -1) -> tuple[Dual, ...]:
     """Equal parts along a dimension that is not the samples'; views, as of `torch.chunk`."""
-    x = Dual.of(x)
+    x, parts = _operand("chunk: x", x), checked_integer("chunk", "parts", parts)
     _check_dim("chunk", x, dim)
     size = x.value.shape[dim]
-    require(size % parts == 0, f"chunk: dim {dim} must have a size that {parts} divides, got {size}")
+    require(size % parts == 0, lambda: f"chunk: dim {dim} must have a size that {parts} divides, got {size}")
     dots = (None,) * parts if x.dot is None else x.dot.chunk(parts, dim)
     return tuple(map(Dual, x.value.chunk(parts, dim), dots))
 
 
 def concatenate(parts: Sequence[Given], dim: int = -1) -> Dual:
     """`torch.cat` along a dimension that is not the samples'; a part without tangent has zeros."""
-    duals = [Dual.of(part) for part in parts]
+    if isinstance(parts, (Dual, *_TENSORS)) or not isinstance(parts, Iterable):
+        raise InputError(f"concatenate: parts must be a list of tensors or pairs, got {type(parts).__name__}")
+    duals = [_operand("concatenate: each part", part) for part in parts]
+    require(len(duals) > 0, "concatenate: expected at least one part, got none")
     _check_dim("concatenate", duals[0], dim)
     value, rows = torch.cat([dual.value for dual in duals], dim), _rows("concatenate", duals)
     if rows is None:
@@ -121,8 +148,17 @@ def concatenate(parts: Sequence[Given], dim: int = -1) -> Dual:
 
 
 def _check_dim(name: str, x: Dual, dim: int) -> None:
-    if dim % x.value.ndim == 0:
+    sides = len(x.value.shape)
+    require(sides > 0, f"{name}: expected tensors with samples, got a tensor without dimensions")
+    if not is_integer(dim) or not -sides <= dim < sides:
+        raise InputError(f"{name}: dim must be an integer in [{-sides}, {sides - 1}], got {dim!r}")
+    if dim % sides == 0:
         raise InputError(f"{name}: dim must not be that of the samples, 0, got {dim}")
+
+
+def _check_callable(name: str, function: Any) -> None:
+    if not callable(function):
+        raise InputError(f"{name}: function must be a function or a module, got {type(function).__name__}")
 
 
 def gated_residual(x: Given, branch: Given, gate: Given | None = None) -> Dual:
@@ -130,9 +166,9 @@ def gated_residual(x: Given, branch: Given, gate: Given | None = None) -> Dual:
 
     x, branch [B, ..., C]; gate [C], [B, C], [B, 1, C] (as many ones as x has sides), in the shape of x, or None (one).
     """
-    x = Dual.of(x)
+    x, branch = _operand("gated_residual: x", x), _operand("gated_residual: branch", branch, *_NUMBERS)
     if gate is not None:
-        branch = multiply(_beside(x.value, Dual.of(gate)), branch)
+        branch = multiply(_beside(x.value, _operand("gated_residual: gate", gate, *_NUMBERS)), branch)
     return add(x, branch).map(lambda part: part.to(x.value.dtype))
 
 
@@ -140,6 +176,8 @@ def _beside(x: Tensor, gate: Dual) -> Dual:
     """A gate of x [B, ..., C] that broadcasts to its shape: [B, C] as [B, 1, C]. Errors: `InputError` on others."""
     if not isinstance(gate.value, Tensor):
         return gate
+    if len(x.shape) < 2:
+        raise InputError(f"gated_residual: x must have shape [B, ..., C], got {list(x.shape)}")
     (samples, *between, width), sizes = x.shape, tuple(gate.value.shape)
     vectors = (samples, *(1 for _ in between), width)
     if sizes not in ((width,), (samples, width), vectors, tuple(x.shape)):
@@ -164,8 +202,10 @@ def dual(function: Callable, *inputs: Given | None) -> Any:
 
     Layers with `forward_dual` compute both in one pass, as do nn.Linear, nn.Conv2d, nn.Embedding and an nn.Sequential
     of such. Anything else is called by `pmf.jvp`, which records what a plain call would; where the tangents cover only
-    some samples, these are then computed twice. Results have the structure of the function's, with Duals for tensors.
+    some samples, it is called twice, for the others and for these. Results have the structure of the function's, with
+    Duals for tensors.
     """
+    _check_callable("dual", function)
     duals = [Dual.of(x) for x in inputs]
     if hasattr(function, "forward_dual") and not (isinstance(function, nn.Module) and hooked(function)):
         return function.forward_dual(*duals)
