@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from subprocess import PIPE
 
 import pytest
 from PIL import Image
@@ -128,6 +129,71 @@ def test_an_out_that_cannot_be_is_refused_before_work(folder, tmp_path):
             run(f"folder:{folder}", out)
     with pytest.raises(InputError, match="size: expected at most 16384, got 1000000"):
         run(f"folder:{folder}", tmp_path / "out", size=10**6)
+
+
+@pytest.mark.parametrize("out", ["in", "in/prepared", "in/cat/prepared", "in/../in/prepared", "link", "in/link"])
+def test_an_out_inside_the_source_is_refused_before_work(folder, tmp_path, out):
+    """The next run would count it as a class: a source that has changed."""
+    (tmp_path / "link").symlink_to(folder / "prepared", target_is_directory=True)
+    (folder / "link").symlink_to(tmp_path, target_is_directory=True)
+    before = sorted(tmp_path.rglob("*"))
+    message = f"^out: {tmp_path}/{re.escape(out)} lies inside the source {folder}: expected a folder outside of it$"
+    with pytest.raises(InputError, match=message):
+        run(f"folder:{folder}", tmp_path / out)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_out_above_the_source_or_beside_it_under_a_longer_name_is_outside(folder, tmp_path):
+    assert len(run(f"folder:{folder}", tmp_path / "in-prepared")) == 8
+    (tmp_path / "above").mkdir()
+    folder.rename(tmp_path / "above/in")
+    with pytest.raises(InputError, match="is not empty and holds no prepared shards"):
+        run(f"folder:{tmp_path}/above/in", tmp_path / "above/in/..")
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from pmf.train.directory_lock import acquire
+lock = acquire(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+lock.release()
+"""
+
+
+def test_what_killed_preparations_were_writing_is_removed_by_the_next_one_that_has_the_lock(
+    folder, tmp_path, monkeypatch
+):
+    out, torn, written, replace = tmp_path / "out", [], [], os.replace
+
+    def killed(source, target):
+        if target.name != written[-1]:
+            return replace(source, target)
+        torn.append(source.name)
+        raise SystemExit
+
+    for name in ("shard-000001.arrow", "classes.txt"):  # each is being written when the process ends
+        written.append(name)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", killed)
+            patch.setattr("pathlib.Path.unlink", lambda path, **_: None)
+            with pytest.raises(SystemExit):
+                run(f"folder:{folder}", out)
+        assert (out / torn[-1]).exists()
+    (out / ".classes.txt.mine").touch()
+    (out / torn[0]).touch()
+    with pytest.raises(InputError, match=r"^size: .* was begun with 8, got 9"):  # another preparation's
+        run(f"folder:{folder}", out, size=9)
+    with subprocess.Popen([sys.executable, "-c", HOLDER, out / ".lock"], stdin=PIPE, stdout=PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match=r"^out: .* is in use by process"):
+            run(f"folder:{folder}", out)
+        holder.communicate()
+    assert all((out / name).exists() for name in torn)
+    run(f"folder:{folder}", out)
+    found = sorted(file.name for file in out.iterdir())
+    assert found == [".classes.txt.mine", "classes.txt", *(f"shard-{i:06d}.arrow" for i in range(3))]
 
 
 def test_directories_of_the_present_format_only_are_continued(folder, tmp_path, monkeypatch):

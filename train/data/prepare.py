@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import itertools
@@ -26,7 +27,7 @@ from pmf.data.shards import PreparedShards, Settings
 from pmf.errors import InputError, first_line, printable, require
 from pmf.fields import check_fields
 from pmf.images import centre_crop
-from pmf.pictures import MAX_SIDE, opened
+from pmf.pictures import MAX_SIDE, leads_up, opened
 from pmf.train.data.samples import Sample, Source, digest
 from pmf.train.data.sources import open_source
 from pmf.train.directory_lock import locked
@@ -97,6 +98,7 @@ def command(arguments: list[str]) -> None:
 def prepare(config: tyro.conf.OmitArgPrefixes[PrepareConfig]) -> PreparedShards:
     """Centre-crop every picture of a source, once, into Arrow shards. Run it again to resume it."""
     source = open_source(config.source)
+    _check_outside(config.out, source.folder)
     names = _class_names(config, source)
     preparation = _Preparation(config, source, names)
     with locked(config.out, "out"):
@@ -109,6 +111,18 @@ def prepare(config: tyro.conf.OmitArgPrefixes[PrepareConfig]) -> PreparedShards:
     if config.verify:
         verify(config.out)
     return data
+
+
+def _check_outside(out: Path, folder: Path | None) -> None:
+    """Raise `InputError` if shards would lie in the source's folder: the next run would count theirs as a class."""
+    if folder is None:
+        return
+    plain = Path(os.path.abspath(out))
+    places = (os.path.realpath(out), os.path.join(os.path.realpath(plain.parent), plain.name))  # a link counts too
+    require(
+        not leads_up(os.path.realpath(folder), places),
+        lambda: f"out: {printable(out)} lies inside the source {printable(folder)}: expected a folder outside of it",
+    )
 
 
 def _fill(config: PrepareConfig, names: tuple[str, ...], preparation: _Preparation) -> None:
@@ -230,7 +244,16 @@ def _begun(directory: Path, settings: Settings) -> dict[Path, pa.Table]:
             log.warning("%s; making it again", error)
     for shard in there.values():
         _check_same(directory, shards.settings_of(shard), settings)
+    _remove_torn(directory)
     return there
+
+
+def _remove_torn(directory: Path) -> None:
+    """Remove what a killed preparation was writing (see `write_atomically`), for the one that holds the lock."""
+    for target in ("shard-*.arrow", shards.CLASSES_FILE):
+        for torn in directory.glob(f".{target}.????????{Path(target).suffix}"):
+            with contextlib.suppress(OSError):
+                torn.unlink()
 
 
 def _check_same(directory: Path, before: Settings, now: Settings) -> None:
