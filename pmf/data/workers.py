@@ -8,6 +8,7 @@ import multiprocessing.connection
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -18,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from pmf.data.reading import Batch, Reader
-from pmf.errors import InputError, first_line
+from pmf.errors import InputError, first_line, printable
 from pmf.private import ask_workers_to_end, forget_received, forget_workers, on_unsendable, timed_out, worker_processes
 
 PREFETCH = 4
@@ -40,6 +41,10 @@ STOP_SIGNALS = (
 """Signals that ask a run to save and stop. Slurm's --signal=USR1@60 sends SIGUSR1 60 seconds before the time limit."""
 UNSENDABLE = 83
 """Exit status of a worker that could not send a batch."""
+UNNAMEABLE = 84
+"""Exit status of a worker that could not send one because the name of its socket, below TMPDIR, would be too long."""
+SOCKETS_FOLDER = 107 - len("/pymp-12345678/listener-12345678")
+"""Bytes that the path of TMPDIR may have, for a socket's name has at most 107."""
 FEWER = "use fewer --workers; 0 reads in the main process"
 SHARED_MEMORY = "docker run --shm-size=8g or --ipc=host gives more shared memory"
 REASONS = {
@@ -160,6 +165,11 @@ def _stuck(seconds: int) -> str:
 
 
 def _reason(status: int) -> str:
+    if status == UNNAMEABLE:
+        got = printable(tempfile.gettempdir())
+        return (
+            f"could not send a batch: TMPDIR: expected a path of at most {SOCKETS_FOLDER} bytes, for sockets, got {got}"
+        )
     if status >= 0:
         return f"ended with exit status {status}: the data end the process; --workers 0 shows where"
     name = signal.Signals(-status).name
@@ -182,7 +192,7 @@ def _unless_refused(kind: type[BaseException], error: BaseException, trace: Trac
 
 
 def _leave(error: Exception, batch: object) -> None:
-    os._exit(UNSENDABLE)
+    os._exit(UNNAMEABLE if "AF_UNIX path too long" in str(error) else UNSENDABLE)
 
 
 def after_parent(act: Callable[[], object]) -> None:

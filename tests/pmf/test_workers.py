@@ -5,9 +5,11 @@ import errno
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 
@@ -262,6 +264,24 @@ def test_the_process_ends_within_seconds_and_its_workers_with_it(fault, end):
     while any(map(running, pids)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(running, pids))
+
+
+@pytest.mark.parametrize("length", [workers.SOCKETS_FOLDER, workers.SOCKETS_FOLDER + 1])
+def test_a_temporary_folder_whose_path_is_too_long_for_sockets_is_named(length):
+    code = PROGRAM.replace("FAULT", "pass").replace("END", "loader.close()")
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        folder = f"{short}/{'a' * (length - len(short) - 1)}"
+        os.mkdir(folder)
+        ended = subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | dict(TMPDIR=folder), capture_output=True, text=True
+        )
+    said = ended.stderr.splitlines()[-1:]
+    told = f"TMPDIR: expected a path of at most {workers.SOCKETS_FOLDER} bytes, for sockets, got {folder}"
+    if length > workers.SOCKETS_FOLDER:
+        message = rf"pmf.errors.InputError: data: worker \d could not send a batch: {re.escape(told)}"
+        assert re.fullmatch(message, said[0])
+    else:
+        assert ended.returncode == 0 and not said
 
 
 def test_workers_ignore_the_signals_that_stop_a_run():
