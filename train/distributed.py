@@ -6,6 +6,7 @@ import os
 import re
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, get_args
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from pmf.data.workers import after_parent
-from pmf.errors import InputError, checked_device, require
+from pmf.errors import InputError, checked_device, first_line, require
 from pmf.sharded import REPLICATED, Sharding
 
 SHARDINGS = get_args(Sharding)
@@ -139,8 +140,8 @@ def join(device: str, sharding: str | None = None) -> World:
     """Join the world that torchrun's environment variables describe, or else a world of this process only.
 
     Without `sharding` there is no device mesh: evaluations only exchange objects.
-    Errors: `InputError` on an unknown device or sharding, or on hybrid sharding without several processes on each of
-    several machines.
+    Errors: `InputError` on an unknown device or sharding, on hybrid sharding without several processes on each of
+    several machines, and on variables that are missing, impossible, or lead to no meeting of the processes.
     """
     known = sharding is None or sharding in SHARDINGS
     require(known, f"sharding: expected one of {', '.join(SHARDINGS)}, got {sharding!r}")
@@ -150,14 +151,42 @@ def join(device: str, sharding: str | None = None) -> World:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # torchrun would ask this process to stop; once that is gone, nobody else ends it or the others.
         after_parent(lambda: os.kill(os.getpid(), signal.SIGTERM))
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    size = _variable("WORLD_SIZE", range(1, 2**31), default=1)
     if size == 1:
         return World(chosen)
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if sharding and chosen.type == "cuda" else "gloo")
+        _meet(size, "cpu:gloo,cuda:nccl" if sharding and chosen.type == "cuda" else "gloo")
     group = dist.new_group(backend="gloo", timeout=PATIENCE)
     mesh = _mesh(chosen.type, size, sharding) if sharding else None
     return World(chosen, dist.get_rank(), size, sharding, mesh, group)
+
+
+def _variable(name: str, values: range, default: int | None = None) -> int:
+    """The integer in an environment variable. Errors: `InputError` if it has none of these values."""
+    text = os.environ.get(name)
+    value = None
+    with suppress(ValueError):
+        value = default if text is None else int(text)
+    if value is None or value not in values:
+        expected = f"an integer from {values.start} to {values.stop - 1} in this environment variable"
+        got = "none" if text is None else repr(text)
+        raise InputError(f"{name}: expected {expected}, as torchrun sets it, got {got}")
+    return value
+
+
+def _meet(size: int, backend: str) -> None:
+    """Connect this process with the others. Errors: see `join`."""
+    _variable("RANK", range(size))
+    port, address = _variable("MASTER_PORT", range(1, 2**16)), os.environ.get("MASTER_ADDR")
+    require(bool(address), "MASTER_ADDR: expected the address of process 0 in this environment variable, got none")
+    try:
+        dist.init_process_group(backend)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        if lost(error):
+            raise
+        met = f"{size} processes cannot meet at {address}:{port}: {first_line(error)}"
+        expected = "the address of process 0 and a port that is free there"
+        raise InputError(f"MASTER_ADDR, MASTER_PORT: {met}; expected {expected}") from error
 
 
 def leave(world: World) -> None:
@@ -169,7 +198,7 @@ def leave(world: World) -> None:
 def _mesh(device_type: str, size: int, sharding: str) -> DeviceMesh:
     if sharding != "hybrid":
         return init_device_mesh(device_type, (size,), mesh_dim_names=("data",))
-    node = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    node = _variable("LOCAL_WORLD_SIZE", range(1, size + 1), default=size)
     require(
         node < size and size % node == 0 and node > 1,
         f"sharding: hybrid shards within a machine and replicates across machines, expected several processes on each "

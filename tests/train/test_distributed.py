@@ -19,6 +19,8 @@ from pmf.data import ImageSet
 from pmf.errors import InputError
 from pmf.optim import OptimizerConfig, split_parameters
 from pmf.sharded import full
+from pmf.train import distributed
+from pmf.train.cli import main
 from pmf.train.config import RunConfig
 from pmf.train.distributed import join
 from pmf.train.learner import Learner
@@ -187,3 +189,71 @@ def started(rank: int, size: int, port: int, out: str) -> None:
 
 def test_replicated_processes_start_from_the_same_weights(tmp_path):
     mp.spawn(started, (2, free_port(), str(tmp_path)), nprocs=2)
+
+
+TORCHRUN = dict(WORLD_SIZE="2", RANK="0", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("WORLD_SIZE", "two", "an integer from 1 to 2147483647 in this environment variable, as .*, got 'two'"),
+        ("WORLD_SIZE", "0", "an integer from 1 to 2147483647 in this environment variable, as .*, got '0'"),
+        ("RANK", None, "an integer from 0 to 1 in this environment variable, as torchrun sets it, got none"),
+        ("RANK", "abc", "an integer from 0 to 1 in this environment variable, as torchrun sets it, got 'abc'"),
+        ("RANK", "2", "an integer from 0 to 1 in this environment variable, as torchrun sets it, got '2'"),
+        ("MASTER_PORT", None, "an integer from 1 to 65535 .*, got none"),
+        ("MASTER_PORT", "65536", "an integer from 1 to 65535 .*, got '65536'"),
+        ("MASTER_ADDR", None, "the address of process 0 in this environment variable, got none"),
+        ("MASTER_ADDR", "", "the address of process 0 in this environment variable, got none"),
+    ],
+)
+def test_variables_of_the_environment_that_make_no_world_are_named(monkeypatch, name, value, message):
+    environment = TORCHRUN | {name: value}
+    for variable, text in environment.items():
+        monkeypatch.delenv(variable, raising=False)
+        if text is not None:
+            monkeypatch.setenv(variable, text)
+    with pytest.raises(InputError, match=f"^{name}: expected {message}$"):
+        join("cpu", "ddp")
+
+
+def test_a_number_of_processes_on_a_machine_that_is_none_is_named(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "few")
+    with pytest.raises(InputError, match=r"^LOCAL_WORLD_SIZE: expected an integer from 1 to 4 .*, got 'few'$"):
+        distributed._mesh("cpu", 4, "hybrid")
+
+
+def test_a_single_process_needs_no_variables_and_minds_none_of_several(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("RANK", "machine-7")
+    assert join("cpu", "ddp").size == 1
+
+
+def test_a_port_that_is_in_use_is_one_line_that_names_the_variables(monkeypatch, tmp_path, capsys):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        for variable, text in (TORCHRUN | dict(MASTER_PORT=str(port))).items():
+            monkeypatch.setenv(variable, text)
+        with pytest.raises(SystemExit) as ended:
+            main(["digits", "--device", "cpu", "--out", str(tmp_path / "run")])
+    told = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and len(told) == 1
+    assert told[0].startswith(f"pmf: MASTER_ADDR, MASTER_PORT: 2 processes cannot meet at 127.0.0.1:{port}: ")
+    assert "EADDRINUSE" in told[0] and told[0].endswith(
+        "expected the address of process 0 and a port that is free there"
+    )
+
+
+def test_a_process_that_is_lost_while_all_meet_is_no_bad_address(monkeypatch):
+    def reset(backend):
+        raise torch.distributed.DistNetworkError("recvBytes: Connection reset by peer")
+
+    for variable, text in TORCHRUN.items():
+        monkeypatch.setenv(variable, text)
+    monkeypatch.setattr(torch.distributed, "init_process_group", reset)
+    with pytest.raises(torch.distributed.DistNetworkError) as error:
+        join("cpu", "ddp")
+    assert distributed.lost(error.value)
