@@ -88,3 +88,18 @@ def test_bad_input_is_one_line(places, case, capsys, tmp_path, monkeypatch):
     assert ended.value.code == 2 and len(told.splitlines()) == 1, told
     assert expected in told
     assert not list(tmp_path.iterdir())
+
+
+def test_images_that_would_fill_a_filled_population_are_refused(run, tmp_path, capsys):
+    out = tmp_path / "post"
+    flags = [*PIXELS, "--fill", "64", "--batch-size", "16", "--device", "cpu"]
+    main(["posttrain", str(run), "--out", str(out), *flags, "--steps", "1"])
+    before = sorted(out.rglob("*"))
+    with pytest.raises(SystemExit) as ended:
+        main(["posttrain", "--resume", str(out), "--steps", "2", "--fill", "99"])
+    told = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    assert told[-1] == "pmf: fill: has no effect with --resume, for what is saved is filled, expected 64, got 99"
+    assert sorted(out.rglob("*")) == before
+    main(["posttrain", "--resume", str(out), "--steps", "2", "--fill", "64"])
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
