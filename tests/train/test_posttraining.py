@@ -305,8 +305,11 @@ def test_a_stop_while_the_population_fills_ends_the_run(run, tmp_path):
         time.sleep(0.05)
     time.sleep(1)
     job.send_signal(signal.SIGTERM)
-    told = job.communicate(timeout=60)[0]
-    assert job.returncode == 0 and "stopped at step 0; the run is not saved" in told
+    told, errors = job.communicate(timeout=60)
+    why = "its population was still being filled; run the same command again"
+    assert told == f"stopped at step 0; the run is not saved: {why}\n"
+    assert job.returncode == 130 and "SIGTERM" not in errors  # which says that the run saves
+    assert not list(out.glob("*.png"))
     main(["posttrain", str(run), "--out", str(out), *FLAGS, "--steps", "1"])
     assert len(records(out)) == 1
 

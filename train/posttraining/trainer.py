@@ -56,6 +56,8 @@ class PosttrainTrainer(Trainer):
         self.frechet_step = FrechetStep(self._images, networks, self.frechet, label_weight=config.label_weight)
         self.entering: dict[str, Tensor] = {}
         """The features of the step that is being taken."""
+        self.filling = False
+        """Whether the populations are being filled: until they are full there is nothing to save."""
         if config.window > LARGEST_WINDOW * config.steps:
             text = f"{config.population}: a window of {config.window:.3g} steps is more than a twentieth of the run"
             warn(world, f"{text}, {config.steps} steps: the population grows stale")
@@ -79,11 +81,14 @@ class PosttrainTrainer(Trainer):
 
     def _prepare(self, stop: StopRequest) -> bool:
         """Fill the populations with images of the generator as it is; return whether that was stopped."""
+        stop.told = False  # it would say that the run saves
         try:
             if self.step == 0:
                 self._fill(stop)
         except Stopped:
             return True
+        finally:
+            stop.told = self.world.main
         return super()._prepare(stop)
 
     def _fill(self, stop: StopRequest) -> None:
@@ -92,6 +97,7 @@ class PosttrainTrainer(Trainer):
         filled = min(population.seen for population in self.frechet.populations.values())
         if filled:  # it is resumed from before the first step
             return
+        self.filling = True
         bar = tqdm(total=rounds * self.config.batch_size, desc="population", unit="image", disable=not self.world.main)
         with bar:
             for number in range(rounds):
@@ -100,6 +106,7 @@ class PosttrainTrainer(Trainer):
                 mine = {name: torch.cat([part[name] for part in parts]) for name in self.networks}
                 self.frechet.fill(self.frechet.gathered(mine))
                 bar.update(self.config.batch_size)
+        self.filling = False
 
     # One step.
 
@@ -146,6 +153,13 @@ class PosttrainTrainer(Trainer):
     def state(self) -> dict[str, Any]:
         """Everything that later steps depend on, and which references they match."""
         return super().state() | {"populations": self.frechet.state_dict(), "references": dict(self.references)}
+
+    def _say_saved(self, event: str) -> None:
+        if not self.filling:
+            super()._say_saved(event)
+            return
+        why = "its population was still being filled; run the same command again"
+        self.world.say(f"{event}; the run is not saved: {why}")
 
     def _check_loaded(self, state: dict[str, Any]) -> None:
         """Raise `InputError` if the references have changed since the run began."""
