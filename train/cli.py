@@ -14,7 +14,7 @@ import torch
 
 import pmf
 from pmf.errors import InputError, extra, first_line, require
-from pmf.train.distributed import CommonError, lost
+from pmf.train.distributed import CommonError, lost, own_rank
 from pmf.train.terminal import soft_output
 
 COMMANDS = {
@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _is_idle(arguments: list[str]) -> bool:
     """Whether torchrun started this process for something that its first process does alone."""
-    other = "LOCAL_RANK" in os.environ and int(os.environ.get("RANK", 0)) > 0
+    other = "LOCAL_RANK" in os.environ and own_rank() > 0
     return other and (arguments[:1] in ([], ["data"], ["sample"]) or not {"-h", "--help"}.isdisjoint(arguments))
 
 
@@ -92,7 +92,7 @@ def _out_of_memory(error: BaseException) -> bool:
 
 def _report(error: BaseException, message: str) -> None:
     """Print the line, once for all processes, and exit."""
-    other = int(os.environ.get("RANK", 0)) > 0
+    other = own_rank() > 0
     if other and not isinstance(error, CommonError):
         time.sleep(PATIENCE)  # if the first process fails as well, it reports, and torchrun ends this one meanwhile
     if not (other and isinstance(error, CommonError)):

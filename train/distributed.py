@@ -161,6 +161,12 @@ def join(device: str, sharding: str | None = None) -> World:
     return World(chosen, dist.get_rank(), size, sharding, mesh, group)
 
 
+def own_rank() -> int:
+    """This process's number by its environment, 0 where it has none; `join` says what is wrong with it."""
+    text = os.environ.get("RANK", "0")
+    return int(text) if text.isdecimal() else 0
+
+
 def _variable(name: str, values: range, default: int | None = None) -> int:
     """The integer in an environment variable. Errors: `InputError` if it has none of these values."""
     text = os.environ.get(name)

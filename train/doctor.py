@@ -25,7 +25,7 @@ from pmf.model import CHECKPOINTING, Checkpointing
 from pmf.train.budget import HEADROOM, card_table, counted_memory, shared
 from pmf.train.config import RunConfig
 from pmf.train.data.by_name import open_data
-from pmf.train.distributed import World, pick_device
+from pmf.train.distributed import World, own_rank, pick_device
 from pmf.train.evaluation.spaces import spaces_of
 from pmf.train.learner import Learner
 from pmf.train.loop import check_data
@@ -80,7 +80,7 @@ CARD_NEEDS = (
 def command(arguments: list[str]) -> None:
     """Report on the run that `[PRESET] [--resume DIRECTORY] [options]` describes; exit with 1 if it has advice."""
     config = configured(arguments, "doctor", DoctorConfig, default="digits", needs=CARD_NEEDS)
-    if int(os.environ.get("RANK", 0)) > 0:
+    if own_rank() > 0:
         return
     if config.card is not None:
         for line in card_table(config, config.card, config.processes or 1):

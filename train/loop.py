@@ -6,6 +6,7 @@ Every end but SIGKILL saves: a stop signal, data that cannot be read, an error i
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
@@ -298,5 +299,15 @@ def command(arguments: list[str]) -> None:
     world = join(config.device, config.sharding)
     trainer = Trainer(config, open_data(config.data, config.model.image_size), world)
     trainer.run()
-    world.say(f"run: {trainer.directory} (samples.png, loss.png, metrics.jsonl)")
+    end(trainer)
+
+
+def end(trainer: Trainer) -> None:
+    """Say where the run is, and leave. A run that is stopped before there is anything to save ends with status 130."""
+    world = trainer.world
+    begun = trainer.step > 0 or world.broadcast(bool(trainer.snapshots.steps()))
+    if begun:
+        world.say(f"run: {trainer.directory} (samples.png, loss.png, metrics.jsonl)")
     leave(world)
+    if not begun:
+        sys.exit(130)

@@ -142,6 +142,18 @@ def refuse_ignored(config: Any, default: Any, needs: tuple[Need, ...]) -> None:
                 raise InputError(f"{name}: has no effect {need.otherwise}, expected {before[name]}, got {value}")
 
 
+FIXED = "model.*", "ema_half_lives", "optimizer.name", "population"
+"""What a resumed run keeps: its checkpoints have the tensors of these."""
+
+
+def refuse_changed(config: Any, stored: Any) -> None:
+    """Raise `InputError` for the first value that differs from that of the run to resume, and has to be the same."""
+    before = dict(_flat(stored))
+    for name, value in _flat(config):
+        if any(fnmatch(name, pattern) for pattern in FIXED):
+            require(value == before[name], f"{name}: expected that of the run to resume, {before[name]}, got {value}")
+
+
 def _flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every value with its dotted name."""
     for field in fields(config):

@@ -15,7 +15,7 @@ from pmf.config import DIGITS, PUBLISHED, Guidance, ModelSettings
 from pmf.errors import require
 from pmf.optim import OptimizerConfig
 from pmf.train.config import PerceptualConfig, PosttrainConfig, RunConfig, load_run_config
-from pmf.train.options import RUN_NEEDS, Need, parse, refuse_ignored, refuse_repeated
+from pmf.train.options import RUN_NEEDS, Need, parse, refuse_changed, refuse_ignored, refuse_repeated
 
 Config = TypeVar("Config", bound=RunConfig)
 IMAGENET_IMAGES = 1_281_167
@@ -141,6 +141,8 @@ def configured(
         shown = f"`pmf {command} {start.word.upper()} --help` shows those of {start.word.upper()}, {start.expected}"
         note = f"The defaults below are those of {start.example}; {shown}."
     config = parse(kind, f"pmf {command} {given or start.word.upper()}", arguments, stored, note)
+    if resumed is not None:
+        refuse_changed(config, stored)
     refuse_ignored(config, stored, (*RUN_NEEDS, *needs))
     require(
         resumed is None or config.out in (stored.out, resumed),

@@ -40,6 +40,9 @@ def run(*arguments):
         (["--out", "elsewhere"], "out: expected none beside --resume"),
         (["--evaluation.per-class", "5"], "evaluation.per_class: has no effect without --eval-every"),
         (["--resume", "elsewhere"], "resume: expected one value, got it twice"),
+        (["--model.depth", "9"], r"model.depth: expected that of the run to resume, \d+, got 9"),
+        (["--optimizer.name", "adamw"], "optimizer.name: expected that of the run to resume, muon, got adamw"),
+        (["--ema-half-lives", "500", "700"], r"ema_half_lives: expected that of the run to resume, \(500.0, .*700"),
     ],
 )
 def test_what_a_resumed_run_would_ignore_is_refused(stored, arguments, message):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,7 +22,7 @@ from pmf.errors import InputError, require
 from pmf.hub import locate
 from pmf.metrics import INCEPTION_FEATURES, Resize, inception
 from pmf.train.config import ExtractionConfig, MeasurementConfig, find_run_around, find_run_config
-from pmf.train.distributed import World, join, leave, pick_device
+from pmf.train.distributed import World, join, leave, own_rank, pick_device
 from pmf.train.evaluation.measurement import MakeExtractor, Measurement, demo_score, measure
 from pmf.train.evaluation.reference import open_pictures, warn_of_few, write_folder_statistics
 from pmf.train.evaluation.spaces import SpacesMeasurement, write_statistics
@@ -124,7 +123,7 @@ def command(arguments: list[str]) -> None:
     config = parse(EvalConfig, "pmf eval", arguments)
     refuse_ignored(config, EvalConfig(source=config.source), EVAL_NEEDS)
     if config.reference is None:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if own_rank() == 0:
             evaluate_demo(config)
         return
     world = join(config.device)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-
 from pmf.train.config import PosttrainConfig
 from pmf.train.data.by_name import open_data
-from pmf.train.distributed import join, leave
+from pmf.train.distributed import join
 from pmf.train.evaluation.spaces import floors
+from pmf.train.loop import end
 from pmf.train.options import POSTTRAIN_NEEDS
 from pmf.train.posttraining.references import open_networks, open_references
 from pmf.train.posttraining.start import SOURCE
@@ -16,10 +15,7 @@ from pmf.train.presets import configured
 
 
 def command(arguments: list[str]) -> None:
-    """Post-train, `pmf posttrain SOURCE [options]`, or resume, `pmf posttrain --resume DIRECTORY [options]`.
-
-    A run that is stopped before there is anything to save ends with status 130, as other interrupted commands do.
-    """
+    """Post-train, `pmf posttrain SOURCE [options]`, or resume, `pmf posttrain --resume DIRECTORY [options]`."""
     config = configured(arguments, "posttrain", PosttrainConfig, start=SOURCE, needs=POSTTRAIN_NEEDS)
     world = join(config.device, config.sharding)
     networks = open_networks(config, world.device)
@@ -28,9 +24,4 @@ def command(arguments: list[str]) -> None:
     data = open_data(config.data, config.model.image_size) if config.anchor else None
     trainer = PosttrainTrainer(config, world, networks, references, held_out=held_out, data=data)
     trainer.run()
-    begun = trainer.step > 0 or world.broadcast(bool(trainer.snapshots.steps()))
-    if begun:
-        world.say(f"run: {trainer.directory} (samples.png, loss.png, metrics.jsonl)")
-    leave(world)
-    if not begun:
-        sys.exit(130)
+    end(trainer)
