@@ -56,6 +56,11 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def torn_files(directory: Path, name: str) -> list[Path]:
+    """The temporary files that killed processes left in a directory, of files of this name, which may be a pattern."""
+    return list(directory.glob(f".{name}.????????{Path(name).suffix[:9]}"))
+
+
 def reason_of(error: BaseException) -> str:
     """Why a file could not be written: the system's words where it gave some, else the error's first line."""
     return getattr(error, "strerror", None) or first_line(error)

@@ -105,7 +105,7 @@ class Trainer(Learner):
             run_directory.make_room(self.directory, self.config.overwrite)
         elif self.data is not None:
             run_directory.check_data_identity(self.directory, self.config.data, self.data)
-        run_directory.remove_torn(self.directory)
+        run_directory.remove_left(self.directory)
         stored = replace(self.config, out=self.directory, resume=None, overwrite=False)
         run_directory.write_config(self.directory, stored)  # first: it marks the directory as a run's
         if self.data is not None:

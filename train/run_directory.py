@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pmf.atomic_files import write_atomically
+from pmf.atomic_files import torn_files, write_atomically
 from pmf.data import TrainingData
 from pmf.errors import InputError, require
 from pmf.train.config import CONFIG_FILE, RunConfig, load_run_config, to_json
@@ -33,7 +33,8 @@ def make_room(directory: Path, overwrite: bool) -> None:
     """
     if not directory.is_dir():
         return
-    remove_torn(directory)
+    for torn in torn_files(directory, CONFIG_FILE):  # left by a run killed while it stored its configuration
+        torn.unlink()
     if not any(entry.name != LOCK_FILE for entry in directory.iterdir()):
         return
     require(_is_run(directory), f"out: {directory} is not empty and holds no run, expected another --out")
@@ -125,15 +126,15 @@ def _is_run(directory: Path) -> bool:
 def _run_files(directory: Path) -> list[Path]:
     """The files a run writes, except config.json: it marks the directory as a run's until the next run replaces it."""
     patterns = [FOLDER, "tensorboard/events.*", f"{EVALUATION_FOLDER}/results.jsonl", f"{EVALUATION_FOLDER}/.*", *FILES]
-    return [*_torn_files(directory), *(path for pattern in patterns for path in directory.glob(pattern))]
+    return [*_left(directory), *(path for pattern in patterns for path in directory.glob(pattern))]
 
 
-def _torn_files(directory: Path) -> list[Path]:
-    """Temporary files of processes that were killed while they wrote."""
-    return [path for name in (CONFIG_FILE, *FILES) for path in directory.glob(f".{name}.*")]
+def _left(directory: Path) -> list[Path]:
+    """Temporary files of processes that were killed while they wrote to a run's directory."""
+    return [path for name in (CONFIG_FILE, *FILES) for path in torn_files(directory, name)]
 
 
-def remove_torn(directory: Path) -> None:
+def remove_left(directory: Path) -> None:
     """Remove temporary files of a run that was killed."""
-    for path in _torn_files(directory):
+    for path in _left(directory):
         path.unlink(missing_ok=True)

@@ -51,8 +51,8 @@ def test_a_directory_that_is_removed_ends_the_run_and_stays_removed(tmp_path):
 
 def test_what_a_killed_run_left_is_removed_when_it_resumes(tmp_path):
     out = train(config(tmp_path / "run", steps=3))
-    torn = [".model.safetensors.ab12.safetens", ".ema_500.safetensors.x.safetens", ".samples.png.x.png"]
-    torn += [".metrics.jsonl.x.jsonl", ".config.json.x.json"]
+    torn = [".model.safetensors.a1b2c3d4.safetens", ".ema_500.safetensors.a1b2c3d4.safetens"]
+    torn += [".samples.png.a1b2c3d4.png", ".metrics.jsonl.a1b2c3d4.jsonl", ".config.json.a1b2c3d4.json"]
     for name in torn:
         (out / name).write_bytes(b"torn")
     (out / "checkpoints" / ".step-00000002").mkdir()
@@ -100,3 +100,12 @@ def test_an_export_does_not_make_a_removed_directory_anew(tmp_path):
     with pytest.raises(pmf.InputError, match="was removed or renamed"):
         trainer.run()
     assert not (tmp_path / "run").exists() and (tmp_path / "renamed" / "config.json").exists()
+
+
+def test_a_directory_of_something_else_loses_nothing(tmp_path):
+    files = [tmp_path / name for name in (".samples.png.original.png", ".metrics.jsonl.kept2025.jsonl", "notes.txt")]
+    for file in files:
+        file.write_text("mine")
+    with pytest.raises(pmf.InputError, match="is not empty and holds no run"):
+        Trainer(config(tmp_path), digits()[0])
+    assert all(file.exists() for file in files)

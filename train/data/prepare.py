@@ -21,7 +21,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from pmf.atomic_files import write_atomically
+from pmf.atomic_files import torn_files, write_atomically
 from pmf.data import CorruptImageError, shards
 from pmf.data.shards import PreparedShards, Settings
 from pmf.errors import InputError, first_line, printable, require
@@ -251,7 +251,7 @@ def _begun(directory: Path, settings: Settings) -> dict[Path, pa.Table]:
 def _remove_torn(directory: Path) -> None:
     """Remove what a killed preparation was writing (see `write_atomically`), for the one that holds the lock."""
     for target in ("shard-*.arrow", shards.CLASSES_FILE):
-        for torn in directory.glob(f".{target}.????????{Path(target).suffix}"):
+        for torn in torn_files(directory, target):
             with contextlib.suppress(OSError):
                 torn.unlink()
 
