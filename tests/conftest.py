@@ -8,8 +8,9 @@ import torch
 
 from tests.kernels.interpreter import interpret
 
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a shell's background, which the tests' processes inherit
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL)):
+    if signal.getsignal(_number) == signal.SIG_IGN:  # in a shell's background, which the tests' processes inherit
+        signal.signal(_number, _handler)
 
 if torch.cuda.is_available():
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # makes cuBLAS products deterministic
