@@ -10,7 +10,7 @@ import torch
 
 from pmf.errors import InputError
 from pmf.pair import Dual
-from pmf.private import FUNCTION_NAMESPACES
+from pmf.private import FUNCTION_NAMESPACES, constant
 
 Rule = Callable[..., Any]
 """`rule(out, *args, **kwargs)`, the tangent of `out = function(*args, **kwargs)`. What moves is a `Dual` among the
@@ -29,6 +29,7 @@ FINDERS: list[Callable[[Any], Handler | None]] = []
 """Each gives the handlers of one package's functions, which it knows by name: it may not be installed."""
 
 
+@constant
 def handler_of(function: Any) -> Handler | None:
     """The handler of an autograd.Function or a custom operator that is registered or known by name."""
     found = HANDLERS.get(function)
