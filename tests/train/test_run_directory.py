@@ -34,19 +34,21 @@ def test_overwriting_keeps_what_links_point_to(tmp_path):
     assert complete(out) == [2] and (tmp_path / "elsewhere" / "step-00000003").exists()
 
 
-def test_a_directory_that_is_removed_ends_the_run_and_stays_removed(tmp_path):
-    trainer = Trainer(config(tmp_path / "run"), digits()[0])
+@pytest.mark.parametrize("first", ["save", "export"])
+def test_a_directory_that_is_renamed_ends_the_run_and_is_not_made_anew(tmp_path, first):
+    often = dict(save_every=1, sample_every=6) if first == "save" else dict(save_every=6, sample_every=1)
+    trainer = Trainer(config(tmp_path / "run", **often), digits()[0])
     gradients = trainer._gradients
 
-    def removing(*batch):
+    def renaming(*batch):
         if trainer.step == 1:
-            (tmp_path / "run").rename(tmp_path / "removed")
+            (tmp_path / "run").rename(tmp_path / "renamed")
         return gradients(*batch)
 
-    trainer._gradients = removing
+    trainer._gradients = renaming
     with pytest.raises(pmf.InputError, match=r"out: .*run was removed or renamed, expected it to stay"):
         trainer.run()
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists() and (tmp_path / "renamed" / "config.json").exists()
 
 
 def test_what_a_killed_run_left_is_removed_when_it_resumes(tmp_path):
@@ -85,21 +87,6 @@ def test_checkpoints_that_cannot_be_listed_are_not_taken_for_none(tmp_path):
     with pytest.raises(pmf.InputError, match=r"out: cannot use .*checkpoints: Too many levels"):
         Trainer(config(out, steps=5), digits()[0])
     assert (out / "model.safetensors").exists()
-
-
-def test_an_export_does_not_make_a_removed_directory_anew(tmp_path):
-    trainer = Trainer(config(tmp_path / "run", steps=6, sample_every=1, save_every=6), digits()[0])
-    gradients = trainer._gradients
-
-    def renaming(*batch):
-        if trainer.step == 2:
-            (tmp_path / "run").rename(tmp_path / "renamed")
-        return gradients(*batch)
-
-    trainer._gradients = renaming
-    with pytest.raises(pmf.InputError, match="was removed or renamed"):
-        trainer.run()
-    assert not (tmp_path / "run").exists() and (tmp_path / "renamed" / "config.json").exists()
 
 
 def test_a_directory_of_something_else_loses_nothing(tmp_path):
