@@ -36,7 +36,7 @@ def test_overwriting_keeps_what_links_point_to(tmp_path):
 
 @pytest.mark.parametrize("first", ["save", "export"])
 def test_a_directory_that_is_renamed_ends_the_run_and_is_not_made_anew(tmp_path, first):
-    often = dict(save_every=1, sample_every=6) if first == "save" else dict(save_every=6, sample_every=1)
+    often = dict(save_every=3, sample_every=6) if first == "save" else dict(save_every=6, sample_every=3)
     trainer = Trainer(config(tmp_path / "run", **often), digits()[0])
     gradients = trainer._gradients
 
