@@ -148,12 +148,6 @@ def test_a_run_killed_before_its_first_checkpoint_can_start_again(tmp_path):
     assert os.listdir(out / "checkpoints") == ["step-00000002"]
 
 
-def test_a_run_killed_while_it_stored_its_configuration_can_start_again(tmp_path):
-    (tmp_path / ".config.json.abc.json").write_text("{ torn")
-    train(config(tmp_path, steps=2))
-    assert not list(tmp_path.glob(".*"))
-
-
 def test_a_directory_killed_while_it_was_overwritten_is_still_a_runs(tmp_path):
     out = train(config(tmp_path / "run", steps=2))
     run_directory.make_room(out, overwrite=True)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -12,6 +15,27 @@ from pmf.train.demo import digits
 from pmf.train.loop import Trainer
 from tests.train.test_killed import complete
 from tests.train.test_loop import config, train
+
+KILLED = """
+import os, signal, sys
+from pmf.atomic_files import write_atomically
+
+def write(files):
+    if not files:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write_atomically(files[0], lambda temporary: write(files[1:]))
+
+write(sys.argv[1:])
+"""
+
+
+def killed_while_writing(*files):
+    """A process that is killed while it writes all of these files: it leaves its temporary files behind."""
+    assert subprocess.run([sys.executable, "-c", KILLED, *map(str, files)]).returncode == -signal.SIGKILL
+
+
+def hidden(out):
+    return [path for path in (*out.glob(".*"), *out.glob("checkpoints/.*")) if path.name != ".lock"]
 
 
 @pytest.mark.parametrize("writer", ["write_config", "write_data_identity", "keep_metrics_until"])
@@ -53,13 +77,19 @@ def test_a_directory_that_is_renamed_ends_the_run_and_is_not_made_anew(tmp_path,
 
 def test_what_a_killed_run_left_is_removed_when_it_resumes(tmp_path):
     out = train(config(tmp_path / "run", steps=3))
-    torn = [".model.safetensors.a1b2c3d4.safetens", ".ema_500.safetensors.a1b2c3d4.safetens"]
-    torn += [".samples.png.a1b2c3d4.png", ".metrics.jsonl.a1b2c3d4.jsonl", ".config.json.a1b2c3d4.json"]
-    for name in torn:
-        (out / name).write_bytes(b"torn")
+    files = [path for path in out.iterdir() if path.is_file() and path.name != ".lock"]
+    killed_while_writing(*files)
     (out / "checkpoints" / ".step-00000002").mkdir()
+    assert len(hidden(out)) == len(files) + 1
     train(config(out, steps=3, resume=out))
-    assert not [path for path in (*out.glob(".*"), *out.glob("checkpoints/.*")) if path.name != ".lock"]
+    assert not hidden(out)
+
+
+def test_a_run_killed_while_it_stored_its_configuration_can_start_again(tmp_path):
+    killed_while_writing(tmp_path / "config.json")
+    assert len(hidden(tmp_path)) == 1
+    train(config(tmp_path, steps=2))
+    assert not hidden(tmp_path)
 
 
 @pytest.mark.parametrize("place", ["nowhere", "a file"])
