@@ -128,11 +128,17 @@ def test_recurrent_network_in_lower_precision(name, dtype):
     torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
 
 
-def test_recurrent_network_under_autocast():
-    network, x, v = recurrent("lstm").float(), drawn(5, 3, 4).float(), drawn(5, 3, 4, seed=1).float()
+@pytest.mark.parametrize("name", ["lstm", "gru both ways"])
+def test_recurrent_network_under_autocast(name):
+    network, x, v = recurrent(name).float(), drawn(5, 3, 4).float(), drawn(5, 3, 4, seed=1).float()
     with torch.autocast("cpu", torch.bfloat16):
+        try:
+            expected = network(x)[0]
+        except RuntimeError as error:  # oneDNN, which computes LSTMs, needs AVX-512 for bfloat16
+            assert name == "lstm" and "primitive descriptor" in str(error)
+            pytest.skip("PyTorch itself has no LSTM in bfloat16 on this processor")
         out, dot = pmf.jvp(lambda x: network(x)[0], (x,), (v,))
-        assert torch.equal(out, network(x)[0]) and dot.dtype == out.dtype
+        assert torch.equal(out, expected) and dot.dtype == out.dtype
     torch.testing.assert_close(dot.float(), pmf.jvp(lambda x: network(x)[0], (x,), (v,))[1], rtol=0.05, atol=0.02)
 
 
