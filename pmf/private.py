@@ -1,4 +1,4 @@
-"""All private names of PyTorch that we use, as of torch 2.11.0 and 2.13.0, but those of two rooms in `pmf.tangents`.
+"""All private names of PyTorch that we use, as of torch 2.11 to 2.14, but those of two rooms in `pmf.tangents`.
 
 `interception` and `tracing` there say what PyTorch and its compiler are told of values that move. Triton's names are
 in `pmf.kernels.launching`. test_private.py fails on private names anywhere else.
@@ -261,9 +261,8 @@ def is_zero_tensor(x: Tensor) -> bool:
     return x._is_zerotensor()
 
 
-def transform_level() -> int | None:
-    """The depth of torch.func transforms around; None outside of any."""
-    return torch._C._functorch.maybe_current_level()
+transform_level = torch._C._functorch.maybe_current_level
+"""The depth of torch.func transforms around; None outside of any."""
 
 
 def inside_function() -> bool:
@@ -307,9 +306,20 @@ def schema(function: Any) -> tuple[str, list[str]]:
 
 def unrecorded() -> AbstractContextManager:
     """A context without gradients, unseen by selective checkpoints: their second run must meet the same operators."""
-    if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling():
         return torch.no_grad()
-    return _unseen()
+    return _unseen() if torch._C._len_torch_dispatch_stack() else _Unrecorded()
+
+
+class _Unrecorded:
+    """`torch.no_grad`, but cheaper to make and to enter: every function of a network that moves does so."""
+
+    def __enter__(self) -> None:
+        self.recorded = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+
+    def __exit__(self, *error: object) -> None:
+        torch._C._set_grad_enabled(self.recorded)
 
 
 @contextmanager

@@ -45,9 +45,11 @@ def _split(arguments: Iterable[Any]) -> tuple[list, list, list[DualTensor], bool
             if type(x) is TracedDualTensor and not torch.compiler.is_compiling():
                 x.join()
             value, dot = x.value, x.tangent
-            dual = value if dot is None else Dual(value, dot)
-            moving = moving or dot is not None
-            at_rest += standing_still(x) if dot is None else ()
+            if dot is None:
+                dual = value
+                at_rest += standing_still(x)
+            else:
+                dual, moving = Dual(value, dot), True
         elif isinstance(x, (tuple, list, dict)):
             value, dual, moving = values_of(x), duals_of(x), moving or moves(x)
             at_rest += standing_still(x)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pmf.private import alone, exchange, make_shell, storage_id, transform_level, tree_leaves, viewed
-from pmf.tangents.carriers import DualTensor, inside_call, rebuilt
+from pmf.tangents.carriers import DualTensor, dual_tensor, inside_call, rebuilt
 from pmf.tangents.memory import fitted, overlaps
 from pmf.tangents.rules import can_move
 
@@ -34,7 +34,7 @@ def views_of_still(out: Any, x: Any, again: Callable[[Tensor], Any]) -> Any:
         return x
     if not can_move(out) or storage_id(out) != storage_id(x.value):
         return out
-    view = DualTensor(out, None)
+    view = dual_tensor(out, None)
     view.view_of(x, again)
     return view
 

@@ -41,14 +41,9 @@ class DualTensor(Tensor):
     """Whether this has taken over an ordinary tensor."""
 
     @staticmethod
-    def __new__(cls, value: Tensor, *dot: Tensor | None) -> DualTensor:
-        """A DualTensor with the shape, strides, dtype and device of `value`."""
-        if len(dot) != 1:
-            raise InputError("pmf.jvp: type(x) of a moving value makes no tensor; expected torch functions")
-        made = make_shell(cls, value)
-        made.value, made._tangent = value, *dot
-        made.join()
-        return made
+    def __new__(cls, *args: Any, **kwargs: Any) -> DualTensor:
+        """Errors: `InputError`, always; `dual_tensor` makes one."""
+        raise InputError("pmf.jvp: type(x) of a moving value makes no tensor; expected torch functions")
 
     def join(self) -> None:
         """Be stopped by the end of the call that is open."""
@@ -104,6 +99,14 @@ class DualTensor(Tensor):
             f"pmf.jvp: {function} was called around torch functions, where a tangent would be lost "
             "(by vmap, TorchScript, a C++ extension or an autograd.Function); expected torch functions"
         )
+
+
+def dual_tensor(value: Tensor, dot: Tensor | None) -> DualTensor:
+    """A DualTensor with the shape, strides, dtype and device of `value`."""
+    made = make_shell(DualTensor, value)
+    made.value, made._tangent = value, dot
+    _join(made)
+    return made
 
 
 class TracedDualTensor:
@@ -303,7 +306,7 @@ def _check_surroundings(function: Callable) -> None:
 def carrier(value: Tensor, dot: Tensor | None) -> Any:
     """`value` and its tangent as one object that behaves as a tensor."""
     if not torch.compiler.is_compiling():
-        return DualTensor(value, dot)
+        return dual_tensor(value, dot)
     trace_as_tensors(CARRIERS)
     return TracedDualTensor(value, dot)
 

@@ -30,16 +30,16 @@ from pmf.tangents.random_state import replayed
 from pmf.tangents.rules import HANDLERS, TRACED, Handler, Rule, can_move, handler_of, name_of
 
 
-def has_tangent(out: Any) -> bool:
+def any_can_move(out: Any) -> bool:
     """Whether there is a floating or complex tensor in a function's result."""
-    return can_move(out) or (isinstance(out, tuple | list) and any([has_tangent(x) for x in out]))
+    return can_move(out) or (isinstance(out, tuple | list) and any([any_can_move(x) for x in out]))
 
 
 def ruled(rule: Rule) -> Handler:
     """The handler that computes the value as usual, recorded, and then the tangent by `rule`, unrecorded."""
 
     def handle(function, args, kwargs):
-        if kwargs.get("out") is not None:
+        if kwargs and kwargs.get("out") is not None:
             raise InputError(f"pmf.jvp: {name_of(function)} got a moving value and out=; expected no out")
         parts = given(args, kwargs)
         if parts.at_rest and torch.compiler.is_compiling():  # compilers cannot ask whether out lies in their memory
@@ -47,7 +47,7 @@ def ruled(rule: Rule) -> Handler:
                 x.start()
             parts = given(args, kwargs)
         out = function(*parts.values, **parts.named_values)
-        if not has_tangent(out):
+        if not any_can_move(out):
             return out
         if parts.at_rest:
             if len(parts.at_rest) == 1 and not parts.moving:
@@ -60,9 +60,11 @@ def ruled(rule: Rule) -> Handler:
         if not parts.moving:
             return out
         with unrecorded():
-            duals, named = _first_by_position(parts.duals, parts.named_duals)
-            if "axis" in named and is_torch(function):  # NumPy's name for it
-                named["dim"] = named.pop("axis")
+            duals, named = parts.duals, parts.named_duals
+            if named:
+                duals, named = _first_by_position(duals, named)
+                if "axis" in named and is_torch(function):  # NumPy's name for it
+                    named["dim"] = named.pop("axis")
             try:
                 dots = rule(out, *duals, **named)
             except TypeError:
@@ -113,7 +115,7 @@ def made_like(function: Callable, args: tuple, kwargs: dict) -> Any:
     """The handler of a function that makes a tensor in the likeness of another: a carrier that stands still."""
     out = still(function, args, kwargs)
     like = args[0] if args else kwargs.get("input")
-    if type(like) not in CARRIERS or not has_tangent(out):
+    if type(like) not in CARRIERS or not any_can_move(out):
         return out
     return carrier(out, torch.zeros_like(out) if torch.compiler.is_compiling() else None)
 

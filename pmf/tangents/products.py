@@ -11,9 +11,8 @@ from torch import Tensor
 from pmf.pair import Dual
 from pmf.private import grouped_mm
 from pmf.tangents.handlers import ruled
-from pmf.tangents.rules import HANDLERS, Rule, argument, is_dual, multilinear, named, value
+from pmf.tangents.rules import HANDLERS, Rule, argument, bilinear, is_dual, named, value
 
-FIRST = (0, "input")
 PRODUCTS = {
     "mul multiply __mul__ __rmul__ matmul __matmul__ inner kron cross": "other",
     "mm bmm": "mat2",
@@ -27,18 +26,18 @@ WEIGHTED = {"linear": 0, "conv1d": 1, "conv2d": 2, "conv3d": 3} | {f"conv_transp
 
 for _names, _second in PRODUCTS.items():
     for _function in named(*_names.split()):
-        HANDLERS[_function] = ruled(multilinear(_function, FIRST, (1, _second)))
+        HANDLERS[_function] = ruled(bilinear(_function, _second))
 for _name, _spatial in WEIGHTED.items():
     for _function in named(_name):
-        HANDLERS[_function] = ruled(multilinear(_function, FIRST, (1, "weight"), added=(2, "bias"), spatial=_spatial))
+        HANDLERS[_function] = ruled(bilinear(_function, "weight", bias=True, spatial=_spatial))
 ADDED: dict[str, Callable] = {"addmm": torch.mm, "baddbmm": torch.bmm, "addmv": torch.mv, "addr": torch.outer}
 """Sums beta x + alpha product(a, b), and their product."""
-HANDLERS[grouped_mm] = ruled(multilinear(grouped_mm, FIRST, (1, "mat2")))
+HANDLERS[grouped_mm] = ruled(bilinear(grouped_mm, "mat2"))
 
 
 def _sparse(function: Callable) -> Rule:
     """The product rule, unless the product takes largest or smallest terms instead of sums."""
-    product = multilinear(function, FIRST, (1, "mat2"))
+    product = bilinear(function, "mat2")
 
     def rule(out, *args, **kwargs):
         reduced = argument(args, kwargs, (2, "reduce"))

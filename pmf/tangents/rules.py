@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FunctionType
 from typing import Any
 
 import torch
 
 from pmf.errors import InputError
-from pmf.pair import Dual
+from pmf.pair import Dual, total
 from pmf.private import FUNCTION_NAMESPACES, constant
 
 Rule = Callable[..., Any]
@@ -100,11 +100,6 @@ def mapped(x: Any, function: Callable[[Any], Any]) -> Any:
     return x.map(function) if type(x) is Dual else function(x)
 
 
-def values(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """The arguments with the values of those that move."""
-    return tuple(map(value, args)), {name: value(x) for name, x in kwargs.items()}
-
-
 def expect_none(name: str, given: dict[str, Any], known: Sequence[str]) -> None:
     """Errors: `InputError` on an argument that changes the value in a way that the formula of a rule does not have."""
     for argument, x in [(argument, x) for argument, x in given.items() if argument not in known]:
@@ -113,17 +108,16 @@ def expect_none(name: str, given: dict[str, Any], known: Sequence[str]) -> None:
             raise InputError(f"pmf.jvp: {name} got a moving value and {argument}; expected none of it")
 
 
-def moving_elsewhere(args: tuple, kwargs: dict, *slots: tuple[int, str]) -> bool:
-    """Whether an argument moves that is at none of the slots."""
-    places = (*enumerate(args), *kwargs.items())
-    return any([type(x) is Dual and all([place not in slot for slot in slots]) for place, x in places])
+def any_moves(args: Iterable, kwargs: dict) -> bool:
+    """Whether one of the arguments of a rule moves."""
+    return any([type(x) is Dual for x in (*args, *kwargs.values())])
 
 
 def linear_in_first(function: Callable) -> Rule:
     """The rule of a function that is linear in its first argument and of which nothing else moves."""
 
     def rule(out, x, *args, **kwargs):
-        if not is_dual(x) or moving_elsewhere(args, kwargs):
+        if not is_dual(x) or any_moves(args, kwargs):
             return NotImplemented
         return function(x.dot, *args, **kwargs)
 
@@ -134,7 +128,8 @@ def jointly_linear(function: Callable, *slots: tuple[int, str]) -> Rule:
     """The rule of a function that is linear in the arguments at `slots` together: what stands there still is zero."""
 
     def rule(out, *args, **kwargs):
-        if moving_elsewhere(args, kwargs, *slots):
+        places = {place for slot in slots for place in slot}
+        if any([is_dual(x) and place not in places for place, x in (*enumerate(args), *kwargs.items())]):
             return NotImplemented
         for slot in slots:
             x = argument(args, kwargs, slot)
@@ -150,28 +145,27 @@ def zero(x: Any) -> Any:
     return torch.zeros_like(x) if isinstance(x, torch.Tensor) else 0
 
 
-def multilinear(
-    function: Callable, *slots: tuple[int, str], added: tuple[int, str] | None = None, spatial: int = 0
-) -> Rule:
-    """The product rule of a function that is linear in each of the arguments at `slots`.
+def bilinear(function: Callable, second: str, bias: bool = False, spatial: int = 0) -> Rule:
+    """The product rule, a_dot b + a b_dot, of a function of a and `second`, linear in each of them.
 
-    `added` is the slot of a bias, which the function adds along the dimension before the last `spatial` ones.
+    With `bias` it takes a third argument, which it adds along the dimension before the last `spatial` ones.
     """
 
     def rule(out, *args, **kwargs):
-        bias = None if added is None else argument(args, kwargs, added)
-        if moving_elsewhere(args, kwargs, *slots, *(() if added is None else (added,))):
+        for name in (second, "bias")[len(args) - 1 : 1 + bias]:
+            if name in kwargs:
+                args = *args, kwargs.pop(name)
+        a, b, *others = args
+        added = others[0] if bias and others else None
+        if bias and others:
+            others[0] = None
+        if any_moves(others, kwargs):
             return NotImplemented
-        dot = bias.dot.reshape(-1, *[1] * spatial).clone() if is_dual(bias) else None
-        plain, named_plain = values(args, kwargs)
-        if added is not None and bias is not None:
-            plain, named_plain = replaced(plain, named_plain, added, None)
-        for slot in slots:
-            x = argument(args, kwargs, slot)
-            if is_dual(x):
-                one, named_one = replaced(plain, named_plain, slot, x.dot)
-                term = function(*one, **named_one)
-                dot = term if dot is None else dot + term
+        dot = added.dot.reshape(-1, *[1] * spatial).clone() if is_dual(added) else None
+        if is_dual(a):
+            dot = total(dot, function(a.dot, value(b), *others, **kwargs))
+        if is_dual(b):
+            dot = total(dot, function(value(a), b.dot, *others, **kwargs))
         return dot
 
     return rule

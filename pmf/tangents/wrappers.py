@@ -18,7 +18,17 @@ from pmf.private import (
     tree_leaves,
     tree_unflatten,
 )
-from pmf.tangents.carriers import CARRIERS, TRACED_BY_NAME, inside_call, moves, open_call, values_of
+from pmf.tangents.carriers import (
+    CARRIERS,
+    TRACED_BY_NAME,
+    DualTensor,
+    TracedDualTensor,
+    dual_tensor,
+    inside_call,
+    moves,
+    open_call,
+    values_of,
+)
 from pmf.tangents.handlers import by_torch_func, refused, ruled
 from pmf.tangents.interception import intercepted_by
 from pmf.tangents.memory import fitted
@@ -97,7 +107,10 @@ def _again(function: Callable, inputs: tuple) -> Callable:
 
 def _as(kind: type, moving: bool, x: Tensor) -> Any:
     """x as an object of this class, with any tangent if it moves."""
-    return kind(x, fitted(torch.zeros_like(x), x) if moving else None) if kind in CARRIERS else x
+    if kind not in CARRIERS:
+        return x
+    dot = fitted(torch.zeros_like(x), x) if moving else None
+    return dual_tensor(x, dot) if kind is DualTensor else TracedDualTensor(x, dot)
 
 
 TRACED_BY_NAME["tag_activation_checkpoint"] = _traced_checkpoint
