@@ -27,7 +27,7 @@ from pmf.tangents import (  # noqa: F401 (they register)
     shapes,
     wrappers,
 )
-from pmf.tangents.carriers import CARRIERS, carrier, open_call
+from pmf.tangents.carriers import CARRIERS, carrier, open_call, rebuilt
 from pmf.tangents.fallback import forward_mode_around
 from pmf.tangents.handlers import TORCH_SCRIPT, ruled
 from pmf.tangents.memory import fitted
@@ -110,10 +110,22 @@ def _leaves(primals: Any, tangents: Any) -> tuple[list, list, Any]:
         if not isinstance(given, tuple):
             raise InputError(f"pmf.jvp: {name} must be a tuple, got {type(given).__name__}")
     leaves, spec = tree_flatten(primals)
-    dots = tree_broadcast(tangents, spec)
+    dots = tree_broadcast(_in_order(tangents, primals), spec)
     if dots is None:
         raise InputError("pmf.jvp: tangents must have the structure of primals, with None or 0 for what stands still")
     return leaves, [None if isinstance(dot, Number) and dot == 0 else dot for dot in dots], spec
+
+
+def _in_order(tangents: Any, primals: Any) -> Any:
+    """The tangents with the entries of each dict in the order of the primals', in which PyTorch pairs them."""
+    if isinstance(primals, dict) and isinstance(tangents, dict) and primals.keys() == tangents.keys():
+        ordered = tangents.copy()
+        ordered.clear()
+        ordered.update({name: _in_order(tangents[name], x) for name, x in primals.items()})
+        return ordered
+    if isinstance(primals, (tuple, list)) and isinstance(tangents, (tuple, list)) and len(primals) == len(tangents):
+        return rebuilt(tangents, [_in_order(dot, x) for dot, x in zip(tangents, primals, strict=True)])
+    return tangents
 
 
 def _moving(primal: Any, tangent: Any) -> Any:

@@ -113,19 +113,35 @@ def _log_softmax(out, x, dim, dtype=None, **kwargs):
     return dot - (out.exp() * dot).sum(dim, keepdim=True)
 
 
-for _names, _rule in (("pow", _power), ("__pow__", _power), ("softmax", _softmax), ("log_softmax", _log_softmax)):
-    for _function in named(_names):
+def _glu(out, x, dim=-1):
+    """a_dot s + a s (1 - s) b_dot for the halves a, b of x and s = sigmoid(b)."""
+    if not is_dual(x):
+        return NotImplemented
+    (a, b), (a_dot, b_dot) = (part.to(out.dtype).chunk(2, dim) for part in x)
+    s = b.sigmoid()
+    return a_dot * s + _ATEN.sigmoid_backward(a * b_dot, s)
+
+
+for _names, _rule in (
+    ("pow __pow__", _power),
+    ("softmax", _softmax),
+    ("log_softmax", _log_softmax),
+    ("glu", _glu),
+):
+    for _function in named(*_names.split()):
         HANDLERS[_function] = ruled(_rule)
 
 
 def _dropout(function: Callable, eager: Handler, traced: Handler) -> Handler:
-    """Without training a dropout is the identity, which returns its input."""
+    """Without training, or of nothing, a dropout is the identity, which returns its input."""
     without = ruled(linear_in_first(function))
 
     def handle(dropout, args, kwargs):
         if not (argument(args, kwargs, (2, "train")) and argument(args, kwargs, (1, "p")) > 0):
             return without(dropout, args, kwargs)
-        return (traced if torch.compiler.is_compiling() else eager)(dropout, args, kwargs)
+        if torch.compiler.is_compiling():
+            return traced(dropout, args, kwargs)
+        return (eager if argument(args, kwargs, (0, "input")).numel() else without)(dropout, args, kwargs)
 
     return handle
 

@@ -1,5 +1,6 @@
 """`pmf.jvp` as a call: what goes in and comes out, and several threads at once."""
 
+import collections
 import concurrent.futures
 import dataclasses
 import threading
@@ -56,6 +57,21 @@ def test_what_cannot_be_called_is_refused():
 def test_tangents_that_do_not_fit_are_named(primal, tangent, message):
     with pytest.raises(InputError, match=message):
         pmf.jvp(torch.sin, (primal,), (tangent,))
+
+
+@pytest.mark.parametrize("kind", [dict, collections.OrderedDict])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_entries_of_dicts_are_paired_by_name(kind, compiled):
+    x, w, v = drawn(3), drawn(3, seed=1), drawn(3, seed=2)
+
+    def call(x, w, v):
+        primals, tangents = ([kind(x=x, w=w)], x), ([kind(w=None, x=v)], 1)
+        return pmf.jvp(lambda parts, y: parts[0]["x"] * parts[0]["w"] + y, primals, tangents)
+
+    out, dot = (torch.compile(call, fullgraph=True, backend="aot_eager") if compiled else call)(x, w, v)
+    assert torch.equal(out, x * w + x) and torch.equal(dot, v * w + 1)
+    with pytest.raises(InputError, match="tangents must have the structure of primals"):
+        pmf.jvp(lambda d: d["x"] * d["w"], ({"x": x, "w": w},), ({"x": v},))
 
 
 @pytest.mark.parametrize("rows", ["2", 2.0])

@@ -183,6 +183,13 @@ def seeded(function, *given):
     return function(*given)
 
 
+@pytest.mark.parametrize("function", [F.dropout, F.dropout2d, F.alpha_dropout, F.feature_alpha_dropout])
+def test_nothing_is_left_of_nothing(function):
+    x = drawn(0, 4, 5, 5)
+    out, dot = pmf.jvp(lambda x: function(x, 0.5, training=True) * x, (x,), (1,))
+    assert out.shape == dot.shape == x.shape
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers_with_dropout_move_as_their_differences_do(name, compiled):

@@ -63,6 +63,7 @@ UNARY = {  # of x [3, 4, 6]
     "number to the power": lambda x: 2**x,
     "einsum": lambda x: torch.einsum("bsc,cd,btd->bst", x, W, x),
     "silu": F.silu,
+    "glu": lambda x: F.glu(x) * F.glu(x, 1).sum() + F.glu(input=x, dim=-1),
     "gelu": F.gelu,
     "gelu tanh": functools.partial(F.gelu, approximate="tanh"),
     "softmax": lambda x: x.softmax(1),
