@@ -78,6 +78,7 @@ class CapturedStep:
         check_values(LossConfig, loss_config=loss_config)
         self.model, self.config, self.scale = model, loss_config, scale
         self._parameters = [p for p in model.parameters() if p.requires_grad]
+        require(bool(self._parameters), "model: expected parameters to train, got none that requires a gradient")
         whole = not any(hasattr(p, "to_local") for p in self._parameters)
         require(whole, "model: expected whole parameters, got sharded ones (FSDP); use pmf_loss there")
         self.device = self._parameters[0].device
@@ -96,6 +97,7 @@ class CapturedStep:
         perceptual: PerceptualFunction | None = None,
     ) -> LossOutput:
         """Add the gradients to `.grad`; return the loss and its terms, detached. Arguments: see `pmf_loss`."""
+        require(torch.is_grad_enabled(), "CapturedStep: expected recorded gradients, got a call under torch.no_grad")
         require(self._turn.acquire(blocking=False), "CapturedStep: expected one call at a time, got two")
         try:
             return self._step(x, y, draws, perceptual)
@@ -136,6 +138,8 @@ class CapturedStep:
         net_u = net_u.detach().requires_grad_()
         rows, terms = perceptual_rows(perceptual, self.model, step, net_u, self.config)
         loss = rows.mean()
+        if not loss.requires_grad:  # no row or no term had a distance
+            return loss, terms, torch.zeros_like(net_u)
         (gradient,) = torch.autograd.grad(loss * self.scale, net_u)
         return loss.detach(), terms, gradient
 
@@ -145,7 +149,8 @@ class CapturedStep:
     def _halves_of(self, step: PlannedStep, perceptual: bool) -> _Halves:
         """The halves for steps of this size, captured on first use."""
         dtype = autocast_dtype(self.device.type)
-        key = (len(step.x), step.tangent_rows, len(step.null_rows), dtype, perceptual)
+        dtypes = [getattr(step, name).dtype for name in INPUTS]
+        key = (len(step.x), step.tangent_rows, len(step.null_rows), *dtypes, dtype, perceptual)
         if key not in self._halves:
             buffers: dict[str, Any] = {name: self._buffer(name, getattr(step, name)) for name in INPUTS}
             static = replace(step, **buffers)
@@ -154,8 +159,8 @@ class CapturedStep:
         return self._halves[key]
 
     def _buffer(self, name: str, like: Tensor) -> Tensor:
-        """The fixed buffer for an input of that shape, shared by steps of all sizes."""
-        key = (name, like.shape)
+        """The fixed buffer for an input of that shape and dtype, shared by steps of all sizes."""
+        key = (name, like.shape, like.dtype)
         if key not in self._buffers:
             self._buffers[key] = torch.empty_like(like)
         return self._buffers[key]

@@ -91,6 +91,23 @@ def test_gradients_are_added_as_backward_adds_them():
     agree([p.grad for p in parameters], [one[0] + 1, *one[1:]])
 
 
+def test_the_dtype_of_a_step_does_not_stick():
+    model = random_model(dtype=torch.float32)
+    step = pmf.CapturedStep(model, CONFIG)
+    x, y, draws = batch(0, dtype=torch.float32)
+    expected = plain(model, (x, y, draws))
+    for images in (x.bfloat16(), x.double(), x):
+        found = captured(step, model, (images, y, draws))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_without_distances_the_perceptual_gradient_is_zero():
+    model = random_model()
+    step = pmf.CapturedStep(model, CONFIG)
+    agree(captured(step, model, batch(0), lambda x_hat, x: {}), plain(model, batch(0)))
+
+
 def test_what_it_cannot_take_is_refused():
     model = random_model()
     step = pmf.CapturedStep(model, CONFIG)
@@ -98,6 +115,10 @@ def test_what_it_cannot_take_is_refused():
     with pytest.raises(InputError, match=r"^x: expected finite images"):
         step(torch.full_like(x, float("nan")), y, draws)
     assert all(p.grad is None for p in model.parameters())
+    with torch.no_grad(), pytest.raises(InputError, match=r"expected recorded gradients, got a call under torch.no_gr"):
+        step(x, y, draws)
+    with pytest.raises(InputError, match=r"^model: expected parameters to train, got none that requires a gradient"):
+        pmf.CapturedStep(random_model().requires_grad_(False), CONFIG)
     model.float()
     with pytest.raises(InputError, match=r"^model: its parameters were replaced"):
         step(x, y, draws)
