@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from pmf.errors import require
+from pmf.errors import InputError, require
 from pmf.private import foreach_add_, foreach_copy_, foreach_mul
 from pmf.sharded import batched, distributed, divided, full, local, shard
 
@@ -34,6 +34,39 @@ def require_replicated(parameters: Sequence[Tensor], shard_over: DeviceMesh | No
         require(dims == 1, f"shard_over: expected a mesh of one dimension, got {dims}")
         plain = not any(isinstance(p, DTensor) for p in parameters)
         require(plain, "shard_over: expected replicated parameters, got sharded ones, whose state is sharded anyway")
+
+
+class MomentOptimizer(torch.optim.Optimizer):
+    """An optimizer whose state may be sharded over a mesh, and that checks each group of parameters it is given."""
+
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], defaults: dict[str, Any], shard_over: DeviceMesh | None
+    ) -> None:
+        self.shard_over = shard_over
+        super().__init__(parameters, defaults)
+
+    def __getstate__(self) -> dict[str, object]:
+        """The state for copies and pickles; PyTorch's own omits the mesh."""
+        return {**super().__getstate__(), "shard_over": self.shard_over}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of any sharding; see `place_state`."""
+        super().load_state_dict(state_dict)
+        place_state(self.state, self.shard_over)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Take a group of parameters with its options. Errors: `InputError`; then it is not taken."""
+        super().add_param_group(param_group)
+        try:
+            require_replicated(self.param_groups[-1]["params"], self.shard_over)
+            self.check_group(self.param_groups[-1])
+        except InputError:
+            self.param_groups.pop()
+            raise
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Raise `InputError` unless the optimizer can train these parameters with these options."""
+        raise NotImplementedError
 
 
 def initialise_state(state: State, p: Tensor, names: Sequence[str], shard_over: DeviceMesh | None) -> None:

@@ -13,7 +13,7 @@ from torch.distributed.tensor import Shard
 
 from pmf.errors import require
 from pmf.fields import check_values
-from pmf.optim.moments import advance, batches, evaluated, nesterov, place_state, require_replicated
+from pmf.optim.moments import MomentOptimizer, advance, batches, evaluated, nesterov
 from pmf.private import foreach_lerp_, foreach_sub_
 from pmf.sharded import batched, distributed, local
 
@@ -41,7 +41,7 @@ def orthogonalise(x: Tensor, steps: int) -> Tensor:
     return (y.mT if tall else y).to(x.dtype)
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(MomentOptimizer):
     """Muon with Nesterov momentum over matrices: W -= lr sqrt(max(1, r / c)) orthogonalise(update).
 
     m = lerp(m, g, 1 - beta); update = beta m / (1 - beta^(t + 1)) + (1 - beta) g / (1 - beta^t), where t counts a
@@ -65,28 +65,25 @@ class Muon(torch.optim.Optimizer):
         mesh: DeviceMesh | None = None,
         shard_over: DeviceMesh | None = None,
     ) -> None:
+        require(shard_over is None or mesh in (None, shard_over), "shard_over: expected no other mesh beside it")
+        self.mesh = shard_over if mesh is None else mesh
+        super().__init__(parameters, dict(lr=lr, momentum=momentum, steps=steps), shard_over)
+
+    def __getstate__(self) -> dict[str, object]:
+        """The state for copies and pickles; PyTorch's own omits the meshes."""
+        return {**super().__getstate__(), "mesh": self.mesh}
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Raise `InputError` unless these are matrices, and options of Muon."""
+        lr, momentum, steps = group["lr"], group["momentum"], group["steps"]
         check_values(float, lr=lr, momentum=momentum)
         check_values(int, steps=steps)
         require(
             lr >= 0 and 0 <= momentum < 1 and steps > 0,
             f"lr, momentum, steps: expected >= 0, in [0, 1) and >= 1, got {lr}, {momentum}, {steps}",
         )
-        super().__init__(parameters, dict(lr=lr, momentum=momentum, steps=steps))
-        held = [p for group in self.param_groups for p in group["params"]]
-        require_replicated(held, shard_over)
-        require(shard_over is None or mesh in (None, shard_over), "shard_over: expected no other mesh beside it")
-        others = [list(p.shape) for p in held if p.ndim != 2]
+        others = [list(p.shape) for p in group["params"] if p.ndim != 2]
         require(not others, lambda: f"parameters: expected matrices, as of split_parameters, got {others[0]}")
-        self.mesh, self.shard_over = shard_over if mesh is None else mesh, shard_over
-
-    def __getstate__(self) -> dict[str, object]:
-        """The state for copies and pickles; PyTorch's own omits the meshes."""
-        return {**super().__getstate__(), "mesh": self.mesh, "shard_over": self.shard_over}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of any sharding; see `place_state`."""
-        super().load_state_dict(state_dict)
-        place_state(self.state, self.shard_over)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

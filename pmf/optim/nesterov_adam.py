@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from pmf.errors import require
 from pmf.fields import check_values
-from pmf.optim.moments import advance, evaluated, gather, nesterov, place_state, require_replicated
+from pmf.optim.moments import MomentOptimizer, advance, evaluated, gather, nesterov
 from pmf.private import (
     foreach_add_,
     foreach_addcdiv_,
@@ -25,7 +25,7 @@ from pmf.private import (
 from pmf.sharded import local
 
 
-class NesterovAdam(torch.optim.Optimizer):
+class NesterovAdam(MomentOptimizer):
     """m = lerp(m, g, 1 - b1); v = lerp(v, g^2, 1 - b2); p -= lr nesterov(m, g) / (sqrt(v / (1 - b2^t)) + eps).
 
     nesterov(m, g) = b1 m / (1 - b1^(t + 1)) + (1 - b1) g / (1 - b1^t), where t counts a parameter's steps from 1
@@ -46,22 +46,15 @@ class NesterovAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         shard_over: DeviceMesh | None = None,
     ) -> None:
+        super().__init__(parameters, dict(lr=lr, betas=betas, eps=eps), shard_over)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Raise `InputError` unless these are options of Adam."""
+        lr, betas, eps = group["lr"], group["betas"], group["eps"]
         check_values(float, lr=lr, eps=eps)
         check_values(tuple[float, float], betas=betas)
         good = lr >= 0 and eps > 0 and all(0 <= beta < 1 for beta in betas)
         require(good, f"lr, betas, eps: expected >= 0, in [0, 1) and > 0, got {lr}, {betas}, {eps}")
-        super().__init__(parameters, dict(lr=lr, betas=betas, eps=eps))
-        require_replicated([p for group in self.param_groups for p in group["params"]], shard_over)
-        self.shard_over = shard_over
-
-    def __getstate__(self) -> dict[str, object]:
-        """The state for copies and pickles; PyTorch's own omits the mesh."""
-        return {**super().__getstate__(), "shard_over": self.shard_over}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of any sharding; see `place_state`."""
-        super().load_state_dict(state_dict)
-        place_state(self.state, self.shard_over)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

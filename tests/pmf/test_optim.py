@@ -6,7 +6,16 @@ import pytest
 import torch
 
 import pmf
-from pmf.optim import EMA, Averages, Muon, OptimizerConfig, build_optimizers, learning_rate, split_parameters
+from pmf.optim import (
+    EMA,
+    Averages,
+    Muon,
+    NesterovAdam,
+    OptimizerConfig,
+    build_optimizers,
+    learning_rate,
+    split_parameters,
+)
 from tests.networks import TINY
 
 
@@ -214,6 +223,15 @@ def test_what_optimizers_and_averages_cannot_take_is_named():
         pmf.InputError, match=r"parameters: expected matrices, as of split_parameters, got \[4, 3, 3, 3\]"
     ):
         Muon(torch.nn.Conv2d(3, 4, 3).parameters(), lr=0.02)
+    matrix, vector = (torch.nn.Parameter(torch.ones(size)) for size in ((3, 3), (3,)))
+    for optimizer, group, named in (
+        (Muon([matrix], lr=1), dict(params=[vector]), "parameters"),
+        (Muon([matrix], lr=1), dict(params=[torch.nn.Parameter(matrix)], momentum=2), "lr, momentum, steps"),
+        (NesterovAdam([matrix], lr=1), dict(params=[vector], betas=(0.9, 1.0)), "lr, betas, eps"),
+    ):
+        with pytest.raises(pmf.InputError, match=f"^{named}: expected"):
+            optimizer.add_param_group(group)
+        assert [group["params"] for group in optimizer.param_groups] == [[matrix]]
     for average in (EMA(torch.nn.Linear(3, 3), 500), Averages(torch.nn.Linear(3, 3), (500, 1000), every=2)):
         pending = [ema.pending for ema in (average.values() if isinstance(average, Averages) else [average])]
         with pytest.raises(pmf.InputError, match="model: expected the parameters that the average was made of"):
