@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import operator
 import types
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -23,32 +24,39 @@ LARGEST_FLOAT = 3.4e38
 def check_fields(config: Any, prefix: str = "") -> None:
     """Check every value of a dataclass against its declared type; floats must be finite, and integers below 2^63.
 
-    `prefix` precedes the names in messages. Errors: `InputError` names the first value that does not fit.
+    Numbers of other packages become Python's, which JSON can store, and lists tuples. `prefix` precedes the names in
+    messages. Errors: `InputError` names the first value that does not fit.
     """
     hints = get_type_hints(type(config))
     for field in fields(config):
-        _check(f"{prefix}{field.name}", hints[field.name], getattr(config, field.name))
+        given = getattr(config, field.name)
+        plain = _plain(f"{prefix}{field.name}", hints[field.name], given)
+        if plain is not given:
+            object.__setattr__(config, field.name, plain)  # also of a frozen one
 
 
-def _check(name: str, hint: Any, value: Any) -> None:
+def _plain(name: str, hint: Any, value: Any) -> Any:
+    """The value in Python's own types. Errors: `InputError` unless it fits the hint."""
     kind, parts = get_origin(hint), get_args(hint)
     if kind in (Union, types.UnionType):
-        if value is not None:
-            _check(name, next(part for part in parts if part is not type(None)), value)
-    elif kind is Literal:
+        return None if value is None else _plain(name, next(part for part in parts if part is not type(None)), value)
+    if kind is Literal:
         listed = ", ".join(map(str, parts))
         require(value in parts, lambda: f"{name}: expected one of {listed}, got {value!r}")
     elif kind is tuple:
         several = isinstance(value, (tuple, list)) and (... in parts or len(value) == len(parts))
         wanted = "several values" if ... in parts else f"{len(parts)} values"
         require(several, lambda: f"{name}: expected {wanted}, got {value!r}")
-        for part in value:
-            _check(name, parts[0], part)
+        plain = tuple([_plain(name, parts[0], part) for part in value])
+        return value if type(value) is tuple and all(map(operator.is_, value, plain)) else plain
     elif hint in _KINDS:
         good, wanted = _KINDS[hint]
         require(good(value), lambda: f"{name}: expected {wanted}, got {value!r}")
+        if hint in (int, float) and type(value) not in (int, float):
+            return hint(value)
     elif isinstance(hint, type):
         require(isinstance(value, hint), lambda: f"{name}: expected {hint.__name__}, got {value!r:.80}")
+    return value
 
 
 def check_values(hint: Any, **values: Any) -> None:
@@ -57,7 +65,7 @@ def check_values(hint: Any, **values: Any) -> None:
     Errors: `InputError` names the first that does not fit.
     """
     for name, value in values.items():
-        _check(name, hint, value)
+        _plain(name, hint, value)
 
 
 def is_finite(value: Any) -> bool:

@@ -1,6 +1,9 @@
 import dataclasses
+import json
 
+import numpy as np
 import pytest
+import torch
 
 import pmf
 from pmf.config import model_config
@@ -63,6 +66,13 @@ def test_impossible_models_are_refused(change, message):
 def test_impossible_losses_are_refused(change):
     with pytest.raises(pmf.InputError, match=f"LossConfig: {next(iter(change))}(:| must)"):
         pmf.LossConfig(**change)
+
+
+def test_numbers_of_other_packages_become_pythons():
+    config = dataclasses.replace(pmf.MODELS["pMF-digits"], depth=np.int64(6), noise_scale=np.float32(0.5))
+    assert type(config.depth) is int and type(config.noise_scale) is float and config.noise_scale == 0.5
+    rule = pmf.optim.OptimizerConfig(adam_betas=[np.float32(0.5), torch.tensor(0.25)])
+    assert rule.adam_betas == (0.5, 0.25) and json.loads(json.dumps(dataclasses.asdict(rule)))
 
 
 def test_unknown_preset_names_the_known_ones():
