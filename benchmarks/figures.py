@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 
 from pmf.atomic_files import write_atomically
@@ -208,7 +207,7 @@ def plot(ledger: Path | None = None, out: Path = RESULTS) -> None:
         found = {f"{r['case']}: {r['provider']}": value(r) for r in measured(records, suite)}
         if bars := {label: height for label, height in found.items() if height is not None}:
             picture = out / f"{file.stem}-{name}.png"
-            write_atomically(picture, partial(write_bars, bars, f"{unit}, {records[-1]['gpu']}"))
+            write_bars(bars, f"{unit}, {records[-1]['gpu']}", picture)
             print(picture)
 
 

@@ -71,7 +71,7 @@ def sample_draws(
     image_shape: tuple[int, int, int],
     loss_config: LossConfig,
     generator: torch.Generator | None = None,
-    device: torch.device | str | None = None,
+    device: torch.device | str | int | None = None,
 ) -> Draws:
     """The random draws of one step for a device batch of `batch` rows.
 
@@ -104,7 +104,7 @@ def sample_draws(
     t, r = torch.maximum(t, r), torch.minimum(t, r)
 
     dropped = int((uniform() < c.class_dropout).sum())  # Binomial(batch, class_dropout)
-    device = checked_device(device or "cpu")
+    device = checked_device("cpu" if device is None else device)
     noise_generator = torch.Generator(device)
     noise_generator.manual_seed(int(torch.randint(2**62, (), generator=g)))
     return Draws(

@@ -48,6 +48,8 @@ def _operand(name: str, given: Given, *others: type) -> Dual:
     if type(operand.value) is not Tensor and not isinstance(operand.value, (*_TENSORS, *others)):
         wanted = "a tensor, a number or a pair" if others else "a tensor or a pair"
         raise InputError(f"{name} must be {wanted} (value, tangent), got {type(operand.value).__name__}")
+    if operand.dot is not None and operand.dot.ndim == 0:
+        raise InputError(f"{name} must have samples to have a tangent, got a single number")
     return operand
 
 
@@ -200,10 +202,10 @@ def linear_dual(
 def dual(function: Callable, *inputs: Given | None) -> Any:
     """`function(*inputs)` and its tangent: of our layers, of any module, of any function of tensors.
 
-    Layers with `forward_dual` compute both in one pass, as do nn.Linear, nn.Conv2d, nn.Embedding and an nn.Sequential
-    of such. Anything else is called by `pmf.jvp`, which records what a plain call would; where the tangents cover only
-    some samples, it is called twice, for the others and for these. Results have the structure of the function's, with
-    Duals for tensors.
+    Layers with `forward_dual` compute both in one pass, as do nn.Linear, nn.Conv2d and an nn.Sequential of such.
+    Anything else is called by `pmf.jvp`, which records what a plain call would; where the tangents cover only some
+    samples, it is called twice, for the others and for these. Results have the structure of the function's, with Duals
+    for tensors.
     """
     _check_callable("dual", function)
     duals = [Dual.of(x) for x in inputs]

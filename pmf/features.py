@@ -145,7 +145,8 @@ class Chunks:
             part = Statistics.of(features)
             total = part if total is None else total.merge(part)
             kept += [features] if keep else []
-        assert total is not None  # there is at least one chunk
+        if total is None:
+            raise InputError("count: expected features of at least one image, got none")
         return replace(total, features=torch.cat(kept).numpy()) if keep else total
 
     def remove(self) -> None:

@@ -182,7 +182,7 @@ class Queue(Population):
         check_values(int, size=size)
         require(size > 1, f"size: expected more than 1 feature, got {size}")
         self.size = size
-        self.register_buffer("features", torch.zeros(size, width))
+        self.register_buffer("features", torch.zeros(size, width, dtype=torch.float32))
 
     def unbiased(self, batch: int) -> float:
         """The factor of the covariance once so many features have entered."""

@@ -26,14 +26,15 @@ LARGEST = 10_000
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Images as float32 in [-1, 1]: uint8 is scaled, float32 is returned unchanged."""
-    return images.float().div_(127.5).sub_(1) if images.dtype == torch.uint8 else images
+    """Images as float32 in [-1, 1]: uint8 is scaled, the values of other dtypes stay."""
+    return images.float().div_(127.5).sub_(1) if images.dtype == torch.uint8 else images.float()
 
 
 def to_bytes(images: Tensor) -> Tensor:
     """Images in [-1, 1] as uint8, rounded as in published code: round(clip((x + 1) / 2 * 255, 0, 255))."""
     check_values(Tensor, images=images)
-    return ((images + 1) / 2 * 255).clamp(0, 255).round().to(torch.uint8)
+    require(images.is_floating_point(), lambda: f"images: expected floating values in [-1, 1], got {images.dtype}")
+    return ((images.float() + 1) / 2 * 255).clamp(0, 255).round().to(torch.uint8)
 
 
 def save_png(path: str | Path, pixels: np.ndarray) -> None:

@@ -139,6 +139,8 @@ class Inputs:
             if value is None:
                 raise InputError(f"{self.op}: {name} is absent, so its tangent must be None")
             sizes, dot_sizes = value.shape, dot.shape
+            if len(sizes) == 0:
+                raise InputError(f"{self.op}: {name} must have samples to have a tangent, got a single number")
             if rows is None and len(dot_sizes) > 0:
                 rows = dot_sizes[0]
             matches = len(dot_sizes) == len(sizes) and dot_sizes[0] == rows

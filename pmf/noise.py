@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pmf.errors import require
+from pmf.errors import checked_device, require
 
 _HADAMARD = np.array([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]], np.float32)
 _CIRCLES, _ANGLES = 4096, 16
@@ -46,7 +46,7 @@ _AT_ONCE = 2**24  # values per pass on a device, which bounds temporary memory
 def seeded_noise(
     seeds: Sequence[int],
     image_shape: tuple[int, int, int],
-    device: torch.device | str | None = None,
+    device: torch.device | str | int | None = None,
     *,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -57,15 +57,16 @@ def seeded_noise(
     not wait for the GPU and can draw the words of the next batch meanwhile.
 
     `out` receives the noise instead of new memory on `device`; on a CPU, allocation can take a quarter of the time.
-    Errors: `InputError` if both `out` and `device` are given, and on an `out` that is not a contiguous float32
-    [n, c, H, W] or requires a gradient.
+    Errors: `InputError` on a negative seed, if both `out` and `device` are given, and on an `out` that is not a
+    contiguous float32 [n, c, H, W] or requires a gradient.
     """
     n, count = len(seeds), math.prod(image_shape)
     shape = (n, *image_shape)
     require(out is None or device is None, "out: expected either out or device, got both")
+    require(min(seeds, default=0) >= 0, lambda: f"seeds: expected integers >= 0, got {min(seeds)}")
     if out is not None:
         _check_out(out, shape)
-    device = torch.device(device or "cpu") if out is None else out.device
+    device = checked_device("cpu" if device is None else device) if out is None else out.device
     if count % 8 > 0:
         whole = seeded_noise(seeds, (1, 1, count + -count % 8), device)  # the last word yields surplus values
         images = whole.flatten(1)[:, :count].reshape(shape).contiguous()

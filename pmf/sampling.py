@@ -51,7 +51,7 @@ def generate(
     batch_size: int = 64,
     progress: bool = False,
 ) -> Tensor:
-    """Images [n, c, H, W] in about [-1, 1], one per label, on the model's device.
+    """Images [n, c, H, W] in about [-1, 1], one per label, on the model's device; float32, or in the noise's dtype.
 
     With one step, the network's output is the image. More steps divide [0, 1] evenly.
 
@@ -120,7 +120,7 @@ class Sampler:
         seeds: Sequence[int] | None = None,
         progress: bool = False,
     ) -> Tensor:
-        """Images [n, c, H, W], float32, as from `generate`; a last batch that is not full is padded."""
+        """Images [n, c, H, W] as from `generate`, but always float32; a last batch that is not full is padded."""
         request = _Request.of(self.model.config, labels, noise, seeds)
         message = "model: its parameters were replaced, expected those the Sampler was built on"
         require(self._parameter_places() == self._places, message)

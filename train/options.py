@@ -128,6 +128,11 @@ POSTTRAIN_NEEDS = (
     ),
     Need(("data",), "without --anchor, but with --reference", lambda c: c.anchor > 0 or c.reference is None),
     Need(("fill",), "with --resume, for what is saved is filled", lambda c: c.resume is None),
+    Need(
+        ("feature_precision",),
+        "for pixels and digits",
+        lambda c: not {"pixels", "digits"}.issuperset(c.spaces),
+    ),
     Need(("decay", "fill"), "with --population queue", lambda c: c.population == "average"),
     Need(("queue",), "with --population average", lambda c: c.population == "queue"),
 )

@@ -85,7 +85,7 @@ class ImageSet:
     @property
     def num_classes(self) -> int:
         """One more than the largest label."""
-        return int(self.labels.max()) + 1
+        return int(self.labels.max()) + 1 if len(self) else 0
 
     @property
     def fingerprint(self) -> str:

@@ -141,7 +141,7 @@ def _tangents(function: Callable, out: Any, args: tuple) -> Any:
 
 
 def _network(function: Callable, cell: Cell) -> Handler:
-    """The handler of a recurrent network, whose dropout loses the same numbers of the tangent."""
+    """The handler of a recurrent network, whose dropout drops the same elements of the tangent."""
 
     def rule(out, *args):
         packed = not isinstance(args[3], bool)  # data and batch_sizes in place of input

@@ -115,7 +115,7 @@ CASES = [
     ("labels", lambda: ImageSet(X, Y - 3)),
     *(("path", lambda v=v: save_grid(v, GREY, columns=2)) for v in ("a.jpg", "a.GIF", Path("a.webp"))),
     *(("path", lambda v=v: pmf.save_model(v, TINY, {"a": X})) for v in ("a.pt", "a.bin", Path("a.zip"))),
-    *(("images", lambda v=v: to_bytes(v)) for v in (None, GREY.numpy())),
+    *(("images", lambda v=v: to_bytes(v)) for v in (None, GREY.numpy(), GREY.byte(), Y)),
     *(("picture", lambda v=v: centre_crop(v, 8)) for v in (None, GREY)),
     *(("size", lambda v=v: centre_crop(Image.new("RGB", (8, 8)), v)) for v in (0, -1, "8")),
     *(("runs", lambda v=v: comparison(v, "cpu")) for v in ({}, None)),
@@ -123,6 +123,7 @@ CASES = [
     ("folder", lambda: find_images("pictures")),
     ("reference", lambda: find_images(Path(__file__))),
     *(("count", lambda v=v: Chunks(Path("a"), *v)) for v in ((-1, 4), (4, 0))),
+    ("count", lambda: Chunks(Path("a"), 0, 4).statistics(keep=False)),
     ("directory", lambda: Chunks("a", 4, 4)),
     *(("loss_config", lambda v=v: pmf.CapturedStep(MODEL, v)) for v in (None, TINY)),
     ("model", lambda: LossModule(None, LOSS)),
@@ -144,6 +145,7 @@ def test_arguments_of_every_accepted_kind_are_taken():
     loader(batch_size=np.int64(2), seed=0, device=torch.device("cpu"))
     draws(shape=torch.Size(TINY.image_shape), generator=torch.Generator(), device="cpu")
     EMA(MODEL, np.float64(500)).update(MODEL, 4, 4)
+    assert ImageSet(X[:0], Y[:0]).num_classes == 0
     Muon([WEIGHT], lr=1)
     Statistics(np.zeros(2), np.eye(2), np.int64(3), None, "tf1")
 

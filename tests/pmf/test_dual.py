@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import pmf
-from pmf import layers
+from pmf import layers, ops
 from pmf.counting import saved_bytes
 from pmf.dual import (
     Dual,
@@ -234,6 +234,9 @@ def test_checkpointed_values_draw_the_same_random_numbers():
         (lambda x: gated_residual(x, x, "a"), "gated_residual: gate must be a tensor, a number or .*, got str"),
         (lambda x: gated_residual(3, x), "gated_residual: x must be a tensor or a pair .*, got int"),
         (lambda x: gated_residual(x[0], x[0], x[0]), r"gated_residual: x must have shape \[B, ..., C\], got \[8\]"),
+        (lambda x: add((x.sum(), x.sum()), 1), "add: each argument must have samples to have a tangent"),
+        (lambda x: pointwise(F.gelu, (x.sum(), x.sum())), "pointwise: x must have samples to have a tangent"),
+        (lambda x: ops.silu((x.sum(), x.sum())), "silu: x must have samples to have a tangent, got a single number"),
         (lambda x: pointwise(3, x), "pointwise: function must be a function or a module, got int"),
         (lambda x: pointwise(F.gelu, 3), "pointwise: x must be a tensor or a pair .*, got int"),
         (lambda x: dual(None, x), "dual: function must be a function or a module, got NoneType"),

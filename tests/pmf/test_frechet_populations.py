@@ -51,6 +51,24 @@ def test_a_queue_may_be_a_batch_and_be_filled_with_more(monkeypatch):
     check_population(lambda: Queue(D, 7), Last(7), [("fill", 20), ("add", 7), ("add", 7), ("fill", 9), ("add", 3)], 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_population_holds_the_same_whatever_the_default_dtype_is(dtype):
+    features = randn(9, D).float()
+    held = [Queue(D, 7), MovingAverage(D, 0.9)]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        held += [Queue(D, 7), MovingAverage(D, 0.9)]
+        for population in held:
+            population.fill(features)
+            population.add(features[:4])
+    finally:
+        torch.set_default_dtype(before)
+    for one, other in zip(held[:2], held[2:], strict=True):
+        for name, buffer in one.state_dict().items():
+            assert other.state_dict()[name].dtype == buffer.dtype and torch.equal(other.state_dict()[name], buffer)
+
+
 def test_a_queue_does_not_drift():
     """10,000 steps on features whose mean is 1000 times their deviation."""
     held, plain = Queue(D, 16), Last(16)

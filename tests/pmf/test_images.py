@@ -6,13 +6,21 @@ import torch
 from PIL import Image
 
 import pmf
-from pmf.images import save_grid, to_bytes
+from pmf.images import save_grid, to_bytes, to_float
 from pmf.train.export import save_loss_curve
 
 
 def test_bytes_are_rounded_and_clipped():
     values = torch.tensor([-2.0, -1.0, 0.0, 1.0, 1.7, 2 * 100.6 / 255 - 1])
     assert to_bytes(values).tolist() == [0, 0, 128, 255, 255, 101]
+    assert torch.equal(to_bytes(values.bfloat16()), to_bytes(values.bfloat16().float()))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64])
+def test_images_of_every_accepted_dtype_become_float32(dtype):
+    pixels = torch.tensor([0, 128, 255], dtype=torch.uint8)
+    images = to_float(pixels) if dtype == torch.uint8 else to_float(to_float(pixels).to(dtype))
+    assert images.dtype == torch.float32 and torch.equal(to_bytes(images), pixels)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

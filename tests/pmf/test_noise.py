@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pmf import noise
+from pmf import LossConfig, noise, sample_draws
 from pmf.errors import InputError
 from pmf.noise import seeded_noise
 from pmf.private import FakeTensorMode
@@ -158,6 +158,24 @@ def test_fake_tensors():
     """Counting operations draws noise on fake tensors too."""
     with FakeTensorMode():
         assert seeded_noise([1, 2], SHAPE).shape == (2, *SHAPE)
+
+
+def test_bad_input_seeds_and_device():
+    with pytest.raises(InputError, match="seeds: expected integers >= 0, got -1"):
+        seeded_noise([3, -1], SHAPE)
+    with pytest.raises(InputError, match="device: cannot use 'warp'"):
+        seeded_noise([0], SHAPE, "warp")
+
+
+@pytest.mark.parametrize(
+    "draw", [lambda: seeded_noise([0], SHAPE, 0), lambda: sample_draws(1, SHAPE, LossConfig(), device=0).noise]
+)
+def test_device_0_is_the_first_gpu(draw):
+    if torch.cuda.is_available():
+        assert draw().device == torch.device("cuda", 0)
+    else:
+        with pytest.raises(InputError, match="device: cannot use 0"):
+            draw()
 
 
 def test_bad_input_device_and_out():

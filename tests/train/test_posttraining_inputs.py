@@ -34,6 +34,10 @@ REFUSED = {
     ),
     "ignored queue": (["RUN", "--queue", "1000"], "queue: has no effect with --population average"),
     "ignored decay": (["RUN", "--population", "queue", "--decay", "0.9"], "decay: has no effect with --population"),
+    "ignored precision": (
+        ["RUN", "--features", "pixels", "--feature-precision", "bfloat16"],
+        "feature_precision: has no effect for pixels and digits, expected float32, got bfloat16",
+    ),
     "ignored data": (["RUN", "--flip"], "flip: has no effect without --anchor"),
     "decay": (["RUN", "--decay", "1"], "decay: expected a number in [0, 1), got 1.0"),
     "zero1": (["RUN", "--sharding", "zero1"], "sharding: expected ddp, fsdp or hybrid with optimizer adamw, got zero1"),

@@ -122,8 +122,8 @@ class Measurement:
             self._take(given, path)
 
     def _take(self, statistics: Statistics, file: Path) -> None:
-        own = f"inception {self.resize} {INCEPTION_SIZE} {weights_digest(self.extractor)}"
-        _check_space(statistics, self.space or own, file)
+        space = self.space or f"inception {self.resize} {INCEPTION_SIZE} {weights_digest(self.extractor)}"
+        _check_space(statistics, space, file)
         side = statistics.image_size or 32
         blank = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=self.world.device)
         _check_width(statistics, self.extractor(blank)[0].shape[1])
