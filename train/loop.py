@@ -259,6 +259,9 @@ class Trainer(Learner):
 
     def _export(self) -> None:
         """Write the weights and pictures."""
+        if self.world.main and self.emas and self.step < self.config.ema_every:
+            late = "ema_every: averages first move in step %d; until then they are what the run started from"
+            log.warning(late, self.config.ema_every)
         network = None if self.evaluation is None else self.evaluation.network
         export_weights(self.directory, self.step, self._weights(), self.config, self.world, network)
         self.world.main_first(partial(_draw_curve, self.directory, self.curves))

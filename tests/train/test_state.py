@@ -139,6 +139,12 @@ def test_averages_on_a_thread_are_those_of_the_run_without_one(plain, tmp_path, 
     assert same_run(part, plain)
 
 
+def test_averages_that_have_not_moved_are_told_apart(tmp_path, caplog):
+    train(small_config(tmp_path / "run", ema_every=3, steps=4, sample_every=1))
+    late = "ema_every: averages first move in step 3; until then they are what the run started from"
+    assert caplog.messages.count(late) == 2  # steps 1 and 2
+
+
 def test_averages_on_a_thread_are_evaluated(tmp_path, monkeypatch):
     """The weights that are measured are those of the run without a thread, between updates and after one."""
     found = []
