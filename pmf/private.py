@@ -9,8 +9,7 @@ from __future__ import annotations
 import inspect
 import multiprocessing.queues
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -304,31 +303,16 @@ def schema(function: Any) -> tuple[str, list[str]]:
     return function._schema.name, [x.name for x in function._schema.arguments]
 
 
-def unrecorded() -> AbstractContextManager:
-    """A context without gradients, unseen by selective checkpoints: their second run must meet the same operators."""
-    if torch.compiler.is_compiling():
-        return torch.no_grad()
-    return _unseen() if torch._C._len_torch_dispatch_stack() else _Unrecorded()
-
-
-class _Unrecorded:
-    """`torch.no_grad`, but cheaper to make and to enter: every function of a network that moves does so."""
-
-    def __enter__(self) -> None:
-        self.recorded = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)
-
-    def __exit__(self, *error: object) -> None:
-        torch._C._set_grad_enabled(self.recorded)
-
-
-@contextmanager
-def _unseen() -> Iterator[None]:
-    from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
-
-    selective = isinstance(_get_current_dispatch_mode(), torch.utils.checkpoint._CachingTorchDispatchMode)
-    with torch.no_grad(), _disable_current_modes() if selective else nullcontext():
-        yield
+@constant
+def number_places(name: str) -> tuple[int | str, ...]:
+    """Where PyTorch's operators of this name take numbers, in none of their forms tensors: positions and names."""
+    operator = getattr(_ATEN, name, None)
+    tensors: set[int | str] = set()
+    numbers: set[int | str] = set()
+    for form in () if operator is None else operator.overloads():
+        for i, x in enumerate(getattr(operator, form)._schema.arguments):
+            (tensors if "Tensor" in str(x.type) else numbers).update([x.name] if x.kwarg_only else [i, x.name])
+    return tuple(numbers - tensors)
 
 
 def worker_processes(batches: Any) -> list[multiprocessing.Process]:

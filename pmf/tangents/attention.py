@@ -24,7 +24,7 @@ from pmf.private import tree_leaves
 from pmf.tangents.carriers import values_of
 from pmf.tangents.handlers import ruled
 from pmf.tangents.random_state import replayed
-from pmf.tangents.rules import HANDLERS, argument, is_dual, mapped, named, replaced
+from pmf.tangents.rules import HANDLERS, accumulating, argument, is_dual, mapped, named, replaced
 from pmf.tangents.rules import value as plain
 
 SCORES_AT_ONCE = 2**24
@@ -54,11 +54,6 @@ def weighted(weights: Tensor, scores_dot: Tensor | None, v: Any, kept: Tensor | 
         mean = (weights * scores_dot).sum(-1, keepdim=True)
         dot = total(dot, (kept * (scores_dot - mean)) @ plain(v))
     return dot
-
-
-def accumulating(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of scores and weights, float32 for half precision, as in fused attention."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def repeated(x: Any, heads: int) -> Any:

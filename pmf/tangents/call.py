@@ -51,8 +51,9 @@ def jvp(func: Callable, primals: tuple, tangents: tuple, *, has_aux: bool = Fals
             a tensor or of a whole tree is zero and costs nothing; another number stands for a tensor filled with it.
         has_aux: `func` returns (output, aux); aux is returned as it is, without tangents.
         rows: the tangents cover only the last `rows` samples (the first dimension) of every tensor, and so does the
-            derivative. `func` is called on the other samples and then on these, so samples must not depend on one
-            another, and every tensor with samples must be among the primals.
+            derivative; there may be 0 of them. `func` is called on the other samples and then on these, so samples
+            must not depend on one another, every tensor with samples must be among the primals, and no other tensor
+            of that length, such as a table of positions.
 
     Returns (out, out_dot), with has_aux (out, out_dot, aux). out_dot has the structure of out; it is zero where
     nothing moves, and None for leaves that are not tensors.
@@ -60,8 +61,9 @@ def jvp(func: Callable, primals: tuple, tangents: tuple, *, has_aux: bool = Fals
     Numerics: values are those of `func(*primals)` bit by bit, except that PyTorch's fused inference path of
     nn.MultiheadAttention and nn.TransformerEncoderLayer (in eval, without gradients) is not taken and rounds otherwise;
     tangents are computed in the dtypes of their values.
-    Inside, a value that moves is a Tensor with a second one beside it. Cut from the tangent, as under torch.func.jvp:
-    `detach()`, `data`, `item()`.
+    Inside, a value that moves is a Tensor with a second one beside it, of a subclass: `isinstance(x, torch.Tensor)`
+    holds, `type(x) is torch.Tensor` does not. Cut from the tangent, as under torch.func.jvp: `detach()`, `data`,
+    `item()`.
 
     Errors: `InputError` names the function where the tangent would be lost: an autograd.Function without `jvp`
     or a custom operator, unless `pmf.jvp.rule` knows it; reentrant checkpointing, torch.vmap, scripted modules, numpy;
@@ -119,10 +121,13 @@ def _leaves(primals: Any, tangents: Any) -> tuple[list, list, Any]:
 def _in_order(tangents: Any, primals: Any) -> Any:
     """The tangents with the entries of each dict in the order of the primals', in which PyTorch pairs them."""
     if isinstance(primals, dict) and isinstance(tangents, dict) and primals.keys() == tangents.keys():
-        ordered = tangents.copy()
-        ordered.clear()
-        ordered.update({name: _in_order(tangents[name], x) for name, x in primals.items()})
-        return ordered
+        ordered = {name: _in_order(tangents[name], x) for name, x in primals.items()}
+        if all([a is b for a, b in zip(tangents.values(), ordered.values(), strict=True)]):
+            return tangents
+        made = tangents.copy()  # of the same kind
+        made.clear()
+        made.update(ordered)
+        return made
     if isinstance(primals, (tuple, list)) and isinstance(tangents, (tuple, list)) and len(primals) == len(tangents):
         return rebuilt(tangents, [_in_order(dot, x) for dot, x in zip(tangents, primals, strict=True)])
     return tangents
@@ -197,8 +202,12 @@ def _on_last_rows(function: Callable, leaves: list, dots: list, spec: Any, has_a
     if len(samples) != 1:
         raise InputError(f"pmf.jvp: with rows all primals that move must have as many samples, got {sorted(samples)}")
     (batch,) = samples
-    if not 0 < rows <= batch:
-        raise InputError(f"pmf.jvp: rows must lie in [1, {batch}], got {rows}")
+    if not 0 <= rows <= batch:
+        raise InputError(f"pmf.jvp: rows must lie in [0, {batch}], got {rows}")
+
+    if rows == 0:
+        out, *aux = function(*tree_unflatten(leaves, spec)) if has_aux else (function(*tree_unflatten(leaves, spec)),)
+        return out, tree_map(_of_no_sample, out), *aux
 
     def part(rows: slice) -> list:
         return [x[rows] if _has_samples(x) and len(x) == batch else x for x in leaves]
@@ -212,6 +221,13 @@ def _on_last_rows(function: Callable, leaves: list, dots: list, spec: Any, has_a
     out, *aux = first if has_aux else (first,)
     joined = [_joined(a, b, (batch - rows, rows)) for a, b in zip((out, *aux), (last[0], *last[2:]), strict=True)]
     return joined[0], last[1], *joined[1:]
+
+
+def _of_no_sample(x: Any) -> Any:
+    """The tangent of an output where no sample moves; None if it is no tensor. Errors: `InputError`."""
+    if isinstance(x, Tensor) and not x.ndim:
+        raise InputError("pmf.jvp: with rows outputs must have samples, got a single number")
+    return torch.zeros_like(x[:0], requires_grad=False) if isinstance(x, Tensor) else None
 
 
 def _has_samples(x: Any) -> bool:

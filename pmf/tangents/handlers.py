@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from pmf.errors import InputError
-from pmf.private import tree_leaves, unrecorded
+from pmf.pair import Dual
+from pmf.private import number_places, tree_leaves
 from pmf.tangents.arguments import given
 from pmf.tangents.at_rest import start_viewed, views_of_still
 from pmf.tangents.bodies import body_of
@@ -26,6 +27,7 @@ from pmf.tangents.fallback import (
     tangents_by_torch_func,
     versions,
 )
+from pmf.tangents.interception import unrecorded
 from pmf.tangents.random_state import replayed
 from pmf.tangents.rules import HANDLERS, TRACED, Handler, Rule, can_move, handler_of, name_of
 
@@ -46,6 +48,8 @@ def ruled(rule: Rule) -> Handler:
             for x in parts.at_rest:
                 x.start()
             parts = given(args, kwargs)
+        if any([type(x) is Dual and x.value.ndim == 0 for x in (*parts.duals[1:], *parts.named_duals.values())]):
+            _check_numbers(function, parts.duals, parts.named_duals)
         out = function(*parts.values, **parts.named_values)
         if not any_can_move(out):
             return out
@@ -76,6 +80,17 @@ def ruled(rule: Rule) -> Handler:
         return give(out, dots)
 
     return handle
+
+
+def _check_numbers(function: Callable, args: Sequence, kwargs: dict) -> None:
+    """Errors: `InputError` if a tensor that moves is given where a function takes a number, which has no tangent."""
+    places = number_places(getattr(function, "__name__", "")) if is_torch(function) else ()
+    for place, x in (*enumerate(args), *kwargs.items()):
+        if type(x) is Dual and place in places:
+            raise InputError(f"pmf.jvp: {name_of(function)} got a moving value as a number; {NUMBER}")
+
+
+NUMBER = "its tangent would be lost; expected functions of tensors, or x.item() for what stands still"
 
 
 def _takes(rule: Rule, *args: Any, **kwargs: Any) -> bool:
@@ -113,8 +128,10 @@ def still(function: Callable, args: tuple, kwargs: dict) -> Any:
 
 def made_like(function: Callable, args: tuple, kwargs: dict) -> Any:
     """The handler of a function that makes a tensor in the likeness of another: a carrier that stands still."""
+    like, others = (args[0], args[1:]) if args else (kwargs.get("input"), ())
+    if moves(others) or any([moves(x) for name, x in kwargs.items() if name != "input"]):
+        raise InputError(f"pmf.jvp: {name_of(function)} got a moving value as a number; {NUMBER}")
     out = still(function, args, kwargs)
-    like = args[0] if args else kwargs.get("input")
     if type(like) not in CARRIERS or not any_can_move(out):
         return out
     return carrier(out, torch.zeros_like(out) if torch.compiler.is_compiling() else None)

@@ -127,6 +127,17 @@ def _fill(function: Callable, args: tuple, kwargs: dict) -> Any:
     return target
 
 
+def _fill_diagonal(function: Callable, args: tuple, kwargs: dict) -> Any:
+    """x.fill_diagonal_(number, wrap)."""
+    x, _, *wrap = args if len(args) > 1 else (args[0], kwargs["fill_value"])
+    if moves(args[1:]) or moves(kwargs):
+        return refused("expected a number that stands still")(function, args, kwargs)
+    out = _done(function, args, kwargs)
+    if moves(x):
+        x.tangent.fill_diagonal_(0, *wrap, **{name: w for name, w in kwargs.items() if name == "wrap"})
+    return out
+
+
 def _set_item(function: Callable, args: tuple, kwargs: dict) -> None:
     """x[index] = source."""
     if _unmoved(args, kwargs):
@@ -182,6 +193,7 @@ for _space in FUNCTION_NAMESPACES:
         for _name in _names.split():
             if hasattr(_space, _name):
                 HANDLERS[getattr(_space, _name)] = _handler
+HANDLERS[Tensor.fill_diagonal_] = _fill_diagonal
 HANDLERS[Tensor.__setitem__] = _set_item
 for _function in vars(F).values():
     if isinstance(_function, FunctionType) and _function in HANDLERS:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
+
+import torch
 
 from pmf.private import as_scripted, scripted_body, tree_leaves
 
@@ -108,3 +110,30 @@ def _hold(args: tuple, kwargs: dict, kinds: tuple[type, ...]) -> bool:
         if isinstance(x, list | tuple | dict) and any(type(leaf) in kinds for leaf in tree_leaves(x)):
             return True
     return False
+
+
+def unrecorded() -> AbstractContextManager:
+    """A context without gradients, unseen by selective checkpoints: their second run must meet the same operators."""
+    if torch.compiler.is_compiling():
+        return torch.no_grad()
+    return _unseen() if torch._C._len_torch_dispatch_stack() else _Unrecorded()
+
+
+class _Unrecorded:
+    """`torch.no_grad`, but cheaper to make and to enter: every function of a network that moves does so."""
+
+    def __enter__(self) -> None:
+        self.recorded = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+
+    def __exit__(self, *error: object) -> None:
+        torch._C._set_grad_enabled(self.recorded)
+
+
+@contextmanager
+def _unseen() -> Iterator[None]:
+    from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
+
+    selective = isinstance(_get_current_dispatch_mode(), torch.utils.checkpoint._CachingTorchDispatchMode)
+    with torch.no_grad(), _disable_current_modes() if selective else nullcontext():
+        yield

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pmf.tangents.fallback import check_eager, tangents_by_torch_func
 from pmf.tangents.handlers import ruled
-from pmf.tangents.rules import HANDLERS, Rule, is_dual, named
+from pmf.tangents.rules import HANDLERS, Rule, accumulating, is_dual, named
 
 _ATEN = torch.ops.aten
 ONLY_INPUT = [True, False, False]
@@ -64,8 +64,7 @@ def _rms_norm(out, input, normalized_shape, weight=None, eps=None):
 
 def _standardised(x: Tensor, dot: Tensor, dims: list[int], eps: float, *, centred: bool = True) -> Tensor:
     """The tangent of (x - mean) / sqrt(var + eps), or of x / sqrt(mean(x^2) + eps)."""
-    wide = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
-    x, dot = x.to(wide), dot.to(wide)
+    x, dot = (part.to(accumulating(part.dtype)) for part in (x, dot))
     if centred:
         x, dot = x - x.mean(dims, keepdim=True), dot - dot.mean(dims, keepdim=True)
     rstd = (x.square().mean(dims, keepdim=True) + eps).rsqrt()
@@ -83,6 +82,21 @@ def _variance(out, x, dim=None, unbiased=True, keepdim=False, correction=None):
         return NotImplemented
     centred = x.value - x.value.mean(dim, keepdim=True)
     return (centred * x.dot).sum(dim, keepdim=keepdim) * (2 / (x.value.numel() / out.numel() - correction))
+
+
+def _deviation(out, x, *args, **kwargs):
+    """var_dot / (2 sqrt(var)); zero where nothing deviates."""
+    variance = _variance(out, x, *args, **kwargs)
+    return variance if variance is NotImplemented else (variance / (2 * out)).masked_fill(out == 0, 0)
+
+
+def _vector_norm(out, x, ord=2, dim=None, keepdim=False, *, dtype=None):
+    """sum(x x_dot) / sqrt(sum(x^2)); zero where x is."""
+    if not is_dual(x) or type(ord) not in (int, float) or ord != 2 or x.value.is_complex() or dtype is not None:
+        return NotImplemented
+    x, dot, length = (part.to(accumulating(out.dtype)) for part in (*x, out))
+    dim = list(range(x.ndim)) if dim is None else dim
+    return ((x * dot).sum(dim, keepdim=keepdim) / length).masked_fill(out == 0, 0)
 
 
 def _running_norm(function: Callable, first: int) -> Rule:
@@ -104,13 +118,15 @@ def _running_norm(function: Callable, first: int) -> Rule:
     return rule
 
 
-for _name, _rule in (
+for _names, _rule in (
     ("layer_norm", _layer_norm),
     ("group_norm", _group_norm),
     ("rms_norm", _rms_norm),
     ("var", _variance),
+    ("std", _deviation),
+    ("vector_norm linalg_vector_norm", _vector_norm),
     ("batch_norm", _running_norm(torch.batch_norm, 0)),
     ("instance_norm", _running_norm(torch.instance_norm, 2)),
 ):
-    for _function in named(_name):
+    for _function in named(*_names.split()):
         HANDLERS[_function] = ruled(_rule)

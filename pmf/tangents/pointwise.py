@@ -6,14 +6,17 @@ computes its tangent as well.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pmf.pair import total
 from pmf.tangents.handlers import by_torch_func, drawn, eager_only, ruled
 from pmf.tangents.rules import HANDLERS, Handler, Rule, argument, is_dual, linear_in_first, named
+from pmf.tangents.rules import value as plain
 
 _ATEN = torch.ops.aten
 
@@ -56,6 +59,18 @@ def _leaky_relu(dot: Tensor, x: Tensor, negative_slope: float = 0.01) -> Tensor:
     return _ATEN.leaky_relu_backward(dot, x, negative_slope, False)
 
 
+def _elu(dot: Tensor, x: Tensor, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Tensor:
+    return _ATEN.elu_backward(dot, alpha, scale, input_scale, False, x)
+
+
+def _celu(dot: Tensor, x: Tensor, alpha: float = 1) -> Tensor:
+    return _elu(dot, x, alpha, 1, 1 / alpha)
+
+
+def _hardtanh(dot: Tensor, x: Tensor, min_val: float = -1, max_val: float = 1) -> Tensor:
+    return _ATEN.hardtanh_backward(dot, x, min_val, max_val)
+
+
 BY_INPUT: dict[str, Callable[..., Tensor]] = {
     "silu": _ATEN.silu_backward,
     "gelu": _gelu,
@@ -64,31 +79,66 @@ BY_INPUT: dict[str, Callable[..., Tensor]] = {
     "hardswish": _ATEN.hardswish_backward,
     "hardsigmoid": _ATEN.hardsigmoid_backward,
     "mish": _ATEN.mish_backward,
+    "elu": _elu,
+    "celu": _celu,
+    "selu": lambda dot, x: _elu(dot, x, 1.6732632423543772, 1.0507009873554805),
+    "hardtanh": _hardtanh,
+    "relu6": lambda dot, x: _hardtanh(dot, x, 0, 6),
+    "log_sigmoid": lambda dot, x: dot * (-x).sigmoid(),
     "sin": lambda dot, x: dot * x.cos(),
     "cos": lambda dot, x: -dot * x.sin(),
+    "sinh": lambda dot, x: dot * x.cosh(),
+    "cosh": lambda dot, x: dot * x.sinh(),
+    "asin arcsin": lambda dot, x: dot * (1 - x * x).rsqrt(),
+    "acos arccos": lambda dot, x: -dot * (1 - x * x).rsqrt(),
+    "atan arctan": lambda dot, x: dot / (x * x + 1),
+    "erf": lambda dot, x: dot * (2 / math.sqrt(math.pi) * (-x * x).exp()),
+    "erfc": lambda dot, x: -dot * (2 / math.sqrt(math.pi) * (-x * x).exp()),
     "log": lambda dot, x: dot / x,
+    "log1p": lambda dot, x: dot / (x + 1),
+    "log2": lambda dot, x: dot / (x * math.log(2)),
+    "log10": lambda dot, x: dot / (x * math.log(10)),
     "square": lambda dot, x: 2 * x * dot,
     "frac": lambda dot, x: dot.clone(),
-    "abs": lambda dot, x: dot * x.sgn(),
+    "abs absolute": lambda dot, x: dot * x.sgn(),
     "sgn": lambda dot, x: torch.zeros_like(dot),
-    "absolute": lambda dot, x: dot * x.sgn(),
 }
 BY_OUTPUT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "sigmoid": _ATEN.sigmoid_backward,
-    "expit": _ATEN.sigmoid_backward,
+    "sigmoid expit": _ATEN.sigmoid_backward,
     "tanh": _ATEN.tanh_backward,
     "relu": lambda dot, y: _ATEN.threshold_backward(dot, y, 0),
+    "tan": lambda dot, y: dot * (y * y + 1),
     "exp": lambda dot, y: dot * y,
+    "expm1": lambda dot, y: dot * (y + 1),
+    "exp2": lambda dot, y: dot * (y * math.log(2)),
     "sqrt": lambda dot, y: dot / (2 * y),
     "rsqrt": lambda dot, y: -0.5 * dot * y**3,
     "reciprocal": lambda dot, y: -dot * y * y,
 }
-for _name, _derivative in BY_INPUT.items():
-    for _function in named(_name):
-        HANDLERS[_function] = ruled(_by_input(_derivative))
-for _name, _derivative in BY_OUTPUT.items():
-    for _function in named(_name):
-        HANDLERS[_function] = ruled(_by_output(_derivative))
+for _names, _by_x in BY_INPUT.items():
+    for _function in named(*_names.split()):
+        HANDLERS[_function] = ruled(_by_input(_by_x))
+for _names, _by_y in BY_OUTPUT.items():
+    for _function in named(*_names.split()):
+        HANDLERS[_function] = ruled(_by_output(_by_y))
+
+
+def _clamp(out, x, min=None, max=None):
+    """x_dot where min <= x <= max."""
+    if not is_dual(x) or is_dual(min) or is_dual(max):
+        return NotImplemented
+    value, dot = _cast(x, out)
+    for bound, within in ((min, torch.ge), (max, torch.le)):
+        dot = dot if bound is None else torch.where(within(value, bound), dot, 0)
+    return dot
+
+
+def _addcmul(out, x, a, b, *, value=1):
+    """x_dot + value (a_dot b + a b_dot)."""
+    if is_dual(value):
+        return NotImplemented
+    product = total(a.dot * plain(b) if is_dual(a) else None, plain(a) * b.dot if is_dual(b) else None)
+    return total(x.dot if is_dual(x) else None, None if product is None else value * product)
 
 
 def _power(out, x, exponent=None, **kwargs):
@@ -127,6 +177,10 @@ for _names, _rule in (
     ("softmax", _softmax),
     ("log_softmax", _log_softmax),
     ("glu", _glu),
+    ("clamp clip", _clamp),
+    ("clamp_min", _clamp),
+    ("clamp_max", lambda out, x, max: _clamp(out, x, None, max)),
+    ("addcmul", _addcmul),
 ):
     for _function in named(*_names.split()):
         HANDLERS[_function] = ruled(_rule)

@@ -108,6 +108,11 @@ def expect_none(name: str, given: dict[str, Any], known: Sequence[str]) -> None:
             raise InputError(f"pmf.jvp: {name} got a moving value and {argument}; expected none of it")
 
 
+def accumulating(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums, float32 for half precision, as in fused kernels."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def any_moves(args: Iterable, kwargs: dict) -> bool:
     """Whether one of the arguments of a rule moves."""
     return any([type(x) is Dual for x in (*args, *kwargs.values())])

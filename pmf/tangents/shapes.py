@@ -55,13 +55,13 @@ TOGETHER = "atleast_1d atleast_2d atleast_3d broadcast_tensors cartesian_prod me
 """Linear in all arguments."""
 
 ZERO = """
-bernoulli ceil detach detach_copy fix floor floor_divide heaviside new_tensor round sign trunc
+bernoulli ceil detach detach_copy fix floor floor_divide heaviside round sign trunc
 """
 """Piecewise constant, or cut from the tangent as under `torch.func.jvp`."""
 
 MADE_LIKE = """
-empty_like full_like new new_empty new_empty_strided new_full new_ones new_zeros ones_like rand_like randint_like
-randn_like zeros_like
+empty_like full_like new new_empty new_empty_strided new_full new_ones new_tensor new_zeros ones_like rand_like
+randint_like randn_like zeros_like
 """
 """New tensors, which may move later: when a moving value is written to them."""
 
@@ -114,6 +114,21 @@ def _together(function: Callable) -> Rule:
     return rule
 
 
+def _taken(position: int) -> Rule:
+    """The rule of a function that gives some of the values along a dimension, and their places."""
+
+    def rule(out, *args, **kwargs):
+        x, dim = args[0], argument(args, kwargs, (position, "dim"))
+        if not is_dual(x) or not isinstance(out, tuple):
+            return NotImplemented
+        (values, places), dim = out, -1 if dim is None else dim
+        if values.ndim == x.value.ndim:
+            return x.dot.gather(dim, places), None
+        return x.dot.gather(dim, places.unsqueeze(dim)).squeeze(dim), None
+
+    return rule
+
+
 def _fill(function: Callable) -> Rule:
     """The rule of `masked_fill` and `index_fill` by a number: zero there."""
 
@@ -157,6 +172,7 @@ def _as_strided(function: Callable) -> Rule:
 
 
 JOINT: dict[str, tuple[tuple[int, str], ...]] = {
+    "lerp": ((0, "input"), (1, "end")),
     "diff": ((0, "input"), (3, "prepend"), (4, "append")),
     "where": ((1, "input"), (2, "other")),
     "scatter_add": ((0, "input"), (3, "src")),
@@ -209,6 +225,10 @@ _register("pad", _pad)
 _register("constant_pad_nd", _constant_pad)
 _register("as_strided", _as_strided)
 _register(TOGETHER, _together)
+for _name in ("sort", "max", "min", "median", "nanmedian", "mode", "cummax", "cummin"):
+    _register(_name, lambda function: _taken(1))
+for _name in ("topk", "kthvalue"):
+    _register(_name, lambda function: _taken(2))
 for _name, _slots in JOINT.items():
     for _function in named(_name):
         HANDLERS[_function] = ruled(jointly_linear(_function, *_slots))
@@ -216,6 +236,8 @@ for _function in named(*ZERO.split()):
     HANDLERS[_function] = still
 HANDLERS[Tensor.where] = ruled(jointly_linear(Tensor.where, (0, "input"), (2, "other")))
 TRACED[torch.split] = ruled(linear_in_first(torch.split))
+for _function in (torch.stft, torch.istft, Tensor.stft, Tensor.istft):
+    HANDLERS[_function] = TRACED[_function] = ruled(linear_in_first(_function))
 for _function in (torch.atleast_1d, torch.atleast_2d, torch.atleast_3d, torch.broadcast_tensors):
     TRACED[_function] = ruled(_together(_function))
 HANDLERS[torch.functional.meshgrid] = ruled(_together(torch.functional.meshgrid))

@@ -86,6 +86,18 @@ def test_outputs_without_samples_cannot_be_joined(function):
         pmf.jvp(function, (drawn(5, 4),), (drawn(3, 4),), rows=3)
 
 
+def test_no_row_may_move():
+    x, v, w = drawn(4, 3), drawn(4, 3, seed=1), drawn(3, 3, seed=2).requires_grad_()
+    (out, mask), (dot, none), aux = pmf.jvp(
+        lambda x: ((torch.linalg.vector_norm(x @ w, dim=-1, keepdim=True), "label"), x), (x,), (v[4:],), rows=0,
+        has_aux=True,
+    )  # fmt: skip
+    assert torch.equal(out, torch.linalg.vector_norm(x @ w, dim=-1, keepdim=True)) and out.requires_grad
+    assert dot.shape == (0, 1) and not dot.requires_grad and mask == "label" and none is None and aux is x
+    with pytest.raises(InputError, match="with rows outputs must have samples, got a single number"):
+        pmf.jvp(torch.sum, (x,), (1,), rows=0)
+
+
 def test_rows_with_tangents_that_are_numbers_or_of_scalars():
     z, t, s = drawn(4, 2), drawn(4, seed=1), torch.tensor(0.5, dtype=F64)
 

@@ -74,7 +74,32 @@ UNARY = {  # of x [3, 4, 6]
     "angles": lambda x: x.sin() + x.cos() + x.abs() + torch.atan2(x, x * x + 1),
     "clamp": lambda x: x.clamp(-0.5, 0.5) + x.clamp(min=0.1),
     "minimum": lambda x: torch.minimum(x, x.flip(-1)) + x.amax(-1, keepdim=True) + x.max(1, keepdim=True).values,
-    "sorted": lambda x: x.sort(-1).values.cumsum(1),
+    "sorted": lambda x: x.sort(-1).values.cumsum(1) + torch.sort(x, dim=1, descending=True)[0],
+    "largest": lambda x: (
+        x.topk(2).values @ x.topk(3, 1)[0][:, :2] + x.max(1)[0].unsqueeze(1).min(dim=-1, keepdim=True)[0]
+    ),
+    "of a number": lambda x: x.sum().max(0).values * x.sum().sort().values + x[0, 0].norm() * x,
+    "middle": lambda x: x.median(-1).values + x.nanmedian(1, keepdim=True).values[..., :4].sum() + x.kthvalue(2).values,
+    "running": lambda x: x.cummax(1).values - x.cummin(-1)[0] + x.mode(dim=0).values,
+    "rectifiers": lambda x: F.elu(x, 0.7) + F.selu(x) + F.celu(x, 0.5) + F.relu6(4 * x) + F.hardtanh(x, -0.4, 0.8),
+    "logarithms": lambda x: F.logsigmoid(x) + (x * x).log1p() + (x * x + 1).log2() + (x * x + 1).log10() + x.exp2(),
+    "inverse angles": lambda x: (x.tanh() * 0.9).asin() + x.tanh().mul(0.9).arccos() + x.atan() + x.tan(),
+    "hyperbolic": lambda x: x.sinh() - x.cosh() + x.erf() + torch.special.erfc(x) + torch.special.expm1(x),
+    "bounds": lambda x: x.clip(max=0.1) + x.clamp_min(0.2) + torch.clamp_max(x, 0.3) + x.clamp(W[0], W[0] + 1),
+    "moving bounds": lambda x: x.clamp(x.mean(), x.mean() + 1) + torch.clamp(min=-0.3, input=x),
+    "interpolated": lambda x: torch.lerp(x, W[:4], 0.3) + x.lerp(x * x, W[0]) + torch.lerp(W[:4], x, x.sin()),
+    "addcmul": lambda x: torch.addcmul(x, x, W[0], value=0.7) + W[:4].addcmul(x, x.sin()) + x.addcmul(W[0], W[1]),
+    "lengths": lambda x: (
+        x.norm() + torch.linalg.vector_norm(x, dim=(0, 2)) @ x + torch.linalg.norm(x, dim=1, keepdim=True)
+    ),
+    "other lengths": lambda x: (
+        torch.linalg.vector_norm(x, 1, dim=1, keepdim=True) + x.norm(p=3) + (x * 0).norm(dim=-1, keepdim=True)
+    ),
+    "deviation": lambda x: x.std(1, keepdim=True) + torch.std(x, correction=0) + (x * 0).std(-1, keepdim=True),
+    "spectrogram": lambda x: torch.view_as_real(
+        torch.stft(x.flatten(1), 8, 4, window=W[:4].flatten()[:8].exp(), return_complex=True)
+    ),
+    "without diagonal": lambda x: (x @ x.mT)[0].fill_diagonal_(2.0) + (x[0] @ x[0].mT).fill_diagonal_(0.0, wrap=True),
     "layer_norm": lambda x: F.layer_norm(x, (6,), W[0], W[1]),
     "layer_norm plain": lambda x: F.layer_norm(x, (4, 6)),
     "rms_norm": lambda x: F.rms_norm(x, (6,), W[0], 1e-6) + F.rms_norm(x, (6,)),

@@ -205,7 +205,7 @@ def test_registered_functions_move():
         ((drawn(3),), (drawn(4),), {}, r"shape of its primal, \[3\], got torch.float64 \[4\]"),
         ((torch.arange(3),), (1,), {}, "floating tensor, got torch.int64"),
         ((drawn(3),), ("x",), {}, "shape of its primal"),
-        ((drawn(3),), (drawn(4),), {"rows": 4}, r"rows must lie in \[1, 3\], got 4"),
+        ((drawn(3),), (drawn(4),), {"rows": 4}, r"rows must lie in \[0, 3\], got 4"),
         ((drawn(3),), (drawn(3),), {"has_aux": True}, "must return \\(output, aux\\)"),
     ],
 )
@@ -234,3 +234,48 @@ def test_what_dispatches_without_a_name_is_refused(function):
 
     with pytest.raises(InputError, match="got a moving value; it"):
         pmf.jvp(network, (drawn(3),), (1,))
+
+
+NUMBERS = {  # of x [4, 8] and t [4]
+    "full_like": lambda x, t: x * torch.full_like(x, t[0]),
+    "new_full": lambda x, t: x * x.new_full((4, 1), fill_value=t[0]),
+    "new_tensor": lambda x, t: x * x.new_tensor(t)[:, None],
+    "pad": lambda x, t: F.pad(x, (1, 1), value=t[0]),
+    "addcmul": lambda x, t: torch.addcmul(x, x, x, value=t[0]),
+    "elu": lambda x, t: F.elu(x, t[0]),
+    "vector_norm": lambda x, t: torch.linalg.vector_norm(x, t[0] + 1),
+    "huber_loss": lambda x, t: F.huber_loss(x, 2 * x, delta=t[0]),
+    "index_add": lambda x, t: x.index_add(0, torch.tensor([0]), x[:1], alpha=t[0]),
+    "add": lambda x, t: x.clone().add_(x, alpha=t[0]),
+    "baddbmm": lambda x, t: torch.baddbmm(x[None], (x @ x.T)[None], x[None], beta=t[0]),
+    "scaled_dot_product_attention": lambda x, t: F.scaled_dot_product_attention(x[None], x[None], x[None], scale=t[0]),
+    "layer_norm": lambda x, t: F.layer_norm(x, (8,), eps=t[0]),
+    "rms_norm": lambda x, t: F.rms_norm(x, (8,), None, t[0]),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_moving_values_are_no_numbers(name, compiled):
+    """`torch.func.jvp` reads them and loses their tangents."""
+    torch._dynamo.reset()
+    call = torch.compile(fullgraph=True, backend="aot_eager")(pmf.jvp) if compiled else pmf.jvp
+    with pytest.raises(Exception, match=rf"pmf\.jvp: \S*{name} got a moving value as a number; its tangent"):
+        call(NUMBERS[name], (drawn(4, 8), drawn(4).exp()), (drawn(4, 8, seed=1), 1))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_single_numbers_move_where_functions_take_tensors(compiled):
+    def function(x, t):
+        s, y = t[0], x * 2
+        y[0] = s
+        clamped = x.clamp(min=s - 1).masked_fill(x > 1, s) + torch.where(x > 0, x, s) + x.where(x > 0, s)
+        powers = x.abs() ** s + torch.float_power(x.abs(), s) + 1 / (x.abs() + s) + torch.addcdiv(x, x, s)
+        filled = torch.zeros_like(x).fill_(s) + s.expand(4, 8) + x.index_fill(0, torch.tensor([1]), s)
+        return torch.lerp(x, y, s) + clamped + powers + filled + torch.atan2(x, s) + torch.rsub(x, s) + torch.fmod(x, s)
+
+    torch._dynamo.reset()
+    primals, tangents = (drawn(4, 8), drawn(4).exp()), (drawn(4, 8, seed=1), drawn(4, seed=2))
+    call = torch.compile(fullgraph=True, backend="aot_eager")(pmf.jvp) if compiled else pmf.jvp
+    expected = torch.func.jvp(function, primals, tangents)
+    torch.testing.assert_close(call(function, primals, tangents), expected, rtol=1e-12, atol=1e-12)
