@@ -1,4 +1,4 @@
-"""A run's directory when the disk is full, and with links in it."""
+"""A run's directory: full disks, links, removals, and what killed processes leave."""
 
 from __future__ import annotations
 
