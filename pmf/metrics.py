@@ -75,6 +75,9 @@ class Statistics:
         largest = np.abs(self.sigma).max()
         symmetric = np.abs(self.sigma - self.sigma.T).max() <= 1e-3 * largest and self.sigma.diagonal().min() >= 0
         require(bool(symmetric), "sigma is no covariance, expected a symmetric matrix of variances")
+        deviations = np.sqrt(self.sigma.diagonal())
+        beyond = np.abs(self.sigma) - np.outer(deviations, deviations)
+        require(beyond.max() <= 1e-3 * largest, "sigma is no covariance, expected correlations within [-1, 1]")
 
     @classmethod
     def of(cls, features: Tensor) -> Statistics:
@@ -202,6 +205,7 @@ def _whole(name: str, values: np.ndarray | None, path: str | Path) -> int | None
         return None
     value = _float64(name, values).reshape(-1)[0]
     require(bool(np.isfinite(value)), f"reference: {path}: its {name} holds NaN or infinity")
+    require(value == int(value), f"reference: {path}: expected a whole number in {name}, got {value}")
     return int(value)
 
 
@@ -209,9 +213,17 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     """|mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)) in float64, A and B being the covariances.
 
     On Inception features this is FID; on flattened images, FID in pixel space.
-    Errors: `InputError` on different numbers of features, resizes, spaces or image sizes.
+    Errors: `InputError` on different numbers of features, resizes, spaces or image sizes, and on numbers so large that
+    the distance is infinite.
     """
     _check_comparable(a, b)
+    with np.errstate(over="ignore", invalid="ignore"):
+        distance = _distance(a, b)
+    require(np.isfinite(distance), "statistics: expected numbers of which float64 holds the squares, got larger ones")
+    return distance
+
+
+def _distance(a: Statistics, b: Statistics) -> float:
     difference = a.mu - b.mu
     values, vectors = np.linalg.eigh(a.sigma)
     root_a = (vectors * np.sqrt(values.clip(0))) @ vectors.T
@@ -360,5 +372,6 @@ def inception(
         )
     except Exception as error:  # reading a corrupt file, or a download, can raise anything
         source = "the download" if weights is None else weights
-        raise InputError(f"inception: cannot take the weights from {source}: {first_line(error)}") from error
+        why = " ".join(str(error).split())[:300] or type(error).__name__
+        raise InputError(f"inception: cannot take the weights from {source}: {why}") from error
     return Inception(network, resize).to(device)

@@ -10,6 +10,7 @@ import inspect
 import multiprocessing.queues
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -100,13 +101,8 @@ def intercepted() -> bool:
 
     That is: transforms, tracers, and modes (fake tensors, operation counters, selective checkpoints, default devices).
     """
-    return bool(
-        forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch.jit.is_tracing()
-    )
+    modes = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
+    return bool(transforming() or modes or torch.jit.is_tracing())
 
 
 def traced_by_fx() -> bool:
@@ -269,6 +265,20 @@ def inside_function() -> bool:
     return not torch._C._is_fwd_grad_enabled()
 
 
+set_recording = torch._C._set_grad_enabled
+"""Record functions for backward from now on, or not."""
+
+
+def without_selective_checkpoint() -> AbstractContextManager | None:
+    """A context in which the selective checkpoint around sees no operator; None if nothing around sees operators."""
+    if not torch._C._len_torch_dispatch_stack():
+        return None
+    from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
+
+    selective = isinstance(_get_current_dispatch_mode(), torch.utils.checkpoint._CachingTorchDispatchMode)
+    return _disable_current_modes() if selective else nullcontext()
+
+
 def version(x: Tensor) -> int:
     """How often x has been written to."""
     return x._version
@@ -307,12 +317,11 @@ def schema(function: Any) -> tuple[str, list[str]]:
 def number_places(name: str) -> tuple[int | str, ...]:
     """Where PyTorch's operators of this name take numbers, in none of their forms tensors: positions and names."""
     operator = getattr(_ATEN, name, None)
-    tensors: set[int | str] = set()
-    numbers: set[int | str] = set()
+    taken: dict[bool, set[int | str]] = {True: set(), False: set()}
     for form in () if operator is None else operator.overloads():
         for i, x in enumerate(getattr(operator, form)._schema.arguments):
-            (tensors if "Tensor" in str(x.type) else numbers).update([x.name] if x.kwarg_only else [i, x.name])
-    return tuple(numbers - tensors)
+            taken["Tensor" in str(x.type)].update([x.name] if x.kwarg_only else [i, x.name])
+    return tuple(taken[False] - taken[True])
 
 
 def worker_processes(batches: Any) -> list[multiprocessing.Process]:

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from pmf.train.cli import main
+from pmf.train.start import main
 
 
 def run() -> int:

@@ -13,8 +13,9 @@ from pmf.config import published_guidance
 from pmf.errors import require
 from pmf.fields import check_fields
 from pmf.images import save_grid
+from pmf.pictures import SUFFIXES
 from pmf.sampling import seeds_from
-from pmf.train.config import find_run_config, require_at_least
+from pmf.train.config import find_run_around, require_at_least
 from pmf.train.distributed import pick_device
 from pmf.train.options import parse
 
@@ -31,7 +32,7 @@ class SampleConfig:
     out: Path = Path("samples.png")
     """The PNG to write."""
     labels: tuple[int, ...] = ()
-    """Class of each column (default: the first ten)."""
+    """Class of each column (default: the first ten). The number of classes stands for none of them."""
     rows: int = 8
     """Rows of the grid; every image has its own noise."""
     steps: int = 1
@@ -59,6 +60,9 @@ class SampleConfig:
         check_fields(self)
         require_at_least(self, 1, "rows", "steps", "batch_size")
         images = self.rows * (len(self.labels) or 10)
+        directory, other = self.out.is_dir(), self.out.suffix.lower() in SUFFIXES[1:]
+        require(not directory, f"out: {self.out} is a directory, expected a name that ends in .png")
+        require(not other, f"out: expected a name that ends in .png, got {self.out}")
         require(images <= MAX_IMAGES, f"rows: expected at most {MAX_IMAGES} images in a grid, got {images}")
 
 
@@ -69,7 +73,7 @@ def _guidance(config: SampleConfig) -> dict[str, Any]:
         alone = all(value is None for value in given.values())
         require(alone, f"guidance: expected no omega, t_min or t_max beside it, got {given}")
         return asdict(published_guidance(config.guidance))
-    run = find_run_config(config.source)
+    run = find_run_around(config.source)
     defaults = asdict(run.sampling) if run else {}
     return {name: defaults.get(name) if value is None else value for name, value in given.items()}
 

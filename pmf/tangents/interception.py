@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 
-from pmf.private import as_scripted, scripted_body, tree_leaves
+from pmf.private import (
+    as_scripted,
+    scripted_body,
+    set_recording,
+    tree_leaves,
+    without_selective_checkpoint,
+)
 
 
 @contextmanager
@@ -116,7 +122,8 @@ def unrecorded() -> AbstractContextManager:
     """A context without gradients, unseen by selective checkpoints: their second run must meet the same operators."""
     if torch.compiler.is_compiling():
         return torch.no_grad()
-    return _unseen() if torch._C._len_torch_dispatch_stack() else _Unrecorded()
+    unseen = without_selective_checkpoint()
+    return _Unrecorded() if unseen is None else _unseen(unseen)
 
 
 class _Unrecorded:
@@ -124,16 +131,13 @@ class _Unrecorded:
 
     def __enter__(self) -> None:
         self.recorded = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)
+        set_recording(False)
 
     def __exit__(self, *error: object) -> None:
-        torch._C._set_grad_enabled(self.recorded)
+        set_recording(self.recorded)
 
 
 @contextmanager
-def _unseen() -> Iterator[None]:
-    from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
-
-    selective = isinstance(_get_current_dispatch_mode(), torch.utils.checkpoint._CachingTorchDispatchMode)
-    with torch.no_grad(), _disable_current_modes() if selective else nullcontext():
+def _unseen(by_modes: AbstractContextManager) -> Iterator[None]:
+    with torch.no_grad(), by_modes:
         yield

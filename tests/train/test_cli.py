@@ -22,6 +22,26 @@ def run(tmp_path_factory):
     return out
 
 
+def test_a_file_of_a_run_is_sampled_and_measured_as_the_run_is(run, tmp_path, capsys):
+    for weights in ("model", "ema_500"):
+        main(["sample", str(run), "--weights", weights, "--rows", "1", "--out", str(tmp_path / "run.png")])
+        main(["sample", str(run / f"{weights}.safetensors"), "--rows", "1", "--out", str(tmp_path / "file.png")])
+        assert (tmp_path / "run.png").read_bytes() == (tmp_path / "file.png").read_bytes()
+    with pytest.raises(SystemExit):
+        main(["sample", str(run), "--out", str(tmp_path)])
+    assert "is a directory, expected a name that ends in .png" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["sample", str(run), "--out", str(tmp_path / "a.jpg")])
+    assert "out: expected a name that ends in .png, got" in capsys.readouterr().err
+
+
+def test_ctrl_c_while_packages_are_imported_is_one_line(tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nimport time\n")
+    start = "import pmf.train.start; import sys; sys.path.insert(0, sys.argv[1]); pmf.train.start.main()"
+    ended = subprocess.run([sys.executable, "-c", start, str(tmp_path)], capture_output=True, text=True)
+    assert ended.returncode == 130 and ended.stderr == "pmf: interrupted\n"
+
+
 def test_flags_override_and_are_stored(run):
     stored = json.loads((run / "config.json").read_text())
     assert stored["model"]["hidden_size"] == 16 and stored["loss"]["p_mean"] == 0.1

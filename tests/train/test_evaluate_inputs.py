@@ -284,6 +284,30 @@ def test_odd_lines_among_the_results_are_skipped(tmp_path, text):
     assert results.find("b") == {"key": "b"}
 
 
+def test_a_result_that_has_lost_its_numbers_is_measured_again(config):
+    (line,) = evaluate(config)
+    file = config.out / "results.jsonl"
+    file.write_text(json.dumps({"key": line["key"]}) + "\n")
+    assert evaluate(config) == [line]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(steps=(1, 0)), r"steps: expected positive numbers, got \(1, 0\)"),
+        (dict(images=Path(__file__)), "images: .* is a file"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is(config, changes, message):
+    with pytest.raises(pmf.InputError, match=message):
+        dataclasses.replace(config, **changes)
+
+
+def test_points_that_are_given_twice_are_measured_once(config):
+    twice = dataclasses.replace(config, steps=(1, 1), omega=(1.5, 1.5), weights=config.weights * 2)
+    assert len(evaluate(twice)) == 1
+
+
 def test_damaged_features_are_named(config):
     with pytest.raises(Stopped):
         measured(config, Asked(14))

@@ -23,6 +23,7 @@ from pmf.metrics import Statistics, frechet_distance, precision_recall
 from pmf.train.config import MeasurementConfig, PosttrainConfig, to_json
 from pmf.train.evaluation import spaces
 from pmf.train.evaluation.command import command
+from pmf.train.evaluation.reference import FEW
 from tests.train.evaluation import checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -157,6 +158,17 @@ def test_interrupted_statistics_resume_with_the_network_they_were_at(folders, tm
     assert fed.taken() == {"clip": 24}
 
 
+def test_statistics_that_another_process_has_named_are_not_named_again(tmp_path):
+    part, file = tmp_path / ".part.npz", tmp_path / "pixels.npz"
+    part.write_bytes(b"content")
+    for _ in range(2):
+        spaces._publish(part, file)
+        assert file.read_bytes() == b"content" and not part.exists()
+    file.unlink()
+    with pytest.raises(pmf.InputError, match=r"pixels.npz was removed meanwhile, expected it to stay"):
+        spaces._publish(part, file)
+
+
 def test_images_are_drawn_once_for_all_spaces(source, folders, tmp_path, fed, monkeypatch, capsys):
     """Also where an evaluation resumes, and where some spaces are known already."""
     reference = statistics(folders[0], tmp_path / "ref", networks=("clip", "mae", "pixels"))
@@ -203,7 +215,10 @@ def test_the_distance_is_that_of_the_drawn_images_and_fdr_is_relative_to_held_ou
 ):
     real, reference, held = folders
     evaluate(source, reference, tmp_path, "--held-out", str(held), "--images", str(tmp_path / "images"))
-    line, summary = lines(capsys)
+    told = capsys.readouterr()
+    line, summary = map(json.loads, told.out.splitlines())
+    assert f"held_out: 24 images; {FEW} 192" in told.err
+    assert told.err.count("held_out: 24 images, but 30 are generated; FDr is too low with fewer held-out images") == 1
     drawn = to_float(read(tmp_path / "images")).flatten(1)
     known = Statistics.load(reference / "pixels.npz")
     distance = frechet_distance(Statistics.of(drawn), known)
@@ -213,7 +228,8 @@ def test_the_distance_is_that_of_the_drawn_images_and_fdr_is_relative_to_held_ou
     assert (line["precision"], line["recall"]) == precise
     assert (line["network"], line["space"], line["images"]) == ("pixels", "pixels", 30)
     assert not {"fid", "resize", "inception_score"} & set(line)
-    floor = frechet_distance(Statistics.load(held / "pixels.npz"), known)
+    found = Statistics.load(held / "pixels.npz")
+    floor = frechet_distance(found, known)
     assert summary["not_trained_on"] == {"pixels": line["frechet_distance"]} and summary["trained_on"] == {}
     assert summary["fdr"] == {"pixels": pytest.approx(line["frechet_distance"] / floor, rel=1e-9)}
     evaluate(source, reference, tmp_path)

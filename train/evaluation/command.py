@@ -67,6 +67,9 @@ class EvalConfig(MeasurementConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _settings(self, Guidance(1.0))  # refuse impossible settings before anything is loaded
+        require(all(n >= 1 for n in self.steps), f"steps: expected positive numbers, got {self.steps}")
+        folder = self.images is None or self.images.is_dir() or not self.images.exists()
+        require(folder, f"images: {self.images} is a file, expected a directory")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +217,7 @@ def _draw(model: pmf.PMFDiT, point: Point, dtype: str, labels: list[int], seeds:
 
 def _grid_points(config: EvalConfig, world: World, steps: tuple[int, ...] = (1,)) -> Iterator[tuple[pmf.PMFDiT, Point]]:
     """Yield every network to measure with each of its grid points."""
-    named = config.weights or (None,)
+    named = tuple(dict.fromkeys(config.weights)) or (None,)
     if len(named) > 1:
         world.main_first(lambda: [locate(config.source, weights) for weights in named])  # before any is measured
     for weights in named:
@@ -255,11 +258,12 @@ def grid(config: EvalConfig, weights: str | None, model: ModelConfig, steps: tup
 
     Guidance defaults to that of the run, else of the published preset. Errors: `InputError` if there is neither.
     """
-    stored = find_run_config(config.source)
+    stored, around = find_run_config(config.source), find_run_around(config.source)
     preset = next((published_guidance(name) for name, c in MODELS.items() if c == model), None)
-    settings = _settings(config, stored.sampling if stored else preset)
+    settings = _settings(config, around.sampling if around else preset)
     weights = weights or (stored.sampling_weights if stored else Path(config.source).stem)
-    return [Point(weights, sampling, n) for sampling, n in product(settings, config.steps or steps)]
+    points = [Point(weights, sampling, n) for sampling, n in product(settings, config.steps or steps)]
+    return list(dict.fromkeys(points))
 
 
 def _settings(config: EvalConfig, default: Guidance | None) -> list[Guidance]:

@@ -180,6 +180,11 @@ class Measurement:
                 self._pictures.warn_of_sizes(self.world, image_size)
 
 
+def _whole(line: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A stored result, unless it has lost its numbers."""
+    return line if line is not None and line.keys() & {"fid", "frechet_distance"} else None
+
+
 def measure(
     measurements: Sequence[Measurement],
     network: pmf.PMFDiT,
@@ -210,7 +215,7 @@ def measure(
     asked = [_Asked(each, each.key(*shown), {**head, **each.label, **more}) for each in measurements]
     folder = images and images.with_name(f"{images.name}-{asked[0].key[:8]}")
     with _alone([out / f".{one.key}.lock" for one in asked], world, stopping):
-        known = world.main_first(lambda: [one.measurement.results.find(one.key) for one in asked])
+        known = world.main_first(lambda: [_whole(one.measurement.results.find(one.key)) for one in asked])
         rest = [one for one, line in zip(asked, known, strict=True) if line is None]
         spans = world.main_first(lambda: _missing(asked[0].chunks.spans(), rest, folder))
         if spans:

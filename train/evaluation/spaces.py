@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from pmf.metrics import INCEPTION_FEATURES, Statistics, frechet_distance
 from pmf.train.config import ExtractionConfig, MeasurementConfig
 from pmf.train.distributed import World
 from pmf.train.evaluation.measurement import Measurement
-from pmf.train.evaluation.reference import Pictures, pictures_digest, warn_of_few, write_folder_statistics
+from pmf.train.evaluation.reference import Pictures, pictures_digest, warn, warn_of_few, write_folder_statistics
 
 
 def spaces_of(config: MeasurementConfig) -> dict[str, str]:
@@ -61,8 +61,16 @@ def write_statistics(
         written[name] = part, network.space
     for name, (part, space) in written.items():
         file = out / f"{name}.npz"
-        world.main_first(partial(part.replace, file))
+        world.main_first(partial(_publish, part, file))
         world.say(f"wrote {file}: statistics of {pictures.count} images, {space}")
+
+
+def _publish(part: Path, file: Path) -> None:
+    """Give the statistics their name, unless another process that computed the same has done so."""
+    try:
+        part.replace(file)
+    except FileNotFoundError:
+        require(file.is_file(), f"out: {file} was removed meanwhile, expected it to stay")
 
 
 class SpacesMeasurement:
@@ -83,7 +91,9 @@ class SpacesMeasurement:
             one = replace(config, reference=folder / f"{name}.npz", resize=None)
             made = Measurement(one, out, world, lambda resize, made=extractor: made, network=name, given=given)
             self.measurements[name] = made
-        self.floors = floors(config.held_out, {name: one.reference()[0] for name, one in self.measurements.items()})
+        references = {name: one.reference()[0] for name, one in self.measurements.items()}
+        self.world, self.floors = world, floors(config.held_out, references, world)
+        self._warned = False
 
     def __iter__(self) -> Iterator[Measurement]:
         return iter(self.measurements.values())
@@ -94,7 +104,12 @@ class SpacesMeasurement:
         FDr = FD(generated, reference) / FD(held out, reference): 1 is as far from the reference as other real images.
         """
         distances = _distances(lines)
-        return {name: distances[name] / floor for name, floor in self.floors.items()}
+        for name, floor in self.floors.items():
+            generated = next(line["images"] for line in lines if line["network"] == name)
+            if floor.images not in (None, generated) and not self._warned:
+                self._warned = True
+                warn(self.world, f"held_out: {floor.images:,} images, but {generated:,} are generated; {EQUAL}")
+        return {name: distances[name] / floor.distance for name, floor in self.floors.items()}
 
     def summary(self, head: dict[str, Any], lines: list[dict[str, Any]], trained: Sequence[str]) -> dict[str, Any]:
         """The distances in the spaces that a run was trained on and in the others; with held-out images also FDr."""
@@ -129,15 +144,28 @@ def load_statistics(folder: Path, name: str, argument: str) -> Statistics:
     return found
 
 
-def floors(held_out: Path | None, references: Mapping[str, Statistics]) -> dict[str, float]:
+EQUAL = "FDr is too low with fewer held-out images, too high with more"
+
+
+class Floor(NamedTuple):
+    """What FDr is measured by."""
+
+    distance: float
+    """FD of held-out real images to the reference."""
+    images: int | None
+    """How many they are."""
+
+
+def floors(held_out: Path | None, references: Mapping[str, Statistics], world: World) -> dict[str, Floor]:
     """FD of held-out real images to the reference by network, over which FDr is taken; empty without them."""
     if held_out is None:
         return {}
-    return {name: _floor(held_out, name, reference) for name, reference in references.items()}
+    return {name: _floor(held_out, name, reference, world) for name, reference in references.items()}
 
 
-def _floor(held_out: Path, name: str, reference: Statistics) -> float:
+def _floor(held_out: Path, name: str, reference: Statistics, world: World) -> Floor:
     found, where = load_statistics(held_out, name, "held_out"), f"held_out: {held_out / name}.npz"
+    warn_of_few(world, "held_out", found.count, len(found.mu))
     try:
         distance = frechet_distance(found, reference)
     except InputError as error:
@@ -146,4 +174,4 @@ def _floor(held_out: Path, name: str, reference: Statistics) -> float:
     equal = np.array_equal(found.mu, reference.mu) and np.array_equal(found.sigma, reference.sigma)
     require(not equal, f"{where}: expected other images than the reference's, got the same statistics")
     require(distance > 0, f"{where}: expected a positive distance to the reference, got {distance}")
-    return distance
+    return Floor(distance, found.count)

@@ -20,7 +20,7 @@ def command(arguments: list[str]) -> None:
     world = join(config.device, config.sharding)
     networks = open_networks(config, world.device)
     references = open_references(config, networks)
-    held_out = floors(config.held_out, references)
+    held_out = {name: floor.distance for name, floor in floors(config.held_out, references, world).items()}
     data = open_data(config.data, config.model.image_size) if config.anchor else None
     trainer = PosttrainTrainer(config, world, networks, references, held_out=held_out, data=data)
     trainer.run()
