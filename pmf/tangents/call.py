@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -27,13 +28,14 @@ from pmf.tangents import (  # noqa: F401 (they register)
     shapes,
     wrappers,
 )
-from pmf.tangents.carriers import CARRIERS, carrier, open_call, rebuilt
+from pmf.tangents.carriers import CARRIERS, carrier, open_call
 from pmf.tangents.fallback import forward_mode_around
 from pmf.tangents.handlers import TORCH_SCRIPT, ruled
 from pmf.tangents.memory import fitted
 from pmf.tangents.rules import HANDLERS, Rule
 
 Number = int | float | complex
+DICTS = dict, OrderedDict, defaultdict
 
 
 def jvp(func: Callable, primals: tuple, tangents: tuple, *, has_aux: bool = False, rows: int | None = None) -> tuple:
@@ -120,16 +122,14 @@ def _leaves(primals: Any, tangents: Any) -> tuple[list, list, Any]:
 
 def _in_order(tangents: Any, primals: Any) -> Any:
     """The tangents with the entries of each dict in the order of the primals', in which PyTorch pairs them."""
-    if isinstance(primals, dict) and isinstance(tangents, dict) and primals.keys() == tangents.keys():
-        ordered = {name: _in_order(tangents[name], x) for name, x in primals.items()}
-        if all([a is b for a, b in zip(tangents.values(), ordered.values(), strict=True)]):
-            return tangents
+    kind = type(tangents)
+    if kind in DICTS and isinstance(primals, dict) and primals.keys() == tangents.keys():
         made = tangents.copy()  # of the same kind
         made.clear()
-        made.update(ordered)
+        made.update({name: _in_order(tangents[name], x) for name, x in primals.items()})
         return made
-    if isinstance(primals, (tuple, list)) and isinstance(tangents, (tuple, list)) and len(primals) == len(tangents):
-        return rebuilt(tangents, [_in_order(dot, x) for dot, x in zip(tangents, primals, strict=True)])
+    if kind in (tuple, list) and isinstance(primals, (tuple, list)) and len(primals) == len(tangents):
+        return kind([_in_order(dot, x) for dot, x in zip(tangents, primals, strict=True)])
     return tangents
 
 

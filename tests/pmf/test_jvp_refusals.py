@@ -250,7 +250,7 @@ NUMBERS = {  # of x [4, 8] and t [4]
     "baddbmm": lambda x, t: torch.baddbmm(x[None], (x @ x.T)[None], x[None], beta=t[0]),
     "scaled_dot_product_attention": lambda x, t: F.scaled_dot_product_attention(x[None], x[None], x[None], scale=t[0]),
     "layer_norm": lambda x, t: F.layer_norm(x, (8,), eps=t[0]),
-    "rms_norm": lambda x, t: F.rms_norm(x, (8,), None, t[0]),
+    "rms_norm": lambda x, t: F.rms_norm(x, (8,), torch.ones(8, dtype=F64), t[0]),
 }
 
 
