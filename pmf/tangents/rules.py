@@ -162,8 +162,8 @@ def bilinear(function: Callable, second: str, bias: bool = False, spatial: int =
                 args = *args, kwargs.pop(name)
         a, b, *others = args
         added = others[0] if bias and others else None
-        if bias and others:
-            others[0] = None
+        if added is not None:
+            others = [None, *others[1:]]
         if any_moves(others, kwargs):
             return NotImplemented
         dot = added.dot.reshape(-1, *[1] * spatial).clone() if is_dual(added) else None
