@@ -20,7 +20,8 @@ Rounding. H is rounded to the dtype of v before it is multiplied. Two things kee
    row, so it cancels in S_dot - shift and does not affect the rounding of H. The mean of n random keys
    increases a row's spread by the factor sqrt(1 + 1 / n), 3% here; a single key would add 41% and might
    be an outlier, such as a prefix token; a mean weighted by P would need another pass. The cost is 16
-   more keys in the products of S_dot.
+   more keys in the products of S_dot. In float32, where sums round as coarsely as H, the 16 keys are
+   weighted by the softmax of their own scores, closer to the row's mean.
 2. rowsum(H) sums the rounded values, which also multiply v. An error e_j in H_j then enters o_dot as
    e_j (v_j - o) instead of e_j v_j: it cancels where attention is concentrated or values have a common part.
 
@@ -256,7 +257,17 @@ def _tangent(
                 b_q0, b_q1, p_q, i_m, m_m, q_step,
                 b_few0, b_few1, p_k_dot, i_few, m_few, k_dot_step, b_few, D, D1,
             )  # fmt: skip
-        b_shift = tl.sum(b_few, 1) * (scale / SHIFT_KEYS)
+        if FLOAT32:  # weighted as the keys are: the closer the shift is to the row's mean, the less cancels at the end
+            b_few0, b_few1 = _load_parts(p_k, i_few, m_few, k_step, D, D0, D1)
+            b_weight = tl.zeros([M, SHIFT_KEYS], tl.float32)
+            b_weight = _scores(
+                b_q0, b_q1, p_q, i_m, m_m, q_step, b_few0, b_few1, p_k, i_few, m_few, k_step, b_weight, D, D1
+            )
+            b_weight = b_weight * (scale * LOG2_E)
+            b_weight = tl.exp2(b_weight - tl.max(b_weight, 1)[:, None])
+            b_shift = tl.sum(b_few * b_weight, 1) * scale / tl.sum(b_weight, 1)
+        else:
+            b_shift = tl.sum(b_few, 1) * (scale / SHIFT_KEYS)
     if p_dot.v is not None:
         p_v_dot = p_dot.v + _head_offset(dot_steps.v, i_b, i_g)
 
