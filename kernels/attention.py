@@ -123,7 +123,7 @@ def tangent_tile(head_dim: int, length: int, dtype: torch.dtype, chip: Chip, mas
     16 keys at D 128 (sm_120 spills there, so it takes fewer queries). Blackwell (sm_100) has 512 columns of tensor
     memory in all, too few for 64 keys and two accumulators.
     Keys and values take 4 x keys x D values of shared memory per stage: three stages if they fit, and at most
-    96 KB, except on Hopper and sm_100. In float32, masks take the last registers of 32 queries.
+    96 KB, except on Hopper and sm_100. In float32, registers hold 32 queries up to D 64 without masks, else 16.
 
     On Hopper up to D 96, two programs per processor with 32 keys beat one with 64; up to D 64, 64 queries win if
     128 would leave many rows of the last tile empty (measured on an H200 at D 64, 80 and 128, S 276 and 4096).
@@ -132,7 +132,7 @@ def tangent_tile(head_dim: int, length: int, dtype: torch.dtype, chip: Chip, mas
     if chip.interpreted:
         return TangentTile(128, 64, 1, 1)
     if dtype == torch.float32:
-        return TangentTile(32 if padded <= 80 and not masked else 16, 16, 8, 1)
+        return TangentTile(32 if padded <= 64 and not masked else 16, 16, 8, 1)
     if generation == 9:
         if padded > 96:
             return TangentTile(128, 64, 8, 2)

@@ -124,7 +124,7 @@ def pointwise_cases(size: str, stream, low):
 
 
 def attention_cases(size: str, stream, low):
-    """Heads of 40, 64 and 128 (size B), of 80 (size H); in float32 those of 80 and 128.
+    """Heads of 40, 64 and 128 (size B), of 80 (size H); in float32 those of 64, 80 and 128.
 
     Those of 64, 80 and 128 also causal, in groups of 4 with key lengths, and all of it.
     """
@@ -132,7 +132,7 @@ def attention_cases(size: str, stream, low):
 
     from pmf.kernels import attention, registration
 
-    wide = (80,) if low == torch.bfloat16 else (80, 128)
+    wide = (80,) if low == torch.bfloat16 else (64, 80, 128)
     head_dims = {"digits": (), "B": (40, 48, 64, 96, 128), "L": (), "H": wide}[size]
     for head_dim in head_dims:
         heads = 16
