@@ -40,48 +40,52 @@ class Extractor(Protocol):
     def state_dict(self) -> dict[str, Any]: ...  # noqa: D102
 
 
-def find_images(folder: Path) -> list[Path]:
-    """All pictures below a folder by their names, see `pmf.pictures`, sorted by path; raise `InputError` if none."""
+def find_images(folder: Path, *, argument: str = "folder") -> list[Path]:
+    """All pictures below a folder by their names, see `pmf.pictures`, sorted by path.
+
+    Errors: `InputError` if there are none or they cannot be listed; it calls the folder `argument`.
+    """
     check_values(Path, folder=folder)
-    require(folder.exists(), f"reference: {printable(folder)} does not exist, expected a folder of images")
-    require(folder.is_dir(), f"reference: {printable(folder)} is a file, expected a folder of images")
+    require(folder.exists(), f"{argument}: {printable(folder)} does not exist, expected a folder of images")
+    require(folder.is_dir(), f"{argument}: {printable(folder)} is a file, expected a folder of images")
     try:
         found = sorted(Path(entry.path) for entry in walk(folder) if is_picture(entry.name))
     except OSError as error:
-        raise InputError(f"reference: cannot list {printable(error.filename)}: {error.strerror}") from error
-    require(bool(found), f"reference: {folder} holds no {', '.join(SUFFIXES)}")
+        raise InputError(f"{argument}: cannot list {printable(error.filename)}: {error.strerror}") from error
+    require(bool(found), f"{argument}: {printable(folder)} holds no {', '.join(SUFFIXES)}")
     return found
 
 
-def images_of(files: list[Path]) -> Source:
+def images_of(files: list[Path], *, argument: str = "files") -> Source:
     """Decode the files to RGB bytes at their own size; stack consecutive images of equal size.
 
-    The first picture that loses something, such as transparency, is named in a warning.
+    The first picture that loses something, such as transparency, is named in a warning. Errors: `InputError` on what is
+    no readable picture. Both call the files `argument`.
     """
     lost: set[str] = set()
 
     def read(batch: range) -> Iterator[Tensor]:
         with ThreadPool(min(32, (os.cpu_count() or 1) + 4)) as pool:  # unlike an executor, it is left at Ctrl-C
-            images = list(pool.imap(partial(_read_image, lost), [files[i] for i in batch]))
+            images = list(pool.imap(partial(_read_image, lost, argument), [files[i] for i in batch]))
         for _, group in groupby(images, key=lambda image: image.shape):
             yield torch.stack(list(group))
 
     return read
 
 
-def _read_image(lost: set[str], file: Path) -> Tensor:
-    with extra("eval", f"reference: {file} needs"):
+def _read_image(lost: set[str], argument: str, file: Path) -> Tensor:
+    with extra("eval", f"{argument}: {printable(file)} needs"):
         import PIL.Image  # noqa: F401
 
     def note(kind: str) -> None:
         if kind not in lost:
             lost.add(kind)
-            log.warning("reference: %s %s; other pictures may be the same", printable(file), kind)
+            log.warning("%s: %s %s; other pictures may be the same", argument, printable(file), kind)
 
     try:
         return torch.from_numpy(np.array(read_picture(read_file(file), note))).permute(2, 0, 1)
     except Exception as error:  # decoders may raise anything on torn files
-        raise InputError(f"reference: {printable(file)} is not a readable picture: {first_line(error)}") from error
+        raise InputError(f"{argument}: {printable(file)} is not a readable picture: {first_line(error)}") from error
 
 
 def _bar(total: int) -> AbstractContextManager:

@@ -15,7 +15,7 @@ import torch
 import pmf
 from pmf.errors import InputError, extra, first_line, require
 from pmf.train.distributed import CommonError, lost, own_rank
-from pmf.train.terminal import soft_output
+from pmf.train.terminal import logged_lines, soft_output
 
 COMMANDS = {
     "train": ("pmf.train.loop", "train a preset or resume a run; start it with torchrun for several GPUs"),
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     if _is_idle(arguments):
         return
-    with soft_output():
+    with soft_output(), logged_lines():
         try:
             _find_packages()
             _run(arguments)

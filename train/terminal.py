@@ -1,4 +1,7 @@
-"""Output that cannot stop a command: a closed pipe or terminal, or a picture that fails, costs that output alone."""
+"""Output that cannot stop a command: a closed pipe or terminal, or a picture that fails, costs that output alone.
+
+Warnings are logged; while a command runs, each is a line of their own.
+"""
 
 from __future__ import annotations
 
@@ -77,6 +80,27 @@ def soft_output() -> Iterator[None]:
         for stream in soft:
             stream.flush()
         sys.stdout, sys.stderr = before
+
+
+class _Lines(logging.Handler):
+    """Prints what is logged on standard error, a line each, above a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        text = " ".join(record.getMessage().split())
+        tqdm.write(f"pmf: {record.levelname.lower()}: {text}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def logged_lines() -> Iterator[None]:
+    """Inside the context, print the package's warnings as lines `pmf: warning: ...`."""
+    logger, handler = logging.getLogger("pmf"), _Lines(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 @contextlib.contextmanager

@@ -121,7 +121,7 @@ CASES = [
     *(("runs", lambda v=v: comparison(v, "cpu")) for v in ({}, None)),
     ("device", lambda: comparison({"a": lambda: None}, "nope")),
     ("folder", lambda: find_images("pictures")),
-    ("reference", lambda: find_images(Path(__file__))),
+    ("folder", lambda: find_images(Path(__file__))),
     *(("count", lambda v=v: Chunks(Path("a"), *v)) for v in ((-1, 4), (4, 0))),
     ("count", lambda: Chunks(Path("a"), 0, 4).statistics(keep=False)),
     ("directory", lambda: Chunks("a", 4, 4)),

@@ -41,12 +41,12 @@ def test_pictures_come_as_rgb_bytes_at_their_own_size(tmp_path):
 
 
 def test_what_is_no_folder_and_no_picture_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"reference: .*nothing does not exist"):
+    with pytest.raises(InputError, match=r"^folder: .*nothing does not exist"):
         find_images(tmp_path / "nothing")
-    with pytest.raises(InputError, match=r"holds no \.png"):
+    with pytest.raises(InputError, match=r"^folder: .* holds no \.png"):
         find_images(tmp_path)
     (tmp_path / "torn.png").write_bytes(b"\x89PNG")
-    with pytest.raises(InputError, match=r"reference: .*torn.png is not a readable picture"):
+    with pytest.raises(InputError, match=r"^files: .*torn.png is not a readable picture"):
         list(images_of(find_images(tmp_path))(range(1)))
 
 
@@ -99,7 +99,7 @@ def test_statistics_of_a_folder_continue_where_they_were_interrupted(tmp_path):
                 raise KeyboardInterrupt
             return super().forward(images)
 
-    files, four = open_pictures(tmp_path / "in"), ExtractionConfig(batch_size=4, chunk=4)
+    files, four = open_pictures(tmp_path / "in", "folder"), ExtractionConfig(batch_size=4, chunk=4)
     with pytest.raises(KeyboardInterrupt):
         write_folder_statistics(files, tmp_path / "ref.npz", Interrupted(), ALONE, four, keep=True)
     assert not (tmp_path / "ref.npz").exists()

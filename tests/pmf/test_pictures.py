@@ -240,7 +240,7 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path, kind):
     {"fifo": os.mkfifo, "broken": lambda p: p.symlink_to("nowhere"), "torn": lambda p: p.write_bytes(b"\x89PNG")}[kind](
         bad
     )
-    with pytest.raises(InputError, match=r"^reference: .*a.png is not a readable picture: [^\n]+$"):
+    with pytest.raises(InputError, match=r"^files: .*a.png is not a readable picture: [^\n]+$"):
         list(images_of(find_images(tmp_path))(range(1)))
     with pytest.raises((InputError, OSError)):
         pictures.read_picture(pictures.read_file("/dev/zero"))

@@ -1,5 +1,6 @@
 import contextlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -92,6 +93,15 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
         main(arguments)
     lines = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith(f"pmf: {message}")
+
+
+def test_a_warning_is_a_line_of_its_own(tmp_path, capsys):
+    for out in ("one", "two"):
+        main(["digits", "--out", str(tmp_path / out), *TINY_RUN, "--ema-every", "5"])
+        told = re.split(r"[\r\n]", capsys.readouterr().err)  # a progress bar is drawn over
+        (warning,) = (line for line in told if "warning" in line)
+        assert warning.startswith("pmf: warning: ema_every: "), told
+    assert not logging.getLogger("pmf").handlers
 
 
 def test_samples_take_a_published_setting_by_name(run, tmp_path, capsys):

@@ -73,27 +73,22 @@ def test_a_prepared_directory_is_a_reference(config, reference, tmp_path):
         evaluate(prepared)
 
 
-def warnings_of(capsys):
-    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("pmf: warning: ")]
-
-
-def test_too_few_images_are_warned_of_once(config, capsys, tmp_path):
+def test_too_few_images_are_warned_of_once(config, caplog, tmp_path):
     evaluate(dataclasses.replace(config, omega=(1.5, 2.0)))
-    assert warnings_of(capsys) == []  # 6 features, 30 and 20 images
+    assert caplog.messages == []  # 6 features, 30 and 20 images
     Statistics.of(torch.randn(3, 6)).save(tmp_path / "ref.npz")
     evaluate(dataclasses.replace(config, reference=tmp_path / "ref.npz", omega=(1.5, 2.0)))
-    (line,) = warnings_of(capsys)
-    assert line.startswith("pmf: warning: reference: 3 images; a Fr\u00e9chet distance of so few is mostly error")
+    (line,) = caplog.messages
+    assert line.startswith("reference: 3 images; a Fr\u00e9chet distance of so few is mostly error")
 
 
-def test_sizes_that_differ_are_warned_of_once_with_their_counts(config, capsys, tmp_path):
+def test_sizes_that_differ_are_warned_of_once_with_their_counts(config, caplog, tmp_path):
     mixed = pictures(pictures(tmp_path / "in", 12), 5, side=16)
     evaluate(dataclasses.replace(config, reference=mixed, omega=(1.5, 2.0)))
-    assert warnings_of(capsys) == [
-        "pmf: warning: reference: images of 8 x 8 (12), 16 x 16 (5); expected 8 x 8, as the samples"
-    ]
+    assert caplog.messages == ["reference: images of 8 x 8 (12), 16 x 16 (5); expected 8 x 8, as the samples"]
+    caplog.clear()
     evaluate(dataclasses.replace(config, reference=pictures(tmp_path / "other", 9, side=16)))
-    assert warnings_of(capsys) == ["pmf: warning: reference: images of 16 x 16 (9); expected 8 x 8, as the samples"]
+    assert caplog.messages == ["reference: images of 16 x 16 (9); expected 8 x 8, as the samples"]
 
 
 def test_the_reference_is_looked_at_before_any_network(config, tmp_path):
@@ -111,7 +106,7 @@ def test_the_reference_is_looked_at_before_any_network(config, tmp_path):
 def test_what_is_no_picture_is_named_and_not_waited_for(config, tmp_path, kind):
     bad = pictures(tmp_path / "in") / "bad.png"
     os.mkfifo(bad) if kind == "pipe" else bad.symlink_to("nowhere")
-    assert open_pictures(tmp_path / "in").sizes() == {(8, 8): 20}
+    assert open_pictures(tmp_path / "in", "reference").sizes() == {(8, 8): 20}
     with pytest.raises(pmf.InputError, match=r"^reference: .*bad.png is not a readable picture: "):
         evaluate(dataclasses.replace(config, reference=tmp_path / "in"))
 
@@ -148,7 +143,7 @@ def test_all_weights_are_looked_for_before_any_is_measured(digits, tmp_path, cap
     assert capsys.readouterr().out == ""
 
 
-def test_digits_score_only_what_was_trained_on_digits(digits, tmp_path, capsys):
+def test_digits_score_only_what_was_trained_on_digits(digits, tmp_path, capsys, caplog):
     command([digits("known.safetensors", data="digits"), *FLAGS])
     assert "frechet_distance" in capsys.readouterr().out
     mine = digits("mine.safetensors", data="data/mine")
@@ -162,8 +157,8 @@ def test_digits_score_only_what_was_trained_on_digits(digits, tmp_path, capsys):
         command([digits("photographs.safetensors", data="photographs"), *FLAGS])
     capsys.readouterr()
     command([digits("unknown.safetensors"), *FLAGS])
-    said = capsys.readouterr()
-    assert said.err.startswith("pmf: warning: source: its training data are unknown; scored as digits") and said.out
+    (warning,) = caplog.messages
+    assert warning.startswith("source: its training data are unknown; scored as digits") and capsys.readouterr().out
 
 
 def test_a_run_of_other_data_is_not_scored_as_digits_while_it_trains(tmp_path):

@@ -360,10 +360,11 @@ def test_a_post_trained_run_is_not_resumed_by_pmf_train(run, tmp_path, capsys):
     assert f"expected `pmf posttrain --resume {out}`" in capsys.readouterr().err
 
 
-def test_a_window_that_covers_much_of_the_run_is_warned_of(run, tmp_path, capsys):
+def test_a_window_that_covers_much_of_the_run_is_warned_of(run, tmp_path, caplog):
     for decay, warned in (("0.99", True), ("0.8", False)):
+        caplog.clear()
         trainer_of(config(tmp_path / decay, steps=200, decay=float(decay)))
-        assert ("more than a twentieth of the run" in capsys.readouterr().err) == warned, decay
+        assert ("more than a twentieth of the run" in caplog.text) == warned, decay
     assert config(tmp_path, steps=400).decay_in_effect == 0.8
     assert config(tmp_path, steps=1500).decay_in_effect == pytest.approx(1 - 1 / 15)
     assert config(tmp_path, steps=10**6).decay_in_effect == 0.999

@@ -159,7 +159,7 @@ def test_a_flipped_bit_is_a_corrupt_image_that_the_loader_replaces(folder, tmp_p
     assert sum(torch.equal(image, expected(6).float() / 127.5 - 1) for image in x) == 2
 
 
-def test_unusable_pictures_are_named_up_to_the_budget(folder, tmp_path, capsys):
+def test_unusable_pictures_are_named_up_to_the_budget(folder, tmp_path, capsys, caplog):
     broken = tmp_path / "in"
     for label, name in enumerate(CLASSES):
         (broken / name).mkdir(parents=True)
@@ -171,9 +171,9 @@ def test_unusable_pictures_are_named_up_to_the_budget(folder, tmp_path, capsys):
         prepare(config(broken, tmp_path / "out", max_corrupt=1))
     flags = ["--size", "8", "--shard-images", "5", "--workers", "2", "--max-corrupt", "2", "--verify"]
     command(["prepare", f"folder:{broken}", "--out", str(tmp_path / "out"), *flags])
-    said = capsys.readouterr()
-    assert "left out ant/3.png: " in said.err and "left out bee/5.png: it has no bytes" in said.err
-    assert "19 images of 3 classes at 8 px; 2 left out" in said.out and "19 images verified" in said.out
+    out = capsys.readouterr().out
+    assert "left out ant/3.png: " in caplog.text and "left out bee/5.png: it has no bytes" in caplog.text
+    assert "19 images of 3 classes at 8 px; 2 left out" in out and "19 images verified" in out
     holds_all(PreparedShards(tmp_path / "out"), skipped=(3, 12))
 
 

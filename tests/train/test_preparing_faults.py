@@ -98,7 +98,7 @@ def test_a_source_that_vanishes_is_said(folder, tmp_path, monkeypatch):
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_odd_names_are_one_line_each(tmp_path, capsys):
+def test_odd_names_are_one_line_each(tmp_path, caplog):
     root = os.fsencode(tmp_path / "in")
     os.makedirs(root + b"/a")
     for name in (b"caf\xe9.png", b"new\nline.png", b"good.png"):
@@ -106,7 +106,7 @@ def test_odd_names_are_one_line_each(tmp_path, capsys):
             file.write(encoded(1) if name == b"good.png" else b"torn")
     data = run(f"folder:{tmp_path}/in", tmp_path / "out")
     assert len(data) == 1
-    said = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    said = [text for text in caplog.messages if "left out" in text]
     assert [line.split("left out ")[1].split(":")[0] for line in said] == [r"a/caf\udce9.png", r"a/new\nline.png"]
     for name in (b"caf\xe9", b"two\nlines"):
         os.makedirs(root + b"/" + name)

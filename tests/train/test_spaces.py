@@ -211,14 +211,15 @@ def test_images_are_drawn_once_for_all_spaces(source, folders, tmp_path, fed, mo
 
 
 def test_the_distance_is_that_of_the_drawn_images_and_fdr_is_relative_to_held_out_ones(
-    source, folders, tmp_path, capsys
+    source, folders, tmp_path, capsys, caplog
 ):
     real, reference, held = folders
     evaluate(source, reference, tmp_path, "--held-out", str(held), "--images", str(tmp_path / "images"))
-    told = capsys.readouterr()
-    line, summary = map(json.loads, told.out.splitlines())
-    assert f"held_out: 24 images; {FEW} 192" in told.err
-    assert told.err.count("held_out: 24 images, but 30 are generated; FDr is too low with fewer held-out images") == 1
+    line, summary = lines(capsys)
+    assert f"held_out: 24 images; {FEW} 192" in caplog.text
+    assert (
+        caplog.text.count("held_out: 24 images, but 30 are generated; FDr is too low with fewer held-out images") == 1
+    )
     drawn = to_float(read(tmp_path / "images")).flatten(1)
     known = Statistics.load(reference / "pixels.npz")
     distance = frechet_distance(Statistics.of(drawn), known)

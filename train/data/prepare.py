@@ -209,7 +209,7 @@ class _Preparation:
     def _judge(self, key: str, reason: str | None) -> None:
         if reason is None:
             return
-        print(f"left out {key}: {reason}", file=sys.stderr)
+        log.warning("left out %s: %s", key, reason)
         self.left_out += 1
         excess = f"expected at most {self.config.max_corrupt} unusable pictures, the last is {key}: {reason}"
         require(self.left_out <= self.config.max_corrupt, f"source: {excess}")

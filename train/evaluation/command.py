@@ -144,7 +144,7 @@ def statistics_command(arguments: list[str]) -> None:
     """Write the statistics of a folder."""
     config = parse(StatisticsConfig, "pmf eval statistics", arguments)
     refuse_ignored(config, StatisticsConfig(folder=config.folder, out=config.out), STATISTICS_NEEDS)
-    pictures, world = open_pictures(config.folder), join(config.device)
+    pictures, world = open_pictures(config.folder, "folder"), join(config.device)
     if config.networks:
         pictures.warn_of_sizes(world)
         write_statistics(pictures, config.out, config.networks, world, config, keep=config.features)

@@ -104,7 +104,7 @@ class Measurement:
         path = config.reference
         if path is None:
             raise InputError(NO_REFERENCE)
-        self._pictures = open_pictures(path) if path.is_dir() else None
+        self._pictures = open_pictures(path, "reference") if path.is_dir() else None
         if self._pictures is None and given is None:
             given = Statistics.load(path)
         _check_enough(self._pictures, given)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +25,7 @@ from pmf.train.distributed import World
 from pmf.train.evaluation.lock import alone
 from pmf.train.evaluation.results import digest, extractor_digest
 
+log = logging.getLogger(__name__)
 FEW = "a Fréchet distance of so few is mostly error (their covariance has no full rank), expected at least"
 
 
@@ -49,9 +50,9 @@ def stop_together(world: World, stopping: Callable[[], bool]) -> None:
 
 
 def warn(world: World, text: str) -> None:
-    """Print one line on the main process's standard error."""
+    """Log a warning on the main process."""
     if world.main:
-        print(f"pmf: warning: {text}", file=sys.stderr, flush=True)
+        log.warning(text)
 
 
 def warn_of_few(world: World, name: str, count: int | None, width: int) -> None:
@@ -72,6 +73,8 @@ class Pictures:
     """Reads them."""
     sizes: Callable[[], Counter[tuple[int, int]]]
     """(width, height) -> number of images, by their headers."""
+    argument: str
+    """What the user calls them."""
 
     def side(self) -> int | None:
         """The side of the images if all are squares of one size, else None."""
@@ -85,21 +88,22 @@ class Pictures:
         if len(sizes) > 1 or (wanted is not None and set(sizes) - {(wanted, wanted)}):
             most = ", ".join(f"{w} x {h} ({n:,})" for (w, h), n in sizes.most_common(3))
             more = f" and {len(sizes) - 3} other sizes" if len(sizes) > 3 else ""
-            warn(world, f"reference: images of {most}{more}; expected {expected}")
+            warn(world, f"{self.argument}: images of {most}{more}; expected {expected}")
 
 
-def open_pictures(path: Path) -> Pictures:
-    """The images of a folder, or of a directory that `pmf data prepare` filled.
+def open_pictures(path: Path, argument: str) -> Pictures:
+    """The images of a folder, or of a directory that `pmf data prepare` filled; `argument` is named in errors.
 
     Errors: `InputError` if there are none, or if a prepared directory is not complete.
     """
     if any(path.glob("shard-*.*")):
-        return _prepared(path)
-    files = find_images(path)
-    return Pictures(files, len(files), images_of(files), cache(lambda: _sizes(files)))
+        return _prepared(path, argument)
+    files = find_images(path, argument=argument)
+    read = images_of(files, argument=argument)
+    return Pictures(files, len(files), read, cache(lambda: _sizes(files, argument)), argument)
 
 
-def _prepared(path: Path) -> Pictures:
+def _prepared(path: Path, argument: str) -> Pictures:
     from pmf.data.shards import PreparedShards  # needs the extra `data`
 
     data = PreparedShards(path)
@@ -108,15 +112,15 @@ def _prepared(path: Path) -> Pictures:
         try:
             yield torch.stack([data.read(i)[0] for i in batch])
         except CorruptImageError as error:
-            raise InputError(f"reference: {path} holds a corrupt image: {error}") from error
+            raise InputError(f"{argument}: {path} holds a corrupt image: {error}") from error
 
     size = data.settings.size
     files = sorted(path.glob("shard-*.arrow"))
-    return Pictures(files, len(data), read, lambda: Counter({(size, size): len(data)}))
+    return Pictures(files, len(data), read, lambda: Counter({(size, size): len(data)}), argument)
 
 
-def _sizes(files: list[Path]) -> Counter[tuple[int, int]]:
-    with extra("eval", "reference: pictures need"):
+def _sizes(files: list[Path], argument: str) -> Counter[tuple[int, int]]:
+    with extra("eval", f"{argument}: pictures need"):
         import PIL.Image  # noqa: F401
 
     def size(file: Path) -> tuple[int, int] | None:
