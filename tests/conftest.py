@@ -31,6 +31,15 @@ def poisoned_allocations():
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
+@pytest.fixture(autouse=True)
+def signals():
+    """Fail where a test leaves Ctrl-C to another handler: processes that later tests start would inherit it."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    after = signal.signal(signal.SIGINT, before)
+    assert after is before
+
+
 @pytest.fixture(scope="session")
 def fidelity():
     """The package torch_fidelity; skips the test if it cannot be imported."""

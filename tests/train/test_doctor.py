@@ -89,7 +89,8 @@ def test_a_large_network_on_a_cpu_is_counted_and_not_run(capsys):
 
 
 def test_processes_share_the_batch_and_the_state(capsys):
-    big = ("--device", "cpu", "--data", "/nowhere", "--batch-size", "16", "--model.hidden-size", "512")
+    big = ("--device", "cpu", "--data", "/nowhere", "--batch-size", "16")
+    big += ("--model.hidden-size", "512", "--model.depth", "2", "--model.aux-head-depth", "1")
     alone, _ = report(capsys, *big, status=1)
     shared, _ = report(capsys, *big, "--processes", "4", "--sharding", "fsdp", status=1)
     assert "on cpu: 4 x 4 images at a time, 16 a step, fsdp" in value(shared, "run")

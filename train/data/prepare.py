@@ -13,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from multiprocessing.pool import ThreadPool
+from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -217,13 +217,20 @@ class _Preparation:
 
 def _in_order(convert: Callable, samples: Iterator[Sample], pool: ThreadPool, ahead: int) -> Iterator[Any]:
     """Yield convert(sample) in order; this thread reads the samples, so that Ctrl-C interrupts it."""
-    pending: deque[Any] = deque()
+    pending: deque[AsyncResult] = deque()
     for sample in samples:
         pending.append(pool.apply_async(convert, (sample,)))
         if len(pending) >= ahead:
-            yield pending.popleft().get()
+            yield _result(pending.popleft())
     while pending:
-        yield pending.popleft().get()
+        yield _result(pending.popleft())
+
+
+def _result(work: AsyncResult) -> Any:
+    """The result of work in a pool. Python notices a signal that comes just before a wait only when the wait ends."""
+    while not work.ready():
+        work.wait(1.0)
+    return work.get()
 
 
 def _begun(directory: Path, settings: Settings) -> dict[Path, pa.Table]:
