@@ -47,9 +47,33 @@ def add_in_pairs() -> None:
     interpreter.ReduceOps.sum = add
 
 
+def patch_once_a_launch() -> None:
+    """Make the interpreter patch triton.language for a module's functions once a launch.
+
+    It does so again at every call of a function of a kernel, a third of the time that the tests of kernels take.
+    """
+    from triton.runtime import interpreter
+
+    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched = set()
+
+    def patch_module(function):
+        if function.__module__ in patched:
+            return None  # which the caller of a function does not use
+        patched.add(function.__module__)
+        return patch(function)
+
+    def launch_afresh(self, *args, **options):
+        patched.clear()
+        return launch(self, *args, **options)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_module, launch_afresh
+
+
 def interpret() -> None:
     """Run kernels in the interpreter from now on."""
     os.environ["TRITON_INTERPRET"] = "1"
     if importlib.util.find_spec("triton") is not None:
         round_to_nearest()
         add_in_pairs()
+        patch_once_a_launch()
