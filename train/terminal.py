@@ -1,6 +1,6 @@
 """Output that cannot stop a command: a closed pipe or terminal, or a picture that fails, costs that output alone.
 
-Warnings are logged; while a command runs, each is a line of their own.
+Warnings are logged; while a command runs, each is a line of its own.
 """
 
 from __future__ import annotations
