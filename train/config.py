@@ -346,7 +346,9 @@ def load_run_config(directory: Path, name: str = "resume") -> RunConfig:
     try:
         stored = json.loads(file.read_text())
         kind = PosttrainConfig if isinstance(stored, dict) and "features" in stored else RunConfig
-        return from_json(kind, stored)
+        config = from_json(kind, stored)
+        require("model" in stored, "it has no field model")  # whose defaults are another network
+        return config
     except (InputError, ValueError, TypeError, RecursionError, OSError) as error:
         raise InputError(f"{name}: {file} is not a readable run configuration: {first_line(error)}") from error
 

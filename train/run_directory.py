@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from pmf.train.config import CONFIG_FILE, RunConfig, load_run_config, to_json
 from pmf.train.directory_lock import LOCK_FILE
 from pmf.train.snapshots import FOLDER, remove, steps_in
 
+log = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
 DATA_FILE = "data.json"
 SAMPLES_FILE = "samples.png"
@@ -64,8 +66,14 @@ def write_data_identity(directory: Path, spec: str, data: TrainingData) -> None:
 
 
 def check_data_identity(directory: Path, spec: str, data: TrainingData) -> None:
-    """Raise `InputError` if a run's data has changed under the same name. Other data may be chosen by name."""
+    """Raise `InputError` if a run's data has changed under the same name. Other data may be chosen by name.
+
+    Where the run's directory no longer tells what its data was, that is a warning.
+    """
     now, before = _identity(spec, data), next(json_lines(directory / DATA_FILE), {})
+    if "data" not in before:
+        lost = "resume: %s is missing or damaged, so it is not checked that %s holds the same pictures as before"
+        log.warning(lost, directory / DATA_FILE, spec)
     if before.get("data") == spec:
         known = {name: value for name, value in now.items() if value is not None and before.get(name) is not None}
         changed = [name for name, value in known.items() if value != before[name]]

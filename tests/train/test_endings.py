@@ -325,6 +325,19 @@ def test_a_run_does_not_go_on_with_data_that_have_changed(tmp_path, capsys):
     Trainer(dataclasses.replace(resumed, data="others"), more).run()
 
 
+def test_a_run_that_no_longer_tells_its_data_warns_and_goes_on(tmp_path, caplog):
+    out = train(config(tmp_path / "run", steps=2))
+    known = (out / "data.json").read_text()
+    resumed = dataclasses.replace(load_run_config(out), resume=out)
+    for steps, damaged in enumerate((None, "", known[:-5], "[]", "{}"), 3):
+        (out / "data.json").write_text(damaged) if damaged is not None else (out / "data.json").unlink()
+        caplog.clear()
+        train(dataclasses.replace(resumed, steps=steps))
+        warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+        assert len(warned) == 1 and warned[0].startswith(f"resume: {out / 'data.json'} is missing or damaged")
+        assert (out / "data.json").read_text() == known
+
+
 def test_an_interruption_is_one_line_in_every_command():
     command = [sys.executable, "-u", "-m", "pmf.train", "doctor", "--seconds", "1000", "--device", "cpu", *FLAGS[:2]]
     job = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

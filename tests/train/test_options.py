@@ -195,6 +195,7 @@ def test_stored_configurations_are_checked_alike(tmp_path):
         ),
         ({**good, "model": 3}, "expected the fields of ModelConfig, got 3"),
         ({**good, "model": {"widths": 3}}, "ModelConfig has no field widths here: a newer version of pixel-meanflow"),
+        ({name: value for name, value in good.items() if name != "model"}, "it has no field model"),
         ({**good, "colour": 3}, "RunConfig has no field colour here: a newer version of pixel-meanflow wrote it"),
         ({**good, "precision": "float8"}, "precision: expected one of auto, bfloat16, float32, got 'float8'"),
     ]
