@@ -79,5 +79,5 @@ clean:
 	$(PYTHON) -m venv .venv-extras
 	.venv-extras/bin/python -m pip install --quiet --constraint constraints-extras.txt \
 		--editable '.[train,perceptual,eval,posttrain,jax,jax-checkpoints,flash]' \
-		optax diffusers liger-kernel pytest pytest-benchmark pytest-xdist hypothesis
+		optax diffusers liger-kernel pytest pytest-benchmark pytest-xdist hypothesis expecttest
 	touch $@

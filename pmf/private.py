@@ -304,13 +304,13 @@ def operators_of(function: Any) -> tuple:
     return (function,)
 
 
-def schema(function: Any) -> tuple[str, list[str]]:
-    """The name of an operator and those of its arguments; of another function the name is ""."""
+def schema(function: Any) -> tuple[str, list[str], bool]:
+    """The name of an operator, those of its arguments, and whether it returns a view; else the name is ""."""
     if isinstance(function, torch._ops.OpOverloadPacket):
         function = getattr(function, function.overloads()[0])
     if not isinstance(function, torch._ops.OpOverload):
-        return "", []
-    return function._schema.name, [x.name for x in function._schema.arguments]
+        return "", [], False
+    return function._schema.name, [x.name for x in function._schema.arguments], function.is_view
 
 
 @constant

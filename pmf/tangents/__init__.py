@@ -2,7 +2,7 @@
 
 `carriers` make a value with its tangent look like a tensor, also one that is `at_rest`; `handlers` run a function on
 them, `arguments` takes them apart, and `memory` says how tangents lie; `rules` is the registry that the other modules
-fill: `shapes`, `products`, `pointwise`, `norms`, `attention`, `recurrent`, `places` and `in_place`. What has no rule
-goes to `fallback`. `wrappers` and `interception` let checkpointing, DDP and FSDP2 see only values, `tracing` lets
-compilers take carriers for tensors. `call` has `jvp` itself.
+fill: `shapes`, `products`, `pointwise`, `norms`, `attention`, `recurrent`, `places`, `in_place` and `operators`. What
+has no rule goes to `fallback`. `wrappers` and `interception` let checkpointing, DDP and FSDP2 see only values,
+`tracing` lets compilers take carriers for tensors. `call` has `jvp` itself.
 """

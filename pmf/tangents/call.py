@@ -19,6 +19,7 @@ from pmf.tangents import (  # noqa: F401 (they register)
     formulas,
     in_place,
     norms,
+    operators,
     packages,
     places,
     pointwise,

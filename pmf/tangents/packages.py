@@ -95,7 +95,7 @@ def _of_flash_attn(function: Any) -> Handler | None:
 
 def _of_varlen(function: Any) -> Handler | None:
     """The handler of PyTorch's attention of samples of any length; None for others."""
-    operator, arguments = schema(function)
+    operator, arguments, _ = schema(function)
     if operator != VARLEN:
         return None
     names = [VARLEN_NAMES.get(name, name) for name in arguments]

@@ -28,17 +28,20 @@ from pmf.tangents.rules import (
 )
 
 LINEAR = """
-__neg__ __pos__ adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adjoint avg_pool1d avg_pool2d
-avg_pool3d bfloat16 broadcast_to cdouble cfloat chalf channel_shuffle chunk clone col2im conj conj_physical contiguous
-cpu cuda cumsum diag diag_embed diagonal double dsplit expand fft fft2 fftn fftshift flatten flip fliplr flipud float
-gather half hfft hfft2 hfftn hsplit ifft ifft2 ifftn ifftshift ihfft ihfft2 ihfftn im2col imag index_select irfft irfft2
-irfftn ldexp mH mT mean moveaxis movedim narrow narrow_copy native_channel_shuffle neg negative permute
-pixel_shuffle pixel_unshuffle positive ravel real reflection_pad1d reflection_pad2d reflection_pad3d repeat
-repeat_interleave replication_pad1d replication_pad2d replication_pad3d reshape resolve_conj resolve_neg rfft rfft2
-rfftn roll rot90 select slice_copy split split_with_sizes squeeze sum sum_to_size swapaxes swapdims t take
-take_along_dim tensor_split tile to trace transpose tril triu type unbind unflatten unfold unsafe_chunk unsafe_split
-unsafe_split_with_sizes unsqueeze upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d
-upsample_nearest2d upsample_nearest3d upsample_trilinear3d view_as_complex view_as_real vsplit
+__neg__ __pos__ _upsample_bicubic2d_aa _upsample_bilinear2d_aa _upsample_nearest_exact1d _upsample_nearest_exact2d
+_upsample_nearest_exact3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adjoint alias_copy avg_pool1d
+avg_pool2d avg_pool3d bfloat16 broadcast_to cdouble cfloat chalf channel_shuffle chunk clone col2im conj conj_physical
+contiguous cpu cuda cumsum diag diag_embed diagonal diagonal_copy double dsplit expand expand_copy fft fft2 fftn
+fftshift flatten flip fliplr flipud float gather half hfft hfft2 hfftn hsplit ifft ifft2 ifftn ifftshift ihfft ihfft2
+ihfftn im2col imag index_select irfft irfft2 irfftn ldexp mH mT mean moveaxis movedim narrow narrow_copy
+native_channel_shuffle neg negative permute permute_copy pixel_shuffle pixel_unshuffle positive ravel real
+reflection_pad1d reflection_pad2d reflection_pad3d repeat repeat_interleave replication_pad1d replication_pad2d
+replication_pad3d reshape resolve_conj resolve_neg rfft rfft2 rfftn roll rot90 select select_copy slice_copy split
+split_copy split_with_sizes split_with_sizes_copy squeeze squeeze_copy sum sum_to_size swapaxes swapdims t t_copy take
+take_along_dim tensor_split tile to trace transpose transpose_copy tril triu type unbind unbind_copy unflatten unfold
+unfold_copy unsafe_chunk unsafe_split unsafe_split_with_sizes unsqueeze unsqueeze_copy upsample_bicubic2d
+upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_trilinear3d
+view_as_complex view_as_real view_copy vsplit
 """
 """Linear in the first argument, over the real numbers."""
 

@@ -11,7 +11,7 @@ PARTITIONED = dict(fullgraph=True, backend="aot_eager_decomp_partition")
 
 
 def drawn(*shape, seed=0):
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
 
 
 W = drawn(6, 6, seed=3) / 2

@@ -243,8 +243,6 @@ def test_a_compiled_batch_norm_updates_its_averages_once(training):
         (F.alpha_dropout, (0.1, True), "alpha_dropout has no rule that compiles"),
         (torch.native_dropout, (0.5, True), "native_dropout has no rule that compiles"),
         (torch.ops.aten.native_dropout, (0.5, True), "has no rule that compiles"),
-        (lambda x: torch.ops.aten.mul_.Tensor(x * 1, x), (), "has no rule that compiles"),
-        (lambda x: torch.ops.aten.select(x * 1, 0, 1).mul_(3), (), "has no rule that compiles"),
         (lambda x: Scaled.apply(x), (), "Scaled, an autograd.Function, has no rule that compiles"),
         (lambda x: torch.segment_reduce(x, "sum", lengths=torch.tensor([3])), (), "segment_reduce"),
     ],
