@@ -97,8 +97,10 @@ def _sampling_weights(config: Path | None) -> str | None:
     if config is None or not config.is_file():
         return None
     try:
-        name = json.loads(config.read_text()).get("sampling_weights")
-    except (ValueError, AttributeError, RecursionError, OSError) as error:
+        stored = json.loads(config.read_text())
+        require(isinstance(stored, dict), f"expected an object, got {stored!r:.80}")
+        name = stored.get("sampling_weights")
+    except (InputError, ValueError, RecursionError, OSError) as error:
         raise InputError(f"source: {config} is not a readable configuration: {first_line(error)}") from error
     return None if name is None else str(name)
 

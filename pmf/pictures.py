@@ -6,6 +6,7 @@ All commands read pictures by these functions, so that one rule says what is a p
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import io
 import math
@@ -79,13 +80,23 @@ def _walk(place: str, above: tuple[str, ...], seen: set[str]) -> Iterator[os.Dir
     with os.scandir(place) as listing:
         entries = sorted((entry for entry in listing if not is_litter(entry.name)), key=lambda entry: entry.name)
     for entry in sorted(entries, key=os.DirEntry.is_symlink):  # a folder's own place comes before links to it
-        if not entry.is_dir():
+        if not is_folder(entry):
             yield entry
             continue
         target = os.path.realpath(entry.path)
         if target not in seen and not leads_up(target, above):
             seen.add(target)
             yield from _walk(entry.path, (*above, target), seen)
+
+
+def is_folder(entry: os.DirEntry) -> bool:
+    """Whether an entry is a folder, or a link to one; one to itself leads nowhere, as a broken one does."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return False
+        raise
 
 
 def leads_up(target: str, above: tuple[str, ...]) -> bool:
@@ -97,11 +108,14 @@ def leads_up(target: str, above: tuple[str, ...]) -> bool:
 def open_file(path: str | Path) -> Iterator[BinaryIO]:
     """Open a file. Errors: `InputError` if it is no file or a huge one; `OSError`."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # else opening a pipe would wait for its writer
-    with open(handle, "rb") as file:
-        state = os.fstat(file.fileno())
+    try:
+        state = os.fstat(handle)
         require(stat.S_ISREG(state.st_mode), "it is a pipe, a device or a folder, not a file")
         require(state.st_size <= MAX_BYTES, f"it has {state.st_size:,} bytes, expected at most {MAX_BYTES:,}")
-        yield file
+        with open(handle, "rb", closefd=False) as file:
+            yield file
+    finally:
+        os.close(handle)
 
 
 def read_file(path: str | Path) -> bytes:

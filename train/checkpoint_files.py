@@ -74,10 +74,22 @@ class CheckedReader(dcp.FileSystemReader):
 
 
 class CheckedPlanner(dcp.DefaultLoadPlanner):
-    """Loads values that are not tensors without unpickling what a file names."""
+    """Loads values that are not tensors without unpickling what a file names, and only such as the state has there."""
+
+    def set_up_planner(self, state_dict: dict, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:  # noqa: D102
+        super().set_up_planner(state_dict, metadata, is_coordinator)
+        stored = {} if metadata is None else metadata.state_dict_metadata
+        for name, tensor in self.state_dict.items():
+            if isinstance(tensor, torch.Tensor) and name in stored:
+                properties = getattr(stored[name], "properties", None)
+                found = "no tensor" if properties is None else properties.dtype
+                require(found == tensor.dtype, f"{name}: expected a tensor of {tensor.dtype}, got {found}")
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:  # noqa: D102
         plain, buffer = torch.load(value, weights_only=True), io.BytesIO()
+        name = read_item.dest_index.fqn
+        if isinstance(self.state_dict.get(name), int | float):
+            require(isinstance(plain, int | float), f"{name}: expected a number, got {plain!r:.80}")
         torch.save(plain, buffer)  # the base class unpickles: give it bytes of our own
         buffer.seek(0)
         super().load_bytes(read_item, buffer)
@@ -115,6 +127,7 @@ def read_metadata(folder: Path) -> Metadata:
     Errors: `InputError` if it is damaged, missing, or refers to anything else; `OSError` if it cannot be read now.
     """
     try:
+        require(_may_be_file(folder / METADATA), f"{METADATA} is a pipe or a device, expected a file")
         with open(folder / METADATA, "rb") as file:
             metadata = _Unpickler(file).load()
         names = _names(metadata)
@@ -135,12 +148,17 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def damage(file: Path) -> str | None:
-    """What is wrong with a file of a checkpoint; None if nothing is, or if an earlier version wrote no checksum.
+    """What is wrong with a file of a checkpoint; None if nothing is, or if an earlier version wrote no checksums.
 
     Errors: `OSError` if it cannot be read now.
     """
     beside = Path(f"{file}{CHECKSUM}")
     try:
+        for one in (file, beside):
+            if not _may_be_file(one):
+                return f"{one.name} is a pipe or a device, expected a file"
+        if not beside.exists() and any(file.parent.glob(f"*{CHECKSUM}")):
+            return f"{beside.name} is missing"
         if beside.exists() and beside.read_text().strip() != _checksum(file):
             return f"{file.name} does not have the checksum that it was written with"
         return None if file.exists() else f"{file.name} is missing"
@@ -148,6 +166,11 @@ def damage(file: Path) -> str | None:
         return f"{file.name} is missing"
     except ValueError as error:
         return f"{beside.name} cannot be read: {first_line(error)}"
+
+
+def _may_be_file(path: Path) -> bool:
+    """Whether opening a path will not wait for ever. What is not there, or is a folder, opening will tell."""
+    return path.is_file() or path.is_dir() or not path.exists()
 
 
 def _system_error(error: BaseException) -> BaseException:

@@ -139,6 +139,15 @@ class Trainer(Learner):
                     stopped = self._train(batches, stop)
             if stopped:
                 self._say_saved(f"stopped at step {self.step}")
+            else:
+                self._check_saved()
+
+    def _check_saved(self) -> None:
+        """Raise `CommonError` if no step was worth saving: the weights are those that the run began with."""
+        saved = self.world.broadcast(bool(self.snapshots.steps()))
+        if not saved:
+            lost = f"nothing is saved: the last {self.skipped} of {self.step} steps were skipped"
+            raise CommonError(f"steps: {lost}, expected finite losses; try a lower learning rate or clip_norm")
 
     def _prepare(self, stop: StopRequest) -> bool:
         """Do what takes long before the first step; return whether that was stopped.
@@ -310,7 +319,7 @@ def end(trainer: Trainer) -> None:
     world = trainer.world
     begun = trainer.step > 0 or world.broadcast(bool(trainer.snapshots.steps()))
     if begun:
-        world.say(f"run: {trainer.directory} (samples.png, loss.png, metrics.jsonl)")
+        world.say(f"run: {trainer.directory} ({', '.join(run_directory.written(trainer.directory))})")
     leave(world)
     if not begun:
         sys.exit(130)

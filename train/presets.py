@@ -115,8 +115,8 @@ def configured(
         first, arguments = arguments[0], arguments[1:]
     refuse_repeated(kind, arguments)
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--resume", type=Path)
-    finder.add_argument("--init-weights", "--init_weights")
+    finder.add_argument("--resume", type=Path, nargs="?")  # without a value the parser of all options will refuse it
+    finder.add_argument("--init-weights", "--init_weights", nargs="?")
     found = finder.parse_known_args(arguments)[0]
     resumed = found.resume
     require(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import logging
 from collections.abc import Iterator
@@ -47,6 +46,11 @@ def make_room(directory: Path, overwrite: bool) -> None:
     )
     for path in _run_files(directory):
         remove(path)
+
+
+def written(directory: Path) -> list[str]:
+    """What there is to look at in a run's directory."""
+    return [name for name in (SAMPLES_FILE, CURVE_FILE, METRICS_FILE) if (directory / name).exists()]
 
 
 def is_there(directory: Path) -> bool:
@@ -103,7 +107,7 @@ def keep_metrics_until(directory: Path, step: int) -> dict[str, Any] | None:
     def copy(temporary: Path) -> None:
         nonlocal last
         with open(temporary, "w") as file:
-            for last in itertools.takewhile(lambda record: record["step"] <= step, metrics(directory)):
+            for last in (record for record in metrics(directory) if record["step"] <= step):
                 file.write(json.dumps(last) + "\n")
 
     write_atomically(directory / METRICS_FILE, copy)

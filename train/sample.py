@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import tyro
+from torch import Tensor
 
 import pmf
 from pmf.config import published_guidance
@@ -78,6 +79,12 @@ def _guidance(config: SampleConfig) -> dict[str, Any]:
     return {name: defaults.get(name) if value is None else value for name, value in given.items()}
 
 
+def finite(images: Tensor, weights: str | Path | None) -> Tensor:
+    """The images that a network with these weights gave. Errors: `InputError` if they are not finite."""
+    require(bool(images.isfinite().all()), lambda: f"weights: {weights} give images that are not finite")
+    return images
+
+
 def command(arguments: list[str]) -> None:
     """Write a grid: one column per label, `rows` images each."""
     config = parse(SampleConfig, "pmf sample", arguments)
@@ -94,5 +101,5 @@ def command(arguments: list[str]) -> None:
         progress=True,
         **_guidance(config),
     )
-    save_grid(config.out, images, columns=len(labels))
+    save_grid(config.out, finite(images, config.weights or config.source), columns=len(labels))
     print(f"wrote {config.out}: columns {' '.join(map(str, labels))}")

@@ -80,6 +80,47 @@ def test_checkpoints_without_checksums_are_read_as_before(run):
     assert resumed(run).step == 6
 
 
+@pytest.mark.parametrize("name", ["__0_0.distcp.crc32", ".metadata.crc32"])
+def test_a_lost_checksum_beside_others_is_found(run, name, capsys):
+    (run / "checkpoints" / "step-00000006" / name).unlink()
+    assert resumed(run).step == 3
+    assert f"is damaged: {name} is missing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "__0_0.distcp.crc32"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_would_never_end_is_not_read(run, name, kind, capsys):
+    file = run / "checkpoints" / "step-00000006" / name
+    file.unlink()
+    os.mkfifo(file) if kind == "pipe" else file.symlink_to("/dev/zero")
+    assert resumed(run).step == 3
+    assert f"is damaged: {name} is a pipe or a device, expected a file" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("model", "final_layers.u.linear.weight"), 3, r"expected a tensor of torch.float32, got no tensor"),
+        (("model", "final_layers.u.linear.weight"), torch.bfloat16, r"got torch.bfloat16"),
+        (("emas", "ema_500", "final_layers.u.linear.weight"), torch.float64, r"got torch.float64"),
+        (("ema_pending", "ema_500", "beta"), None, r"ema_pending.ema_500.beta: expected a number, got None"),
+        (("ema_pending", "ema_500", "updates"), "x", r"ema_pending.ema_500.updates: expected a number, got 'x'"),
+        (("step",), "6", r"step: expected a number, got '6'"),
+    ],
+)
+def test_values_of_another_kind_are_refused(run, place, value, message):
+    folder, trainer = run / "checkpoints" / "step-00000006", resumed(run)
+    state = trainer.state()
+    part = state
+    for name in place[:-1]:
+        part = part[name]
+    part[place[-1]] = part[place[-1]].to(value) if isinstance(value, torch.dtype) else value
+    shutil.rmtree(folder)
+    dcp.save(state, storage_writer=CheckedWriter(folder), no_dist=True)
+    with pytest.raises(pmf.InputError, match=f"cannot continue from {folder}: .*{message}"):
+        resumed(run)
+
+
 class Runs:
     """A value whose unpickling creates a file."""
 

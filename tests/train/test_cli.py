@@ -7,9 +7,12 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import pmf
 from pmf.train.cli import main
 from tests.train.small_runs import SMALL_MODEL
 
@@ -113,6 +116,24 @@ def test_samples_take_a_published_setting_by_name(run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["sample", str(run), "--guidance", "pMF-B/16", "--omega", "2"])
     assert "guidance: expected no omega, t_min or t_max beside it" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_finite_are_named(run, tmp_path, capsys):
+    broken = pmf.PMFDiT.from_pretrained(run, aux_head=False)
+    with torch.no_grad():
+        next(broken.parameters()).fill_(float("nan"))
+    file = tmp_path / "broken.safetensors"
+    pmf.save_model(file, broken.config, broken.state_dict())
+    (tmp_path / "pictures").mkdir()
+    for i in range(4):
+        Image.fromarray(np.full((8, 8, 3), i, dtype=np.uint8)).save(tmp_path / "pictures" / f"{i}.png")
+    main(["eval", "statistics", str(tmp_path / "pictures"), "--out", str(tmp_path / "real"), "--networks", "pixels"])
+    for command in (["sample", str(file)], ["eval", str(file), "--reference", str(tmp_path / "real")]):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            main([*command, "--guidance", "pMF-B/16-torch", "--out", str(tmp_path / command[0])])
+        (told,) = (line for line in re.split(r"[\r\n]", capsys.readouterr().err) if line.startswith("pmf: weights"))
+        assert re.fullmatch(r"pmf: weights: .*broken(\.safetensors)? give images that are not finite", told)
 
 
 def test_labels_out_of_range_are_refused(run, capsys):

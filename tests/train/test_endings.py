@@ -259,6 +259,13 @@ def test_nothing_is_saved_while_steps_are_skipped_and_then_as_soon_as_one_is_tak
     assert "step 3 is not saved: the last 1 steps were skipped" in caplog.messages
 
 
+def test_a_run_whose_every_step_was_skipped_does_not_end_as_if_it_had_trained(tmp_path):
+    trainer = Trainer(config(tmp_path / "run", steps=3), digits()[0])
+    break_steps(trainer, (1, 2, 3))
+    with pytest.raises(pmf.InputError, match="nothing is saved: the last 3 of 3 steps were skipped, expected finite"):
+        trainer.run()
+
+
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, caplog):
     trainer = Trainer(config(tmp_path / "run", max_skipped=2), digits()[0])
     update = trainer._update
@@ -307,6 +314,14 @@ def test_odd_lines_in_the_metrics_are_left_out(tmp_path):
         file.write(b'[1]\n7\nnull\n{"loss": 1}\n{"step": "4"}\n\xff\xfe\n\n{"step": 3, "loss_u": "x", "loss_v": 1}\n')
     train(dataclasses.replace(load_run_config(out), resume=out, steps=4))
     assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 3, 4]
+
+
+def test_a_wrong_step_in_the_metrics_costs_that_line_alone(tmp_path):
+    out = train(config(tmp_path / "run", steps=3))
+    file = out / "metrics.jsonl"
+    file.write_text(file.read_text().replace('"step": 2,', '"step": 92,'))
+    train(dataclasses.replace(load_run_config(out), resume=out, steps=4))
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 3, 4]
 
 
 def test_a_run_does_not_go_on_with_data_that_have_changed(tmp_path, capsys):

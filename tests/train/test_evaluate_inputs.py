@@ -279,10 +279,11 @@ def test_odd_lines_among_the_results_are_skipped(tmp_path, text):
     assert results.find("b") == {"key": "b"}
 
 
-def test_a_result_that_has_lost_its_numbers_is_measured_again(config):
+@pytest.mark.parametrize("numbers", [{}, {"fid": "x"}, {"fid": float("nan")}, {"fid": None}])
+def test_a_result_that_has_lost_its_numbers_is_measured_again(config, numbers):
     (line,) = evaluate(config)
     file = config.out / "results.jsonl"
-    file.write_text(json.dumps({"key": line["key"]}) + "\n")
+    file.write_text(json.dumps({"key": line["key"], **numbers}) + "\n")
     assert evaluate(config) == [line]
 
 

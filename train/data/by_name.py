@@ -23,6 +23,7 @@ def open_data(spec: str, image_size: int) -> TrainingData:
         from pmf.train.demo import photographs
 
         return photographs(image_size)[0]
+    require(spec != "", "data: expected digits, photographs or a prepared directory, got ''")
     path, raw = Path(spec), spec if spec.startswith(("folder:", "hf:", "wds:")) else None
     if raw is None and path.is_dir() and not any(path.glob("shard-*.*")):
         raw = f"folder:{spec}"

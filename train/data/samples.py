@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -77,6 +78,8 @@ def listed(file: str | os.DirEntry) -> tuple[int, int]:
     """(size, time of the last change in ns) of a file, by which a change is noticed; (-1, -1) if it is missing."""
     try:
         state = os.stat(file)
-    except FileNotFoundError:  # a link that leads nowhere
-        return -1, -1
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ELOOP):
+            raise
+        return -1, -1  # a link that leads nowhere, or to itself
     return state.st_size, state.st_mtime_ns

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pmf.errors import InputError, extra, printable, require
-from pmf.pictures import is_litter, is_picture, leads_up, read_file, walk
+from pmf.pictures import is_folder, is_litter, is_picture, leads_up, read_file, walk
 from pmf.train.data import tars
 from pmf.train.data.hugging_face import open_hugging_face
 from pmf.train.data.samples import Sample, Source, digest, listed
@@ -50,14 +50,14 @@ def _folder(path: str) -> Source:
     require(root.is_dir(), f"source: {root} is not a directory")
     top, real = sorted(os.scandir(root), key=lambda entry: entry.name), os.path.realpath(root)
     classes = [
-        e.name for e in top if e.is_dir() and not is_litter(e.name) and not leads_up(os.path.realpath(e), (real,))
+        e.name for e in top if is_folder(e) and not is_litter(e.name) and not leads_up(os.path.realpath(e), (real,))
     ]
     require(len(classes) > 0, f"source: {root} holds no class directories")
     found = [(name, label, entry) for label, part in enumerate(classes) for name, entry in _files(root, part)]
     pictures = [(name, label, listed(entry)) for name, label, entry in found if is_picture(name)]
     others = [name for name, _, _ in found if not is_picture(name)]
     _warn(root, others, "that do not have names of pictures")
-    beside = [e.name for e in top if not e.is_dir() and is_picture(e.name) and not is_litter(e.name)]
+    beside = [e.name for e in top if not is_folder(e) and is_picture(e.name) and not is_litter(e.name)]
     _warn(root, beside, "beside the class directories")
     empty = sorted({*range(len(classes))} - {label for _, label, _ in pictures})
     if empty:

@@ -27,6 +27,7 @@ from pmf.train.evaluation.measurement import MakeExtractor, Measurement, demo_sc
 from pmf.train.evaluation.reference import open_pictures, warn_of_few, write_folder_statistics
 from pmf.train.evaluation.spaces import SpacesMeasurement, write_statistics
 from pmf.train.options import EVAL_NEEDS, Need, parse, refuse_ignored
+from pmf.train.sample import finite
 from pmf.weights import read_metadata
 
 STATISTICS_NEEDS = (Need(("resize", "inception"), "with --networks", lambda c: not c.networks),)
@@ -212,7 +213,8 @@ def _draw(model: pmf.PMFDiT, point: Point, dtype: str, labels: list[int], seeds:
     """Draw a batch of images, under autocast for bfloat16."""
     device = next(model.parameters()).device
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-        return pmf.generate(model, labels, seeds=seeds, batch_size=len(labels), **point.settings)
+        images = pmf.generate(model, labels, seeds=seeds, batch_size=len(labels), **point.settings)
+        return finite(images, point.weights)
 
 
 def _grid_points(config: EvalConfig, world: World, steps: tuple[int, ...] = (1,)) -> Iterator[tuple[pmf.PMFDiT, Point]]:

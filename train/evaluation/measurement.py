@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -182,7 +183,8 @@ class Measurement:
 
 def _whole(line: dict[str, Any] | None) -> dict[str, Any] | None:
     """A stored result, unless it has lost its numbers."""
-    return line if line is not None and line.keys() & {"fid", "frechet_distance"} else None
+    numbers = [] if line is None else [line[name] for name in ("fid", "frechet_distance") if name in line]
+    return line if numbers and all(isinstance(x, int | float) and math.isfinite(x) for x in numbers) else None
 
 
 def measure(
