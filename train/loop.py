@@ -146,8 +146,8 @@ class Trainer(Learner):
         """Raise `CommonError` if no step was worth saving: the weights are those that the run began with."""
         saved = self.world.broadcast(bool(self.snapshots.steps()))
         if not saved:
-            lost = f"nothing is saved: the last {self.skipped} of {self.step} steps were skipped"
-            raise CommonError(f"steps: {lost}, expected finite losses; try a lower learning rate or clip_norm")
+            fault = self.fault(self.state())
+            raise CommonError(f"steps: nothing is saved: {fault}; expected a lower learning rate or clip_norm")
 
     def _prepare(self, stop: StopRequest) -> bool:
         """Do what takes long before the first step; return whether that was stopped.

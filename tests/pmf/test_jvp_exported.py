@@ -69,6 +69,30 @@ def test_what_export_has_decomposed_for_inference():
     torch.testing.assert_close(dot, tangent_of_the_network(x, v), rtol=1e-10, atol=1e-10)
 
 
+def test_what_export_has_stored_for_batches_of_any_size(tmp_path):
+    program = torch.export.export(
+        Network().double().eval(), (drawn(3, 6, 8),), dynamic_shapes=({0: torch.export.Dim("n")},)
+    )
+    torch.export.save(program, tmp_path / "network.pt2")
+    graph = torch.export.load(tmp_path / "network.pt2").module()
+    x, v = drawn(5, 6, 8), drawn(5, 6, 8, seed=1)
+    torch.testing.assert_close(pmf.jvp(graph, (x,), (v,))[1], tangent_of_the_network(x, v), rtol=1e-10, atol=1e-10)
+
+
+def test_an_exported_network_in_training_updates_its_running_statistics():
+    x, v, network = drawn(3, 6, 8), drawn(3, 6, 8, seed=1), Network().double().train()
+    graph = torch.export.export(network, (x,)).module()
+    for a, b in zip(pmf.jvp(graph, (x,), (v,)), pmf.jvp(network, (x,), (v,)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    for name, buffer in network.named_buffers():
+        torch.testing.assert_close(graph.get_buffer(name), buffer, rtol=0, atol=0)
+
+
+def test_what_torch_fx_has_traced():
+    network = nn.Sequential(nn.Linear(6, 8), nn.SiLU(), nn.LayerNorm(8), nn.Linear(8, 6)).double()
+    compare(torch.fx.symbolic_trace(network), [drawn(4, 6)], [drawn(4, 6, seed=1)], list(network.parameters()))
+
+
 @pytest.mark.parametrize("kind", GRAPHS)
 def test_a_graph_compiles(kind):
     torch._dynamo.reset()
