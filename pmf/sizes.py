@@ -20,6 +20,9 @@ def check_declared(what: str, declared: int, stored: int) -> None:
 
 def check_is_file(argument: str, path: str | Path) -> None:
     """Raise `InputError` for a pipe or a device: reading it may wait for ever, or never end."""
-    path = Path(path)
-    good = path.is_file() or path.is_dir() or not path.exists()
-    require(good, lambda: f"{argument}: {path} is a pipe or a device, expected a file")
+    require(not is_endless(Path(path)), lambda: f"{argument}: {path} is a pipe or a device, expected a file")
+
+
+def is_endless(path: Path) -> bool:
+    """Whether a path is a pipe or a device. What is not there, or is a folder, opening it will tell."""
+    return path.exists() and not path.is_file() and not path.is_dir()

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from pmf.errors import InputError, first_line, require
+from pmf.sizes import is_endless
 
 METADATA = ".metadata"
 CHECKSUM = ".crc32"
@@ -127,7 +128,7 @@ def read_metadata(folder: Path) -> Metadata:
     Errors: `InputError` if it is damaged, missing, or refers to anything else; `OSError` if it cannot be read now.
     """
     try:
-        require(_may_be_file(folder / METADATA), f"{METADATA} is a pipe or a device, expected a file")
+        require(not is_endless(folder / METADATA), f"{METADATA} is a pipe or a device, expected a file")
         with open(folder / METADATA, "rb") as file:
             metadata = _Unpickler(file).load()
         names = _names(metadata)
@@ -155,7 +156,7 @@ def damage(file: Path) -> str | None:
     beside = Path(f"{file}{CHECKSUM}")
     try:
         for one in (file, beside):
-            if not _may_be_file(one):
+            if is_endless(one):
                 return f"{one.name} is a pipe or a device, expected a file"
         if not beside.exists() and any(file.parent.glob(f"*{CHECKSUM}")):
             return f"{beside.name} is missing"
@@ -166,11 +167,6 @@ def damage(file: Path) -> str | None:
         return f"{file.name} is missing"
     except ValueError as error:
         return f"{beside.name} cannot be read: {first_line(error)}"
-
-
-def _may_be_file(path: Path) -> bool:
-    """Whether opening a path will not wait for ever. What is not there, or is a folder, opening will tell."""
-    return path.is_file() or path.is_dir() or not path.exists()
 
 
 def _system_error(error: BaseException) -> BaseException:
