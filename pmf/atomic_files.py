@@ -33,12 +33,11 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     """
     path = Path(path)
     try:
-        target = Path(os.path.realpath(path))
         mode = _mode(path)
         if mode is not None and not stat.S_ISREG(mode):
             _copy_into(path, write)
             return
-        target.parent.mkdir(parents=True, exist_ok=True)
+        target = _target(path)
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:50]}.", suffix=target.suffix[:9])
     except FAILURES as error:
         raise _unwritable(path, error) from error
@@ -54,6 +53,20 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
         raise _unwritable(path, error, temporary) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def require_writable(path: str | Path, argument: str) -> None:
+    """Raise the `InputError` of `write_atomically` before the work whose result is to be written; it names `argument`.
+
+    The directories above `path` are created, as writing would.
+    """
+    path = Path(path)
+    try:
+        mode = _mode(path)
+        if mode is None or stat.S_ISREG(mode):
+            tempfile.TemporaryFile(dir=_target(path).parent).close()
+    except FAILURES as error:
+        raise _unwritable(path, error, argument=argument) from error
 
 
 def torn_files(directory: Path, name: str) -> list[Path]:
@@ -77,6 +90,13 @@ def _mode(path: Path) -> int | None:
     if not mode & 0o222:
         raise PermissionError("it is read-only")
     return mode
+
+
+def _target(path: Path) -> Path:
+    """The file to replace, links followed, in a directory that exists from now on."""
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target
 
 
 def _copy_into(path: Path, write: Callable[[Path], object]) -> None:
@@ -111,7 +131,7 @@ def _default_mode() -> int:
     return 0o666 & ~umask
 
 
-def _unwritable(path: Path, error: BaseException, temporary: Path | None = None) -> InputError:
+def _unwritable(path: Path, error: BaseException, temporary: Path | None = None, argument: str = "path") -> InputError:
     """The error for `path`. Libraries may not say that the disk is full: then the file system is asked for more."""
     reason = reason_of(error)
     if temporary is not None and not getattr(error, "errno", None) and hasattr(os, "posix_fallocate"):
@@ -120,4 +140,4 @@ def _unwritable(path: Path, error: BaseException, temporary: Path | None = None)
                 os.posix_fallocate(file.fileno(), file.tell(), PROBE)
         except OSError as why:
             reason = reason_of(why)
-    return InputError(f"path: cannot write {path}: {reason}")
+    return InputError(f"{argument}: cannot write {path}: {reason}")

@@ -89,15 +89,18 @@ def matching_weights(file: Path, state: Mapping[str, Tensor], wanted: Mapping[st
 def _check_weight(file: Path, state: Mapping[str, Tensor], name: str, shape: list[int]) -> None:
     require(name in state, f"source: {file} lacks the weight {name!r}")
     got, dtype = list(state[name].shape), state[name].dtype
-    require(got == shape, f"source: {name!r} must have shape {shape}, got {got}")
-    require(dtype.is_floating_point, f"source: {name!r} must have floating values, got {dtype}")
+    require(got == shape, f"source: {file}: {name!r} must have shape {shape}, got {got}")
+    require(dtype.is_floating_point, f"source: {file}: {name!r} must have floating values, got {dtype}")
 
 
 def _read(file: Path, part: str | None) -> tuple[ModelConfig, dict[str, Tensor]]:
     metadata, content = _content(file)
     state = unwrapped(_state_of(file, content, part))
     if "pmf_config" not in metadata:
-        return infer_config(state), convert_official_state_dict(state)
+        try:
+            return infer_config(state), convert_official_state_dict(state)
+        except InputError as error:
+            raise InputError(f"source: {file}: {error}") from error
     try:
         config = from_json(ModelConfig, json.loads(metadata["pmf_config"]))
     except (InputError, TypeError, ValueError, RecursionError) as error:

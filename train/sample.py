@@ -10,6 +10,7 @@ import tyro
 from torch import Tensor
 
 import pmf
+from pmf.atomic_files import require_writable
 from pmf.config import published_guidance
 from pmf.errors import require
 from pmf.fields import check_fields
@@ -61,8 +62,7 @@ class SampleConfig:
         check_fields(self)
         require_at_least(self, 1, "rows", "steps", "batch_size")
         images = self.rows * (len(self.labels) or 10)
-        directory, other = self.out.is_dir(), self.out.suffix.lower() in SUFFIXES[1:]
-        require(not directory, f"out: {self.out} is a directory, expected a name that ends in .png")
+        other = self.out.suffix.lower() in SUFFIXES[1:]
         require(not other, f"out: expected a name that ends in .png, got {self.out}")
         require(images <= MAX_IMAGES, f"rows: expected at most {MAX_IMAGES} images in a grid, got {images}")
 
@@ -88,6 +88,7 @@ def finite(images: Tensor, weights: str | Path | None) -> Tensor:
 def command(arguments: list[str]) -> None:
     """Write a grid: one column per label, `rows` images each."""
     config = parse(SampleConfig, "pmf sample", arguments)
+    require_writable(config.out, "out")
     device = pick_device(config.device)
     model = pmf.PMFDiT.from_pretrained(config.source, weights=config.weights, aux_head=False, device=device)
     labels = config.labels or tuple(range(min(10, model.config.num_classes)))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import pmf
-from pmf.atomic_files import write_atomically
+from pmf.atomic_files import require_writable, write_atomically
 from pmf.images import save_png
 from pmf.metrics import Statistics
 from pmf.train.export import save_loss_curve
@@ -87,6 +87,21 @@ def test_directories_and_read_only_files_are_refused(writer, tmp_path):
     with pytest.raises(pmf.InputError, match=r"path: cannot write .*/file: it is read-only"):
         WRITERS[writer](file)
     assert file.read_text() == "precious" and os.listdir(tmp_path) == ["file"]
+
+
+def test_what_can_be_written_is_known_before(tmp_path):
+    file, link = tmp_path / "above" / "file", tmp_path / "link"
+    require_writable(file, "out")
+    assert os.listdir(file.parent) == []
+    file.write_text("precious")
+    link.symlink_to(file)
+    require_writable(link, "out")
+    require_writable("/dev/null", "out")
+    file.chmod(0o444)
+    for place, why in ((link, "it is read-only"), (file / "more", "Not a directory"), (tmp_path, "it is a directory")):
+        with pytest.raises(pmf.InputError, match=rf"^out: cannot write {place}: {why}"):
+            require_writable(place, "out")
+    assert file.read_text() == "precious" and os.listdir(file.parent) == ["file"]
 
 
 # Python 3.10's ZipFile, which NumPy leaves open when a write fails, tells so once more when it is collected.

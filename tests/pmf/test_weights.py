@@ -90,8 +90,17 @@ def test_wrong_weights_are_named(saved):
     with pytest.raises(pmf.InputError, match=r"lacks the weight 'patch_embed.positions'"):
         pmf.PMFDiT.from_pretrained(directory)
     save_model(directory / "model.safetensors", TINY, state | {"patch_embed.positions": torch.ones(3)})
-    with pytest.raises(pmf.InputError, match=r"'patch_embed.positions' must have shape \[11, 32\], got \[3\]"):
+    named = r"^source: .*/model.safetensors: 'patch_embed.positions' must have shape \[11, 32\], got \[3\]$"
+    with pytest.raises(pmf.InputError, match=named):
         pmf.PMFDiT.from_pretrained(directory)
+
+
+def test_a_published_file_that_lacks_a_weight_is_named(tmp_path):
+    file = tmp_path / "published.safetensors"
+    save_file({n: x.contiguous() for n, x in golden().state.items() if n != "net.class_tokens"}, file)
+    message = f"^source: {file}: state dict: key 'net.class_tokens' is missing, expected a published pMF checkpoint$"
+    with pytest.raises(pmf.InputError, match=message):
+        pmf.PMFDiT.from_pretrained(file)
 
 
 def test_hub_ids_without_the_client_say_what_to_install(monkeypatch):

@@ -32,11 +32,24 @@ def test_a_file_of_a_run_is_sampled_and_measured_as_the_run_is(run, tmp_path, ca
         main(["sample", str(run / f"{weights}.safetensors"), "--rows", "1", "--out", str(tmp_path / "file.png")])
         assert (tmp_path / "run.png").read_bytes() == (tmp_path / "file.png").read_bytes()
     with pytest.raises(SystemExit):
-        main(["sample", str(run), "--out", str(tmp_path)])
-    assert "is a directory, expected a name that ends in .png" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
         main(["sample", str(run), "--out", str(tmp_path / "a.jpg")])
     assert "out: expected a name that ends in .png, got" in capsys.readouterr().err
+
+
+def test_nothing_is_drawn_for_a_place_that_cannot_be_written(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pmf, "generate", None)
+    (tmp_path / "file").touch()
+    places = {
+        tmp_path: "it is a directory, expected the name of a file",
+        tmp_path / "file" / "a.png": "Not a directory",
+        tmp_path / ("a" * 300 + ".png"): "File name too long",
+        "/proc/a.png": "No such file or directory",
+    }
+    for place, why in places.items():
+        with pytest.raises(SystemExit):
+            main(["sample", str(run), "--out", str(place)])
+        assert capsys.readouterr().err == f"pmf: out: cannot write {place}: {why}\n"
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_ctrl_c_while_packages_are_imported_is_one_line(tmp_path):
