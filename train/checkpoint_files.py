@@ -7,6 +7,7 @@ them. Reading unpickles nothing but the classes of the metadata and values that 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import os
 import pickle
@@ -59,7 +60,14 @@ class CheckedWriter(dcp.FileSystemWriter):
         _write_checksums(Path(self.path) / result.storage_data.relative_path for result in written.wait())
         return written
 
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:  # noqa: D102
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write the metadata. Errors: `OSError` if a process wrote its part where the first one does not see it."""
+        names = {result.storage_data.relative_path for written in results for result in written}
+        lost = sorted(name for name in names if not (Path(self.path) / name).exists())
+        if lost:
+            raise OSError(
+                errno.ENOENT, f"{lost[0]} was written elsewhere: expected a directory that all machines share"
+            )
         super().finish(metadata, results)
         _write_checksums([Path(self.path) / METADATA])
 

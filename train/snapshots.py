@@ -6,7 +6,6 @@ A damaged one is noticed by its checksums and set aside, and the one before it i
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
 import os
 import re
@@ -88,7 +87,6 @@ class Snapshots:
     def _show(self, step: int) -> None:
         """Give a snapshot that is on the disk its name."""
         try:
-            _check_shared(self._partial(step))
             _synchronise(self._partial(step))
             os.replace(self._partial(step), self._path(step))
             _synchronise(self.folder)
@@ -229,13 +227,6 @@ def _remove_torn(folder: Path) -> None:
     for torn in folder.glob(".step-*"):
         with contextlib.suppress(OSError):
             remove(torn)
-
-
-def _check_shared(folder: Path) -> None:
-    """Errors: `OSError` if a process wrote its part of a snapshot where this one does not see it."""
-    lost = [file.name for file in files_of(folder) if not file.exists()]
-    if lost:
-        raise OSError(errno.ENOENT, f"{lost[0]} was written elsewhere: expected a directory that all machines share")
 
 
 def remove(path: Path) -> None:

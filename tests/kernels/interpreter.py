@@ -87,7 +87,7 @@ def refuse_overflow() -> None:
         if left.type.scalar == tl.int32:
             name = operator.__name__
             values = exact[name](left.handle.data, right.handle.data, dtype=np.int64)
-            assert -(2**31) <= values.min() and values.max() < 2**31, f"{name} of int32 overflows"
+            assert values.min() >= -(2**31) and values.max() < 2**31, f"{name} of int32 overflows"
 
     TritonSemantic.binary_op_sanitize_overflow_impl = check
 

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+
+import triton
 import triton.language as tl
 
 from tests.kernels.checks import DEVICE
@@ -20,11 +22,11 @@ def test_allocations_are_poisoned(allocated_by_a_fixture):
 
 
 @triton.jit
-def offsets(out, rows, stride, KIND: tl.constexpr):
+def offsets(out, rows, stride, kind: tl.constexpr):
     row = tl.arange(0, 4) + rows - 4
-    if KIND == "mul":
+    if kind == "mul":
         found = row * stride
-    elif KIND == "add":
+    elif kind == "add":
         found = row + stride
     else:
         found = -row - stride
