@@ -29,7 +29,7 @@ from pmf.tangents.fallback import (
 )
 from pmf.tangents.interception import unrecorded
 from pmf.tangents.random_state import replayed
-from pmf.tangents.rules import HANDLERS, TRACED, Handler, Rule, can_move, handler_of, name_of
+from pmf.tangents.rules import HANDLERS, TRACED, Found, Handler, Rule, can_move, name_of, place_of
 
 
 def any_can_move(out: Any) -> bool:
@@ -168,9 +168,9 @@ def composite(function: Callable) -> Handler | None:
 
 def unknown(function: Callable, args: tuple, kwargs: dict) -> Any:
     """The handler of a function without rule that PyTorch does not list."""
-    found = handler_of(function)
-    if found is not None:
-        return found(function, args, kwargs)
+    place = place_of(function)
+    if place is not None:
+        return getattr(Found, place)(function, args, kwargs)
     check_eager(function)
     if isinstance(getattr(function, "__self__", None), property):
         return refused("its tangent would be lost; expected torch functions")(function, args, kwargs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pmf.private import schema
-from pmf.tangents.handlers import by_torch_func, eager_only, ruled
+from pmf.tangents.handlers import by_torch_func, ruled
 from pmf.tangents.rules import FINDERS, HANDLERS, Handler, jointly_linear, linear_in_first, named
 from pmf.tangents.shapes import LINEAR
 
@@ -21,7 +21,7 @@ def _of_operator(function: Any) -> Handler | None:
         return None
     if name == "copy":
         return ruled(jointly_linear(function, (0, "self"), (1, "src")))
-    known = next((HANDLERS[other] for other in named(name) if HANDLERS.get(other) not in (None, eager_only)), None)
+    known = next((HANDLERS[other] for other in named(name) if other in HANDLERS), None)
     unknown_view = view and known in (None, by_torch_func)  # views are linear
     return ruled(linear_in_first(function)) if name in LINEAR_HERE or unknown_view else known
 

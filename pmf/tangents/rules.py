@@ -29,15 +29,28 @@ FINDERS: list[Callable[[Any], Handler | None]] = []
 """Each gives the handlers of one package's functions, which it knows by name: it may not be installed."""
 
 
-@constant
+class Found:
+    """The handlers that were found by name, as attributes, which compilers read anew wherever they trace."""
+
+
 def handler_of(function: Any) -> Handler | None:
-    """The handler of an autograd.Function or a custom operator that is registered or known by name."""
+    """The handler of an autograd.Function or of an operator that is registered or known by name."""
     found = HANDLERS.get(function)
     if found is None and hasattr(function, "__module__") and hasattr(function, "__name__"):
         found = next(filter(None, (find(function) for find in FINDERS)), None)
     if found is not None:
         HANDLERS[function] = found
     return found
+
+
+@constant
+def place_of(function: Any) -> str | None:
+    """The attribute of `Found` that is `handler_of(function)`: compilers take names as constants, but no functions."""
+    found = handler_of(function)
+    if found is None:
+        return None
+    setattr(Found, place := f"handler_{id(found)}", found)
+    return place
 
 
 def name_of(function: Callable) -> str:
