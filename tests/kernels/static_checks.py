@@ -104,6 +104,12 @@ def _token_cases(width: int, stream, low):
         yield f"backward token{name}", functools.partial(norm_backward.norm_backward.function, *arguments, again, again)
 
 
+def wide_cases(size: str, stream, low):
+    """The widest rows with modulations per token, whose prefetches take most shared memory."""
+    if size == "H":
+        yield from _token_cases(8192, stream, low)
+
+
 def pointwise_cases(size: str, stream, low):
     """SwiGLU's rows of the padded MLP width, GELU's of four times the network's width."""
     from pmf.kernels import pointwise
@@ -245,6 +251,7 @@ def patch_cases(size: str, stream, low):
 
 FAMILIES = {
     "norm": norm_cases,
+    "wide": wide_cases,
     "rotary": rotary_cases,
     "pointwise": pointwise_cases,
     "attention": attention_cases,
