@@ -43,7 +43,6 @@ from torch import Tensor
 from pmf.kernels import products, registration
 from pmf.kernels.modulations import Modulations, as_rows, forward_tile, load_tile, per_token, step_of
 from pmf.kernels.norm_backward import norm_backward
-from pmf.kernels.products import Weights
 from pmf.kernels.registration import Composition
 from pmf.kernels.tiles import load_vector, normalise, normalise_dot
 from pmf.pair import Dual
@@ -211,7 +210,7 @@ def _then_product(run):
     ):  # fmt: skip
         inputs = x, branch, gate, weight, scale, shift, x_dot, branch_dot, gate_dot, scale_dot, shift_dot
         x_new, y, x_new_dot, y_dot, stats = norm(*inputs, layer, eps, out_dtype)
-        out, out_dot = products.product(y, y_dot, Weights(matrix, bias))
+        out, out_dot = products.product(y, y_dot, matrix, bias)
         return x_new, out, x_new_dot, out_dot, stats
 
     return forward

@@ -80,7 +80,7 @@ def tile_of(patch_size: int, channels: int, dtype: torch.dtype, chip: Chip) -> P
 
 
 @triton.jit
-def _image_offset(i_pixel, H: tl.constexpr, W: tl.constexpr, P: tl.constexpr):
+def _image_offset(i_pixel, W: tl.constexpr, P: tl.constexpr):
     """The offset in a channel of the image of pixel i_pixel of a row's tokens, laid out (patch, row, column)."""
     i_patch = i_pixel // (P * P)
     return (i_patch // (W // P) * P + i_pixel // P % P) * W + i_patch % (W // P) * P + i_pixel % P
@@ -138,7 +138,7 @@ def _errors(
     i_group = i_chunk * GROUPS + tl.arange(0, GROUPS)
     mask = i_group < AREA // PIXELS
     i_token = i_b * VALUES + i_group * (PIXELS * CHANNELS)
-    i_image = i_b * VALUES + _image_offset(i_group * PIXELS, SHAPE.height, SHAPE.width, SHAPE.patch)
+    i_image = i_b * VALUES + _image_offset(i_group * PIXELS, SHAPE.width, SHAPE.patch)
 
     t = tl.load(p_scalar.t + i_b).to(tl.float32)
     h = tl.load(p_scalar.h + i_b).to(tl.float32)

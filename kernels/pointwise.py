@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pmf.kernels import registration
-from pmf.kernels.products import Weights, input_gradient, product, weight_gradients
+from pmf.kernels.products import input_gradient, product, weight_gradients
 from pmf.kernels.registration import Chip, Composition, RowTile
 from pmf.kernels.tiles import gelu as gelu_of
 from pmf.kernels.tiles import silu
@@ -208,12 +208,12 @@ _gelu_alone = registration.differentiable("GELU", "gelu", gelu_forward, _save, _
 
 def _swiglu_then_product(run):
     function = run(swiglu_forward)
-    return lambda x, matrix, bias, x_dot: product(*function(x, x_dot), Weights(matrix, bias))
+    return lambda x, matrix, bias, x_dot: product(*function(x, x_dot), matrix, bias)
 
 
 def _gelu_then_product(run):
     function = run(gelu_forward)
-    return lambda x, matrix, bias, x_dot, tanh: product(*function(x, x_dot, tanh), Weights(matrix, bias))
+    return lambda x, matrix, bias, x_dot, tanh: product(*function(x, x_dot, tanh), matrix, bias)
 
 
 def _save_with_product(ctx, inputs, outputs):

@@ -9,22 +9,14 @@ has read all that y depends on. So dW comes after dx, and nothing is kept for it
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
 
 
-class Weights(NamedTuple):
-    """W [N, C] and b [N] or None."""
-
-    matrix: Tensor
-    bias: Tensor | None = None
-
-
-def product(y: Tensor, y_dot: Tensor | None, weights: Weights) -> tuple[Tensor, Tensor | None]:
+def product(y: Tensor, y_dot: Tensor | None, matrix: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """out and out_dot = y_dot W^T."""
-    return F.linear(y, *weights), None if y_dot is None else F.linear(y_dot, weights.matrix)
+    return F.linear(y, matrix, bias), None if y_dot is None else F.linear(y_dot, matrix)
 
 
 def input_gradient(dout: Tensor, matrix: Tensor, needed: bool) -> Tensor:

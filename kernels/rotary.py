@@ -86,7 +86,7 @@ def forward_tile(head_dim: int, item: int, chip: Chip, half: bool = False, toget
     return (1024, width, 1) if chip.interpreted else (2048 // (width * item), width, 4)
 
 
-def _registers(head_dim: int, half: bool, across: bool) -> int | None:
+def _registers(head_dim: int, half: bool) -> int | None:
     """At most 128 per thread, which keeps 16 warps resident; wider heads would spill."""
     return 128 if half or head_dim < 96 else None
 
@@ -243,7 +243,7 @@ def heads_forward(
         Tokens(tokens, length, prefix), registration.first_dot(samples, qkv_dot) * length,
         rows.stride(0), 0 if dot_rows is None else dot_rows.stride(0), eps,
         H=heads, G=kv_heads, D=head_dim, FORM=form, ROWS=turned, WIDTH=width, num_warps=warps,
-        maxnreg=_registers(head_dim, half, across),
+        maxnreg=_registers(head_dim, half),
     )  # fmt: skip
     return q, k, q_dot, k_dot
 

@@ -4,7 +4,8 @@ Every function takes tensors, pairs (value, tangent) and `Dual`s alike, and give
 samples; a tangent covers the last B_dot of them, all tangents equally many. Values are recorded for backward as plain
 PyTorch would; tangents never are, so backward keeps nothing of them.
 
-    from pmf.dual import Dual, add, chunk, concatenate, dual, multiply, pointwise
+    from pmf import ops
+    from pmf.dual import chunk, dual, gated_residual
 
     shift, scale, gate = chunk(dual(linear, condition), 3)
     x = gated_residual(x, dual(mlp, ops.norm_modulate(x, None, scale, shift)), gate)
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from pmf.errors import InputError, require
 from pmf.fields import checked_integer, is_integer
 from pmf.pair import Dual as Dual
+from pmf.pair import linear_dual as linear_dual
 from pmf.pair import tail
 from pmf.pair import tangent_rows as tangent_rows
 from pmf.private import hooked, tree_flatten, tree_unflatten
@@ -186,17 +188,6 @@ def _beside(x: Tensor, gate: Dual) -> Dual:
         expected = f"[C], [B, C], [B, 1, C] or the shape of x, {list(x.shape)}"
         raise InputError(f"gated_residual: gate must have shape {expected}, got {list(sizes)}")
     return gate.map(lambda g: g.reshape(-1, *vectors[1:])) if len(sizes) == 2 else gate
-
-
-def linear_dual(
-    x: Dual, weight: Tensor, bias: Tensor | None = None, *, linear: Callable[..., Tensor] = F.linear
-) -> Dual:
-    """x W^T + b, and x_dot W^T: two products, so that backward keeps no tangent alive."""
-    value = linear(x.value, weight, bias)
-    if x.dot is None:
-        return Dual(value)
-    with torch.no_grad():
-        return Dual(value, linear(x.dot, weight))
 
 
 def dual(function: Callable, *inputs: Given | None) -> Any:

@@ -28,7 +28,7 @@ from pmf.autocast import no_autocast
 from pmf.errors import InputError, extra, first_line, require
 from pmf.fields import check_values
 from pmf.images import to_float
-from pmf.metrics import INCEPTION_FEATURES, INCEPTION_SIZE, Inception, Resize, inception
+from pmf.metrics import INCEPTION_FEATURES, INCEPTION_SIZE, Inception, Resize, exact_convolutions, inception
 from pmf.sizes import check_is_file
 from pmf.weights import weights_digest
 
@@ -126,8 +126,7 @@ class SpaceExtractor(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features [n, width] and logits [n, 0], without TF32 convolutions nor algorithms chosen by timing."""
-        exact = dict(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-        with torch.backends.cudnn.flags(**exact):  # type: ignore[arg-type]
+        with exact_convolutions():
             features = self.network(to_float(images.to(self.network.device)))
         return features, features[:, :0]
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 GAP = 2
 LARGEST = 10_000
-"""Columns of a grid, and pixels that a small image is enlarged to."""
+"""The most columns of a grid, and the most pixels that a small image is enlarged to."""
 
 
 def to_float(images: Tensor) -> Tensor:

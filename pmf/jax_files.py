@@ -72,6 +72,7 @@ class StateFile:
     def __init__(self, path: Path) -> None:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else JAX claims most GPU memory
         if path.is_dir():
+            import jax
             import numpy as np
             import orbax.checkpoint as ocp
 
@@ -83,7 +84,7 @@ class StateFile:
             if self.tree is None:
                 raise ValueError("orbax finds no array names in it")
             stored = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-            check_declared(f"source: {path}", sum(map(_bytes, _leaves(self.tree))), stored)
+            check_declared(f"source: {path}", sum(map(_bytes, jax.tree.leaves(self.tree))), stored)
         else:
             from flax.serialization import msgpack_restore
 
@@ -98,7 +99,9 @@ class StateFile:
             part = part[name]
         if self._orbax is None:
             return part
-        item, arguments = part, _map(part, self._as_numpy)
+        import jax
+
+        item, arguments = part, jax.tree.map(lambda _: self._as_numpy, part)
         for name in reversed(names):
             item, arguments = {name: item}, {name: arguments}
         values = self._orbax.restore(str(self.path.absolute()), item=item, restore_args=arguments, transforms={})
@@ -107,27 +110,9 @@ class StateFile:
         return values
 
 
-def _leaves(tree: Any) -> Iterator[Any]:
-    """The leaves of nested dicts and lists."""
-    if isinstance(tree, (dict, list, tuple)):
-        for part in tree.values() if isinstance(tree, dict) else tree:
-            yield from _leaves(part)
-    else:
-        yield tree
-
-
 def _bytes(leaf: Any) -> int:
     """Bytes of an array of which the shape and the dtype are known; at least one per value."""
     return math.prod(getattr(leaf, "shape", None) or ()) * getattr(getattr(leaf, "dtype", None), "itemsize", 1)
-
-
-def _map(tree: Any, leaf: Any) -> Any:
-    """The same nested dicts and lists with `leaf` in place of every leaf that is not None."""
-    if isinstance(tree, dict):
-        return {name: _map(part, leaf) for name, part in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return [_map(part, leaf) for part in tree]
-    return None if tree is None else leaf
 
 
 @contextlib.contextmanager

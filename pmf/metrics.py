@@ -305,6 +305,12 @@ def _radii(features: Tensor, neighbours: int, block: int) -> Tensor:
     return torch.cat([torch.cdist(r, features).topk(neighbours + 1, largest=False).values[:, -1] for r in rows])
 
 
+def exact_convolutions() -> contextlib.AbstractContextManager:
+    """A context of convolutions without TF32, none of whose algorithms is chosen by timing."""
+    flags = dict(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+    return torch.backends.cudnn.flags(**flags)  # type: ignore[arg-type]
+
+
 class Inception(torch.nn.Module):
     """Images uint8 [n, 3, H, W] -> features float32 [n, 2048] and logits float32 [n, 1008], without the last bias."""
 
@@ -316,9 +322,7 @@ class Inception(torch.nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return features and logits on the network's device, bitwise reproducible."""
         images = images.to(next(self.network.parameters()).device)
-        # No TF32, and no algorithm chosen by timing.
-        exact = dict(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-        with torch.backends.cudnn.flags(**exact):  # type: ignore[arg-type]
+        with exact_convolutions():
             if self.resize == "tf1":
                 return self.network(images)
             return self.layers((half_pixel(images) - 128) / 128)

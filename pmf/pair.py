@@ -56,6 +56,17 @@ ABSENT = Dual(cast(Tensor, None))
 """An omitted optional input."""
 
 
+def linear_dual(
+    x: Dual, weight: Tensor, bias: Tensor | None = None, *, linear: Callable[..., Tensor] = torch.nn.functional.linear
+) -> Dual:
+    """x W^T + b, and x_dot W^T: two products, so that backward keeps no tangent alive."""
+    value = linear(x.value, weight, bias)
+    if x.dot is None:
+        return Dual(value)
+    with torch.no_grad():
+        return Dual(value, linear(x.dot, weight))
+
+
 Weights = tuple[Tensor, Tensor | None]
 """Weight [N, C] and bias [N] of a product; None is no bias."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 """Parts of names that wrappers add wherever they wrap a module."""
 OUTER = {"model", "ema", "ema_model", "model_ema", "network"}
 """Names of the whole network in the modules of training scripts, such as `pmf.parallel.LossModule`."""
+BATCHED = ("conditioning.tokens", "patch_embed.positions")
+"""Parameters that have a leading dimension of one in the published files."""
 Shape = tuple[int, ...]
 
 
@@ -73,15 +76,6 @@ def _block_parameters(config: ModelConfig) -> Iterator[tuple[str, str, Shape]]:
 def published_names(config: ModelConfig, heads: tuple[str, ...]) -> dict[str, str]:
     """Our name -> the published name of every parameter."""
     return {ours: theirs for ours, theirs, _ in _parameters(config, heads)}
-
-
-def _to_official(name: str, value: Tensor) -> Tensor:
-    """Add the leading dimension of one that tokens and positions have in the published files."""
-    return value[None] if name.startswith("conditioning.tokens") or name.endswith("positions") else value
-
-
-def _from_official(name: str, value: Tensor) -> Tensor:
-    return value[0] if name.startswith("conditioning.tokens") or name.endswith("positions") else value
 
 
 def _rope_freqs(config: ModelConfig) -> Tensor:
@@ -155,12 +149,8 @@ def infer_config(state: Mapping[str, Tensor]) -> ModelConfig:
         bottleneck=bottleneck,
         **counts,
     )
-    same = (c for c in MODELS.values() if _same_shapes(c, read))
+    same = (c for c in MODELS.values() if replace(c, noise_scale=read.noise_scale) == read)
     return next(same, read)
-
-
-def _same_shapes(a: ModelConfig, b: ModelConfig) -> bool:
-    return {**a.__dict__, "noise_scale": 1.0} == {**b.__dict__, "noise_scale": 1.0}
 
 
 def convert_official_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -183,7 +173,7 @@ def convert_official_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor
     require(not surplus, f"state dict: unexpected key {surplus[0] if surplus else ''!r}")
     if ROPE in state:
         _check_rope(state[ROPE], _rope_freqs(config))
-    return {ours: _from_official(ours, state[theirs]) for ours, theirs in names.items()}
+    return {ours: state[theirs][0] if ours.startswith(BATCHED) else state[theirs] for ours, theirs in names.items()}
 
 
 def _check_rope(got: Tensor, wanted: Tensor) -> None:
@@ -211,5 +201,5 @@ def export_official_state_dict(state: Mapping[str, Tensor], config: ModelConfig)
     exported = {ROPE: _rope_freqs(config)}
     for ours, theirs in published_names(config, heads).items():
         require(ours in state, f"state dict: key {ours!r} is missing")
-        exported[theirs] = _to_official(ours, state[ours])
+        exported[theirs] = state[ours][None] if ours.startswith(BATCHED) else state[ours]
     return exported

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -31,12 +30,6 @@ def require_at_least(config: Any, least: Literal[0, 1], *names: str) -> None:
     for name in names:
         value, expected = getattr(config, name), "a positive number" if least else "a number >= 0"
         require(value >= least, f"{config.prefix}{name}: expected {expected}, got {value}")
-
-
-def require_choice(config: Any, name: str, choices: Sequence[str | None]) -> None:
-    """Raise `InputError` unless the value `name` of `config` is one of the choices."""
-    value, listed = getattr(config, name), ", ".join(map(str, choices))
-    require(value in choices, f"{config.prefix}{name}: expected one of {listed}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -221,7 +214,8 @@ class RunConfig:
         require(all(k > 0 for k in self.ema_half_lives), f"ema_half_lives: expected > 0, got {self.ema_half_lives}")
         known = ("model", *(f"ema_{k:g}" for k in self.ema_half_lives))
         require(len(set(known)) == len(known), f"ema_half_lives: expected different ones, got {self.ema_half_lives}")
-        require_choice(self, "sampling_weights", known)
+        got = self.sampling_weights
+        require(got in known, f"sampling_weights: expected one of {', '.join(known)}, got {got!r}")
         for got in self.evaluation.weights:
             require(got in known, f"evaluation.weights: expected one of {', '.join(known)}, got {got!r}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
@@ -20,6 +21,7 @@ from pmf.data.workers import after_parent
 from pmf.errors import InputError, checked_device, first_line, require
 from pmf.sharded import REPLICATED, Sharding
 
+log = logging.getLogger(__name__)
 SHARDINGS = get_args(Sharding)
 PATIENCE = timedelta(days=30)
 """Timeout of processes that wait for one that evaluates or writes."""
@@ -85,6 +87,11 @@ class World:
         for line in lines if self.main else ():
             print(line, flush=True)
 
+    def warn(self, text: str) -> None:
+        """Log a warning on the main process."""
+        if self.main:
+            log.warning(text)
+
     def mean(self, values: Tensor) -> Tensor:
         """Mean over all processes (overwrites `values`); not finite where any process's value is not finite."""
         if self.size > 1:
@@ -104,10 +111,6 @@ class World:
         if self.size > 1:
             dist.all_gather_object(box, value, group=self.group)
         return box
-
-    def share(self, items: list[T]) -> list[T]:
-        """Return this process's share of the main process's list."""
-        return self.broadcast(items)[self.rank :: self.size]
 
     def wait(self) -> None:
         """Wait until every process has called this."""

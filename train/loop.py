@@ -27,14 +27,13 @@ from pmf.train.data.by_name import open_data
 from pmf.train.directory_lock import locked
 from pmf.train.distributed import CommonError, World, join, leave
 from pmf.train.evaluation.periodic import PeriodicEvaluation
-from pmf.train.evaluation.reference import Stopped
 from pmf.train.export import export_curve, export_weights
 from pmf.train.learner import Learner
 from pmf.train.presets import configured
 from pmf.train.progress import Progress
 from pmf.train.run_directory import CURVE_FILE
 from pmf.train.snapshots import Snapshots
-from pmf.train.stop_signals import StopRequest, StopWaiting
+from pmf.train.stop_signals import Stopped, StopRequest, StopWaiting
 from pmf.train.terminal import decoration, soft_output
 
 log = logging.getLogger(__name__)

@@ -1,15 +1,42 @@
-"""Stop requests: Ctrl-C, a closed terminal, SIGTERM and others ask the loop to save and stop after its current step."""
+"""Stop requests: Ctrl-C, a closed terminal, SIGTERM and others ask the loop to save and stop after its current step.
+
+What runs for longer asks `stop_together` between its parts.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
+import torch.distributed as dist
+
 from pmf.data.workers import STOP_SIGNALS
+from pmf.train.distributed import World
 from pmf.train.terminal import silence_the_unread
+
+
+class Stopped(Exception):  # noqa: N818 (it is no error)
+    """A stop was asked for, of any process; every process raises it. What is computed is kept."""
+
+
+def never() -> bool:
+    """Nothing asks for a stop."""
+    return False
+
+
+def stop_together(world: World, stopping: Callable[[], bool]) -> None:
+    """Raise `Stopped` in every process if `stopping` holds in any. Every process must call."""
+    if stopping is never:
+        return
+    asked = torch.tensor(int(stopping()))
+    if world.size > 1:
+        dist.all_reduce(asked, dist.ReduceOp.MAX, group=world.group)
+    if asked.item():
+        raise Stopped
 
 
 class StopWaiting(BaseException):

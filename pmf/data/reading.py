@@ -53,10 +53,8 @@ class Reader(Dataset):
         unreadable: list[CorruptImageError] = []
         try:
             return self._batch(items, unreadable)
-        except Exception as error:
-            return Batch(None, torch.empty(0), [], _told(error))
         except BaseException as error:
-            if get_worker_info() is None:  # Ctrl-C and sys.exit in the caller's own process
+            if get_worker_info() is None and not isinstance(error, Exception):  # Ctrl-C and sys.exit in the caller
                 raise
             return Batch(None, torch.empty(0), [], _told(error))
 

@@ -6,21 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from pmf.pair import Dual, Weights
+from pmf.pair import Dual, Weights, linear_dual
 from pmf.private import transforming
 from pmf.recompute import checkpoint_values
-
-
-def _product(y: Dual, linear: Weights) -> Dual:
-    """y W^T + b, and y_dot W^T."""
-    value = F.linear(y.value, *linear)
-    if y.dot is None:
-        return Dual(value)
-    with torch.no_grad():
-        return Dual(value, F.linear(y.dot, linear[0]))
 
 
 def then_linear(op: Callable[..., Any]) -> Callable[..., Any]:
@@ -37,8 +27,8 @@ def then_linear(op: Callable[..., Any]) -> Callable[..., Any]:
         def both(matrix: Tensor, bias: Tensor | None, *inputs: Any) -> Any:
             result = op(*inputs, **options)
             if isinstance(result, Dual):
-                return _product(result, (matrix, bias))
-            return *result[:-1], _product(result[-1], (matrix, bias))
+                return linear_dual(result, matrix, bias)
+            return *result[:-1], linear_dual(result[-1], matrix, bias)
 
         if torch.compiler.is_compiling() or transforming() or not torch.is_grad_enabled():
             return both(*linear, *inputs)

@@ -45,10 +45,6 @@ class DualTensor(Tensor):
         """Errors: `InputError`, always; `dual_tensor` makes one."""
         raise InputError("pmf.jvp: type(x) of a moving value makes no tensor; expected torch functions")
 
-    def join(self) -> None:
-        """Be stopped by the end of the call that is open."""
-        _join(self)
-
     @property
     def tangent(self) -> Tensor | None:
         """The tangent of `value`, in the memory of that of the DualTensor that this is a view of."""
@@ -76,7 +72,7 @@ class DualTensor(Tensor):
     def take_over(self, value: Tensor, tangent: Tensor) -> None:
         """Stand for what was an ordinary tensor, and is `value` now, until the call is over."""
         self.value, self._tangent, self._adopted = value, tangent, True
-        self.join()
+        _join(self)
 
     def stop(self) -> None:
         """Act as the value alone from now on; what took over an ordinary tensor is that tensor again."""
@@ -160,6 +156,10 @@ def _flipped(function: Callable) -> Handler:
     return lambda method, args, kwargs: propagate(function, (args[1], args[0]), kwargs)
 
 
+def _as(function: Callable) -> Handler:
+    return lambda method, args, kwargs: HANDLERS[function](function, args, kwargs)
+
+
 TRACED_BY_NAME: dict[str, Handler] = {
     "__rsub__": _flipped(torch.sub),
     "__rtruediv__": _flipped(torch.div),
@@ -171,10 +171,10 @@ TRACED_BY_NAME: dict[str, Handler] = {
     "__floordiv__": lambda method, args, kwargs: propagate(torch.floor_divide, args, kwargs),
     "has_free_unbacked_symbols": lambda function, args, kwargs: function(*values_of(args)),
     "__len__": lambda method, args, kwargs: args[0].value.shape[0],
-    "norm": lambda method, args, kwargs: HANDLERS[torch.norm](torch.norm, args, kwargs),
-    "pow": lambda method, args, kwargs: HANDLERS[torch.pow](torch.pow, args, kwargs),
-    "pow_": lambda method, args, kwargs: HANDLERS[Tensor.pow_](Tensor.pow_, args, kwargs),
-    "unflatten": lambda method, args, kwargs: HANDLERS[torch.unflatten](torch.unflatten, args, kwargs),
+    "norm": _as(torch.norm),
+    "pow": _as(torch.pow),
+    "pow_": _as(Tensor.pow_),
+    "unflatten": _as(torch.unflatten),
 }
 """For compilers, by name, the handlers of what they cannot look up: methods written in Python, and checkpoints."""
 

@@ -124,7 +124,7 @@ for _names, _rule in (
     ("rms_norm", _rms_norm),
     ("var", _variance),
     ("std", _deviation),
-    ("vector_norm linalg_vector_norm", _vector_norm),
+    ("vector_norm", _vector_norm),
     ("batch_norm", _running_norm(torch.batch_norm, 0)),
     ("instance_norm", _running_norm(torch.instance_norm, 2)),
 ):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pmf.pair import total
 from pmf.tangents.fallback import tangents_by_torch_func
 from pmf.tangents.handlers import ruled
 from pmf.tangents.rules import HANDLERS, TRACED, Rule, is_dual, named, value
@@ -45,7 +46,7 @@ def _grid_sampler(function: Callable) -> Rule:
             ones, alone = out.new_ones(n * c, 1, *out.shape[2:]), image.reshape(n * c, 1, *image.shape[2:])
             slopes = backward(ones, alone, places.repeat_interleave(c, 0), *options, [False, True])[1]
             moved = (slopes.view(n, c, *places.shape[1:]) * grid.dot[:, None]).sum(-1)
-            dot = moved if dot is None else dot + moved
+            dot = total(dot, moved)
         return dot
 
     return rule

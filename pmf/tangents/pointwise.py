@@ -177,8 +177,7 @@ for _names, _rule in (
     ("softmax", _softmax),
     ("log_softmax", _log_softmax),
     ("glu", _glu),
-    ("clamp clip", _clamp),
-    ("clamp_min", _clamp),
+    ("clamp clip clamp_min", _clamp),
     ("clamp_max", lambda out, x, max: _clamp(out, x, None, max)),
     ("addcmul", _addcmul),
 ):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pmf.pair import Dual
+from pmf.pair import total
 from pmf.private import grouped_mm
 from pmf.tangents.handlers import ruled
 from pmf.tangents.rules import HANDLERS, Rule, argument, bilinear, is_dual, named, value
@@ -49,11 +49,9 @@ def _sparse(function: Callable) -> Rule:
 HANDLERS[torch.sparse.mm] = ruled(_sparse(torch.sparse.mm))
 
 
-def _scaled(x: Any, alpha: Any) -> Tensor | None:
-    """alpha x_dot, or None if x does not move."""
-    if not is_dual(x):
-        return None
-    return x.dot if type(alpha) in (int, float) and alpha == 1 else x.dot * alpha
+def _scaled(dot: Tensor, alpha: Any) -> Tensor:
+    """alpha dot."""
+    return dot if type(alpha) in (int, float) and alpha == 1 else dot * alpha
 
 
 def _added(product: Callable) -> Rule:
@@ -62,9 +60,9 @@ def _added(product: Callable) -> Rule:
     def rule(out, x, a, b, *, beta=1, alpha=1):
         terms = [x.dot.expand(out.shape) * beta] if is_dual(x) and beta != 0 else []
         if is_dual(a):
-            terms.append(_scaled(Dual(a.value, product(a.dot, value(b))), alpha))
+            terms.append(_scaled(product(a.dot, value(b)), alpha))
         if is_dual(b):
-            terms.append(_scaled(Dual(b.value, product(value(a), b.dot)), alpha))
+            terms.append(_scaled(product(value(a), b.dot), alpha))
         return sum(terms[1:], terms[0]) if terms else torch.zeros_like(out)
 
     return rule
@@ -77,7 +75,7 @@ def _sum(sign: int, reverse: bool = False) -> Rule:
         a, b = (input if a is None else a), (other if b is None else b)
         if reverse:
             a, b = b, a
-        one, two = _scaled(a, 1), _scaled(b, alpha)
+        one, two = a.dot if is_dual(a) else None, _scaled(b.dot, alpha) if is_dual(b) else None
         if one is None:
             return -two if sign < 0 else two.clone() if two is b.dot else two
         if two is None:
@@ -135,7 +133,7 @@ def _einsum(function: Callable) -> Rule:
             if is_dual(x):
                 one = [*plain[:i], x.dot, *plain[i + 1 :]]
                 term = function(equation, one, **kwargs) if listed else function(equation, *one, **kwargs)
-                dot = term if dot is None else dot + term
+                dot = total(dot, term)
         return dot
 
     return rule

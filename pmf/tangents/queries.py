@@ -25,7 +25,7 @@ less_equal logical_and logical_not logical_or logical_xor lt ne not_equal signbi
 """Their results are true or false."""
 
 LOSING = """
-__array__ __array_wrap__ __cuda_array_interface__ __deepcopy__ __dlpack__ __reduce_ex__ backward data_ptr module_load
+__array__ __array_wrap__ __deepcopy__ __dlpack__ __reduce_ex__ backward data_ptr module_load
 numpy resize resize_as share_memory_ storage storage_type to_dense to_mkldnn to_sparse untyped_storage
 """
 """They hand the numbers to code that knows no tangents."""
@@ -49,7 +49,7 @@ HANDLERS[setter("requires_grad")] = still
 for _function in named(*ASKING.split(), *COMPARING.split()):
     HANDLERS[_function] = still
 for _name in LOSING.split():
-    if hasattr(Tensor, _name) and callable(getattr(Tensor, _name)):
+    if hasattr(Tensor, _name):
         HANDLERS[getattr(Tensor, _name)] = refused("its tangent would be lost; expected torch functions")
 for _name in NOT_DIFFERENTIABLE.split():
     HANDLERS[getattr(torch.special, _name)] = refused("PyTorch does not differentiate it, and would give zeros")

@@ -26,7 +26,8 @@ TRACED: dict[Callable, Handler] = {}
 """For compilers, the handlers of functions that PyTorch writes in Python."""
 
 FINDERS: list[Callable[[Any], Handler | None]] = []
-"""Each gives the handlers of one package's functions, which it knows by name: it may not be installed."""
+"""Each gives the handlers of functions that it knows by name: those of a package, which may not be installed, or of
+`torch.ops`."""
 
 
 class Found:

@@ -33,7 +33,7 @@ _upsample_nearest_exact3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_p
 avg_pool2d avg_pool3d bfloat16 broadcast_to cdouble cfloat chalf channel_shuffle chunk clone col2im conj conj_physical
 contiguous cpu cuda cumsum diag diag_embed diagonal diagonal_copy double dsplit expand expand_copy fft fft2 fftn
 fftshift flatten flip fliplr flipud float gather half hfft hfft2 hfftn hsplit ifft ifft2 ifftn ifftshift ihfft ihfft2
-ihfftn im2col imag index_select irfft irfft2 irfftn ldexp mH mT mean moveaxis movedim narrow narrow_copy
+ihfftn im2col imag index_select irfft irfft2 irfftn ldexp mean moveaxis movedim narrow narrow_copy
 native_channel_shuffle neg negative permute permute_copy pixel_shuffle pixel_unshuffle positive ravel real
 reflection_pad1d reflection_pad2d reflection_pad3d repeat repeat_interleave replication_pad1d replication_pad2d
 replication_pad3d reshape resolve_conj resolve_neg rfft rfft2 rfftn roll rot90 select select_copy slice_copy split

@@ -16,7 +16,8 @@ from pmf.metrics import Resize
 from pmf.train.distributed import World, join, leave
 from pmf.train.evaluation import command
 from pmf.train.evaluation.command import EvalConfig
-from pmf.train.evaluation.measurement import Measurement, Stopped
+from pmf.train.evaluation.measurement import Measurement
+from pmf.train.stop_signals import Stopped
 from tests.networks import random_model
 
 COLOUR = pmf.ModelConfig(

@@ -22,9 +22,9 @@ import pmf
 from pmf.data import CorruptImageError, Loader
 from pmf.train.config import load_run_config
 from pmf.train.demo import digits
-from pmf.train.evaluation.reference import Stopped, never
 from pmf.train.loop import Trainer
 from pmf.train.progress import Progress
+from pmf.train.stop_signals import Stopped, never
 from tests.train.small_runs import ENVIRONMENT, SMALL_MODEL
 from tests.train.test_distributed import free_port
 from tests.train.test_killed import complete, lines

@@ -19,10 +19,11 @@ from pmf.metrics import Statistics
 from pmf.train.config import EvaluationConfig, RunConfig, to_json
 from pmf.train.evaluation.command import EvalConfig, command
 from pmf.train.evaluation.lock import alone
-from pmf.train.evaluation.measurement import Measurement, Stopped, measure
+from pmf.train.evaluation.measurement import Measurement, measure
 from pmf.train.evaluation.periodic import PeriodicEvaluation
 from pmf.train.evaluation.reference import open_pictures
 from pmf.train.evaluation.results import Results
+from pmf.train.stop_signals import Stopped
 from tests.networks import random_model
 from tests.train.evaluation import ALONE, COLOUR, SETTINGS, Toy, checkpoint, evaluate
 

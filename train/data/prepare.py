@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import tyro
@@ -28,6 +28,7 @@ from pmf.errors import InputError, first_line, printable, require
 from pmf.fields import check_fields
 from pmf.images import centre_crop
 from pmf.pictures import MAX_SIDE, leads_up, opened
+from pmf.train.config import require_at_least
 from pmf.train.data.samples import Sample, Source, digest
 from pmf.train.data.sources import open_source
 from pmf.train.directory_lock import locked
@@ -73,13 +74,13 @@ class PrepareConfig:
     verify: bool = False
     """Read all shards back once they are written."""
 
+    prefix: ClassVar[str] = ""
+
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("size", "shard_images"):
-            require(getattr(self, name) > 0, f"{name}: expected a positive number, got {getattr(self, name)}")
+        require_at_least(self, 1, "size", "shard_images")
         require(self.size <= MAX_SIDE, f"size: expected at most {MAX_SIDE}, got {self.size}")
-        for name in ("max_corrupt", "workers"):
-            require(getattr(self, name) >= 0, f"{name}: expected a number >= 0, got {getattr(self, name)}")
+        require_at_least(self, 0, "max_corrupt", "workers")
         require(self.workers <= MAX_THREADS, f"workers: expected at most {MAX_THREADS}, got {self.workers}")
 
 

@@ -25,16 +25,14 @@ from pmf.train.distributed import World
 from pmf.train.evaluation.lock import alone
 from pmf.train.evaluation.reference import (
     Pictures,
-    Stopped,
     compute_together,
-    never,
     open_pictures,
     pictures_digest,
-    warn,
     warn_of_few,
     write_folder_statistics,
 )
 from pmf.train.evaluation.results import Results, digest, extractor_digest, network_digest
+from pmf.train.stop_signals import Stopped, never
 from pmf.weights import weights_digest
 
 Score = Callable[..., dict[str, float]]
@@ -44,7 +42,6 @@ MakeExtractor = Callable[..., Extractor]
 """Keyword argument `resize` -> extractor."""
 NO_REFERENCE = "reference: expected a folder of images or an npz of statistics, got none"
 DEMOS = ("digits", "photographs")
-__all__ = ["NO_REFERENCE", "Draw", "MakeExtractor", "Measurement", "Stopped", "demo_score", "image_count", "measure"]
 
 
 def image_count(config: MeasurementConfig, network: pmf.ModelConfig, name: str) -> int:
@@ -68,7 +65,7 @@ def demo_score(network: pmf.ModelConfig, data: str | None, world: World) -> Call
     name = DEMOS[score is evaluate_photographs]
     require(data in (None, name), f"{NO_REFERENCE}; images of this shape are no {data}")
     if data is None:
-        warn(world, f"source: its training data are unknown; scored as {name}, by the shape of its images")
+        world.warn(f"source: its training data are unknown; scored as {name}, by the shape of its images")
     return score
 
 

@@ -18,10 +18,10 @@ from pmf.sharded import whole
 from pmf.train.config import RunConfig
 from pmf.train.distributed import World
 from pmf.train.evaluation.measurement import Measurement, demo_score, image_count, measure
-from pmf.train.evaluation.reference import never, stop_together
 from pmf.train.evaluation.results import Results, digest, network_digest
 from pmf.train.evaluation.spaces import SpacesMeasurement
 from pmf.train.run_directory import EVALUATION_FOLDER
+from pmf.train.stop_signals import never, stop_together
 
 SEED = 0  # of the first image, as in `pmf eval`
 REPORTED = ("fid", "inception_score", "precision", "recall", "frechet_distance", "accuracy")

@@ -11,7 +11,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from pmf.data.training_data import CorruptImageError
@@ -24,41 +23,16 @@ from pmf.train.data.samples import listed
 from pmf.train.distributed import World
 from pmf.train.evaluation.lock import alone
 from pmf.train.evaluation.results import digest, extractor_digest
+from pmf.train.stop_signals import Stopped, never, stop_together
 
 log = logging.getLogger(__name__)
 FEW = "a Fréchet distance of so few is mostly error (their covariance has no full rank), expected at least"
 
 
-class Stopped(Exception):  # noqa: N818 (it is no error)
-    """A stop was asked for, of any process; every process raises it. What is computed is kept."""
-
-
-def never() -> bool:
-    """Nothing asks for a stop."""
-    return False
-
-
-def stop_together(world: World, stopping: Callable[[], bool]) -> None:
-    """Raise `Stopped` in every process if `stopping` holds in any. Every process must call."""
-    if stopping is never:
-        return
-    asked = torch.tensor(int(stopping()))
-    if world.size > 1:
-        dist.all_reduce(asked, dist.ReduceOp.MAX, group=world.group)
-    if asked.item():
-        raise Stopped
-
-
-def warn(world: World, text: str) -> None:
-    """Log a warning on the main process."""
-    if world.main:
-        log.warning(text)
-
-
 def warn_of_few(world: World, name: str, count: int | None, width: int) -> None:
     """Warn of fewer images than features."""
     if count is not None and count < width:
-        warn(world, f"{name}: {count:,} images; {FEW} {width:,}")
+        world.warn(f"{name}: {count:,} images; {FEW} {width:,}")
 
 
 @dataclass(frozen=True)
@@ -88,7 +62,7 @@ class Pictures:
         if len(sizes) > 1 or (wanted is not None and set(sizes) - {(wanted, wanted)}):
             most = ", ".join(f"{w} x {h} ({n:,})" for (w, h), n in sizes.most_common(3))
             more = f" and {len(sizes) - 3} other sizes" if len(sizes) > 3 else ""
-            warn(world, f"{self.argument}: images of {most}{more}; expected {expected}")
+            world.warn(f"{self.argument}: images of {most}{more}; expected {expected}")
 
 
 def open_pictures(path: Path, argument: str) -> Pictures:

@@ -16,7 +16,7 @@ from pmf.metrics import INCEPTION_FEATURES, Statistics, frechet_distance
 from pmf.train.config import ExtractionConfig, MeasurementConfig
 from pmf.train.distributed import World
 from pmf.train.evaluation.measurement import Measurement
-from pmf.train.evaluation.reference import Pictures, pictures_digest, warn, warn_of_few, write_folder_statistics
+from pmf.train.evaluation.reference import Pictures, pictures_digest, warn_of_few, write_folder_statistics
 
 
 def spaces_of(config: MeasurementConfig) -> dict[str, str]:
@@ -108,7 +108,7 @@ class SpacesMeasurement:
             generated = next(line["images"] for line in lines if line["network"] == name)
             if floor.images not in (None, generated) and not self._warned:
                 self._warned = True
-                warn(self.world, f"held_out: {floor.images:,} images, but {generated:,} are generated; {EQUAL}")
+                self.world.warn(f"held_out: {floor.images:,} images, but {generated:,} are generated; {EQUAL}")
         return {name: distances[name] / floor.distance for name, floor in self.floors.items()}
 
     def summary(self, head: dict[str, Any], lines: list[dict[str, Any]], trained: Sequence[str]) -> dict[str, Any]:

@@ -19,10 +19,9 @@ from pmf.parallel import GeneratorModule, LossModule, synchronise_gradients
 from pmf.post_training import FrechetStep, Latents
 from pmf.train.config import PosttrainConfig
 from pmf.train.distributed import World
-from pmf.train.evaluation.reference import Stopped, stop_together, warn
 from pmf.train.evaluation.results import digest
 from pmf.train.loop import Batches, Trainer
-from pmf.train.stop_signals import StopRequest
+from pmf.train.stop_signals import Stopped, StopRequest, stop_together
 
 LARGEST_WINDOW = 1 / 20
 """Of a run, beyond which the population grows stale: it then describes a generator that is no more."""
@@ -60,10 +59,10 @@ class PosttrainTrainer(Trainer):
         """Whether the populations are being filled: until they are full there is nothing to save."""
         if config.window > LARGEST_WINDOW * config.steps:
             text = f"{config.population}: a window of {config.window:.3g} steps is more than a twentieth of the run"
-            warn(world, f"{text}, {config.steps} steps: the population grows stale")
+            world.warn(f"{text}, {config.steps} steps: the population grows stale")
         if config.optimizer.warmup_steps >= config.steps:
             text = f"all {config.steps} steps warm up, expected fewer than these"
-            warn(world, f"optimizer.warmup_steps: {text}, got {config.optimizer.warmup_steps}")
+            world.warn(f"optimizer.warmup_steps: {text}, got {config.optimizer.warmup_steps}")
 
     def _module(self) -> LossModule:
         return GeneratorModule(self.model, self.config.loss, self.config.sampling)
