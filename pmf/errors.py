@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from pmf.private import FakeTensor, mapped, traced_by_fx
+from pmf.private import FakeTensor, is_vmapped, traced_by_fx
 
 
 class InputError(Exception):
@@ -85,4 +85,4 @@ def readable(*tensors: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or traced_by_fx():
         return False
-    return all(t.device.type == "cpu" and not isinstance(t, FakeTensor) and not mapped(t) for t in tensors)
+    return all(t.device.type == "cpu" and not isinstance(t, FakeTensor) and not is_vmapped(t) for t in tensors)

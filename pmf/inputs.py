@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from pmf import dispatch, reference
 from pmf.errors import InputError, no_vmap
 from pmf.pair import ABSENT, Dual
-from pmf.private import batched_by_autograd, forward_mode, is_dual_tensor, mapped
+from pmf.private import batched_by_autograd, forward_mode, is_dual_tensor, is_vmapped
 from pmf.tangents.carriers import CARRIERS, as_dual, carrier_of
 from pmf.unrecorded import Sources, without_gradient
 
@@ -215,7 +215,7 @@ class Inputs:
                 f"{op}: torch.compile would lose the tangents of forward-mode differentiation "
                 f"(torch.func.jvp, forward_ad); give {op} explicit tangents: Dual(value, tangent)"
             )
-        if any(map(mapped, self._values())):
+        if any(map(is_vmapped, self._values())):
             raise no_vmap(op)
         parts = [ABSENT if dual.value is None else Dual(*forward_ad.unpack_dual(dual.value)) for dual in self.duals]
         for name, tensor in self.fixed.items():

@@ -117,7 +117,7 @@ batched_by_autograd = torch._C._functorch.is_legacy_batchedtensor
 """Whether x is a batch of `torch.autograd.functional`, or of gradients with is_grads_batched."""
 
 
-def mapped(x: Tensor) -> bool:
+def is_vmapped(x: Tensor) -> bool:
     """Whether `torch.vmap` maps over x, so that its values cannot be read."""
     while _is_wrapped(x):
         if torch._C._functorch.is_batchedtensor(x):
@@ -130,7 +130,7 @@ def is_dual_tensor(x: Tensor) -> bool:
     """Whether x has a tangent of `torch.func.jvp` or `torch.autograd.forward_ad`, at any level of transforms."""
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-    if not mapped(x) and forward_ad.unpack_dual(x).tangent is not None:
+    if not is_vmapped(x) and forward_ad.unpack_dual(x).tangent is not None:
         return True
     # PyTorch shows tangents only to the innermost transform; a jvp around it has wrapped what depends on its primals.
     around = (torch._C._functorch.get_interpreter_stack() or [])[:-1]

@@ -13,11 +13,11 @@ from pmf.optim.ema import EMA
 from pmf.optim.moments import initialise_state
 from pmf.sharded import give
 
-Averages = Mapping[str, EMA]
+Copies = Mapping[str, EMA]
 Optimizers = Mapping[str, torch.optim.Optimizer]
 
 
-def check_fits(state: TrainState, model: nn.Module, averages: Averages, optimizers: Optimizers) -> None:
+def check_fits(state: TrainState, model: nn.Module, averages: Copies, optimizers: Optimizers) -> None:
     """Raise `InputError` if a run of this network, averages and optimizers cannot resume from that state.
 
     `averages` are by name, {"ema_500": EMA, ...}; `optimizers` are as from `build_optimizers`.
@@ -30,9 +30,7 @@ def check_fits(state: TrainState, model: nn.Module, averages: Averages, optimize
 
 
 @torch.no_grad()
-def fill_run(
-    state: TrainState | None, count: int, model: nn.Module, averages: Averages, optimizers: Optimizers
-) -> None:
+def fill_run(state: TrainState | None, count: int, model: nn.Module, averages: Copies, optimizers: Optimizers) -> None:
     """Fill a run from a train state: weights, averages, moments, and `count`, the updates that the moments include.
 
     Every rank must call it. Only rank 0 needs the state; the others receive theirs from it, whole or in shards.
@@ -45,7 +43,7 @@ def fill_run(
             values["step"].fill_(count)
 
 
-def _run_tensors(model: nn.Module, averages: Averages, optimizers: Optimizers) -> dict[str, Tensor]:
+def _run_tensors(model: nn.Module, averages: Copies, optimizers: Optimizers) -> dict[str, Tensor]:
     """The tensors of a run that a train state fills, by name and kind. Creates missing moments as zeros."""
     names = {p: name for name, p in model.named_parameters()}
     tensors = {name: p.detach() for p, name in names.items()}
@@ -60,7 +58,7 @@ def _run_tensors(model: nn.Module, averages: Averages, optimizers: Optimizers) -
     return tensors
 
 
-def _state_tensors(state: TrainState, averages: Averages) -> dict[str, Tensor]:
+def _state_tensors(state: TrainState, averages: Copies) -> dict[str, Tensor]:
     """The tensors of a train state, named as in `_run_tensors`."""
     tensors = dict(state.model)
     for kind in averages:

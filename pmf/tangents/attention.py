@@ -24,8 +24,7 @@ from pmf.private import tree_leaves
 from pmf.tangents.carriers import values_of
 from pmf.tangents.handlers import ruled
 from pmf.tangents.random_state import replayed
-from pmf.tangents.rules import HANDLERS, accumulating, argument, is_dual, mapped, named, replaced
-from pmf.tangents.rules import value as plain
+from pmf.tangents.rules import HANDLERS, accumulating, argument, is_dual, mapped, named, plain, replaced
 
 SCORES_AT_ONCE = 2**24
 """About as many scores of a tangent without kernel are in memory at once; compilers take all of them."""

@@ -19,8 +19,7 @@ from torch.func import jvp as forward_jvp  # scripts may put pmf.jvp in its plac
 from pmf.private import FLEX_ATTENTION, for_each_score, is_plain_attention
 from pmf.tangents.attention import attention_dot, repeated, scores_of, weighted, weights_of
 from pmf.tangents.handlers import ruled
-from pmf.tangents.rules import HANDLERS, accumulating, is_dual, mapped
-from pmf.tangents.rules import value as plain
+from pmf.tangents.rules import HANDLERS, accumulating, is_dual, mapped, plain
 
 
 def _flex_attention(

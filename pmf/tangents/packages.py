@@ -21,8 +21,7 @@ from pmf.pair import Dual
 from pmf.private import schema
 from pmf.tangents.attention import attention_dot
 from pmf.tangents.handlers import ruled
-from pmf.tangents.rules import FINDERS, Handler, expect_none, linear_in_first, mapped
-from pmf.tangents.rules import value as plain
+from pmf.tangents.rules import FINDERS, Handler, expect_none, linear_in_first, mapped, plain
 
 ATTENTION = {
     f"FlashAttn{lengths}{packed}Func" for lengths in ("", "Varlen") for packed in ("", "KVPacked", "QKVPacked")

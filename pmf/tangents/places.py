@@ -11,7 +11,7 @@ from torch import Tensor
 from pmf.pair import total
 from pmf.tangents.fallback import tangents_by_torch_func
 from pmf.tangents.handlers import ruled
-from pmf.tangents.rules import HANDLERS, TRACED, Rule, is_dual, named, value
+from pmf.tangents.rules import HANDLERS, TRACED, Rule, is_dual, named, plain
 
 _ATEN = torch.ops.aten
 
@@ -38,9 +38,9 @@ def _grid_sampler(function: Callable) -> Rule:
     """
 
     def rule(out, input, grid, *options):
-        dot = function(input.dot, value(grid), *options) if is_dual(input) else None
+        dot = function(input.dot, plain(grid), *options) if is_dual(input) else None
         if is_dual(grid):
-            image, places = value(input).to(out.dtype), grid.value.to(out.dtype)
+            image, places = plain(input).to(out.dtype), grid.value.to(out.dtype)
             n, c = image.shape[:2]
             backward = _ATEN.grid_sampler_2d_backward if image.ndim == 4 else _ATEN.grid_sampler_3d_backward
             ones, alone = out.new_ones(n * c, 1, *out.shape[2:]), image.reshape(n * c, 1, *image.shape[2:])

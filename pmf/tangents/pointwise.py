@@ -15,8 +15,7 @@ from torch import Tensor
 
 from pmf.pair import total
 from pmf.tangents.handlers import by_torch_func, drawn, eager_only, ruled
-from pmf.tangents.rules import HANDLERS, Handler, Rule, argument, is_dual, linear_in_first, named
-from pmf.tangents.rules import value as plain
+from pmf.tangents.rules import HANDLERS, Handler, Rule, argument, is_dual, linear_in_first, named, plain
 
 _ATEN = torch.ops.aten
 

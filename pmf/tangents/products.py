@@ -11,7 +11,7 @@ from torch import Tensor
 from pmf.pair import total
 from pmf.private import grouped_mm
 from pmf.tangents.handlers import ruled
-from pmf.tangents.rules import HANDLERS, Rule, argument, bilinear, is_dual, named, value
+from pmf.tangents.rules import HANDLERS, Rule, argument, bilinear, is_dual, named, plain
 
 PRODUCTS = {
     "mul multiply __mul__ __rmul__ matmul __matmul__ inner kron cross": "other",
@@ -60,9 +60,9 @@ def _added(product: Callable) -> Rule:
     def rule(out, x, a, b, *, beta=1, alpha=1):
         terms = [x.dot.expand(out.shape) * beta] if is_dual(x) and beta != 0 else []
         if is_dual(a):
-            terms.append(_scaled(product(a.dot, value(b)), alpha))
+            terms.append(_scaled(product(a.dot, plain(b)), alpha))
         if is_dual(b):
-            terms.append(_scaled(product(value(a), b.dot), alpha))
+            terms.append(_scaled(product(plain(a), b.dot), alpha))
         return sum(terms[1:], terms[0]) if terms else torch.zeros_like(out)
 
     return rule
@@ -98,7 +98,7 @@ def _quotient(reverse: bool = False) -> Rule:
         if not is_dual(b):
             return a.dot / b
         numerator = -out * b.dot
-        return (numerator if not is_dual(a) else a.dot + numerator) / value(b)
+        return (numerator if not is_dual(a) else a.dot + numerator) / plain(b)
 
     return rule
 
@@ -127,11 +127,11 @@ def _einsum(function: Callable) -> Rule:
         operands = list(given[0] if listed else given)
         if not isinstance(equation, str):
             return NotImplemented
-        plain = [value(x) for x in operands]
+        values = [plain(x) for x in operands]
         dot = None
         for i, x in enumerate(operands):
             if is_dual(x):
-                one = [*plain[:i], x.dot, *plain[i + 1 :]]
+                one = [*values[:i], x.dot, *values[i + 1 :]]
                 term = function(equation, one, **kwargs) if listed else function(equation, *one, **kwargs)
                 dot = total(dot, term)
         return dot

@@ -18,7 +18,7 @@ from pmf.errors import InputError
 from pmf.private import tree_map
 from pmf.tangents.fallback import check_eager, tangents_by_torch_func
 from pmf.tangents.handlers import drawn, ruled
-from pmf.tangents.rules import HANDLERS, Handler, Rule, can_move, is_dual, named, value
+from pmf.tangents.rules import HANDLERS, Handler, Rule, can_move, is_dual, named, plain
 
 State = tuple[Tensor, ...]
 """h [B, H], and c of an LSTM."""
@@ -136,7 +136,7 @@ def _widened(x: Any) -> Any:
 
 def _tangents(function: Callable, out: Any, args: tuple) -> Any:
     """The tangents of a network by `function`, which writes it out."""
-    with no_autocast(value(args[0]).device):
+    with no_autocast(plain(args[0]).device):
         return tangents_by_torch_func(function, out, tree_map(_widened, args, is_leaf=is_dual), {})
 
 
@@ -148,7 +148,7 @@ def _network(function: Callable, cell: Cell) -> Handler:
         num_layers, dropout, train = args[5:8] if packed else args[4:7]
         if num_layers > 1 and dropout and train:
             check_eager(function)
-            if torch.backends.cudnn.is_acceptable(value(args[0])):
+            if torch.backends.cudnn.is_acceptable(plain(args[0])):
                 raise InputError(CUDNN_DROPOUT)
         return _tangents((_packed if packed else _padded)(cell, out[0].dtype), out, args)
 

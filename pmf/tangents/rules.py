@@ -90,7 +90,7 @@ def is_dual(x: Any) -> bool:
     return type(x) is Dual
 
 
-def value(x: Any) -> Any:
+def plain(x: Any) -> Any:
     """The value of an argument that may move."""
     return x.value if type(x) is Dual else x
 
@@ -182,9 +182,9 @@ def bilinear(function: Callable, second: str, bias: bool = False, spatial: int =
             return NotImplemented
         dot = added.dot.reshape(-1, *[1] * spatial).clone() if is_dual(added) else None
         if is_dual(a):
-            dot = total(dot, function(a.dot, value(b), *others, **kwargs))
+            dot = total(dot, function(a.dot, plain(b), *others, **kwargs))
         if is_dual(b):
-            dot = total(dot, function(value(a), b.dot, *others, **kwargs))
+            dot = total(dot, function(plain(a), b.dot, *others, **kwargs))
         return dot
 
     return rule

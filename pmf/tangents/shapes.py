@@ -23,7 +23,7 @@ from pmf.tangents.rules import (
     jointly_linear,
     linear_in_first,
     named,
-    value,
+    plain,
     zero,
 )
 
@@ -71,7 +71,7 @@ randint_like randn_like zeros_like
 
 def _like(function: Callable) -> Rule:
     linear = linear_in_first(function)
-    return lambda out, x, *args, **kwargs: linear(out, x, *map(value, args), **{k: value(v) for k, v in kwargs.items()})
+    return lambda out, x, *args, **kwargs: linear(out, x, *map(plain, args), **{k: plain(v) for k, v in kwargs.items()})
 
 
 def _selecting(function: Callable) -> Rule:

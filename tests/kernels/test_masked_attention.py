@@ -19,7 +19,7 @@ from pmf import Dual, dispatch, ops
 from pmf.errors import InputError
 from pmf.kernels import attention, flash
 from pmf.tangents import attention as rule
-from pmf.tangents.rules import value as plain
+from pmf.tangents.rules import plain
 from tests.kernels.checks import (
     DEVICE,
     check,
