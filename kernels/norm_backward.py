@@ -34,20 +34,23 @@ class Form(NamedTuple):
 
 
 @functools.cache
-def backward_tile(width: int, alone: bool, row_bytes: int, token_bytes: int, chip: Chip) -> tuple[RowTile, int, int]:
+def backward_tile(
+    width: int, alone: bool, row_bytes: int, token_bytes: int, shift_bytes: int, chip: Chip
+) -> tuple[RowTile, int, int]:
     """The forward's tile, the number of programs, and the stages of the loop over a program's tokens.
 
     Every program writes up to four rows of partial sums, so there should be few programs: one wave, as many as are
     resident at once. Registers (up to 128 per thread) limit a multiprocessor to 16 warps, too few to hide the latency
-    of HBM, so rows of `row_bytes`, and of `token_bytes` of modulations per token, are prefetched into shared memory,
-    which also holds scratch for layout conversions.
+    of HBM, so rows of `row_bytes`, and of `token_bytes` of modulations per token, are prefetched into shared memory
+    with one row of `shift_bytes`. It also holds scratch for layout conversions.
     """
     tile = forward_tile(width, alone, chip)
     if chip.interpreted:
         return tile, 16, 1
     resident = 16 // tile.warps
     values = tile.rows * tile.block
-    stages = chip.stages(resident, values * (row_bytes + token_bytes) // width, 4 * values)
+    staged = (values * (row_bytes + token_bytes) + tile.block * shift_bytes) // width
+    stages = chip.stages(resident, staged, 4 * values)
     # Float32 branches and gradients double a row: a third stage would cost registers and is not needed.
     return tile, chip.processors * resident, min(stages, 2) if row_bytes > 12 * width else stages
 
@@ -192,7 +195,9 @@ def norm_backward(
     row_bytes = width * sum(s.element_size() for s in (dy, x, dx_new, branch) if s is not None)
     read = (gate, scale, shift if again else None)
     token_bytes = width * sum(p.element_size() for p in read if p is not None and per_token(p))
-    tile, programs, stages = backward_tile(width, not residual, row_bytes, token_bytes, registration.chip(dy.device))
+    shift_bytes = 0 if shift is None or not again or token.shift else width * shift.element_size()
+    chip = registration.chip(dy.device)
+    tile, programs, stages = backward_tile(width, not residual, row_bytes, token_bytes, shift_bytes, chip)
     gate, weight, scale, shift = (as_rows(p) for p in parameters)
     shares = sums.divide(samples, length, any(p is not None and p.ndim == 2 for p in parameters), programs, tile.rows)
     summed = [p for p in trained if not per_token(p)]

@@ -194,10 +194,14 @@ def _check_draws(draws: Draws, shape: torch.Size) -> None:
     require(bool(whole[draws.fm_mask].all()), "draws: expected the interval [0, 1] where fm_mask is set")
 
 
+def _pinned(host: Tensor, device: torch.device) -> Tensor:
+    """The host tensor in memory that can be copied to `device` asynchronously: pinned, for CUDA."""
+    return host.pin_memory() if device.type == "cuda" else host
+
+
 def to_device(device: torch.device, *vectors: Tensor) -> tuple[Tensor, ...]:
     """Copy host vectors to `device` in one copy that the host does not wait for."""
-    host = torch.cat(vectors)
-    host = host.pin_memory() if device.type == "cuda" else host  # else the copy would wait
+    host = _pinned(torch.cat(vectors), device)
     return host.to(device, non_blocking=True).split([len(vector) for vector in vectors])
 
 

@@ -1,5 +1,6 @@
 """Without a GPU the kernels run in Triton's interpreter; allocations hold NaN until they are written."""
 
+import importlib
 import os
 import signal
 
@@ -43,6 +44,7 @@ def signals():
 @pytest.fixture(autouse=True)
 def found_handlers():
     """Forget which handlers pmf.jvp found: a test that compiles meets every function first, as a process may."""
+    importlib.import_module("pmf.tangents.call")  # which registers all rules
     from pmf.tangents.rules import HANDLERS
 
     before = dict(HANDLERS)

@@ -7,12 +7,11 @@ them. Reading unpickles nothing but the classes of the metadata and values that 
 from __future__ import annotations
 
 import dataclasses
-import errno
 import io
 import os
 import pickle
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +51,9 @@ ALLOWED = {
 class CheckedWriter(dcp.FileSystemWriter):
     """Writes a checkpoint and a checksum beside every file. Each process computes those of its own files."""
 
+    files: Sequence[Path] = ()
+    """Those of the checkpoint, of all processes."""
+
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:  # noqa: D102
         try:
             written = super().write_data(plan, planner)
@@ -61,13 +63,9 @@ class CheckedWriter(dcp.FileSystemWriter):
         return written
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Write the metadata. Errors: `OSError` if a process wrote its part where the first one does not see it."""
+        """Write the metadata, in the first process, which knows from now on all `files`."""
         names = {result.storage_data.relative_path for written in results for result in written}
-        lost = sorted(name for name in names if not (Path(self.path) / name).exists())
-        if lost:
-            raise OSError(
-                errno.ENOENT, f"{lost[0]} was written elsewhere: expected a directory that all machines share"
-            )
+        self.files = [Path(self.path) / name for name in (METADATA, *sorted(names))]
         super().finish(metadata, results)
         _write_checksums([Path(self.path) / METADATA])
 

@@ -6,13 +6,14 @@ A damaged one is noticed by its checksums and set aside, and the one before it i
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -41,7 +42,8 @@ class Snapshots:
         self.folder, self.world, self.keep = directory / FOLDER, world, keep
         # The writing thread communicates during training, so it needs a process group of its own.
         self.group = dist.new_group(backend="gloo") if world.size > 1 else None
-        self.pending: tuple[int, Future] | None = None
+        self.pending: tuple[int, Future, CheckedWriter] | None = None
+        self.readable = False
 
     def steps(self) -> list[int]:
         """The steps of the complete snapshots, in order. Errors: `OSError` if the folder cannot be read."""
@@ -68,7 +70,7 @@ class Snapshots:
         except FAILURES as error:
             raise InputError(self._failure(step, error)) from error
         assert isinstance(future, Future)  # async_save returns one unless asked for a staging future
-        self.pending = (step, future)
+        self.pending = (step, future, writer)
 
     def publish(self, wait: bool) -> None:
         """Publish the pending snapshot once it is on every process's disk, and remove the oldest beyond `keep`.
@@ -77,16 +79,18 @@ class Snapshots:
         """
         if self.pending is None or not (wait or all(self.world.gather(self.pending[1].done()))):
             return
-        (step, future), self.pending = self.pending, None
+        (step, future, writer), self.pending = self.pending, None
         try:
             future.result()  # fails in every process or in none
         except FAILURES as error:
             raise CommonError(self._failure(step, error)) from error
-        self.world.main_first(partial(self._show, step))
+        self.world.main_first(partial(self._show, step, writer))
 
-    def _show(self, step: int) -> None:
-        """Give a snapshot that is on the disk its name."""
+    def _show(self, step: int, writer: CheckedWriter) -> None:
+        """Give a snapshot that is on the disk its name. The first one's metadata are read back, which takes seconds."""
         try:
+            _check_shared((self.readable and writer.files) or files_of(self._partial(step)))
+            self.readable = True
             _synchronise(self._partial(step))
             os.replace(self._partial(step), self._path(step))
             _synchronise(self.folder)
@@ -227,6 +231,13 @@ def _remove_torn(folder: Path) -> None:
     for torn in folder.glob(".step-*"):
         with contextlib.suppress(OSError):
             remove(torn)
+
+
+def _check_shared(files: Sequence[Path]) -> None:
+    """Errors: `OSError` if a process wrote its part of a snapshot where this one does not see it."""
+    lost = [file.name for file in files if not file.exists()]
+    if lost:
+        raise OSError(errno.ENOENT, f"{lost[0]} was written elsewhere: expected a directory that all machines share")
 
 
 def remove(path: Path) -> None:

@@ -14,6 +14,7 @@ from pmf.optim.moments import initialise_state
 from pmf.sharded import give
 
 Copies = Mapping[str, EMA]
+"""The averages of a run, by name."""
 Optimizers = Mapping[str, torch.optim.Optimizer]
 
 

@@ -170,7 +170,10 @@ def unknown(function: Callable, args: tuple, kwargs: dict) -> Any:
     """The handler of a function without rule that PyTorch does not list."""
     place = place_of(function)
     if place is not None:
-        return getattr(Found, place)(function, args, kwargs)
+        found = getattr(Found, place)
+        if not torch.compiler.is_compiling():  # compiled code would be compiled again: it guards the registry's size
+            HANDLERS[function] = found
+        return found(function, args, kwargs)
     check_eager(function)
     if isinstance(getattr(function, "__self__", None), property):
         return refused("its tangent would be lost; expected torch functions")(function, args, kwargs)

@@ -34,24 +34,31 @@ class Found:
     """The handlers that were found by name, as attributes, which compilers read anew wherever they trace."""
 
 
+PLACES: dict[Any, str] = {}
+"""Function -> the attribute of `Found` that is its handler."""
+
+
 def handler_of(function: Any) -> Handler | None:
     """The handler of an autograd.Function or of an operator that is registered or known by name."""
     found = HANDLERS.get(function)
     if found is None and hasattr(function, "__module__") and hasattr(function, "__name__"):
         found = next(filter(None, (find(function) for find in FINDERS)), None)
-    if found is not None:
-        HANDLERS[function] = found
     return found
 
 
 @constant
 def place_of(function: Any) -> str | None:
-    """The attribute of `Found` that is `handler_of(function)`: compilers take names as constants, but no functions."""
-    found = handler_of(function)
-    if found is None:
-        return None
-    setattr(Found, place := f"handler_{id(found)}", found)
-    return place
+    """The attribute of `Found` that is `handler_of(function)`: compilers take names as constants, but no functions.
+
+    It is the same at every call, as compilers guard what they have read.
+    """
+    if function not in PLACES:
+        found = handler_of(function)
+        if found is None:
+            return None
+        PLACES[function] = f"handler_{id(function)}"  # which PLACES keeps alive
+        setattr(Found, PLACES[function], found)
+    return PLACES[function]
 
 
 def name_of(function: Callable) -> str:

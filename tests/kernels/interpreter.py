@@ -76,7 +76,7 @@ def refuse_overflow() -> None:
     """Make the interpreter refuse sums, differences and products of int32 that overflow, as offsets never may.
 
     Its own check computes the same by tiles of int64, a third of the time of attention's tests, and then ignores what
-    it found unless kernels are compiled for debugging. Smaller and unsigned integers may wrap.
+    it found unless kernels are compiled for debugging. Other integers may wrap; lanes that a mask leaves out may not.
     """
     import triton.language as tl
     from triton.language.semantic import TritonSemantic

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -18,6 +19,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import torch
 
 SIZES = {"digits": (64, 4, 176), "B": (768, 12, 2048), "L": (1024, 16, 2736), "H": (1280, 16, 3416)}
 """Width, heads, (padded) MLP width of pMF-digits and the published networks."""
@@ -37,15 +40,11 @@ TYPES = {
 
 
 def _meta(*shape, dtype):
-    import torch
-
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
 def norm_cases(size: str, stream, low):
     """The residual norm of a published block and of an adaLN block, and the first norm of a network."""
-    import torch
-
     from pmf.kernels import norm, norm_backward
 
     width = SIZES[size][0]
@@ -88,8 +87,6 @@ def norm_cases(size: str, stream, low):
 
 def _token_cases(width: int, stream, low):
     """Modulations per token, slices of wider rows, after a residual without gate's tangent and with it."""
-    import torch
-
     from pmf.kernels import norm, norm_backward
 
     x, y = _meta(BATCH, LENGTH, width, dtype=stream), _meta(BATCH, LENGTH, width, dtype=low)
@@ -105,9 +102,16 @@ def _token_cases(width: int, stream, low):
 
 
 def wide_cases(size: str, stream, low):
-    """The widest rows with modulations per token, whose prefetches take most shared memory."""
-    if size == "H":
-        yield from _token_cases(8192, stream, low)
+    """Wide rows with modulations per token, per sample and of both kinds: what is prefetched may fill shared memory."""
+    from pmf.kernels import norm_backward
+
+    for width, kept in itertools.product((4096, 8192) if size == "H" else (), {stream, low}):
+        yield from _token_cases(width, kept, low)
+        x, y, token = (_meta(BATCH, LENGTH, width, dtype=dtype) for dtype in (kept, low, torch.float32))
+        sample, stats = _meta(BATCH, width, dtype=torch.float32), _meta(BATCH, LENGTH, 2, dtype=torch.float32)
+        for name, scale in (("sample", sample), ("both", token)):
+            arguments = (y, x, x, y, sample, None, scale, sample, stats, low, True, True, [True, False, True, True])
+            yield f"backward {name}", functools.partial(norm_backward.norm_backward.function, *arguments, True, True)
 
 
 def pointwise_cases(size: str, stream, low):
@@ -134,8 +138,6 @@ def attention_cases(size: str, stream, low):
 
     Those of 64, 80 and 128 also causal, in groups of 4 with key lengths, and all of it.
     """
-    import torch
-
     from pmf.kernels import attention, registration
 
     wide = (80,) if low == torch.bfloat16 else (64, 80, 128)
@@ -172,8 +174,6 @@ def attention_cases(size: str, stream, low):
 
 def rotary_cases(size: str, stream, low):
     """Packed q, k, v of a published block, and what other networks do with theirs."""
-    import torch
-
     width, heads, _ = SIZES[size]
     head_dim = width // heads
     qkv = _meta(BATCH, LENGTH, 3, heads, head_dim, dtype=low)
@@ -213,8 +213,6 @@ def _heads_cases(label: str, x, inputs, kv_heads: int, options):
 
 def objective_cases(size: str, stream, low):
     """256 px and patches of 16 (B), 512 px and patches of 32 (H)."""
-    import torch
-
     from pmf.kernels import objective
 
     if size in ("digits", "L"):
@@ -230,8 +228,6 @@ def objective_cases(size: str, stream, low):
 
 def patch_cases(size: str, stream, low):
     """B with 256 px and patches of 16, H with 512 px and patches of 32."""
-    import torch
-
     from pmf.kernels import patch
 
     width, bottleneck = SIZES[size][0], {"digits": 32, "B": 128, "L": 128, "H": 256}[size]
@@ -262,8 +258,6 @@ FAMILIES = {
 
 def recorded_launches(families):
     """(label, capability, kernel's module and name, arguments, options) of every shipped launch."""
-    import torch
-
     from pmf.kernels import registration
 
     launches = []
@@ -288,7 +282,6 @@ def recorded_launches(families):
 
 def _plain(arguments):
     """Tensors as their dtype's name: enough to compile, and picklable."""
-    import torch
 
     def plain(a):
         if isinstance(a, tuple):

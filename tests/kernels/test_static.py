@@ -68,7 +68,7 @@ def test_machine_code(family):
         assert sum(n for name, n in entry.items() if name.startswith("LDGSTS") and name != "LDGSTS.128") <= 6, entry
 
 
-def test_the_widest_rows_fit_in_shared_memory():
+def test_wide_rows_fit_in_shared_memory():
     for entry in compiled("wide"):
         assert entry["shared"] <= CHIPS[entry["capability"]][1] << 10, entry
 

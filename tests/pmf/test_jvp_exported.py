@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -160,3 +161,24 @@ def test_what_is_refused_is_refused_by_its_operator():
         pmf.jvp(lambda x: ATEN.squeeze_.dim(x * 1, 1), (x,), (x,))
     with pytest.raises(InputError, match=r"torch.func.jvp is wrong there"):
         pmf.jvp(lambda x: ATEN.scatter_reduce.two(x, 0, torch.zeros(4, 1).long(), x, "prod"), (x,), (x,))
+
+
+def test_an_operator_that_a_compiler_meets_later_leaves_other_graphs_as_they_are():
+    aten, counter = torch.ops.aten, CompileCounterWithBackend("eager")
+    x, v = drawn(3, 4), drawn(3, 4, seed=1)
+    compiled = {
+        name: torch.compile(lambda x, f=function: pmf.jvp(f, (x,), (v,)), backend=counter, fullgraph=True)
+        for name, function in (("cos", aten.cos.default), ("tan", aten.tan.default), ("sin", torch.sin))
+    }
+    for names in (("sin", "cos", "tan"), ("sin", "cos", "tan")):
+        for name in names:
+            torch.testing.assert_close(compiled[name](x)[1], torch.func.jvp(getattr(torch, name), (x,), (v,))[1])
+    assert counter.frame_count == 3
+
+
+def test_a_rule_that_is_registered_later_holds_for_compiled_operators():
+    x, v = drawn(3, 4), drawn(3, 4, seed=1)
+    step = torch.compile(lambda x: pmf.jvp(torch.ops.aten.sinh.default, (x,), (v,)), backend="eager", fullgraph=True)
+    torch.testing.assert_close(step(x)[1], x.cosh() * v)
+    pmf.jvp.rule(torch.ops.aten.sinh.default)(lambda out, x: 3 * x.dot)
+    torch.testing.assert_close(step(x)[1], 3 * v)

@@ -7,11 +7,13 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
+import torch
 import torch.multiprocessing as mp
 
 import pmf
 from pmf.train import loop
-from pmf.train.distributed import join
+from pmf.train.checkpoint_files import CheckedWriter
+from pmf.train.distributed import World, join
 from pmf.train.loop import Trainer
 from pmf.train.snapshots import Snapshots
 from tests.train.test_distributed import config, data, free_port
@@ -62,7 +64,7 @@ def one_is_done(rank: int, port: int, folder: str) -> None:
     world = join("cpu", "ddp")
     snapshots = Snapshots(Path(folder), world, 1)
     future: Future = Future()
-    snapshots.pending = (1, future)
+    snapshots.pending = (1, future, CheckedWriter(folder))
     if rank == 0:
         future.set_exception(OSError(28, "No space left on device"))
     snapshots.publish(wait=False)
@@ -77,3 +79,16 @@ def one_is_done(rank: int, port: int, folder: str) -> None:
 
 def test_processes_notice_together_that_a_checkpoint_failed(tmp_path):
     mp.spawn(one_is_done, (free_port(), str(tmp_path)), nprocs=2)
+
+
+def test_a_part_that_vanishes_before_it_is_published_is_noticed(tmp_path):
+    snapshots = Snapshots(tmp_path, World(torch.device("cpu")), 2)
+    snapshots.prepare()
+    for step in (1, 2, 3):
+        snapshots.save(step, {"weight": torch.ones(3)})
+    snapshots.pending[1].result()
+    (part,) = (tmp_path / "checkpoints" / ".step-00000003").glob("*.distcp")
+    part.unlink()
+    with pytest.raises(pmf.InputError, match=f"{part.name} was written elsewhere"):
+        snapshots.publish(wait=True)
+    assert snapshots.steps() == [1, 2]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,6 @@ from pmf.train.evaluation.lock import alone
 from pmf.train.evaluation.results import digest, extractor_digest
 from pmf.train.stop_signals import Stopped, never, stop_together
 
-log = logging.getLogger(__name__)
 FEW = "a Fréchet distance of so few is mostly error (their covariance has no full rank), expected at least"
 
 
