@@ -114,7 +114,7 @@ def meanflow_step(
 
 
 def network_case(size: str, batch: int, device: torch.device) -> Case:
-    """The step of one network; the UNet has no explicit duals, for want of a GroupNorm.
+    """The step of one network; the UNet is not written with explicit duals.
 
     Compiled ways only on CUDA: on a CPU the peak of live tensors is counted by a mode that compilers do not take.
     """

@@ -43,7 +43,7 @@ class Snapshots:
         # The writing thread communicates during training, so it needs a process group of its own.
         self.group = dist.new_group(backend="gloo") if world.size > 1 else None
         self.pending: tuple[int, Future, CheckedWriter] | None = None
-        self.readable = False
+        self.readable = False  # whether a snapshot of this process was read back
 
     def steps(self) -> list[int]:
         """The steps of the complete snapshots, in order. Errors: `OSError` if the folder cannot be read."""
