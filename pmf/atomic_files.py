@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from safetensors import SafetensorError
 
-from pmf.errors import InputError, first_line
+from pmf.errors import InputError, reason_of
 
 FAILURES = (OSError, RuntimeError, ValueError, SafetensorError)
 """What the writers of files raise: Python's own, PyTorch's, pillow's and safetensors'."""
@@ -72,11 +72,6 @@ def require_writable(path: str | Path, argument: str) -> None:
 def torn_files(directory: Path, name: str) -> list[Path]:
     """The temporary files that killed processes left in a directory, of files of this name, which may be a pattern."""
     return list(directory.glob(f".{name}.????????{Path(name).suffix[:9]}"))
-
-
-def reason_of(error: BaseException) -> str:
-    """Why a file could not be written: the system's words where it gave some, else the error's first line."""
-    return getattr(error, "strerror", None) or first_line(error)
 
 
 def _mode(path: Path) -> int | None:

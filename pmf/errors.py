@@ -56,6 +56,21 @@ def first_line(error: BaseException) -> str:
     return printable(next(iter(str(error).strip().splitlines()), type(error).__name__))
 
 
+def reason_of(error: BaseException) -> str:
+    """Why a file could not be read or written: the system's words where it gave some, else the error's first line."""
+    return getattr(error, "strerror", None) or first_line(error)
+
+
+@contextlib.contextmanager
+def reading(argument: str, path: object) -> Iterator[None]:
+    """Turn a failure of the system inside the `with` block, which reads or looks up `path`, into an `InputError`."""
+    try:
+        yield
+    except OSError as error:
+        name = printable(error.filename or path)
+        raise InputError(f"{argument}: cannot read {name}: {reason_of(error)}") from error
+
+
 def printable(name: object) -> str:
     """A name on one line of UTF-8: control characters, line breaks and bytes that are not UTF-8 are escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))

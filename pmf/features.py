@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pmf.atomic_files import write_atomically
-from pmf.errors import InputError, extra, first_line, printable, require
+from pmf.errors import InputError, extra, first_line, printable, reading, require
 from pmf.fields import check_fields, check_values
 from pmf.metrics import Resize, Statistics, frechet_distance, inception_score, precision_recall
 from pmf.pictures import SUFFIXES, is_picture, read_file, read_picture, walk
@@ -46,12 +46,10 @@ def find_images(folder: Path, *, argument: str = "folder") -> list[Path]:
     Errors: `InputError` if there are none or they cannot be listed; it calls the folder `argument`.
     """
     check_values(Path, folder=folder)
-    require(folder.exists(), f"{argument}: {printable(folder)} does not exist, expected a folder of images")
-    require(folder.is_dir(), f"{argument}: {printable(folder)} is a file, expected a folder of images")
-    try:
+    with reading(argument, folder):
+        require(folder.exists(), f"{argument}: {printable(folder)} does not exist, expected a folder of images")
+        require(folder.is_dir(), f"{argument}: {printable(folder)} is a file, expected a folder of images")
         found = sorted(Path(entry.path) for entry in walk(folder) if is_picture(entry.name))
-    except OSError as error:
-        raise InputError(f"{argument}: cannot list {printable(error.filename)}: {error.strerror}") from error
     require(bool(found), f"{argument}: {printable(folder)} holds no {', '.join(SUFFIXES)}")
     return found
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path, PurePath
 
-from pmf.errors import InputError, extra, first_line, require
+from pmf.errors import InputError, extra, first_line, reading, require
 from pmf.jax_files import is_state
 from pmf.sizes import check_is_file
 
@@ -26,22 +26,19 @@ def locate(source: str, weights: str | None) -> tuple[Path, str | None]:
     require(weights != "", "weights: expected a name, or none, got ''")
     require(source != "", "source: expected a run directory, a checkpoint file or a hub id, got ''")
     path = Path(source)
-    try:
-        path.exists()
-    except OSError as error:  # such as a name that is too long
-        raise InputError(f"source: cannot read {source:.80}: {error.strerror}") from error
-    if path.is_dir():
-        names = sorted(entry.name for entry in path.iterdir())
-        if _networks(names) or not is_state(path):
-            file, average = _split(weights)
-            return _with_average(path / _choose(names, file, str(path), path / "config.json"), average)
-    if path.exists():
-        return _in_one_file(path, weights)
-    is_hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source, re.ASCII) and path.suffix not in SUFFIXES
-    require(
-        bool(is_hub_id) and not path.parent.is_dir(),
-        f"source: {source} does not exist, expected a run directory, a checkpoint file or a hub id",
-    )
+    with reading("source", source):
+        if path.is_dir():
+            names = sorted(entry.name for entry in path.iterdir())
+            if _networks(names) or not is_state(path):
+                file, average = _split(weights)
+                return _with_average(path / _choose(names, file, str(path), path / "config.json"), average)
+        if path.exists():
+            return _in_one_file(path, weights)
+        is_hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source, re.ASCII) and path.suffix not in SUFFIXES
+        require(
+            bool(is_hub_id) and not path.parent.is_dir(),
+            f"source: {source} does not exist, expected a run directory, a checkpoint file or a hub id",
+        )
     return _download(source, weights)
 
 

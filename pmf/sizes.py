@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pmf.errors import require
+from pmf.errors import reading, require
 
 FLOOR = 2**30
 """Bytes that any input may declare."""
@@ -19,8 +19,9 @@ def check_declared(what: str, declared: int, stored: int) -> None:
 
 
 def check_is_file(argument: str, path: str | Path) -> None:
-    """Raise `InputError` for a pipe or a device: reading it may wait for ever, or never end."""
-    require(not is_endless(Path(path)), lambda: f"{argument}: {path} is a pipe or a device, expected a file")
+    """Raise `InputError` for a pipe or a device, which may never end, and for a path that cannot be looked up."""
+    with reading(argument, path):
+        require(not is_endless(Path(path)), lambda: f"{argument}: {path} is a pipe or a device, expected a file")
 
 
 def is_endless(path: Path) -> bool:

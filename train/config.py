@@ -12,7 +12,7 @@ import torch
 
 from pmf.config import DIGITS, Guidance, LossConfig, ModelConfig
 from pmf.data.loader import MAX_WORKERS
-from pmf.errors import InputError, first_line, require
+from pmf.errors import InputError, first_line, reading, require
 from pmf.feature_networks import NETWORKS, network_name
 from pmf.fields import check_fields, from_json
 from pmf.metrics import Resize
@@ -94,10 +94,11 @@ class MeasurementConfig(ExtractionConfig):
     @property
     def of_spaces(self) -> bool:
         """Whether the reference is a directory of statistics by feature network, NAME.npz, and not one of pictures."""
-        if self.reference is None or not self.reference.is_dir():
-            return False
-        seen = [entry for entry in self.reference.iterdir() if not entry.name.startswith(".")]
-        pictures = any(entry.is_dir() or is_picture(entry.name) for entry in seen)
+        with reading("reference", self.reference):
+            if self.reference is None or not self.reference.is_dir():
+                return False
+            seen = [entry for entry in self.reference.iterdir() if not entry.name.startswith(".")]
+            pictures = any(entry.is_dir() or is_picture(entry.name) for entry in seen)
         return not pictures and any(entry.suffix == ".npz" for entry in seen)
 
 
@@ -336,7 +337,8 @@ def load_run_config(directory: Path, name: str = "resume") -> RunConfig:
     Errors: `InputError` if there is none or it is unreadable.
     """
     file = directory / CONFIG_FILE
-    require(file.is_file(), f"{name}: {directory} holds no run, expected a directory with {CONFIG_FILE}")
+    with reading(name, file):
+        require(file.is_file(), f"{name}: {directory} holds no run, expected a directory with {CONFIG_FILE}")
     try:
         stored = json.loads(file.read_text())
         kind = PosttrainConfig if isinstance(stored, dict) and "features" in stored else RunConfig
@@ -350,8 +352,9 @@ def load_run_config(directory: Path, name: str = "resume") -> RunConfig:
 def find_run_around(source: str) -> RunConfig | None:
     """Load the configuration of the run that `source` is, or is a file in; None if there is none."""
     path = Path(source)
-    if not path.is_file():
-        return find_run_config(source)
+    with reading("source", path):
+        if not path.is_file():
+            return find_run_config(source)
     with contextlib.suppress(InputError):  # a config.json beside the file may be anything
         return find_run_config(str(path.parent))
     return None
@@ -359,4 +362,5 @@ def find_run_around(source: str) -> RunConfig | None:
 
 def find_run_config(source: str) -> RunConfig | None:
     """Load the configuration of the run in directory `source`; None if `source` is something else."""
-    return load_run_config(Path(source), "source") if (Path(source) / CONFIG_FILE).is_file() else None
+    with reading("source", source):
+        return load_run_config(Path(source), "source") if (Path(source) / CONFIG_FILE).is_file() else None

@@ -22,7 +22,7 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from pmf.errors import InputError, first_line, require
+from pmf.errors import InputError, first_line, reading, require
 from pmf.train.checkpoint_files import CheckedPlanner, CheckedReader, CheckedWriter, damage, files_of, read_metadata
 from pmf.train.distributed import CommonError, World
 
@@ -121,10 +121,8 @@ class Snapshots:
         raise CommonError(f"resume: every checkpoint of {run} is damaged: {told}")
 
     def _found(self) -> list[int]:
-        try:
+        with reading("resume", self.folder):
             return self.steps()
-        except OSError as error:
-            raise InputError(f"resume: cannot read {self.folder}: {error.strerror}") from error
 
     def _fault(self, step: int) -> str | None:
         """What is wrong with a snapshot; None if it is whole.

@@ -52,6 +52,46 @@ def test_nothing_is_drawn_for_a_place_that_cannot_be_written(run, tmp_path, caps
     assert os.listdir(tmp_path) == ["file"]
 
 
+LONG = "a" * 300
+
+
+@pytest.mark.parametrize(
+    ("argument", "command"),
+    [
+        ("source", ["sample", LONG]),
+        ("source", ["eval", LONG]),
+        ("source", ["posttrain", LONG]),
+        ("source", ["data", "prepare", f"folder:{LONG}", "--out", "out", "--size", "8"]),
+        ("init", ["digits", "--init", LONG]),
+        ("data", ["digits", "--data", LONG]),
+        ("resume", ["train", "--resume", LONG]),
+        ("evaluation.reference", ["digits", "--evaluation.reference", LONG, "--eval-every", "1"]),
+        ("folder", ["eval", "statistics", LONG, "--out", "out.npz"]),
+        ("reference", ["eval", "run", "--reference", LONG]),
+        ("images", ["eval", "run", "--reference", "a.npz", "--images", LONG]),
+    ],
+)
+def test_a_path_that_cannot_be_looked_up_is_named_with_its_argument(argument, command, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 2
+    assert re.fullmatch(
+        rf"pmf: {argument}: cannot read {LONG}(/config.json)?: File name too long\n", capsys.readouterr().err
+    )
+    assert not os.listdir(tmp_path)
+
+
+def test_statistics_are_not_computed_for_a_place_that_cannot_be_written(tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    with pytest.raises(SystemExit):
+        main(["eval", "statistics", str(folder), "--out", str(tmp_path)])
+    assert f"pmf: out: cannot write {tmp_path}: it is a directory" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["pictures"]
+
+
 def test_ctrl_c_while_packages_are_imported_is_one_line(tmp_path):
     (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nimport time\n")
     start = "import pmf.train.start; import sys; sys.path.insert(0, sys.argv[1]); pmf.train.start.main()"

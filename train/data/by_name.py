@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pmf.data.training_data import TrainingData
-from pmf.errors import InputError, require
+from pmf.errors import InputError, reading, require
 
 
 def open_data(spec: str, image_size: int) -> TrainingData:
@@ -25,8 +25,9 @@ def open_data(spec: str, image_size: int) -> TrainingData:
         return photographs(image_size)[0]
     require(spec != "", "data: expected digits, photographs or a prepared directory, got ''")
     path, raw = Path(spec), spec if spec.startswith(("folder:", "hf:", "wds:")) else None
-    if raw is None and path.is_dir() and not any(path.glob("shard-*.*")):
-        raw = f"folder:{spec}"
+    with reading("data", path):
+        if raw is None and path.is_dir() and not any(path.glob("shard-*.*")):
+            raw = f"folder:{spec}"
     if raw is not None:
         advice = f"pmf data prepare '{raw}' --out DIRECTORY --size {image_size}"
         raise InputError(f"data: {spec} is not prepared; run `{advice}` and give that directory")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pmf.errors import InputError, extra, printable, require
+from pmf.errors import extra, printable, reading, require
 from pmf.pictures import is_folder, is_litter, is_picture, leads_up, read_file, walk
 from pmf.train.data import tars
 from pmf.train.data.hugging_face import open_hugging_face
@@ -33,11 +33,8 @@ def open_source(spec: str) -> Source:
     kind, _, rest = spec.partition(":")
     forms = {"folder": _folder, "hf": open_hugging_face, "wds": _web_dataset}
     require(kind in forms and rest != "", f"source: expected {FORMS}; got {spec!r}")
-    try:
-        with extra("data", f"source: {kind} needs"):
-            return forms[kind](rest)
-    except OSError as error:
-        raise InputError(f"source: cannot read {printable(error.filename or rest)}: {error.strerror}") from error
+    with reading("source", rest), extra("data", f"source: {kind} needs"):
+        return forms[kind](rest)
 
 
 def _folder(path: str) -> Source:

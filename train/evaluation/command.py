@@ -17,8 +17,9 @@ import tyro
 from torch import Tensor
 
 import pmf
+from pmf.atomic_files import require_writable
 from pmf.config import MODELS, Guidance, ModelConfig, published_guidance
-from pmf.errors import InputError, require
+from pmf.errors import InputError, reading, require
 from pmf.hub import locate
 from pmf.metrics import INCEPTION_FEATURES, Resize, inception
 from pmf.train.config import ExtractionConfig, MeasurementConfig, find_run_around, find_run_config
@@ -69,7 +70,8 @@ class EvalConfig(MeasurementConfig):
         super().__post_init__()
         _settings(self, Guidance(1.0))  # refuse impossible settings before anything is loaded
         require(all(n >= 1 for n in self.steps), f"steps: expected positive numbers, got {self.steps}")
-        folder = self.images is None or self.images.is_dir() or not self.images.exists()
+        with reading("images", self.images):
+            folder = self.images is None or self.images.is_dir() or not self.images.exists()
         require(folder, f"images: {self.images} is a file, expected a directory")
 
 
@@ -151,6 +153,7 @@ def statistics_command(arguments: list[str]) -> None:
         write_statistics(pictures, config.out, config.networks, world, config, keep=config.features)
         leave(world)
         return
+    world.main_first(lambda: require_writable(config.out, "out"))
     extractor = inception(config.inception, resize=config.resize or "tf1", device=world.device)
     warn_of_few(world, "folder", pictures.count, INCEPTION_FEATURES)
     pictures.warn_of_sizes(world)

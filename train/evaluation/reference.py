@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pmf.data.training_data import CorruptImageError
-from pmf.errors import InputError, extra
+from pmf.errors import InputError, extra, reading
 from pmf.features import Chunks, Extractor, Source, compute, find_images, images_of
 from pmf.metrics import Statistics
 from pmf.pictures import open_file, open_picture
@@ -68,8 +68,9 @@ def open_pictures(path: Path, argument: str) -> Pictures:
 
     Errors: `InputError` if there are none, or if a prepared directory is not complete.
     """
-    if any(path.glob("shard-*.*")):
-        return _prepared(path, argument)
+    with reading(argument, path):
+        if any(path.glob("shard-*.*")):
+            return _prepared(path, argument)
     files = find_images(path, argument=argument)
     read = images_of(files, argument=argument)
     return Pictures(files, len(files), read, cache(lambda: _sizes(files, argument)), argument)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pmf.errors import InputError, require
+from pmf.errors import InputError, reading, require
 from pmf.feature_networks import NETWORKS, SpaceExtractor, feature_network, network_name
 from pmf.metrics import INCEPTION_FEATURES, Statistics, frechet_distance
 from pmf.train.config import ExtractionConfig, MeasurementConfig
@@ -46,7 +46,9 @@ def write_statistics(
     Errors: `InputError` if `out` is a file, or on images of several sizes in the space of pixels.
     """
     networks = named(specs)
-    require(not out.exists() or out.is_dir(), f"out: {out} is a file, expected a directory for one npz per network")
+    with reading("out", out):
+        folder = not out.exists() or out.is_dir()
+    require(folder, f"out: {out} is a file, expected a directory for one npz per network")
     side = world.main_first(pictures.side) if "pixels" in networks else None
     one_size = "pixels" not in networks or side is not None
     require(one_size, "folder: expected squares of one size for the network pixels, got others")
@@ -132,7 +134,8 @@ def load_statistics(folder: Path, name: str, argument: str) -> Statistics:
     feature network, which need not be loaded to know.
     """
     file = folder / f"{name}.npz"
-    require(file.is_file(), f"{argument}: {folder} has no {name}.npz, expected statistics in the space of {name}")
+    with reading(argument, file):
+        require(file.is_file(), f"{argument}: {folder} has no {name}.npz, expected statistics in the space of {name}")
     try:
         found = Statistics.load(file)
     except InputError as error:

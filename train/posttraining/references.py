@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from pmf.errors import require
+from pmf.errors import reading, require
 from pmf.feature_networks import FeatureNetwork, feature_network
 from pmf.images import to_float
 from pmf.metrics import Statistics
@@ -53,7 +53,8 @@ def open_references(config: PosttrainConfig, networks: Mapping[str, FeatureNetwo
     if folder is None:
         require(config.data == DIGITS, "reference: expected a directory of statistics (pmf eval statistics), got none")
         return {name: _statistics_of_digits(network) for name, network in networks.items()}
-    require(folder.is_dir(), f"reference: expected a directory of statistics, got {folder}")
+    with reading("reference", folder):
+        require(folder.is_dir(), f"reference: expected a directory of statistics, got {folder}")
     return {name: _read(folder, config, network) for name, network in networks.items()}
 
 
