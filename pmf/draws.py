@@ -14,6 +14,11 @@ from pmf.config import LossConfig, ModelConfig
 from pmf.errors import checked_device, extent, readable, require
 from pmf.fields import check_values
 
+BYTES = 20.0
+"""Images with larger values hold bytes."""
+BEYOND = 1.5
+"""Images with larger values are scaled in another way, as by a mean and a deviation; filters stay below."""
+
 
 @dataclass(frozen=True)
 class Draws:
@@ -147,7 +152,7 @@ def check_batch(x: Tensor, y: Tensor, draws: Draws, config: ModelConfig) -> None
     _check_draws(draws, x.shape)
     if readable(x, y):
         require(bool(torch.isfinite(x).all()), "x: expected finite images, got NaN or infinity")
-        _warn_of_scale(x)
+        warn_of_scale("x", x, stacklevel=5)
         finite = not readable(draws.noise) or bool(torch.isfinite(draws.noise).all())
         require(finite, "draws.noise: expected finite values, got NaN or infinity")
         require(
@@ -156,14 +161,18 @@ def check_batch(x: Tensor, y: Tensor, draws: Draws, config: ModelConfig) -> None
         )
 
 
-def _warn_of_scale(x: Tensor) -> None:
-    """Warn of images in [0, 255] or [0, 1]; constant ones say nothing about their scale."""
-    low, high = (value.item() for value in x.aminmax())
-    bytes_like, unit = high > 20, low >= 0 and 0.5 < high <= 1 and low < high
-    if bytes_like or unit:
-        scaled = "x / 127.5 - 1" if bytes_like else "2 * x - 1"
-        got = "255" if bytes_like else "1"
-        warnings.warn(f"x: expected images in [-1, 1]; these look like [0, {got}], expected {scaled}", stacklevel=5)
+def warn_of_scale(argument: str, images: Tensor, stacklevel: int) -> None:
+    """Warn of images in [0, 255] or [0, 1], or far beyond [-1, 1]; constant ones say nothing about their scale."""
+    low, high = (value.item() for value in images.aminmax())
+    if high > BYTES:
+        seen = f"look like [0, 255], expected {argument} / 127.5 - 1"
+    elif low >= 0 and 0.5 < high <= 1 and low < high:
+        seen = f"look like [0, 1], expected 2 * {argument} - 1"
+    elif max(-low, high) > BEYOND and images.shape[1] in (1, 3):  # latents have more channels
+        seen = f"reach from {low:.3g} to {high:.3g}"
+    else:
+        return
+    warnings.warn(f"{argument}: expected images in [-1, 1]; these {seen}", stacklevel=stacklevel)
 
 
 def _check_draws(draws: Draws, shape: torch.Size) -> None:

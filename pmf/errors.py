@@ -67,7 +67,7 @@ def reading(argument: str, path: object) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        name = printable(error.filename or path)
+        name = f"{printable(error.filename or path):.350}"
         raise InputError(f"{argument}: cannot read {name}: {reason_of(error)}") from error
 
 

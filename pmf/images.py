@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from pmf.atomic_files import write_atomically
 from pmf.errors import extra, require
 from pmf.fields import check_values
-from pmf.pictures import SUFFIXES, checked_size, to_rgb
+from pmf.pictures import checked_size, to_rgb
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -37,6 +37,12 @@ def to_bytes(images: Tensor) -> Tensor:
     return ((images.float() + 1) / 2 * 255).clamp(0, 255).round().to(torch.uint8)
 
 
+def check_png_name(argument: str, path: str | Path) -> None:
+    """Raise `InputError` for the name of another kind of file, such as weights, which a picture would replace."""
+    good = Path(path).suffix.lower() in ("", ".png")  # a device or a pipe has none
+    require(good, lambda: f"{argument}: expected a name that ends in .png, got {path}")
+
+
 def save_png(path: str | Path, pixels: np.ndarray) -> None:
     """Write pixels uint8 [H, W, c] (c 1 or 3). Errors: `InputError` if `path` cannot be written, or without pillow."""
     with extra("train", "path: a picture needs"):
@@ -44,8 +50,7 @@ def save_png(path: str | Path, pixels: np.ndarray) -> None:
     check_values(np.ndarray, pixels=pixels)
     shape, fits = list(pixels.shape), pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] in (1, 3)
     require(fits, f"pixels: expected uint8 [H, W, 1 or 3], got {pixels.dtype} {shape}")
-    other = Path(path).suffix.lower() in SUFFIXES[1:]  # a device or a pipe has none
-    require(not other, lambda: f"path: expected a name that ends in .png, got {path}")
+    check_png_name("path", path)
     picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
     write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
 

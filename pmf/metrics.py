@@ -71,6 +71,11 @@ class Statistics:
         check_values(np.ndarray | None, features=self.features)
         require(self.count is None or self.count >= 1, f"count: expected at least 1, got {self.count}")
         held = [self.mu, self.sigma, *([] if self.features is None else [self.features])]
+        kinds = [x.dtype for x in held]
+        require(all(kind.kind in "fiu" for kind in kinds), lambda: f"statistics: expected real numbers, got {kinds}")
+        if self.features is not None:
+            wanted, got = [self.count or len(self.features), *self.mu.shape], list(self.features.shape)
+            require(got == wanted, f"features: expected one row per image, {wanted}, got {got}")
         require(all(np.isfinite(x).all() for x in held), "statistics: expected finite values, it holds NaN or infinity")
         largest = np.abs(self.sigma).max()
         symmetric = np.abs(self.sigma - self.sigma.T).max() <= 1e-3 * largest and self.sigma.diagonal().min() >= 0
@@ -83,9 +88,8 @@ class Statistics:
     def of(cls, features: Tensor) -> Statistics:
         """Statistics of features [n, d], accumulated in float64. The features are not kept."""
         check_values(Tensor, features=features)
-        shape = list(features.shape)
-        require(len(shape) == 2 and shape[0] > 0, f"features: expected shape [n, d] with n > 0, got {shape}")
-        require(bool(torch.isfinite(features).all()), "features: expected finite values, got NaN or infinity")
+        _check_features("features", features)
+        require(len(features) > 0, f"features: expected shape [n, d] with n > 0, got {list(features.shape)}")
         x = features.detach().double().cpu()
         mu = x.mean(0)
         x = x - mu
@@ -246,7 +250,9 @@ def _check_comparable(a: Statistics, b: Statistics) -> None:
 
 def _check_features(name: str, values: Tensor) -> None:
     check_values(Tensor, **{name: values})
-    require(values.ndim == 2, f"{name}: expected shape [n, d], got {list(values.shape)}")
+    good = values.ndim == 2 and values.shape[1] > 0
+    require(good, f"{name}: expected shape [n, d] with d > 0, got {list(values.shape)}")
+    require(values.is_floating_point(), f"{name}: expected floating values, got {values.dtype}")
     require(bool(torch.isfinite(values).all()), f"{name}: expected finite values, got NaN or infinity")
 
 

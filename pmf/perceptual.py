@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 from pmf.autocast import no_autocast
 from pmf.crops import draw_crops, resize_crops
 from pmf.errors import InputError, extra, first_line, require
+from pmf.fields import check_values
 from pmf.sizes import check_is_file
 
 CROP_SIZE = 224
@@ -135,8 +136,12 @@ class PerceptualLoss(nn.Module):
         of rows whose activations are kept at one time.
         """
         super().__init__()
+        check_values(int, rows_at_once=rows_at_once)
         require(rows_at_once >= 1, f"rows_at_once: expected at least 1, got {rows_at_once}")
+        check_values(Mapping, terms=terms)
         require(len(terms) > 0, "terms: expected at least one, got none")
+        modules = all(isinstance(term, nn.Module) for term in terms.values())
+        require(modules, lambda: f"terms: expected modules by name, got {terms!r:.80}")
         self.rows_at_once = rows_at_once
         self.terms = nn.ModuleDict(terms)
         self.requires_grad_(False).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -160,7 +165,9 @@ class PerceptualLoss(nn.Module):
         "random" (ConvNeXt-V2 Base), or None. "random" weights are a function of `seed`.
         Errors: `InputError` names what is not installed, not found or of wrong shape.
         """
-        require(dtype.is_floating_point, f"dtype: expected a floating dtype, got {dtype}")
+        floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+        require(floating, lambda: f"dtype: expected a floating dtype, got {dtype!r}")
+        check_values(int, seed=seed)
         terms: dict[str, nn.Module] = {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -176,14 +183,19 @@ class PerceptualLoss(nn.Module):
 
     def for_step(self, seed: int) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
         """A function of (x_hat, x) that draws its crops from `seed` (its low 32 bits), the same on every call."""
+        check_values(int, seed=seed)
         return lambda x_hat, x: self(x_hat, x, torch.Generator().manual_seed(seed))
 
     def forward(self, x_hat: Tensor, x: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Distances per row, float32 [B] (float64 for float64 networks), of images [B, 3, H, W] in [-1, 1].
 
         Crops are drawn on the CPU from `generator` (None: the default one), without waiting for a device. Even under
-        autocast, crops are made in float32 and networks run in their own dtype. Errors: `InputError` on bad shapes.
+        autocast, crops are made in float32 and networks run in their own dtype. Errors: `InputError` on other tensors.
         """
+        for name, images in (("x", x), ("x_hat", x_hat)):
+            if not (isinstance(images, Tensor) and images.is_floating_point()):
+                got = getattr(images, "dtype", type(images).__name__)
+                raise InputError(f"{name}: expected floating images, got {got}")
         require(
             x.ndim == 4 and x.shape[1] == 3,
             f"x: expected shape [B, 3, H, W] (perceptual networks read 3 channels), got {list(x.shape)}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import replace
 from typing import Any
 
@@ -86,12 +86,13 @@ def _rope_freqs(config: ModelConfig) -> Tensor:
 def unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict without what wrappers add to its names, in any nesting: DDP, FSDP, torch.compile, averages.
 
-    Errors: `InputError` if two weights get the same name.
+    Errors: `InputError` on values that are no tensors, and if two weights get the same name.
     """
     plain: dict[str, Tensor] = {}
     named = isinstance(state, Mapping) and all(isinstance(name, str) for name in state)
     require(named, lambda: f"state dict: expected tensors by name, got {type(state).__name__}")
     for name, value in state.items():
+        require(isinstance(value, Tensor), f"{name}: expected a tensor, got {type(value).__name__}")
         short = ".".join(part for part in name.split(".") if part not in WRAPPERS)
         require(short not in plain, f"state dict: {name!r} names {short!r}, as another key does")
         plain[short] = value
@@ -165,15 +166,23 @@ def convert_official_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor
     heads = ("u", "v") if any(key.startswith("net.v_") for key in state) else ("u",)
     names = {}
     for ours, theirs, shape in _parameters(config, heads):
-        require(theirs in state, f"state dict: key {theirs!r} is missing")
-        got = list(state[theirs].shape)
-        require(got == list(shape), f"state dict: {theirs!r} must have shape {list(shape)}, got {got}")
+        _check_shape(state, theirs, shape)
         names[ours] = theirs
-    surplus = sorted(set(state) - set(names.values()) - {ROPE})
-    require(not surplus, f"state dict: unexpected key {surplus[0] if surplus else ''!r}")
+    _check_surplus(state, {*names.values(), ROPE})
     if ROPE in state:
         _check_rope(state[ROPE], _rope_freqs(config))
     return {ours: state[theirs][0] if ours.startswith(BATCHED) else state[theirs] for ours, theirs in names.items()}
+
+
+def _check_shape(state: Mapping[str, Tensor], key: str, shape: Shape) -> None:
+    require(key in state, f"state dict: key {key!r} is missing")
+    got = list(state[key].shape)
+    require(got == list(shape), f"state dict: {key!r} must have shape {list(shape)}, got {got}")
+
+
+def _check_surplus(state: Mapping[str, Tensor], known: Set[str]) -> None:
+    surplus = sorted(set(state) - known)
+    require(not surplus, lambda: f"state dict: unexpected key {surplus[0]!r}")
 
 
 def _check_rope(got: Tensor, wanted: Tensor) -> None:
@@ -189,7 +198,8 @@ def _check_rope(got: Tensor, wanted: Tensor) -> None:
 def export_official_state_dict(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Our state dict under the published names, with `net.rope_freqs`; the inverse of `convert_official_state_dict`.
 
-    Errors: `InputError` on an adaln network (the published format has none) or a missing key.
+    Errors: `InputError` on an adaln network (the published format has none), and on the first key that is missing,
+    unexpected or of another shape than the configuration's.
     """
     check_values(ModelConfig, config=config)
     require(
@@ -198,8 +208,11 @@ def export_official_state_dict(state: Mapping[str, Tensor], config: ModelConfig)
     )
     state = unwrapped(state)
     heads = ("u", "v") if any(key.startswith("final_layers.v") for key in state) else ("u",)
-    exported = {ROPE: _rope_freqs(config)}
-    for ours, theirs in published_names(config, heads).items():
-        require(ours in state, f"state dict: key {ours!r} is missing")
-        exported[theirs] = state[ours][None] if ours.startswith(BATCHED) else state[ours]
+    exported, known = {ROPE: _rope_freqs(config)}, set()
+    for ours, theirs, shape in _parameters(config, heads):
+        batched = ours.startswith(BATCHED)
+        _check_shape(state, ours, shape[batched:])
+        exported[theirs] = state[ours][None] if batched else state[ours]
+        known.add(ours)
+    _check_surplus(state, known)
     return exported

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 import re
 import zipfile
@@ -35,16 +36,20 @@ def save_model(path: str | Path, config: ModelConfig, state: Mapping[str, Tensor
     """Write a state dict with its configuration (and JSON metadata) as one safetensors file, atomically.
 
     Prefixes of DDP and torch.compile are left out of the names. Errors: `InputError` if `path` ends as
-    a file of another kind or cannot be written; no partial file is left behind.
+    a file of another kind or cannot be written, and if the weights are not those of the configuration, with which they
+    could not be read; an earlier file stays, and no partial one is left behind.
     """
     check_values(ModelConfig, config=config)
+    require(isinstance(path, str | os.PathLike), lambda: f"path: expected the name of a file, got {path!r:.80}")
     require(_is_json(metadata), lambda: f"metadata: expected values of JSON, got {metadata!r:.200}")
     plain = unwrapped(state)
-    check_values(Tensor, **plain)
     info = {"pmf_config": json.dumps(asdict(config)), "pmf_metadata": json.dumps(metadata)}
+    good = Path(path).suffix in ("", SUFFIXES[0])  # by which `from_pretrained` knows the kind of a file
+    require(good, lambda: f"path: expected a name that ends in .safetensors, got {path}")
+    _check_sizes("state dict", config, plain)
+    for name, value in plain.items():
+        require(value.device.type != "meta", f"state dict: {name!r} has no values, expected it on another device")
     tensors = {name: value.detach().cpu().contiguous() for name, value in plain.items()}
-    other = Path(path).suffix in SUFFIXES[1:]  # by which `from_pretrained` knows the kind of a file
-    require(not other, lambda: f"path: expected a name that ends in .safetensors, got {path}")
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=info))
 
 
@@ -80,17 +85,17 @@ def matching_weights(file: Path, state: Mapping[str, Tensor], wanted: Mapping[st
     Errors: `InputError` on a weight that is missing, of another shape or not of floating values, or unknown.
     """
     for name, shape in wanted.items():
-        _check_weight(file, state, name, list(shape))
+        _check_weight(f"source: {file}", state, name, list(shape))
     surplus = [n for n in state if n not in wanted and not n.startswith(("head_blocks.v", "final_layers.v"))]
     require(not surplus, f"source: {file} holds the unexpected weight {surplus[0] if surplus else ''!r}")
     return {name: state[name] for name in wanted}
 
 
-def _check_weight(file: Path, state: Mapping[str, Tensor], name: str, shape: list[int]) -> None:
-    require(name in state, f"source: {file} lacks the weight {name!r}")
+def _check_weight(what: str, state: Mapping[str, Tensor], name: str, shape: list[int]) -> None:
+    require(name in state, f"{what} lacks the weight {name!r}")
     got, dtype = list(state[name].shape), state[name].dtype
-    require(got == shape, f"source: {file}: {name!r} must have shape {shape}, got {got}")
-    require(dtype.is_floating_point, f"source: {file}: {name!r} must have floating values, got {dtype}")
+    require(got == shape, f"{what}: {name!r} must have shape {shape}, got {got}")
+    require(dtype.is_floating_point, f"{what}: {name!r} must have floating values, got {dtype}")
 
 
 def _read(file: Path, part: str | None) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -105,27 +110,27 @@ def _read(file: Path, part: str | None) -> tuple[ModelConfig, dict[str, Tensor]]
         config = from_json(ModelConfig, json.loads(metadata["pmf_config"]))
     except (InputError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"source: {file} holds no readable configuration: {first_line(error)}") from error
-    _check_sizes(file, config, state)
+    _check_sizes(f"source: {file}", config, state)
     return config, state
 
 
-def _check_sizes(file: Path, config: ModelConfig, state: Mapping[str, Tensor]) -> None:
+def _check_sizes(what: str, config: ModelConfig, state: Mapping[str, Tensor]) -> None:
     """Compare the sizes that a configuration declares with the weights beside it, before a network is built of them."""
     width, patch = config.hidden_size, config.patch_size
-    _check_weight(file, state, "patch_embed.positions", [config.sequence_length, width])
-    _check_weight(file, state, "patch_embed.proj1.weight", [config.bottleneck, config.in_channels, patch, patch])
-    _check_weight(file, state, "conditioning.classes.weight", [config.num_classes + 1, width])
+    _check_weight(what, state, "patch_embed.positions", [config.sequence_length, width])
+    _check_weight(what, state, "patch_embed.proj1.weight", [config.bottleneck, config.in_channels, patch, patch])
+    _check_weight(what, state, "conditioning.classes.weight", [config.num_classes + 1, width])
     for ours, theirs in PREFIX_TOKENS.items() if config.conditioning == "in_context" else ():
-        _check_weight(file, state, f"conditioning.tokens.{ours}", [getattr(config, f"{theirs}_tokens"), width])
+        _check_weight(what, state, f"conditioning.tokens.{ours}", [getattr(config, f"{theirs}_tokens"), width])
     drawn = any(name.startswith("final_layers.u.") for name in state)
-    require(drawn, f"source: {file} has no u head, which draws the images")
+    require(drawn, f"{what} has no u head, which draws the images")
     shared = config.depth - config.aux_head_depth
     for stack, depth in (("shared_blocks", shared), ("head_blocks.u", config.aux_head_depth)):
         matches = (re.match(rf"{stack}\.(\d+)\.", name) for name in state)
         got = len({match[1] for match in matches if match})
-        require(got == depth, f"source: {file} declares {depth} blocks in {stack}, got weights of {got}")
+        require(got == depth, f"{what}: expected weights of {depth} blocks in {stack}, got {got}")
     values, least = sum(value.numel() for value in state.values()), config.depth * 4 * width**2
-    require(values >= least, f"source: {file} declares a network of at least {least} values, got {values}")
+    require(values >= least, f"{what}: expected a network of at least {least} values, got {values}")
 
 
 def _state_of(file: Path, content: Any, part: str | None) -> Mapping[str, Tensor]:
@@ -170,8 +175,10 @@ def _content(file: Path) -> tuple[dict[str, str], Any]:
         objects = "global" in str(error).lower() or "class" in str(error)
         reason = f"expected {'tensors alone, not Python objects' if objects else 'a file of torch.save'}"
         raise InputError(f"source: {file} is not a readable checkpoint: {reason}") from error
-    except Exception as error:  # reading a corrupt file can raise anything
-        raise InputError(f"source: {file} is not a readable checkpoint: {first_line(error)}") from error
+    except Exception as error:  # reading a corrupt file can raise anything, an index without a word about it
+        worded = isinstance(error, OSError | RuntimeError | InputError | MemoryError) or file.suffix == SUFFIXES[0]
+        reason = first_line(error) if worded else "expected a file of torch.save"
+        raise InputError(f"source: {file} is not a readable checkpoint: {reason}") from error
 
 
 def weights_digest(module: Any) -> str:

@@ -50,7 +50,7 @@ RULES = {
     "pmf/sampling.py": r"pmf\.(config|pair|errors|fields|noise)",
     "pmf/noise.py": r"pmf\.errors",
     "pmf/crops.py": r"pmf\.(autocast|errors)",
-    "pmf/perceptual.py": r"pmf\.(autocast|crops|errors|sizes)",
+    "pmf/perceptual.py": r"pmf\.(autocast|crops|errors|fields|sizes)",
     "pmf/data": r"pmf\.(data.*|atomic_files|draws|errors|fields|images|pictures|private)",
     "pmf/pictures.py": r"pmf\.errors",
     "pmf/images.py": r"pmf\.(atomic_files|errors|fields|pictures)",

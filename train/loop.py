@@ -142,7 +142,7 @@ class Trainer(Learner):
                 self._check_saved()
 
     def _check_saved(self) -> None:
-        """Raise `CommonError` if no step was worth saving: the weights are those that the run began with."""
+        """Raise `CommonError` if no step was worth saving."""
         saved = self.world.broadcast(bool(self.snapshots.steps()))
         if not saved:
             fault = self.fault(self.state())
@@ -266,7 +266,12 @@ class Trainer(Learner):
             self._export()
 
     def _export(self) -> None:
-        """Write the weights and pictures."""
+        """Write the weights and pictures, unless they are not worth it: they would replace better ones."""
+        fault = self.fault(self._weights())
+        if fault is not None:
+            if self.world.main:
+                log.warning("step %d is not exported: %s", self.step, fault)
+            return
         if self.world.main and self.emas and self.step < self.config.ema_every:
             late = "ema_every: averages first move in step %d; until then they are what the run started from"
             log.warning(late, self.config.ema_every)

@@ -14,8 +14,7 @@ from pmf.atomic_files import require_writable
 from pmf.config import published_guidance
 from pmf.errors import require
 from pmf.fields import check_fields
-from pmf.images import save_grid
-from pmf.pictures import SUFFIXES
+from pmf.images import check_png_name, save_grid
 from pmf.sampling import seeds_from
 from pmf.train.config import find_run_around, require_at_least
 from pmf.train.distributed import pick_device
@@ -62,8 +61,7 @@ class SampleConfig:
         check_fields(self)
         require_at_least(self, 1, "rows", "steps", "batch_size")
         images = self.rows * (len(self.labels) or 10)
-        other = self.out.suffix.lower() in SUFFIXES[1:]
-        require(not other, f"out: expected a name that ends in .png, got {self.out}")
+        check_png_name("out", self.out)
         require(images <= MAX_IMAGES, f"rows: expected at most {MAX_IMAGES} images in a grid, got {images}")
 
 

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pmf.draws import warn_of_scale
 from pmf.errors import require
 from pmf.fields import check_values
 
@@ -54,7 +55,8 @@ class TrainingData(Protocol):
 class ImageSet:
     """Training data in memory: images [n, c, H, W] as `TrainingData` reads them, labels int64 [n], class names.
 
-    Errors: `InputError` on other dtypes and shapes, and on negative labels.
+    Errors: `InputError` on other dtypes and shapes, on images that are not finite, and on negative labels. Floating
+    images that look like [0, 1] or [0, 255] are warned of.
     """
 
     images: Tensor
@@ -72,6 +74,9 @@ class ImageSet:
         each = f"integers [{shape[0]}], one for each image"
         require(one_each, lambda: f"labels: expected {each}, got {labels.dtype} {list(labels.shape)}")
         require(not (labels < 0).any(), lambda: f"labels: expected >= 0, got {labels.min().item()}")
+        if images.is_floating_point() and images.numel() > 0:
+            require(bool(torch.isfinite(images).all()), "images: expected finite values, got NaN or infinity")
+            warn_of_scale("images", images, stacklevel=4)
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -44,7 +44,7 @@ def warn_of_hooks(owner: str, *parts: nn.Module) -> None:
 
 def check_tokens(owner: str, name: str, x: Dual, width: int) -> None:
     """Errors: `InputError` unless x is [B, S, width]."""
-    shape = getattr(x.value, "shape", None)
+    shape = x.value.shape if isinstance(x.value, Tensor) else None
     if shape is None or len(shape) != 3 or shape[2] != width:
         got = type(x.value).__name__ if shape is None else list(shape)
         raise InputError(f"{owner}: {name} must be a tensor [B, S, {width}], got {got}")
@@ -52,7 +52,7 @@ def check_tokens(owner: str, name: str, x: Dual, width: int) -> None:
 
 def check_width(owner: str, name: str, x: Dual, width: int) -> None:
     """Errors: `InputError` unless x is [..., width]."""
-    shape = getattr(x.value, "shape", None)
+    shape = x.value.shape if isinstance(x.value, Tensor) else None
     if shape is None or len(shape) == 0 or shape[-1] != width:
         got = type(x.value).__name__ if shape is None else list(shape)
         raise InputError(f"{owner}: {name} must be a tensor [..., {width}], got {got}")

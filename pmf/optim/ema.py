@@ -71,10 +71,15 @@ class EMA:
             self.move(parts, self.take())
 
     def parts(self, model: nn.Module) -> list[Tensor]:
-        """This rank's parts of the model's parameters. Errors: `InputError` unless the average has their shapes."""
+        """This rank's parts of the model's parameters, paired by name, or by order if the model has been wrapped since.
+
+        Errors: `InputError` unless the average has their shapes and dtypes.
+        """
         check_values(nn.Module, model=model)
-        parameters = list(model.parameters())
-        same = [p.shape for p in parameters] == [x.shape for x in self._average.values()]
+        named = dict(model.named_parameters())
+        parameters = [named[n] for n in self._average] if named.keys() == self._average.keys() else [*named.values()]
+        kinds = [(p.shape, p.dtype, p.is_meta) for p in parameters]
+        same = kinds == [(x.shape, x.dtype, x.is_meta) for x in self._average.values()]
         require(same, "model: expected the parameters that the average was made of, got others")
         return [local(p.detach(), self.shard_over) for p in parameters]
 

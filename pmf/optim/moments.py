@@ -39,6 +39,9 @@ def require_replicated(parameters: Sequence[Tensor], shard_over: DeviceMesh | No
 class MomentOptimizer(torch.optim.Optimizer):
     """An optimizer whose state may be sharded over a mesh, and that checks each group of parameters it is given."""
 
+    moments: tuple[str, ...]
+    """Names of a parameter's state that is shaped like it."""
+
     def __init__(
         self, parameters: Iterable[nn.Parameter], defaults: dict[str, Any], shard_over: DeviceMesh | None
     ) -> None:
@@ -50,9 +53,29 @@ class MomentOptimizer(torch.optim.Optimizer):
         return {**super().__getstate__(), "shard_over": self.shard_over}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of any sharding; see `place_state`."""
+        """Load a state of any sharding; see `place_state`.
+
+        Errors: `InputError` on another optimizer's, on options that are none of ours, and on moments of other shapes;
+        nothing is loaded then.
+        """
+        self._check_state(state_dict)
         super().load_state_dict(state_dict)
         place_state(self.state, self.shard_over)
+
+    def _check_state(self, given: Any) -> None:
+        own = f"a state dict of {type(self).__name__}"
+        whole = isinstance(given, Mapping) and {"state", "param_groups"} <= given.keys()
+        require(whole, f"state_dict: expected {own}")
+        pairs = zip(given["param_groups"], self.param_groups, strict=False)  # PyTorch compares their numbers
+        for group, mine in pairs:
+            lacks = sorted(self.defaults.keys() - group.keys())
+            require(not lacks, f"state_dict: expected {own}, it has no {', '.join(lacks)}")
+            self.check_group({**group, "params": mine["params"]})
+            for place, p in zip(group["params"], mine["params"], strict=False):
+                state = given["state"].get(place) or dict.fromkeys(self.moments, p)
+                shapes = [list(getattr(state.get(name), "shape", ())) for name in self.moments]
+                fits = all(shape == list(p.shape) for shape in shapes) and state.get("step", 0) >= 0
+                require(fits, f"state_dict: expected {own} for a parameter {list(p.shape)}, got moments {shapes}")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take a group of parameters with its options. Errors: `InputError`; then it is not taken."""

@@ -55,6 +55,8 @@ class Muon(MomentOptimizer):
     which the momentum of replicated matrices is sharded by rows (ZeRO-1; `pmf.sharded.shard`); it is then `mesh` too.
     """
 
+    moments = ("momentum_buffer",)
+
     def __init__(
         self,
         parameters: Iterable[nn.Parameter],
@@ -104,7 +106,7 @@ class Muon(MomentOptimizer):
         """The local parts of the Nesterov updates; they are elementwise, so shards need no communication."""
         if not matrices:
             return []
-        counts, gradients, (means,) = advance(self.state, matrices, ("momentum_buffer",), self.shard_over)
+        counts, gradients, (means,) = advance(self.state, matrices, self.moments, self.shard_over)
         foreach_lerp_(means, gradients, 1 - beta)
         return nesterov(means, gradients, beta, counts)
 

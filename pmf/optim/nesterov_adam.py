@@ -37,6 +37,8 @@ class NesterovAdam(MomentOptimizer):
     `pmf.sharded.shard`). Each rank updates its rows and sends them to the others.
     """
 
+    moments = ("exp_avg", "exp_avg_sq")
+
     def __init__(
         self,
         parameters: Iterable[nn.Parameter],
@@ -68,8 +70,8 @@ class NesterovAdam(MomentOptimizer):
 
     def _update(self, parameters: list[nn.Parameter], lr: float, betas: tuple[float, float], eps: float) -> None:
         b1, b2 = betas
-        names, mesh = ("exp_avg", "exp_avg_sq"), self.shard_over
-        counts, gradients, (means, squares) = advance(self.state, parameters, names, mesh)
+        mesh = self.shard_over
+        counts, gradients, (means, squares) = advance(self.state, parameters, self.moments, mesh)
         foreach_lerp_(means, gradients, 1 - b1)
         foreach_mul_(squares, b2)
         foreach_addcmul_(squares, gradients, gradients, 1 - b2)

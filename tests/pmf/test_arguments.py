@@ -18,13 +18,14 @@ from pmf.images import centre_crop, save_grid, save_png, to_bytes
 from pmf.metrics import Statistics, frechet_distance, inception_score, precision_recall
 from pmf.optim import EMA, Averages, Muon, NesterovAdam, OptimizerConfig, build_optimizers, learning_rate
 from pmf.parallel import LossModule
+from pmf.perceptual import PerceptualLoss
 from pmf.timing import comparison
 from tests.networks import TINY, random_model
 
 MODEL = random_model(dtype=torch.float32)
 LOSS = pmf.LossConfig()
 X, Y = torch.zeros(4, *TINY.image_shape), torch.zeros(4, dtype=torch.int64)
-DATA, GREY = ImageSet(X, Y), X[:, :1]
+DATA, GREY, RGB = ImageSet(X, Y), X[:, :1], torch.zeros(4, 3, 8, 8)
 DRAWS = pmf.sample_draws(4, TINY.image_shape, LOSS)
 GUIDANCE = dict(omega=1.0, t_min=0.0, t_max=1.0)
 FEATURES = torch.rand(20, 4)
@@ -44,6 +45,10 @@ def draws(batch=4, shape=TINY.image_shape, config=LOSS, generator=None, device=N
     pmf.sample_draws(batch, shape, config, generator, device)
 
 
+def perceptual(terms=None, rows_at_once=32):
+    return PerceptualLoss({"lpips": torch.nn.Identity()} if terms is None else terms, rows_at_once=rows_at_once)
+
+
 CASES = [
     *(("seed", lambda v=v: loader(seed=v)) for v in (None, 1.5, "a", True)),
     *(("rank", lambda v=v: loader(rank=v)) for v in (None, "0", 0.5)),
@@ -55,6 +60,13 @@ CASES = [
     *(("device", lambda v=v: loader(device=v)) for v in ("nope", 3.5)),
     ("flip", lambda: loader(flip="no")),
     *(("images", lambda v=v: ImageSet(v, Y)) for v in (None, np.zeros((4, 1, 8, 8)), X[0], X.long(), X.half())),
+    ("images", lambda: ImageSet(X * torch.nan, Y)),
+    *(("rows_at_once", lambda v=v: perceptual(rows_at_once=v)) for v in (None, 0, 1.5, "a")),
+    *(("terms", lambda v=v: perceptual(terms=v)) for v in (3, {}, {"lpips": 3}, [MODEL])),
+    *(("seed", lambda v=v: perceptual().for_step(v)) for v in (None, 1.5, "a", 2**70)),
+    *(("x", lambda v=v: perceptual()(RGB, v)) for v in (None, RGB.numpy(), RGB.byte(), RGB * 1j, GREY)),
+    *(("x_hat", lambda v=v: perceptual()(v, RGB)) for v in (None, RGB.numpy(), RGB.byte(), RGB[:1])),
+    *(("dtype", lambda v=v: PerceptualLoss.load(None, None, dtype=v)) for v in (None, "float32", torch.int32)),
     *(("labels", lambda v=v: ImageSet(X, v)) for v in (None, [0] * 4, Y[:3], Y.float(), Y[:, None], Y.bool())),
     *(("model", lambda v=v: pmf.generate(v, [0], **GUIDANCE)) for v in (None, "pMF-B/16", TINY, torch.nn.ReLU())),
     *(("model", lambda v=v: pmf.Sampler(v, **GUIDANCE)) for v in (None, "pMF-B/16", TINY)),
@@ -82,6 +94,7 @@ CASES = [
     ("a", lambda: pmf.save_model("/dev/null", TINY, {"a": 3})),
     *(("metadata", lambda v=v: pmf.save_model("/dev/null", TINY, {}, note=v)) for v in (X, {1}, b"x", float("nan"))),
     *(("state dict", lambda v=v: pmf.infer_config(v)) for v in (None, 3, MODEL, {1: X})),
+    ("a", lambda: pmf.infer_config({"a": 3})),
     ("config", lambda: pmf.export_official_state_dict({}, None)),
     *(("images", lambda v=v: save_grid("/dev/null", v, columns=2)) for v in
       (None, GREY.numpy(), GREY[0], GREY.repeat(1, 2, 1, 1), GREY[:0], GREY.byte(), GREY * torch.nan)),
@@ -92,10 +105,13 @@ CASES = [
     *(("features", lambda v=v: Statistics.of(v)) for v in (None, np.zeros((4, 4)), [[1.0]])),
     *(("statistics", lambda v=v: frechet_distance(Statistics.of(FEATURES), v)) for v in (None, 3, FEATURES)),
     ("mu", lambda: Statistics(None, np.eye(2))),
+    *(("statistics", lambda v=v: Statistics(np.zeros(2).astype(v), np.eye(2).astype(v))) for v in (complex, str, bool)),
+    *(("features", lambda v=v: Statistics(np.zeros(2), np.eye(2), 3, v)) for v in
+      (np.zeros((3, 7)), np.zeros((4, 2)), np.zeros(3))),
     *(("statistics", lambda v=v: Statistics(*v)) for v in
       ((np.zeros(3), np.eye(4)), (np.zeros(2), np.eye(2) * np.nan), (np.zeros((2, 1)), np.eye(2)))),
     *(("count", lambda v=v: Statistics(np.zeros(2), np.eye(2), v)) for v in (0, -5, "9")),
-    *(("logits", lambda v=v: inception_score(v)) for v in (None, FEATURES[0], FEATURES.numpy(), BAD)),
+    *(("logits", lambda v=v: inception_score(v)) for v in (None, FEATURES[0], FEATURES[:, :0], FEATURES.numpy(), BAD)),
     *(("splits", lambda v=v: inception_score(FEATURES, splits=v)) for v in (None, 1.5, "a")),
     *(("real", lambda v=v: precision_recall(FEATURES, v)) for v in (None, FEATURES[0], FEATURES.numpy(), BAD)),
     *(("block", lambda v=v: precision_recall(FEATURES, FEATURES, block=v)) for v in (None, 0, -1, 1.5)),
@@ -113,8 +129,8 @@ CASES = [
     *(("seed", lambda v=v: step_seed(*v, "epoch")) for v in ((-1, 0), (0, -1), ("0", 0))),
     ("seed", lambda: loader(seed=-1)),
     ("labels", lambda: ImageSet(X, Y - 3)),
-    *(("path", lambda v=v: save_grid(v, GREY, columns=2)) for v in ("a.jpg", "a.GIF", Path("a.webp"))),
-    *(("path", lambda v=v: pmf.save_model(v, TINY, {"a": X})) for v in ("a.pt", "a.bin", Path("a.zip"))),
+    *(("path", lambda v=v: save_grid(v, GREY, columns=2)) for v in ("a.jpg", "a.GIF", Path("a.json"))),
+    *(("path", lambda v=v: pmf.save_model(v, TINY, {"a": X})) for v in ("a.pt", "a.json", Path("a.zip"), None, 3)),
     *(("images", lambda v=v: to_bytes(v)) for v in (None, GREY.numpy(), GREY.byte(), Y)),
     *(("picture", lambda v=v: centre_crop(v, 8)) for v in (None, GREY)),
     *(("size", lambda v=v: centre_crop(Image.new("RGB", (8, 8)), v)) for v in (0, -1, "8")),

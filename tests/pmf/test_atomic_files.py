@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 WRITERS = {
     "picture": lambda path: save_png(path, np.random.default_rng(0).integers(0, 256, (99, 99, 3), dtype=np.uint8)),
     "statistics": lambda path: Statistics.of(torch.randn(9, 70)).save(path),
-    "network": lambda path: pmf.save_model(path, TINY, {"weight": torch.randn(9999)}),
+    "network": lambda path: pmf.save_model(path, TINY, pmf.create_model(TINY).state_dict()),
     "curve": lambda path: save_loss_curve(path, [1, 2], {"loss": [1.0, 2.0]}),
     "tensors": lambda path: write_atomically(path, lambda file: torch.save(torch.randn(9999), file)),
     "text": lambda path: write_atomically(path, lambda file: file.write_text("x" * 99999)),

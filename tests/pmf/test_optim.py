@@ -236,7 +236,52 @@ def test_what_optimizers_and_averages_cannot_take_is_named():
         pending = [ema.pending for ema in (average.values() if isinstance(average, Averages) else [average])]
         with pytest.raises(pmf.InputError, match="model: expected the parameters that the average was made of"):
             average.update(torch.nn.Linear(3, 4), 2, 2)
+        with pytest.raises(pmf.InputError, match="model: expected the parameters that the average was made of"):
+            average.update(torch.nn.Linear(3, 3, dtype=torch.bfloat16), 2, 2)
         with pytest.raises(pmf.InputError, match="model: expected Module"):
             average.update(None, 2, 2)
         left = [ema.pending for ema in (average.values() if isinstance(average, Averages) else [average])]
         assert left == pending
+
+
+def test_averages_are_of_the_weights_of_the_same_name():
+    ones, nines = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    for layer, value in ((ones, 1.0), (nines, 9.0)):
+        torch.nn.init.constant_(layer.weight, value)
+        torch.nn.init.constant_(layer.bias, value)
+    ema = EMA(torch.nn.ModuleDict({"a": ones, "b": nines}), 1)
+    ema.update(torch.nn.ModuleDict({"b": nines, "a": ones}), 8, 8)
+    ema.update(torch.nn.ModuleDict({"module": torch.nn.ModuleDict({"a": ones, "b": nines})}), 8, 16)  # wrapped since
+    assert [value.unique().item() for value in ema.average.values()] == [1, 1, 9, 9]
+
+
+@pytest.mark.parametrize("kind", [Muon, NesterovAdam])
+def test_a_state_that_is_not_of_this_optimizer_changes_nothing(kind):
+    def stepped(kind, size=(3, 3), **options):
+        weight = torch.nn.Parameter(torch.ones(size))
+        optimizer = kind([weight], lr=0.1, **options)
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        return optimizer
+
+    optimizer, own = stepped(kind), stepped(kind).state_dict()
+    before = copy.deepcopy(optimizer.state_dict())
+    group, state = own["param_groups"][0], own["state"][0]
+    for given in (
+        None,
+        {},
+        stepped(torch.optim.SGD, momentum=0.9).state_dict(),
+        stepped(torch.optim.RMSprop).state_dict(),
+        stepped(kind, (3, 4)).state_dict(),
+        {**own, "param_groups": [{**group, "lr": -1.0}]},
+        {**own, "state": {0: {"step": state["step"]}}},
+        {**own, "state": {0: {**state, "step": torch.tensor(-1.0)}}},
+    ):
+        with pytest.raises(pmf.InputError, match=r"^(state_dict|lr.*): expected ") as error:
+            optimizer.load_state_dict(given)
+        assert "\n" not in str(error.value)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    assert all(torch.equal(after["state"][0][name], value) for name, value in before["state"][0].items())
+    optimizer.load_state_dict({**own, "state": {}})  # of an optimizer that has taken no step
+    assert not optimizer.state

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -69,6 +71,21 @@ def test_the_first_wrong_key_is_named(change, message):
     change(state)
     with pytest.raises(pmf.InputError, match=message):
         pmf.convert_official_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("change", "sizes", "message"),
+    [
+        ({}, dict(hidden_size=128), r"'conditioning.tokens.y' must have shape \[\d+, 128\], got"),
+        ({}, dict(num_heads=2), r"'shared_blocks.0.attn.q_norm.weight' must have shape \[\d+\], got"),
+        ({"extra": torch.ones(1)}, {}, "unexpected key 'extra'"),
+        ({"patch_embed.positions": 3}, {}, "patch_embed.positions: expected a tensor, got int"),
+    ],
+)
+def test_weights_of_another_configuration_are_not_exported(change, sizes, message):
+    state = golden().model().state_dict() | change
+    with pytest.raises(pmf.InputError, match=message):
+        pmf.export_official_state_dict(state, replace(golden().config, **sizes))
 
 
 def test_adaln_has_no_published_format():

@@ -61,7 +61,10 @@ def refused(file, message, **options):
 def test_a_configuration_larger_than_its_file_is_refused(tmp_path, change):
     state, config = random_model(dtype=torch.float32).state_dict(), asdict(TINY) | change
     save_file(state, tmp_path / "m.safetensors", metadata={"pmf_config": json.dumps(config), "pmf_metadata": "{}"})
-    refused(tmp_path / "m.safetensors", "must have shape|declares|lacks the weight|holds no readable configuration")
+    refused(
+        tmp_path / "m.safetensors",
+        "must have shape|expected weights of|lacks the weight|holds no readable configuration",
+    )
 
 
 def test_a_wide_network_of_vectors_alone_is_refused(tmp_path):
@@ -75,8 +78,9 @@ def test_a_wide_network_of_vectors_alone_is_refused(tmp_path):
         "head_blocks.u.0.norm1.weight": torch.zeros(1),
         "final_layers.u.norm.weight": torch.zeros(1),
     }
-    save_model(tmp_path / "m.safetensors", replace(wide, aux_head_depth=1), state)
-    refused(tmp_path / "m.safetensors", "declares a network of at least .* values")
+    info = {"pmf_config": json.dumps(asdict(replace(wide, aux_head_depth=1))), "pmf_metadata": "{}"}
+    save_file(state, tmp_path / "m.safetensors", metadata=info)
+    refused(tmp_path / "m.safetensors", "expected a network of at least .* values")
 
 
 @pytest.mark.parametrize("name", ["net.pos_embed", "net.x_embedder.proj1.weight", "net.omega_tokens"])

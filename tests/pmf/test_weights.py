@@ -1,5 +1,7 @@
 import builtins
+import json
 import os
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -82,14 +84,43 @@ def test_missing_and_torn_files_are_one_line_errors(saved):
         pmf.PMFDiT.from_pretrained(directory / "nowhere" / "model.safetensors")
 
 
+def write(file, state):
+    """Write what `save_model` refuses."""
+    save_file(state, file, metadata={"pmf_config": json.dumps(asdict(TINY)), "pmf_metadata": "{}"})
+
+
+def test_what_could_not_be_read_again_replaces_nothing(saved):
+    model, directory = saved
+    file, state = directory / "model.safetensors", model.state_dict()
+    before = file.read_bytes()
+    name = "shared_blocks.0.attn.q_proj.weight"
+    for config, given, message in (
+        (TINY, {}, r"^state dict lacks the weight 'patch_embed.positions'$"),
+        (replace(TINY, hidden_size=64), state, r"^state dict: 'patch_embed.positions' must have shape \[11, 64\]"),
+        (
+            replace(TINY, depth=TINY.depth + 1),
+            state,
+            r"^state dict: expected weights of 3 blocks in shared_blocks, got 2$",
+        ),
+        (TINY, {n: x.to("meta") for n, x in state.items()}, "has no values, expected it on another device"),
+        (TINY, state | {name: 3}, f"^{name}: expected a tensor, got int$"),
+    ):
+        with pytest.raises(pmf.InputError, match=message):
+            save_model(file, config, given)
+    for path in (None, 3, directory / "config.json", directory / "model.pt"):
+        with pytest.raises(pmf.InputError, match=r"^path: expected "):
+            save_model(path, TINY, state)
+    assert file.read_bytes() == before and os.listdir(directory) == ["model.safetensors"]
+
+
 def test_wrong_weights_are_named(saved):
     model, directory = saved
     state = model.state_dict()
     missing = {k: v for k, v in state.items() if k != "patch_embed.positions"}
-    save_model(directory / "model.safetensors", TINY, missing)
+    write(directory / "model.safetensors", missing)
     with pytest.raises(pmf.InputError, match=r"lacks the weight 'patch_embed.positions'"):
         pmf.PMFDiT.from_pretrained(directory)
-    save_model(directory / "model.safetensors", TINY, state | {"patch_embed.positions": torch.ones(3)})
+    write(directory / "model.safetensors", state | {"patch_embed.positions": torch.ones(3)})
     named = r"^source: .*/model.safetensors: 'patch_embed.positions' must have shape \[11, 32\], got \[3\]$"
     with pytest.raises(pmf.InputError, match=named):
         pmf.PMFDiT.from_pretrained(directory)
@@ -132,4 +163,4 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 def test_an_unwritable_place_is_a_one_line_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(pmf.InputError, match=r"path: cannot write .*: (Not a directory|File exists)"):
-        save_model(tmp_path / "file" / "model.safetensors", TINY, {})
+        save_model(tmp_path / "file" / "model.safetensors", TINY, pmf.create_model(TINY).state_dict())

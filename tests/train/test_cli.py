@@ -50,6 +50,11 @@ def test_nothing_is_drawn_for_a_place_that_cannot_be_written(run, tmp_path, caps
             main(["sample", str(run), "--out", str(place)])
         assert capsys.readouterr().err == f"pmf: out: cannot write {place}: {why}\n"
     assert os.listdir(tmp_path) == ["file"]
+    before = (run / "config.json").read_bytes()
+    with pytest.raises(SystemExit):
+        main(["sample", str(run), "--out", str(run / "config.json")])
+    assert "out: expected a name that ends in .png, got" in capsys.readouterr().err
+    assert (run / "config.json").read_bytes() == before
 
 
 LONG = "a" * 300

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -20,13 +21,32 @@ def test_digits_are_split_by_class_and_scaled():
 
 
 def test_an_epoch_shows_every_image_once_across_batch_borders():
-    data = ImageSet(torch.arange(10.0)[:, None, None, None], torch.arange(10))
+    data = ImageSet(torch.linspace(-1, 1, 10)[:, None, None, None], torch.arange(10))
     loader = Loader(data, 4, seed=1)
     seen = torch.cat([next(loader)[1] for _ in range(5)])
     for epoch in (seen[:10], seen[10:]):
         assert sorted(epoch.tolist()) == list(range(10))
     assert not torch.equal(seen[:10], seen[10:])
     assert not torch.equal(next(Loader(data, 10, seed=1))[1], next(Loader(data, 10, seed=2))[1])
+
+
+@pytest.mark.parametrize(
+    ("images", "seen"),
+    [
+        (lambda x: (x + 1) * 127.5, r"look like \[0, 255\], expected images / 127.5 - 1"),
+        (lambda x: (x + 1) / 2, r"look like \[0, 1\], expected 2 \* images - 1"),
+        (lambda x: ((x + 1) / 2 - 0.45) / 0.226, r"reach from -1\.99 to 2\.43"),
+    ],
+)
+def test_images_of_another_scale_are_warned_of(images, seen):
+    x, y = torch.linspace(-1, 1, 48).view(1, 3, 4, 4), torch.zeros(1, dtype=torch.int64)
+    with pytest.warns(UserWarning, match=rf"^images: expected images in \[-1, 1\]; these {seen}$") as told:
+        ImageSet(images(x), y)
+    assert told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for good in (x, x * 1.2, (x * 127).byte(), x[:0], x.repeat(1, 2, 1, 1) * 4):  # the last are latents
+            ImageSet(good, y[: len(good)])
 
 
 def test_seeds_differ_by_run_step_and_purpose():

@@ -264,6 +264,7 @@ def test_a_run_whose_every_step_was_skipped_does_not_end_as_if_it_had_trained(tm
     break_steps(trainer, (0, 1, 2))
     with pytest.raises(pmf.InputError, match="steps: nothing is saved: the last 3 steps were skipped"):
         trainer.run()
+    assert not list((tmp_path / "run").glob("*.safetensors")) and not (tmp_path / "run" / "samples.png").exists()
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, caplog):
@@ -282,6 +283,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, caplog):
     assert any(
         "step 3 is not saved: model.shared_blocks.0.attn.out_proj.weight is not finite" in m for m in caplog.messages
     )
+    assert not list((tmp_path / "run").glob("*.safetensors"))
 
 
 def test_pictures_that_cannot_be_drawn_stop_nothing(tmp_path, caplog):
