@@ -171,6 +171,8 @@ class Statistics:
 def _reading(path: str | Path) -> Iterator[None]:
     try:
         yield
+    except FileNotFoundError:
+        raise InputError(f"reference: {path} does not exist, expected an npz archive") from None
     except Exception as error:  # a file that is no archive can raise anything
         raise InputError(f"reference: {path} is not a readable npz archive: {first_line(error)}") from error
 

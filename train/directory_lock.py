@@ -55,7 +55,8 @@ def locked(directory: Path, argument: str) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
         lock = acquire(path)
     except OSError as error:
-        raise InputError(f"{argument}: cannot write {error.filename or path}: {error.strerror}") from None
+        reason = "it is a file, expected a directory" if isinstance(error, FileExistsError) else error.strerror
+        raise InputError(f"{argument}: cannot write {error.filename or path}: {reason}") from None
     if not isinstance(lock, Lock):
         raise InputError(f"{argument}: {directory} is in use by {lock}, expected it to have ended or another directory")
     try:

@@ -312,7 +312,7 @@ def test_changed_settings_are_measured_again_and_torn_lines_skipped(config, sour
         (dict(omega=(0.5,)), "omega: expected a guidance scale >= 1, got 0.5"),
         (dict(per_class=1), "per_class: expected at least 10 images in all, got 5"),
         (dict(omega=()), "omega: this network is not a preset, so omega must be given"),
-        (dict(reference=Path("/nowhere")), "reference: /nowhere is not a readable npz archive"),
+        (dict(reference=Path("/nowhere")), "reference: /nowhere does not exist, expected an npz archive"),
     ],
 )
 def test_bad_settings_are_named(config, tmp_path, change, message):

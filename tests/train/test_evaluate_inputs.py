@@ -97,7 +97,10 @@ def test_the_reference_is_looked_at_before_any_network(config, tmp_path):
         pytest.fail("the extractor was loaded")
 
     np.savez(tmp_path / "wide.npz", mu=np.zeros(3), sigma=np.eye(3))
-    for path, message in (("gone", "is not a readable npz"), ("wide.npz", "expected statistics of 2048 features, got")):
+    for path, message in (
+        ("gone", "does not exist, expected an npz archive"),
+        ("wide.npz", "expected statistics of 2048 features, got"),
+    ):
         changed = dataclasses.replace(config, reference=tmp_path / path, source="/nowhere")
         with pytest.raises(pmf.InputError, match=message):
             Measurement(changed, tmp_path, ALONE, no_extractor if path == "gone" else None)

@@ -231,7 +231,7 @@ def refused(out, message, model=SMALL, data=None, **evaluation):
 
 def test_what_cannot_be_measured_is_refused_before_training(tmp_path, monkeypatch):
     out, missing = tmp_path / "run", tmp_path / "missing.npz"
-    refused(out, f"^evaluation.reference: {missing} is not a readable npz archive", reference=missing)
+    refused(out, f"^evaluation.reference: {missing} does not exist, expected an npz archive", reference=missing)
     (tmp_path / "empty").mkdir()
     refused(out, r"^evaluation.reference: .*empty holds no \.png", reference=tmp_path / "empty")
     np.savez(tmp_path / "half.npz", ref_mu=np.zeros(3), sigma=np.eye(3))

@@ -323,7 +323,7 @@ def test_what_does_not_fit_together_is_one_line(source, folders, tmp_path):
         ((reference, "--resize", "tf1"), "resize: has no effect in several spaces"),
         ((real, "--networks", "pixels"), "networks: has no effect without a directory of NAME.npz"),
         ((real, "--held-out", str(held)), "held_out: has no effect without a directory of NAME.npz"),
-        ((tmp_path / "no", "--networks", "mae"), "reference: .*no is not a readable npz archive"),
+        ((tmp_path / "no", "--networks", "mae"), "reference: .*no does not exist, expected an npz archive"),
     ]
     for (where, *more), message in cases:
         with pytest.raises(pmf.InputError, match=message):
