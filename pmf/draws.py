@@ -168,7 +168,7 @@ def warn_of_scale(argument: str, images: Tensor, stacklevel: int) -> None:
         seen = f"look like [0, 255], expected {argument} / 127.5 - 1"
     elif low >= 0 and 0.5 < high <= 1 and low < high:
         seen = f"look like [0, 1], expected 2 * {argument} - 1"
-    elif max(-low, high) > BEYOND and images.shape[1] in (1, 3):  # latents have more channels
+    elif max(-low, high) > BEYOND and low < high and images.shape[1] in (1, 3):  # latents have more channels
         seen = f"reach from {low:.3g} to {high:.3g}"
     else:
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from torch.nn.functional import pad
 from pmf.atomic_files import write_atomically
 from pmf.errors import extra, require
 from pmf.fields import check_values
-from pmf.pictures import checked_size, to_rgb
+from pmf.pictures import SUFFIXES, checked_size, to_rgb
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -38,8 +39,10 @@ def to_bytes(images: Tensor) -> Tensor:
 
 
 def check_png_name(argument: str, path: str | Path) -> None:
-    """Raise `InputError` for the name of another kind of file, such as weights, which a picture would replace."""
-    good = Path(path).suffix.lower() in ("", ".png")  # a device or a pipe has none
+    """Raise `InputError` for the name of another kind of picture, and where another kind of file would be replaced."""
+    require(isinstance(path, str | os.PathLike), lambda: f"{argument}: expected the name of a file, got {path!r:.80}")
+    suffix = Path(path).suffix.lower()  # a device or a pipe has none
+    good = suffix in ("", ".png") or not (suffix in SUFFIXES or os.path.isfile(path))
     require(good, lambda: f"{argument}: expected a name that ends in .png, got {path}")
 
 

@@ -72,10 +72,11 @@ class Statistics:
         require(self.count is None or self.count >= 1, f"count: expected at least 1, got {self.count}")
         held = [self.mu, self.sigma, *([] if self.features is None else [self.features])]
         kinds = [x.dtype for x in held]
-        require(all(kind.kind in "fiu" for kind in kinds), lambda: f"statistics: expected real numbers, got {kinds}")
+        real = all(kind.kind in "fiu" for kind in kinds) and (self.features is None or kinds[2].kind == "f")
+        require(real, lambda: f"statistics: expected real numbers, and floating features, got {kinds}")
         if self.features is not None:
-            wanted, got = [self.count or len(self.features), *self.mu.shape], list(self.features.shape)
-            require(got == wanted, f"features: expected one row per image, {wanted}, got {got}")
+            wanted, got = list(self.mu.shape), list(self.features.shape)
+            require(len(got) == 2 and got[1:] == wanted, f"features: expected [n, {wanted[0]}], got {got}")
         require(all(np.isfinite(x).all() for x in held), "statistics: expected finite values, it holds NaN or infinity")
         largest = np.abs(self.sigma).max()
         symmetric = np.abs(self.sigma - self.sigma.T).max() <= 1e-3 * largest and self.sigma.diagonal().min() >= 0
@@ -254,7 +255,8 @@ def _check_features(name: str, values: Tensor) -> None:
     check_values(Tensor, **{name: values})
     good = values.ndim == 2 and values.shape[1] > 0
     require(good, f"{name}: expected shape [n, d] with d > 0, got {list(values.shape)}")
-    require(values.is_floating_point(), f"{name}: expected floating values, got {values.dtype}")
+    real = not values.is_complex() and values.dtype != torch.bool
+    require(real, f"{name}: expected real numbers, got {values.dtype}")
     require(bool(torch.isfinite(values).all()), f"{name}: expected finite values, got NaN or infinity")
 
 

@@ -13,6 +13,7 @@ image per row and term.
 from __future__ import annotations
 
 import importlib.util
+import numbers
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -138,10 +139,9 @@ class PerceptualLoss(nn.Module):
         super().__init__()
         check_values(int, rows_at_once=rows_at_once)
         require(rows_at_once >= 1, f"rows_at_once: expected at least 1, got {rows_at_once}")
-        check_values(Mapping, terms=terms)
+        named = isinstance(terms, (Mapping, nn.ModuleDict)) and all(isinstance(x, nn.Module) for x in terms.values())
+        require(named, lambda: f"terms: expected modules by name, got {type(terms).__name__}")
         require(len(terms) > 0, "terms: expected at least one, got none")
-        modules = all(isinstance(term, nn.Module) for term in terms.values())
-        require(modules, lambda: f"terms: expected modules by name, got {terms!r:.80}")
         self.rows_at_once = rows_at_once
         self.terms = nn.ModuleDict(terms)
         self.requires_grad_(False).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -167,8 +167,7 @@ class PerceptualLoss(nn.Module):
         """
         floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
         require(floating, lambda: f"dtype: expected a floating dtype, got {dtype!r}")
-        check_values(int, seed=seed)
-        terms: dict[str, nn.Module] = {}
+        seed, terms = _checked_seed(seed), dict[str, nn.Module]()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             if lpips is not None:
@@ -183,7 +182,7 @@ class PerceptualLoss(nn.Module):
 
     def for_step(self, seed: int) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
         """A function of (x_hat, x) that draws its crops from `seed` (its low 32 bits), the same on every call."""
-        check_values(int, seed=seed)
+        seed = _checked_seed(seed)
         return lambda x_hat, x: self(x_hat, x, torch.Generator().manual_seed(seed))
 
     def forward(self, x_hat: Tensor, x: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -210,6 +209,12 @@ class PerceptualLoss(nn.Module):
         a, b = (resize_crops(images, boxes, CROP_SIZE) for images in (x_hat, x.detach()))
         with no_autocast(x.device):
             return {name: _RowDistance.apply(a, b, term, self.rows_at_once) for name, term in self.terms.items()}
+
+
+def _checked_seed(seed: int) -> int:
+    good = isinstance(seed, numbers.Integral) and not isinstance(seed, bool) and -(2**63) <= seed < 2**64
+    require(good, lambda: f"seed: expected an integer of 64 bits, got {seed!r:.80}")
+    return int(seed)
 
 
 @contextmanager

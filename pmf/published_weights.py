@@ -178,6 +178,8 @@ def _check_shape(state: Mapping[str, Tensor], key: str, shape: Shape) -> None:
     require(key in state, f"state dict: key {key!r} is missing")
     got = list(state[key].shape)
     require(got == list(shape), f"state dict: {key!r} must have shape {list(shape)}, got {got}")
+    floating = state[key].is_floating_point()
+    require(floating, lambda: f"state dict: {key!r} must have floating values, got {state[key].dtype}")
 
 
 def _check_surplus(state: Mapping[str, Tensor], known: Set[str]) -> None:
@@ -207,12 +209,20 @@ def export_official_state_dict(state: Mapping[str, Tensor], config: ModelConfig)
         f'conditioning: the published format needs "in_context", got {config.conditioning!r}',
     )
     state = unwrapped(state)
-    heads = ("u", "v") if any(key.startswith("final_layers.v") for key in state) else ("u",)
-    exported, known = {ROPE: _rope_freqs(config)}, set()
+    names = check_names(state, config)
+    batched = {ours: state[ours][None] if ours.startswith(BATCHED) else state[ours] for ours in names}
+    return {ROPE: _rope_freqs(config)} | {theirs: batched[ours] for ours, theirs in names.items()}
+
+
+def check_names(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, str]:
+    """Our name -> the published name of every weight of an in-context network's state dict, which may lack the v head.
+
+    Errors: `InputError` on the first key that is missing, unexpected, or not of floating values of its shape.
+    """
+    heads = ("u", "v") if any(key.startswith(("final_layers.v", "head_blocks.v")) for key in state) else ("u",)
+    names = {}
     for ours, theirs, shape in _parameters(config, heads):
-        batched = ours.startswith(BATCHED)
-        _check_shape(state, ours, shape[batched:])
-        exported[theirs] = state[ours][None] if batched else state[ours]
-        known.add(ours)
-    _check_surplus(state, known)
-    return exported
+        _check_shape(state, ours, shape[ours.startswith(BATCHED) :])
+        names[ours] = theirs
+    _check_surplus(state, names.keys())
+    return names

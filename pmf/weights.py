@@ -25,7 +25,7 @@ from pmf.fields import check_values, from_json
 from pmf.hub import SUFFIXES, locate
 from pmf.jax_files import is_state
 from pmf.jax_states import load_weights
-from pmf.published_weights import convert_official_state_dict, infer_config, unwrapped
+from pmf.published_weights import check_names, convert_official_state_dict, infer_config, unwrapped
 from pmf.sizes import check_declared
 
 SETS = ("model", "state_dict", "model_state_dict", "ema", "model_ema", "ema_model", "ema_state_dict", "state_dict_ema")
@@ -37,7 +37,7 @@ def save_model(path: str | Path, config: ModelConfig, state: Mapping[str, Tensor
 
     Prefixes of DDP and torch.compile are left out of the names. Errors: `InputError` if `path` ends as
     a file of another kind or cannot be written, and if the weights are not those of the configuration, with which they
-    could not be read; an earlier file stays, and no partial one is left behind.
+    could not be read (of adaln networks, sizes are compared); an earlier file stays, and no partial one is left behind.
     """
     check_values(ModelConfig, config=config)
     require(isinstance(path, str | os.PathLike), lambda: f"path: expected the name of a file, got {path!r:.80}")
@@ -47,7 +47,10 @@ def save_model(path: str | Path, config: ModelConfig, state: Mapping[str, Tensor
     good = Path(path).suffix in ("", SUFFIXES[0])  # by which `from_pretrained` knows the kind of a file
     require(good, lambda: f"path: expected a name that ends in .safetensors, got {path}")
     _check_sizes("state dict", config, plain)
+    if config.conditioning == "in_context":
+        check_names(plain, config)
     for name, value in plain.items():
+        require(value.is_floating_point(), f"state dict: {name!r} must have floating values, got {value.dtype}")
         require(value.device.type != "meta", f"state dict: {name!r} has no values, expected it on another device")
     tensors = {name: value.detach().cpu().contiguous() for name, value in plain.items()}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=info))

@@ -56,7 +56,7 @@ RULES = {
     "pmf/images.py": r"pmf\.(atomic_files|errors|fields|pictures)",
     "pmf/features.py": r"pmf\.(atomic_files|errors|fields|metrics|pictures)",
     "pmf/sharded.py": r"nothing",
-    "pmf/optim": r"pmf\.(optim.*|errors|fields|jax_states|private|sharded)",
+    "pmf/optim": r"pmf\.(optim.*|errors|fields|jax_states|private|published_weights|sharded)",
     "pmf/fine_tuning.py": r"pmf\.(errors|fields|model|published_weights)",
     "pmf/parallel.py": r"pmf\.(blocks|config|draws|errors|fields|loss|model|sampling|sharded)",
     "pmf/metrics.py": r"pmf\.(atomic_files|errors|fields|sizes)",

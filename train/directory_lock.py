@@ -55,7 +55,7 @@ def locked(directory: Path, argument: str) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
         lock = acquire(path)
     except OSError as error:
-        reason = "it is a file, expected a directory" if isinstance(error, FileExistsError) else error.strerror
+        reason = "it is a file, expected a directory" if os.path.isfile(directory) else error.strerror
         raise InputError(f"{argument}: cannot write {error.filename or path}: {reason}") from None
     if not isinstance(lock, Lock):
         raise InputError(f"{argument}: {directory} is in use by {lock}, expected it to have ended or another directory")

@@ -64,8 +64,8 @@ class Trainer(Learner):
         self.data = data
         self.directory = config.resume or config.out
         self.snapshots = Snapshots(self.directory, self.world, config.keep_checkpoints)
-        self.owed = False
-        """Whether a snapshot was due when the state was not worth saving."""
+        self.owed = self.unexported = False
+        """Whether a snapshot, or an export, was due when the state was not worth it."""
         with ExitStack() as lock:
             if config.resume is not None:
                 self._lock(lock)
@@ -259,6 +259,7 @@ class Trainer(Learner):
         exported = last or self.step % self.config.sample_every == 0
         if due or exported:
             self.world.main_first(self._check_kept)
+        exported = exported or (self.unexported and not self.skipped)
         if due or (self.owed and not self.skipped):
             self._save()
         self.snapshots.publish(wait=last or evaluated)  # a step must be resumable before it is measured
@@ -267,7 +268,9 @@ class Trainer(Learner):
 
     def _export(self) -> None:
         """Write the weights and pictures, unless they are not worth it: they would replace better ones."""
+        self.world.main_first(partial(_draw_curve, self.directory, self.curves))
         fault = self.fault(self._weights())
+        self.unexported = fault is not None
         if fault is not None:
             if self.world.main:
                 log.warning("step %d is not exported: %s", self.step, fault)
@@ -277,7 +280,6 @@ class Trainer(Learner):
             log.warning(late, self.config.ema_every)
         network = None if self.evaluation is None else self.evaluation.network
         export_weights(self.directory, self.step, self._weights(), self.config, self.world, network)
-        self.world.main_first(partial(_draw_curve, self.directory, self.curves))
 
     def _evaluate_when_due(self, progress: Progress | None, stop: StopRequest) -> bool:
         """Measure the weights if they are due; return whether that was stopped."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pmf.draws import warn_of_scale
-from pmf.errors import require
+from pmf.errors import readable, require
 from pmf.fields import check_values
 
 DTYPES = (torch.uint8, torch.float32, torch.float64)
@@ -74,7 +74,7 @@ class ImageSet:
         each = f"integers [{shape[0]}], one for each image"
         require(one_each, lambda: f"labels: expected {each}, got {labels.dtype} {list(labels.shape)}")
         require(not (labels < 0).any(), lambda: f"labels: expected >= 0, got {labels.min().item()}")
-        if images.is_floating_point() and images.numel() > 0:
+        if images.is_floating_point() and images.numel() > 0 and readable(images):
             require(bool(torch.isfinite(images).all()), "images: expected finite values, got NaN or infinity")
             warn_of_scale("images", images, stacklevel=4)
 

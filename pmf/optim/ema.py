@@ -14,6 +14,7 @@ from pmf.fields import check_values
 from pmf.optim.background import Background, Staging
 from pmf.optim.moments import require_replicated
 from pmf.private import foreach_lerp_
+from pmf.published_weights import unwrapped
 from pmf.sharded import local, shard
 
 
@@ -71,13 +72,16 @@ class EMA:
             self.move(parts, self.take())
 
     def parts(self, model: nn.Module) -> list[Tensor]:
-        """This rank's parts of the model's parameters, paired by name, or by order if the model has been wrapped since.
+        """This rank's parts of the model's parameters, paired by name, whatever wraps it, or else by order.
 
         Errors: `InputError` unless the average has their shapes and dtypes.
         """
         check_values(nn.Module, model=model)
-        named = dict(model.named_parameters())
-        parameters = [named[n] for n in self._average] if named.keys() == self._average.keys() else [*named.values()]
+        named: dict[str, Tensor] = dict(model.named_parameters())
+        names = list(self._average)
+        if named.keys() != self._average.keys():
+            named, names = unwrapped(named), list(unwrapped(self._average))
+        parameters = [named[name] for name in names] if named.keys() == set(names) else [*named.values()]
         kinds = [(p.shape, p.dtype, p.is_meta) for p in parameters]
         same = kinds == [(x.shape, x.dtype, x.is_meta) for x in self._average.values()]
         require(same, "model: expected the parameters that the average was made of, got others")

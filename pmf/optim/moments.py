@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from pmf.errors import InputError, require
+from pmf.errors import InputError, first_line, require
 from pmf.private import foreach_add_, foreach_copy_, foreach_mul
 from pmf.sharded import batched, distributed, divided, full, local, shard
 
@@ -55,27 +55,32 @@ class MomentOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of any sharding; see `place_state`.
 
-        Errors: `InputError` on another optimizer's, on options that are none of ours, and on moments of other shapes;
-        nothing is loaded then.
+        Errors: `InputError` on a state without this optimizer's options, counts and moments, as of another optimizer,
+        and on values that are out of range or of other shapes; the former state stays then.
         """
-        self._check_state(state_dict)
-        super().load_state_dict(state_dict)
+        before = self.state, self.param_groups
+        try:
+            super().load_state_dict(state_dict)
+            for group in self.param_groups:
+                self._check_loaded(group)
+        except BaseException as error:
+            self.state, self.param_groups = before
+            if isinstance(error, (KeyError, TypeError, AttributeError)):  # on what is no state dict of this optimizer
+                found = f"it has no {error}" if isinstance(error, KeyError) else first_line(error)
+                raise InputError(f"state_dict: expected one of {type(self).__name__}, {found}") from error
+            raise
         place_state(self.state, self.shard_over)
 
-    def _check_state(self, given: Any) -> None:
-        own = f"a state dict of {type(self).__name__}"
-        whole = isinstance(given, Mapping) and {"state", "param_groups"} <= given.keys()
-        require(whole, f"state_dict: expected {own}")
-        pairs = zip(given["param_groups"], self.param_groups, strict=False)  # PyTorch compares their numbers
-        for group, mine in pairs:
-            lacks = sorted(self.defaults.keys() - group.keys())
-            require(not lacks, f"state_dict: expected {own}, it has no {', '.join(lacks)}")
-            self.check_group({**group, "params": mine["params"]})
-            for place, p in zip(group["params"], mine["params"], strict=False):
-                state = given["state"].get(place) or dict.fromkeys(self.moments, p)
-                shapes = [list(getattr(state.get(name), "shape", ())) for name in self.moments]
-                fits = all(shape == list(p.shape) for shape in shapes) and state.get("step", 0) >= 0
-                require(fits, f"state_dict: expected {own} for a parameter {list(p.shape)}, got moments {shapes}")
+    def _check_loaded(self, group: dict[str, Any]) -> None:
+        own = f"state_dict: expected one of {type(self).__name__}"
+        self.check_group(group)
+        for p in group["params"]:
+            state = self.state.get(p, {})
+            shapes = {name: getattr(value, "shape", None) for name, value in state.items()}
+            wanted = {"step": torch.Size(), **dict.fromkeys(self.moments, p.shape)} if state else {}
+            fits = shapes == wanted and (not state or state["step"] >= 0)
+            got = {name: None if shape is None else list(shape) for name, shape in shapes.items()}
+            require(fits, f"{own} and a parameter {list(p.shape)}, got {got}")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take a group of parameters with its options. Errors: `InputError`; then it is not taken."""

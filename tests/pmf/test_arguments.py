@@ -63,7 +63,7 @@ CASES = [
     ("images", lambda: ImageSet(X * torch.nan, Y)),
     *(("rows_at_once", lambda v=v: perceptual(rows_at_once=v)) for v in (None, 0, 1.5, "a")),
     *(("terms", lambda v=v: perceptual(terms=v)) for v in (3, {}, {"lpips": 3}, [MODEL])),
-    *(("seed", lambda v=v: perceptual().for_step(v)) for v in (None, 1.5, "a", 2**70)),
+    *(("seed", lambda v=v: perceptual().for_step(v)) for v in (None, 1.5, "a", True, 2**64)),
     *(("x", lambda v=v: perceptual()(RGB, v)) for v in (None, RGB.numpy(), RGB.byte(), RGB * 1j, GREY)),
     *(("x_hat", lambda v=v: perceptual()(v, RGB)) for v in (None, RGB.numpy(), RGB.byte(), RGB[:1])),
     *(("dtype", lambda v=v: PerceptualLoss.load(None, None, dtype=v)) for v in (None, "float32", torch.int32)),
@@ -107,7 +107,8 @@ CASES = [
     ("mu", lambda: Statistics(None, np.eye(2))),
     *(("statistics", lambda v=v: Statistics(np.zeros(2).astype(v), np.eye(2).astype(v))) for v in (complex, str, bool)),
     *(("features", lambda v=v: Statistics(np.zeros(2), np.eye(2), 3, v)) for v in
-      (np.zeros((3, 7)), np.zeros((4, 2)), np.zeros(3))),
+      (np.zeros((3, 7)), np.zeros(3), np.array(1.0))),
+    ("statistics", lambda: Statistics(np.zeros(2), np.eye(2), 3, np.zeros((3, 2), np.int64))),
     *(("statistics", lambda v=v: Statistics(*v)) for v in
       ((np.zeros(3), np.eye(4)), (np.zeros(2), np.eye(2) * np.nan), (np.zeros((2, 1)), np.eye(2)))),
     *(("count", lambda v=v: Statistics(np.zeros(2), np.eye(2), v)) for v in (0, -5, "9")),
@@ -129,7 +130,7 @@ CASES = [
     *(("seed", lambda v=v: step_seed(*v, "epoch")) for v in ((-1, 0), (0, -1), ("0", 0))),
     ("seed", lambda: loader(seed=-1)),
     ("labels", lambda: ImageSet(X, Y - 3)),
-    *(("path", lambda v=v: save_grid(v, GREY, columns=2)) for v in ("a.jpg", "a.GIF", Path("a.json"))),
+    *(("path", lambda v=v: save_grid(v, GREY, columns=2)) for v in ("a.jpg", "a.GIF", Path("a.webp"), 3)),
     *(("path", lambda v=v: pmf.save_model(v, TINY, {"a": X})) for v in ("a.pt", "a.json", Path("a.zip"), None, 3)),
     *(("images", lambda v=v: to_bytes(v)) for v in (None, GREY.numpy(), GREY.byte(), Y)),
     *(("picture", lambda v=v: centre_crop(v, 8)) for v in (None, GREY)),
@@ -162,6 +163,8 @@ def test_arguments_of_every_accepted_kind_are_taken():
     draws(shape=torch.Size(TINY.image_shape), generator=torch.Generator(), device="cpu")
     EMA(MODEL, np.float64(500)).update(MODEL, 4, 4)
     assert ImageSet(X[:0], Y[:0]).num_classes == 0
+    for seed in (2**64 - 1, -(2**63), np.int64(3)):
+        assert callable(perceptual(torch.nn.ModuleDict({"lpips": MODEL})).for_step(seed))
     Muon([WEIGHT], lr=1)
     Statistics(np.zeros(2), np.eye(2), np.int64(3), None, "tf1")
 

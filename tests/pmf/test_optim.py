@@ -251,7 +251,7 @@ def test_averages_are_of_the_weights_of_the_same_name():
         torch.nn.init.constant_(layer.bias, value)
     ema = EMA(torch.nn.ModuleDict({"a": ones, "b": nines}), 1)
     ema.update(torch.nn.ModuleDict({"b": nines, "a": ones}), 8, 8)
-    ema.update(torch.nn.ModuleDict({"module": torch.nn.ModuleDict({"a": ones, "b": nines})}), 8, 16)  # wrapped since
+    ema.update(torch.nn.ModuleDict({"module": torch.nn.ModuleDict({"b": nines, "a": ones})}), 8, 16)  # as DDP wraps
     assert [value.unique().item() for value in ema.average.values()] == [1, 1, 9, 9]
 
 
@@ -275,6 +275,10 @@ def test_a_state_that_is_not_of_this_optimizer_changes_nothing(kind):
         stepped(kind, (3, 4)).state_dict(),
         {**own, "param_groups": [{**group, "lr": -1.0}]},
         {**own, "state": {0: {"step": state["step"]}}},
+        {**own, "state": {0: {name: value for name, value in state.items() if name != "step"}}},
+        {**own, "state": {0: {**state, "step": 3}}},
+        {**own, "state": {0: [1]}},
+        {**own, "param_groups": None},
         {**own, "state": {0: {**state, "step": torch.tensor(-1.0)}}},
     ):
         with pytest.raises(pmf.InputError, match=r"^(state_dict|lr.*): expected ") as error:
@@ -283,5 +287,6 @@ def test_a_state_that_is_not_of_this_optimizer_changes_nothing(kind):
     after = optimizer.state_dict()
     assert after["param_groups"] == before["param_groups"]
     assert all(torch.equal(after["state"][0][name], value) for name, value in before["state"][0].items())
-    optimizer.load_state_dict({**own, "state": {}})  # of an optimizer that has taken no step
+    optimizer.register_load_state_dict_pre_hook(lambda _, given: given["inner"])
+    optimizer.load_state_dict({"inner": own | {"state": {}}})  # of an optimizer that has taken no step
     assert not optimizer.state

@@ -231,7 +231,8 @@ def test_of_several_sets_in_a_file_one_is_named(tmp_path):
 def test_weights_that_are_not_floating_are_refused(tmp_path):
     state = random_model(dtype=torch.float32).state_dict()
     state["patch_embed.proj2.bias"] = state["patch_embed.proj2.bias"].to(torch.int64)
-    save_model(tmp_path / "m.safetensors", TINY, state)
+    info = {"pmf_config": json.dumps(asdict(TINY)), "pmf_metadata": "{}"}
+    save_file(state, tmp_path / "m.safetensors", metadata=info)
     refused(tmp_path / "m.safetensors", "'patch_embed.proj2.bias' must have floating values, got torch.int64")
 
 

@@ -104,6 +104,11 @@ def test_what_could_not_be_read_again_replaces_nothing(saved):
         ),
         (TINY, {n: x.to("meta") for n, x in state.items()}, "has no values, expected it on another device"),
         (TINY, state | {name: 3}, f"^{name}: expected a tensor, got int$"),
+        (TINY, {n: x for n, x in state.items() if n != name}, f"^state dict: key '{name}' is missing$"),
+        (TINY, state | {name: state[name][:2]}, rf"^state dict: '{name}' must have shape \[32, 32\], got \[2, 32\]$"),
+        (TINY, state | {name: state[name].int()}, f"^state dict: '{name}' must have floating values, got torch.int32$"),
+        (TINY, state | {"more": torch.ones(1)}, "^state dict: unexpected key 'more'$"),
+        (replace(TINY, num_heads=2 * TINY.num_heads), state, r"norm.weight' must have shape"),
     ):
         with pytest.raises(pmf.InputError, match=message):
             save_model(file, config, given)

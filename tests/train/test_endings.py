@@ -252,10 +252,13 @@ def test_one_process_whose_data_cannot_be_read_saves_and_ends_all(tmp_path):
 
 
 def test_nothing_is_saved_while_steps_are_skipped_and_then_as_soon_as_one_is_taken(tmp_path, caplog):
-    trainer = Trainer(config(tmp_path / "run", steps=8, keep_checkpoints=10), digits()[0])
+    trainer = Trainer(config(tmp_path / "run", steps=8, keep_checkpoints=10, sample_every=4), digits()[0])
+    export, exported = trainer._export, []
+    trainer._export = lambda: exported.append((trainer.step, export(), trainer.unexported))
     break_steps(trainer, (2, 3, 4))
     trainer.run()
     assert complete(tmp_path / "run") == [6, 8]
+    assert exported == [(4, None, True), (6, None, False), (8, None, False)]
     assert "step 3 is not saved: the last 1 steps were skipped" in caplog.messages
 
 

@@ -17,7 +17,6 @@ import tyro
 from torch import Tensor
 
 import pmf
-from pmf.atomic_files import require_writable
 from pmf.config import MODELS, Guidance, ModelConfig, published_guidance
 from pmf.errors import InputError, reading, require
 from pmf.hub import locate
@@ -153,7 +152,8 @@ def statistics_command(arguments: list[str]) -> None:
         write_statistics(pictures, config.out, config.networks, world, config, keep=config.features)
         leave(world)
         return
-    world.main_first(lambda: require_writable(config.out, "out"))
+    with reading("out", config.out):
+        require(not config.out.is_dir(), f"out: {config.out} is a directory, expected the name of a file")
     extractor = inception(config.inception, resize=config.resize or "tf1", device=world.device)
     warn_of_few(world, "folder", pictures.count, INCEPTION_FEATURES)
     pictures.warn_of_sizes(world)
