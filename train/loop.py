@@ -270,7 +270,7 @@ class Trainer(Learner):
         """Write the weights and pictures, unless they are not worth it: they would replace better ones."""
         self.world.main_first(partial(_draw_curve, self.directory, self.curves))
         fault = self.fault(self._weights())
-        self.unexported = fault is not None
+        self.unexported = self.skipped > 0
         if fault is not None:
             if self.world.main:
                 log.warning("step %d is not exported: %s", self.step, fault)
