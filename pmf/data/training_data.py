@@ -56,7 +56,7 @@ class ImageSet:
     """Training data in memory: images [n, c, H, W] as `TrainingData` reads them, labels int64 [n], class names.
 
     Errors: `InputError` on other dtypes and shapes, on images that are not finite, and on negative labels. Floating
-    images that look like [0, 1] or [0, 255] are warned of.
+    images of another scale are warned of.
     """
 
     images: Tensor
