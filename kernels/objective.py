@@ -152,7 +152,7 @@ def _errors(
     x = _load_image(p_x, i_image, mask, PIXELS, CHANNELS, AREA)
     u_dot, c, z, n = u, v, x, v  # placeholders for absent operands
     if p_net.u_dot is not None:
-        i_token_dot = i_token - first_dot * VALUES
+        i_token_dot = (i_b - first_dot) * VALUES + i_group * (PIXELS * CHANNELS)
         u_dot = _load_tokens(p_net.u_dot, i_token_dot, mask & moves, PIXELS, CHANNELS)
         c = _load_tokens(p_net.c, i_token_dot, mask & moves, PIXELS, CHANNELS)
         z = _load_image(p_z, i_image, mask & below, PIXELS, CHANNELS, AREA)
