@@ -55,7 +55,8 @@ class Background:
 
 def _join(threads: Sequence[threading.Thread], timeout: float | None = None) -> None:
     for thread in threads:
-        thread.join(timeout)
+        if thread is not threading.current_thread():  # the job, which may be the last to hold its `Background`
+            thread.join(timeout)
 
 
 class Staging:

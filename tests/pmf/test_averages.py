@@ -168,6 +168,20 @@ def test_the_end_of_a_process_waits_for_a_thread_that_works(patience, job, print
     assert (done.returncode, done.stdout, done.stderr) == (0, printed, "")
 
 
+def test_a_job_may_be_the_last_to_hold_its_background():
+    script = (
+        "import threading, pmf.optim.background as b\n"
+        "go, work = threading.Event(), b.Background()\n"
+        "work.run(go.wait)\n"
+        "thread = work._threads[0]\n"
+        "del work\n"
+        "go.set()\n"
+        "thread.join()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_staged_copies_keep_values_shapes_and_dtypes():
     tensors = [torch.rand(3, 5), torch.rand(7, dtype=torch.float64), torch.rand(2, 3).bfloat16(), torch.rand(())]
     tensors += [torch.rand(0, 4), torch.rand(4, 6)[:, ::2]]
