@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from safetensors import SafetensorError
 
-from pmf.errors import InputError, reason_of
+from pmf.errors import InputError, check_path, reason_of
 
 FAILURES = (OSError, RuntimeError, ValueError, SafetensorError)
 """What the writers of files raise: Python's own, PyTorch's, pillow's and safetensors'."""
@@ -31,6 +31,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     device or a pipe receives the bytes. Errors: `InputError` when `path` cannot be written (a directory, a read-only
     file, no permission, a full disk); the old file is then unchanged.
     """
+    check_path("path", path)
     path = Path(path)
     try:
         mode = _mode(path)

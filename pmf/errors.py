@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 
 import torch
@@ -29,6 +30,11 @@ def require(condition: bool, message: str | Callable[[], str]) -> None:
     """
     if not condition:
         raise InputError(message() if callable(message) else message)
+
+
+def check_path(argument: str, path: object, kind: str = "file") -> None:
+    """Raise `InputError` unless this is a str or a path."""
+    require(isinstance(path, str | os.PathLike), lambda: f"{argument}: expected the name of a {kind}, got {path!r:.80}")
 
 
 def checked_device(device: torch.device | str | int) -> torch.device:

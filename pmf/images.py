@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pmf.atomic_files import write_atomically
-from pmf.errors import extra, require
+from pmf.errors import check_path, extra, require
 from pmf.fields import check_values
 from pmf.pictures import SUFFIXES, checked_size, to_rgb
 
@@ -40,7 +40,7 @@ def to_bytes(images: Tensor) -> Tensor:
 
 def check_png_name(argument: str, path: str | Path) -> None:
     """Raise `InputError` for the name of another kind of picture, and where another kind of file would be replaced."""
-    require(isinstance(path, str | os.PathLike), lambda: f"{argument}: expected the name of a file, got {path!r:.80}")
+    check_path(argument, path)
     suffix = Path(path).suffix.lower()  # a device or a pipe has none
     good = suffix in ("", ".png") or not (suffix in SUFFIXES or os.path.isfile(path))
     require(good, lambda: f"{argument}: expected a name that ends in .png, got {path}")

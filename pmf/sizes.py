@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pmf.errors import reading, require
+from pmf.errors import check_path, reading, require
 
 FLOOR = 2**30
 """Bytes that any input may declare."""
@@ -19,7 +19,8 @@ def check_declared(what: str, declared: int, stored: int) -> None:
 
 
 def check_is_file(argument: str, path: str | Path) -> None:
-    """Raise `InputError` for a pipe or a device, which may never end, and for a path that cannot be looked up."""
+    """Raise `InputError` for a pipe or a device, which may never end, and unless a path can be looked up."""
+    check_path(argument, path)
     with reading(argument, path):
         require(not is_endless(Path(path)), lambda: f"{argument}: {path} is a pipe or a device, expected a file")
 

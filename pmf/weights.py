@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
 import re
 import zipfile
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from pmf.atomic_files import write_atomically
 from pmf.config import PREFIX_TOKENS, ModelConfig
-from pmf.errors import InputError, first_line, require
+from pmf.errors import InputError, check_path, first_line, require
 from pmf.fields import check_values, from_json
 from pmf.hub import SUFFIXES, locate
 from pmf.jax_files import is_state
@@ -40,7 +39,7 @@ def save_model(path: str | Path, config: ModelConfig, state: Mapping[str, Tensor
     could not be read (of adaln networks, sizes are compared); an earlier file stays, and no partial one is left behind.
     """
     check_values(ModelConfig, config=config)
-    require(isinstance(path, str | os.PathLike), lambda: f"path: expected the name of a file, got {path!r:.80}")
+    check_path("path", path)
     require(_is_json(metadata), lambda: f"metadata: expected values of JSON, got {metadata!r:.200}")
     plain = unwrapped(state)
     info = {"pmf_config": json.dumps(asdict(config)), "pmf_metadata": json.dumps(metadata)}

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pmf.atomic_files import write_atomically
 from pmf.data.training_data import CorruptImageError
-from pmf.errors import InputError, extra, first_line, printable, require
+from pmf.errors import InputError, check_path, extra, first_line, printable, reason_of, require
 from pmf.pictures import MAX_SIDE, open_picture, read_file, to_rgb
 
 with extra("data", "data: prepared images need"):
@@ -141,7 +141,7 @@ def read_classes(file: Path, argument: str) -> tuple[str, ...]:
     try:
         return tuple(read_file(file).decode("utf-8-sig").splitlines())
     except (OSError, InputError, UnicodeDecodeError) as error:
-        raise InputError(f"{argument}: {printable(file)} cannot be read: {first_line(error)}") from error
+        raise InputError(f"{argument}: {printable(file)} cannot be read: {reason_of(error)}") from error
 
 
 def check_classes(names: tuple[str, ...], argument: str) -> None:
@@ -196,6 +196,7 @@ class PreparedShards:
     """
 
     def __init__(self, directory: str | Path) -> None:
+        check_path("directory", directory, "directory")
         self.directory = Path(directory)
         _refuse_earlier_version(self.directory)
         tables = _open_all(self.directory)

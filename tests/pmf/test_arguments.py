@@ -102,6 +102,8 @@ CASES = [
     *(("min_side", lambda v=v: save_grid("/dev/null", GREY, columns=2, min_side=v)) for v in (None, 0, "a", 10**9)),
     *(("pixels", lambda v=v: save_png("/dev/null", v)) for v in
       (None, np.zeros((8, 8)), np.zeros((8, 8, 2), np.uint8), torch.zeros(8, 8, 3).byte())),
+    *(("reference", lambda v=v: Statistics.load(v)) for v in (None, 3, b"a.npz", ["a.npz"])),
+    *(("path", lambda v=v: Statistics.of(FEATURES).save(v)) for v in (None, 3, b"a.npz")),
     *(("features", lambda v=v: Statistics.of(v)) for v in (None, np.zeros((4, 4)), [[1.0]])),
     *(("statistics", lambda v=v: frechet_distance(Statistics.of(FEATURES), v)) for v in (None, 3, FEATURES)),
     ("mu", lambda: Statistics(None, np.eye(2))),

@@ -3,12 +3,13 @@
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 
 pa = pytest.importorskip("pyarrow")
 from pmf.data import CorruptImageError, Loader  # noqa: E402
-from pmf.data.shards import PreparedShards, checksum, open_shard  # noqa: E402
+from pmf.data.shards import PreparedShards, checksum, open_shard, read_classes  # noqa: E402
 from pmf.errors import InputError  # noqa: E402
 from pmf.train.data.prepare import prepare  # noqa: E402
 from tests.train.preparing import config, contents, encoded, holds_all  # noqa: E402
@@ -110,6 +111,17 @@ def test_shards_without_a_number_open_as_before_and_others_must_fit_their_settin
     (tmp_path / "classes.txt").write_bytes(b"caf\xe9\n")
     with pytest.raises(InputError, match=r"^data: .*classes.txt cannot be read: 'utf-8' codec"):
         PreparedShards(tmp_path)
+
+
+@pytest.mark.parametrize("directory", [None, 3, b"data"])
+def test_a_directory_is_a_path(directory):
+    with pytest.raises(InputError, match=r"^directory: expected the name of a directory, got "):
+        PreparedShards(directory)
+
+
+def test_class_names_behind_a_long_path_are_named_without_a_number():
+    with pytest.raises(InputError, match=r"^classes: /x+ cannot be read: File name too long$"):
+        read_classes(Path("/" + 300 * "x"), "classes")
 
 
 def test_a_prepared_picture_of_another_size_or_kind_is_corrupt(folder, tmp_path):
