@@ -193,10 +193,12 @@ REENTRANT_CHECKPOINT = "torch.utils.checkpoint.CheckpointFunction"
 
 
 def make_shell(kind: type, like: Tensor) -> Any:
-    """A tensor of a subclass with the shape, strides, dtype and device of another, without storage."""
-    return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+    """A tensor of a subclass shaped and placed like another, without storage: asking for its address raises."""
+    made: Any = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
         kind, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device, layout=like.layout
     )
+    torch._C._set_throw_on_mutable_data_ptr(made)
+    return made
 
 
 def alone(x: Tensor) -> bool:
@@ -238,9 +240,8 @@ def scripted_body(function: Any) -> Callable | None:
 
 
 def as_scripted(function: Any, body: Callable, args: tuple, kwargs: dict) -> Any:
-    """`body`, the Python of a scripted function, with what TorchScript passes.
-
-    That is copies of lists and dicts, and floats for integers where the signature says float.
+    """`body`, the Python of a scripted function, with what TorchScript passes: copies of lists and dicts, and floats
+    for integers where the signature says float.
     """
     args, kwargs = tree_map(lambda x: x, (args, kwargs))
     given = inspect.signature(body).bind(*args, **kwargs)

@@ -97,6 +97,11 @@ def _jvp(func: Callable, primals: tuple, tangents: tuple, has_aux: bool, rows: i
     return tree_map(_value, out), out_dots, *tree_map(_value, aux)
 
 
+NO_ADDRESS = "Cannot access data pointer of Tensor (e.g. FakeTensor"
+"""How PyTorch begins when a carrier is asked for its memory."""
+EXTENSION = "its tangent would be lost (by a C++ extension or DLPack); expected an operator known to pmf.jvp.rule"
+
+
 @contextmanager
 def _eager_call() -> Iterator[None]:
     try:
@@ -104,9 +109,11 @@ def _eager_call() -> Iterator[None]:
         with open_call(), wrappers.seen_through():
             yield
     except RuntimeError as error:
-        if "TorchScript interpreter" not in str(error):
-            raise
-        raise InputError(f"pmf.jvp: a scripted function got a moving value; {TORCH_SCRIPT}") from error
+        if "TorchScript interpreter" in str(error):
+            raise InputError(f"pmf.jvp: a scripted function got a moving value; {TORCH_SCRIPT}") from error
+        if NO_ADDRESS in str(error):
+            raise InputError(f"pmf.jvp: code without torch functions got a moving value; {EXTENSION}") from error
+        raise
 
 
 def _leaves(primals: Any, tangents: Any) -> tuple[list, list, Any]:

@@ -1,4 +1,4 @@
-"""What autograd.Function, TorchScript and checkpoints are told of carriers: names of PyTorch 2.11 to 2.14."""
+"""What autograd.Function, TorchScript, checkpoints and `x.data` are told of carriers: names of PyTorch 2.11 to 2.14."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ from pmf.private import (
 
 
 @contextmanager
-def intercepted_by(kinds: tuple[type, ...], apply: Callable, plain: Callable, again: Callable) -> Iterator[None]:
+def intercepted_by(
+    kinds: tuple[type, ...], apply: Callable, plain: Callable, again: Callable, assign: Callable
+) -> Iterator[None]:
     """Call `apply(function, function.apply, args, kwargs)` for every autograd.Function that is applied to `kinds`.
 
     Scripted functions run as the Python they were made of. Checkpoints (without reentry) see `plain` arguments, so that
     they keep and recompute those; `again(function, args)` recomputes in place of one in which compiled or scripted code
-    ran. Compilers cannot trace an `apply` that is not PyTorch's own, so this lasts as long as the context of any
-    thread.
+    ran. `assign(write, x, y)` does `x.data = y` for y of `kinds`: C++ would take the memory of y, which has none.
+    Compilers cannot trace an `apply` that is not PyTorch's own, so this lasts as long as the context of any thread.
     """
     with _PATCHING:
         _patches.append(None)
         if len(_patches) == 1:
-            _patches[0] = _patch(kinds, apply, plain, again)
+            _patches[0] = _patch(kinds, apply, plain, again, assign)
     try:
         yield
     finally:
@@ -57,11 +59,15 @@ _patches: list[Any] = []
 """One entry for each context that is open; the first takes the patch back."""
 
 
-def _patch(kinds: tuple[type, ...], apply: Callable, plain: Callable, again: Callable) -> Callable[[], None]:
+def _patch(
+    kinds: tuple[type, ...], apply: Callable, plain: Callable, again: Callable, assign: Callable
+) -> Callable[[], None]:
     """Patch PyTorch; give a function that takes it back."""
     import torch.utils.checkpoint
 
     function: Any = torch.autograd.Function
+    tensor: Any = torch.Tensor  # inherits `data` from C++
+    read, write = tensor.data.__get__, tensor.data.__set__
     script: Any = torch.jit.ScriptFunction
     script_call = vars(script)["__call__"]
     module = torch.utils.checkpoint
@@ -83,6 +89,9 @@ def _patch(kinds: tuple[type, ...], apply: Callable, plain: Callable, again: Cal
         _runs.count += 1
         return as_scripted(self, body, args, kwargs)
 
+    def set_data(x, y):
+        return assign(write, x, y) if type(y) in kinds else write(x, y)
+
     def of_plain(checkpoint):
         def steps(run, *args, **kwargs):
             recompute, before = [run], _runs.count
@@ -98,9 +107,11 @@ def _patch(kinds: tuple[type, ...], apply: Callable, plain: Callable, again: Cal
         else:
             function.apply = own
         script.__call__ = script_call
+        del tensor.data
         for name, generator in generators.items():
             setattr(module, name, generator)
 
+    tensor.data = property(read, set_data)
     script.__call__ = intercepted_script
     function.apply = classmethod(intercepted_apply)
     for name, generator in generators.items():

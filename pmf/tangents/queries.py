@@ -45,6 +45,7 @@ for _name, _member in inspect.getmembers(Tensor, inspect.isgetsetdescriptor):
     HANDLERS.setdefault(_getter, still)
     HANDLERS.setdefault(_setter, refused("expected an attribute that is read"))
 HANDLERS[setter("requires_grad")] = still
+HANDLERS[setter("data")] = refused("its tangent would be lost; expected x.data = y.detach() for an x that stands still")
 
 for _function in named(*ASKING.split(), *COMPARING.split()):
     HANDLERS[_function] = still

@@ -27,6 +27,7 @@ from pmf.tangents.carriers import (
     inside_call,
     moves,
     open_call,
+    propagate,
     values_of,
 )
 from pmf.tangents.handlers import by_torch_func, refused, ruled
@@ -113,9 +114,14 @@ def _as(kind: type, moving: bool, x: Tensor) -> Any:
     return dual_tensor(x, dot) if kind is DualTensor else TracedDualTensor(x, dot)
 
 
+def _assign(write: Callable, x: Tensor, y: Any) -> None:
+    """`x.data = y` for a carrier y."""
+    propagate(write, (x, y), {})
+
+
 TRACED_BY_NAME["tag_activation_checkpoint"] = _traced_checkpoint
 
 
 def seen_through() -> AbstractContextManager[None]:
     """Inside the context, wrappers treat carriers as above."""
-    return intercepted_by(CARRIERS, _apply, values_of, _again)
+    return intercepted_by(CARRIERS, _apply, values_of, _again, _assign)

@@ -132,6 +132,11 @@ LOSSES = {
     "target with a view": (lambda x: (lambda h: h[None] + h.add_(x))(x.detach()), "add_ writes a moving value into a"),
     "parameter": (lambda x: torch.nn.Parameter(W[0]).__setitem__(0, x[0]), "__setitem__ writes a moving value"),
     "data set": (lambda x: setattr(x * 1, "data", x), "data"),
+    "data of a still tensor set": (
+        lambda x: setattr(torch.zeros(3, dtype=F64), "data", x * 1),
+        r"data.__set__ got a moving value; its tangent would be lost; expected x.data = y.detach\(\)",
+    ),
+    "DLPack": (lambda x: torch.utils.dlpack.to_dlpack(x * 1), "without torch functions got a moving value.*DLPack"),
     "alpha dropout in place": (lambda x: F.alpha_dropout(x * 1, 0.5, True, inplace=True), "inplace=False"),
     "gradient inside": (lambda x: torch.autograd.grad((x * 2).sum(), x), "backward|grad"),
     "written by a list": (lambda x: torch._foreach_mul_([x * 1], 2), "writes to its arguments"),
@@ -152,6 +157,22 @@ def test_a_loss_is_an_error_that_names_the_function(name):
         pmf.jvp(function, (x,), (drawn(3),))
     assert isinstance(raised.value, InputError)
     compare(torch.sin, [drawn(3)], [drawn(3, seed=1)])  # and the next call works
+
+
+def test_data_may_be_set_to_what_stands_still():
+    weight, data = torch.nn.Parameter(drawn(3)), torch.Tensor.data
+
+    def function(x):
+        weight.data = (x * 2).detach()
+        other = torch.zeros(2, dtype=F64)
+        other.data = weight.data[:2] + 1
+        return x * weight * other.sum()
+
+    x, dot = drawn(3, seed=1), drawn(3, seed=2)
+    out, out_dot = pmf.jvp(function, (x,), (dot,))
+    factor = 2 * x * (2 * x[:2] + 1).sum()
+    assert torch.equal(weight, 2 * x) and torch.allclose(out, x * factor) and torch.allclose(out_dot, dot * factor)
+    assert torch.Tensor.data is data and "data" not in vars(torch.Tensor)
 
 
 def test_an_identity_function_looked_up_early_loses_no_gradient():
