@@ -179,7 +179,10 @@ def _described(x: Any) -> str:
 
 
 def _value(x: Any) -> Any:
-    return x.value if type(x) in CARRIERS else x
+    """The tensor of an output; that of a carrier can be one itself, of what had taken over an ordinary tensor."""
+    while type(x) in CARRIERS:
+        x = x.value
+    return x
 
 
 def _dot(x: Any) -> Any:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pmf.errors import InputError
-from pmf.private import FUNCTION_NAMESPACES
+from pmf.private import FUNCTION_NAMESPACES, storage_id
 from pmf.tangents.at_rest import adopt
 from pmf.tangents.carriers import CARRIERS, moves, propagate, values_of
 from pmf.tangents.handlers import refused
@@ -127,6 +127,14 @@ def _fill(function: Callable, args: tuple, kwargs: dict) -> Any:
     return target
 
 
+def _masked_scatter(function: Callable, args: tuple, kwargs: dict) -> Any:
+    """x.masked_scatter_(mask, source), whose source PyTorch lets overlap x: what is written may be read again."""
+    given = values_of((args[0], args[2] if len(args) > 2 else kwargs["source"]))
+    if not torch.compiler.is_compiling() and len(set(map(storage_id, given))) == 1:
+        refused("expected the clone() of a source in the same memory")(function, args, kwargs)
+    return by(Tensor.masked_scatter)(function, args, kwargs)
+
+
 def _fill_diagonal(function: Callable, args: tuple, kwargs: dict) -> Any:
     """x.fill_diagonal_(number, wrap)."""
     x, _, *wrap = args if len(args) > 1 else (args[0], kwargs["fill_value"])
@@ -194,6 +202,7 @@ for _space in FUNCTION_NAMESPACES:
             if hasattr(_space, _name):
                 HANDLERS[getattr(_space, _name)] = _handler
 HANDLERS[Tensor.fill_diagonal_] = _fill_diagonal
+HANDLERS[Tensor.masked_scatter_] = _masked_scatter
 HANDLERS[Tensor.__setitem__] = _set_item
 for _function in vars(F).values():
     if isinstance(_function, FunctionType) and _function in HANDLERS:

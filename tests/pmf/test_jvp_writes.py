@@ -188,6 +188,40 @@ def test_an_output_that_was_filled_is_the_tensor_itself():
     assert torch.equal(kept[0], out)
 
 
+@pytest.mark.parametrize(
+    "same",
+    [
+        torch.Tensor.contiguous,
+        torch.Tensor.double,
+        torch.atleast_2d,
+        lambda h: torch.nn.functional.dropout(h, 0.5, False),
+    ],
+)
+def test_outputs_are_ordinary_tensors_and_one_where_the_function_gives_one(same):
+    def function(x):
+        h = torch.zeros(4, 6, dtype=F64)
+        h[:] = x * 2
+        return h, same(h)
+
+    x, dot = drawn(4, 6), drawn(4, 6, seed=1)
+    plain = function(x)
+    (one, other), (one_dot, other_dot) = pmf.jvp(function, (x,), (dot,))
+    assert type(one) is type(other) is torch.Tensor and (one is other) == (plain[0] is plain[1])
+    assert torch.equal(one, 2 * x) and torch.equal(other, one)
+    assert torch.equal(one_dot, 2 * dot) and torch.equal(other_dot, one_dot)
+
+
+def test_a_source_that_is_written_to_is_named():
+    def function(x, source):
+        h = x * 1
+        return h.masked_scatter_(h > 0, source(h))
+
+    x = drawn(4, 6)
+    with pytest.raises(InputError, match=r"masked_scatter_ got a moving value; expected the clone\(\) of a source"):
+        pmf.jvp(lambda x: function(x, lambda h: h), (x,), (x,))
+    compare(lambda x: function(x, torch.clone), [x], [drawn(4, 6, seed=1)])
+
+
 def test_a_buffer_that_outputs_of_the_last_call_hold_moves_again():
     class Network(Remembering):
         def forward(self, x):
