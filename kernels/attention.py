@@ -65,15 +65,6 @@ def _steps(heads: Tensor | None) -> Steps:
     return Steps(0, 0, 0) if heads is None else Steps(*(step // flash.ALIGNMENT for step in heads.stride()[:-1]))
 
 
-def _within_reach(heads: Tensor | None) -> Tensor | None:
-    """Heads whose tokens are less than 2^31 values apart in a sample, as the kernel's offsets are; copied if not.
-
-    Only a layout with tokens outside of samples, [S, B, H, D], goes so far.
-    """
-    near = heads is None or heads.shape[1] * heads.stride(1) < 2**31
-    return heads if near else heads.clone(memory_format=torch.contiguous_format)
-
-
 def unsupported(head_dim: int) -> str | None:
     """The reason why the tangent's kernel cannot take heads of this width, or None if it can."""
     if head_dim % 8 or not 0 < head_dim <= MAX_HEAD_DIM:
@@ -353,7 +344,7 @@ def attention_tangent(
     o_dot = o.new_empty(o.shape)
     if registration.shapes_only(q):
         return o_dot
-    q, k, v, q_dot, k_dot, v_dot, o = (_within_reach(flash.aligned(x)) for x in (q, k, v, q_dot, k_dot, v_dot, o))
+    q, k, v, q_dot, k_dot, v_dot, o = (flash.within_reach(x) for x in (q, k, v, q_dot, k_dot, v_dot, o))
     samples, length_q, heads, head_dim = q.shape
     masked = causal or key_lengths is not None
     tile = _forced.get() or tangent_tile(head_dim, length_q, q.dtype, registration.chip(q.device), masked)

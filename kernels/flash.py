@@ -243,6 +243,20 @@ def aligned(x: Tensor | None) -> Tensor | None:
     return x.clone(memory_format=torch.contiguous_format)
 
 
+def within_reach(x: Tensor | None) -> Tensor | None:
+    """`aligned` heads of which all tokens of a sample lie within 2^31 values, for offsets of 32 bits; copied if not.
+
+    Errors: `InputError` for samples that are as large themselves.
+    """
+    if x is None:
+        return None
+    length, heads, width = x.shape[1:]
+    fits = length * heads * width < 2**31
+    require(fits, lambda: f"attention: a tangent takes samples of less than 2^31 values, got {list(x.shape)}")
+    x = aligned(x)
+    return x if length * x.stride(1) < 2**31 else x.clone(memory_format=torch.contiguous_format)
+
+
 def _repeated(x: Tensor, heads: int) -> Tensor:
     """Keys or values [B, S, G, D] with `heads` heads, each repeated for the query heads that share it."""
     groups = x.shape[2]

@@ -53,7 +53,10 @@ def forward_tile(width: int, alone: bool, chip: Chip) -> RowTile:
 @triton.jit
 def load_tile(p_modulation, i_row, mask, STEP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """A modulation per token of ROWS tokens, in float32."""
-    i_tile = tl.arange(0, ROWS)[:, None] * STEP + tl.arange(0, BLOCK)[None, :]
+    i_r = tl.arange(0, ROWS)[:, None]
+    if ROWS * STEP >= 2**31:
+        i_r = i_r.to(tl.int64)
+    i_tile = i_r * STEP + tl.arange(0, BLOCK)[None, :]
     return tl.load(p_modulation + i_row * STEP + i_tile, mask=mask, other=0.0).to(tl.float32)
 
 

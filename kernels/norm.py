@@ -79,7 +79,7 @@ def _forward(
 
     # Load tangents before the first sum over a row, so that all loads are in flight together.
     i_b_dot = i_b - first_dot
-    i_row_dot = i_row - first_dot * length
+    i_row_dot = i_b_dot * length + i_s
     m_dot = mask & (i_b_dot >= 0)
     b_x = tl.load(p_x + i_row * C + i_tile, mask=mask, other=0.0).to(tl.float32)
     b_x_dot = tl.zeros([ROWS, BLOCK], tl.float32)

@@ -198,20 +198,21 @@ def _backward(
         mask = ((i_token < tokens.total) & (i_h < H))[:, None] & (i_c < SIDE)[None, :]
         m_k = mask & (i_h < G)[:, None] if G < H else mask
         i_b, i_s = (i_token // tokens.length).to(tl.int64), (i_token % tokens.length).to(tl.int64)
+        i_head = i_h.to(tl.int64)
         i_row = i_h[:, None] * D + i_c[None, :]
         i_in = i_token.to(tl.int64)[:, None] * step + i_row
         i_out = i_token.to(tl.int64)[:, None] * OUT + i_row
-        i_dq = (i_b * STEPS.q.sample + i_s * STEPS.q.token + i_h * STEPS.q.head)[:, None] + i_c[None, :]
+        i_dq = (i_b * STEPS.q.sample + i_s * STEPS.q.token + i_head * STEPS.q.head)[:, None] + i_c[None, :]
         # All loads come before the first sum over a row, so that they are in flight together.
         q = _load(p_qkv, i_in, mask, SIDE, FORM)
         if p_d.k is not None:
-            i_dk = (i_b * STEPS.k.sample + i_s * STEPS.k.token + i_h * STEPS.k.head)[:, None] + i_c[None, :]
+            i_dk = (i_b * STEPS.k.sample + i_s * STEPS.k.token + i_head * STEPS.k.head)[:, None] + i_c[None, :]
             k = _load(p_qkv + H * D, i_in, m_k, SIDE, FORM)
         dq = _load(p_d.q, i_dq, mask, SIDE, FORM)
         if p_d.k is not None:
             dk = _load(p_d.k, i_dk, m_k, SIDE, FORM)
         if p_d.v is not None:
-            i_dv = (i_b * STEPS.v.sample + i_s * STEPS.v.token + i_h * STEPS.v.head)[:, None] + i_c[None, :]
+            i_dv = (i_b * STEPS.v.sample + i_s * STEPS.v.token + i_head * STEPS.v.head)[:, None] + i_c[None, :]
             dv = _load(p_d.v, i_dv, m_k, SIDE, FORM)
         cos, sin = (), ()
         if p_tables is not None:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from pmf import Dual, ops
-from pmf.kernels import norm_backward, rotary_backward
+from pmf.errors import InputError
+from pmf.kernels import flash, norm_backward, rotary_backward
+from pmf.kernels.attention import attention_tangent
 from tests.kernels.checks import DEVICE, generator, randn
 from tests.kernels.interpreter import last_programs
 from tests.networks import relative_error
@@ -153,18 +155,63 @@ def test_the_last_sample_of_more_than_2_to_the_31_values(case, few, room):
         assert relative_error(mine, reference) < 2**-7  # a rounding step of bfloat16
 
 
-def test_tokens_outside_of_samples_may_be_far_apart(monkeypatch):
-    """The value is the library's, so it is the tangent that is compared."""
+def tangent_of_heads(q, q_dot, k, k_dot, v, v_dot):
+    o, lse = flash.attention(*(x.contiguous() for x in (q, k, v)), 0.2, False, None)
+    return [attention_tangent(q, k, v, q_dot, k_dot, v_dot, o, lse, 0.2)]
+
+
+def gradient_of_heads(*given):
+    qkv = randn(3, 3, 3, 3, 32, gen=generator("qkv"), dtype=BF16).requires_grad_()
+    return torch.autograd.grad(ops.qk_norm_rope(qkv, impl="triton"), qkv, given)
+
+
+def swiglu_of_rows(x, x_dot):
+    x = x.detach().requires_grad_()
+    y = ops.swiglu(Dual(x, x_dot), impl="triton")
+    return [*parts(y), *torch.autograd.grad(y.value, x, torch.ones_like(y.value))]
+
+
+def modulated(scale, shift):
+    x = randn(len(scale), 32, 64, gen=generator("x"), dtype=BF16).requires_grad_()
+    scale = scale.detach().requires_grad_()
+    y = ops.norm_modulate(x, scale=scale, shift=Dual(shift, shift), impl="triton")
+    return [*parts(y), *torch.autograd.grad(y.value, (x, scale), torch.ones_like(y.value))]
+
+
+FAR = {
+    "attention's tangent": (tangent_of_heads, 6, (3, 3, 3, 32), (0, 1, 2)),
+    "gradient of qk_norm_rope": (gradient_of_heads, 3, (3, 3, 3, 32), (0, 1, 2)),
+    "swiglu": (swiglu_of_rows, 2, (3, 64), (0,)),
+    "modulations of samples": (modulated, 2, (3, 64), (0,)),
+    "modulations of tokens": (modulated, 2, (1, 32, 64), (1,)),
+}
+
+
+def far_apart(count: int, shape: tuple[int, ...], dim: int) -> list[Tensor]:
+    """Random tensors in one memory, whose first and last values in a dimension lie 2^31 values apart."""
+    size, apart = torch.Size(shape).numel(), -(-LIMIT // (shape[dim] - 1)) // 8 * 8 + 8
+    memory = torch.empty((shape[dim] - 1) * apart + count * size, dtype=BF16, device=DEVICE)
+    strides = list(torch.empty(shape, device="meta").stride())
+    strides[dim] = apart
+    drawn = (randn(*shape, gen=generator(dim, i), dtype=BF16) for i in range(count))
+    return [memory.as_strided(shape, strides, i * size).copy_(x) for i, x in enumerate(drawn)]
+
+
+@pytest.mark.parametrize(("name", "dim"), [(name, dim) for name, (*_, dims) in FAR.items() for dim in dims])
+def test_values_that_lie_far_apart(name, dim, monkeypatch):
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    apart = LIMIT // 2 + 8
-    memory = torch.empty(2 * apart + 6 * 64, dtype=BF16, device=DEVICE)
+    function, count, shape, _ = FAR[name]
+    inputs = far_apart(count, shape, dim)
+    expected = function(*(x.clone(memory_format=torch.contiguous_format) for x in inputs))
+    for mine, near in zip(function(*inputs), expected, strict=True):
+        assert torch.equal(mine, near)
 
-    def far(i: int) -> Tensor:
-        x = memory.as_strided((1, 3, 2, 32), (64, apart, 32, 1), 64 * i)
-        return x.copy_(randn(1, 3, 2, 32, gen=generator(i), dtype=BF16))
 
-    q, k, v = (Dual(far(2 * i), far(2 * i + 1)) for i in range(3))
-    found = ops.attention(q, k, v, impl="triton")
-    expected = ops.attention(*(x.map(torch.clone) for x in (q, k, v)), impl="reference")
-    for mine, reference in zip(found, expected, strict=True):
-        assert relative_error(mine, reference) < 2**-7
+def test_a_sample_of_as_many_values_has_no_tangent(monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    q, lse = torch.ones(1, 1, 32, 64, dtype=BF16, device=DEVICE), torch.zeros(1, 32, 1, device=DEVICE)
+    k = torch.empty(1, 1, 32, 64, dtype=BF16, device=DEVICE).expand(1, 2**20, 32, 64)
+    with pytest.raises(
+        InputError, match=r"attention: a tangent takes samples of less than 2\^31 values, got \[1, 1048576"
+    ):
+        attention_tangent(q, k, k, q, k, k, q, lse, 0.2)
