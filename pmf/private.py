@@ -193,7 +193,7 @@ REENTRANT_CHECKPOINT = "torch.utils.checkpoint.CheckpointFunction"
 
 
 def make_shell(kind: type, like: Tensor) -> Any:
-    """A tensor of a subclass shaped and placed like another, without storage: asking for its address raises."""
+    """A tensor of a subclass shaped and placed like another, without storage: asking for memory to write to raises."""
     made: Any = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
         kind, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device, layout=like.layout
     )

@@ -97,7 +97,10 @@ def _jvp(func: Callable, primals: tuple, tangents: tuple, has_aux: bool, rows: i
     return tree_map(_value, out), out_dots, *tree_map(_value, aux)
 
 
-NO_ADDRESS = "Cannot access data pointer of Tensor (e.g. FakeTensor"
+NO_ADDRESS = (
+    "Cannot access data pointer of Tensor (e.g. FakeTensor",
+    "The tensor has a non-zero number of elements, but",
+)
 """How PyTorch begins when a carrier is asked for its memory."""
 EXTENSION = "its tangent would be lost (by a C++ extension or DLPack); expected an operator known to pmf.jvp.rule"
 
@@ -111,7 +114,7 @@ def _eager_call() -> Iterator[None]:
     except RuntimeError as error:
         if "TorchScript interpreter" in str(error):
             raise InputError(f"pmf.jvp: a scripted function got a moving value; {TORCH_SCRIPT}") from error
-        if NO_ADDRESS in str(error):
+        if str(error).startswith(NO_ADDRESS):
             raise InputError(f"pmf.jvp: code without torch functions got a moving value; {EXTENSION}") from error
         raise
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pmf.errors import InputError
-from pmf.private import FUNCTION_NAMESPACES, storage_id
+from pmf.private import FUNCTION_NAMESPACES
 from pmf.tangents.at_rest import adopt
 from pmf.tangents.carriers import CARRIERS, moves, propagate, values_of
 from pmf.tangents.handlers import refused
@@ -128,11 +128,17 @@ def _fill(function: Callable, args: tuple, kwargs: dict) -> Any:
 
 
 def _masked_scatter(function: Callable, args: tuple, kwargs: dict) -> Any:
-    """x.masked_scatter_(mask, source), whose source PyTorch lets overlap x: what is written may be read again."""
-    given = values_of((args[0], args[2] if len(args) > 2 else kwargs["source"]))
-    if not torch.compiler.is_compiling() and len(set(map(storage_id, given))) == 1:
-        refused("expected the clone() of a source in the same memory")(function, args, kwargs)
-    return by(Tensor.masked_scatter)(function, args, kwargs)
+    """x.masked_scatter_(mask, source): in place for the tangent too, because PyTorch lets the source overlap x."""
+    if torch.compiler.is_compiling() or _unmoved(args, kwargs):
+        return by(Tensor.masked_scatter)(function, args, kwargs)
+    target = _target(function, args, kwargs)
+    _done(function, args, kwargs)
+    mask, source = (args[i] if len(args) > i else kwargs[name] for i, name in ((1, "mask"), (2, "source")))
+    with torch.no_grad():
+        target.start()
+        dot = source.tangent if moves(source) else torch.zeros_like(values_of(source))
+        target.tangent.masked_scatter_(values_of(mask), dot)
+    return target
 
 
 def _fill_diagonal(function: Callable, args: tuple, kwargs: dict) -> Any:

@@ -26,8 +26,8 @@ def intercepted_by(
 
     Scripted functions run as the Python they were made of. Checkpoints (without reentry) see `plain` arguments, so that
     they keep and recompute those; `again(function, args)` recomputes in place of one in which compiled or scripted code
-    ran. `assign(write, x, y)` does `x.data = y` for y of `kinds`: C++ would take the memory of y, which has none.
-    Compilers cannot trace an `apply` that is not PyTorch's own, so this lasts as long as the context of any thread.
+    ran. `assign(write, x, y)` does `x.data = y` for y of `kinds`, from then on. Compilers cannot trace an `apply` that
+    is not PyTorch's own, so all else lasts as long as the context of any thread.
     """
     with _PATCHING:
         _patches.append(None)
@@ -42,6 +42,26 @@ def intercepted_by(
                 _patches.clear()
             else:
                 _patches.pop()
+
+
+class _Data:
+    """`x.data` in place of PyTorch's own, which in `x.data = y` takes the memory of a carrier y, but that has none.
+
+    As an attribute of the class it is PyTorch's own, by which functions of tensors know it. It stays where the first
+    call has put it: when a class changes, Python looks up its attributes anew, and 3.13 does for good after 1000 times.
+    """
+
+    def __init__(self, own: Any, kinds: tuple[type, ...], assign: Callable) -> None:
+        self.own, self.kinds, self.assign = own, kinds, assign
+
+    def __get__(self, x: Any, kind: type | None = None) -> Any:
+        return self.own if x is None else self.own.__get__(x, kind)
+
+    def __set__(self, x: Any, y: Any) -> None:
+        if type(y) in self.kinds:
+            self.assign(self.own.__set__, x, y)
+        else:
+            self.own.__set__(x, y)
 
 
 class _Runs(threading.local):
@@ -66,8 +86,7 @@ def _patch(
     import torch.utils.checkpoint
 
     function: Any = torch.autograd.Function
-    tensor: Any = torch.Tensor  # inherits `data` from C++
-    read, write = tensor.data.__get__, tensor.data.__set__
+    tensor: Any = torch.Tensor
     script: Any = torch.jit.ScriptFunction
     script_call = vars(script)["__call__"]
     module = torch.utils.checkpoint
@@ -89,9 +108,6 @@ def _patch(
         _runs.count += 1
         return as_scripted(self, body, args, kwargs)
 
-    def set_data(x, y):
-        return assign(write, x, y) if type(y) in kinds else write(x, y)
-
     def of_plain(checkpoint):
         def steps(run, *args, **kwargs):
             recompute, before = [run], _runs.count
@@ -107,11 +123,11 @@ def _patch(
         else:
             function.apply = own
         script.__call__ = script_call
-        del tensor.data
         for name, generator in generators.items():
             setattr(module, name, generator)
 
-    tensor.data = property(read, set_data)
+    if "data" not in vars(tensor):  # but inherited
+        tensor.data = _Data(tensor.data, kinds, assign)
     script.__call__ = intercepted_script
     function.apply = classmethod(intercepted_apply)
     for name, generator in generators.items():

@@ -172,7 +172,11 @@ def test_data_may_be_set_to_what_stands_still():
     out, out_dot = pmf.jvp(function, (x,), (dot,))
     factor = 2 * x * (2 * x[:2] + 1).sum()
     assert torch.equal(weight, 2 * x) and torch.allclose(out, x * factor) and torch.allclose(out_dot, dot * factor)
-    assert torch.Tensor.data is data and "data" not in vars(torch.Tensor)
+    assert torch.Tensor.data is data and data.__objclass__ is not torch.Tensor  # PyTorch's own
+    kept: list = []
+    pmf.jvp(lambda x: kept.append(x * 1) or x, (x,), (dot,))
+    weight.data = kept[0]  # the values of what has outlived the call
+    assert torch.equal(weight, x) and weight.data_ptr() != 0
 
 
 def test_an_identity_function_looked_up_early_loses_no_gradient():
