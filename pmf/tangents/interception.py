@@ -19,20 +19,18 @@ from pmf.private import (
 
 
 @contextmanager
-def intercepted_by(
-    kinds: tuple[type, ...], apply: Callable, plain: Callable, again: Callable, assign: Callable
-) -> Iterator[None]:
+def intercepted_by(kinds: tuple[type, ...], apply: Callable, plain: Callable, again: Callable) -> Iterator[None]:
     """Call `apply(function, function.apply, args, kwargs)` for every autograd.Function that is applied to `kinds`.
 
     Scripted functions run as the Python they were made of. Checkpoints (without reentry) see `plain` arguments, so that
     they keep and recompute those; `again(function, args)` recomputes in place of one in which compiled or scripted code
-    ran. `assign(write, x, y)` does `x.data = y` for y of `kinds`, from then on. Compilers cannot trace an `apply` that
-    is not PyTorch's own, so all else lasts as long as the context of any thread.
+    ran. Compilers cannot trace an `apply` that is not PyTorch's own, so this lasts as long as the context of any
+    thread.
     """
     with _PATCHING:
         _patches.append(None)
         if len(_patches) == 1:
-            _patches[0] = _patch(kinds, apply, plain, again, assign)
+            _patches[0] = _patch(kinds, apply, plain, again)
     try:
         yield
     finally:
@@ -42,6 +40,13 @@ def intercepted_by(
                 _patches.clear()
             else:
                 _patches.pop()
+
+
+def watch_data(kinds: tuple[type, ...], assign: Callable) -> None:
+    """From now on let `assign(write, x, y)` do `x.data = y` for every y of `kinds`."""
+    tensor: Any = torch.Tensor
+    if "data" not in vars(tensor):  # but inherited
+        tensor.data = _Data(tensor.data, kinds, assign)
 
 
 class _Data:
@@ -79,14 +84,11 @@ _patches: list[Any] = []
 """One entry for each context that is open; the first takes the patch back."""
 
 
-def _patch(
-    kinds: tuple[type, ...], apply: Callable, plain: Callable, again: Callable, assign: Callable
-) -> Callable[[], None]:
+def _patch(kinds: tuple[type, ...], apply: Callable, plain: Callable, again: Callable) -> Callable[[], None]:
     """Patch PyTorch; give a function that takes it back."""
     import torch.utils.checkpoint
 
     function: Any = torch.autograd.Function
-    tensor: Any = torch.Tensor
     script: Any = torch.jit.ScriptFunction
     script_call = vars(script)["__call__"]
     module = torch.utils.checkpoint
@@ -126,8 +128,6 @@ def _patch(
         for name, generator in generators.items():
             setattr(module, name, generator)
 
-    if "data" not in vars(tensor):  # but inherited
-        tensor.data = _Data(tensor.data, kinds, assign)
     script.__call__ = intercepted_script
     function.apply = classmethod(intercepted_apply)
     for name, generator in generators.items():

@@ -31,7 +31,7 @@ from pmf.tangents.carriers import (
     values_of,
 )
 from pmf.tangents.handlers import by_torch_func, refused, ruled
-from pmf.tangents.interception import intercepted_by
+from pmf.tangents.interception import intercepted_by, watch_data
 from pmf.tangents.memory import fitted
 from pmf.tangents.rules import Handler, handler_of, is_dual
 
@@ -124,4 +124,5 @@ TRACED_BY_NAME["tag_activation_checkpoint"] = _traced_checkpoint
 
 def seen_through() -> AbstractContextManager[None]:
     """Inside the context, wrappers treat carriers as above."""
-    return intercepted_by(CARRIERS, _apply, values_of, _again, _assign)
+    watch_data(CARRIERS, _assign)
+    return intercepted_by(CARRIERS, _apply, values_of, _again)
